@@ -1,0 +1,108 @@
+"""Everything the agent raises on purpose: one hierarchy.
+
+A message says operation, subject and cause, and what to do where that is known. No message
+carries key material.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class HotplugError(Exception):
+    """Something refused, in words for the reader of the journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFault:
+    """One thing wrong in a configuration file."""
+
+    file: Path
+    key_path: str
+    """Where in the file, such as `rule[1].match.partlabel`; empty for the file as a whole."""
+    problem: str
+    """What was found, what was expected, and a suggestion where there is one."""
+
+    def __str__(self) -> str:
+        place = f"{self.file}: {self.key_path}" if self.key_path else str(self.file)
+        return f"{place}: {self.problem}"
+
+
+class ConfigError(HotplugError):
+    """A configuration that was refused whole, with every fault found in it."""
+
+    def __init__(self, faults: list[ConfigFault]) -> None:
+        super().__init__("\n".join(str(fault) for fault in faults))
+        self.faults = faults
+
+
+class UnsupportedVolumeError(HotplugError):
+    """The volume asks for something that would harm it, such as an IV that wraps."""
+
+
+class BlobError(HotplugError):
+    """The black blob's file cannot be taken: its kind, size or form."""
+
+
+class BlobMissingError(BlobError):
+    """There is no blob of that name (yet)."""
+
+
+class BlobRejectedError(HotplugError):
+    """The CAAM refused the black blob: damaged, or sealed on another chip."""
+
+
+class NoFilesystemError(HotplugError):
+    """Nothing known lies under this key: a wrong key, or a medium that was never formatted."""
+
+
+class ForeignMappingError(HotplugError):
+    """A mapping bears our name or UUID but is not what we would have made."""
+
+
+class MountPointOccupiedError(HotplugError):
+    """The mount point exists with content, or something else is mounted there."""
+
+
+class KernelError(HotplugError, OSError):
+    """A kernel call, or the library in front of it, failed.
+
+    `str()` is `OPERATION SUBJECT: strerror (detail)`, the detail being the kernel's or the
+    library's own words.
+    """
+
+    def __init__(self, operation: str, subject: str, errno: int, detail: str = "") -> None:
+        OSError.__init__(self, errno, os.strerror(errno))
+        self.operation = operation
+        self.subject = subject
+        self.detail = detail
+
+    def __str__(self) -> str:
+        words = f"{self.operation} {self.subject}: {self.strerror}"
+        return f"{words} ({self.detail})" if self.detail else words
+
+
+class CaamError(KernelError):
+    """The CAAM's device refused a call for a reason other than the blob."""
+
+
+class KeyringError(KernelError):
+    """A keyring call failed."""
+
+
+class DmError(KernelError):
+    """A device-mapper call failed."""
+
+
+class MappingBusyError(DmError):
+    """The mapping is held open."""
+
+
+class MountError(KernelError):
+    """A step of mounting or unmounting failed."""
+
+
+class MountBusyError(MountError):
+    """Something still uses the mount."""

@@ -1,0 +1,1 @@
+"""The kernel's interfaces, one module each: synchronous, without policy."""

@@ -1,0 +1,149 @@
+"""NXP's /dev/caam-keygen: a black blob becomes a tagged key of this boot.
+
+    offset  field of the ioctl's struct, 56 bytes on 32- and 64-bit machines
+    0       u8  key_enc_len, NUL included
+    1       u8  key_mode_len, NUL included
+    2       u16 key_value_len
+    4       u32 black_key_len   in: room, out: length
+    8       u64 pointers to key_enc, key_mode, key_value, black_key
+    40      u32 blob_len        in: length, and 4 bytes of padding
+    48      u64 pointer to blob
+
+    offset  field of the tag header, in host order
+    0       u32 magic 0x5461674f
+    4       u32 version, 0
+    8       u32 type: bit 0 black, bit 2 trusted descriptor, bit 3 CCM
+    12      u32 length of the red key, in bytes
+    16      u32 length of the object that follows, in bytes
+
+Source: the caam_keygen driver of NXP's kernels (linux-imx, drivers/crypto/caam/caamkeygen.c).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.errors import BlobError, BlobMissingError, BlobRejectedError, CaamError
+from caam_hotplug.kernel import paths
+from caam_hotplug.model import SecretBytes
+
+_KEYGEN: Final = struct.Struct("=BBHIQQQQIxxxxQ")
+_IOCTL_IMPORT: Final = 0xC0384B01
+
+_TAG: Final = struct.Struct("=5I")
+_TAG_MAGIC: Final = 0x5461674F
+_BLOB_OVERHEAD: Final = 48
+_CCM_OVERHEAD: Final = 12
+_KEY_BYTES: Final = range(16, 65)
+
+BLOB_MAX_BYTES: Final = _TAG.size + _KEY_BYTES[-1] + _CCM_OVERHEAD + _BLOB_OVERHEAD
+"""No blob is longer. Some kernels copy the length they are told into a fixed buffer, so nothing
+longer may ever be handed to the ioctl."""
+_TAGGED_KEY_MAX_BYTES: Final = _TAG.size + _KEY_BYTES[-1] + _CCM_OVERHEAD
+
+
+def read_blob(directory: Path, name: str) -> bytes:
+    """The bytes of a black blob's file, whose form is what keygen writes.
+
+    The file is opened without following a link and without waiting, and must be a regular file
+    of plausible size. Raises: BlobMissingError; BlobError for everything that is no blob;
+    UnsafePathError for the directory.
+    """
+    path = directory / name
+    try:
+        with paths.directory(directory) as parent:
+            file = os.open(
+                name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent
+            )
+    except FileNotFoundError as error:
+        raise BlobMissingError(f"no blob {path}") from error
+    except OSError as error:
+        cause = (
+            "is a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
+        )
+        raise BlobError(f"read blob {path}: {cause}") from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise BlobError(f"read blob {path}: is not a regular file")
+        if status.st_size > BLOB_MAX_BYTES:
+            raise BlobError(
+                f"read blob {path}: has {status.st_size} bytes, a black blob at most "
+                f"{BLOB_MAX_BYTES}"
+            )
+        blob = os.read(file, BLOB_MAX_BYTES + 1)
+    finally:
+        os.close(file)
+    fault = _fault(blob)
+    if fault is not None:
+        raise BlobError(f"read blob {path}: {fault}")
+    return blob
+
+
+def _fault(blob: bytes) -> str | None:
+    if len(blob) < _TAG.size:
+        return f"is cut short: {len(blob)} bytes, the tag header alone has {_TAG.size}"
+    magic, version, _, red_bytes, object_bytes = _TAG.unpack_from(blob)
+    if magic != _TAG_MAGIC or version != 0:
+        return "is not a black blob of caam-keygen (no tag header)"
+    if red_bytes not in _KEY_BYTES:
+        return f"names a key of {red_bytes} bytes; black keys have 16 to 64"
+    if len(blob) != _TAG.size + object_bytes:
+        return (
+            f"is cut short or damaged: {len(blob)} bytes, the tag header says "
+            f"{_TAG.size + object_bytes}"
+        )
+    return None
+
+
+def import_blob(device: Path, blob: bytes) -> SecretBytes:
+    """The tagged key of this boot that the blob holds: tag header and black key.
+
+    The caller wipes it. Raises: BlobRejectedError if the CAAM does not take the blob; CaamError
+    for anything else. Blocks for a job of the CAAM.
+    """
+    if len(blob) > BLOB_MAX_BYTES:
+        raise BlobError(f"a black blob has at most {BLOB_MAX_BYTES} bytes, not {len(blob)}")
+    room = bytearray(_TAGGED_KEY_MAX_BYTES)
+    source = ctypes.create_string_buffer(blob, len(blob))
+    target = (ctypes.c_char * len(room)).from_buffer(room)
+    request = bytearray(
+        _KEYGEN.pack(
+            0, 0, 0, len(room), 0, 0, 0, ctypes.addressof(target), len(blob),
+            ctypes.addressof(source),
+        )
+    )  # fmt: skip
+    with SecretBytes(room) as black:
+        try:
+            file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            hint = "is the kernel's caam_keygen driver there?"
+            raise CaamError("open", str(device), error.errno or 0, hint) from error
+        try:
+            fcntl.ioctl(file, _IOCTL_IMPORT, request)
+        except OSError as error:
+            raise _refusal(device, error) from error
+        finally:
+            os.close(file)
+        length = _KEYGEN.unpack(request)[3]
+        del target
+        return SecretBytes(black.buffer[:length])
+
+
+def _refusal(device: Path, error: OSError) -> BlobRejectedError | CaamError:
+    match error.errno:
+        case errno.EBADMSG:
+            return BlobRejectedError(
+                "the CAAM refused the blob: damaged, sealed on another chip, "
+                "or sealed in another security state of this one"
+            )
+        case errno.EINVAL:
+            return BlobRejectedError("the CAAM refused the blob: it has no valid form")
+    return CaamError("import blob", str(device), error.errno or 0)

@@ -1,0 +1,296 @@
+"""Filesystems: what lies on a device, mounting it, and what is mounted where."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from caam_hotplug.errors import KernelError, MountBusyError, MountError
+from caam_hotplug.kernel import cbind
+from caam_hotplug.model import DeviceNumber, Mount
+
+_LIBBLKID: Final = "libblkid.so.1"
+_BLKID_FLTR_ONLYIN: Final = 2
+_BLKID_SUBLKS_LABEL: Final = 1 << 1
+_BLKID_SUBLKS_UUID: Final = 1 << 3
+_BLKID_SUBLKS_TYPE: Final = 1 << 5
+_BLKID_PARTS_ENTRY_DETAILS: Final = 1 << 2
+
+# The numbers are the same on every architecture (asm-generic/unistd.h).
+_SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 429, 430, 431, 432
+_FSOPEN_CLOEXEC: Final = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_FSMOUNT_CLOEXEC: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+
+_MOUNT_ATTR_RDONLY: Final = 0x01
+_MOUNT_ATTRS: Final = {
+    "nosuid": 0x02,
+    "nodev": 0x04,
+    "noexec": 0x08,
+    "relatime": 0x00,
+    "noatime": 0x10,
+    "strictatime": 0x20,
+    "nodiratime": 0x80,
+    "nosymfollow": 0x200000,
+}
+
+_MNT_DETACH: Final = 2
+_UMOUNT_NOFOLLOW: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What libblkid reads off a device; None for what it does not have."""
+
+    type: str | None
+    label: str | None
+    uuid: str | None
+    partlabel: str | None = None
+    partuuid: str | None = None
+    parttype: str | None = None
+
+
+class _Probe:
+    """libblkid's functions, declared at the first probe."""
+
+    def __init__(self) -> None:
+        def function(name: str, result: Any, *arguments: Any) -> Any:
+            return cbind.declare(_LIBBLKID, name, result, arguments)
+
+        probe, flag, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
+        self.new = function("blkid_new_probe", probe)
+        self.free = function("blkid_free_probe", None, probe)
+        self.set_device = function(
+            "blkid_probe_set_device", flag, probe, flag, ctypes.c_int64, ctypes.c_int64
+        )
+        self.enable_superblocks = function("blkid_probe_enable_superblocks", flag, probe, flag)
+        self.superblocks_flags = function("blkid_probe_set_superblocks_flags", flag, probe, flag)
+        self.superblocks_only = function(
+            "blkid_probe_filter_superblocks_type", flag, probe, flag, ctypes.POINTER(text)
+        )
+        self.enable_partitions = function("blkid_probe_enable_partitions", flag, probe, flag)
+        self.partitions_flags = function("blkid_probe_set_partitions_flags", flag, probe, flag)
+        self.safeprobe = function("blkid_do_safeprobe", flag, probe)
+        self.lookup = function(
+            "blkid_probe_lookup_value", flag, probe, text, ctypes.POINTER(text),
+            ctypes.POINTER(ctypes.c_size_t),
+        )  # fmt: skip
+
+
+_loaded: list[_Probe] = []
+
+
+def _blkid() -> _Probe:
+    if not _loaded:
+        _loaded.append(_Probe())
+    return _loaded[0]
+
+
+def probe(node: str, allowed: Sequence[str]) -> str | None:
+    """The type of the filesystem on the device, if it is one of those allowed, else None.
+
+    Only the allowed types' own detectors look at the bytes. Raises: KernelError if the device
+    cannot be read. Blocks for I/O. Source: blkid_do_safeprobe in libblkid.
+    """
+    blkid = _blkid()
+    with _probing(node) as pr:
+        wanted = (ctypes.c_char_p * (len(allowed) + 1))(*(name.encode() for name in allowed), None)
+        blkid.enable_superblocks(pr, 1)
+        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
+        blkid.superblocks_only(pr, _BLKID_FLTR_ONLYIN, wanted)
+        return _value(pr, "TYPE") if _found(pr, node) else None
+
+
+def identify(node: str) -> Identity:
+    """What a volume says of itself: its entry in the partition table, a header such as LUKS.
+
+    Raises: KernelError. Blocks for I/O. Source: blkid_probe_set_partitions_flags in libblkid.
+    """
+    blkid = _blkid()
+    with _probing(node) as pr:
+        blkid.enable_superblocks(pr, 1)
+        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID)
+        blkid.enable_partitions(pr, 1)
+        blkid.partitions_flags(pr, _BLKID_PARTS_ENTRY_DETAILS)
+        _found(pr, node)
+        return Identity(
+            type=_value(pr, "TYPE"),
+            label=_value(pr, "LABEL"),
+            uuid=_value(pr, "UUID"),
+            partlabel=_value(pr, "PART_ENTRY_NAME"),
+            partuuid=_value(pr, "PART_ENTRY_UUID"),
+            parttype=_value(pr, "PART_ENTRY_TYPE"),
+        )
+
+
+@contextmanager
+def _probing(node: str) -> Iterator[int]:
+    blkid = _blkid()
+    try:
+        file = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError("open", node, error.errno or 0) from error
+    try:
+        pr = blkid.new()
+        if not pr:
+            raise KernelError("probe", node, errno.ENOMEM)
+        try:
+            if blkid.set_device(pr, file, 0, 0) != 0:
+                raise KernelError("probe", node, ctypes.get_errno() or errno.EIO)
+            yield pr
+        finally:
+            blkid.free(pr)
+    finally:
+        os.close(file)
+
+
+def _found(pr: int, node: str) -> bool:
+    """Whether the probe found one thing: 0 yes, 1 nothing, -2 more than one, -1 a fault."""
+    result = _blkid().safeprobe(pr)
+    if result == -1:
+        raise KernelError("probe", node, ctypes.get_errno() or errno.EIO)
+    return bool(result == 0)
+
+
+def _value(pr: int, name: str) -> str | None:
+    data, length = ctypes.c_char_p(), ctypes.c_size_t()
+    found = _blkid().lookup(pr, name.encode(), ctypes.byref(data), ctypes.byref(length))
+    if found != 0 or data.value is None:
+        return None
+    return data.value.decode(errors="replace")
+
+
+def mount(
+    node: str,
+    kind: str,
+    target: int,
+    *,
+    read_only: bool,
+    options: Sequence[str],
+    filesystem_options: Sequence[str],
+) -> None:
+    """The filesystem is mounted on the directory that the descriptor `target` stands for.
+
+    Its flags hold from the first moment: it is configured and only then attached.
+    Raises: MountError with the stage that failed and the kernel's own words. Blocks for I/O.
+    Source: fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
+    """
+    attributes = sum(_MOUNT_ATTRS[option] for option in set(options))
+    try:
+        context = cbind.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    except OSError as error:
+        hint = "the kernel lacks this filesystem" if error.errno == errno.ENODEV else ""
+        raise MountError("mount", f"{node} ({kind})", error.errno or 0, hint) from error
+    try:
+        _configure(context, "source", node, node)
+        for option in filesystem_options:
+            key, _, value = option.partition("=")
+            _configure(context, key, value or None, node)
+        if read_only:
+            _configure(context, "ro", None, node)
+            attributes |= _MOUNT_ATTR_RDONLY
+        _call(context, "mount", node, _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        mounted = _call(context, "mount", node, _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+        try:
+            flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+            _call(context, "attach", node, _SYS_MOVE_MOUNT, mounted, b"", target, b"", flags)
+        finally:
+            os.close(mounted)
+    finally:
+        os.close(context)
+
+
+def _configure(context: int, key: str, value: str | None, node: str) -> None:
+    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+    encoded = None if value is None else value.encode()
+    shown = key if value is None else f"{key}={value}"
+    _call(
+        context, f"set option {shown} for", node, _SYS_FSCONFIG, context, command, key.encode(),
+        encoded, 0,
+    )  # fmt: skip
+
+
+def _call(context: int, operation: str, node: str, number: int, *arguments: Any) -> int:
+    try:
+        return cbind.syscall(number, *arguments)
+    except OSError as error:
+        raise MountError(operation, node, error.errno or 0, _kernel_words(context)) from error
+
+
+def _kernel_words(context: int) -> str:
+    """What the filesystem has written into its context, without the level letter before it."""
+    words: list[str] = []
+    try:
+        while line := os.read(context, 8192):
+            words.append(line.decode(errors="replace").strip()[2:])
+    except OSError:  # ENODATA: nothing more was said
+        pass
+    return "; ".join(words)
+
+
+def unmount(path: str, *, lazily: bool = False) -> None:
+    """Nothing of ours is mounted at the path; lazily, whoever is inside may finish there.
+
+    Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
+    """
+    umount2 = cbind.declare(
+        "libc.so.6", "umount2", ctypes.c_int, (ctypes.c_char_p, ctypes.c_int),
+        cbind.minus_one_is_failure,
+    )  # fmt: skip
+    try:
+        umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0))
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOENT}:
+            return
+        kind = MountBusyError if error.errno == errno.EBUSY else MountError
+        raise kind("unmount", path, error.errno or 0) from error
+
+
+def flush(path: str) -> None:
+    """Everything written to the filesystem at the path is on its medium.
+
+    Raises: MountError. Blocks for I/O. Source: syncfs(2).
+    """
+    syncfs = cbind.declare(
+        "libc.so.6", "syncfs", ctypes.c_int, (ctypes.c_int,), cbind.minus_one_is_failure
+    )
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            syncfs(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise MountError("flush", path, error.errno or 0) from error
+
+
+def mounts() -> list[Mount]:
+    """What is mounted in this process's namespace. Source: proc_pid_mountinfo(5)."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return [parse_mount(line) for line in file]
+
+
+def parse_mount(line: str) -> Mount:
+    """One line of mountinfo; optional fields end with a lone dash."""
+    left, _, right = line.partition(" - ")
+    fields = left.split(" ")
+    source = right.split(" ")[1]
+    return Mount(
+        number=DeviceNumber.from_text(fields[2]),
+        point=_unescaped(fields[4]),
+        source=_unescaped(source),
+        read_only="ro" in fields[5].split(","),
+    )
+
+
+def _unescaped(field: str) -> str:
+    """Blank, tab, newline and backslash come as three octal digits."""
+    parts = field.split("\\")
+    return parts[0] + "".join(chr(int(part[:3], 8)) + part[3:] for part in parts[1:])

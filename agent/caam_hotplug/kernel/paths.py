@@ -1,0 +1,126 @@
+"""Directories opened component by component, so that no link and no stranger leads elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from caam_hotplug import names
+from caam_hotplug.errors import HotplugError, MountPointOccupiedError
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class UnsafePathError(HotplugError):
+    """Someone other than root could lead this path elsewhere."""
+
+
+@contextmanager
+def directory(path: Path, *, create: bool = False) -> Iterator[int]:
+    """A file descriptor of the directory, for calls that take a `dir_fd`.
+
+    Every component must be a directory of root's that nobody else may write to (a sticky one
+    such as /tmp may be written to: there nobody moves what is not theirs).
+    With `create`, missing components are made with mode 0755.
+
+    Raises: UnsafePathError naming the component; OSError.
+    """
+    here = os.open("/", _OPEN)
+    walked = Path("/")
+    try:
+        for component in path.parts[1:]:
+            walked /= component
+            if create and not _exists(component, here):
+                os.mkdir(component, 0o755, dir_fd=here)
+            try:
+                below = os.open(component, _OPEN, dir_fd=here)
+            except NotADirectoryError as error:
+                raise UnsafePathError(
+                    f"open {path}: {walked} is not a directory but a link or a file"
+                ) from error
+            os.close(here)
+            here = below
+            _require_trusted(here, walked, path)
+        yield here
+    finally:
+        os.close(here)
+
+
+def _exists(name: str, parent: int) -> bool:
+    try:
+        os.lstat(name, dir_fd=parent)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _require_trusted(opened: int, walked: Path, path: Path) -> None:
+    status = os.fstat(opened)
+    if status.st_uid not in {0, os.geteuid()}:
+        raise UnsafePathError(f"open {path}: {walked} belongs to user {status.st_uid}, not to root")
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others_write and not status.st_mode & stat.S_ISVTX:
+        raise UnsafePathError(f"open {path}: {walked} can be written by others than root")
+
+
+@contextmanager
+def mount_point(root: Path, name: str) -> Iterator[int]:
+    """A descriptor of the empty directory `name` in the root, made by us if it was missing.
+
+    Raises: MountPointOccupiedError if it has content or is no directory; UnsafePathError; OSError.
+    """
+    path = root / name
+    with directory(root, create=True) as parent:
+        with suppress(FileExistsError):
+            # A umask cannot add bits, so the mode that marks it as ours is certain.
+            os.mkdir(name, names.MOUNT_POINT_MODE, dir_fd=parent)
+        try:
+            opened = os.open(name, _OPEN, dir_fd=parent)
+        except NotADirectoryError as error:
+            raise MountPointOccupiedError(f"{path} is a link or a file") from error
+    try:
+        if os.fstat(opened).st_dev != _device_of(root):
+            raise MountPointOccupiedError(f"something is mounted at {path}")
+        if os.listdir(opened):
+            raise MountPointOccupiedError(f"{path} is not empty")
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _device_of(path: Path) -> int:
+    return os.stat(path, follow_symlinks=False).st_dev
+
+
+def remove_mount_point(root: Path, name: str) -> None:
+    """The directory is gone if it was ours; one of the board's own stays.
+
+    Raises: OSError other than that it is not there, is in use or has content.
+    """
+    try:
+        with directory(root) as parent:
+            status = os.lstat(name, dir_fd=parent)
+            if stat.S_ISDIR(status.st_mode) and is_ours(status):
+                os.rmdir(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
+            raise
+
+
+def is_ours(status: os.stat_result) -> bool:
+    """Whether a directory that nothing is mounted on was made by `mount_point`."""
+    return stat.S_IMODE(status.st_mode) == names.MOUNT_POINT_MODE
+
+
+def our_mount_points(root: Path) -> list[str]:
+    """The names of directories in the root that we made and that nothing is mounted on."""
+    try:
+        with directory(root) as parent:
+            entries = {name: os.lstat(name, dir_fd=parent) for name in os.listdir(parent)}
+    except FileNotFoundError:
+        return []
+    return [n for n, status in entries.items() if stat.S_ISDIR(status.st_mode) and is_ours(status)]

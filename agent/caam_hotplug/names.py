@@ -1,0 +1,78 @@
+"""Every name that others see, spelled once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.model import VolumeId
+
+PROGRAM: Final = "caam-hotplug"
+
+CONFIG_FILE: Final = Path("/etc/caam-hotplug/agent.toml")
+RULES_DIRECTORY: Final = "rules.d"
+"""Drop-ins, in a folder of this name beside the configuration file."""
+
+BLOB_DIRECTORY: Final = Path("/data/caam")
+"""Where NXP's caam-keygen keeps keys and blobs."""
+MOUNT_ROOT: Final = Path("/run/media")
+
+CAAM_DEVICE: Final = Path("/dev/caam-keygen")
+UDEV_CONTROL: Final = Path("/run/udev/control")
+
+DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"
+"""libdevmapper's convention: a DM-UUID starts with the subsystem that owns the mapping."""
+DM_NAME_PREFIX: Final = "caam-"
+KEY_PREFIX: Final = "caam-hotplug:"
+"""A logon key's description must start with a prefix and a colon (keyrings(7))."""
+
+MOUNT_POINT_MODE: Final = 0o000
+"""The mode of a directory that we made. It tells ours from the board's own after a crash, and
+keeps everyone but root from writing into it while nothing is mounted there."""
+
+UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
+"""A udev property: a board's rule that sets it to 0 keeps the agent off that device."""
+
+NAME_MAX_LENGTH: Final = 36
+"""GPT's own limit for a partition label, in UTF-16 units."""
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def dm_uuid(volume: VolumeId) -> str:
+    """The DM-UUID of a volume's mapping: ours by its prefix, its owner by the rest."""
+    return f"{DM_UUID_PREFIX}{volume}"
+
+
+def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
+    """The volume that a DM-UUID names, or None if the mapping is not ours."""
+    if not uuid.startswith(DM_UUID_PREFIX):
+        return None
+    return VolumeId.from_text(uuid.removeprefix(DM_UUID_PREFIX))
+
+
+def dm_name(volume: VolumeId, mount_name: str) -> str:
+    """The DM name: unique to the insertion, since a holder may still pin an earlier one."""
+    return f"{DM_NAME_PREFIX}{mount_name}-{volume}"
+
+
+def key_description(volume: VolumeId) -> str:
+    """The description of the volume's logon key."""
+    return f"{KEY_PREFIX}{volume}"
+
+
+def why_unsafe(name: str) -> str | None:
+    """Why a text must not become part of a path, or None if it may.
+
+    Labels and serial numbers are an attacker's text; this is the only gate between them and a
+    file name.
+    """
+    if not name:
+        return "it is empty"
+    if len(name) > NAME_MAX_LENGTH:
+        return f"it is longer than {NAME_MAX_LENGTH} characters"
+    if name[0] in ".-":
+        return f"it starts with {name[0]!r}"
+    if not _NAME.fullmatch(name):
+        return "it has characters other than A-Z a-z 0-9 . _ -"
+    return None

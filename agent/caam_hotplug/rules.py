@@ -1,0 +1,293 @@
+"""Which rule admits a volume, under which names, or why none does. Pure: values in, values out."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Final, Literal
+
+from caam_hotplug import names
+from caam_hotplug.model import SECTOR_BYTES, Bus, DevType, Volume
+
+Flag = Literal[
+    "allow_discards",
+    "same_cpu_crypt",
+    "submit_from_crypt_cpus",
+    "no_read_workqueue",
+    "no_write_workqueue",
+    "iv_large_sectors",
+]
+"""dm-crypt's optional parameters that a rule may ask for (dm-crypt.rst)."""
+
+MountOption = Literal[
+    "nosuid",
+    "nodev",
+    "noexec",
+    "nosymfollow",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "strictatime",
+]
+
+FilesystemName = Literal["ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat"]
+
+
+class Action(Enum):
+    """How far a rule goes."""
+
+    MOUNT = "mount"
+    UNLOCK = "unlock"
+    IGNORE = "ignore"
+
+
+class OnStop(Enum):
+    """What a clean stop of the agent does with a volume."""
+
+    LOCK = "lock"
+    KEEP = "keep"
+
+
+class Bytes(int):
+    """A size in bytes, written as a number or as a text such as `64MiB`."""
+
+    UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+    @classmethod
+    def from_text(cls, text: str) -> Bytes:
+        """Parse `64MiB`. Raises: ValueError for any other form."""
+        digits = text.rstrip(string.ascii_letters)
+        unit = text[len(digits) :]
+        digits = digits.rstrip(" ")
+        if not (digits.isascii() and digits.isdigit()) or unit not in cls.UNITS:
+            raise ValueError(f"expected a size such as 512MiB or 64GiB, found {text!r}")
+        return cls(int(digits) * cls.UNITS[unit])
+
+
+class UnsafeNameError(ValueError):
+    """A value of the medium cannot become part of a path."""
+
+
+class Template:
+    """A file name with places for what identifies a volume, such as `{partlabel}.bb`."""
+
+    FIELDS: Final = ("partlabel", "partuuid", "label", "uuid", "serial", "diskseq", "partn")
+
+    def __init__(self, text: str) -> None:
+        """Raises: ValueError if the text has unknown places, or could leave its directory."""
+        self.text = text
+        try:
+            self._parts = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from error
+        for literal, place, spec, conversion in self._parts:
+            if "/" in literal or "\0" in literal:
+                raise ValueError(f"{text!r} names a path; expected one file name")
+            if place is not None and (place not in self.FIELDS or spec or conversion):
+                known = ", ".join(f"{{{name}}}" for name in self.FIELDS)
+                raise ValueError(f"{text!r}: {{{place}}} is not one of {known}")
+        if not text or text[0] in ".-":
+            raise ValueError(f"{text!r}: a file name must not be empty or start with . or -")
+
+    def __repr__(self) -> str:
+        return f"Template({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Template) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def render(self, volume: Volume) -> str:
+        """The name for this volume. Raises: UnsafeNameError with the reason."""
+        return "".join(
+            literal + ("" if place is None else self._value(place, volume))
+            for literal, place, _, _ in self._parts
+        )
+
+    @staticmethod
+    def _value(place: str, volume: Volume) -> str:
+        match place:
+            case "diskseq":
+                return str(volume.id.diskseq)
+            case "partn":
+                return str(volume.id.partition)
+        value: str | None = getattr(volume, place)
+        if value is None:
+            raise UnsafeNameError(f"the medium has no {place}")
+        reason = names.why_unsafe(value)
+        if reason is not None:
+            raise UnsafeNameError(f"{place} {value!a} cannot be part of a file name: {reason}")
+        return value
+
+
+BLOB_OF_LABEL: Final = Template("{partlabel}.bb")
+NAME_OF_LABEL: Final = Template("{partlabel}")
+
+Globs = str | tuple[str, ...]
+Buses = Bus | tuple[Bus, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """What a volume must be. Absent keys ask for nothing; a list means any of."""
+
+    partlabel: Globs | None = None
+    partuuid: Globs | None = None
+    parttype: Globs | None = None
+    label: Globs | None = None
+    uuid: Globs | None = None
+    serial: Globs | None = None
+    vendor: Globs | None = None
+    model: Globs | None = None
+    path: Globs | None = None
+    bus: Buses | None = None
+    removable: bool | None = None
+    devtype: DevType = DevType.PARTITION
+    min_size: Bytes | None = None
+    max_size: Bytes | None = None
+
+    def failures(self, volume: Volume) -> Iterator[str]:
+        """The conditions that the volume does not meet, in words, in the order of the keys."""
+        for name in (f.name for f in fields(self)):
+            wanted = getattr(self, name)
+            if wanted is None:
+                continue
+            match name:
+                case "min_size" | "max_size":
+                    size = volume.size * SECTOR_BYTES
+                    if size < wanted if name == "min_size" else size > wanted:
+                        yield f"{name} is {wanted} bytes, the volume has {size}"
+                case "bus":
+                    buses = wanted if isinstance(wanted, tuple) else (wanted,)
+                    if volume.bus not in buses:
+                        listed = ", ".join(bus.value for bus in buses)
+                        yield f"bus is {volume.bus.value}, not {listed}"
+                case "removable":
+                    if volume.removable != wanted:
+                        yield f"removable is {_toml(volume.removable)}, not {_toml(wanted)}"
+                case "devtype":
+                    if volume.devtype is not wanted:
+                        yield f"devtype is {volume.devtype.value}, not {wanted.value}"
+                case _:
+                    yield from _glob_failure(name, getattr(volume, name), wanted)
+
+
+def _toml(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _glob_failure(name: str, value: str | None, wanted: Globs) -> Iterator[str]:
+    patterns = (wanted,) if isinstance(wanted, str) else wanted
+    listed = ", ".join(repr(pattern) for pattern in patterns)
+    if value is None:
+        yield f"{name} is not there, so it is not {listed}"
+    elif not any(fnmatchcase(value, pattern) for pattern in patterns):
+        yield f"{name} is {value!a}, not {listed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeySource:
+    """Where the key comes from."""
+
+    backend: Literal["tagged"] = "tagged"
+    """`tagged`: NXP's /dev/caam-keygen and tagged keys."""
+    blob: Template = BLOB_OF_LABEL
+    """The blob's file name in the blob directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crypt:
+    """How the medium is encrypted; what no header says, a rule must."""
+
+    cipher: str = "capi:tk(cbc(aes))-plain"
+    sector_size: Literal[512, 1024, 2048, 4096] = 512
+    offset: int = 0
+    """Where the ciphertext starts on the volume, in 512-byte sectors."""
+    iv_offset: int = 0
+    """Added to the sector number that makes the IV, in 512-byte sectors."""
+    flags: tuple[Flag, ...] = ()
+
+
+def _default_options() -> dict[FilesystemName, tuple[str, ...]]:
+    # A superblock may ask for errors=panic; a medium must not bring the machine down.
+    return {"ext4": ("errors=remount-ro",)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountWish:
+    """Where and how the volume is mounted."""
+
+    name: Template = NAME_OF_LABEL
+    """The mount point's name in the mount root."""
+    filesystems: tuple[FilesystemName, ...] = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
+    options: tuple[MountOption, ...] = ("nosuid", "nodev", "noexec")
+    read_only: bool = False
+    filesystem_options: dict[FilesystemName, tuple[str, ...]] = field(
+        default_factory=_default_options
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule: what it admits and what is done then."""
+
+    name: str
+    action: Action = Action.MOUNT
+    on_stop: OnStop = OnStop.LOCK
+    match: Match = Match()
+    key: KeySource = KeySource()
+    crypt: Crypt = Crypt()
+    mount: MountWish = field(default_factory=MountWish)
+
+
+BUILT_IN: Final = (
+    Rule(name="built-in", match=Match(bus=(Bus.USB, Bus.MMC), removable=True, partlabel="?*")),
+)
+"""The common case, for a board without a configuration file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A rule wants the volume, under these names."""
+
+    rule: Rule
+    blob: str
+    """File name in the blob directory."""
+    mount_name: str
+    """Name of the mount point in the mount root; a part of the DM name too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """No rule wants the volume."""
+
+    reasons: tuple[tuple[str, str], ...]
+    """Pairs of a rule's name and its first condition that failed; a name may be empty."""
+
+    def __str__(self) -> str:
+        if not self.reasons:
+            return "there are no rules"
+        return "; ".join(f"{name}: {why}" if name else why for name, why in self.reasons)
+
+
+def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused:
+    """The first matching rule with the names it gives, or for each rule why it is not it."""
+    if volume.opted_out:
+        return Refused((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
+    reasons: list[tuple[str, str]] = []
+    for rule in rules:
+        failure = next(rule.match.failures(volume), None)
+        if failure is not None:
+            reasons.append((rule.name, failure))
+            continue
+        if rule.action is Action.IGNORE:
+            return Refused(((rule.name, "matches, and its action is ignore"),))
+        try:
+            return Admitted(rule, rule.key.blob.render(volume), rule.mount.name.render(volume))
+        except UnsafeNameError as error:
+            return Refused(((rule.name, f"matches, but {error}"),))
+    return Refused(tuple(reasons))

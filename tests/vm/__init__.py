@@ -1,0 +1,1 @@
+"""The test bed: a Debian guest with a simulated CAAM, restored from a saved state for every test."""

@@ -1,0 +1,102 @@
+"""What is slow to build is built once, under a key of everything it was built from."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Ingredient = str | bytes | Path
+
+
+def root() -> Path:
+    """The cache's folder, outside the tree so that a fresh clone finds it."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "caam-hotplug"
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Only one process builds or looks into the cache at a time."""
+    root().mkdir(parents=True, exist_ok=True)
+    with (root() / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def key_of(*ingredients: Ingredient) -> str:
+    """A short digest; a folder or file counts with its contents."""
+    digest = hashlib.sha256()
+    for ingredient in ingredients:
+        for part in _bytes_of(ingredient):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(ingredient: Ingredient) -> Iterator[bytes]:
+    match ingredient:
+        case str():
+            yield ingredient.encode()
+        case bytes():
+            yield ingredient
+        case Path() if ingredient.is_dir():
+            for file in sorted(ingredient.iterdir()):
+                if file.is_file():
+                    yield file.name.encode()
+                    yield file.read_bytes()
+        case Path():
+            yield ingredient.read_bytes()
+
+
+def built(name: str, key: str, build: Callable[[Path], None], *, says: str) -> Path:
+    """The folder that `build` filled: from the cache, or made now with a word on the terminal.
+
+    A folder is renamed into place when it is whole, and carries the sizes of its files: one that
+    was cut short later is made anew. Older folders of the same name go away.
+    """
+    folder = root() / f"{name}-{key}"
+    if _is_whole(folder):
+        os.utime(folder)
+        return folder
+    forget(folder)
+    began = time.monotonic()
+    print(f"{says} ...", file=sys.stderr, flush=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root()))
+    try:
+        build(making)
+        (making / ".sizes").write_text(_sizes(making))
+        making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    print(f"    done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    _prune(name)
+    return folder
+
+
+def forget(folder: Path) -> None:
+    """The folder is not in the cache; it will be made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sizes(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.name != ".sizes" and path.is_file())
+    return "".join(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files)
+
+
+def _is_whole(folder: Path) -> bool:
+    record = folder / ".sizes"
+    return record.exists() and record.read_text() == _sizes(folder)
+
+
+def _prune(name: str, keep: int = 2) -> None:
+    folders = [path for path in root().glob(f"{name}-*") if len(path.name) == len(name) + 17]
+    by_age = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in by_age[keep:]:
+        forget(folder)

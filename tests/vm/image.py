@@ -1,0 +1,247 @@
+"""Builds what the guest boots from: kernel, initrd and two squashfs images.
+
+The base image is Debian's packages; the bed's image above it holds kernel modules, the simulated
+CAAM, Python's packages and the bed's agent, so that a change there costs seconds, not a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vm import cache
+
+HERE: Final = Path(__file__).parent
+CAAM_SIM: Final = HERE / "caam_sim"
+GUEST: Final = HERE / "guest"
+
+GUEST_PACKAGES: Final = (
+    "systemd systemd-sysv udev dbus python3 python3-keyutils dmsetup libdevmapper1.02.1 "
+    "cryptsetup-bin keyutils libkeyutils1 libblkid1 e2fsprogs dosfstools exfatprogs fdisk gdisk "
+    "kmod procps"
+).split()
+GUEST_PYTHON: Final = (
+    "pyudev>=0.24.1 msgspec>=0.18 pytest>=8.2 pytest-asyncio>=1.0 pytest-timeout>=2.3 "
+    "coverage>=7.4 hypothesis>=6.100"
+).split()
+MODULES: Final = (
+    "virtio_pci virtio_blk virtio_console virtio_scsi virtio_rng squashfs overlay 9p 9pnet_virtio "
+    "ext4 vfat exfat xfs btrfs f2fs nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 loop fuse "
+    "dm-mod dm-crypt dm-flakey dm-delay dm-zero xhci-pci usb-storage uas sd_mod sdhci-pci mmc_block "
+    "scsi_debug cbc ecb ccm ctr xts essiv aes_generic aesni-intel sha256_generic sha256_ssse3 "
+    "crc32c_generic crc32c-intel libcrc32c algif_skcipher algif_hash"
+).split()
+INITRD_MODULES: Final = "virtio_pci virtio_blk squashfs overlay".split()
+MASKED_UNITS: Final = (
+    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer "
+    "systemd-tmpfiles-clean.timer e2scrub_reap.service getty@tty1.service "
+    "systemd-update-utmp.service systemd-random-seed.service"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """Files that QEMU boots from, and the key of all that they were built from."""
+
+    kernel: Path
+    initrd: Path
+    base: Path
+    bed: Path
+    key: str
+
+
+def build() -> Image:
+    """The guest's image; what is in the cache is not built again.
+
+    Raises: subprocess.CalledProcessError if a tool of Debian's fails.
+    """
+    version = kernel_version()
+    release = Path("/etc/debian_version").read_text()
+    code = HERE / "image.py"
+    unpacked = cache.built(
+        "kernel",
+        cache.key_of(version, release),
+        lambda folder: _unpack_kernel(folder, version),
+        says=f"Unpacking Debian's kernel {version}",
+    )
+    base = cache.built(
+        "base",
+        cache.key_of(" ".join(GUEST_PACKAGES), release),
+        _base_image,
+        says="Building the guest's root tree (once; about a minute and a half)",
+    )
+    key = cache.key_of(version, release, code, CAAM_SIM, GUEST)
+    bed = cache.built(
+        "bed",
+        key,
+        lambda folder: _bed_image(folder, unpacked, version),
+        says="Building the simulated CAAM and the guest's own image",
+    )
+    vmlinuz = unpacked / "boot" / f"vmlinuz-{version}"
+    return Image(vmlinuz, bed / "initrd", base / "base.squashfs", bed / "bed.squashfs", key)
+
+
+def kernel_version() -> str:
+    """The kernel whose headers are installed, which `setup` took from linux-image-amd64."""
+    pattern = re.compile(r"linux-headers-(\d.*-amd64)")
+    found = [m[1] for f in Path("/usr/src").iterdir() if (m := pattern.fullmatch(f.name))]
+    if not found:
+        sys.exit("no kernel headers in /usr/src: run tests/vm/setup")
+    return max(found, key=lambda v: [int(part) for part in re.findall(r"\d+", v)])
+
+
+def _run(*command: str | Path, **options: object) -> str:
+    done = subprocess.run(  # type: ignore[call-overload]
+        [str(word) for word in command], check=False, capture_output=True, text=True, **options
+    )
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
+    return str(done.stdout)
+
+
+def _unpack_kernel(folder: Path, version: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        _run("apt-get", "-q=2", "download", f"linux-image-{version}", cwd=scratch)
+        (deb,) = Path(scratch).glob("*.deb")
+        _run("dpkg-deb", "-x", deb, folder)
+    shutil.rmtree(folder / "usr")
+    _run("depmod", "-b", folder, version)
+
+
+def _base_image(folder: Path) -> None:
+    memory = Path("/dev/shm")
+    fast = memory if memory.is_dir() and shutil.disk_usage(memory).free > 2 << 30 else folder
+    with tempfile.TemporaryDirectory(dir=fast) as scratch:
+        tree = Path(scratch) / "root"
+        excluded = ("doc/*", "man/*", "locale/*", "info/*", "lintian/*")
+        _run(
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            '--aptopt=APT::Install-Recommends "false"',
+            *(f"--dpkgopt=path-exclude=/usr/share/{glob}" for glob in excluded),
+            f"--include={','.join(GUEST_PACKAGES)}",
+            "bookworm",
+            tree,
+            env={**os.environ, "TMPDIR": scratch},
+        )
+        for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc"):
+            shutil.rmtree(tree / waste, ignore_errors=True)
+        _squash(tree, folder / "base.squashfs")
+
+
+def _squash(tree: Path, image: Path) -> None:
+    _run("mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet",
+         "-noappend", "-all-root")  # fmt: skip
+
+
+def _bed_image(folder: Path, unpacked: Path, version: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        lib = tree / "usr/lib/modules" / version
+        source = unpacked / "lib/modules" / version
+        modules = _with_dependencies(source, MODULES)
+        for module in modules:
+            (lib / module).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / module, lib / module)
+        for index in source.glob("modules.builtin*"):
+            shutil.copy(index, lib)
+        shutil.copy(source / "modules.order", lib)
+        _build_caam_sim(Path(scratch) / "caam_sim", version, lib, tree / "usr/local/bin")
+        (tree / "lib").symlink_to("usr/lib")
+        _run("depmod", "-b", tree, version)
+        (tree / "lib").unlink()
+        _install_python(tree / "opt/site")
+        _install_bed(tree)
+        _squash(tree, folder / "bed.squashfs")
+        _initrd(folder / "initrd", source, Path(scratch) / "initrd")
+
+
+def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
+    """The modules' files and those of all they need, each after what it needs."""
+    needs: dict[str, list[str]] = {}
+    by_name: dict[str, str] = {}
+    for line in (source / "modules.dep").read_text().splitlines():
+        module, _, below = line.partition(":")
+        needs[module] = below.split()
+        by_name[Path(module).name.removesuffix(".ko").replace("_", "-")] = module
+    ordered: dict[str, None] = {}
+    for name in wanted:
+        module = by_name.get(name.replace("_", "-"))
+        if module is not None:  # else it is built into the kernel
+            ordered |= dict.fromkeys([*reversed(needs[module]), module])
+    return list(ordered)
+
+
+def _build_caam_sim(work: Path, version: str, lib: Path, programs: Path) -> None:
+    shutil.copytree(CAAM_SIM, work)
+    _run("make", "-C", work, f"KERNEL={version}", "modules", "caam-keygen")
+    _run("strip", "--strip-debug", work / "caam_sim.ko")
+    (lib / "updates").mkdir(parents=True)
+    shutil.copy(work / "caam_sim.ko", lib / "updates")
+    programs.mkdir(parents=True)
+    shutil.copy(work / "caam-keygen", programs)
+
+
+def _install_python(site: Path) -> None:
+    _run(
+        sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
+        "--target", site, "--python-version", "3.11", "--implementation", "cp",
+        "--only-binary=:all:", *GUEST_PYTHON,
+    )  # fmt: skip
+    _run(sys.executable, "-m", "compileall", "-q", site)
+
+
+def _install_bed(tree: Path) -> None:
+    lib, units = tree / "usr/local/lib/bed", tree / "etc/systemd/system"
+    wanted = units / "multi-user.target.wants"
+    for folder in (lib, wanted, tree / "src", tree / "etc/modprobe.d"):
+        folder.mkdir(parents=True)
+    shutil.copy(GUEST / "agent.py", lib)
+    shutil.copy(GUEST / "bed-agent.service", units)
+    (wanted / "bed-agent.service").symlink_to("../bed-agent.service")
+    for unit in MASKED_UNITS:
+        (units / unit).symlink_to("/dev/null")
+    autologin = units / "serial-getty@hvc0.service.d"
+    autologin.mkdir()
+    (autologin / "root.conf").write_text(
+        "[Service]\nExecStart=\nExecStart=-/sbin/agetty -o '-p -f -- root' --noclear "
+        "--autologin root - $TERM\n"
+    )
+    journald = tree / "etc/systemd/journald.conf.d"
+    journald.mkdir()
+    (journald / "bed.conf").write_text(
+        "[Journal]\nStorage=volatile\nRuntimeMaxUse=64M\nRateLimitBurst=0\n"
+    )
+    (tree / "etc/modprobe.d/bed.conf").write_text("options usb-storage delay_use=0\n")
+    (tree / "etc/hostname").write_text("board\n")
+    (tree / "etc/fstab").write_text("")
+    (tree / "etc/machine-id").write_text("5f0b9d0c6f0e4a7f9d1f6f1c1f3a2b11\n")
+    packages = tree / "usr/lib/python3/dist-packages"
+    packages.mkdir(parents=True)
+    (packages / "bed.pth").write_text("/opt/site\n")
+
+
+def _initrd(target: Path, source: Path, work: Path) -> None:
+    for folder in ("bin", "dev", "proc", "sys", "modules"):
+        (work / folder).mkdir(parents=True)
+    shutil.copy("/bin/busybox", work / "bin")
+    shutil.copy(GUEST / "init", work / "init")
+    (work / "init").chmod(0o755)
+    modules = _with_dependencies(source, INITRD_MODULES)
+    for module in modules:
+        shutil.copy(source / module, work / "modules")
+    (work / "modules/order").write_text("".join(f"{Path(m).name}\n" for m in modules))
+    files = "\n".join(str(p.relative_to(work)) for p in sorted(work.rglob("*")))
+    with target.open("wb") as archive:
+        subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"],
+            cwd=work, input=files.encode(), stdout=archive, check=True,
+        )  # fmt: skip

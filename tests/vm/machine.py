@@ -1,0 +1,192 @@
+"""QEMU: boot once, save the machine, restore it for every test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vm import cache, image
+from vm.guest import Guest
+from vm.media import KEYS, OTPMK_A
+from vm.qmp import Qmp
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+MEMORY_MIB: Final = 1024
+BOOT_DEADLINE_S: Final = 240
+RESTORE_DEADLINE_S: Final = 60
+
+
+class MachineError(Exception):
+    """The guest did not come up; what its console said is in the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A saved machine: the image it booted from and its state."""
+
+    image: image.Image
+    folder: Path
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+
+def _arguments(img: image.Image, run: Path) -> list[str]:
+    """The machine. They must be the same on restore as they were when the state was saved."""
+    return [
+        "qemu-system-x86_64",
+        *("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2"),
+        *("-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-kernel", str(img.kernel), "-initrd", str(img.initrd), "-append"),
+        "console=ttyS0 quiet panic=1 oops=panic systemd.unit=multi-user.target "
+        "systemd.show_status=0 mitigations=off audit=0 net.ifnames=0",
+        *("-serial", f"file:{run}/console"),
+        *("-qmp", f"unix:{run}/qmp,server=on,wait=off"),
+        *("-drive", f"if=none,id=base,format=raw,readonly=on,file={img.base}"),
+        *("-device", "virtio-blk-pci,drive=base"),
+        *("-drive", f"if=none,id=bed,format=raw,readonly=on,file={img.bed}"),
+        *("-device", "virtio-blk-pci,drive=bed"),
+        *("-device", "virtio-rng-pci"),
+        *("-device", "virtio-serial-pci,id=serial"),
+        *("-chardev", f"socket,id=agent,path={run}/agent,server=on,wait=off"),
+        *("-device", "virtserialport,chardev=agent,name=agent"),
+        *("-chardev", f"socket,id=shell,path={run}/shell,server=on,wait=off"),
+        *("-device", "virtconsole,chardev=shell"),
+        *(word for n in range(3) for word in ("-device", f"qemu-xhci,id=xhci{n},p2=15,p3=15")),
+        *("-device", "virtio-scsi-pci,id=scsi"),
+        *("-device", "sdhci-pci", "-drive", "if=none,id=sdslot"),
+        *("-device", "sd-card,id=sd0,drive=sdslot"),
+        *("-fsdev", f"local,id=src,path={REPOSITORY},security_model=none,readonly=on"),
+        *("-device", "virtio-9p-pci,fsdev=src,mount_tag=src"),
+    ]
+
+
+@asynccontextmanager
+async def _qemu(arguments: list[str], run: Path) -> AsyncIterator[Qmp]:
+    """A QEMU process and its control connection; it is killed on the way out."""
+    with (run / "qemu.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*arguments, stdout=log, stderr=log)
+    try:
+        qmp = await _connected(process, run)
+        try:
+            yield qmp
+        finally:
+            await qmp.close()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _connected(process: asyncio.subprocess.Process, run: Path) -> Qmp:
+    while process.returncode is None:
+        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            return await Qmp.connected(run / "qmp")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(process.wait()), 0.02)
+    raise MachineError(f"QEMU ended:\n{(run / 'qemu.log').read_text()}")
+
+
+async def _incoming(qmp: Qmp) -> None:
+    deadline = time.monotonic() + RESTORE_DEADLINE_S
+    while (await qmp("query-status"))["status"] == "inmigrate":
+        if time.monotonic() > deadline:
+            raise MachineError("the saved state does not load")
+        await asyncio.sleep(0.02)
+
+
+def saved() -> Saved:
+    """The saved machine, from the cache or booted now. Blocks; for a minute and more if not there.
+
+    Raises: MachineError if the guest does not come up.
+    """
+    with cache.locked():
+        img = image.build()
+        code = Path(__file__)
+        version = shutil.which("qemu-system-x86_64") or ""
+        key = cache.key_of(img.key, code, Path(version), Path(__file__).with_name("media.py"))
+        folder = cache.built(
+            "state",
+            key,
+            lambda making: asyncio.run(_boot_and_save(img, making)),
+            says="Booting the guest and saving its state",
+        )
+        return Saved(img, folder)
+
+
+async def _boot_and_save(img: image.Image, making: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="caam-bed-") as scratch:
+        run = Path(scratch)
+        async with _qemu(_arguments(img, run), run) as qmp:
+            try:
+                async with asyncio.timeout(BOOT_DEADLINE_S):
+                    guest = await Guest.connected(run, qmp)
+                    await _prepare(guest)
+                await guest.close()
+                await qmp("stop")
+                await qmp("migrate", uri=f"exec:cat > '{making}/state'")
+                while (status := (await qmp("query-migrate"))["status"]) != "completed":
+                    if status == "failed":
+                        raise MachineError("QEMU could not save the guest")
+                    await asyncio.sleep(0.1)
+            except TimeoutError as error:
+                raise MachineError(f"the guest does not come up:\n{_console(run)}") from error
+
+
+def _console(run: Path) -> str:
+    return (run / "console").read_text(errors="replace")[-8000:]
+
+
+async def _prepare(guest: Guest) -> None:
+    """What every test finds: the CAAM of board A, its blobs, no SD controller yet."""
+    await guest.sh("systemctl is-system-running --wait || true; mkdir -p /data && chmod 755 /data")
+    await guest.sh(f"modprobe caam_sim otpmk={OTPMK_A}; modprobe -a dm-crypt loop 9pnet_virtio 9p")
+    for name, key in KEYS.items():
+        covering = "ccm" if name.startswith("ccm") else "ecb"
+        await guest.run("caam-keygen", "create", name, covering, "-t", key.decode())
+        await guest.run("rm", f"/data/caam/{name}")
+    # The agent's libraries once read are in the page cache of every restored machine.
+    await guest.sh("cd /; python3 -c 'import asyncio, pyudev, msgspec, argparse, logging'")
+    # sdhci-pci does not survive saving: it is found again after restoring.
+    await guest.sh("for d in /sys/bus/pci/drivers/sdhci-pci/0000:*; do echo 1 > $d/remove; done")
+
+
+@asynccontextmanager
+async def restored() -> AsyncIterator[Guest]:
+    """A booted guest, as it was saved, with the repository at /src; gone on the way out."""
+    machine = await asyncio.to_thread(saved)
+    async with contextlib.AsyncExitStack() as held:
+        try:
+            guest = await _restore(machine, held)
+        except (MachineError, TimeoutError, OSError):
+            await held.aclose()
+            cache.forget(machine.folder)
+            guest = await _restore(await asyncio.to_thread(saved), held)
+        yield guest
+
+
+async def _restore(machine: Saved, held: contextlib.AsyncExitStack) -> Guest:
+    scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="caam-bed-"))
+    run = Path(scratch)
+    arguments = [*_arguments(machine.image, run), "-incoming", f"exec:cat '{machine.state}'"]
+    qmp = await held.enter_async_context(_qemu(arguments, run))
+    async with asyncio.timeout(RESTORE_DEADLINE_S):
+        await _incoming(qmp)
+        guest = await Guest.connected(run, qmp)
+        held.push_async_callback(guest.close)
+        await qmp("cont")
+        await guest.set_clock()
+        await guest.sh(
+            "mkdir -p /src && mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,"
+            "cache=loose src /src"
+        )
+    return guest

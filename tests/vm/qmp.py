@@ -1,0 +1,70 @@
+"""A small asyncio client of QEMU's machine protocol (qmp-spec)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+
+class QmpError(Exception):
+    """QEMU refused a command."""
+
+
+class Qmp:
+    """One connection; commands are answered in order, events are kept for who waits."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._turn = asyncio.Lock()
+        self._replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._deleted: set[str] = set()
+        self._changed = asyncio.Condition()
+        self._pump = asyncio.create_task(self._read())
+
+    @classmethod
+    async def connected(cls, socket: Path) -> Qmp:
+        """A connection in command mode. Raises: OSError while QEMU does not listen yet."""
+        reader, writer = await asyncio.open_unix_connection(socket, limit=1 << 24)
+        await reader.readline()
+        qmp = cls(reader, writer)
+        await qmp("qmp_capabilities")
+        return qmp
+
+    async def __call__(self, command: str, **arguments: Any) -> Any:
+        """QEMU's answer. Raises: QmpError; ConnectionError if QEMU is gone."""
+        async with self._turn:
+            named = {name.replace("_", "-"): value for name, value in arguments.items()}
+            request = {"execute": command, "arguments": named}
+            self._writer.write(json.dumps(request).encode() + b"\n")
+            await self._writer.drain()
+            reply = await self._replies.get()
+        if "error" in reply:
+            raise QmpError(f"{command} {named}: {reply['error'].get('desc')}")
+        return reply["return"]
+
+    async def device_deleted(self, device: str) -> None:
+        """QEMU has said that the device is gone."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: device in self._deleted)
+            self._deleted.discard(device)
+
+    async def close(self) -> None:
+        """The connection is closed and nothing of it runs."""
+        self._pump.cancel()
+        await asyncio.gather(self._pump, return_exceptions=True)
+        self._writer.close()
+
+    async def _read(self) -> None:
+        while line := await self._reader.readline():
+            message = json.loads(line)
+            if "event" not in message:
+                await self._replies.put(message)
+            elif message["event"] == "DEVICE_DELETED":
+                async with self._changed:
+                    # Inner paths are announced too, without a device.
+                    self._deleted.add(message["data"].get("device", ""))
+                    self._changed.notify_all()
+        await self._replies.put({"error": {"desc": "QEMU closed the connection"}})
