@@ -59,9 +59,11 @@ _LogFunction = ctypes.CFUNCTYPE(
 )
 
 
-@_LogFunction
-def _silent(_level: int, _file: bytes, _line: int, _errno: int, _format: bytes) -> None:
+def _say_nothing(_level: int, _file: bytes, _line: int, _errno: int, _format: bytes) -> None:
     """libdevmapper would print to stderr what our errors say with more context."""
+
+
+_silent = _LogFunction(_say_nothing)
 
 
 class _Library:

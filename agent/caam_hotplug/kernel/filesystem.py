@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug.errors import KernelError, MountBusyError, MountError
@@ -273,8 +274,8 @@ def flush(path: str) -> None:
 
 def mounts() -> list[Mount]:
     """What is mounted in this process's namespace. Source: proc_pid_mountinfo(5)."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return [parse_mount(line) for line in file]
+    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    return [parse_mount(line) for line in text.splitlines()]
 
 
 def parse_mount(line: str) -> Mount:

@@ -78,22 +78,19 @@ def mount_point(root: Path, name: str) -> Iterator[int]:
         with suppress(FileExistsError):
             # A umask cannot add bits, so the mode that marks it as ours is certain.
             os.mkdir(name, names.MOUNT_POINT_MODE, dir_fd=parent)
+        beside = os.fstat(parent).st_dev
         try:
             opened = os.open(name, _OPEN, dir_fd=parent)
         except NotADirectoryError as error:
             raise MountPointOccupiedError(f"{path} is a link or a file") from error
     try:
-        if os.fstat(opened).st_dev != _device_of(root):
+        if os.fstat(opened).st_dev != beside:
             raise MountPointOccupiedError(f"something is mounted at {path}")
         if os.listdir(opened):
             raise MountPointOccupiedError(f"{path} is not empty")
         yield opened
     finally:
         os.close(opened)
-
-
-def _device_of(path: Path) -> int:
-    return os.stat(path, follow_symlinks=False).st_dev
 
 
 def remove_mount_point(root: Path, name: str) -> None:

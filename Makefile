@@ -1,0 +1,42 @@
+# Everything a contributor needs. `make test` and `make demo` install what they need themselves.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+BED := PYTHONPATH=tests $(PYTHON) -m vm
+
+.PHONY: help setup check test demo vm-shell clean
+
+help:
+	@echo "make demo       the main job, narrated, in a virtual machine"
+	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit and life tests"
+	@echo "make vm-shell   a shell in the virtual machine"
+
+setup: $(VENV)/.installed
+	@tests/vm/setup
+
+$(VENV)/.installed: pyproject.toml tests/vm/setup
+	@tests/vm/setup
+	@echo "Installing Python packages into $(VENV)"
+	@python3 -m venv $(VENV)
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff check agent tests
+	$(VENV)/bin/ruff format --check agent tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PYTHON) -m pytest -q tests/unit tests/life
+
+test: setup
+	tests/run-all
+
+demo: setup
+	@$(BED) demo
+
+vm-shell: setup
+	@$(BED) shell
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,132 @@
+"""The running agent: everything put together, from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from typing import ClassVar
+
+from caam_hotplug.board import Board, Entry
+from caam_hotplug.config import Config
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import cbind, keyring, udev
+from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.lifecycle.claims import Claims
+from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.lifecycle.life import Surroundings
+from caam_hotplug.notify import Notifier
+from caam_hotplug.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE = 4
+
+
+def run(config: Config) -> None:
+    """The agent has run until SIGTERM or SIGINT, and let go of what its rules do not keep.
+
+    Raises: HotplugError if it cannot start.
+    """
+    if os.geteuid() != 0:
+        raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
+    os.umask(0o022)  # the mount root is for everyone to pass through
+    _set_up_logging(config.log_level)
+    _refuse_core_dumps()
+    # Before any thread exists, since threads inherit the session keyring of their maker.
+    keyring.join_session_keyring()
+    with asyncio.Runner() as runner:
+        runner.run(_serve(config))
+
+
+async def _serve(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+
+    notifier, board = Notifier(), Board()
+    source = udev.default_source() if config.source == "auto" else config.source
+    around = Surroundings(
+        host=Linux(config.blob_directory, config.mount_root),
+        rules=config.rule,
+        dm_lane=Lane("mappings", config.stuck_after_s),
+        claims=Claims(),
+        publish=board.publish,
+        late_after_s=config.stuck_after_s,
+    )
+
+    def tell_status(_entry: Entry) -> None:
+        notifier.tell(f"STATUS={board.summary()}")
+
+    board.listen(tell_status)
+    devices = udev.Devices(source)  # subscribed from here on: what is enumerated below is complete
+    try:
+        async with Supervisor(around) as supervisor:
+            await supervisor.start(devices.present())
+
+            def on_readable() -> None:
+                for event in devices.read():
+                    supervisor.take(event, devices.present())
+
+            loop.add_reader(devices.fileno(), on_readable)
+            log.info("ready: %d rules, events from %s", len(config.rule), source)
+            notifier.tell("READY=1", f"STATUS={board.summary()}")
+            watchdog = asyncio.create_task(_feed_watchdog(notifier))
+            try:
+                await stopped.wait()
+                notifier.tell("STOPPING=1")
+                log.info("stopping")
+            finally:
+                watchdog.cancel()
+                with suppress(asyncio.CancelledError):
+                    await watchdog
+                supervisor.stop()
+    finally:
+        loop.remove_reader(devices.fileno())
+        devices.close()
+    log.info("stopped")
+
+
+async def _feed_watchdog(notifier: Notifier) -> None:
+    """The loop that does the work is what keeps the watchdog quiet."""
+    while notifier.watchdog_s is not None:
+        notifier.tell("WATCHDOG=1")
+        await asyncio.sleep(notifier.watchdog_s / 2)
+
+
+def _refuse_core_dumps() -> None:
+    """Key bytes pass through this process; no dump of its memory is ever written."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+class _JournalFormatter(logging.Formatter):
+    """A line with its priority before it, as the journal reads it (sd-daemon(3))."""
+
+    _PRIORITIES: ClassVar = {
+        logging.ERROR: 3,
+        logging.WARNING: 4,
+        logging.INFO: 6,
+        logging.DEBUG: 7,
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{self._PRIORITIES.get(record.levelno, 5)}>{super().format(record)}"
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    if "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_JournalFormatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    ours = logging.getLogger("caam_hotplug")
+    ours.addHandler(handler)
+    ours.setLevel(level.upper())

@@ -1,0 +1,157 @@
+"""The kernel as a volume's life uses it: each call one step, synchronous, without policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from caam_hotplug import names
+from caam_hotplug.errors import HotplugError, MountError
+from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev
+from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume, VolumeId
+
+
+class Linux:
+    """This machine's kernel, for one blob directory and one mount root.
+
+    Raises, in every method: KernelError and its kin, or OSError for a path that cannot be
+    walked. Lane: methods that speak of mappings run on the dm lane, all others on any thread.
+    """
+
+    def __init__(
+        self, blob_directory: Path, mount_root: Path, caam_device: Path = names.CAAM_DEVICE
+    ) -> None:
+        self.blob_directory = blob_directory
+        self.mount_root = mount_root
+        self._caam_device = caam_device
+
+    def is_present(self, volume: Volume) -> bool:
+        """Whether the volume still sits where it sat."""
+        return udev.present_id(volume.name) == volume.id
+
+    def identify(self, volume: Volume) -> Volume:
+        """The volume with what it says of itself, read off the medium."""
+        found = filesystem.identify(volume.node)
+        return replace(
+            volume,
+            partlabel=found.partlabel,
+            partuuid=found.partuuid,
+            parttype=found.parttype,
+            label=found.label,
+            uuid=found.uuid,
+            identified=True,
+        )
+
+    def read_blob(self, name: str) -> bytes:
+        """The black blob's bytes. Raises: BlobMissingError, BlobError."""
+        return caam.read_blob(self.blob_directory, name)
+
+    def import_blob(self, blob: bytes) -> SecretBytes:
+        """The blob's tagged key, for the caller to wipe. Raises: BlobRejectedError."""
+        return caam.import_blob(self._caam_device, blob)
+
+    def add_key(self, description: str, payload: SecretBytes) -> None:
+        """The logon key is in the agent's session keyring."""
+        keyring.add_logon_key(description, payload)
+
+    def has_key(self, description: str) -> bool:
+        """Whether the agent's session keyring has the logon key."""
+        return keyring.find_logon_key(description) is not None
+
+    def unlink_key(self, description: str) -> None:
+        """The logon key is not in the agent's session keyring."""
+        keyring.unlink_logon_key(description)
+
+    def find_mapping(self, uuid: str) -> Mapping | None:
+        """The mapping with this DM-UUID, or None."""
+        return devmapper.find(uuid)
+
+    def our_mappings(self) -> list[Mapping]:
+        """Every mapping with our DM-UUID prefix."""
+        return devmapper.ours()
+
+    def create_mapping(self, name: str, uuid: str) -> None:
+        """A mapping of this name and DM-UUID exists, without a table."""
+        devmapper.create(name, uuid)
+
+    def load_table(self, name: str, line: str, *, read_only: bool) -> None:
+        """The mapping has the target line as its inactive table, and its own copy of the key."""
+        devmapper.load(name, line, read_only=read_only)
+
+    def activate_mapping(self, name: str) -> None:
+        """The table loaded last is live."""
+        devmapper.resume(name)
+
+    def poison_mapping(self, name: str, size: Sectors) -> None:
+        """All I/O of the mapping fails; its key is wiped from the kernel."""
+        devmapper.poison(name, size)
+
+    def remove_mapping(self, name: str) -> None:
+        """The mapping is gone, or goes when its last holder closes it."""
+        devmapper.remove(name)
+
+    def keep_mapping(self, name: str) -> None:
+        """An earlier deferred removal of the mapping is called off."""
+        devmapper.keep(name)
+
+    def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
+        """The allowed filesystem that lies on the device, or None."""
+        return filesystem.probe(node, filesystems)
+
+    def mount(
+        self,
+        node: str,
+        kind: str,
+        name: str,
+        *,
+        read_only: bool,
+        options: Sequence[str],
+        filesystem_options: Sequence[str],
+    ) -> None:
+        """The filesystem is mounted on `name` in the mount root, a directory made if missing.
+
+        Raises: MountPointOccupiedError; MountError.
+        """
+        with paths.mount_point(self.mount_root, name) as target:
+            filesystem.mount(
+                node,
+                kind,
+                target,
+                read_only=read_only,
+                options=options,
+                filesystem_options=filesystem_options,
+            )
+
+    def mounts(self) -> list[Mount]:
+        """All mounts of this process's namespace."""
+        return filesystem.mounts()
+
+    def flush(self, name: str) -> None:
+        """What was written below the mount point is on the medium."""
+        filesystem.flush(str(self.mount_root / name))
+
+    def unmount(self, name: str, *, lazily: bool = False) -> None:
+        """Nothing is mounted on `name` in the mount root. Raises: MountBusyError."""
+        try:
+            with paths.directory(self.mount_root) as root:
+                filesystem.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
+        except MountError as error:
+            point = str(self.mount_root / name)
+            raise type(error)("unmount", point, error.errno or 0) from error
+
+    def remove_mount_point(self, name: str) -> None:
+        """The directory is gone if we made it."""
+        paths.remove_mount_point(self.mount_root, name)
+
+    def our_mount_points(self) -> list[str]:
+        """Directories that we made and that nothing is mounted on."""
+        return paths.our_mount_points(self.mount_root)
+
+
+def volume_of(mapping: Mapping) -> VolumeId:
+    """The volume of one of our mappings. Raises: HotplugError if its DM-UUID is malformed."""
+    found = names.volume_of_dm_uuid(mapping.uuid)
+    if found is None:
+        raise HotplugError(f"mapping {mapping.name} has a DM-UUID of no volume: {mapping.uuid}")
+    return found

@@ -1,0 +1,243 @@
+"""Block devices: a monitor of their events, a look at all that are present, and what each is.
+
+Facts come from two places. udev (or, without udevd, libblkid later) tells what the medium claims:
+label, identifiers, serial number. sysfs tells what the kernel knows and is believed over any
+event: a synthesized `remove` leaves the device in place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import pyudev
+
+from caam_hotplug import names
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.model import (
+    Appeared,
+    Bus,
+    DeviceNumber,
+    DevType,
+    Disappeared,
+    Event,
+    EventsLost,
+    Sectors,
+    Volume,
+    VolumeId,
+)
+
+Source = Literal["udev", "kernel"]
+
+_EVENTS_PER_READ: Final = 64
+"""A storm must not keep the loop from everything else."""
+_NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
+"""Built on other devices, without partitions worth the name, or ours."""
+_ATA: Final = re.compile(r"ata\d+")
+_HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
+
+_SYS_BLOCK: Final = Path("/sys/class/block")
+
+
+def default_source() -> Source:
+    """udev where udevd runs, else the kernel's own events."""
+    return "udev" if names.UDEV_CONTROL.exists() else "kernel"
+
+
+def _context() -> pyudev.Context:
+    # pyudev asks ctypes.util.find_library, which starts ldconfig and may try gcc.
+    import pyudev._ctypeslib.utils as loader  # noqa: PLC0415  pyudev offers no other seam
+
+    loader.find_library = lambda name: f"lib{name}.so.1"
+    return pyudev.Context()
+
+
+class Devices:
+    """The block devices of this machine, and what happens to them.
+
+    Synchronization: loop thread only; libudev objects are not thread-safe.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source: Final = source
+        self._context = _context()
+        self._monitor = pyudev.Monitor.from_netlink(self._context, source=source)
+        self._monitor.filter_by("block")
+        self._monitor.start()
+        # A second handle on the same socket, to clear an overflow that pyudev cannot.
+        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
+
+    def fileno(self) -> int:
+        """Readable when `read` has something to give."""
+        return int(self._monitor.fileno())
+
+    def close(self) -> None:
+        """Events are no longer received."""
+        self._socket.close()
+
+    def read(self) -> list[Event]:
+        """The events that wait in the socket, a bounded number of them at a time.
+
+        After an overflow (ENOBUFS) the socket reports an error until SO_ERROR is read; what was
+        lost is unknown, so EventsLost asks for a look at everything.
+        """
+        events: list[Event] = []
+        for _ in range(_EVENTS_PER_READ):
+            try:
+                device = self._monitor.poll(timeout=0)
+            except (OSError, ValueError, OverflowError, MemoryError):
+                # pyudev turns EINVAL, EOVERFLOW and ENOMEM into those; errno is often None.
+                self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                events.append(EventsLost())
+                continue
+            if device is None:
+                break
+            events += self._events_of(device)
+        return events
+
+    def present(self) -> Iterator[Appeared]:
+        """Every volume that is there now."""
+        for device in self._context.list_devices(subsystem="block"):
+            yield from (e for e in self._events_of(device) if isinstance(e, Appeared))
+
+    def volume(self, node: str) -> Volume:
+        """The volume at a device node, for people who ask about it.
+
+        Raises: HotplugError if it is no block device.
+        """
+        try:
+            device = pyudev.Devices.from_device_file(self._context, os.path.realpath(node))
+        except (pyudev.DeviceNotFoundError, OSError, ValueError) as error:
+            raise HotplugError(f"look at {node}: it is no block device") from error
+        found = _volume(device.sys_name, dict(device.properties), self.source)
+        if device.subsystem != "block" or found is None:
+            raise HotplugError(f"look at {node}: it is no block device with a medium in it")
+        return found
+
+    def _events_of(self, device: pyudev.Device) -> Iterator[Event]:
+        name = device.sys_name
+        if _NEVER_MEDIA.match(name):
+            return
+        volume = _volume(name, dict(device.properties), self.source)
+        if volume is None:
+            yield Disappeared(name)
+        elif self.source == "kernel" or device.is_initialized:
+            yield Appeared(volume)
+
+
+def present_id(name: str) -> VolumeId | None:
+    """Which volume sits at a kernel name now, or None. Asks sysfs; any thread."""
+    folder = _SYS_BLOCK / name
+    try:
+        # The kernel takes the `dev` file away before it tells of the removal, the folder after
+        # (device_del in drivers/base/core.c).
+        DeviceNumber.from_text((folder / "dev").read_text())
+        whole = not (folder / "partition").exists()
+        disk = folder if whole else folder.resolve().parent
+        diskseq = int((disk / "diskseq").read_text())
+        partition = 0 if whole else int((folder / "partition").read_text())
+        if int((folder / "size").read_text()) == 0:
+            return None
+    except (OSError, ValueError):
+        return None
+    return VolumeId(diskseq, partition)
+
+
+def _volume(name: str, properties: Mapping[str, str], source: Source) -> Volume | None:
+    """The volume at a kernel name, or None if there is none, or no medium in the reader."""
+    folder = _SYS_BLOCK / name
+    which = present_id(name)
+    if which is None:
+        return None
+    try:
+        number = DeviceNumber.from_text((folder / "dev").read_text())
+        size = Sectors(int((folder / "size").read_text()))
+        read_only = (folder / "ro").read_text().strip() == "1"
+    except (OSError, ValueError):
+        return None  # it left while we looked; its remove event follows
+    disk = folder.resolve() if which.partition == 0 else folder.resolve().parent
+    bus = _bus(disk)
+
+    def text(key: str) -> str | None:
+        value = properties.get(key)
+        return None if value is None else decoded(value)
+
+    return Volume(
+        id=which,
+        name=name,
+        number=number,
+        devtype=DevType.DISK if which.partition == 0 else DevType.PARTITION,
+        size=size,
+        bus=bus,
+        removable=_attribute(disk / "removable") == "1" or bus in {Bus.USB, Bus.MMC},
+        read_only=read_only or _attribute(disk / "ro") == "1",
+        partlabel=text("ID_PART_ENTRY_NAME"),
+        partuuid=text("ID_PART_ENTRY_UUID"),
+        parttype=text("ID_PART_ENTRY_TYPE"),
+        label=text("ID_FS_LABEL_ENC") or text("ID_FS_LABEL"),
+        uuid=text("ID_FS_UUID_ENC") or text("ID_FS_UUID"),
+        serial=text("ID_SERIAL_SHORT") or _serial(disk, text("ID_SERIAL")),
+        vendor=(text("ID_VENDOR_ENC") or _attribute(disk / "device/vendor") or "").strip() or None,
+        model=(text("ID_MODEL_ENC") or _model(disk) or "").strip() or None,
+        path=text("ID_PATH"),
+        opted_out=properties.get(names.UDEV_OPT_OUT) == "0",
+        identified=source == "udev",
+    )
+
+
+def _attribute(file: Path) -> str | None:
+    try:
+        return file.read_text(errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def _model(disk: Path) -> str | None:
+    return _attribute(disk / "device/model") or _attribute(disk / "device/name")
+
+
+def _serial(disk: Path, otherwise: str | None) -> str | None:
+    """The serial number where udev gives none of its own: an SD card's, a USB device's."""
+    return (
+        otherwise
+        or _attribute(disk / "device/serial")
+        or next((s for up in disk.parents if (s := _attribute(up / "serial"))), None)
+    )
+
+
+def _bus(disk: Path) -> Bus:
+    """What the disk is attached to, from the subsystems above it, nearest first.
+
+    A SCSI disk may really sit behind USB or ATA, so SCSI is the answer only if nothing else is.
+    """
+    if disk.name.startswith("loop"):
+        return Bus.LOOP
+    scsi = False
+    for folder in disk.parents:
+        if _ATA.fullmatch(folder.name):
+            return Bus.ATA
+        try:
+            subsystem = (folder / "subsystem").readlink().name
+        except OSError:
+            continue
+        match subsystem:
+            case "usb" | "mmc" | "nvme":
+                return Bus(subsystem)
+            case "virtio" if not scsi:
+                return Bus.VIRTIO
+            case "scsi":
+                scsi = True
+    return Bus.SCSI if scsi else Bus.OTHER
+
+
+def decoded(value: str) -> str:
+    """A text that udev has encoded (`\\x2f` for a slash and so on), as it was.
+
+    Source: encode_devnode_name in systemd, blkid_encode_string in libblkid.
+    """
+    raw = _HEX.sub(lambda m: bytes([int(m[1], 16)]), value.encode(errors="surrogateescape"))
+    return raw.decode(errors="replace")

@@ -1,0 +1,1 @@
+"""How a volume lives: what it holds, in which order, and how it lets go."""

@@ -1,0 +1,159 @@
+"""The life of one volume, from arrival to departure: one coroutine, read from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from caam_hotplug import names
+from caam_hotplug.errors import BlobMissingError, HotplugError, MountPointOccupiedError
+from caam_hotplug.lifecycle.claims import Claims
+from caam_hotplug.lifecycle.host import Host
+from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
+from caam_hotplug.lifecycle.resources import Wish, active_mapping, mounted
+from caam_hotplug.lifecycle.steps import Steps
+from caam_hotplug.lifecycle.sweep import release_left_behind
+from caam_hotplug.model import State, Volume
+from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[Volume, State, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What all lives share."""
+
+    host: Host
+    rules: tuple[Rule, ...]
+    dm_lane: Lane
+    claims: Claims
+    publish: Publish
+    late_after_s: float
+
+
+class Life:
+    """One volume's life; `attend` is all of it. Synchronization: loop only."""
+
+    def __init__(self, around: Surroundings, volume: Volume, *, inherits: bool = False) -> None:
+        """`inherits`: an earlier run of the agent has left a mapping of this volume."""
+        self._around = around
+        self._host = around.host
+        self._volume = volume
+        self._inherits = inherits
+        self._news = False
+        self._state = State.IGNORED
+        self._said = ""
+        self._on_stop = OnStop.LOCK
+        self.leave = Leave()
+        lane = Lane(f"volume {volume.id}", around.late_after_s)
+        self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self._late)
+
+    def update(self, volume: Volume) -> None:
+        """The volume was seen again, perhaps with other facts."""
+        if volume.identified == self._volume.identified and volume != self._volume:
+            self._volume = volume
+            self._news = True
+        if self._state in {State.WAITING, State.CONFLICT}:
+            self._news = True
+        self.leave.stir()
+
+    def stop(self) -> None:
+        """The agent stops: the volume is let go, or left mounted if its rule says so."""
+        settled = self._state in {State.MOUNTED, State.UNLOCKED}
+        keeps = settled and self._on_stop is OnStop.KEEP
+        self.leave.ask(Reason.KEEP if keeps else Reason.STOP)
+
+    async def attend(self) -> None:
+        """The volume has come and gone, and nothing of it is left that is ours to remove."""
+        while not self.leave.asked:
+            self._news = False
+            await self._serve()
+            await self.leave.until(lambda: self._news)
+        # A release that failed has said so; only a medium that is gone overrules it.
+        if self._state is State.REMOVED_UNSAFELY or self.leave.keeps:
+            return
+        if self.leave.gone or self._state is not State.FAILED:
+            self._publish(State.GONE)
+
+    async def _serve(self) -> None:
+        """As far as the volume gets. The only place where the errors of a volume end."""
+        try:
+            if not self._volume.identified:
+                identify = self._host.identify
+                self._volume = await self._steps.call("identify", identify, self._volume)
+            self.leave.check()
+            match decide(self._around.rules, self._volume):
+                case Refused() as refused:
+                    await self._let_be(refused)
+                case Admitted() as plan:
+                    await self._hold(Wish(self._volume, plan))
+        except LeaveRequestedError:
+            pass
+        except BlobMissingError as error:
+            self._publish(State.WAITING, str(error))
+        except MountPointOccupiedError as error:
+            self._publish(State.CONFLICT, str(error))
+        except (HotplugError, OSError) as error:
+            if self.leave.gone or not self._host.is_present(self._volume):
+                # A medium that is pulled makes the step at hand fail; that is no fault of its.
+                log.warning("%s: pulled meanwhile: %s", self._volume, error)
+            else:
+                self._publish(State.FAILED, str(error))
+
+    async def _let_be(self, refused: Refused) -> None:
+        if self._inherits:
+            find, uuid = self._host.find_mapping, names.dm_uuid(self._volume.id)
+            mapping = await self._steps.dm("look for the mapping", find, uuid)
+            if mapping is not None:
+                log.warning("%s: no rule admits it any more; letting it go", self._volume)
+                await release_left_behind(self._steps, mapping)
+            self._inherits = False
+        self._publish(State.IGNORED, str(refused))
+
+    async def _hold(self, wish: Wish) -> None:
+        name, claims, me = wish.plan.mount_name, self._around.claims, wish.volume.id
+        with claims.queued(name, me, self.leave.stir):
+            if claims.owner(name) != me:
+                point = self._host.mount_root / name
+                self._publish(State.CONFLICT, f"{point} belongs to volume {claims.owner(name)}")
+                await self.leave.until(lambda: claims.owner(name) == me)
+            self.leave.check()
+            await self._unlock_and_mount(wish)
+
+    async def _unlock_and_mount(self, wish: Wish) -> None:
+        unsafe = False
+        self._on_stop = wish.plan.rule.on_stop
+        async with AsyncExitStack() as held:
+            self._publish(State.UNLOCKING, f"with {self._host.blob_directory / wish.plan.blob}")
+            mapping = await held.enter_async_context(active_mapping(self._steps, wish))
+            if wish.plan.rule.action is Action.UNLOCK:
+                self._publish(State.UNLOCKED, f"as {mapping.name}")
+            else:
+                self._publish(State.MOUNTING, f"from {mapping.node}")
+                mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
+                unsafe = not mount.read_only
+                access = "read-only" if mount.read_only else "read-write"
+                self._publish(State.MOUNTED, f"at {mount.point}, {access}")
+            await self.leave.until(lambda: False)
+            if not self.leave.keeps:
+                self._publish(State.DETACHING, self.leave.why)
+        if unsafe and self.leave.gone:
+            lost = "it was mounted read-write; what was written last may be lost"
+            self._publish(State.REMOVED_UNSAFELY, lost)
+
+    def _publish(self, state: State, reason: str = "") -> None:
+        self._state, self._said = state, reason
+        self._around.publish(self._volume, state, reason)
+
+    def _late(self, words: str, is_late: bool) -> None:
+        if is_late:
+            allowed = self._around.late_after_s
+            said = f"{words}: the kernel has not answered for {allowed:g} s; still waiting"
+            self._around.publish(self._volume, State.STUCK, said)
+        else:
+            self._around.publish(self._volume, self._state, self._said)

@@ -1,0 +1,218 @@
+"""What a volume holds, each as a context: key, mapping, mount.
+
+Three rules hold for all of them. What they are called is derived from the volume and its rule,
+never stored. To acquire is to ensure: absent is made, ours is adopted, foreign is refused. To
+release is idempotent, checks whose it is, and is arranged before anything is made, so that a
+half-made thing is released too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from caam_hotplug import names
+from caam_hotplug.errors import (
+    ForeignMappingError,
+    MountBusyError,
+    MountPointOccupiedError,
+    NoFilesystemError,
+)
+from caam_hotplug.lifecycle.host import Host
+from caam_hotplug.lifecycle.steps import Steps
+from caam_hotplug.model import Mapping, Mount, Volume
+from caam_hotplug.rules import Admitted
+from caam_hotplug.table import CryptTarget, crypt_target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a volume is to hold: derived from it and the rule that admits it."""
+
+    volume: Volume
+    plan: Admitted
+
+    @property
+    def dm_name(self) -> str:
+        return names.dm_name(self.volume.id, self.plan.mount_name)
+
+    @property
+    def dm_uuid(self) -> str:
+        return names.dm_uuid(self.volume.id)
+
+    @property
+    def read_only(self) -> bool:
+        return self.volume.read_only or self.plan.rule.mount.read_only
+
+
+@asynccontextmanager
+async def logon_key(steps: Steps, wish: Wish) -> AsyncIterator[int]:
+    """The volume's key is in the agent's session keyring; the value is its length in bytes.
+
+    dm-crypt copies the key when a table is loaded, so this scope ends right after that.
+    """
+    host, description = steps.host, names.key_description(wish.volume.id)
+
+    def unseal(blob: bytes) -> int:
+        with host.import_blob(blob) as key:
+            host.add_key(description, key)
+            return len(key)
+
+    blob = await steps.call("read the blob", host.read_blob, wish.plan.blob)
+    async with AsyncExitStack() as held:
+        held.push_async_callback(steps.call, "unlink the key", host.unlink_key, description)
+        yield await steps.call("import the blob", unseal, blob)
+
+
+@asynccontextmanager
+async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
+    """The volume's mapping is live, decrypting with its key.
+
+    Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
+    """
+    host = steps.host
+    existing = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+    adopted = existing is not None and _as_wanted(existing, wish)
+    async with AsyncExitStack() as held:
+        held.push_async_callback(release_mapping, steps, wish.dm_uuid)
+        if existing is not None and adopted:
+            log.warning("%s: adopting its mapping %s", wish.volume, existing.name)
+            await steps.dm("keep the mapping", host.keep_mapping, existing.name)
+        else:
+            if existing is not None:
+                await steps.dm("remove the half-made mapping", host.remove_mapping, existing.name)
+            await _make_mapping(steps, wish)
+        steps.leave.check()
+        live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+        if live is None:
+            raise ForeignMappingError(f"mapping {wish.dm_name} vanished while it was made")
+        yield live
+
+
+def _as_wanted(existing: Mapping, wish: Wish) -> bool:
+    """Whether a mapping of ours can serve: True. False: it never came to life, make it anew.
+
+    Raises: ForeignMappingError for one that lives and does something else.
+    """
+    if not existing.table:
+        return False
+    target = CryptTarget.from_line(existing.table[0])
+    wanted = crypt_target(wish.volume, wish.plan.rule.crypt, key_bytes=0)
+    if len(existing.table) == 1 and target is not None and target.does_the_same(wanted):
+        return True
+    raise ForeignMappingError(
+        f"mapping {existing.name} is not what rule {wish.plan.rule.name!r} asks for: "
+        f"{'; '.join(existing.table)}; remove it, or restore the rule it was made with"
+    )
+
+
+async def _make_mapping(steps: Steps, wish: Wish) -> None:
+    host, name = steps.host, wish.dm_name
+    async with logon_key(steps, wish) as key_bytes:
+        steps.leave.check()
+        line = crypt_target(wish.volume, wish.plan.rule.crypt, key_bytes).to_line()
+        await steps.dm("create the mapping", host.create_mapping, name, wish.dm_uuid)
+        steps.leave.check()
+        read_only = wish.volume.read_only
+        await steps.dm("load the table", host.load_table, name, line, read_only=read_only)
+    await steps.dm("activate the mapping", host.activate_mapping, name)
+
+
+async def release_mapping(steps: Steps, uuid: str) -> None:
+    """The mapping is gone; or it is held by others, and then dead if its medium has gone.
+
+    Without a medium nothing waits for holders: an error table takes the crypt table's place,
+    which wipes the key in the kernel, and the kernel removes the mapping at its last close.
+    """
+    host = steps.host
+    if steps.leave.keeps:
+        return
+    mapping = await steps.dm("look for the mapping", host.find_mapping, uuid)
+    if mapping is None:
+        return
+    target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
+    if steps.leave.gone and mapping.open_count and target is not None:
+        await steps.dm("replace the table", host.poison_mapping, mapping.name, target.length)
+    await steps.dm("remove the mapping", host.remove_mapping, mapping.name)
+    if await steps.dm("look for the mapping", host.find_mapping, uuid) is not None:
+        fate = "without its key" if steps.leave.gone else "with its key"
+        log.warning(
+            "mapping %s is held open by others; it stays, %s, until they close it",
+            mapping.name,
+            fate,
+        )
+
+
+@asynccontextmanager
+async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[Mount]:
+    """The filesystem under the key is mounted at the volume's mount point.
+
+    Raises: NoFilesystemError; MountPointOccupiedError; MountError.
+    """
+    host, name, ask = steps.host, wish.plan.mount_name, wish.plan.rule.mount
+    found = mount_at(host, name)
+    if found is not None and not is_of(found, mapping):
+        raise MountPointOccupiedError(f"{found.source} is mounted at {found.point}")
+    async with AsyncExitStack() as held:
+        held.push_async_callback(release_mount, steps, name, mapping)
+        if found is not None:
+            log.warning("%s: adopting its mount %s", wish.volume, found.point)
+        else:
+            kind = await steps.call("probe", host.probe, mapping.node, ask.filesystems)
+            steps.leave.check()
+            if kind is None:
+                raise NoFilesystemError(
+                    "no known filesystem under this key "
+                    f"(looked for {', '.join(ask.filesystems)}): "
+                    f"{host.blob_directory / wish.plan.blob} may belong to another medium"
+                )
+            await steps.call(
+                "mount",
+                host.mount,
+                mapping.node,
+                kind,
+                name,
+                read_only=wish.read_only,
+                options=ask.options,
+                filesystem_options=ask.filesystem_options.get(kind, ()),  # type: ignore[call-overload]
+            )
+            found = mount_at(host, name)
+        if found is None:
+            raise MountPointOccupiedError(f"{host.mount_root / name} was unmounted by others")
+        yield found
+
+
+async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
+    """Nothing of the mapping is mounted at the mount point, and the directory is gone.
+
+    A mount in use is detached: whoever is inside may finish there, nobody new gets in. With a
+    medium, everything written so far is on it first.
+    """
+    host = steps.host
+    if steps.leave.keeps:
+        return
+    found = mount_at(host, name)
+    if found is not None and is_of(found, mapping):
+        if not steps.leave.gone and not found.read_only:
+            await steps.call("flush", host.flush, name)
+        try:
+            await steps.call("unmount", host.unmount, name)
+        except MountBusyError:
+            log.warning("%s is in use; detaching it from the tree", host.mount_root / name)
+            await steps.call("detach", host.unmount, name, lazily=True)
+    await steps.call("remove the mount point", host.remove_mount_point, name)
+
+
+def mount_at(host: Host, name: str) -> Mount | None:
+    """The topmost mount at a name in the mount root, or None."""
+    point = str(host.mount_root / name)
+    return next((mount for mount in reversed(host.mounts()) if mount.point == point), None)
+
+
+def is_of(mount: Mount, mapping: Mapping) -> bool:
+    """Whether the mount shows the mapping; btrfs gives its mounts a device number of their own."""
+    return mount.number == mapping.number or mount.source == mapping.node

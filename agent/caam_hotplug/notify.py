@@ -1,0 +1,28 @@
+"""Telling the service manager how we are: one datagram a message (sd_notify(3))."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+class Notifier:
+    """Speaks to whoever started us with NOTIFY_SOCKET; to nobody without it."""
+
+    def __init__(self) -> None:
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+        watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
+        for_us = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us and for_us else None
+        """How long we may be silent, in seconds, or None if nobody watches."""
+
+    def tell(self, *assignments: str) -> None:
+        """The service manager knows, such as `READY=1`; a manager that is gone is no error."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            try:
+                sender.sendto("\n".join(assignments).encode(), address)
+            except OSError:
+                return

@@ -1,0 +1,105 @@
+"""One life for every volume; events decide which of them begin and end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import assert_never
+
+from caam_hotplug.lifecycle.leave import Reason
+from caam_hotplug.lifecycle.life import Life, Surroundings
+from caam_hotplug.lifecycle.sweep import sweep
+from caam_hotplug.model import Appeared, Disappeared, Event, EventsLost, Volume, VolumeId
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Begins and ends lives. Synchronization: loop only."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self._around = around
+        self._group = asyncio.TaskGroup()
+        self._lives: dict[VolumeId, Life] = {}
+        self._at: dict[str, VolumeId] = {}
+        self._next: dict[VolumeId, Volume] = {}
+        self._stopping = False
+
+    async def __aenter__(self) -> Supervisor:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._group.__aexit__(*error)  # type: ignore[arg-type]
+
+    async def start(self, present: Iterable[Appeared]) -> None:
+        """Lives of all present volumes have begun, and what nobody owns has been swept."""
+        seen = list(present)
+        around = self._around
+        ids = {event.volume.id for event in seen}
+        inherited = await sweep(around.host, around.dm_lane, ids, around.late_after_s)
+        for event in seen:
+            self._arrive(event.volume, inherits=event.volume.id in inherited)
+
+    def take(self, event: Event, present: Iterable[Appeared]) -> None:
+        """The event has been acted on; `present` is looked through if events were lost."""
+        match event:
+            case Appeared(volume):
+                self._arrive(volume)
+            case Disappeared(name):
+                self._depart(name)
+            case EventsLost():
+                self._reconcile(list(present))
+            case _:
+                assert_never(event)
+
+    def stop(self) -> None:
+        """Every life has been asked to end; leaving the context waits for them."""
+        self._stopping = True
+        self._next.clear()
+        for life in self._lives.values():
+            life.stop()
+
+    def _arrive(self, volume: Volume, *, inherits: bool = False) -> None:
+        if self._stopping:
+            return
+        if self._at.get(volume.name, volume.id) != volume.id:
+            self._depart(volume.name)
+        self._at[volume.name] = volume.id
+        life = self._lives.get(volume.id)
+        if life is None:
+            self._begin(volume, inherits=inherits)
+        elif life.leave.asked:
+            # The same insertion again (a partition table was read anew): after its old life.
+            self._next[volume.id] = volume
+        else:
+            life.update(volume)
+
+    def _depart(self, name: str) -> None:
+        which = self._at.pop(name, None)
+        if which is None:
+            return
+        self._next.pop(which, None)
+        if which in self._lives:
+            self._lives[which].leave.ask(Reason.GONE)
+
+    def _reconcile(self, present: list[Appeared]) -> None:
+        log.warning("the kernel dropped events; looking at all devices")
+        for name in set(self._at) - {event.volume.name for event in present}:
+            self._depart(name)
+        for event in present:
+            self._arrive(event.volume)
+
+    def _begin(self, volume: Volume, *, inherits: bool) -> None:
+        life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
+        self._group.create_task(self._attend(life, volume.id), name=f"life of {volume}")
+
+    async def _attend(self, life: Life, which: VolumeId) -> None:
+        try:
+            await life.attend()
+        finally:
+            del self._lives[which]
+        again = self._next.pop(which, None)
+        if again is not None:
+            self._begin(again, inherits=False)

@@ -1,0 +1,110 @@
+"""The crypt target line: built for a volume, parsed from the kernel, compared for adoption.
+
+    START LENGTH crypt CIPHER :KEY_BYTES:KEY_TYPE:DESCRIPTION IV_OFFSET DEVICE OFFSET [N OPTION…]
+
+Source: dm-crypt.rst in the kernel's documentation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from caam_hotplug import names
+from caam_hotplug.errors import UnsupportedVolumeError
+from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume
+from caam_hotplug.rules import Crypt
+
+_PLAIN_IV: Final = re.compile(r"-plain(be)?$")
+_IV_WRAPS_AT: Final = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class CryptTarget:
+    """One dm-crypt target that covers a whole mapping."""
+
+    length: Sectors
+    cipher: str
+    key_bytes: int
+    key_description: str
+    """`TYPE:DESCRIPTION`; the description may itself have colons."""
+    iv_offset: int
+    device: DeviceNumber
+    offset: int
+    options: frozenset[str]
+
+    def to_line(self) -> str:
+        """The line that a table load takes."""
+        options = f" {len(self.options)} {' '.join(sorted(self.options))}" if self.options else ""
+        return (
+            f"0 {self.length} crypt {self.cipher} :{self.key_bytes}:{self.key_description} "
+            f"{self.iv_offset} {self.device} {self.offset}{options}"
+        )
+
+    @classmethod
+    def from_line(cls, line: str) -> CryptTarget | None:
+        """The inverse of `to_line`, or None for any other target or a key that is in no keyring."""
+        fields = line.split(" ")
+        if len(fields) < 8 or fields[0] != "0" or fields[2] != "crypt":
+            return None
+        _, length, _, cipher, key, iv_offset, device, offset, *rest = fields
+        empty, _, sized = key.partition(":")
+        key_bytes, _, description = sized.partition(":")
+        try:
+            return cls(
+                length=Sectors(int(length)),
+                cipher=cipher,
+                key_bytes=int(key_bytes),
+                key_description=description,
+                iv_offset=int(iv_offset),
+                device=DeviceNumber.from_text(device),
+                offset=int(offset),
+                options=frozenset(rest[1:]),
+            ) if not empty else None  # fmt: skip
+        except ValueError:
+            return None
+
+    def does_the_same(self, other: CryptTarget) -> bool:
+        """Whether both map the same bytes alike, whatever the size of the key that was used."""
+        return (
+            self.length == other.length
+            and self.cipher == other.cipher
+            and self.key_description == other.key_description
+            and self.iv_offset == other.iv_offset
+            and self.device == other.device
+            and self.offset == other.offset
+            and self.options == other.options
+        )
+
+
+def crypt_target(volume: Volume, crypt: Crypt, key_bytes: int) -> CryptTarget:
+    """The target for a volume under a rule, with a logon key of `key_bytes`.
+
+    Raises: UnsupportedVolumeError if the ciphertext would not fit or its IV would repeat.
+    """
+    per_sector = crypt.sector_size // SECTOR_BYTES
+    length = (volume.size - crypt.offset) // per_sector * per_sector
+    if length <= 0:
+        raise UnsupportedVolumeError(
+            f"map {volume.name}: it has {volume.size} sectors, the rule's offset is {crypt.offset}"
+        )
+    unit = per_sector if "iv_large_sectors" in crypt.flags else 1
+    if _PLAIN_IV.search(crypt.cipher) and (length + crypt.iv_offset) // unit > _IV_WRAPS_AT:
+        raise UnsupportedVolumeError(
+            f"map {volume.name}: {crypt.cipher} repeats its IV after 2^32 sectors and the volume "
+            f"is larger; use plain64"
+        )
+    options: set[str] = set(crypt.flags)
+    if crypt.sector_size != SECTOR_BYTES:  # the kernel leaves its default out when it lists
+        options.add(f"sector_size:{crypt.sector_size}")
+    return CryptTarget(
+        length=Sectors(length),
+        cipher=crypt.cipher,
+        key_bytes=key_bytes,
+        key_description=f"logon:{names.key_description(volume.id)}",
+        iv_offset=crypt.iv_offset,
+        device=volume.number,
+        offset=crypt.offset,
+        options=frozenset(options),
+    )
