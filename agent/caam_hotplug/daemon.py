@@ -52,10 +52,15 @@ async def _serve(config: Config) -> None:
 
     notifier, board = Notifier(), Board()
     source = udev.default_source() if config.source == "auto" else config.source
+
+    def new_lane(name: str) -> Lane:
+        return Lane(name, config.stuck_after_s)
+
     around = Surroundings(
         host=Linux(config.blob_directory, config.mount_root),
         rules=config.rule,
-        dm_lane=Lane("mappings", config.stuck_after_s),
+        new_lane=new_lane,
+        dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
         late_after_s=config.stuck_after_s,

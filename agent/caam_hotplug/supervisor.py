@@ -38,7 +38,7 @@ class Supervisor:
         seen = list(present)
         around = self._around
         ids = {event.volume.id for event in seen}
-        inherited = await sweep(around.host, around.dm_lane, ids, around.late_after_s)
+        inherited = await sweep(around.host, around.new_lane("sweep"), around.dm_lane, ids)
         for event in seen:
             self._arrive(event.volume, inherits=event.volume.id in inherited)
 

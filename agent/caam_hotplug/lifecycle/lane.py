@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+async def to_the_end(release: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """The release has run whole, however often whoever waits for it is cancelled meanwhile.
+
+    A release has several steps; one that ended between two of them would leave something behind.
+    """
+    work = asyncio.ensure_future(release(*arguments))
+    cancelled = False
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError from work.exception()
+    work.result()
 
 
 class Lane:
@@ -37,7 +54,7 @@ class Lane:
         ended, and raised then: whoever releases what the call acquired finds it there.
         """
         async with self._turn:
-            call = _in_thread(partial(function, *arguments, **named), self._name)
+            call = self._begin(partial(function, *arguments, **named))
             cancelled = False
             was_late = False
             while not call.done():
@@ -56,18 +73,18 @@ class Lane:
                 raise asyncio.CancelledError
             return call.result()
 
+    def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """The future outcome of the function, which runs in a thread from now on."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
 
-def _in_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
+        def work() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001  handed on, whatever it is
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, result)
 
-    def work() -> None:
-        try:
-            result = function()
-        except BaseException as error:  # noqa: BLE001  handed on, whatever it is
-            loop.call_soon_threadsafe(future.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(future.set_result, result)
-
-    threading.Thread(target=work, name=name, daemon=True).start()
-    return future
+        threading.Thread(target=work, name=self._name, daemon=True).start()
+        return future

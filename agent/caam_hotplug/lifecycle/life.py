@@ -30,7 +30,9 @@ class Surroundings:
 
     host: Host
     rules: tuple[Rule, ...]
+    new_lane: Callable[[str], Lane]
     dm_lane: Lane
+    """The one lane of all mappings."""
     claims: Claims
     publish: Publish
     late_after_s: float
@@ -50,7 +52,7 @@ class Life:
         self._said = ""
         self._on_stop = OnStop.LOCK
         self.leave = Leave()
-        lane = Lane(f"volume {volume.id}", around.late_after_s)
+        lane = around.new_lane(f"volume {volume.id}")
         self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self._late)
 
     def update(self, volume: Volume) -> None:

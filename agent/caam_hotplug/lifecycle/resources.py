@@ -21,6 +21,7 @@ from caam_hotplug.errors import (
     NoFilesystemError,
 )
 from caam_hotplug.lifecycle.host import Host
+from caam_hotplug.lifecycle.lane import to_the_end
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.model import Mapping, Mount, Volume
 from caam_hotplug.rules import Admitted
@@ -64,8 +65,12 @@ async def logon_key(steps: Steps, wish: Wish) -> AsyncIterator[int]:
 
     blob = await steps.call("read the blob", host.read_blob, wish.plan.blob)
     async with AsyncExitStack() as held:
-        held.push_async_callback(steps.call, "unlink the key", host.unlink_key, description)
+        held.push_async_callback(to_the_end, _unlink_key, steps, description)
         yield await steps.call("import the blob", unseal, blob)
+
+
+async def _unlink_key(steps: Steps, description: str) -> None:
+    await steps.call("unlink the key", steps.host.unlink_key, description)
 
 
 @asynccontextmanager
@@ -78,7 +83,7 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
     existing = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
     adopted = existing is not None and _as_wanted(existing, wish)
     async with AsyncExitStack() as held:
-        held.push_async_callback(release_mapping, steps, wish.dm_uuid)
+        held.push_async_callback(to_the_end, release_mapping, steps, wish.dm_uuid)
         if existing is not None and adopted:
             log.warning("%s: adopting its mapping %s", wish.volume, existing.name)
             await steps.dm("keep the mapping", host.keep_mapping, existing.name)
@@ -158,7 +163,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
     if found is not None and not is_of(found, mapping):
         raise MountPointOccupiedError(f"{found.source} is mounted at {found.point}")
     async with AsyncExitStack() as held:
-        held.push_async_callback(release_mount, steps, name, mapping)
+        held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
         if found is not None:
             log.warning("%s: adopting its mount %s", wish.volume, found.point)
         else:

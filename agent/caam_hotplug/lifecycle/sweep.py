@@ -29,7 +29,7 @@ async def release_left_behind(steps: Steps, mapping: Mapping) -> None:
 
 
 async def sweep(
-    host: Host, dm_lane: Lane, present: AbstractSet[VolumeId], late_after_s: float
+    host: Host, lane: Lane, dm_lane: Lane, present: AbstractSet[VolumeId]
 ) -> set[VolumeId]:
     """Nothing of ours is left of volumes that are not present.
 
@@ -37,7 +37,6 @@ async def sweep(
     """
     leave = Leave()
     leave.ask(Reason.GONE)
-    lane = Lane("sweep", late_after_s)
     steps = Steps(host, leave, lane, dm_lane, _say_late)
     inherited: set[VolumeId] = set()
     for mapping in await steps.dm("list our mappings", host.our_mappings):

@@ -1,0 +1,354 @@
+"""A kernel in memory: media, keys, mappings, mounts, and processes that die and start again."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from caam_hotplug.errors import (
+    BlobMissingError,
+    BlobRejectedError,
+    DmError,
+    KernelError,
+    MappingBusyError,
+    MountBusyError,
+    MountError,
+    MountPointOccupiedError,
+)
+from caam_hotplug.model import (
+    Bus,
+    DeviceNumber,
+    DevType,
+    Mapping,
+    Mount,
+    SecretBytes,
+    Sectors,
+    Volume,
+    VolumeId,
+)
+from caam_hotplug.names import DM_UUID_PREFIX, MOUNT_ROOT
+from caam_hotplug.table import CryptTarget
+
+T = TypeVar("T")
+KEY = b"tagged key of thirty-six bytes......"
+
+
+class ProcessDiedError(BaseException):
+    """The agent's process has been killed; nothing it does from here on has an effect."""
+
+
+@dataclass
+class FakeMapping:
+    """A dm device: its tables, who holds it, and whether it goes when they let go."""
+
+    name: str
+    uuid: str
+    number: DeviceNumber
+    live: str | None = None
+    inactive: str | None = None
+    key: bytes | None = None
+    inactive_key: bytes | None = None
+    read_only: bool = False
+    holders: int = 0
+    goes_at_last_close: bool = False
+
+
+@dataclass
+class FakeMedium:
+    """What is written on a volume: a filesystem that only one key shows."""
+
+    volume: Volume
+    key: bytes = KEY
+    filesystem: str | None = "ext4"
+    writes: int = 0
+
+
+@dataclass
+class FakeKernel:
+    """The state of the machine. Every step may be watched, delayed or made to fail."""
+
+    media: dict[str, FakeMedium] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    mappings: dict[str, FakeMapping] = field(default_factory=dict)
+    mounts: list[Mount] = field(default_factory=list)
+    users: dict[str, int] = field(default_factory=dict)
+    """How many processes are inside a mount point."""
+    directories: dict[str, str] = field(default_factory=dict)
+    """Names in the mount root: 'ours', 'board' (empty) or 'content'."""
+    keyrings: list[dict[str, bytes]] = field(default_factory=list)
+    diskseq: int = 0
+    minor: int = 0
+    steps: list[str] = field(default_factory=list)
+    failures: dict[str, list[BaseException]] = field(default_factory=dict)
+    before: Callable[[str], None] = lambda _step: None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def insert(self, label: str = "cartridge-01", name: str = "sda1", **facts: Any) -> Volume:
+        """A medium sits in its socket; the event is for the test to deliver."""
+        self.diskseq += 1
+        which = VolumeId(self.diskseq, 1)
+        number = DeviceNumber(8, self.diskseq)
+        volume = Volume(
+            which, name, number, DevType.PARTITION, Sectors(32768), Bus.USB, True, False, label
+        )
+        for fact, value in facts.items():
+            object.__setattr__(volume, fact, value)
+        self.media[name] = FakeMedium(volume)
+        self.blobs.setdefault(f"{label}.bb", KEY)
+        return volume
+
+    def yank(self, name: str = "sda1") -> None:
+        """The medium is out."""
+        del self.media[name]
+
+    def fail_next(self, step: str, error: BaseException | int) -> None:
+        """The next call of this step raises the error instead of acting."""
+        raised = DmError(step, "x", error) if isinstance(error, int) else error
+        self.failures.setdefault(step, []).append(raised)
+
+    def let_go(self) -> None:
+        """Every process outside has closed what it held."""
+        self.users.clear()
+        for mapping in list(self.mappings.values()):
+            mapping.holders = 0
+            self._maybe_goes(mapping)
+
+    def leftovers(self) -> list[str]:
+        """What of the agent's is there: to be empty when no medium is."""
+        keys = [f"key {name}" for keyring in self.keyrings for name in keyring]
+        dirs = [f"directory {n}" for n, kind in self.directories.items() if kind == "ours"]
+        mounts = [f"mount {mount.point}" for mount in self.mounts]
+        return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs
+
+    def process(self) -> FakeHost:
+        """A new process of the agent, with a keyring of its own."""
+        self.keyrings.append({})
+        return FakeHost(self, self.keyrings[-1])
+
+    def opens(self, mapping: FakeMapping) -> int:
+        """How many hold the mapping open: mounts, detached mounts, processes."""
+        return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
+
+    def _maybe_goes(self, mapping: FakeMapping) -> None:
+        if mapping.goes_at_last_close and not self.opens(mapping):
+            self.mappings.pop(mapping.name, None)
+
+
+class FakeHost:
+    """The kernel as one process of the agent sees it; the interface of `lifecycle.host.Host`."""
+
+    def __init__(self, kernel: FakeKernel, keyring: dict[str, bytes]) -> None:
+        self.kernel = kernel
+        self.blob_directory = Path("/data/caam")
+        self.mount_root = MOUNT_ROOT
+        self.alive = True
+        self._keyring = keyring
+
+    def die(self) -> None:
+        """kill -9: keys of the process's keyring go with it, all else stays as it is."""
+        self.alive = False
+        self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
+
+    def _step(self, name: str) -> None:
+        self.kernel.before(name)
+        if not self.alive:
+            raise ProcessDiedError
+        self.kernel.steps.append(name)
+        if failures := self.kernel.failures.get(name):
+            raise failures.pop(0)
+
+    def _medium(self, number: DeviceNumber) -> FakeMedium | None:
+        media = self.kernel.media.values()
+        return next((m for m in media if m.volume.number == number), None)
+
+    def is_present(self, volume: Volume) -> bool:
+        medium = self.kernel.media.get(volume.name)
+        return medium is not None and medium.volume.id == volume.id
+
+    def identify(self, volume: Volume) -> Volume:
+        self._step("identify")
+        object.__setattr__(volume, "identified", True)
+        return volume
+
+    def read_blob(self, name: str) -> bytes:
+        self._step("read_blob")
+        if name not in self.kernel.blobs:
+            raise BlobMissingError(f"no blob {self.blob_directory / name}")
+        return self.kernel.blobs[name]
+
+    def import_blob(self, blob: bytes) -> SecretBytes:
+        self._step("import_blob")
+        if blob == b"foreign":
+            raise BlobRejectedError("the CAAM refused the blob")
+        return SecretBytes(bytearray(blob))
+
+    def add_key(self, description: str, payload: SecretBytes) -> None:
+        self._step("add_key")
+        self._keyring[description] = bytes(payload.buffer)
+
+    def has_key(self, description: str) -> bool:
+        return description in self._keyring
+
+    def unlink_key(self, description: str) -> None:
+        self._step("unlink_key")
+        self._keyring.pop(description, None)
+
+    def find_mapping(self, uuid: str) -> Mapping | None:
+        self._step("find_mapping")
+        with self.kernel.lock:
+            found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
+            mapping = next(found, None)
+            return None if mapping is None else self._seen(mapping)
+
+    def _seen(self, mapping: FakeMapping) -> Mapping:
+        table = () if mapping.live is None else (mapping.live,)
+        opens = self.kernel.opens(mapping)
+        return Mapping(mapping.name, mapping.uuid, mapping.number, table, opens)
+
+    def our_mappings(self) -> list[Mapping]:
+        self._step("our_mappings")
+        mappings = self.kernel.mappings.values()
+        return [self._seen(m) for m in mappings if m.uuid.startswith(DM_UUID_PREFIX)]
+
+    def create_mapping(self, name: str, uuid: str) -> None:
+        self._step("create_mapping")
+        with self.kernel.lock:
+            taken = self.kernel.mappings.values()
+            if name in self.kernel.mappings or any(m.uuid == uuid for m in taken):
+                raise MappingBusyError("create mapping", name, errno.EBUSY)
+            self.kernel.minor += 1
+            number = DeviceNumber(253, self.kernel.minor)
+            self.kernel.mappings[name] = FakeMapping(name, uuid, number)
+
+    def _mapping(self, name: str, operation: str) -> FakeMapping:
+        if name not in self.kernel.mappings:
+            raise DmError(operation, name, errno.ENXIO)
+        return self.kernel.mappings[name]
+
+    def load_table(self, name: str, line: str, *, read_only: bool) -> None:
+        self._step("load_table")
+        mapping = self._mapping(name, "load table of mapping")
+        target = CryptTarget.from_line(line)
+        assert target is not None
+        key = self._keyring.get(target.key_description.removeprefix("logon:"))
+        if key is None:
+            raise DmError("load table of mapping", name, errno.ENOKEY)
+        if len(key) != target.key_bytes:
+            raise DmError("load table of mapping", name, errno.EINVAL)
+        if self._medium(target.device) is None:
+            raise DmError("load table of mapping", name, errno.ENXIO)
+        mapping.inactive, mapping.inactive_key, mapping.read_only = line, key, read_only
+
+    def activate_mapping(self, name: str) -> None:
+        self._step("activate_mapping")
+        mapping = self._mapping(name, "activate mapping")
+        if mapping.inactive is not None:
+            mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
+            mapping.inactive = mapping.inactive_key = None
+
+    def poison_mapping(self, name: str, size: Sectors) -> None:
+        self._step("poison_mapping")
+        mapping = self._mapping(name, "load error table of mapping")
+        mapping.live, mapping.key = f"0 {size} error", None
+
+    def remove_mapping(self, name: str) -> None:
+        self._step("remove_mapping")
+        with self.kernel.lock:
+            mapping = self.kernel.mappings.get(name)
+            if mapping is not None:
+                mapping.goes_at_last_close = True
+                self.kernel._maybe_goes(mapping)
+
+    def keep_mapping(self, name: str) -> None:
+        self._step("keep_mapping")
+        self._mapping(name, "keep mapping").goes_at_last_close = False
+
+    def _by_node(self, node: str) -> FakeMapping:
+        minor = int(node.removeprefix("/dev/dm-"))
+        found = (m for m in self.kernel.mappings.values() if m.number.minor == minor)
+        mapping = next(found, None)
+        if mapping is None or mapping.live is None:
+            raise KernelError("open", node, errno.ENXIO)
+        return mapping
+
+    def _under(self, mapping: FakeMapping) -> FakeMedium:
+        target = CryptTarget.from_line(mapping.live or "")
+        medium = None if target is None else self._medium(target.device)
+        if medium is None:
+            raise KernelError("read", mapping.name, errno.EIO)
+        return medium
+
+    def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
+        self._step("probe")
+        mapping = self._by_node(node)
+        medium = self._under(mapping)
+        shown = medium.filesystem if medium.key == mapping.key else None
+        return shown if shown in filesystems else None
+
+    def mount(
+        self,
+        node: str,
+        kind: str,
+        name: str,
+        *,
+        read_only: bool,
+        options: Sequence[str],
+        filesystem_options: Sequence[str],
+    ) -> None:
+        assert kind
+        assert options is not None
+        assert filesystem_options is not None
+        with self.kernel.lock:
+            found = self.kernel.directories.setdefault(name, "ours")
+            point = str(self.mount_root / name)
+            if found == "content" or any(m.point == point for m in self.kernel.mounts):
+                raise MountPointOccupiedError(f"{point} is not empty")
+            self._step("mount")
+            try:
+                mapping = self._by_node(node)
+                self._under(mapping)
+            except KernelError as error:
+                raise MountError("mount", node, error.errno or 0) from error
+            self.kernel.mounts.append(Mount(mapping.number, point, node, read_only))
+
+    def mounts(self) -> list[Mount]:
+        return list(self.kernel.mounts)
+
+    def flush(self, name: str) -> None:
+        assert name
+        self._step("flush")
+
+    def unmount(self, name: str, *, lazily: bool = False) -> None:
+        self._step("detach" if lazily else "unmount")
+        point = str(self.mount_root / name)
+        with self.kernel.lock:
+            mount = next((m for m in self.kernel.mounts if m.point == point), None)
+            if mount is None:
+                return
+            users = self.kernel.users.get(name, 0)
+            if users and not lazily:
+                raise MountBusyError("unmount", point, errno.EBUSY)
+            self.kernel.mounts.remove(mount)
+            self.kernel.users.pop(name, None)
+            mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
+            mapping.holders += users
+            self.kernel._maybe_goes(mapping)
+
+    def remove_mount_point(self, name: str) -> None:
+        self._step("remove_mount_point")
+        point = str(self.mount_root / name)
+        if any(mount.point == point for mount in self.kernel.mounts):
+            return
+        if self.kernel.directories.get(name) == "ours":
+            del self.kernel.directories[name]
+
+    def our_mount_points(self) -> list[str]:
+        self._step("our_mount_points")
+        points = {mount.point for mount in self.kernel.mounts}
+        kinds = self.kernel.directories.items()
+        ours = [name for name, kind in kinds if kind == "ours"]
+        return [name for name in ours if str(self.mount_root / name) not in points]

@@ -1,0 +1,371 @@
+"""A volume's life over the fake kernel, step by step."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from caam_hotplug.errors import KernelError, MountError
+from caam_hotplug.model import State
+from caam_hotplug.rules import Action, Match, OnStop, Rule
+from fakes.bench import Bench
+
+
+def test_a_stick_is_unlocked_and_mounted(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/cartridge-01"]
+    (mapping,) = bench.kernel.mappings.values()
+    assert (
+        mapping.live == "0 32768 crypt capi:tk(cbc(aes))-plain :36:logon:caam-hotplug:1-1 0 8:1 0"
+    )
+
+
+def test_the_key_is_in_no_keyring_once_the_mapping_lives(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    assert bench.kernel.keyrings == [{}]
+    steps = bench.kernel.steps
+    assert steps.index("unlink_key") < steps.index("activate_mapping") < steps.index("mount")
+
+
+def test_a_pulled_stick_leaves_nothing(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_a_pulled_read_only_stick_was_removed_safely(bench: Bench) -> None:
+    volume = bench.insert(read_only=True)
+    bench.settle()
+    assert bench.kernel.mounts[0].read_only
+    assert next(iter(bench.kernel.mappings.values())).read_only
+    bench.yank()
+    bench.settle()
+    assert bench.state(volume) is State.GONE
+
+
+def test_an_unsafe_removal_is_shown_until_the_next_arrival(bench: Bench) -> None:
+    first = bench.insert()
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert bench.state(first) is State.REMOVED_UNSAFELY
+    bench.insert()
+    bench.settle()
+    assert bench.state(first) is State.GONE
+
+
+def test_a_volume_that_no_rule_admits_is_not_touched(bench: Bench) -> None:
+    volume = bench.insert("../../etc")
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+    assert "'../../etc' cannot be part of a file name" in bench.said(volume)
+    assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
+
+
+def test_a_volume_without_blob_waits_and_goes_on_when_it_is_there(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.kernel.blobs.clear()
+    bench.settle()
+    assert (bench.state(volume), bench.said(volume)) == (
+        State.WAITING,
+        "no blob /data/caam/cartridge-01.bb",
+    )
+    bench.kernel.insert("other", "sdz1")
+    bench.kernel.yank("sdz1")
+    bench.kernel.blobs["cartridge-01.bb"] = bench.kernel.blobs["other.bb"]
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_blob_of_another_board_is_refused_with_the_caams_word(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.kernel.blobs["cartridge-01.bb"] = b"foreign"
+    bench.settle()
+    assert (bench.state(volume), bench.said(volume)) == (
+        State.FAILED,
+        "the CAAM refused the blob",
+    )
+    assert bench.kernel.leftovers() == []
+
+
+def test_noise_under_the_key_is_not_mounted_and_stays_unmapped(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.kernel.blobs["cartridge-01.bb"] = b"k" * 36
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert "no known filesystem under this key" in bench.said(volume)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_failed_volume_is_not_tried_again_by_an_event_that_says_nothing_new(
+    bench: Bench,
+) -> None:
+    volume = bench.insert()
+    bench.kernel.blobs["cartridge-01.bb"] = b"foreign"
+    bench.settle()
+    before = list(bench.kernel.steps)
+    bench.appear(volume)
+    bench.settle()
+    assert bench.kernel.steps == before
+
+
+def test_a_second_medium_of_the_same_label_waits_for_the_first_to_leave(bench: Bench) -> None:
+    first = bench.insert(name="sda1")
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    assert (bench.state(first), bench.state(second)) == (State.MOUNTED, State.CONFLICT)
+    assert bench.said(second) == "/run/media/cartridge-01 belongs to volume 1-1"
+    bench.yank("sda1")
+    bench.settle()
+    assert bench.state(second) is State.MOUNTED
+
+
+def test_a_conflicting_medium_that_leaves_first_disturbs_nobody(bench: Bench) -> None:
+    first = bench.insert(name="sda1")
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    bench.yank("sdb1")
+    bench.settle()
+    assert (bench.state(first), bench.state(second)) == (State.MOUNTED, State.GONE)
+
+
+def test_a_mount_point_with_content_is_never_shadowed(bench: Bench) -> None:
+    bench.kernel.directories["cartridge-01"] = "content"
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.CONFLICT
+    assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
+    del bench.kernel.directories["cartridge-01"]
+
+
+def test_a_conflict_with_the_board_ends_at_the_next_event_after_it_is_resolved(
+    bench: Bench,
+) -> None:
+    bench.kernel.directories["cartridge-01"] = "content"
+    volume = bench.insert()
+    bench.settle()
+    del bench.kernel.directories["cartridge-01"]
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_directory_of_the_boards_own_outlives_the_mount(bench: Bench) -> None:
+    bench.kernel.directories["cartridge-01"] = "board"
+    bench.insert()
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.directories == {"cartridge-01": "board"}
+
+
+def test_a_pulled_stick_in_use_loses_its_key_and_its_mapping_follows_the_last_holder(
+    bench: Bench,
+) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    bench.yank()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+    assert (mapping.live, mapping.key) == ("0 32768 error", None)
+    assert (bench.kernel.mounts, bench.kernel.directories) == ([], {})
+    bench.kernel.let_go()
+    assert bench.kernel.mappings == {}
+
+
+def test_the_stick_put_back_is_mounted_beside_the_remains_of_its_first_insertion(
+    bench: Bench,
+) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    bench.yank()
+    again = bench.insert()
+    bench.settle()
+    assert bench.state(again) is State.MOUNTED
+    assert len(bench.kernel.mappings) == 2
+
+
+def test_a_stop_flushes_and_lets_go_and_does_not_poison_what_is_in_use(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    bench.stop()
+    steps = bench.kernel.steps
+    assert steps.index("flush") < steps.index("unmount") < steps.index("detach")
+    assert "poison_mapping" not in steps
+    assert bench.kernel.mounts == []
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("read_blob", PermissionError(errno.EACCES, "denied")),
+        ("import_blob", KernelError("import", "x", errno.EIO)),
+        ("add_key", KernelError("add key", "x", errno.EDQUOT)),
+        ("create_mapping", errno.EBUSY),
+        ("load_table", errno.ENOENT),
+        ("activate_mapping", errno.EINVAL),
+        ("probe", KernelError("probe", "x", errno.EIO)),
+        ("mount", MountError("mount", "x", errno.EINVAL)),
+        ("unlink_key", KernelError("unlink", "x", errno.EACCES)),
+    ],
+)
+def test_a_step_that_fails_is_told_and_undoes_all_before_it(
+    bench: Bench, step: str, error: BaseException | int
+) -> None:
+    bench.kernel.fail_next(step, error)
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert bench.said(volume) != ""
+    bench.kernel.keyrings[0].clear()  # where unlinking itself failed, only the process's end helps
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("step", ["unmount", "remove_mapping", "remove_mount_point", "flush"])
+def test_a_release_that_fails_never_reports_the_clean_state(bench: Bench, step: str) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
+    bench.stop()
+    assert bench.state(volume) is State.FAILED
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_rule_that_only_unlocks_leaves_the_mapping_unmounted() -> None:
+    bench = Bench((Rule(name="raw", action=Action.UNLOCK, match=Match(partlabel="c*")),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.UNLOCKED
+    assert (len(bench.kernel.mappings), bench.kernel.mounts) == (1, [])
+    bench.stop()
+    assert bench.kernel.leftovers() == []
+    bench.close()
+
+
+def test_a_volume_that_its_rule_keeps_outlives_a_stop_and_is_adopted_by_the_next_start() -> None:
+    bench = Bench((Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    bench.stop()
+    assert len(bench.kernel.mounts) == 1
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.steps.count("mount") == bench.kernel.steps.count("import_blob") == 1
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+    bench.stop()
+    bench.close()
+
+
+def test_a_mapping_that_does_something_else_is_refused_and_left_alone(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kill()
+    mapping.live = "0 32768 crypt aes-xts-plain64 :64:logon:caam-hotplug:1-1 0 8:1 0"
+    bench.start()
+    bench.settle()
+    (volume,) = (medium.volume for medium in bench.kernel.media.values())
+    assert bench.state(volume) is State.FAILED
+    assert "is not what rule 'built-in' asks for" in bench.said(volume)
+    assert len(bench.kernel.mounts) == 1
+    bench.kernel.mounts.clear()
+    bench.kernel.mappings.clear()
+    bench.kernel.directories.clear()
+
+
+def test_a_volume_that_no_rule_admits_any_more_is_let_go_at_the_next_start(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.rules = ()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_medium_that_left_while_no_agent_ran_is_swept(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.yank()
+    bench.kernel.directories["stale"] = "ours"
+    bench.start()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+def test_without_udevd_the_volume_is_identified_by_its_own_bytes(bench: Bench) -> None:
+    volume = bench.insert(identified=False)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.steps.index("identify") < bench.kernel.steps.index("read_blob")
+
+
+def test_lost_events_end_in_the_truth(bench: Bench) -> None:
+    gone = bench.insert("gone", "sda1")
+    bench.settle()
+    bench.kernel.yank("sda1")
+    come = bench.kernel.insert("come", "sdb1")
+    bench.lose_events()
+    bench.settle()
+    assert (bench.state(gone), bench.state(come)) == (State.REMOVED_UNSAFELY, State.MOUNTED)
+
+
+def test_a_reader_whose_medium_changed_without_a_remove_event_has_another_volume(
+    bench: Bench,
+) -> None:
+    bench.insert("one", "sda1")
+    bench.settle()
+    bench.kernel.yank("sda1")
+    second = bench.insert("two", "sda1")
+    bench.settle()
+    assert bench.state(second) is State.MOUNTED
+    assert len(bench.kernel.mounts) == 1
+
+
+def test_the_same_volume_seen_again_while_it_leaves_is_served_after_that(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.yank()
+    bench.kernel.media["sda1"] = _medium_of(bench, volume)
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_new_facts_of_an_ignored_volume_are_looked_at(bench: Bench) -> None:
+    volume = bench.insert("no good")
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+    bench.kernel.media.clear()
+    bench.kernel.diskseq -= 1
+    better = bench.insert("good")
+    bench.settle()
+    assert better.id == volume.id
+    assert bench.state(better) is State.MOUNTED
+
+
+def _medium_of(bench: Bench, volume: object) -> object:
+    other = bench.kernel.insert()
+    medium = bench.kernel.media.pop(other.name)
+    medium.volume = volume  # type: ignore[assignment]
+    return medium
