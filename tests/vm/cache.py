@@ -24,10 +24,16 @@ def root() -> Path:
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Only one process builds or looks into the cache at a time."""
+    """Only one process builds or looks into the cache at a time; others wait and say so."""
     root().mkdir(parents=True, exist_ok=True)
     with (root() / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another run builds the test bed; waiting ...", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for leftover in root().glob(".*-*"):  # of a build that was killed
+            forget(leftover)
         yield
 
 
@@ -65,6 +71,8 @@ def built(name: str, key: str, build: Callable[[Path], None], *, says: str) -> P
     if _is_whole(folder):
         os.utime(folder)
         return folder
+    if folder.exists():
+        print(f"{folder} is damaged and will be made anew", file=sys.stderr, flush=True)
     forget(folder)
     began = time.monotonic()
     print(f"{says} ...", file=sys.stderr, flush=True)

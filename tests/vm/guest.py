@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import time
@@ -13,6 +14,8 @@ from typing import Any, Final, Literal
 
 from vm.qmp import Qmp
 
+ANSWER_GRACE_S: Final = 30
+"""How much longer than it should take an answer is waited for, before the guest counts as dead."""
 USB_PORTS: Final = [f"xhci{n}.0" for n in range(3) for _ in range(15)]
 
 
@@ -26,7 +29,11 @@ class Completed:
 
 
 class CommandFailedError(AssertionError):
-    """A command in the guest ended with another exit status than 0."""
+    """A command in the guest ended with another exit status than 0, or not in time."""
+
+
+class GuestDiedError(Exception):
+    """The guest or its agent does not answer any more; the console's last words are in it."""
 
 
 class Guest:
@@ -45,6 +52,7 @@ class Guest:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._pump = asyncio.create_task(self._read())
         self._sd_found = False
+        self._dead = False
 
     @classmethod
     async def connected(cls, run: Path, qmp: Qmp) -> Guest:
@@ -57,22 +65,38 @@ class Guest:
         self._pump.cancel()
         await asyncio.gather(self._pump, return_exceptions=True)
         self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     async def _read(self) -> None:
-        while line := await self._reader.readline():
-            reply = json.loads(line)
-            answer = self._answers.pop(reply.pop("id"), None)
-            if answer is not None and not answer.done():
-                answer.set_result(reply)
+        with contextlib.suppress(ConnectionError):
+            while line := await self._reader.readline():
+                reply = json.loads(line)
+                answer = self._answers.pop(reply.pop("id"), None)
+                if answer is not None and not answer.done():
+                    answer.set_result(reply)
+        self._dead = True
         for answer in self._answers.values():
-            answer.set_exception(ConnectionError(f"the guest died:\n{self.console()[-4000:]}"))
+            if not answer.done():
+                answer.set_exception(self._death("died"))
 
-    async def _ask(self, do: str, **request: Any) -> dict[str, Any]:
+    def _death(self, how: str) -> GuestDiedError:
+        return GuestDiedError(f"the guest {how}:\n{self.console()[-4000:]}")
+
+    async def _ask(self, do: str, *, within_s: float = 30, **request: Any) -> dict[str, Any]:
+        if self._dead:
+            raise self._death("died")
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         self._writer.write(json.dumps({"id": number, "do": do, **request}).encode() + b"\n")
         await self._writer.drain()
-        reply = await answer
+        try:
+            async with asyncio.timeout(within_s + ANSWER_GRACE_S):
+                reply: dict[str, Any] = await answer
+        except TimeoutError as error:
+            raise self._death(f"does not answer to {do} {request}") from error
+        finally:
+            self._answers.pop(number, None)
         if "error" in reply:
             raise CommandFailedError(f"{do} {request}: {reply['error']}")
         return reply
@@ -88,6 +112,7 @@ class Guest:
         """The command has ended. Raises: CommandFailedError unless it ended with 0 (`check`)."""
         reply = await self._ask(
             "run",
+            within_s=timeout_s,
             argv=list(argv),
             stdin=base64.b64encode(stdin).decode(),
             timeout_s=timeout_s,
@@ -113,7 +138,7 @@ class Guest:
 
     async def until(self, script: str, *, deadline_s: float = 30) -> None:
         """The shell condition holds. Raises: AssertionError when the deadline has passed."""
-        reply = await self._ask("until", script=script, deadline_s=deadline_s)
+        reply = await self._ask("until", within_s=deadline_s, script=script, deadline_s=deadline_s)
         assert reply["held"], f"still not so after {deadline_s} s: {script}"
 
     async def until_mounted(self, point: str, *, deadline_s: float = 30) -> None:
@@ -125,13 +150,16 @@ class Guest:
         await self._until_mount(point, present=False, deadline_s=deadline_s)
 
     async def _until_mount(self, point: str, *, present: bool, deadline_s: float) -> None:
-        reply = await self._ask("until_mount", point=point, present=present, deadline_s=deadline_s)
+        reply = await self._ask(
+            "until_mount", within_s=deadline_s, point=point, present=present, deadline_s=deadline_s
+        )
         state = "mounted" if present else "unmounted"
         assert reply["held"], f"{point} not {state} after {deadline_s} s"
 
-    async def set_clock(self) -> None:
-        """The guest's clock is the host's; a restored one stands where it was saved."""
-        await self._ask("clock", now=time.time())
+    async def resume(self) -> None:
+        """A restored guest has the host's time, and the repository at /src, read only."""
+        options = "trans=virtio,version=9p2000.L,msize=512000,cache=loose"
+        await self._ask("resume", now=time.time(), source="src", target="/src", options=options)
 
     async def cold_boot_caam(self, otpmk: str, *, secure: bool = True) -> None:
         """The CAAM is that of a board with this master key, and has forgotten its black keys."""
@@ -180,9 +208,7 @@ class Guest:
     async def _open(self, medium: Path, *, read_only: bool, slow: bool) -> str:
         node = f"n{next(self._nodes)}"
         file = {"driver": "file", "filename": str(medium), "read-only": read_only}
-        await self.qmp(
-            "blockdev-add", driver="raw", node_name=node, file=file, read_only=read_only
-        )
+        await self.qmp("blockdev-add", driver="raw", node_name=node, file=file, read_only=read_only)
         if not slow:
             return node
         group = f"group-{node}"
@@ -209,6 +235,14 @@ class Guest:
     def return_port(self, bus: str) -> None:
         """The port is free again."""
         self._ports.append(bus)
+
+    async def collect(self, folder: str, into: Path, prefix: str) -> None:
+        """Files of a folder in the guest, if there are any, have been copied to the host."""
+        found = await self.sh(f"cd {folder} 2>/dev/null && find . -type f || true")
+        for name in found.stdout.split():
+            into.mkdir(parents=True, exist_ok=True)
+            data = await self.read(f"{folder}/{name}")
+            (into / f"{Path(name).name}.{prefix}").write_bytes(data)
 
 
 @dataclass(slots=True)
@@ -244,7 +278,8 @@ class Plug:
         """The medium is out, without a word to the guest beforehand."""
         device = f"{self.device}-{self.times}"
         await self.guest.qmp("device_del", id=device)
-        await self.guest.qmp.device_deleted(device)
+        async with asyncio.timeout(ANSWER_GRACE_S):
+            await self.guest.qmp.device_deleted(device)
         if self.driver == "usb-storage" and self.bus is not None:
             self.guest.return_port(self.bus)
 

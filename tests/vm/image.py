@@ -20,30 +20,38 @@ from vm import cache
 
 HERE: Final = Path(__file__).parent
 CAAM_SIM: Final = HERE / "caam_sim"
-GUEST: Final = HERE / "guest"
+INSIDE: Final = HERE / "inside"
 
-GUEST_PACKAGES: Final = (
-    "systemd systemd-sysv udev dbus python3 python3-keyutils dmsetup libdevmapper1.02.1 "
-    "cryptsetup-bin keyutils libkeyutils1 libblkid1 e2fsprogs dosfstools exfatprogs fdisk gdisk "
-    "kmod procps"
-).split()
-GUEST_PYTHON: Final = (
-    "pyudev>=0.24.1 msgspec>=0.18 pytest>=8.2 pytest-asyncio>=1.0 pytest-timeout>=2.3 "
-    "coverage>=7.4 hypothesis>=6.100"
-).split()
-MODULES: Final = (
-    "virtio_pci virtio_blk virtio_console virtio_scsi virtio_rng squashfs overlay 9p 9pnet_virtio "
-    "ext4 vfat exfat xfs btrfs f2fs nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 loop fuse "
-    "dm-mod dm-crypt dm-flakey dm-delay dm-zero xhci-pci usb-storage uas sd_mod sdhci-pci mmc_block "
-    "scsi_debug cbc ecb ccm ctr xts essiv aes_generic aesni-intel sha256_generic sha256_ssse3 "
-    "crc32c_generic crc32c-intel libcrc32c algif_skcipher algif_hash"
-).split()
-INITRD_MODULES: Final = "virtio_pci virtio_blk squashfs overlay".split()
-MASKED_UNITS: Final = (
-    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer "
-    "systemd-tmpfiles-clean.timer e2scrub_reap.service getty@tty1.service "
-    "systemd-update-utmp.service systemd-random-seed.service"
-).split()
+GUEST_PACKAGES: Final = [
+    "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-keyutils", "dmsetup",
+    "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
+    "e2fsprogs", "dosfstools", "exfatprogs", "fdisk", "gdisk", "kmod", "procps", "strace",
+]  # fmt: skip
+GUEST_PYTHON: Final = [
+    "pyudev>=0.24.1",
+    "msgspec>=0.18",
+    "pytest>=8.2",
+    "pytest-asyncio>=1.0",
+    "pytest-timeout>=2.3",
+    "coverage>=7.4",
+    "hypothesis>=6.100",
+]
+MODULES: Final = [
+    "virtio_pci", "virtio_blk", "virtio_console", "virtio_scsi", "virtio_rng", "squashfs",
+    "overlay", "9p", "9pnet_virtio", "ext4", "vfat", "exfat", "xfs", "btrfs", "f2fs",
+    "nls_cp437", "nls_iso8859-1", "nls_ascii", "nls_utf8", "loop", "fuse", "dm-mod", "dm-crypt",
+    "dm-flakey", "dm-delay", "dm-zero", "xhci-pci", "usb-storage", "uas", "sd_mod", "sdhci-pci",
+    "mmc_block", "scsi_debug", "cbc", "ecb", "ccm", "ctr", "xts", "essiv", "aes_generic",
+    "aesni-intel", "sha256_generic", "sha256_ssse3", "crc32c_generic", "crc32c-intel",
+    "libcrc32c", "algif_skcipher", "algif_hash",
+]  # fmt: skip
+INITRD_MODULES: Final = ["virtio_pci", "virtio_blk", "squashfs", "overlay"]
+MASKED_UNITS: Final = [
+    "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
+    "fstrim.timer", "systemd-tmpfiles-clean.timer", "e2scrub_reap.service",
+    "getty@tty1.service", "systemd-update-utmp.service", "systemd-random-seed.service",
+    "serial-getty@ttyS0.service", "systemd-update-utmp-runlevel.service",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +85,17 @@ def build() -> Image:
         _base_image,
         says="Building the guest's root tree (once; about a minute and a half)",
     )
-    key = cache.key_of(version, release, code, CAAM_SIM, GUEST)
+    site = cache.built(
+        "site",
+        cache.key_of(" ".join(GUEST_PYTHON), sys.version),
+        _install_python,
+        says="Fetching the guest's Python packages (once)",
+    )
+    key = cache.key_of(version, release, " ".join(GUEST_PYTHON), code, CAAM_SIM, INSIDE)
     bed = cache.built(
         "bed",
         key,
-        lambda folder: _bed_image(folder, unpacked, version),
+        lambda folder: _bed_image(folder, unpacked, site, version),
         says="Building the simulated CAAM and the guest's own image",
     )
     vmlinuz = unpacked / "boot" / f"vmlinuz-{version}"
@@ -89,12 +103,12 @@ def build() -> Image:
 
 
 def kernel_version() -> str:
-    """The kernel whose headers are installed, which `setup` took from linux-image-amd64."""
-    pattern = re.compile(r"linux-headers-(\d.*-amd64)")
-    found = [m[1] for f in Path("/usr/src").iterdir() if (m := pattern.fullmatch(f.name))]
-    if not found:
-        sys.exit("no kernel headers in /usr/src: run tests/vm/setup")
-    return max(found, key=lambda v: [int(part) for part in re.findall(r"\d+", v)])
+    """Debian's current kernel, whose headers `setup` has installed."""
+    depends = _run("apt-cache", "depends", "linux-image-amd64")
+    found = re.search(r"Depends: linux-image-(\d\S*)", depends)
+    if found is None or not Path(f"/usr/src/linux-headers-{found[1]}").is_dir():
+        sys.exit("Debian's current kernel has no headers in /usr/src: run tests/vm/setup")
+    return found[1]
 
 
 def _run(*command: str | Path, **options: object) -> str:
@@ -142,7 +156,7 @@ def _squash(tree: Path, image: Path) -> None:
          "-noappend", "-all-root")  # fmt: skip
 
 
-def _bed_image(folder: Path, unpacked: Path, version: str) -> None:
+def _bed_image(folder: Path, unpacked: Path, site: Path, version: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         lib = tree / "usr/lib/modules" / version
@@ -158,7 +172,7 @@ def _bed_image(folder: Path, unpacked: Path, version: str) -> None:
         (tree / "lib").symlink_to("usr/lib")
         _run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
-        _install_python(tree / "opt/site")
+        shutil.copytree(site, tree / "opt/site", ignore=shutil.ignore_patterns(".sizes"))
         _install_bed(tree)
         _squash(tree, folder / "bed.squashfs")
         _initrd(folder / "initrd", source, Path(scratch) / "initrd")
@@ -174,9 +188,9 @@ def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
         by_name[Path(module).name.removesuffix(".ko").replace("_", "-")] = module
     ordered: dict[str, None] = {}
     for name in wanted:
-        module = by_name.get(name.replace("_", "-"))
-        if module is not None:  # else it is built into the kernel
-            ordered |= dict.fromkeys([*reversed(needs[module]), module])
+        found = by_name.get(name.replace("_", "-"))
+        if found is not None:  # else it is built into the kernel
+            ordered |= dict.fromkeys([*reversed(needs[found]), found])
     return list(ordered)
 
 
@@ -204,13 +218,15 @@ def _install_bed(tree: Path) -> None:
     wanted = units / "multi-user.target.wants"
     for folder in (lib, wanted, tree / "src", tree / "etc/modprobe.d"):
         folder.mkdir(parents=True)
-    shutil.copy(GUEST / "agent.py", lib)
-    shutil.copy(GUEST / "bed-agent.service", units)
+    shutil.copy(INSIDE / "agent.py", lib)
+    shutil.copy(INSIDE / "bed-agent.service", units)
     (wanted / "bed-agent.service").symlink_to("../bed-agent.service")
     for unit in MASKED_UNITS:
         (units / unit).symlink_to("/dev/null")
     autologin = units / "serial-getty@hvc0.service.d"
     autologin.mkdir()
+    getty = Path("/lib/systemd/system/serial-getty@.service")
+    (wanted / "serial-getty@hvc0.service").symlink_to(getty)
     (autologin / "root.conf").write_text(
         "[Service]\nExecStart=\nExecStart=-/sbin/agetty -o '-p -f -- root' --noclear "
         "--autologin root - $TERM\n"
@@ -233,7 +249,7 @@ def _initrd(target: Path, source: Path, work: Path) -> None:
     for folder in ("bin", "dev", "proc", "sys", "modules"):
         (work / folder).mkdir(parents=True)
     shutil.copy("/bin/busybox", work / "bin")
-    shutil.copy(GUEST / "init", work / "init")
+    shutil.copy(INSIDE / "init", work / "init")
     (work / "init").chmod(0o755)
     modules = _with_dependencies(source, INITRD_MODULES)
     for module in modules:

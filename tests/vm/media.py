@@ -7,6 +7,7 @@ the sector's number in 32 bits, little endian, padded with zeros (dm-crypt.rst; 
 from __future__ import annotations
 
 import binascii
+import functools
 import shutil
 import struct
 import subprocess
@@ -31,7 +32,9 @@ KEYS: Final = {
     "ecb-32": b"a key of thirty-two bytes in ecb",
     "ccm-16": b"sixteen in a ccm",
     "ccm-32": b"a key of thirty-two bytes in ccm",
+    "ecb-24": b"a twenty-four byte key .",
     "ecb-64": b"a key of sixty-four bytes, which is no key that AES knows of....",
+    "ccm-64": b"another key of sixty-four bytes; ccm, and still not one of AES..",
 }
 """The keys of the blobs that the saved guest has in /data/caam, by their names."""
 KEY: Final = KEYS["cartridge-01"]
@@ -54,9 +57,18 @@ def make_medium(
 
     `total_mib` pads the image: an SD card's is a power of two, 64 at least.
     """
-    plain = _filesystem(HELLO if files is None else files, filesystem, size_mib)
-    write_disk(path, partlabel, plain if key is None else encrypt(plain, key), total_mib)
+    contents = tuple((HELLO if files is None else files).items())
+    write_disk(path, partlabel, _partition(contents, filesystem, size_mib, key), total_mib)
     return path
+
+
+@functools.lru_cache(maxsize=8)
+def _partition(
+    files: tuple[tuple[str, bytes], ...], filesystem: Filesystem, size_mib: int, key: bytes | None
+) -> bytes:
+    """The partition's bytes; kept, since making them takes half a second and writing them none."""
+    plain = _filesystem(dict(files), filesystem, size_mib)
+    return plain if key is None else encrypt(plain, key)
 
 
 def write_disk(path: Path, partlabel: str, partition: bytes, total_mib: int = 0) -> None:
@@ -117,7 +129,7 @@ def _run(program: str, *arguments: str | Path) -> None:
 
 def _gpt(label: str, partition_sectors: int, sectors: int) -> list[tuple[int, bytes]]:
     """Protective MBR, both headers and both tables of entries, as (LBA, bytes)."""
-    name = label.encode("utf-16-le")
+    name = label.encode("utf-16-le", "surrogatepass")
     if len(name) > 72:
         raise ValueError("a GPT label has at most 36 UTF-16 units")
     last = FIRST_LBA + partition_sectors - 1

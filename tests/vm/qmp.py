@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ class Qmp:
         self._reader = reader
         self._writer = writer
         self._turn = asyncio.Lock()
-        self._replies: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._replies: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._deleted: set[str] = set()
         self._changed = asyncio.Condition()
+        self._ended = False
         self._pump = asyncio.create_task(self._read())
 
     @classmethod
@@ -38,17 +40,23 @@ class Qmp:
         async with self._turn:
             named = {name.replace("_", "-"): value for name, value in arguments.items()}
             request = {"execute": command, "arguments": named}
+            if self._ended:
+                raise ConnectionError(f"{command}: QEMU has ended")
             self._writer.write(json.dumps(request).encode() + b"\n")
             await self._writer.drain()
             reply = await self._replies.get()
+            if reply is None:
+                raise ConnectionError(f"{command}: QEMU has ended")
         if "error" in reply:
             raise QmpError(f"{command} {named}: {reply['error'].get('desc')}")
         return reply["return"]
 
     async def device_deleted(self, device: str) -> None:
-        """QEMU has said that the device is gone."""
+        """QEMU has said that the device is gone. Raises: ConnectionError if QEMU is gone."""
         async with self._changed:
-            await self._changed.wait_for(lambda: device in self._deleted)
+            await self._changed.wait_for(lambda: device in self._deleted or self._ended)
+            if device not in self._deleted:
+                raise ConnectionError(f"{device}: QEMU has ended")
             self._deleted.discard(device)
 
     async def close(self) -> None:
@@ -56,15 +64,23 @@ class Qmp:
         self._pump.cancel()
         await asyncio.gather(self._pump, return_exceptions=True)
         self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
     async def _read(self) -> None:
-        while line := await self._reader.readline():
-            message = json.loads(line)
-            if "event" not in message:
-                await self._replies.put(message)
-            elif message["event"] == "DEVICE_DELETED":
-                async with self._changed:
-                    # Inner paths are announced too, without a device.
-                    self._deleted.add(message["data"].get("device", ""))
-                    self._changed.notify_all()
-        await self._replies.put({"error": {"desc": "QEMU closed the connection"}})
+        with contextlib.suppress(ConnectionError):
+            while line := await self._reader.readline():
+                await self._take(json.loads(line))
+        self._ended = True
+        await self._replies.put(None)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _take(self, message: dict[str, Any]) -> None:
+        if "event" not in message:
+            await self._replies.put(message)
+        elif message["event"] == "DEVICE_DELETED":
+            async with self._changed:
+                # Inner paths are announced too, without a device.
+                self._deleted.add(message["data"].get("device", ""))
+                self._changed.notify_all()

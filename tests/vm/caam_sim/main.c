@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The simulated CAAM: /dev/caam-keygen with the ABI and the errors of NXP's kernels. */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <linux/fs.h>
 #include <linux/kernel.h>
 #include <linux/miscdevice.h>
@@ -29,8 +31,29 @@ struct keygen_job {
 	u32 type;
 	u8 tagged_key[TAGGED_KEY_MAX_BYTES];
 	u8 tagged_blob[TAGGED_BLOB_MAX_BYTES];
-	const char *complaint;
 };
+
+/*
+ * Cuts the text to its room and always ends it with a NUL. A text that cannot be delivered does
+ * not change the error it explains.
+ */
+static int complain(int err, u64 to, u32 room, const char *text)
+{
+	char line[80];
+
+	if (room > 1) {
+		strscpy(line, text, min_t(size_t, room, sizeof(line)));
+		if (copy_to_user(u64_to_user_ptr(to), line, strlen(line) + 1))
+			pr_debug("nowhere to put: %s\n", text);
+	}
+	return err;
+}
+
+/* Most texts go where the blob would: into the blob buffer of the request. */
+static int complain_in_blob(const struct keygen_job *job, int err, const char *text)
+{
+	return complain(err, job->cmd.blob, job->cmd.blob_len, text);
+}
 
 static int copy_text(char *to, size_t room, u64 from, u32 len)
 {
@@ -49,61 +72,68 @@ static int read_encapsulation(struct keygen_job *job)
 	int err = copy_text(job->enc, sizeof(job->enc), job->cmd.key_enc, job->cmd.key_enc_len);
 
 	if (err == -EFAULT)
-		return err;
+		return complain_in_blob(job, err, "Cannot read the key encryption type.\n");
 	if (!err && !strcmp(job->enc, "ecb"))
 		job->type = TAG_TYPE_ECB_KEY;
 	else if (!err && !strcmp(job->enc, "ccm"))
 		job->type = TAG_TYPE_CCM_KEY;
 	else
-		err = -EINVAL;
-	if (err)
-		job->complaint = "Unsupported key encryption: expected ecb or ccm";
-	return err;
-}
-
-static int random_key(struct keygen_job *job, const char *size)
-{
-	if (kstrtou32(size, 10, &job->red_len) || job->red_len < KEY_MIN_BYTES ||
-	    job->red_len > KEY_MAX_BYTES) {
-		job->complaint = "Invalid key size: expected 16 to 64 bytes";
-		return -EINVAL;
-	}
-	get_random_bytes(job->red, job->red_len);
+		return complain_in_blob(job, -EINVAL,
+					"Invalid key encryption type: expected ecb or ccm.\n");
 	return 0;
 }
 
-static int given_key(struct keygen_job *job, const char *key, u32 len)
+static int accept_size(struct keygen_job *job, u32 len)
 {
-	if (len < KEY_MIN_BYTES || len > KEY_MAX_BYTES) {
-		job->complaint = "Invalid key length: expected 16 to 64 bytes";
-		return -EINVAL;
-	}
-	memcpy(job->red, key, len);
+	if (len < KEY_MIN_BYTES || len > KEY_MAX_BYTES)
+		return complain_in_blob(job, -EINVAL,
+					"Invalid key size: expected 16 to 64 bytes.\n");
 	job->red_len = len;
 	return 0;
 }
 
+static int random_key(struct keygen_job *job, const char *size)
+{
+	u32 len;
+	int err;
+
+	if (kstrtou32(size, 10, &len))
+		return complain_in_blob(job, -EINVAL, "Invalid key size: expected a number.\n");
+	err = accept_size(job, len);
+	if (!err)
+		get_random_bytes(job->red, job->red_len);
+	return err;
+}
+
+/* A key given as text ends at its first NUL: the driver takes its length with strlen(). */
+static int given_key(struct keygen_job *job, const char *key)
+{
+	int err = accept_size(job, strlen(key));
+
+	if (!err)
+		memcpy(job->red, key, job->red_len);
+	return err;
+}
+
 static int read_key(struct keygen_job *job)
 {
-	char value[KEY_MAX_BYTES + 1] = {};
-	u32 len = job->cmd.key_value_len;
+	/* One byte more than the longest key, so that a longer one is seen as such, and a NUL. */
+	char value[KEY_MAX_BYTES + 2] = {};
+	u32 len = min_t(u32, job->cmd.key_value_len, KEY_MAX_BYTES + 1);
 	int err;
 
 	err = copy_text(job->mode, sizeof(job->mode), job->cmd.key_mode, job->cmd.key_mode_len);
 	if (err == -EFAULT)
-		return err;
-	if (!len || !job->cmd.key_value)
-		return -EFAULT;
-	if (copy_from_user(value, u64_to_user_ptr(job->cmd.key_value), min_t(u32, len, KEY_MAX_BYTES)))
-		return -EFAULT;
-	if (!err && !strcmp(job->mode, "-s"))
+		return complain_in_blob(job, err, "Cannot read the key mode.\n");
+	if (err || (strcmp(job->mode, "-s") && strcmp(job->mode, "-t")))
+		return complain_in_blob(job, -EINVAL, "Invalid key mode: expected -s or -t.\n");
+	if (!len || !job->cmd.key_value ||
+	    copy_from_user(value, u64_to_user_ptr(job->cmd.key_value), len))
+		err = complain_in_blob(job, -EFAULT, "Cannot read the key value.\n");
+	else if (!strcmp(job->mode, "-s"))
 		err = random_key(job, value);
-	else if (!err && !strcmp(job->mode, "-t"))
-		err = given_key(job, value, len);
-	else {
-		job->complaint = "Unsupported key mode: expected -s or -t";
-		err = -EINVAL;
-	}
+	else
+		err = given_key(job, value);
 	memzero_explicit(value, sizeof(value));
 	return err;
 }
@@ -121,91 +151,102 @@ static void write_tag(u8 *to, const struct keygen_job *job, u32 obj_len)
 	memcpy(to, &tag, sizeof(tag));
 }
 
-/* The needed length is written back whether or not the room was enough. */
-static int hand_out(u64 to, u32 *room, const u8 *object, u32 len)
+static int hand_out(u64 to, const u8 *object, u32 len)
 {
-	bool fits = *room >= len;
-
-	*room = len;
-	if (!fits)
-		return -EINVAL;
 	if (!to || copy_to_user(u64_to_user_ptr(to), object, len))
 		return -EFAULT;
 	return 0;
 }
 
+/* The needed length is written back whether or not the room was enough. */
 static int hand_out_key(struct keygen_job *job)
 {
-	u32 len = black_key_bytes(job->type, job->red_len);
+	u32 black_len = black_key_bytes(job->type, job->red_len);
+	u32 len = sizeof(struct tag_header) + black_len;
+	bool fits = job->cmd.black_key_len >= len;
 	int err;
 
-	write_tag(job->tagged_key, job, len);
+	job->cmd.black_key_len = len;
+	if (!fits)
+		/* Into the blob buffer in an import as well: the caller's blob is gone then. */
+		return complain_in_blob(job, -EINVAL, "Not enough room for the black key.\n");
+	write_tag(job->tagged_key, job, black_len);
 	err = cover_key(job->type, job->red, job->red_len,
 			job->tagged_key + sizeof(struct tag_header));
 	if (err)
 		return err;
-	return hand_out(job->cmd.black_key, &job->cmd.black_key_len, job->tagged_key,
-			sizeof(struct tag_header) + len);
+	return hand_out(job->cmd.black_key, job->tagged_key, len);
 }
 
 static int hand_out_blob(struct keygen_job *job)
 {
-	u32 len = blob_bytes(job->red_len);
-	int err;
+	u32 sealed_len = blob_bytes(job->red_len);
+	u32 len = sizeof(struct tag_header) + sealed_len;
+	int err = 0;
 
-	write_tag(job->tagged_blob, job, len);
+	if (job->cmd.blob_len < len)
+		err = complain_in_blob(job, -EINVAL, "Not enough room for the blob.\n");
+	job->cmd.blob_len = len;
+	if (err)
+		return err;
+	write_tag(job->tagged_blob, job, sealed_len);
 	err = seal_blob(job->type, job->red, job->red_len,
 			job->tagged_blob + sizeof(struct tag_header));
 	if (err)
 		return err;
-	return hand_out(job->cmd.blob, &job->cmd.blob_len, job->tagged_blob,
-			sizeof(struct tag_header) + len);
+	return hand_out(job->cmd.blob, job->tagged_blob, len);
 }
 
 static int keygen_create(struct keygen_job *job)
 {
-	u32 room = job->cmd.blob_len;
-	int err;
+	int err = read_encapsulation(job);
 
-	err = read_encapsulation(job);
 	if (!err)
 		err = read_key(job);
 	if (!err)
 		err = hand_out_key(job);
 	if (!err)
 		err = hand_out_blob(job);
-	if (job->complaint && job->cmd.blob) {
-		u32 len = min_t(u32, room, strlen(job->complaint) + 1);
-
-		if (copy_to_user(u64_to_user_ptr(job->cmd.blob), job->complaint, len))
-			err = -EFAULT;
-	}
 	return err;
 }
 
+static int read_blob(struct keygen_job *job)
+{
+	u32 len = job->cmd.blob_len;
+
+	/* Some of NXP's kernels copy any length into a buffer of this size: refused, and said. */
+	if (len > sizeof(job->tagged_blob)) {
+		pr_err("%u bytes are longer than any blob\n", len);
+		return -EINVAL;
+	}
+	if (!len || !job->cmd.blob ||
+	    copy_from_user(job->tagged_blob, u64_to_user_ptr(job->cmd.blob), len))
+		return complain(-EFAULT, job->cmd.black_key, job->cmd.black_key_len,
+				"Cannot read the blob.\n");
+	return 0;
+}
+
+/* What is wrong with a blob's tag or MAC is told to the kernel log alone. */
 static int keygen_import(struct keygen_job *job)
 {
 	u32 len = job->cmd.blob_len;
 	struct tag_header tag;
 	int err;
 
-	if (!len || !job->cmd.blob || !job->cmd.black_key || !job->cmd.black_key_len)
-		return -EFAULT;
-	if (len < sizeof(tag) || len > sizeof(job->tagged_blob))
-		return -EINVAL;
-	if (copy_from_user(job->tagged_blob, u64_to_user_ptr(job->cmd.blob), len))
-		return -EFAULT;
+	err = read_blob(job);
+	if (err)
+		return err;
 	memcpy(&tag, job->tagged_blob, sizeof(tag));
-	if (check_tag(&tag) || tag.obj_len != blob_bytes(tag.red_key_len) ||
+	if (len < sizeof(tag) || check_tag(&tag) || tag.obj_len != blob_bytes(tag.red_key_len) ||
 	    len != sizeof(tag) + tag.obj_len) {
-		pr_err("caam_sim: not a tagged blob\n");
+		pr_err("not a tagged blob\n");
 		return -EINVAL;
 	}
 	job->type = tag.type;
 	job->red_len = tag.red_key_len;
 	err = open_blob(job->type, job->tagged_blob + sizeof(tag), job->red, job->red_len);
 	if (err) {
-		pr_err("caam_sim: blob refused: MAC check failed (%d)\n", err);
+		pr_err("blob refused: %d%s\n", err, err == -EBADMSG ? " (MAC check)" : "");
 		return err;
 	}
 	return hand_out_key(job);
@@ -246,21 +287,24 @@ static struct miscdevice keygen_device = {
 	.mode = 0600,
 };
 
+/* The OTPMK of a closed part. Every open part has the same; a test's OTPMK is never this one. */
 static int chip_key(u8 key[OTPMK_BYTES])
 {
-	memset(key, 0, OTPMK_BYTES);
-	if (!secure)
-		return 0;
-	if (strlen(otpmk) != 2 * OTPMK_BYTES || hex2bin(key, otpmk, OTPMK_BYTES)) {
-		pr_err("caam_sim: otpmk must have 64 hex digits\n");
+	bool given = otpmk[0] != '\0';
+
+	if ((secure || given) &&
+	    (strlen(otpmk) != 2 * OTPMK_BYTES || hex2bin(key, otpmk, OTPMK_BYTES))) {
+		pr_err("otpmk must have 64 hex digits\n");
 		return -EINVAL;
 	}
+	if (!secure)
+		memcpy(key, "The test key of every open part.", OTPMK_BYTES);
 	return 0;
 }
 
 static int __init caam_sim_init(void)
 {
-	u8 key[OTPMK_BYTES];
+	u8 key[OTPMK_BYTES] = {};
 	int err;
 
 	BUILD_BUG_ON(sizeof(struct keygen_cmd) != 56);
@@ -297,4 +341,5 @@ module_exit(caam_sim_exit);
 
 MODULE_DESCRIPTION("Simulated CAAM: black keys, black blobs and tagged-key ciphers for tests");
 MODULE_LICENSE("GPL");
+/* sha256 and the AES used to cover keys are library functions; these are looked up by name. */
 MODULE_SOFTDEP("pre: ccm ctr ecb cbc aes");

@@ -51,14 +51,14 @@ u32 black_key_bytes(u32 type, u32 red_len)
 	return type & TAG_TYPE_CCM ? roundup(red_len, 8) + CCM_OVERHEAD : roundup(red_len, 16);
 }
 
-static u32 blob_data_bytes(u32 red_len)
+static u32 sealed_bytes(u32 red_len)
 {
 	return roundup(red_len, 8) + CCM_OVERHEAD;
 }
 
 u32 blob_bytes(u32 red_len)
 {
-	return blob_data_bytes(red_len) + BLOB_OVERHEAD;
+	return sealed_bytes(red_len) + BLOB_OVERHEAD;
 }
 
 int check_tag(const struct tag_header *tag)
@@ -72,7 +72,7 @@ int check_tag(const struct tag_header *tag)
 	return 0;
 }
 
-/* AES-ECB of whole blocks under a 256-bit key. */
+/* AES-ECB of whole blocks; expanding a key fails for no other reason than its length. */
 static void ecb(const u8 key[AES_KEYSIZE_256], const u8 *from, u8 *to, u32 len, bool encrypt)
 {
 	struct crypto_aes_ctx schedule;
@@ -89,11 +89,11 @@ static void ecb(const u8 key[AES_KEYSIZE_256], const u8 *from, u8 *to, u32 len, 
 }
 
 /*
- * AES-CCM in place over `data`: len bytes and, behind them, mac_len bytes of MAC.
+ * AES-CCM in place over `object`: len bytes and, behind them, mac_len bytes of MAC.
  * The buffers of a scatterlist may not lie on the stack (CONFIG_VMAP_STACK).
  */
 static int ccm_crypt(const u8 key[AES_KEYSIZE_256], const u8 *nonce, u32 nonce_len,
-		     const u32 aad[CCM_AAD_BYTES / sizeof(u32)], u8 *data, u32 len, u32 mac_len,
+		     const u32 aad[CCM_AAD_BYTES / sizeof(u32)], u8 *object, u32 len, u32 mac_len,
 		     bool encrypt)
 {
 	u32 room = CCM_IV_BYTES + CCM_AAD_BYTES + len + mac_len;
@@ -110,7 +110,7 @@ static int ccm_crypt(const u8 key[AES_KEYSIZE_256], const u8 *nonce, u32 nonce_l
 	iv[0] = 1; /* RFC 3610: a length field of two bytes, hence a nonce of 13 */
 	memcpy(iv + 1, nonce, nonce_len);
 	memcpy(buf + CCM_IV_BYTES, aad, CCM_AAD_BYTES);
-	memcpy(text, data, encrypt ? len : len + mac_len);
+	memcpy(text, object, encrypt ? len : len + mac_len);
 	sg_init_one(&sg, buf + CCM_IV_BYTES, room - CCM_IV_BYTES);
 
 	mutex_lock(&ccm_turn);
@@ -130,7 +130,7 @@ static int ccm_crypt(const u8 key[AES_KEYSIZE_256], const u8 *nonce, u32 nonce_l
 	mutex_unlock(&ccm_turn);
 
 	if (!err)
-		memcpy(data, text, encrypt ? len + mac_len : len);
+		memcpy(object, text, encrypt ? len + mac_len : len);
 	if (req)
 		aead_request_free(req);
 	kfree_sensitive(buf);
@@ -196,15 +196,15 @@ int seal_blob(u32 type, const u8 *red, u32 red_len, u8 *blob)
 {
 	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES];
 	const u32 aad[] = { type, red_len };
-	u8 *data = blob + BLOB_KEY_BYTES;
+	u8 *sealed = blob + BLOB_KEY_BYTES;
 	int err;
 
 	get_random_bytes(blob_key, sizeof(blob_key));
 	derive_kek(type, kek);
 	ecb(kek, blob_key, blob, BLOB_KEY_BYTES, true);
-	memset(data, 0, blob_data_bytes(red_len));
-	memcpy(data, red, red_len);
-	err = ccm_crypt(blob_key, NULL, 0, aad, data, blob_data_bytes(red_len), BLOB_MAC_BYTES,
+	memset(sealed, 0, sealed_bytes(red_len));
+	memcpy(sealed, red, red_len);
+	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, sealed_bytes(red_len), BLOB_MAC_BYTES,
 			true);
 	memzero_explicit(blob_key, sizeof(blob_key));
 	memzero_explicit(kek, sizeof(kek));
@@ -213,18 +213,18 @@ int seal_blob(u32 type, const u8 *red, u32 red_len, u8 *blob)
 
 int open_blob(u32 type, const u8 *blob, u8 *red, u32 red_len)
 {
-	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES], data[BLOB_MAX_BYTES];
+	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES], sealed[BLOB_MAX_BYTES];
 	const u32 aad[] = { type, red_len };
 	int err;
 
 	derive_kek(type, kek);
 	ecb(kek, blob, blob_key, BLOB_KEY_BYTES, false);
-	memcpy(data, blob + BLOB_KEY_BYTES, blob_data_bytes(red_len) + BLOB_MAC_BYTES);
-	err = ccm_crypt(blob_key, NULL, 0, aad, data, blob_data_bytes(red_len), BLOB_MAC_BYTES,
+	memcpy(sealed, blob + BLOB_KEY_BYTES, sealed_bytes(red_len) + BLOB_MAC_BYTES);
+	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, sealed_bytes(red_len), BLOB_MAC_BYTES,
 			false);
 	if (!err)
-		memcpy(red, data, red_len);
-	memzero_explicit(data, sizeof(data));
+		memcpy(red, sealed, red_len);
+	memzero_explicit(sealed, sizeof(sealed));
 	memzero_explicit(blob_key, sizeof(blob_key));
 	memzero_explicit(kek, sizeof(kek));
 	return err;

@@ -5,6 +5,8 @@
  * setkey uncovers the black key; data then goes through the kernel's own synchronous cipher, so
  * what is written is what cbc(aes) with the plain key would have written.
  */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
 #include <crypto/aes.h>
 #include <crypto/internal/skcipher.h>
 #include <linux/string.h>
@@ -82,7 +84,7 @@ static int tk_crypt(struct skcipher_request *req, int (*crypt)(struct skcipher_r
 	struct skcipher_request *child = skcipher_request_ctx(req);
 
 	if (ctx->key_refused) {
-		pr_err_ratelimited("caam_sim: job failed: ICV\n");
+		pr_err_ratelimited("job failed: ICV\n");
 		return -EIO;
 	}
 	skcipher_request_set_tfm(child, ctx->child);

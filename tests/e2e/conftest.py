@@ -1,0 +1,34 @@
+"""The installed agent in a restored guest, with the proof that it leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from vm import media
+from vm.fixtures import guest, pytest_runtest_makereport
+from vm.guest import Guest
+from vm.installed import InstalledAgent, covered
+
+
+
+ANY_BUS = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
+
+
+@pytest.fixture
+async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
+    """The agent, installed and not started; stopped afterwards, when nothing may be left."""
+    agent = await InstalledAgent.into(guest, covered=covered())
+    yield agent
+    await agent.stop()
+    assert await agent.leftovers() == []
+
+
+@pytest.fixture
+def medium(tmp_path: Path) -> Path:
+    """An encrypted medium labelled cartridge-01, large enough to pass for an SD card."""
+    return media.make_medium(tmp_path / "cartridge-01.img", total_mib=64)
+
+__all__ = ["agent", "guest", "medium", "pytest_runtest_makereport"]

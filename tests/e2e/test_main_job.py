@@ -1,0 +1,197 @@
+"""Plug it in, read it, pull it out: the main job on a real kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from e2e.conftest import ANY_BUS
+from vm import media
+from vm.guest import Guest
+from vm.installed import InstalledAgent
+from vm.media import KEYS, OTPMK_A, OTPMK_B
+
+POINT = "/run/media/cartridge-01"
+
+
+async def is_served(guest: Guest) -> None:
+    """The medium's file is readable, its mapping is what was asked for, its key is gone."""
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    table = (await guest.run("dmsetup", "table")).stdout
+    assert "capi:tk(cbc(aes))-plain" in table
+    await guest.until("! grep -q caam-hotplug /proc/keys")
+    options = (await guest.sh(f"grep ' {POINT} ' /proc/self/mountinfo")).stdout.split()[5]
+    assert {"nosuid", "nodev", "noexec"} <= set(options.split(","))
+
+
+@pytest.mark.parametrize("bus", ["usb", "sd", "scsi"])
+async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
+    guest: Guest, agent: InstalledAgent, medium: Path, bus: str
+) -> None:
+    if bus == "scsi":  # not removable, so the built-in rule leaves it alone
+        await agent.configure(ANY_BUS)
+    await agent.start()
+    pid = await agent.main_pid()
+    count_fds = f"ls /proc/{pid}/fd | wc -l"
+    before = (await guest.sh(count_fds)).stdout
+    match bus:
+        case "usb":
+            plug = await guest.plug_usb(medium)
+        case "sd":
+            plug = await guest.insert_sd(medium)  # type: ignore[assignment]
+        case _:
+            plug = await guest.plug_scsi(medium)
+    await guest.until_mounted(POINT)
+    await is_served(guest)
+    await plug.pull()
+    await agent.until_said(r"cartridge-01.*removed-unsafely")
+    assert await agent.leftovers() == []
+    assert (await guest.sh(count_fds)).stdout == before
+    assert await agent.main_pid() == pid
+
+
+async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    # A loop device in use tells nobody that it is to be detached; it leaves with its last user.
+    await agent.configure(ANY_BUS)
+    await guest.write("/var/tmp/medium.img", medium.read_bytes()[: 20 << 20])
+    await agent.start()
+    await guest.run("losetup", "-fP", "/var/tmp/medium.img")
+    await guest.until_mounted(POINT)
+    await is_served(guest)
+    await agent.stop()
+    assert await agent.leftovers() == []
+    await guest.run("losetup", "-D")
+
+
+async def test_media_present_before_the_start_and_arriving_during_it_are_mounted_once(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await copies_of_the_blob(guest, 4)
+    images = [labelled(tmp_path, f"cartridge-{n:02}") for n in range(1, 5)]
+    await guest.plug_usb(images[0])
+    await guest.plug_usb(images[1])
+    await guest.until("test -b /dev/sda1 -a -b /dev/sdb1")
+    await guest.run("systemctl", "start", "--no-block", "caam-hotplug")
+    await guest.plug_usb(images[2])
+    await guest.plug_usb(images[3])
+    await agent.until_said("mounted: at", times=4)
+    await guest.run("udevadm", "settle")
+    mounts = (await guest.run("cat", "/proc/self/mountinfo")).stdout
+    journal = await agent.journal()
+    for n in range(1, 5):
+        assert mounts.count(f" /run/media/cartridge-{n:02} ") == 1
+        assert journal.count(f"mounted: at /run/media/cartridge-{n:02},") == 1
+
+
+def labelled(folder: Path, label: str, **more: object) -> Path:
+    return media.make_medium(folder / f"{len(list(folder.iterdir()))}.img", label, **more)  # type: ignore[arg-type]
+
+
+async def copies_of_the_blob(guest: Guest, count: int) -> None:
+    await guest.sh(
+        f"cd /data/caam; for n in $(seq -w 2 {count}); do n=$(printf %02d $((10#$n))); "
+        "cp cartridge-01.bb cartridge-$n.bb; done"
+    )
+
+
+BOARD_PROCEDURE = """
+caam-keygen create randomkey ecb -s 16
+cat /data/caam/randomkey | keyctl padd logon logkey: @s
+dmsetup create card --table "0 $(blockdev --getsz /dev/sda1) \
+crypt capi:tk(cbc(aes))-plain :36:logon:logkey: 0 /dev/sda1 0 1 sector_size:512"
+mkfs.ext4 -q -L card /dev/mapper/card
+mkdir -p /mnt/card
+mount /dev/mapper/card /mnt/card
+echo "made by hand" > /mnt/card/made
+umount /mnt/card
+dmsetup remove card
+keyctl clear @s
+rm /data/caam/randomkey
+mv /data/caam/randomkey.bb /data/caam/cartridge-07.bb
+"""
+
+
+async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot_and_only_there(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    blank = tmp_path / "blank.img"
+    media.write_disk(blank, "cartridge-07", bytes(16 << 20))
+    stick = await guest.plug_usb(blank)
+    await guest.until("test -b /dev/sda1")
+    await guest.sh(BOARD_PROCEDURE)
+    await guest.cold_boot_caam(OTPMK_A)
+    await agent.start()
+    await guest.until_mounted("/run/media/cartridge-07")
+    assert await guest.read("/run/media/cartridge-07/made") == b"made by hand\n"
+    await agent.stop()
+    await stick.pull()
+
+    made = media.partition_bytes(blank)
+    await guest.cold_boot_caam(OTPMK_B)
+    await agent.start()
+    await stick.plug()
+    said = await agent.until_said(r"cartridge-07.*failed")
+    assert "the CAAM refused the blob: damaged, sealed on another chip" in said
+    await stick.pull()
+    await guest.until("! test -e /sys/class/block/sda")
+    assert media.partition_bytes(blank) == made
+
+
+@pytest.mark.parametrize("name", ["ecb-32", "ccm-16", "ccm-32"])
+async def test_keys_of_all_sizes_and_coverings_open_their_media(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path, name: str
+) -> None:
+    await agent.start()
+    await guest.plug_usb(media.make_medium(tmp_path / "m.img", name, key=KEYS[name]))
+    await guest.until_mounted(f"/run/media/{name}")
+    assert await guest.read(f"/run/media/{name}/hello.txt") == b"Encrypted data\n"
+
+
+async def test_a_key_that_the_cipher_cannot_use_is_told_apart_from_a_wrong_one(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(media.make_medium(tmp_path / "m.img", "ecb-64"))
+    said = await agent.until_said("ecb-64.*failed")
+    assert "load table of mapping caam-ecb-64-" in said
+    assert "Invalid argument" in said
+
+
+async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await copies_of_the_blob(guest, 2)
+    protected = labelled(tmp_path, "cartridge-02")
+    before = media.partition_bytes(protected)
+    await agent.start()
+    await guest.plug_usb(labelled(tmp_path, "cartridge-01", filesystem="vfat"))
+    locked = await guest.plug_usb(protected, read_only=True)
+    await agent.until_said("mounted: at", times=2)
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    lines = await agent.until_said("cartridge-02, read-only")
+    assert "mounted" in lines
+    refused = await guest.sh("echo x > /run/media/cartridge-02/x", check=False)
+    assert "Read-only file system" in refused.stderr
+    await locked.pull()
+    await agent.until_said("cartridge-02.*gone")
+    assert media.partition_bytes(protected) == before
+
+
+async def test_without_udevd_the_kernels_own_events_serve(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.sh(
+        "systemctl stop systemd-udevd systemd-udevd-control.socket systemd-udevd-kernel.socket"
+    )
+    await agent.configure('source = "kernel"\n')
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await is_served(guest)
+    await stick.pull()
+    await guest.until_unmounted(POINT)
+    await agent.until_said("cartridge-01.*removed-unsafely")
+    assert await agent.leftovers() == []

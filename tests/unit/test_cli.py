@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug import __version__
+from caam_hotplug.cli import main
+
+INSTALLED = Path(__file__).parents[2] / "config" / "agent.toml"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Where a test writes its configuration."""
+    return tmp_path / "agent.toml"
+
+
+def exit_status(arguments: list[str]) -> int | str | None:
+    """The status with which the argument parser ends the program itself."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+def test_a_valid_file_is_called_so_with_its_rules_in_order(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text('[[rule]]\nname = "first"\n[[rule]]\nname = "second"\n')
+    assert main(["check", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{file}: valid; rules in the order they are asked: first, second\n"
+    assert shown.err == ""
+
+
+def test_a_valid_file_without_rules_is_called_so(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("rule = []\n")
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.endswith(": none\n")
+
+
+def test_the_installed_file_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(INSTALLED)]) == 0
+    assert "valid" in capsys.readouterr().out
+
+
+def test_every_fault_is_a_line_on_standard_error(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text('log_level = "loud"\nmount_rot = "/media"\n')
+    assert main(["check", str(file)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        f"{file}: log_level: expected debug, info, warning, error; found 'loud'",
+        f"{file}: mount_rot: is not a key here; did you mean 'mount_root'?",
+    ]
+
+
+def test_a_file_that_is_not_there_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}: cannot be read: No such file or directory\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("device", ["/dev/null", "/proc/version", "/", "/no/such/device", ""])
+def test_what_is_no_block_device_cannot_be_explained(
+    device: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text('source = "kernel"\n')
+    assert main(["explain", "--config", str(file), device]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"caam-hotplug: look at {device}: it is no block device")
+
+
+def test_a_device_is_not_looked_at_with_a_faulty_configuration(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("rule = 1\n")
+    assert main(["explain", "--config", str(file), "/dev/null"]) == 1
+    assert capsys.readouterr().err == f"{file}: rule: expected tables [[rule]], found 1\n"
+
+
+def test_the_agent_does_not_start_with_a_faulty_configuration(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("rule = 1\n")
+    assert main(["run", "--config", str(file)]) == 1
+    assert "expected tables [[rule]]" in capsys.readouterr().err
+
+
+def test_help_names_commands_examples_and_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("run", "check", "explain", "examples:", "exit status:"):
+        assert words in shown
+
+
+@pytest.mark.parametrize("command", ["run", "check", "explain"])
+def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status([command, "--help"]) == 0
+    assert f"caam-hotplug {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["--version"]) == 0
+    assert capsys.readouterr().out == f"caam-hotplug {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["mount"], ["check"], ["explain"], ["check", "a", "b"], ["run", "--fast"]]
+)
+def test_wrong_usage_is_exit_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_status(arguments) == 2
+    assert "usage: caam-hotplug" in capsys.readouterr().err

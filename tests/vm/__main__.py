@@ -1,0 +1,55 @@
+"""`python3 -m vm`: the test bed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from vm import machine, terminal
+
+
+def main() -> int:
+    """Builds the bed, or opens a restored guest. Returns: the exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m vm", description=__doc__)
+    parser.add_argument("--usb", metavar="IMAGE", type=Path, action="append", default=[])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("build", help="build what is not in the cache yet")
+    commands.add_parser("shell", help="a root shell in a guest, on this terminal")
+    running = commands.add_parser("run", help="run a shell script in a guest")
+    running.add_argument("script")
+    options = parser.parse_args()
+    match options.command:
+        case "build":
+            print(machine.saved().folder)
+            return 0
+        case "shell":
+            return asyncio.run(_shell(options.usb))
+        case _:
+            return asyncio.run(_run(options.script, options.usb))
+
+
+async def _shell(media: list[Path]) -> int:
+    if not sys.stdin.isatty():
+        print("vm shell needs a terminal", file=sys.stderr)
+        return 2
+    async with machine.restored() as guest:
+        for medium in media:
+            await guest.plug_usb(medium.resolve())
+        await terminal.bridged(guest.shell_socket)
+    return 0
+
+
+async def _run(script: str, media: list[Path]) -> int:
+    async with machine.restored() as guest:
+        for medium in media:
+            await guest.plug_usb(medium.resolve())
+        done = await guest.sh(script, check=False, timeout_s=600)
+        sys.stdout.write(done.stdout)
+        sys.stderr.write(done.stderr)
+        return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

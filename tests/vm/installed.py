@@ -1,0 +1,145 @@
+"""The agent installed in a guest as a board would have it, run as its systemd service."""
+
+from __future__ import annotations
+
+import io
+import os
+import py_compile
+import shlex
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from vm.guest import Guest
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
+UNIT: Final = "caam-hotplug.service"
+COVERAGE_FOLDER: Final = "/var/tmp/coverage"
+
+_PROGRAM: Final = '#!/bin/sh\nexec /usr/bin/python3 -m caam_hotplug.cli "$@"\n'
+_COVERED_PROGRAM: Final = (
+    "#!/bin/sh\nmkdir -p {folder}\ncd {folder}\nexec /usr/bin/python3 -m coverage run --branch "
+    '--parallel-mode --source-pkgs=caam_hotplug -m caam_hotplug.cli "$@"\n'
+)
+
+
+class InstalledAgent:
+    """The service in the guest: started, stopped, killed; what it says, what it holds."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+
+    @classmethod
+    async def into(cls, guest: Guest, *, covered: bool = False) -> InstalledAgent:
+        """The agent's package, program, udev rule and unit are in place; it does not run yet."""
+        program = _COVERED_PROGRAM.format(folder=COVERAGE_FOLDER) if covered else _PROGRAM
+        files = {
+            "usr/bin/caam-hotplug": program.encode(),
+            "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
+            f"etc/systemd/system/{UNIT}": _read(f"config/{UNIT}"),
+            **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
+        }
+        await guest.write("/tmp/agent.tar", _tar(files))
+        await guest.sh(
+            "tar -C / -xf /tmp/agent.tar && rm /tmp/agent.tar && "
+            "systemctl daemon-reload && udevadm control --reload"
+        )
+        return cls(guest)
+
+    async def configure(self, toml: str) -> None:
+        """The configuration that the next start reads."""
+        await self.guest.write("/etc/caam-hotplug/agent.toml", toml.encode())
+
+    async def start(self) -> None:
+        """The service runs and has said that it is ready."""
+        started = await self.guest.run("systemctl", "start", UNIT, check=False)
+        assert started.returncode == 0, await self.journal()
+
+    async def stop(self) -> None:
+        """The service has stopped in order."""
+        await self.guest.run("systemctl", "stop", UNIT)
+
+    async def kill(self) -> None:
+        """The agent was killed without a chance to do anything, and is not started again."""
+        await self.guest.sh(
+            f"systemctl mask --runtime {UNIT} >/dev/null 2>&1; "
+            f"systemctl kill -s KILL --kill-whom=main {UNIT}; "
+            f"while systemctl is-active -q {UNIT}; do :; done; "
+            f"systemctl stop {UNIT}; systemctl reset-failed {UNIT} || true; "
+            f"systemctl unmask --runtime {UNIT} >/dev/null 2>&1"
+        )
+
+    async def journal(self) -> str:
+        """All that the service has said, a line each."""
+        return (await self.guest.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager")).stdout
+
+    async def until_said(self, pattern: str, *, times: int = 1, deadline_s: float = 40) -> str:
+        """The service has said something that the extended regular expression matches.
+
+        Returns the matching lines. Raises: AssertionError with the journal after the deadline.
+        """
+        follow = f"journalctl -u {UNIT} -o cat -n all -f"
+        script = f"grep -m{times} -E -- {shlex.quote(pattern)} < <({follow})"
+        done = await self.guest.run(
+            "timeout", f"{deadline_s}", "bash", "-c", script, check=False,
+            timeout_s=deadline_s + 10,
+        )  # fmt: skip
+        assert done.returncode == 0, f"not said: {pattern}\n{await self.journal()}"
+        return done.stdout
+
+    async def main_pid(self) -> int:
+        """The agent's process."""
+        shown = await self.guest.run("systemctl", "show", "-p", "MainPID", "--value", UNIT)
+        return int(shown.stdout)
+
+    async def leftovers(self) -> list[str]:
+        """What of the agent's is in the kernel and in the tree; empty when nothing is left."""
+        found = await self.guest.sh(
+            "dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep CAAM-HOTPLUG || true\n"
+            "grep caam-hotplug /proc/keys || true\n"
+            "grep ' /run/media/' /proc/self/mountinfo || true\n"
+            "ls -d /run/media/* 2>/dev/null || true"
+        )
+        return found.stdout.splitlines()
+
+
+def covered() -> bool:
+    """Whether this run of the tests collects coverage from its guests."""
+    return "COVERAGE_FROM_GUESTS" in os.environ
+
+
+def _read(path: str) -> bytes:
+    return (REPOSITORY / path).read_bytes()
+
+
+def _compiled_package(target: str) -> dict[str, bytes]:
+    """Sources and bytecode: compiling in the guest would take seconds at every start."""
+    files: dict[str, bytes] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sorted(PACKAGE.rglob("*.py")):
+            name = source.relative_to(PACKAGE)
+            compiled = Path(scratch) / "compiled"
+            py_compile.compile(
+                str(source),
+                cfile=str(compiled),
+                dfile=f"/{target}/{name}",
+                doraise=True,
+                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+            )
+            files[f"{target}/{name}"] = source.read_bytes()
+            cached = name.parent / "__pycache__" / f"{name.stem}.cpython-311.pyc"
+            files[f"{target}/{cached}"] = compiled.read_bytes()
+    return files
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            member.mode = 0o755 if name.startswith("usr/bin/") else 0o644
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
