@@ -15,8 +15,8 @@ help:
 setup: $(VENV)/.installed
 	@tests/vm/setup
 
-$(VENV)/.installed: pyproject.toml tests/vm/setup
-	@tests/vm/setup
+$(VENV)/.installed: pyproject.toml
+	@python3 -c 'import ensurepip' 2>/dev/null || tests/vm/setup
 	@echo "Installing Python packages into $(VENV)"
 	@python3 -m venv $(VENV)
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'

@@ -52,7 +52,7 @@ class Board:
         entry = Entry(volume, state, reason)
         if entry == self._entries.get(volume.id):
             return
-        if volume.id not in self._entries:
+        if volume.id not in self._entries and state is not State.GONE:
             self._forget_departed()
         if state is State.GONE:
             self._entries.pop(volume.id, None)

@@ -83,7 +83,7 @@ def _read(file: Path, wanted: type[T], faults: list[ConfigFault]) -> T | None:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         faults.append(ConfigFault(file, "", f"cannot be read: {error.strerror}"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of the decoders, and of nested or huge values
         faults.append(ConfigFault(file, "", f"is not TOML: {error}"))
     else:
         reader = _Reader(file, faults)
@@ -147,26 +147,35 @@ def _from_toml(wanted: type, value: Any) -> Any:
         return Bytes(value)
     if wanted is Path and isinstance(value, str):
         return Path(value)
-    raise ValueError(f"expected a text, found {_found(value)}")
+    kind = "a size such as 512MiB" if wanted is Bytes else "a text"
+    raise ValueError(f"expected {kind}, found {_found(value)}")
 
 
-_CIPHER: Final = re.compile(r"[a-z0-9]+:?[a-z0-9()_,-]+")
+_CIPHER: Final = re.compile(r"(capi:)?[a-z0-9()_,-]+-[a-z0-9]+(:[a-z0-9]+)?")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*")
 
 
 def _check(at: str, value: Any) -> None:
     """What a type cannot say. Raises: ValueError with what was expected."""
     match at.rsplit(".", 1)[-1]:
-        case "blob_directory" | "mount_root" if not value.is_absolute() or ".." in value.parts:
+        case "blob_directory" | "mount_root" if not _is_plain(value):
             raise ValueError(f"expected an absolute path without .., found {str(value)!r}")
         case "cipher" if not _CIPHER.fullmatch(value):
             raise ValueError(f"expected a cipher such as capi:tk(cbc(aes))-plain, found {value!r}")
-        case "offset" | "iv_offset" if value < 0:
+        case "offset" | "iv_offset" if not 0 <= value < 1 << 63:
             raise ValueError(f"expected sectors from 0 on, found {value}")
+        case "min_size" | "max_size" if value < 0:
+            raise ValueError(f"expected bytes from 0 on, found {value}")
+        case "bus" if value == ():
+            raise ValueError("expected at least one bus")
         case "stuck_after_s" if not value > 0:
             raise ValueError(f"expected seconds above 0, found {value}")
         case "name" if isinstance(value, str) and not _NAME.fullmatch(value):
             raise ValueError(f"expected a name of A-Z a-z 0-9 . _ - and spaces, found {value!r}")
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_absolute() and ".." not in path.parts and str(path).isprintable()
 
 
 def _words(error: Exception, value: Any, wanted: Any) -> str:
@@ -178,7 +187,9 @@ def _words(error: Exception, value: Any, wanted: Any) -> str:
     if wants_list and not isinstance(value, list):
         return f"{expected}; found {_found(value)}"
     wrong = [
-        item for item in (value if isinstance(value, list) else [value]) if item not in choices
+        item
+        for item in (value if isinstance(value, list) else [value])
+        if item not in choices or isinstance(item, float)
     ]
     hint = _nearest(wrong[0], choices) if wrong and isinstance(wrong[0], str) else ""
     return f"{expected}; found {', '.join(map(_found, wrong))}{hint}"

@@ -35,6 +35,7 @@ def run(config: Config) -> None:
     """
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
+    udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     _refuse_core_dumps()

@@ -58,6 +58,10 @@ class NoFilesystemError(HotplugError):
     """Nothing known lies under this key: a wrong key, or a medium that was never formatted."""
 
 
+class ReleaseError(HotplugError):
+    """Something of ours could not be let go; the next start of the agent tries again."""
+
+
 class ForeignMappingError(HotplugError):
     """A mapping bears our name or UUID but is not what we would have made."""
 

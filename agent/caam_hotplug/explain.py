@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from caam_hotplug import names
 from caam_hotplug.config import Config
@@ -19,7 +20,8 @@ _FACTS = (
 def explain(node: str, config: Config) -> Iterator[str]:
     """Lines for people. Raises: HotplugError if the node is no block device with a medium."""
     source = udev.default_source() if config.source == "auto" else config.source
-    volume = udev.Devices(source).volume(node)
+    with closing(udev.Devices(source)) as devices:
+        volume = devices.volume(node)
     if not volume.identified:
         volume = Linux(config.blob_directory, config.mount_root).identify(volume)
     yield from _facts(volume)

@@ -59,7 +59,7 @@ class VolumeId:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
+    return len(text) <= 20 and text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
 
 
 @dataclass(frozen=True, slots=True, order=True)

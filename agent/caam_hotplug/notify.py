@@ -13,7 +13,8 @@ class Notifier:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
         for_us = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog_s = int(watchdog_us) / 1e6 if watchdog_us and for_us else None
+        usable = for_us and watchdog_us.isdecimal() and int(watchdog_us) > 0
+        self.watchdog_s = int(watchdog_us) / 1e6 if usable else None
         """How long we may be silent, in seconds, or None if nobody watches."""
 
     def tell(self, *assignments: str) -> None:
@@ -23,6 +24,6 @@ class Notifier:
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             try:
-                sender.sendto("\n".join(assignments).encode(), address)
+                sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)
             except OSError:
                 return

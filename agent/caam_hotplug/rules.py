@@ -84,8 +84,10 @@ class Template:
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from error
         for literal, place, spec, conversion in self._parts:
-            if "/" in literal or "\0" in literal:
+            if "/" in literal:
                 raise ValueError(f"{text!r} names a path; expected one file name")
+            if not names.PLAIN_TEXT.fullmatch(literal):
+                raise ValueError(f"{text!r}: file names here are made of A-Z a-z 0-9 . _ -")
             if place is not None and (place not in self.FIELDS or spec or conversion):
                 known = ", ".join(f"{{{name}}}" for name in self.FIELDS)
                 raise ValueError(f"{text!r}: {{{place}}} is not one of {known}")
@@ -103,10 +105,16 @@ class Template:
 
     def render(self, volume: Volume) -> str:
         """The name for this volume. Raises: UnsafeNameError with the reason."""
-        return "".join(
+        name = "".join(
             literal + ("" if place is None else self._value(place, volume))
             for literal, place, _, _ in self._parts
         )
+        if len(name) > names.RENDERED_MAX_LENGTH:
+            raise UnsafeNameError(
+                f"{self.text!r} becomes {len(name)} characters, more than "
+                f"{names.RENDERED_MAX_LENGTH}"
+            )
+        return name
 
     @staticmethod
     def _value(place: str, volume: Volume) -> str:

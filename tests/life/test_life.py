@@ -8,7 +8,7 @@ import pytest
 
 from caam_hotplug.errors import KernelError, MountError
 from caam_hotplug.model import State
-from caam_hotplug.rules import Action, Match, OnStop, Rule
+from caam_hotplug.rules import Action, Match, MountWish, OnStop, Rule, Template
 from fakes.bench import Bench
 
 
@@ -232,7 +232,65 @@ def test_a_step_that_fails_is_told_and_undoes_all_before_it(
     assert bench.kernel.leftovers() == []
 
 
-@pytest.mark.parametrize("step", ["unmount", "remove_mapping", "remove_mount_point", "flush"])
+def test_an_unmount_that_fails_is_followed_by_a_detachment(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kernel.fail_next("unmount", MountError("unmount", "x", errno.EIO))
+    bench.stop()
+    assert bench.kernel.steps.count("detach") == 1
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point", "flush", "detach"])
+def test_a_failing_step_of_a_release_does_not_keep_the_others_from_happening(
+    bench: Bench, step: str
+) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1 if step == "detach" else 0
+    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
+    bench.stop()
+    assert {"flush", "unmount", "remove_mount_point", "remove_mapping"} <= (
+        set(bench.kernel.steps) | {step}
+    )
+    bench.start()  # the next start adopts or sweeps what is left
+    bench.settle()
+
+
+@pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point"])
+def test_a_medium_that_left_and_could_not_be_let_go_whole_says_so(bench: Bench, step: str) -> None:
+    volume = bench.insert(read_only=True)
+    bench.settle()
+    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
+    bench.yank()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "could not let go: let go x: Input/output error" in bench.said(volume)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_kept_under_another_name_is_moved_to_the_one_its_rule_gives_now() -> None:
+    bench = Bench((Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    bench.stop()
+    bench.rules = (
+        Rule(name="new", match=Match(partlabel="c*"), mount=MountWish(name=Template("new"))),
+    )
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/new"]
+    bench.stop()
+    assert bench.kernel.leftovers() == []
+    bench.close()
+
+
+@pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point", "flush"])
 def test_a_release_that_fails_never_reports_the_clean_state(bench: Bench, step: str) -> None:
     volume = bench.insert()
     bench.settle()

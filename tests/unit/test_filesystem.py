@@ -46,8 +46,13 @@ def test_a_mount_point_that_looks_like_the_separator_is_one_field() -> None:
     assert filesystem.parse_mount(line).point == "/mnt/a - b"
 
 
+def test_a_filesystem_that_fell_back_to_read_only_is_seen_as_such() -> None:
+    line = "36 35 8:17 / /mnt rw,nosuid - ext4 /dev/sdb1 ro,errors=remount-ro"
+    assert filesystem.parse_mount(line).read_only
+
+
 def test_an_option_that_only_contains_ro_leaves_it_writable() -> None:
-    line = "36 35 8:17 / /mnt rw,nosymfollow - btrfs /dev/sdb1 ro,norecovery"
+    line = "36 35 8:17 / /mnt rw,nosymfollow - btrfs /dev/sdb1 rw,norecovery"
     assert not filesystem.parse_mount(line).read_only
 
 

@@ -47,7 +47,6 @@ def test_a_size_of_another_form_is_refused_with_an_example(text: str) -> None:
         ("{partlabel}.bb", "cartridge.bb"),
         ("{partlabel}-{diskseq}p{partn}", "cartridge-7p1"),
         ("fixed", "fixed"),
-        ("a{{{partlabel}}}", "a{cartridge}"),
         ("{diskseq}", "7"),
     ],
 )
@@ -63,7 +62,8 @@ def test_a_template_gives_a_name_for_the_volume(template: str, name: str) -> Non
         ("-rf", r"start with \. or -"),
         ("../{partlabel}", "names a path; expected one file name"),
         ("keys/{partlabel}.bb", "names a path; expected one file name"),
-        ("a\0b", "names a path; expected one file name"),
+        ("a\0b", "file names here are made of"),
+        ("a{{{partlabel}}}", "file names here are made of"),
         ("{vendor}", r"\{vendor\} is not one of \{partlabel\}, \{partuuid\}"),
         ("{}", "is not one of"),
         ("{0}", "is not one of"),
@@ -103,7 +103,7 @@ def test_a_value_that_could_lead_elsewhere_is_told_escaped() -> None:
 
 
 places = st.sampled_from([f"{{{name}}}" for name in Template.FIELDS])
-literals = st.text(max_size=4).map(lambda text: text.replace("{", "{{").replace("}", "}}"))
+literals = st.text("abz019._-/ {", max_size=4)
 templates = st.lists(places | literals, max_size=4).map("".join) | st.text(max_size=12)
 
 
@@ -111,8 +111,9 @@ templates = st.lists(places | literals, max_size=4).map("".join) | st.text(max_s
 def test_no_rendered_name_leaves_its_directory(text: str, volume: Volume) -> None:
     try:
         name = Template(text).render(volume)
-    except ValueError:  # the template's, or the medium's text is refused
-        assume(False)
+    except ValueError as refused:  # the template's text, or the medium's
+        assert str(refused)
+        return
     assert name
     assert "/" not in name
     assert "\0" not in name
@@ -125,8 +126,9 @@ def test_a_name_made_of_a_mediums_texts_has_only_plain_characters(
 ) -> None:
     try:
         name = Template("".join(parts)).render(volume)
-    except UnsafeNameError:
-        assume(False)
+    except UnsafeNameError as refused:
+        assert str(refused)
+        return
     assert set(name) <= set(string.ascii_letters + string.digits + "._-")
 
 

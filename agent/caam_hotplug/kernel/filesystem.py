@@ -274,20 +274,21 @@ def flush(path: str) -> None:
 
 def mounts() -> list[Mount]:
     """What is mounted in this process's namespace. Source: proc_pid_mountinfo(5)."""
-    text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    return [parse_mount(line) for line in text.splitlines()]
+    # Only a newline ends a line: the kernel escapes it in names, but no other line break.
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
 
 
 def parse_mount(line: str) -> Mount:
     """One line of mountinfo; optional fields end with a lone dash."""
     left, _, right = line.partition(" - ")
     fields = left.split(" ")
-    source = right.split(" ")[1]
+    _, source, superblock_options = right.split(" ", 2)
     return Mount(
         number=DeviceNumber.from_text(fields[2]),
         point=_unescaped(fields[4]),
         source=_unescaped(source),
-        read_only="ro" in fields[5].split(","),
+        read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
     )
 
 

@@ -27,8 +27,10 @@ def directory(path: Path, *, create: bool = False) -> Iterator[int]:
     such as /tmp may be written to: there nobody moves what is not theirs).
     With `create`, missing components are made with mode 0755.
 
-    Raises: UnsafePathError naming the component; OSError.
+    Raises: UnsafePathError naming the component; OSError; ValueError for a relative path.
     """
+    if not path.is_absolute():
+        raise ValueError(f"{path} is not absolute")
     here = os.open("/", _OPEN)
     walked = Path("/")
     try:

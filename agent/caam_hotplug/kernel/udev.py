@@ -56,6 +56,15 @@ def _context() -> pyudev.Context:
     return pyudev.Context()
 
 
+def require_diskseq() -> None:
+    """Raises: HotplugError if this kernel does not number insertions."""
+    disks = list(Path("/sys/block").iterdir())
+    if disks and not any((disk / "diskseq").exists() for disk in disks):
+        raise HotplugError(
+            "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
+        )
+
+
 class Devices:
     """The block devices of this machine, and what happens to them.
 
@@ -173,7 +182,7 @@ def _volume(name: str, properties: Mapping[str, str], source: Source) -> Volume 
         devtype=DevType.DISK if which.partition == 0 else DevType.PARTITION,
         size=size,
         bus=bus,
-        removable=_attribute(disk / "removable") == "1" or bus in {Bus.USB, Bus.MMC},
+        removable=_is_removable(disk, bus),
         read_only=read_only or _attribute(disk / "ro") == "1",
         partlabel=text("ID_PART_ENTRY_NAME"),
         partuuid=text("ID_PART_ENTRY_UUID"),
@@ -198,6 +207,16 @@ def _attribute(file: Path) -> str | None:
 
 def _model(disk: Path) -> str | None:
     return _attribute(disk / "device/model") or _attribute(disk / "device/name")
+
+
+def _is_removable(disk: Path, bus: Bus) -> bool:
+    """Whether people plug it: the kernel's flag, or a bus whose disks mostly lack it.
+
+    An SD card's flag is 0; so is an eMMC's, which is soldered on: its type is MMC, not SD.
+    """
+    if bus is Bus.MMC:
+        return _attribute(disk / "device/type") == "SD"
+    return bus is Bus.USB or _attribute(disk / "removable") == "1"
 
 
 def _serial(disk: Path, otherwise: str | None) -> str | None:

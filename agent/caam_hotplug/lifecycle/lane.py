@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from caam_hotplug.errors import HotplugError, ReleaseError
+
 T = TypeVar("T")
 
 
@@ -15,6 +17,8 @@ async def to_the_end(release: Callable[..., Awaitable[None]], *arguments: Any) -
     """The release has run whole, however often whoever waits for it is cancelled meanwhile.
 
     A release has several steps; one that ended between two of them would leave something behind.
+
+    Raises: ReleaseError if a step failed.
     """
     work = asyncio.ensure_future(release(*arguments))
     cancelled = False
@@ -25,7 +29,10 @@ async def to_the_end(release: Callable[..., Awaitable[None]], *arguments: Any) -
             cancelled = True
     if cancelled:
         raise asyncio.CancelledError from work.exception()
-    work.result()
+    try:
+        work.result()
+    except (HotplugError, OSError) as error:
+        raise ReleaseError(f"could not let go: {error}") from error
 
 
 class Lane:

@@ -8,7 +8,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from caam_hotplug import names
-from caam_hotplug.errors import BlobMissingError, HotplugError, MountPointOccupiedError
+from caam_hotplug.errors import (
+    BlobMissingError,
+    HotplugError,
+    MountPointOccupiedError,
+    ReleaseError,
+)
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane
@@ -48,7 +53,7 @@ class Life:
         self._volume = volume
         self._inherits = inherits
         self._news = False
-        self._state = State.IGNORED
+        self._state: State | None = None
         self._said = ""
         self._on_stop = OnStop.LOCK
         self.leave = Leave()
@@ -100,12 +105,20 @@ class Life:
             self._publish(State.WAITING, str(error))
         except MountPointOccupiedError as error:
             self._publish(State.CONFLICT, str(error))
+        except ReleaseError as error:
+            before = error.__context__
+            cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
+            self._publish_released_badly(f"{error}{cause}")
         except (HotplugError, OSError) as error:
             if self.leave.gone or not self._host.is_present(self._volume):
                 # A medium that is pulled makes the step at hand fail; that is no fault of its.
                 log.warning("%s: pulled meanwhile: %s", self._volume, error)
             else:
                 self._publish(State.FAILED, str(error))
+
+    def _publish_released_badly(self, words: str) -> None:
+        # Without a medium the volume is not there to be `failed`; the remains are all there is.
+        self._publish(State.REMOVED_UNSAFELY if self.leave.gone else State.FAILED, words)
 
     async def _let_be(self, refused: Refused) -> None:
         if self._inherits:
@@ -157,5 +170,5 @@ class Life:
             allowed = self._around.late_after_s
             said = f"{words}: the kernel has not answered for {allowed:g} s; still waiting"
             self._around.publish(self._volume, State.STUCK, said)
-        else:
+        elif self._state is not None:
             self._around.publish(self._volume, self._state, self._said)

@@ -12,11 +12,12 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
     ForeignMappingError,
-    MountBusyError,
+    MountError,
     MountPointOccupiedError,
     NoFilesystemError,
 )
@@ -164,6 +165,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
         raise MountPointOccupiedError(f"{found.source} is mounted at {found.point}")
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
+        await _release_other_mounts(steps, name, mapping)
         if found is not None:
             log.warning("%s: adopting its mount %s", wish.volume, found.point)
         else:
@@ -202,14 +204,36 @@ async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
         return
     found = mount_at(host, name)
     if found is not None and is_of(found, mapping):
-        if not steps.leave.gone and not found.read_only:
-            await steps.call("flush", host.flush, name)
-        try:
-            await steps.call("unmount", host.unmount, name)
-        except MountBusyError:
-            log.warning("%s is in use; detaching it from the tree", host.mount_root / name)
-            await steps.call("detach", host.unmount, name, lazily=True)
-    await steps.call("remove the mount point", host.remove_mount_point, name)
+        async with AsyncExitStack() as then:  # each happens whether or not one before it failed
+            remove = host.remove_mount_point
+            then.push_async_callback(steps.call, "remove the mount point", remove, name)
+            then.push_async_callback(_unmount_or_detach, steps, name)
+            if not steps.leave.gone and not found.read_only:
+                await steps.call("flush", host.flush, name)
+    else:
+        await steps.call("remove the mount point", host.remove_mount_point, name)
+
+
+async def _unmount_or_detach(steps: Steps, name: str) -> None:
+    host = steps.host
+    try:
+        await steps.call("unmount", host.unmount, name)
+    except MountError as error:
+        log.warning("%s; detaching it from the tree", error)
+        await steps.call("detach", host.unmount, name, lazily=True)
+
+
+async def _release_other_mounts(steps: Steps, name: str, mapping: Mapping) -> None:
+    """An earlier run had other rules, and may have mounted the volume under another name."""
+    for other in mounts_of(steps.host, mapping):
+        if other != name:
+            await release_mount(steps, other, mapping)
+
+
+def mounts_of(host: Host, mapping: Mapping) -> list[str]:
+    """The names in the mount root at which the mapping is mounted."""
+    points = (Path(mount.point) for mount in host.mounts() if is_of(mount, mapping))
+    return [point.name for point in points if point.parent == host.mount_root]
 
 
 def mount_at(host: Host, name: str) -> Mount | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.leave import Leave, Reason
-from caam_hotplug.lifecycle.resources import is_of, release_mapping, release_mount
+from caam_hotplug.lifecycle.resources import mounts_of, release_mapping, release_mount
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.model import Mapping, VolumeId
 
@@ -20,11 +19,8 @@ log = logging.getLogger(__name__)
 
 async def release_left_behind(steps: Steps, mapping: Mapping) -> None:
     """Mounts and mapping of an earlier run are gone, by the same acts that a life ends with."""
-    host = steps.host
-    for mount in host.mounts():
-        point = Path(mount.point)
-        if is_of(mount, mapping) and point.parent == host.mount_root:
-            await release_mount(steps, point.name, mapping)
+    for name in mounts_of(steps.host, mapping):
+        await release_mount(steps, name, mapping)
     await release_mapping(steps, mapping.uuid)
 
 
