@@ -41,13 +41,14 @@ class _DropIn:
     rule: tuple[Rule, ...] = ()
 
 
-def load(file: Path) -> Config:
+def load(file: Path, *, required: bool = True) -> Config:
     """The configuration of a file and of the drop-ins beside it, whose rules are asked first.
 
-    Raises: ConfigError naming every mistake in every file.
+    A file that is not `required` may be missing; then the defaults stand, and the built-in rule
+    if there are no drop-ins either. Raises: ConfigError naming every mistake in every file.
     """
     faults: list[ConfigFault] = []
-    config = _read(file, Config, faults)
+    config = _read(file, Config, faults) if required or file.exists() else Config()
     drop_ins: list[Rule] = []
     for path in sorted((file.parent / names.RULES_DIRECTORY).glob("*.toml")):
         drop_in = _read(path, _DropIn, faults)
@@ -68,7 +69,7 @@ def load_installed() -> Config:
 
     Raises: ConfigError naming every mistake in every file.
     """
-    return load(names.CONFIG_FILE) if names.CONFIG_FILE.exists() else Config()
+    return load(names.CONFIG_FILE, required=False)
 
 
 def _same_names(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:

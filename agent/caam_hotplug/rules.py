@@ -220,9 +220,8 @@ class Crypt:
     flags: tuple[Flag, ...] = ()
 
 
-def _default_options() -> dict[FilesystemName, tuple[str, ...]]:
-    # A superblock may ask for errors=panic; a medium must not bring the machine down.
-    return {"ext4": ("errors=remount-ro",)}
+# A superblock may ask for errors=panic; a medium must not bring the machine down.
+_ALWAYS: Final[dict[str, tuple[str, ...]]] = {"ext4": ("errors=remount-ro",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,9 +233,13 @@ class MountWish:
     filesystems: tuple[FilesystemName, ...] = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
     options: tuple[MountOption, ...] = ("nosuid", "nodev", "noexec")
     read_only: bool = False
-    filesystem_options: dict[FilesystemName, tuple[str, ...]] = field(
-        default_factory=_default_options
-    )
+    filesystem_options: dict[FilesystemName, tuple[str, ...]] = field(default_factory=dict)
+    """Added to what the agent always asks for: errors=remount-ro for ext4."""
+
+    def options_for(self, filesystem: str) -> tuple[str, ...]:
+        """The filesystem's own options; of two that contradict each other the last one holds."""
+        asked = {str(name): options for name, options in self.filesystem_options.items()}
+        return _ALWAYS.get(filesystem, ()) + asked.get(filesystem, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

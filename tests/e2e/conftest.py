@@ -13,10 +13,6 @@ from vm.guest import Guest
 from vm.installed import InstalledAgent, covered
 
 
-
-ANY_BUS = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
-
-
 @pytest.fixture
 async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
     """The agent, installed and not started; stopped afterwards, when nothing may be left."""
@@ -30,5 +26,6 @@ async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
 def medium(tmp_path: Path) -> Path:
     """An encrypted medium labelled cartridge-01, large enough to pass for an SD card."""
     return media.make_medium(tmp_path / "cartridge-01.img", total_mib=64)
+
 
 __all__ = ["agent", "guest", "medium", "pytest_runtest_makereport"]

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import ANY_BUS
+from e2e.support import ANY_BUS, POINT, blobs_up_to, labelled
 from vm import media
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 from vm.media import KEYS, OTPMK_A, OTPMK_B
-
-POINT = "/run/media/cartridge-01"
 
 
 async def is_served(guest: Guest) -> None:
@@ -69,7 +67,7 @@ async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
 async def test_media_present_before_the_start_and_arriving_during_it_are_mounted_once(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
-    await copies_of_the_blob(guest, 4)
+    await blobs_up_to(guest, 4)
     images = [labelled(tmp_path, f"cartridge-{n:02}") for n in range(1, 5)]
     await guest.plug_usb(images[0])
     await guest.plug_usb(images[1])
@@ -84,17 +82,6 @@ async def test_media_present_before_the_start_and_arriving_during_it_are_mounted
     for n in range(1, 5):
         assert mounts.count(f" /run/media/cartridge-{n:02} ") == 1
         assert journal.count(f"mounted: at /run/media/cartridge-{n:02},") == 1
-
-
-def labelled(folder: Path, label: str, **more: object) -> Path:
-    return media.make_medium(folder / f"{len(list(folder.iterdir()))}.img", label, **more)  # type: ignore[arg-type]
-
-
-async def copies_of_the_blob(guest: Guest, count: int) -> None:
-    await guest.sh(
-        f"cd /data/caam; for n in $(seq -w 2 {count}); do n=$(printf %02d $((10#$n))); "
-        "cp cartridge-01.bb cartridge-$n.bb; done"
-    )
 
 
 BOARD_PROCEDURE = """
@@ -163,7 +150,7 @@ async def test_a_key_that_the_cipher_cannot_use_is_told_apart_from_a_wrong_one(
 async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
-    await copies_of_the_blob(guest, 2)
+    await blobs_up_to(guest, 2)
     protected = labelled(tmp_path, "cartridge-02")
     before = media.partition_bytes(protected)
     await agent.start()

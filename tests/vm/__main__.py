@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from vm import machine, terminal
+from vm import demo, machine, terminal
 
 
 def main() -> int:
@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--usb", metavar="IMAGE", type=Path, action="append", default=[])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("build", help="build what is not in the cache yet")
+    commands.add_parser("demo", help="the main job, narrated")
     commands.add_parser("shell", help="a root shell in a guest, on this terminal")
     running = commands.add_parser("run", help="run a shell script in a guest")
     running.add_argument("script")
@@ -24,6 +25,8 @@ def main() -> int:
         case "build":
             print(machine.saved().folder)
             return 0
+        case "demo":
+            return asyncio.run(demo.demo())
         case "shell":
             return asyncio.run(_shell(options.usb))
         case _:

@@ -95,6 +95,17 @@ def encrypt(plain: bytes, key: bytes) -> bytes:
     return b"".join(sectors)
 
 
+def decrypt(secret: bytes, key: bytes) -> bytes:
+    """The inverse of `encrypt`."""
+    cipher = algorithms.AES(key)
+    sectors = []
+    for number in range(len(secret) // SECTOR):
+        iv = struct.pack("<I12x", number & 0xFFFFFFFF)
+        decryptor = Cipher(cipher, modes.CBC(iv)).decryptor()
+        sectors.append(decryptor.update(secret[number * SECTOR : (number + 1) * SECTOR]))
+    return b"".join(sectors)
+
+
 def partition_bytes(path: Path) -> bytes:
     """The bytes of the first partition of an image, as they are on the medium."""
     with path.open("rb") as disk:

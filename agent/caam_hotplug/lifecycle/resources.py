@@ -185,7 +185,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
                 name,
                 read_only=wish.read_only,
                 options=ask.options,
-                filesystem_options=ask.filesystem_options.get(kind, ()),  # type: ignore[call-overload]
+                filesystem_options=ask.options_for(kind),
             )
             found = mount_at(host, name)
         if found is None:

@@ -1,0 +1,150 @@
+"""Pulled at the worst moment, put back at once: no trace of the first, the second mounted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from e2e.support import POINT, labelled, slow_caam
+from vm import media
+from vm.guest import Guest
+from vm.installed import InstalledAgent
+
+ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLUG) = 1"
+
+
+async def test_pulled_while_unlocking_and_put_back(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await slow_caam(guest, 3000)
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await agent.until_said("unlocking")
+    await stick.pull()
+    await slow_caam(guest, 0)
+    await stick.plug()
+    await guest.until_mounted(POINT)
+    await guest.until(ONE_MAPPING)
+    assert "mounted: at" in await agent.until_said("mounted: at", times=1)
+
+
+async def test_pulled_while_its_filesystem_is_being_read_and_put_back(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await slow_caam(guest, 3000)
+    await agent.start()
+    stick = await guest.plug_usb(medium, slow=True)
+    await agent.until_said("unlocking")
+    await guest.throttle(stick, 1)
+    await agent.until_said("mounting: from")
+    await stick.pull()
+    await guest.throttle(stick, 0)
+    await slow_caam(guest, 0)
+    await stick.plug()
+    await guest.until_mounted(POINT)
+    await guest.until(ONE_MAPPING)
+
+
+async def test_pulled_while_being_written_and_put_back(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.sh(
+        f"(while echo x; do :; done > {POINT}/growing) >/dev/null 2>&1 & echo $! > /tmp/writer"
+    )
+    await guest.until(f"test -s {POINT}/growing")
+    await stick.pull()
+    await agent.until_said("removed-unsafely")
+    await stick.plug()
+    await guest.until_mounted(POINT)
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    await guest.sh("kill $(cat /tmp/writer) || true")
+    await guest.until(ONE_MAPPING)
+
+
+async def test_pulled_with_a_file_held_open_its_key_dies_at_once_and_the_stick_mounts_again(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.sh(f"sleep 1000 < {POINT}/hello.txt >/dev/null 2>&1 & echo $! > /tmp/holder")
+    await stick.pull()
+    await agent.until_said("removed-unsafely")
+    tables = (await guest.run("dmsetup", "table")).stdout
+    assert "crypt" not in tables
+    assert "error" in tables
+    await stick.plug()
+    await guest.until_mounted(POINT)
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    await guest.sh("kill $(cat /tmp/holder)")
+    await guest.until(ONE_MAPPING)
+
+
+async def test_the_second_medium_of_a_label_mounts_when_the_first_leaves(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.start()
+    first = await guest.plug_usb(labelled(tmp_path, "cartridge-01", files={"n": b"first"}))
+    await guest.until_mounted(POINT)
+    await guest.plug_usb(labelled(tmp_path, "cartridge-01", files={"n": b"second"}))
+    said = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 belongs to volume" in said
+    assert await guest.read(f"{POINT}/n") == b"first"
+    await first.pull()
+    await agent.until_said("mounted: at", times=2)
+    assert await guest.read(f"{POINT}/n") == b"second"
+
+
+async def test_an_orderly_stop_leaves_the_medium_clean(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.write(f"{POINT}/written", b"by a program\n")
+    await agent.stop()
+    assert await agent.leftovers() == []
+    await stick.pull()
+    plain = media.decrypt(media.partition_bytes(medium), media.KEY)
+    assert b"by a program\n" in plain
+
+
+async def test_synthesized_events_change_nothing(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    mounted = await guest.sh(f"grep ' {POINT} ' /proc/self/mountinfo")
+    await guest.sh(
+        "for action in add change remove; do for dev in sda sda1; do\n"
+        "echo $action > /sys/class/block/$dev/uevent; done; done\n"
+        "udevadm trigger --action=add /dev/sda1; udevadm trigger --subsystem-match=block\n"
+        "udevadm trigger --action=remove /dev/sda1; udevadm settle"
+    )
+    # Another medium's arrival is behind all those events in the agent's queue.
+    await guest.sh("cp /data/caam/cartridge-01.bb /data/caam/cartridge-02.bb")
+    await guest.plug_usb(media.make_medium(medium.with_name("b.img"), "cartridge-02"))
+    await guest.until_mounted("/run/media/cartridge-02")
+    assert (await guest.sh(f"grep ' {POINT} ' /proc/self/mountinfo")).stdout == mounted.stdout
+    journal = await agent.journal()
+    assert journal.count("mounted: at /run/media/cartridge-01") == 1
+    assert "detaching" not in journal
+
+
+async def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await guest.sh("cd /data/caam; for n in $(seq 100 131); do cp cartridge-01.bb c-$n.bb; done")
+    await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "c-*"\n')
+    await agent.start()
+    images = [labelled(tmp_path, f"c-{n}", size_mib=4) for n in range(100, 132)]
+    usb = [await guest.plug_usb(image) for image in images[:16]]
+    scsi = [await guest.plug_scsi(image) for image in images[16:]]
+    await guest.until("test $(grep -c ' /run/media/c-' /proc/self/mountinfo) = 32", deadline_s=150)
+    for plug in [*usb, *scsi]:
+        await plug.pull()
+    await agent.until_said("c-1.*removed-unsafely", times=32, deadline_s=120)
+    assert await agent.leftovers() == []

@@ -1,0 +1,184 @@
+"""What must not be unlocked is not, says why, and is left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from e2e.support import ANY_BUS, labelled
+from vm import media
+from vm.guest import Guest
+from vm.installed import InstalledAgent
+
+BLOB_FAULTS = """
+cd /data/caam
+head -c 60 cartridge-01.bb > cartridge-truncated.bb
+python3 - <<X
+blob = bytearray(open("cartridge-01.bb", "rb").read())
+blob[50] ^= 4
+open("cartridge-flipped.bb", "wb").write(blob)
+X
+mkfifo cartridge-fifo.bb
+mkdir cartridge-directory.bb
+cp cartridge-01.bb /root/elsewhere.bb
+ln -s /root/elsewhere.bb cartridge-symlink.bb
+dd if=/dev/zero of=cartridge-huge.bb bs=1M count=10 status=none
+head -c 96 /dev/urandom > cartridge-noise.bb
+caam-keygen create cartridge-wrong ecb -t 'another 16 bytes'; rm cartridge-wrong
+"""
+SAID = {
+    "missing": "waiting: no blob /data/caam/cartridge-missing.bb",
+    "truncated": "failed: read blob /data/caam/cartridge-truncated.bb: is cut short or damaged: "
+    "60 bytes, the tag header says 96",
+    "flipped": "failed: the CAAM refused the blob: damaged, sealed on another chip, or sealed in "
+    "another security state of this one",
+    "fifo": "failed: read blob /data/caam/cartridge-fifo.bb: is not a regular file",
+    "directory": "failed: read blob /data/caam/cartridge-directory.bb: is not a regular file",
+    "symlink": "failed: read blob /data/caam/cartridge-symlink.bb: is a symbolic link",
+    "huge": "failed: read blob /data/caam/cartridge-huge.bb: has 10485760 bytes, "
+    "a black blob at most 144",
+    "noise": "failed: read blob /data/caam/cartridge-noise.bb: is not a black blob of "
+    "caam-keygen (no tag header)",
+    "wrong": "failed: no known filesystem under this key (looked for ext4, xfs, btrfs, f2fs, "
+    "vfat, exfat): /data/caam/cartridge-wrong.bb may belong to another medium",
+}
+
+
+async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medium(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await guest.sh(BLOB_FAULTS)
+    await agent.configure(ANY_BUS)
+    await agent.start()
+    media_of = {fault: labelled(tmp_path, f"cartridge-{fault}") for fault in SAID}
+    before = {fault: media.partition_bytes(image) for fault, image in media_of.items()}
+    plugs = [await guest.plug_scsi(image) for image in media_of.values()]
+    await agent.until_said("'cartridge-[a-z]+' .*(waiting|failed): ", times=len(SAID))
+    journal = await agent.journal()
+    said = {
+        fault: next(line for line in journal.splitlines() if f"'cartridge-{fault}'" in line
+                    and ("waiting" in line or "failed" in line)).split("): ", 1)[1]
+        for fault in SAID
+    }  # fmt: skip
+    assert said == SAID
+    assert await agent.leftovers() == []
+    for plug in plugs:
+        await plug.pull()
+    assert {fault: media.partition_bytes(image) for fault, image in media_of.items()} == before
+
+
+HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "cartridge 01"]
+
+
+async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.configure('[[rule]]\nname = "all"\nmatch.bus = "scsi"\n')
+    await agent.start()
+    pid = await agent.main_pid()
+    await guest.sh(
+        f"strace -f -qq -p {pid} -o /tmp/trace -e trace=open,openat,openat2,mkdir,mkdirat,"
+        "symlinkat,mknodat,renameat2,move_mount >/dev/null 2>&1 & "
+        f"until grep -q 'TracerPid:.*[1-9]' /proc/{pid}/status; do :; done"
+    )
+    for label in HOSTILE:
+        await guest.plug_scsi(labelled(tmp_path, label, size_mib=4))
+    await agent.until_said("1\\): ignored: all: matches, but partlabel", times=len(HOSTILE))
+    journal = await agent.journal()
+    for label in HOSTILE:
+        assert f"partlabel {label!a} cannot be part of a file name" in journal
+    trace = (await guest.run("cat", "/tmp/trace")).stdout
+    assert trace
+    paths = [line.split('"')[1] for line in trace.splitlines() if line.count('"') >= 2]
+    made = [line for line in trace.splitlines() if "mkdir" in line or "move_mount" in line]
+    assert made == []
+    # The kernel's names lead to what sysfs says of a device; a label leads nowhere.
+    assert {p for p in paths if not p.startswith(("/sys/", "/run/udev/data/", "/proc/"))} == set()
+
+
+async def test_a_mount_point_with_content_is_never_shadowed(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.write("/run/media/cartridge-01/mine", b"the board's own\n")
+    await agent.start()
+    await guest.plug_usb(medium)
+    said = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 is not empty" in said
+    assert await guest.read("/run/media/cartridge-01/mine") == b"the board's own\n"
+    assert (await guest.run("dmsetup", "ls")).stdout.strip() == "No devices found"
+    await guest.sh("rm -r /run/media/cartridge-01")
+
+
+async def test_a_mount_point_that_is_a_link_is_never_followed(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.sh("mkdir -p /run/media /root/target; ln -s /root/target /run/media/cartridge-01")
+    await agent.start()
+    await guest.plug_usb(medium)
+    assert "/run/media/cartridge-01 is a link or a file" in await agent.until_said("conflict")
+    assert "/root/target" not in (await guest.run("cat", "/proc/self/mountinfo")).stdout
+    await guest.sh("rm /run/media/cartridge-01")
+
+
+async def test_a_blob_directory_that_others_may_write_to_is_refused(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.sh("chmod 777 /data")
+    await agent.start()
+    await guest.plug_usb(medium)
+    said = await agent.until_said("failed")
+    assert "open /data/caam: /data can be written by others than root" in said
+
+
+async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    image = labelled(tmp_path, "cartridge-01", key=None)
+    before = media.partition_bytes(image)
+    await agent.start()
+    stick = await guest.plug_usb(image)
+    await agent.until_said("failed: no known filesystem under this key")
+    await stick.pull()
+    assert media.partition_bytes(image) == before
+
+
+async def test_a_device_in_use_is_refused(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await guest.plug_usb(labelled(tmp_path, "cartridge-01", key=None))
+    await guest.until("test -b /dev/sda1")
+    await guest.sh("mkdir -p /mnt/system; mount /dev/sda1 /mnt/system")
+    await agent.start()
+    said = await agent.until_said("failed")
+    assert "Device or resource busy (the device is in use)" in said
+    assert await guest.read("/mnt/system/hello.txt") == b"Encrypted data\n"
+    await guest.sh("umount /mnt/system")
+
+
+async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_where(
+    guest: Guest, agent: InstalledAgent
+) -> None:
+    await agent.configure('[[rule]]\nname = "x"\nmatch.partlable = "cartridge-*"\n')
+    started = await guest.run("systemctl", "start", "caam-hotplug", check=False)
+    assert started.returncode != 0
+    assert (
+        "/etc/caam-hotplug/agent.toml: rule[1].match.partlable: is not a key here; "
+        "did you mean 'partlabel'?"
+    ) in await agent.journal()
+
+
+async def test_check_and_explain_tell_what_the_agent_would_do(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.plug_usb(medium)
+    await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
+    told = await guest.run("caam-hotplug", "explain", "/dev/disk/by-partlabel/cartridge-01")
+    assert "rule 'built-in' admits it" in told.stdout
+    assert "blob        /data/caam/cartridge-01.bb" in told.stdout
+    assert "mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told.stdout
+    whole = await guest.run("caam-hotplug", "explain", "/dev/sda")
+    assert "rule 'built-in': partlabel is not there" in whole.stdout
+    await agent.configure(ANY_BUS)
+    checked = await guest.run("caam-hotplug", "check", "/etc/caam-hotplug/agent.toml")
+    assert checked.stdout == (
+        "/etc/caam-hotplug/agent.toml: valid; rules in the order they are asked: any bus\n"
+    )

@@ -1,0 +1,264 @@
+"""The board through its own tools: caam-keygen's ioctls, AF_ALG, keyctl, dmsetup and losetup.
+
+A witness of its own: nothing here goes through the agent's bindings. Runs in the guest, as root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+KEYGEN: Final = "/dev/caam-keygen"
+CREATE: Final = 0xC0384B00
+IMPORT: Final = 0xC0384B01
+KEY_ROOM: Final = 20 + 64 + 12
+BLOB_ROOM: Final = 20 + 64 + 12 + 48
+UNTOUCHED: Final = 0xEE
+"""What the buffers of a request are filled with, to see what the driver writes."""
+PARAMETERS: Final = Path("/sys/module/caam_sim/parameters")
+SECTOR: Final = 512
+
+
+def run(*argv: str, stdin: bytes = b"") -> str:
+    """What the program printed. Raises: AssertionError unless it ended with 0."""
+    done = attempt(*argv, stdin=stdin)
+    assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def attempt(*argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    """The program has ended, in whatever way."""
+    done = subprocess.run(argv, input=stdin, capture_output=True, timeout=120)
+    out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(argv, done.returncode, out, err)
+
+
+def kernel_log(words: str) -> int:
+    """How many lines of the kernel's log have these words."""
+    return run("dmesg").count(words)
+
+
+class Command(ctypes.Structure):
+    """The ioctl's struct; ctypes lays it out as C does, padding included."""
+
+    _fields_ = [  # noqa: RUF012
+        ("key_enc_len", ctypes.c_uint8),
+        ("key_mode_len", ctypes.c_uint8),
+        ("key_value_len", ctypes.c_uint16),
+        ("black_key_len", ctypes.c_uint32),
+        ("key_enc", ctypes.c_uint64),
+        ("key_mode", ctypes.c_uint64),
+        ("key_value", ctypes.c_uint64),
+        ("black_key", ctypes.c_uint64),
+        ("blob_len", ctypes.c_uint32),
+        ("blob", ctypes.c_uint64),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an ioctl left: errno (0 if it succeeded), the lengths, and both buffers whole."""
+
+    errno: int
+    key_len: int
+    blob_len: int
+    key_buffer: bytes
+    blob_buffer: bytes
+
+    @property
+    def key(self) -> bytes:
+        """The tagged key. Raises: AssertionError if the ioctl failed."""
+        assert self.errno == 0, os.strerror(self.errno)
+        return self.key_buffer[: self.key_len]
+
+    @property
+    def blob(self) -> bytes:
+        """The tagged blob. Raises: AssertionError if the ioctl failed."""
+        assert self.errno == 0, os.strerror(self.errno)
+        return self.blob_buffer[: self.blob_len]
+
+    @property
+    def text(self) -> str:
+        """What the driver says where the blob would be; empty if it wrote nothing."""
+        return written_text(self.blob_buffer)
+
+
+def written_text(buffer: bytes) -> str:
+    """The text that a buffer holds up to its NUL; empty if nothing was written there."""
+    text, nul, _ = buffer.partition(b"\0")
+    return text.decode() if nul and UNTOUCHED not in text else ""
+
+
+def create(
+    enc: str = "ecb",
+    mode: str = "-s",
+    value: str | bytes = "16",
+    *,
+    key_room: int = KEY_ROOM,
+    blob_room: int = BLOB_ROOM,
+    **fields: int,
+) -> Answer:
+    """A CREATE was asked for; `fields` replace what the struct would have."""
+    value = value.encode() if isinstance(value, str) else value
+    texts = [ctypes.create_string_buffer(text) for text in (enc.encode(), mode.encode(), value)]
+    lengths = {
+        "key_enc_len": len(enc) + 1,
+        "key_mode_len": len(mode) + 1,
+        "key_value_len": len(value),
+    }
+    names = ("key_enc", "key_mode", "key_value")
+    pointers = {name: ctypes.addressof(text) for name, text in zip(names, texts, strict=True)}
+    return _ask(CREATE, b"", key_room, {**lengths, **pointers, "blob_len": blob_room, **fields})
+
+
+def import_blob(blob: bytes, *, key_room: int = KEY_ROOM, **fields: int) -> Answer:
+    """An IMPORT was asked for; `fields` replace what the struct would have."""
+    return _ask(IMPORT, blob, key_room, {"blob_len": len(blob), **fields})
+
+
+def _ask(request: int, blob: bytes, key_room: int, fields: dict[str, int]) -> Answer:
+    key_buffer, blob_buffer = (ctypes.create_string_buffer(256) for _ in range(2))
+    ctypes.memset(key_buffer, UNTOUCHED, 256)
+    ctypes.memset(blob_buffer, UNTOUCHED, 256)
+    ctypes.memmove(blob_buffer, blob, len(blob))
+    ours = {
+        "black_key_len": key_room,
+        "black_key": ctypes.addressof(key_buffer),
+        "blob": ctypes.addressof(blob_buffer),
+    }
+    command = Command(**{**ours, **fields})
+    number = ioctl(request, command)
+    return Answer(
+        number, command.black_key_len, command.blob_len, key_buffer.raw, blob_buffer.raw
+    )  # fmt: skip
+
+
+def ioctl(request: int, argument: Any) -> int:
+    """The errno of an ioctl on caam-keygen, 0 if it succeeded."""
+    file = os.open(KEYGEN, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(file, request, argument)
+    except OSError as error:
+        return error.errno or -1
+    finally:
+        os.close(file)
+    return 0
+
+
+class Board:
+    """The simulated CAAM's module, which another chip or a cold boot loads anew."""
+
+    def __init__(self) -> None:
+        self.otpmk = (PARAMETERS / "otpmk").read_text().strip()
+        self._secure = (PARAMETERS / "secure").read_text().strip()
+        self._booted = False
+
+    def cold_boot(self, otpmk: str = "", *, secure: bool = True) -> None:
+        """The chip has this OTPMK (by default the one it had), and knows none of its black keys."""
+        self.power_off()
+        run("modprobe", "caam_sim", f"otpmk={otpmk or self.otpmk}", f"secure={int(secure)}")
+
+    def power_off(self) -> None:
+        """The module is not loaded."""
+        self._booted = True
+        run("rmmod", "caam_sim")
+
+    def restore(self) -> None:
+        """The chip is the one it was at first."""
+        if not self._booted:
+            return
+        if PARAMETERS.exists():
+            run("rmmod", "caam_sim")
+        run("modprobe", "caam_sim", f"otpmk={self.otpmk}", f"secure={self._secure}")
+
+
+def crypt(cipher: str, key: bytes, text: bytes, *, decrypt: bool = False, iv: bytes = b"") -> bytes:
+    """The text through a cipher of the kernel, over AF_ALG. Raises: OSError."""
+    operation = socket.ALG_OP_DECRYPT if decrypt else socket.ALG_OP_ENCRYPT
+    with algorithm(cipher, key) as transform:
+        job, _ = transform.accept()
+        with job:
+            job.sendmsg_afalg([text], op=operation, iv=iv or None)
+            return job.recv(len(text))
+
+
+@contextmanager
+def algorithm(cipher: str, key: bytes) -> Iterator[socket.socket]:
+    """A transform with this key. Raises: OSError from its setkey."""
+    with socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET) as transform:
+        transform.bind(("skcipher", cipher))
+        transform.setsockopt(socket.SOL_ALG, socket.ALG_SET_KEY, key)
+        yield transform
+
+
+@contextmanager
+def logon_key(description: str, payload: bytes) -> Iterator[str]:
+    """A logon key in the session keyring; yields how a table spells it."""
+    serial = run("keyctl", "padd", "logon", description, "@s", stdin=payload).strip()
+    try:
+        yield f":{len(payload)}:logon:{description}"
+    finally:
+        run("keyctl", "unlink", serial, "@s")
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A file of zeros, and the loop device over it."""
+
+    file: Path
+    device: str
+
+    @property
+    def sectors(self) -> int:
+        """The device's size in sectors of 512 bytes."""
+        return self.file.stat().st_size // SECTOR
+
+    def table(self, cipher: str, key: str) -> str:
+        """The table of a dm-crypt mapping over the whole medium."""
+        return f"0 {self.sectors} crypt {cipher} {key} 0 {self.device} 0"
+
+    @contextmanager
+    def mapped(self, cipher: str, key: str) -> Iterator[str]:
+        """The medium is mapped; yields the mapping's device. Raises: AssertionError."""
+        name = "witness"
+        run("dmsetup", "create", name, "--table", self.table(cipher, key))
+        try:
+            yield f"/dev/mapper/{name}"
+        finally:
+            run("dmsetup", "remove", "--retry", name)
+
+
+@contextmanager
+def loop_medium(size_bytes: int) -> Iterator[Medium]:
+    """A medium of that size, gone on the way out."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        file = Path(folder) / "medium"
+        file.touch()
+        os.truncate(file, size_bytes)
+        device = run("losetup", "-f", "--show", str(file)).strip()
+        try:
+            yield Medium(file, device)
+        finally:
+            run("losetup", "-d", device)
+
+
+def read(device: str, count: int) -> bytes:
+    """The device's first bytes. Raises: OSError."""
+    with open(device, "rb", buffering=0) as file:
+        return file.read(count)
+
+
+def write(device: str, text: bytes) -> None:
+    """The bytes are on the device. Raises: OSError."""
+    with open(device, "wb", buffering=0) as file:
+        file.write(text)
+        os.fsync(file)
