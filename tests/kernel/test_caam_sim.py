@@ -14,6 +14,7 @@ import pytest
 from witness import (
     BLOB_ROOM,
     CREATE,
+    FOLDER,
     IMPORT,
     KEYGEN,
     PARAMETERS,
@@ -29,6 +30,7 @@ from witness import (
     import_blob,
     ioctl,
     kernel_log,
+    left_behind,
     logon_key,
     loop_medium,
     read,
@@ -42,7 +44,6 @@ MAGIC = 0x5461674F
 TYPES = {"ecb": 1, "ccm": 9}
 FOREIGN = "0f" * 32
 """The OTPMK of another board."""
-FOLDER = Path("/data/caam")
 AES_BYTES = (16, 24, 32)
 CBC, ECB = "tk(cbc(aes))", "tk(ecb(aes))"
 DM_CBC = f"capi:{CBC}-plain"
@@ -54,28 +55,16 @@ KERNEL_MEMORY = 0xFFFF_8880_0000_0000
 both_coverings = pytest.mark.parametrize("enc", ["ecb", "ccm"])
 
 
-def found() -> dict[str, object]:
-    """Everything a test might leave behind."""
-    return {
-        "mappings": run("dmsetup", "ls"),
-        "loop devices": run("losetup", "-l"),
-        "keys": run("keyctl", "rlist", "@s"),
-        "key files": sorted(FOLDER.iterdir()) if FOLDER.exists() else None,
-        "mounts": Path("/proc/self/mountinfo").read_text(),
-        "chip": [(PARAMETERS / name).read_text() for name in ("otpmk", "secure")],
-    }
-
-
 @pytest.fixture(autouse=True)
 def board() -> Iterator[Board]:
     """The chip, given back as it was; a test that leaves something behind fails."""
-    before = found()
+    before = left_behind()
     board = Board()
     try:
         yield board
     finally:
         board.restore()
-    assert found() == before
+    assert left_behind() == before
 
 
 @pytest.fixture

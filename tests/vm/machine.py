@@ -22,8 +22,8 @@ from vm.qmp import Qmp, QmpError
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 MEMORY_MIB: Final = 1024
-BOOT_DEADLINE_S: Final = 240
-RESTORE_DEADLINE_S: Final = 60
+BOOT_DEADLINE_S: Final = 600
+RESTORE_DEADLINE_S: Final = 120
 REHEARSAL: Final = """
     truncate -s 4M /tmp/disk
     mkfs.ext4 -q /tmp/disk
@@ -95,7 +95,10 @@ def _arguments(img: image.Image, run: Path) -> list[str]:
 async def _qemu(arguments: list[str], run: Path) -> AsyncIterator[Qmp]:
     """A QEMU process and its control connection; it is killed on the way out."""
     with (run / "qemu.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(*arguments, stdout=log, stderr=log)
+        # QEMU must not outlive a test run that is killed.
+        process = await asyncio.create_subprocess_exec(
+            "setpriv", "--pdeathsig", "KILL", *arguments, stdout=log, stderr=log
+        )
     try:
         qmp = await _connected(process, run)
         try:

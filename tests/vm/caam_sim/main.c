@@ -216,7 +216,7 @@ static int read_blob(struct keygen_job *job)
 
 	/* Some of NXP's kernels copy any length into a buffer of this size: refused, and said. */
 	if (len > sizeof(job->tagged_blob)) {
-		pr_err("%u bytes are longer than any blob\n", len);
+		pr_warn("%u bytes are longer than any blob\n", len);
 		return -EINVAL;
 	}
 	if (!len || !job->cmd.blob ||
@@ -226,7 +226,10 @@ static int read_blob(struct keygen_job *job)
 	return 0;
 }
 
-/* What is wrong with a blob's tag or MAC is told to the kernel log alone. */
+/*
+ * What is wrong with a blob's tag or MAC is told to the kernel log alone; as a warning, because
+ * errors go to the console as well, where a thousand of them take minutes.
+ */
 static int keygen_import(struct keygen_job *job)
 {
 	u32 len = job->cmd.blob_len;
@@ -239,14 +242,14 @@ static int keygen_import(struct keygen_job *job)
 	memcpy(&tag, job->tagged_blob, sizeof(tag));
 	if (len < sizeof(tag) || check_tag(&tag) || tag.obj_len != blob_bytes(tag.red_key_len) ||
 	    len != sizeof(tag) + tag.obj_len) {
-		pr_err("not a tagged blob\n");
+		pr_warn("not a tagged blob\n");
 		return -EINVAL;
 	}
 	job->type = tag.type;
 	job->red_len = tag.red_key_len;
 	err = open_blob(job->type, job->tagged_blob + sizeof(tag), job->red, job->red_len);
 	if (err) {
-		pr_err("blob refused: %d%s\n", err, err == -EBADMSG ? " (MAC check)" : "");
+		pr_warn("blob refused: %d%s\n", err, err == -EBADMSG ? " (MAC check)" : "");
 		return err;
 	}
 	return hand_out_key(job);
