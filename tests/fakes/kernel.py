@@ -129,6 +129,31 @@ class FakeKernel:
         self.keyrings.append({})
         return FakeHost(self, self.keyrings[-1])
 
+    def medium(self, number: DeviceNumber) -> FakeMedium | None:
+        """What sits at a device number."""
+        return next((m for m in self.media.values() if m.volume.number == number), None)
+
+    def by_node(self, node: str) -> FakeMapping:
+        """The mapping at a device node. Raises: KernelError."""
+        minor = int(node.removeprefix("/dev/dm-"))
+        mapping = next((m for m in self.mappings.values() if m.number.minor == minor), None)
+        if mapping is None or (mapping.live is None and mapping.inactive is None):
+            raise KernelError("open", node, errno.ENOENT)  # it has a node once it has a table
+        return mapping
+
+    def under(self, mapping: FakeMapping) -> FakeMedium:
+        """The medium that a read of the mapping reaches. Raises: KernelError."""
+        target = CryptTarget.from_line(mapping.live or "")
+        medium = None if target is None else self.medium(target.device)
+        if medium is None:
+            raise KernelError("read", mapping.name, errno.EIO)
+        return medium
+
+    def reads_as_written(self, node: str) -> bool:
+        """Whether a read of the device shows what was written on its medium. Raises: OSError."""
+        mapping = self.by_node(node)
+        return self.under(mapping).key == mapping.key
+
     def opens(self, mapping: FakeMapping) -> int:
         """How many hold the mapping open: mounts, detached mounts, processes."""
         return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
@@ -160,10 +185,6 @@ class FakeHost:
         self.kernel.steps.append(name)
         if failures := self.kernel.failures.get(name):
             raise failures.pop(0)
-
-    def _medium(self, number: DeviceNumber) -> FakeMedium | None:
-        media = self.kernel.media.values()
-        return next((m for m in media if m.volume.number == number), None)
 
     def is_present(self, volume: Volume) -> bool:
         medium = self.kernel.media.get(volume.name)
@@ -239,7 +260,7 @@ class FakeHost:
             raise DmError("load table of mapping", name, errno.ENOKEY)
         if len(key) != target.key_bytes:
             raise DmError("load table of mapping", name, errno.EINVAL)
-        if self._medium(target.device) is None:
+        if self.kernel.medium(target.device) is None:
             raise DmError("load table of mapping", name, errno.ENXIO)
         mapping.inactive, mapping.inactive_key, mapping.read_only = line, key, read_only
 
@@ -249,6 +270,8 @@ class FakeHost:
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
+        elif mapping.live is None:
+            raise DmError("activate mapping", name, errno.EINVAL)
 
     def poison_mapping(self, name: str, size: Sectors) -> None:
         self._step("poison_mapping")
@@ -267,25 +290,10 @@ class FakeHost:
         self._step("keep_mapping")
         self._mapping(name, "keep mapping").goes_at_last_close = False
 
-    def _by_node(self, node: str) -> FakeMapping:
-        minor = int(node.removeprefix("/dev/dm-"))
-        found = (m for m in self.kernel.mappings.values() if m.number.minor == minor)
-        mapping = next(found, None)
-        if mapping is None or mapping.live is None:
-            raise KernelError("open", node, errno.ENXIO)
-        return mapping
-
-    def _under(self, mapping: FakeMapping) -> FakeMedium:
-        target = CryptTarget.from_line(mapping.live or "")
-        medium = None if target is None else self._medium(target.device)
-        if medium is None:
-            raise KernelError("read", mapping.name, errno.EIO)
-        return medium
-
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         self._step("probe")
-        mapping = self._by_node(node)
-        medium = self._under(mapping)
+        mapping = self.kernel.by_node(node)
+        medium = self.kernel.under(mapping)
         shown = medium.filesystem if medium.key == mapping.key else None
         return shown if shown in filesystems else None
 
@@ -299,7 +307,6 @@ class FakeHost:
         options: Sequence[str],
         filesystem_options: Sequence[str],
     ) -> None:
-        assert kind
         assert options is not None
         assert filesystem_options is not None
         with self.kernel.lock:
@@ -308,12 +315,20 @@ class FakeHost:
             if found == "content" or any(m.point == point for m in self.kernel.mounts):
                 raise MountPointOccupiedError(f"{point} is not empty")
             self._step("mount")
-            try:
-                mapping = self._by_node(node)
-                self._under(mapping)
-            except KernelError as error:
-                raise MountError("mount", node, error.errno or 0) from error
+            mapping = self._mountable(node, kind, read_only=read_only)
             self.kernel.mounts.append(Mount(mapping.number, point, node, read_only))
+
+    def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
+        try:
+            mapping = self.kernel.by_node(node)
+            medium = self.kernel.under(mapping)
+        except KernelError as error:
+            raise MountError("mount", node, error.errno or 0) from error
+        if mapping.read_only and not read_only:
+            raise MountError("mount", node, errno.EACCES)
+        if medium.key != mapping.key or medium.filesystem != kind:
+            raise MountError("mount", node, errno.EINVAL)
+        return mapping
 
     def mounts(self) -> list[Mount]:
         return list(self.kernel.mounts)

@@ -1,0 +1,580 @@
+"""What a life relies on in a kernel: one suite, for the real one and for the fake.
+
+`from fakes.contract import *` in a test module that has a fixture `world` runs it there.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+import pytest
+
+from caam_hotplug import names
+from caam_hotplug.errors import (
+    BlobMissingError,
+    BlobRejectedError,
+    DmError,
+    KernelError,
+    MappingBusyError,
+    MountBusyError,
+    MountError,
+    MountPointOccupiedError,
+)
+from caam_hotplug.lifecycle.host import Host
+from caam_hotplug.model import DeviceNumber, Mapping, Mount, Sectors, Volume, VolumeId
+from caam_hotplug.rules import Crypt
+from caam_hotplug.table import CryptTarget, crypt_target
+
+BLOB: Final = "cartridge-01.bb"
+"""The blob of the key that the medium's filesystem is written under."""
+OTHER_BLOB: Final = "ccm-16.bb"
+"""A good blob of another key."""
+DAMAGED_BLOB: Final = "damaged.bb"
+"""A blob with one bit flipped."""
+POINT: Final = "contract"
+"""A name in the mount root."""
+NOWHERE: Final = DeviceNumber(8, 240)
+"""No device has this number."""
+DEADLINE_S: Final = 30
+
+
+class HostUnderTest(Host, Protocol):
+    """The kernel's steps, and a look at the keyring."""
+
+    def has_key(self, description: str) -> bool: ...
+
+
+class World(Protocol):
+    """The host under test with a medium in it, and what happens around the agent."""
+
+    host: HostUnderTest
+    volume: Volume
+    """It holds an ext4 filesystem under the key of `BLOB`."""
+
+    def reads_as_written(self, node: str) -> bool:
+        """Whether the device's bytes are the filesystem's. Raises: OSError."""
+        ...
+
+    def held(self, node: str) -> AbstractContextManager[None]:
+        """A process has the device open."""
+        ...
+
+    def inside(self, name: str) -> AbstractContextManager[None]:
+        """A process is inside a mount point."""
+        ...
+
+    def directory(self, name: str, *, content: bool) -> AbstractContextManager[None]:
+        """A directory of the board's own is in the mount root, and is there afterwards."""
+        ...
+
+    def foreign_mapping(self) -> AbstractContextManager[None]:
+        """A mapping that is not ours is live."""
+        ...
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """The condition holds. Raises: AssertionError after a deadline."""
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "still not so"
+        time.sleep(0.01)
+
+
+def dm_name(world: World) -> str:
+    """The name of the mapping that a test makes."""
+    return names.dm_name(world.volume.id, POINT)
+
+
+def dm_uuid(world: World) -> str:
+    """Its DM-UUID."""
+    return names.dm_uuid(world.volume.id)
+
+
+def description(world: World) -> str:
+    """The description of its key."""
+    return names.key_description(world.volume.id)
+
+
+def target(world: World, key_bytes: int = 36, **changes: Any) -> CryptTarget:
+    """The target that a life would make for the medium, but for the changes."""
+    return replace(crypt_target(world.volume, Crypt(), key_bytes), **changes)
+
+
+def is_gone(world: World) -> bool:
+    """Whether the mapping that a test made is there no more."""
+    return world.host.find_mapping(dm_uuid(world)) is None
+
+
+def found(world: World) -> Mapping:
+    """The mapping that a test made. Raises: AssertionError if there is none."""
+    mapping = world.host.find_mapping(dm_uuid(world))
+    assert mapping is not None
+    return mapping
+
+
+@contextmanager
+def created(world: World) -> Iterator[str]:
+    """A mapping without a table, gone afterwards; yields its name."""
+    name = dm_name(world)
+    world.host.create_mapping(name, dm_uuid(world))
+    try:
+        yield name
+    finally:
+        world.host.remove_mapping(name)
+        until(lambda: is_gone(world))
+
+
+@contextmanager
+def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
+    """A blob's key is in the keyring; yields its length in bytes."""
+    host = world.host
+    with host.import_blob(host.read_blob(blob)) as payload:
+        host.add_key(description(world), payload)
+        length = len(payload)
+    try:
+        yield length
+    finally:
+        host.unlink_key(description(world))
+
+
+@contextmanager
+def mapped(world: World, blob: str = BLOB, *, read_only: bool = False) -> Iterator[Mapping]:
+    """A live mapping under a blob's key, which is in no keyring any more; gone afterwards."""
+    with created(world) as name:
+        with key_added(world, blob) as length:
+            line = target(world, length).to_line()
+            world.host.load_table(name, line, read_only=read_only)
+        world.host.activate_mapping(name)
+        yield found(world)
+
+
+def mount(
+    world: World,
+    mapping: Mapping,
+    *,
+    kind: str = "ext4",
+    name: str = POINT,
+    read_only: bool = False,
+) -> None:
+    """The mapping's filesystem is mounted."""
+    world.host.mount(
+        mapping.node,
+        kind,
+        name,
+        read_only=read_only,
+        options=("nosuid", "nodev", "noexec"),
+        filesystem_options=(),
+    )
+
+
+@contextmanager
+def mounted(world: World, mapping: Mapping, *, read_only: bool = False) -> Iterator[None]:
+    """The mapping's filesystem is mounted; afterwards it is not, and the directory is gone."""
+    try:
+        mount(world, mapping, read_only=read_only)
+        yield
+    finally:
+        world.host.unmount(POINT, lazily=True)
+        world.host.remove_mount_point(POINT)
+
+
+def mounts_there(world: World) -> list[Mount]:
+    """What is mounted in the mount root."""
+    root = str(world.host.mount_root)
+    return [there for there in world.host.mounts() if there.point.startswith(f"{root}/")]
+
+
+# mappings
+
+
+def test_what_was_never_made_is_not_found_and_is_removed_without_a_word(world: World) -> None:
+    assert world.host.find_mapping(dm_uuid(world)) is None
+    world.host.remove_mapping(dm_name(world))
+    world.host.unmount(POINT)
+    world.host.unmount(POINT, lazily=True)
+    world.host.remove_mount_point(POINT)
+    world.host.unlink_key(description(world))
+    assert world.host.our_mappings() == []
+    assert world.host.our_mount_points() == []
+
+
+def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None:
+    name = dm_name(world)
+    with key_added(world) as length:
+        line = target(world, length).to_line()
+        with pytest.raises(DmError) as load:
+            world.host.load_table(name, line, read_only=False)
+    with pytest.raises(DmError) as activate:
+        world.host.activate_mapping(name)
+    with pytest.raises(DmError) as poison:
+        world.host.poison_mapping(name, Sectors(8))
+    with pytest.raises(DmError) as keep:
+        world.host.keep_mapping(name)
+    assert {e.value.errno for e in (load, activate, poison, keep)} == {errno.ENXIO}
+
+
+def test_a_new_mapping_has_no_table_and_no_holder(world: World) -> None:
+    with created(world) as name:
+        mapping = found(world)
+        assert (mapping.name, mapping.uuid) == (name, dm_uuid(world))
+        assert (mapping.table, mapping.open_count) == ((), 0)
+        assert world.host.our_mappings() == [mapping]
+
+
+def test_a_mapping_without_a_table_can_be_neither_activated_nor_probed(world: World) -> None:
+    with created(world) as name:
+        with pytest.raises(DmError) as activate:
+            world.host.activate_mapping(name)
+        with pytest.raises(KernelError) as probe:
+            world.host.probe(found(world).node, ("ext4",))
+    assert (activate.value.errno, probe.value.errno) == (errno.EINVAL, errno.ENOENT)
+
+
+def test_a_name_and_a_dm_uuid_are_given_once(world: World) -> None:
+    with created(world) as name:
+        with pytest.raises(MappingBusyError) as same_name:
+            world.host.create_mapping(name, names.dm_uuid(VolumeId(999_999, 1)))
+        with pytest.raises(MappingBusyError) as same_uuid:
+            world.host.create_mapping(f"{name}-2", dm_uuid(world))
+        assert len(world.host.our_mappings()) == 1
+    assert same_name.value.errno == same_uuid.value.errno == errno.EBUSY
+
+
+def test_a_table_is_not_loaded_without_its_key(world: World) -> None:
+    with created(world) as name:
+        with pytest.raises(DmError) as refused:
+            world.host.load_table(name, target(world).to_line(), read_only=False)
+        assert found(world).table == ()
+    assert refused.value.errno == errno.ENOKEY
+
+
+@pytest.mark.parametrize("too_many", [-4, 12])
+def test_a_table_is_not_loaded_with_a_key_of_another_size(world: World, too_many: int) -> None:
+    with created(world) as name, key_added(world) as length:
+        with pytest.raises(DmError) as refused:
+            line = target(world, length + too_many).to_line()
+            world.host.load_table(name, line, read_only=False)
+        assert found(world).table == ()
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_a_table_is_not_loaded_over_a_device_that_is_not_there(world: World) -> None:
+    with created(world) as name, key_added(world) as length:
+        with pytest.raises(DmError) as refused:
+            line = target(world, length, device=NOWHERE).to_line()
+            world.host.load_table(name, line, read_only=False)
+        assert found(world).table == ()
+    assert refused.value.errno == errno.ENXIO
+
+
+def test_a_loaded_table_is_not_live_before_it_is_activated(world: World) -> None:
+    with created(world) as name, key_added(world) as length:
+        line = target(world, length).to_line()
+        world.host.load_table(name, line, read_only=False)
+        assert found(world).table == ()
+        world.host.activate_mapping(name)
+        assert found(world).table == (line,)
+
+
+def test_a_live_table_reads_as_it_was_loaded(world: World) -> None:
+    with mapped(world) as mapping:
+        assert mapping.table == (target(world).to_line(),)
+        assert CryptTarget.from_line(mapping.table[0]) == target(world)
+        assert world.host.our_mappings() == [mapping]
+
+
+def test_the_options_of_a_live_table_read_as_they_were_loaded(world: World) -> None:
+    options = frozenset({"allow_discards", "sector_size:4096", "iv_large_sectors"})
+    with created(world) as name:
+        with key_added(world) as length:
+            wanted = target(world, length, options=options)
+            world.host.load_table(name, wanted.to_line(), read_only=False)
+        world.host.activate_mapping(name)
+        (line,) = found(world).table
+    read = CryptTarget.from_line(line)
+    assert read is not None
+    assert read.does_the_same(wanted)
+
+
+def test_a_mapping_works_without_its_key_in_the_keyring(world: World) -> None:
+    with mapped(world) as mapping:
+        assert not world.host.has_key(description(world))
+        assert world.reads_as_written(mapping.node)
+
+
+def test_another_key_shows_noise(world: World) -> None:
+    with mapped(world, OTHER_BLOB) as mapping:
+        assert not world.reads_as_written(mapping.node)
+
+
+def test_holders_are_counted(world: World) -> None:
+    with mapped(world) as mapping:
+        assert found(world).open_count == 0
+        with world.held(mapping.node):
+            assert found(world).open_count == 1
+        with mounted(world, mapping):
+            assert found(world).open_count == 1
+        assert found(world).open_count == 0
+
+
+def test_a_held_mapping_is_removed_when_its_holder_closes_it(world: World) -> None:
+    with mapped(world) as mapping:
+        with world.held(mapping.node):
+            world.host.remove_mapping(mapping.name)
+            assert found(world) == replace(mapping, open_count=1)
+        until(lambda: is_gone(world))
+
+
+def test_a_removal_can_be_called_off(world: World) -> None:
+    with mapped(world) as mapping:
+        with world.held(mapping.node):
+            world.host.remove_mapping(mapping.name)
+            world.host.keep_mapping(mapping.name)
+        assert found(world) == mapping
+
+
+def test_keeping_what_nobody_removes_is_no_error(world: World) -> None:
+    with mapped(world) as mapping:
+        world.host.keep_mapping(mapping.name)
+        assert found(world) == mapping
+
+
+def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
+    with mapped(world) as mapping, world.held(mapping.node):
+        world.host.poison_mapping(mapping.name, target(world).length)
+        assert found(world).table == (f"0 {target(world).length} error",)
+        with pytest.raises(OSError) as failed:
+            world.reads_as_written(mapping.node)
+    assert failed.value.errno == errno.EIO
+
+
+def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
+    with mapped(world) as mapping:
+        with mounted(world, mapping):
+            world.host.poison_mapping(mapping.name, target(world).length)
+            world.host.unmount(POINT)
+            assert mounts_there(world) == []
+        world.host.remove_mapping(mapping.name)
+        until(lambda: is_gone(world))
+
+
+def test_poisoning_twice_is_no_error(world: World) -> None:
+    with mapped(world) as mapping:
+        for _ in range(2):
+            world.host.poison_mapping(mapping.name, target(world).length)
+        assert found(world).table == (f"0 {target(world).length} error",)
+
+
+def test_mappings_of_others_are_not_ours(world: World) -> None:
+    with world.foreign_mapping():
+        assert world.host.our_mappings() == []
+        with created(world):
+            assert world.host.our_mappings() == [found(world)]
+
+
+# filesystems and mounts
+
+
+def test_a_probe_sees_the_filesystem_under_the_right_key(world: World) -> None:
+    with mapped(world) as mapping:
+        assert world.host.probe(mapping.node, ("vfat", "ext4")) == "ext4"
+        assert found(world).open_count == 0
+
+
+def test_a_probe_looks_only_for_what_is_allowed(world: World) -> None:
+    with mapped(world) as mapping:
+        assert world.host.probe(mapping.node, ("vfat", "exfat")) is None
+
+
+def test_a_probe_sees_nothing_under_another_key(world: World) -> None:
+    with mapped(world, OTHER_BLOB) as mapping:
+        assert world.host.probe(mapping.node, ("vfat", "ext4")) is None
+
+
+def test_a_poisoned_mapping_cannot_be_probed(world: World) -> None:
+    with mapped(world) as mapping:
+        world.host.poison_mapping(mapping.name, target(world).length)
+        with pytest.raises(KernelError) as failed:
+            world.host.probe(mapping.node, ("ext4",))
+    assert failed.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: bool) -> None:
+    with mapped(world) as mapping, mounted(world, mapping, read_only=read_only):
+        point = str(world.host.mount_root / POINT)
+        expected = Mount(mapping.number, point, mapping.node, read_only)
+        assert mounts_there(world) == [expected]
+        world.host.flush(POINT)
+        world.host.unmount(POINT)
+        assert mounts_there(world) == []
+
+
+def test_a_read_only_mapping_is_mounted_only_for_reading(world: World) -> None:
+    with mapped(world, read_only=True) as mapping:
+        with pytest.raises(MountError) as refused, mounted(world, mapping):
+            pass
+        with mounted(world, mapping, read_only=True):
+            assert [there.read_only for there in mounts_there(world)] == [True]
+    assert refused.value.errno == errno.EACCES
+
+
+def test_nothing_is_mounted_over_content(world: World) -> None:
+    with mapped(world) as mapping, world.directory(POINT, content=True):
+        with pytest.raises(MountPointOccupiedError):
+            mount(world, mapping)
+        assert mounts_there(world) == []
+        assert found(world).open_count == 0
+
+
+def test_nothing_is_mounted_over_another_mount(world: World) -> None:
+    with mapped(world) as mapping, mounted(world, mapping):
+        with pytest.raises(MountPointOccupiedError):
+            mount(world, mapping)
+        assert len(mounts_there(world)) == 1
+
+
+@pytest.mark.parametrize(("blob", "kind"), [(BLOB, "vfat"), (OTHER_BLOB, "ext4")])
+def test_what_is_not_there_is_not_mounted(world: World, blob: str, kind: str) -> None:
+    with mapped(world, blob) as mapping:
+        with pytest.raises(MountError) as refused:
+            mount(world, mapping, kind=kind)
+        assert mounts_there(world) == []
+        assert world.host.our_mount_points() == [POINT]
+        world.host.remove_mount_point(POINT)
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_a_mount_in_use_stays_unless_it_is_detached(world: World) -> None:
+    with mapped(world) as mapping:
+        with mounted(world, mapping), world.inside(POINT):
+            with pytest.raises(MountBusyError) as refused:
+                world.host.unmount(POINT)
+            assert len(mounts_there(world)) == 1
+            world.host.unmount(POINT, lazily=True)
+            assert mounts_there(world) == []
+            assert found(world).open_count == 1
+        until(lambda: found(world).open_count == 0)
+    assert refused.value.errno == errno.EBUSY
+
+
+def test_a_mapping_under_a_detached_mount_goes_with_its_last_user(world: World) -> None:
+    with mapped(world) as mapping:
+        with mounted(world, mapping), world.inside(POINT):
+            world.host.unmount(POINT, lazily=True)
+            world.host.remove_mapping(mapping.name)
+            assert not is_gone(world)
+        until(lambda: is_gone(world))
+
+
+def test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there(world: World) -> None:
+    with mapped(world) as mapping, mounted(world, mapping):
+        assert world.host.our_mount_points() == []
+        world.host.remove_mount_point(POINT)
+        assert len(mounts_there(world)) == 1
+        world.host.unmount(POINT)
+        assert world.host.our_mount_points() == [POINT]
+        world.host.remove_mount_point(POINT)
+        assert world.host.our_mount_points() == []
+
+
+def test_a_directory_of_the_boards_own_is_not_ours(world: World) -> None:
+    with mapped(world) as mapping, world.directory(POINT, content=False):
+        with mounted(world, mapping):
+            assert len(mounts_there(world)) == 1
+        assert mounts_there(world) == []
+        assert world.host.our_mount_points() == []
+
+
+# blobs and keys
+
+
+def test_a_volume_is_present_while_it_is_the_same(world: World) -> None:
+    assert world.host.is_present(world.volume)
+    later = VolumeId(world.volume.id.diskseq + 1000, world.volume.id.partition)
+    assert not world.host.is_present(replace(world.volume, id=later))
+    assert not world.host.is_present(replace(world.volume, name="sdzz1"))
+
+
+def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
+    with pytest.raises(BlobMissingError, match="no blob .*/no-such.bb"):
+        world.host.read_blob("no-such.bb")
+
+
+def test_a_damaged_blob_is_refused_by_the_caam(world: World) -> None:
+    with pytest.raises(BlobRejectedError):
+        world.host.import_blob(world.host.read_blob(DAMAGED_BLOB))
+
+
+def test_a_blob_becomes_a_key_of_the_length_that_its_table_names(world: World) -> None:
+    lengths = []
+    for blob in (BLOB, OTHER_BLOB):
+        with world.host.import_blob(world.host.read_blob(blob)) as payload:
+            lengths.append(len(payload))
+    assert lengths == [36, 48]
+
+
+def test_a_key_is_there_until_it_is_unlinked(world: World) -> None:
+    assert not world.host.has_key(description(world))
+    with key_added(world):
+        assert world.host.has_key(description(world))
+        assert not world.host.has_key(f"{description(world)}1")
+        for _ in range(2):
+            world.host.unlink_key(description(world))
+            assert not world.host.has_key(description(world))
+
+
+def test_a_key_of_the_same_description_is_replaced(world: World) -> None:
+    with key_added(world, OTHER_BLOB), mapped(world) as mapping:
+        assert world.reads_as_written(mapping.node)
+    assert not world.host.has_key(description(world))
+
+
+__all__ = [
+    "test_a_blob_becomes_a_key_of_the_length_that_its_table_names",
+    "test_a_blob_that_is_not_there_is_missing",
+    "test_a_damaged_blob_is_refused_by_the_caam",
+    "test_a_directory_of_the_boards_own_is_not_ours",
+    "test_a_held_mapping_is_removed_when_its_holder_closes_it",
+    "test_a_key_is_there_until_it_is_unlinked",
+    "test_a_key_of_the_same_description_is_replaced",
+    "test_a_live_table_reads_as_it_was_loaded",
+    "test_a_loaded_table_is_not_live_before_it_is_activated",
+    "test_a_mapping_that_is_not_there_can_be_given_no_table",
+    "test_a_mapping_under_a_detached_mount_goes_with_its_last_user",
+    "test_a_mapping_without_a_table_can_be_neither_activated_nor_probed",
+    "test_a_mapping_works_without_its_key_in_the_keyring",
+    "test_a_mount_in_use_stays_unless_it_is_detached",
+    "test_a_mount_is_listed_until_it_is_unmounted",
+    "test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there",
+    "test_a_name_and_a_dm_uuid_are_given_once",
+    "test_a_new_mapping_has_no_table_and_no_holder",
+    "test_a_poisoned_mapping_can_be_unmounted_and_removed",
+    "test_a_poisoned_mapping_cannot_be_probed",
+    "test_a_poisoned_mapping_fails_all_reads",
+    "test_a_probe_looks_only_for_what_is_allowed",
+    "test_a_probe_sees_nothing_under_another_key",
+    "test_a_probe_sees_the_filesystem_under_the_right_key",
+    "test_a_read_only_mapping_is_mounted_only_for_reading",
+    "test_a_removal_can_be_called_off",
+    "test_a_table_is_not_loaded_over_a_device_that_is_not_there",
+    "test_a_table_is_not_loaded_with_a_key_of_another_size",
+    "test_a_table_is_not_loaded_without_its_key",
+    "test_a_volume_is_present_while_it_is_the_same",
+    "test_another_key_shows_noise",
+    "test_holders_are_counted",
+    "test_keeping_what_nobody_removes_is_no_error",
+    "test_mappings_of_others_are_not_ours",
+    "test_nothing_is_mounted_over_another_mount",
+    "test_nothing_is_mounted_over_content",
+    "test_poisoning_twice_is_no_error",
+    "test_the_options_of_a_live_table_read_as_they_were_loaded",
+    "test_what_is_not_there_is_not_mounted",
+    "test_what_was_never_made_is_not_found_and_is_removed_without_a_word",
+]
+assert set(__all__) == {name for name in globals() if name.startswith("test_")}

@@ -1,0 +1,114 @@
+"""The real kernel as the contract's world, over a loop device. Runs in the guest, as root."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.kernel import udev
+from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume
+from fakes.contract import BLOB, DAMAGED_BLOB, OTHER_BLOB
+from kernel import witness
+from kernel.witness import Medium, run
+
+KEY: Final = b"sixteen byte key"
+"""The red key of the blob cartridge-01.bb; vm/media.py has it from the same place: by hand."""
+BLOBS: Final = Path("/data/caam")
+RULE: Final = Path("/src/rules/50-caam-hotplug.rules")
+_EXT4_MAGIC: Final = b"\x53\xef"
+_MAGIC_AT: Final = 1024 + 0x38
+
+
+class RealWorld:
+    """This machine's kernel, with a medium that has a filesystem under the key of `BLOB`."""
+
+    def __init__(self, medium: Medium, folder: Path) -> None:
+        self.volume = volume_at(medium.device)
+        blobs, root = folder / "blobs", folder / "media"
+        blobs.mkdir()
+        root.mkdir()
+        for name in (BLOB, OTHER_BLOB):
+            (blobs / name).write_bytes((BLOBS / name).read_bytes())
+        damaged = bytearray((BLOBS / BLOB).read_bytes())
+        damaged[-1] ^= 1
+        (blobs / DAMAGED_BLOB).write_bytes(damaged)
+        self.host = Linux(blobs, root)
+
+    def reads_as_written(self, node: str) -> bool:
+        """Past the page cache, which would still have what was read before."""
+        with mmap.mmap(-1, 4096) as page:
+            file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            try:
+                assert os.preadv(file, [page], 0) == len(page)
+            finally:
+                os.close(file)
+            return page[_MAGIC_AT : _MAGIC_AT + 2] == _EXT4_MAGIC
+
+    @contextmanager
+    def held(self, node: str) -> Iterator[None]:
+        """This process has the device open."""
+        file = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """This process has the mounted directory open."""
+        with self.held(str(self.host.mount_root / name)):
+            yield
+
+    @contextmanager
+    def directory(self, name: str, *, content: bool) -> Iterator[None]:
+        """It must be there afterwards, with its content."""
+        path = self.host.mount_root / name
+        path.mkdir()
+        if content:
+            (path / "content").touch()
+        try:
+            yield
+            assert [file.name for file in path.iterdir()] == ["content"] * content
+        finally:
+            (path / "content").unlink(missing_ok=True)
+            path.rmdir()
+
+    @contextmanager
+    def foreign_mapping(self) -> Iterator[None]:
+        """dmsetup makes it, and it has no DM-UUID."""
+        run("dmsetup", "create", "foreign", "--table", "0 8 zero")
+        try:
+            yield
+        finally:
+            run("dmsetup", "remove", "--retry", "foreign")
+
+
+def volume_at(device: str) -> Volume:
+    """What sysfs says of a loop device with a medium in it."""
+    name = Path(device).name
+    which = udev.present_id(name)
+    assert which is not None
+    folder = Path("/sys/class/block") / name
+    number = DeviceNumber.from_text((folder / "dev").read_text())
+    size = Sectors(int((folder / "size").read_text()))
+    return Volume(which, name, number, DevType.DISK, size, Bus.LOOP, True, False)
+
+
+def encrypt_and_format(medium: Medium) -> None:
+    """The medium has an ext4 filesystem under the key, made without the CAAM and the agent."""
+    with medium.mapped("aes-cbc-plain", KEY.hex()) as node:
+        run("mkfs.ext4", "-q", node)
+
+
+def left_behind() -> dict[str, object]:
+    """Everything of a test's, or of the process's, that could still be there."""
+    return {
+        **witness.left_behind(),
+        "open files": sorted(os.listdir("/proc/self/fd")),
+        "semaphores, such as udev's cookies": Path("/proc/sysvipc/sem").read_text(),
+    }

@@ -1,0 +1,60 @@
+"""The fake kernel keeps the contract that the real one keeps in tests/kernel/test_contract.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from caam_hotplug.model import DeviceNumber
+from fakes.contract import *  # noqa: F403  the suite
+from fakes.contract import DAMAGED_BLOB, OTHER_BLOB, World
+from fakes.kernel import FakeKernel, FakeMapping
+
+
+class FakeWorld:
+    """A fake kernel with a medium in it."""
+
+    def __init__(self) -> None:
+        self.kernel = FakeKernel()
+        self.volume = self.kernel.insert()
+        self.kernel.blobs[OTHER_BLOB] = b"another tagged key".ljust(48)
+        self.kernel.blobs[DAMAGED_BLOB] = b"foreign"
+        self.host = self.kernel.process()
+
+    def reads_as_written(self, node: str) -> bool:
+        return self.kernel.reads_as_written(node)
+
+    @contextmanager
+    def held(self, node: str) -> Iterator[None]:
+        self.kernel.by_node(node).holders += 1
+        yield
+        self.kernel.let_go()
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        self.kernel.users[name] = 1
+        yield
+        self.kernel.let_go()
+
+    @contextmanager
+    def directory(self, name: str, *, content: bool) -> Iterator[None]:
+        kind = self.kernel.directories[name] = "content" if content else "board"
+        yield
+        assert self.kernel.directories.pop(name) == kind
+
+    @contextmanager
+    def foreign_mapping(self) -> Iterator[None]:
+        number = DeviceNumber(253, 77)
+        self.kernel.mappings["foreign"] = FakeMapping("foreign", "OTHER-1", number, "0 8 zero")
+        yield
+        del self.kernel.mappings["foreign"]
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A world in memory, with nothing left in it afterwards."""
+    made = FakeWorld()
+    yield made
+    assert made.kernel.leftovers() == []
