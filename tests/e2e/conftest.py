@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from vm import media
-from vm.fixtures import guest, pytest_runtest_makereport
+from vm import installed, media
+from vm.fixtures import guest_for, pytest_runtest_makereport
 from vm.guest import Guest
-from vm.installed import InstalledAgent, covered
+from vm.installed import InstalledAgent
+
+
+@pytest.fixture
+async def guest(request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
+    """A guest restored for this test alone, with the agent running in it."""
+    async with guest_for(request, installed.layer()) as restored:
+        yield restored
 
 
 @pytest.fixture
 async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
-    """The agent, installed and not started; stopped afterwards, when nothing may be left."""
-    agent = await InstalledAgent.into(guest, covered=covered())
+    """The agent, running with its built-in rule; stopped afterwards, when nothing may be left."""
+    agent = InstalledAgent(guest, running=True)
     yield agent
     await agent.stop()
     assert await agent.leftovers() == []

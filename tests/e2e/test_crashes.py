@@ -81,6 +81,7 @@ async def test_a_half_made_mapping_and_an_empty_mount_point_are_taken_over(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     # As an agent leaves them that is killed between creating and activating, or before mounting.
+    await agent.stop()
     await guest.plug_usb(medium)
     await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
     await guest.sh(

@@ -67,6 +67,7 @@ async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
 async def test_media_present_before_the_start_and_arriving_during_it_are_mounted_once(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
+    await agent.stop()
     await blobs_up_to(guest, 4)
     images = [labelled(tmp_path, f"cartridge-{n:02}") for n in range(1, 5)]
     await guest.plug_usb(images[0])
@@ -104,6 +105,7 @@ mv /data/caam/randomkey.bb /data/caam/cartridge-07.bb
 async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot_and_only_there(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
+    await agent.stop()
     blank = tmp_path / "blank.img"
     media.write_disk(blank, "cartridge-07", bytes(16 << 20))
     stick = await guest.plug_usb(blank)
@@ -170,6 +172,7 @@ async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
 async def test_without_udevd_the_kernels_own_events_serve(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
+    await agent.stop()
     await guest.sh(
         "systemctl stop systemd-udevd systemd-udevd-control.socket systemd-udevd-kernel.socket"
     )

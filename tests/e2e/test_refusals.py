@@ -144,6 +144,7 @@ async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
 async def test_a_device_in_use_is_refused(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
+    await agent.stop()
     await guest.plug_usb(labelled(tmp_path, "cartridge-01", key=None))
     await guest.until("test -b /dev/sda1")
     await guest.sh("mkdir -p /mnt/system; mount /dev/sda1 /mnt/system")
@@ -158,7 +159,7 @@ async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_whe
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.configure('[[rule]]\nname = "x"\nmatch.partlable = "cartridge-*"\n')
-    started = await guest.run("systemctl", "start", "caam-hotplug", check=False)
+    started = await guest.run("systemctl", "restart", "caam-hotplug", check=False)
     assert started.returncode != 0
     assert (
         "/etc/caam-hotplug/agent.toml: rule[1].match.partlable: is not a key here; "

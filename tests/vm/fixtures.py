@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ import pytest
 
 if TYPE_CHECKING:
     from vm.guest import Guest
+    from vm.machine import Layer
 
 COVERAGE_IN_GUEST: Final = "/var/tmp/coverage"
 LOOKED_AT: Final = {
@@ -47,9 +49,18 @@ def pytest_runtest_makereport(
 @pytest.fixture
 async def guest(request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
     """A guest restored for this test alone; its logs go into the report of a failed test."""
+    async with guest_for(request) as restored:
+        yield restored
+
+
+@asynccontextmanager
+async def guest_for(
+    request: pytest.FixtureRequest, layer: Layer | None = None
+) -> AsyncIterator[Guest]:
+    """A restored guest, and what a failed test's report should have of it."""
     from vm import machine
 
-    async with machine.restored() as restored:
+    async with machine.restored(layer) as restored:
         yield restored
         report = request.node.stash.get(_call, None)
         if report is not None and report.failed:

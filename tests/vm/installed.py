@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from vm import cache
 from vm.guest import Guest
+from vm.machine import Layer
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
@@ -28,41 +30,37 @@ _COVERED_PROGRAM: Final = (
 class InstalledAgent:
     """The service in the guest: started, stopped, killed; what it says, what it holds."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, *, running: bool = False) -> None:
         self.guest = guest
+        self._as_configured = running
 
     @classmethod
-    async def into(cls, guest: Guest, *, covered: bool = False) -> InstalledAgent:
+    async def into(cls, guest: Guest) -> InstalledAgent:
         """The agent's package, program, udev rule and unit are in place; it does not run yet."""
-        program = _COVERED_PROGRAM.format(folder=COVERAGE_FOLDER) if covered else _PROGRAM
-        files = {
-            "usr/bin/caam-hotplug": program.encode(),
-            "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
-            f"etc/systemd/system/{UNIT}": _read(f"config/{UNIT}"),
-            **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
-        }
-        await guest.write("/tmp/agent.tar", _tar(files))
-        await guest.sh(
-            "tar -C / -xf /tmp/agent.tar && rm /tmp/agent.tar && "
-            "systemctl daemon-reload && udevadm control --reload"
-        )
+        await _install(guest, _package(covered=False))
         return cls(guest)
 
     async def configure(self, toml: str) -> None:
         """The configuration that the next start reads."""
+        self._as_configured = False
         await self.guest.write("/etc/caam-hotplug/agent.toml", toml.encode())
 
     async def start(self) -> None:
-        """The service runs and has said that it is ready."""
-        started = await self.guest.run("systemctl", "start", UNIT, check=False)
+        """The service runs with the configuration there is, and has said that it is ready."""
+        if self._as_configured:
+            return
+        started = await self.guest.run("systemctl", "restart", UNIT, check=False)
+        self._as_configured = True
         assert started.returncode == 0, await self.journal()
 
     async def stop(self) -> None:
         """The service has stopped in order."""
+        self._as_configured = False
         await self.guest.run("systemctl", "stop", UNIT)
 
     async def kill(self) -> None:
         """The agent was killed without a chance to do anything, and is not started again."""
+        self._as_configured = False
         await self.guest.sh(
             f"systemctl mask --runtime {UNIT} >/dev/null 2>&1; "
             f"systemctl kill -s KILL --kill-whom=main {UNIT}; "
@@ -105,9 +103,40 @@ class InstalledAgent:
         return found.stdout.splitlines()
 
 
-def covered() -> bool:
-    """Whether this run of the tests collects coverage from its guests."""
-    return "COVERAGE_FROM_GUESTS" in os.environ
+def layer() -> Layer:
+    """A guest in which the agent runs with its built-in rule, waiting for media.
+
+    A run of the tests that collects coverage from its guests has one of its own.
+    """
+    covered = "COVERAGE_FROM_GUESTS" in os.environ
+    package = _package(covered=covered)
+
+    async def prepare(guest: Guest) -> None:
+        await _install(guest, package)
+        await InstalledAgent(guest).start()
+
+    name = "agent-covered" if covered else "agent"
+    return Layer(name, cache.key_of(package, Path(__file__)), prepare)
+
+
+async def _install(guest: Guest, package: bytes) -> None:
+    await guest.write("/tmp/agent.tar", package)
+    await guest.sh(
+        "tar -C / -xf /tmp/agent.tar && rm /tmp/agent.tar && "
+        "systemctl daemon-reload && udevadm control --reload"
+    )
+
+
+def _package(*, covered: bool) -> bytes:
+    program = _COVERED_PROGRAM.format(folder=COVERAGE_FOLDER) if covered else _PROGRAM
+    return _tar(
+        {
+            "usr/bin/caam-hotplug": program.encode(),
+            "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
+            f"etc/systemd/system/{UNIT}": _read(f"config/{UNIT}"),
+            **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
+        }
+    )
 
 
 def _read(path: str) -> bytes:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ REHEARSAL: Final = """
 """A volume's life once through, so that udev's rules and programs are in memory."""
 
 _looking: Final = threading.Lock()
-_found: Final[list[Saved]] = []
+_found: Final[dict[str, Saved]] = {}
 
 
 class MachineError(Exception):
@@ -128,25 +128,67 @@ async def _incoming(qmp: Qmp) -> None:
         await asyncio.sleep(0.02)
 
 
-def saved(*, instead_of: Saved | None = None) -> Saved:
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What is done to the booted guest before it is saved a second time, ready for its tests."""
+
+    name: str
+    key: str
+    """Of everything that the outcome of `prepare` depends on."""
+    prepare: Callable[[Guest], Awaitable[None]]
+
+
+def saved(layer: Layer | None = None, *, instead_of: Saved | None = None) -> Saved:
     """The saved machine, from the cache or booted now. Blocks; for a minute and more if not there.
 
     What this process found once it does not look for again, unless it proved broken (`instead_of`).
 
     Raises: MachineError if the guest does not come up.
     """
+    name = "" if layer is None else layer.name
     with _looking:
-        if instead_of is not None and _found == [instead_of]:
-            _found.clear()
-        if not _found:
-            _found.append(_looked_up(instead_of))
-        return _found[0]
-
-
-def _looked_up(instead_of: Saved | None) -> Saved:
-    with cache.locked():
         if instead_of is not None:
             cache.forget(instead_of.folder)
+            if _found.get(name) == instead_of:
+                del _found[name]
+        if "" not in _found:
+            _found[""] = _booted()
+        if layer is not None and name not in _found:
+            _found[name] = _layered(_found[""], layer)
+        return _found[name]
+
+
+def _layered(base: Saved, layer: Layer) -> Saved:
+    with cache.locked():
+        folder = cache.built(
+            layer.name,
+            cache.key_of(base.folder.name, layer.key),
+            lambda making: asyncio.run(_restore_and_save(base, layer, making)),
+            says=f"Preparing the guest once more: {layer.name}",
+        )
+        return Saved(base.image, folder)
+
+
+async def _restore_and_save(base: Saved, layer: Layer, making: Path) -> None:
+    async with contextlib.AsyncExitStack() as held:
+        guest = await _restore(base, held)
+        await layer.prepare(guest)
+        await guest.sh("umount /src")  # a mounted 9p keeps QEMU from saving
+        await _save(guest, making)
+
+
+async def _save(guest: Guest, making: Path) -> None:
+    await guest.close()
+    await guest.qmp("stop")
+    await guest.qmp("migrate", uri=f"exec:cat > '{making}/state'")
+    while (status := (await guest.qmp("query-migrate"))["status"]) != "completed":
+        if status == "failed":
+            raise MachineError("QEMU could not save the guest")
+        await asyncio.sleep(0.1)
+
+
+def _booted() -> Saved:
+    with cache.locked():
         img = image.build()
         here = Path(__file__)
         code = [here, here.with_name("media.py"), here.with_name("guest.py")]
@@ -169,13 +211,7 @@ async def _boot_and_save(img: image.Image, making: Path) -> None:
                 async with asyncio.timeout(BOOT_DEADLINE_S):
                     guest = await Guest.connected(run, qmp)
                     await _prepare(guest)
-                await guest.close()
-                await qmp("stop")
-                await qmp("migrate", uri=f"exec:cat > '{making}/state'")
-                while (status := (await qmp("query-migrate"))["status"]) != "completed":
-                    if status == "failed":
-                        raise MachineError("QEMU could not save the guest")
-                    await asyncio.sleep(0.1)
+                await _save(guest, making)
             except TimeoutError as error:
                 raise MachineError(f"the guest does not come up:\n{_console(run)}") from error
 
@@ -205,16 +241,16 @@ async def _prepare(guest: Guest) -> None:
 
 
 @asynccontextmanager
-async def restored() -> AsyncIterator[Guest]:
+async def restored(layer: Layer | None = None) -> AsyncIterator[Guest]:
     """A booted guest, as it was saved, with the repository at /src; gone on the way out."""
-    machine = await asyncio.to_thread(saved)
+    machine = await asyncio.to_thread(saved, layer)
     async with contextlib.AsyncExitStack() as held:
         try:
             guest = await _restore(machine, held)
         except (MachineError, GuestDiedError, QmpError, CommandFailedError, OSError) as error:
             await held.aclose()
             print(f"The saved guest does not come back ({error})", file=sys.stderr, flush=True)
-            guest = await _restore(await asyncio.to_thread(saved, instead_of=machine), held)
+            guest = await _restore(await asyncio.to_thread(saved, layer, instead_of=machine), held)
         yield guest
 
 
