@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from caam_hotplug.kernel import devmapper
 from kernel import real
-from kernel.witness import Medium, loop_medium, run
+from kernel.real import RealWorld
+from kernel.witness import loop_medium, run
 from vm.fixtures import COVERAGE_IN_GUEST, LOOKED_AT, evidence
 
 if TYPE_CHECKING:
@@ -197,16 +199,16 @@ def udev_rule() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def formatted(udev_rule: None) -> Iterator[Medium]:
+def formatted(udev_rule: None) -> Iterator[real.Formatted]:
     """A medium with an ext4 filesystem under the key of cartridge-01.bb."""
-    with loop_medium(16 << 20) as medium:
-        real.encrypt_and_format(medium)
-        yield medium
+    with loop_medium(8 << 20) as medium:
+        yield real.Formatted(medium)
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """The test has left no mapping, loop device, key, mount, file or semaphore behind."""
+    devmapper.ours()  # libdevmapper keeps its control device open from its first call on
     gc.collect()
     before = real.left_behind()
     yield
@@ -215,8 +217,9 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def world(formatted: Medium, nothing_left: None, tmp_path: Path) -> Iterator[real.RealWorld]:
+def world(formatted: real.Formatted, nothing_left: None, tmp_path: Path) -> Iterator[RealWorld]:
     """The real kernel, with nothing left in it and in the mount root afterwards."""
-    made = real.RealWorld(formatted, tmp_path)
+    formatted.restore()
+    made = RealWorld(formatted.medium, tmp_path)
     yield made
     assert list(made.host.mount_root.iterdir()) == []

@@ -17,7 +17,7 @@ from kernel import witness
 from kernel.witness import Medium, run
 
 KEY: Final = b"sixteen byte key"
-"""The red key of the blob cartridge-01.bb; vm/media.py has it from the same place: by hand."""
+"""The red key of the blob cartridge-01.bb; so vm/media.py says."""
 BLOBS: Final = Path("/data/caam")
 RULE: Final = Path("/src/rules/50-caam-hotplug.rules")
 _EXT4_MAGIC: Final = b"\x53\xef"
@@ -99,10 +99,19 @@ def volume_at(device: str) -> Volume:
     return Volume(which, name, number, DevType.DISK, size, Bus.LOOP, True, False)
 
 
-def encrypt_and_format(medium: Medium) -> None:
-    """The medium has an ext4 filesystem under the key, made without the CAAM and the agent."""
-    with medium.mapped("aes-cbc-plain", KEY.hex()) as node:
-        run("mkfs.ext4", "-q", node)
+class Formatted:
+    """A medium with an ext4 filesystem under the key, made without the CAAM and the agent."""
+
+    def __init__(self, medium: Medium) -> None:
+        self.medium = medium
+        with medium.mapped("aes-cbc-plain", KEY.hex()) as node:
+            run("mkfs.ext4", "-q", node)
+        self._bytes = medium.file.read_bytes()
+
+    def restore(self) -> None:
+        """The filesystem is as it was made, whatever a test did to it."""
+        with self.medium.file.open("r+b") as file:
+            file.write(self._bytes)
 
 
 def left_behind() -> dict[str, object]:

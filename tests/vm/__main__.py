@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from vm import demo, machine, terminal
+from vm import demo, installed, machine, terminal
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
     match options.command:
         case "build":
-            print(machine.saved().folder)
+            print(machine.saved(installed.layer()).folder)
             return 0
         case "demo":
             return asyncio.run(demo.demo())

@@ -1,0 +1,99 @@
+"""Device-mapper as only the real kernel shows it; the rest is in the contract."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug.errors import DmError
+from caam_hotplug.kernel import devmapper
+from caam_hotplug.model import VolumeId
+from caam_hotplug.names import dm_name, dm_uuid
+from fakes.contract import created, found, key_added, mapped, target, until
+from fakes.contract import dm_name as name_of
+from kernel.real import RealWorld
+from kernel.witness import run
+
+CYCLES = 200
+
+
+def test_two_hundred_mappings_leave_nothing(world: RealWorld) -> None:
+    host, name = world.host, name_of(world)
+    files = sorted(os.listdir("/proc/self/fd"))
+    with key_added(world) as length:
+        line = target(world, length).to_line()
+        for _ in range(CYCLES):
+            host.create_mapping(name, dm_uuid(world.volume.id))
+            host.load_table(name, line, read_only=False)
+            host.activate_mapping(name)
+            host.remove_mapping(name)
+            until(lambda: host.find_mapping(dm_uuid(world.volume.id)) is None)
+    assert sorted(os.listdir("/proc/self/fd")) == files
+    assert Path("/proc/sysvipc/sem").read_text().count("\n") == 1
+    run("udevadm", "settle")
+    assert not os.path.lexists(f"/dev/mapper/{name}")
+
+
+def test_a_mapping_works_after_it_was_suspended_without_its_key(world: RealWorld) -> None:
+    with mapped(world) as mapping:
+        run("dmsetup", "suspend", mapping.name)
+        run("dmsetup", "resume", mapping.name)
+        assert world.reads_as_written(mapping.node)
+
+
+def test_a_mapping_has_its_node_when_it_is_activated(world: RealWorld) -> None:
+    with mapped(world) as mapping:
+        node = Path(mapping.node)
+        assert node.is_block_device()
+        assert Path(f"/dev/mapper/{mapping.name}").stat().st_rdev == node.stat().st_rdev
+    until(lambda: not node.exists())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_mapping_is_as_writable_as_its_table(world: RealWorld, *, read_only: bool) -> None:
+    with mapped(world, read_only=read_only) as mapping:
+        written = Path(f"/sys/class/block/dm-{mapping.number.minor}/ro").read_text()
+        assert written == f"{int(read_only)}\n"
+
+
+def test_all_of_ours_are_found_among_many(world: RealWorld) -> None:
+    ids = [VolumeId(world.volume.id.diskseq, number) for number in range(1, 6)]
+    with world.foreign_mapping():
+        for which in ids:
+            devmapper.create(dm_name(which, "x" * 90), dm_uuid(which))
+        try:
+            assert {mapping.uuid for mapping in devmapper.ours()} == set(map(dm_uuid, ids))
+        finally:
+            for which in ids:
+                devmapper.remove(dm_name(which, "x" * 90))
+
+
+def test_a_failure_says_what_the_kernel_wants_and_the_library_prints_nothing(
+    world: RealWorld, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with created(world) as name:
+        with pytest.raises(DmError) as no_key:
+            devmapper.load(name, target(world).to_line(), read_only=False)
+        unknown = target(world, cipher="capi:tk(cbc(none))-plain").to_line()
+        with key_added(world), pytest.raises(DmError) as no_cipher:
+            devmapper.load(name, unknown, read_only=False)
+        assert found(world).table == ()
+    assert str(no_key.value) == (
+        f"load table of mapping {name}: Required key not available "
+        "(the kernel does not find the key)"
+    )
+    assert no_cipher.value.errno == errno.ENOENT
+    assert str(no_cipher.value).endswith("(the kernel lacks dm-crypt or the cipher)")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_that_device_mapper_does_not_take_is_an_error(world: RealWorld) -> None:
+    assert world.host.our_mappings() == []
+    with pytest.raises(DmError) as too_long:
+        devmapper.create("x" * 200, dm_uuid(world.volume.id))
+    with pytest.raises(DmError):
+        devmapper.create("a/b", dm_uuid(world.volume.id))
+    assert too_long.value.errno == errno.EINVAL

@@ -1,0 +1,145 @@
+"""Mounting and probing as only the real kernel shows it; the rest is in the contract."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug.errors import KernelError, MountError, MountPointOccupiedError
+from caam_hotplug.kernel import filesystem
+from caam_hotplug.model import Mapping
+from fakes.contract import POINT, mapped, mounted, mounts_there, until
+from kernel.real import RealWorld
+from kernel.witness import loop_medium, run
+
+PARTUUID = "11111111-2222-3333-4444-555555555555"
+LINUX_DATA = "0fc63daf-8483-4772-8e79-3d69d8477de4"
+
+
+def mount(
+    world: RealWorld,
+    mapping: Mapping,
+    kind: str = "ext4",
+    options: Sequence[str] = (),
+    filesystem_options: Sequence[str] = (),
+) -> None:
+    world.host.mount(
+        mapping.node,
+        kind,
+        POINT,
+        read_only=False,
+        options=options,
+        filesystem_options=filesystem_options,
+    )
+
+
+def fields(world: RealWorld) -> tuple[set[str], set[str]]:
+    """The options of the mount and of its superblock, as mountinfo has them."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if left.split(" ")[4] == str(world.host.mount_root / POINT):
+            return set(left.split(" ")[5].split(",")), set(right.split(" ")[2].split(","))
+    raise AssertionError("it is not mounted")
+
+
+def test_a_mount_has_its_options_and_those_of_its_filesystem(world: RealWorld) -> None:
+    flags = ("nosuid", "nodev", "noexec", "noatime", "nosymfollow")
+    with mapped(world) as mapping:
+        mount(world, mapping, "ext4", flags, ("errors=remount-ro", "commit=7", "nobarrier"))
+        seen, of_superblock = fields(world)
+        world.host.unmount(POINT)
+        world.host.remove_mount_point(POINT)
+    assert seen == {"rw", *flags}
+    assert {"errors=remount-ro", "commit=7", "nobarrier"} <= of_superblock
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("bogus",), "set option bogus for .*: Invalid argument .*Unknown parameter 'bogus'"),
+        (("commit=x",), "set option commit=x for .*: Invalid argument .*commit"),
+    ],
+)
+def test_a_refused_option_is_named_in_the_kernels_words(
+    world: RealWorld, options: Sequence[str], says: str
+) -> None:
+    with mapped(world) as mapping:
+        with pytest.raises(MountError, match=says):
+            mount(world, mapping, filesystem_options=options)
+        assert mounts_there(world) == []
+        world.host.remove_mount_point(POINT)
+
+
+def test_a_filesystem_that_the_kernel_lacks_is_named(world: RealWorld) -> None:
+    with mapped(world) as mapping:
+        with pytest.raises(MountError, match=r"nosuchfs.*the kernel lacks this filesystem") as no:
+            mount(world, mapping, "nosuchfs")
+        world.host.remove_mount_point(POINT)
+    assert no.value.errno == errno.ENODEV
+
+
+def test_a_link_at_the_mount_point_is_not_followed(world: RealWorld, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = world.host.mount_root / POINT
+    link.symlink_to(elsewhere)
+    with mapped(world) as mapping, pytest.raises(MountPointOccupiedError):
+        mount(world, mapping)
+    assert not elsewhere.is_mount()
+    link.unlink()
+
+
+def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld) -> None:
+    with mapped(world) as mapping, mounted(world, mapping):
+        (world.host.mount_root / POINT / "file").write_bytes(b"written")
+        world.host.flush(POINT)
+    with mapped(world) as mapping, mounted(world, mapping):
+        assert (world.host.mount_root / POINT / "file").read_bytes() == b"written"
+
+
+def test_flushing_what_is_not_there_is_an_error(world: RealWorld) -> None:
+    with pytest.raises(MountError) as refused:
+        world.host.flush(POINT)
+    assert refused.value.errno == errno.ENOENT
+
+
+def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:
+    for look in (lambda node: filesystem.probe(node, ("ext4",)), filesystem.identify):
+        with pytest.raises(KernelError) as refused:
+            look(str(world.host.mount_root / "nothing"))
+        assert refused.value.errno == errno.ENOENT
+
+
+def test_a_medium_in_the_clear_is_identified(world: RealWorld) -> None:
+    with mapped(world) as mapping:
+        run("mkfs.ext4", "-q", "-F", "-L", "LABEL", "-U", PARTUUID, mapping.node)
+        seen = filesystem.identify(mapping.node)
+    assert seen == filesystem.Identity("ext4", "LABEL", PARTUUID)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
+    label = "cartridge-ä 01"
+    script = f'label: gpt\nstart=2048, size=4096, uuid={PARTUUID}, name="{label}"\n'
+    with loop_medium(4 << 20) as medium:
+        run("sfdisk", "-q", "--no-tell-kernel", str(medium.file), stdin=script.encode())
+        run("losetup", "-c", medium.device)
+        run("blockdev", "--rereadpt", medium.device)
+        partition = f"{medium.device}p1"
+        until(lambda: os.path.exists(partition))
+        seen = filesystem.identify(partition)
+        bare = replace(world.volume, name=Path(partition).name, identified=False)
+        volume = world.host.identify(bare)
+        run("blockdev", "--flushbufs", partition)
+        run("partx", "-d", medium.device)
+    assert seen == filesystem.Identity(
+        None, None, None, partlabel=label, partuuid=PARTUUID, parttype=LINUX_DATA
+    )
+    assert (volume.partlabel, volume.partuuid, volume.parttype, volume.identified) == (
+        label, PARTUUID, LINUX_DATA, True,
+    )  # fmt: skip
