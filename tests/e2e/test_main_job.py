@@ -50,11 +50,15 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
 
 
 async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     # A loop device in use tells nobody that it is to be detached; it leaves with its last user.
     await agent.configure(ANY_BUS)
-    await guest.write("/var/tmp/medium.img", medium.read_bytes()[: 20 << 20])
+    await agent.stop()
+    carrier = await guest.plug_scsi(labelled(tmp_path, "cartridge-01", size_mib=4))
+    await guest.until("test -b /dev/sda1")
+    await guest.run("cp", "/dev/sda", "/var/tmp/medium.img")
+    await carrier.pull()
     await agent.start()
     await guest.run("losetup", "-fP", "/var/tmp/medium.img")
     await guest.until_mounted(POINT)

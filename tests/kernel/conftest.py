@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ def pytest_runtest_makereport(
     report = yield
     if IN_GUEST:
         if report.failed:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # pytest-timeout's: looking takes its time
             report.sections += [(f"guest: {name}", _shown(ask)) for name, ask in LOOKED_AT.items()]
         hook = item.config.hook
         line = json.dumps(hook.pytest_report_to_serializable(config=item.config, report=report))
