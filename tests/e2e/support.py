@@ -27,6 +27,16 @@ async def blobs_up_to(guest: Guest, count: int) -> None:
 
 
 async def slow_caam(guest: Guest, milliseconds: int) -> None:
-    """The CAAM takes this long for an import from now on: its job rings are shared."""
-    parameter = "/sys/module/caam_sim/parameters/import_delay_ms"
-    await guest.sh(f"echo {milliseconds} > {parameter}")
+    """The running agent's imports take this long more, as if others kept the job rings busy.
+
+    strace holds the ioctl up in the agent's own threads; 0 lets it go.
+    """
+    if milliseconds == 0:
+        await guest.sh("pkill strace || true; while pgrep strace; do :; done")
+        return
+    pid = (await guest.sh("systemctl show -p MainPID --value caam-hotplug")).stdout.strip()
+    await guest.sh(
+        f"strace -f -qq -p {pid} -P /dev/caam-keygen -o /dev/null -e trace=ioctl "
+        f"-e inject=ioctl:delay_enter={milliseconds * 1000} >/dev/null 2>&1 &\n"
+        f"until grep -q 'TracerPid:.*[1-9]' /proc/{pid}/status; do :; done"
+    )

@@ -66,8 +66,8 @@ async def test_a_medium_changed_while_the_agent_was_dead_gets_the_mount_point(
 async def test_an_agent_killed_while_unlocking_starts_over(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
-    await slow_caam(guest, 3000)
     await agent.start()
+    await slow_caam(guest, 5000)
     await guest.plug_usb(medium)
     await agent.until_said("unlocking")
     await agent.kill()

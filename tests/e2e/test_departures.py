@@ -15,8 +15,8 @@ ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLU
 async def test_pulled_while_unlocking_and_put_back(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
-    await slow_caam(guest, 3000)
     await agent.start()
+    await slow_caam(guest, 5000)
     stick = await guest.plug_usb(medium)
     await agent.until_said("unlocking")
     await stick.pull()
@@ -30,8 +30,8 @@ async def test_pulled_while_unlocking_and_put_back(
 async def test_pulled_while_its_filesystem_is_being_read_and_put_back(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
-    await slow_caam(guest, 3000)
     await agent.start()
+    await slow_caam(guest, 5000)
     stick = await guest.plug_usb(medium, slow=True)
     await agent.until_said("unlocking")
     await guest.throttle(stick, 1)
