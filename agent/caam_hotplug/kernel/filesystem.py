@@ -17,6 +17,7 @@ from caam_hotplug.model import DeviceNumber, Mount
 
 _LIBBLKID: Final = "libblkid.so.1"
 _BLKID_FLTR_ONLYIN: Final = 2
+_AMBIVALENT: Final = -2
 _BLKID_SUBLKS_LABEL: Final = 1 << 1
 _BLKID_SUBLKS_UUID: Final = 1 << 3
 _BLKID_SUBLKS_TYPE: Final = 1 << 5
@@ -153,11 +154,15 @@ def _probing(node: str) -> Iterator[int]:
 
 
 def _found(pr: int, node: str) -> bool:
-    """Whether the probe found one thing: 0 yes, 1 nothing, -2 more than one, -1 a fault."""
-    result = _blkid().safeprobe(pr)
-    if result == -1:
-        raise KernelError("probe", node, ctypes.get_errno() or errno.EIO)
-    return bool(result == 0)
+    """Whether the probe found one thing: 0 yes, 1 nothing, -2 more than one, else minus an errno.
+
+    A device that cannot be read must not pass for one with nothing on it.
+    """
+    result = int(_blkid().safeprobe(pr))
+    if result < 0 and result != _AMBIVALENT:
+        number = -result if result < -1 else ctypes.get_errno() or errno.EIO
+        raise KernelError("probe", node, number)
+    return result == 0
 
 
 def _value(pr: int, name: str) -> str | None:
