@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError, MountError
+from caam_hotplug.errors import MountError
 from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev
-from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume, VolumeId
+from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume
 
 
 class Linux:
@@ -147,11 +147,3 @@ class Linux:
     def our_mount_points(self) -> list[str]:
         """Directories that we made and that nothing is mounted on."""
         return paths.our_mount_points(self.mount_root)
-
-
-def volume_of(mapping: Mapping) -> VolumeId:
-    """The volume of one of our mappings. Raises: HotplugError if its DM-UUID is malformed."""
-    found = names.volume_of_dm_uuid(mapping.uuid)
-    if found is None:
-        raise HotplugError(f"mapping {mapping.name} has a DM-UUID of no volume: {mapping.uuid}")
-    return found
