@@ -1,6 +1,6 @@
 """The kernel's tests run in a guest, all of them in one pytest there, and show here as themselves.
 
-On the host the first of them restores a guest and lets its pytest run all that were selected;
+On the host the first of them restores a guest and starts pytest in it for all that were selected;
 what is said of each test here is what the guest's pytest said of it, phase by phase. There is no
 skipping: a test that the guest did not run has failed.
 """
@@ -8,6 +8,7 @@ skipping: a test that the guest did not run has failed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -15,7 +16,6 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,7 +28,7 @@ from kernel.witness import loop_medium, run
 from vm.fixtures import COVERAGE_IN_GUEST, LOOKED_AT, evidence
 
 if TYPE_CHECKING:
-    from vm.guest import Guest
+    from vm.guest import Completed, Guest
 
 HERE: Final = Path(__file__).parent
 IN_GUEST: Final = "BED_IN_GUEST" in os.environ
@@ -38,18 +38,82 @@ REPORTS: Final = "/var/tmp/kernel-tests/reports"
 """In the guest: a line of JSON for each report, written as it is made."""
 GUEST_DEADLINE_S: Final = 1800
 
+LOOKED_AT_EVERY_S: Final = 2
+
 _run: Final = pytest.StashKey["GuestRun"]()
 
 
-@dataclass(slots=True)
 class GuestRun:
-    """What came out of the guest's pytest."""
+    """The pytest in the guest, from the first question about one of its tests on."""
 
-    said: str = ""
-    """Its output, or how the guest failed."""
-    reports: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    seen: list[tuple[str, str]] = field(default_factory=list)
-    """What there was to see in the guest, if a test is without a report."""
+    def __init__(self, selected: list[str]) -> None:
+        self.said = ""
+        """Its output once it has ended, or how the guest failed."""
+        self.seen: list[tuple[str, str]] = []
+        """What there was to see in the guest, if it ended without a report of every test."""
+        self._selected = selected
+        self._reports: dict[str, list[dict[str, Any]]] = {}
+        self._read = 0
+        self._ended = False
+        self._runner = asyncio.Runner()
+        self._held = contextlib.AsyncExitStack()
+        self._guest: Guest | None = None
+        self._pytest: asyncio.Task[Completed]
+
+    def reports_of(self, nodeid: str) -> list[dict[str, Any]]:
+        """What was reported of this test: all phases, unless the run ended before."""
+        return self._runner.run(self._until_reported(nodeid))
+
+    def close(self) -> None:
+        """The guest is gone, also if the run did not come to its end."""
+        self._runner.run(self._held.aclose())
+        self._runner.close()
+
+    async def _until_reported(self, nodeid: str) -> list[dict[str, Any]]:
+        try:
+            guest = self._guest or await self._start()
+            while not self._ended and not self._is_through(nodeid):
+                await self._look(guest)
+        except Exception as error:  # whatever it is, it is what every other test has to say
+            self._ended = True
+            self.said += f"\n{type(error).__name__}: {error}"
+        return self._reports.get(nodeid, [])
+
+    def _is_through(self, nodeid: str) -> bool:
+        return any(report["when"] == "teardown" for report in self._reports.get(nodeid, []))
+
+    async def _start(self) -> Guest:
+        from vm import machine
+
+        guest = await self._held.enter_async_context(machine.restored())
+        await guest.write(SELECTED, "\n".join(self._selected).encode())
+        await guest.write(REPORTS, b"")
+        command = _command(self._selected, covered="COVERAGE_FROM_GUESTS" in os.environ)
+        running = guest.sh(command, check=False, timeout_s=GUEST_DEADLINE_S)
+        self._guest, self._pytest = guest, asyncio.create_task(running)
+        return guest
+
+    async def _look(self, guest: Guest) -> None:
+        await asyncio.wait({self._pytest}, timeout=LOOKED_AT_EVERY_S)
+        ended = self._pytest.done()
+        written = await guest.run("tail", "-c", f"+{self._read + 1}", REPORTS)
+        whole, newline, _ = written.stdout.rpartition("\n")
+        self._read += len(whole) + len(newline)  # JSON is ASCII
+        for line in whole.splitlines():
+            report = json.loads(line)
+            self._reports.setdefault(report["nodeid"], []).append(report)
+        if ended:
+            await self._end(guest)
+
+    async def _end(self, guest: Guest) -> None:
+        self._ended = True
+        if not all(map(self._is_through, self._selected)):
+            self.seen = await evidence(guest)
+        if folder := os.environ.get("COVERAGE_FROM_GUESTS"):
+            await guest.collect(COVERAGE_IN_GUEST, Path(folder), f"kernel.{os.getpid()}")
+        await self._held.aclose()
+        done = self._pytest.result()
+        self.said = f"{done.stdout}\n{done.stderr}"
 
 
 def pytest_collection_modifyitems(
@@ -96,13 +160,16 @@ def _shown(script: str) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    """On the host, the test has run in the guest, and its reports are those made there."""
-    if IN_GUEST:
+    """On the host, the test has run in the guest, and its reports are those made there.
+
+    pytest asks this of every test of the run, also of those outside this folder.
+    """
+    if IN_GUEST or not _is_here(item):
         return None
     stash = item.config.stash
     if _run not in stash:
-        selected = [other for other in item.session.items if _is_here(other)]
-        stash[_run] = asyncio.run(_guest_run([other.nodeid for other in selected]))
+        stash[_run] = GuestRun([i.nodeid for i in item.session.items if _is_here(i)])
+        item.config.add_cleanup(stash[_run].close)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in _reports(item, stash[_run]):
         item.ihook.pytest_runtest_logreport(report=report)
@@ -118,7 +185,7 @@ def _reports(item: pytest.Item, run: GuestRun) -> list[pytest.TestReport]:
     hook = item.config.hook
     reports: list[pytest.TestReport] = [
         hook.pytest_report_from_serializable(config=item.config, data=data)
-        for data in run.reports.get(item.nodeid, [])
+        for data in run.reports_of(item.nodeid)
     ]
     for report in reports:
         if report.skipped:
@@ -136,47 +203,13 @@ def _unreported(item: pytest.Item, run: GuestRun) -> pytest.TestReport:
         keywords={},
         outcome="failed",
         longrepr=f"the guest did not finish this test; its pytest said:\n{run.said[-8000:]}",
-        when="teardown" if item.nodeid in run.reports else "call",
+        when="call",
         sections=run.seen,
     )
 
 
-async def _guest_run(selected: list[str]) -> GuestRun:
-    from vm import machine
-
-    run = GuestRun()
-    try:
-        async with machine.restored() as guest:
-            await _in_guest(guest, selected, run)
-    except Exception as error:  # whatever it is, it is what every test has to say
-        run.said += f"\n{type(error).__name__}: {error}"
-    return run
-
-
-async def _in_guest(guest: Guest, selected: list[str], run: GuestRun) -> None:
-    from vm.guest import CommandFailedError
-
-    await guest.write(SELECTED, "\n".join(selected).encode())
-    await guest.write(REPORTS, b"")
-    folder = os.environ.get("COVERAGE_FROM_GUESTS")
-    try:
-        done = await guest.sh(
-            _command(selected, covered=bool(folder)), check=False, timeout_s=GUEST_DEADLINE_S
-        )
-        run.said = f"{done.stdout}\n{done.stderr}"
-    except CommandFailedError as error:  # it was not done in time; what it wrote is there
-        run.said = str(error)
-    for line in (await guest.read(REPORTS)).decode().splitlines():
-        report = json.loads(line)
-        run.reports.setdefault(report["nodeid"], []).append(report)
-    if not run.reports.keys() >= set(selected):
-        run.seen = await evidence(guest)
-    if folder:
-        await guest.collect(COVERAGE_IN_GUEST, Path(folder), f"kernel.{os.getpid()}")
-
-
 def _command(selected: list[str], *, covered: bool) -> str:
-    files = sorted({f"/src/{nodeid.partition('::')[0]}" for nodeid in selected})
+    files = dict.fromkeys(f"/src/{nodeid.partition('::')[0]}" for nodeid in selected)
     pytest_itself = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/src"]
     command = ["python3", *pytest_itself, "-c", "/src/pyproject.toml", *files]
     if covered:

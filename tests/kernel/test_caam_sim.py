@@ -616,7 +616,7 @@ leave() {
     dmsetup remove --retry witness
     keyctl clear @s
 }
-trap 'umount -q "$MOUNT_POINT"; dmsetup remove witness 2>/dev/null' EXIT
+trap 'umount -q "$MOUNT_POINT" || true; dmsetup remove witness 2>/dev/null || true' EXIT
 caam-keygen create witness ecb -s 16
 map witness
 mkfs.ext4 -q -L LABEL /dev/mapper/witness

@@ -129,7 +129,7 @@ def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
     with loop_medium(4 << 20) as medium:
         run("sfdisk", "-q", "--no-tell-kernel", str(medium.file), stdin=script.encode())
         run("losetup", "-c", medium.device)
-        run("blockdev", "--rereadpt", medium.device)
+        run("partx", "-a", medium.device)
         partition = f"{medium.device}p1"
         until(lambda: os.path.exists(partition))
         seen = filesystem.identify(partition)

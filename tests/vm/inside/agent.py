@@ -22,7 +22,7 @@ from typing import Any
 PORT = "/dev/virtio-ports/agent"
 LIBC = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY = 1
-INTERVAL_S = 0.1
+INTERVAL_S = 0.2
 """How often a condition is looked at that nothing in the kernel announces."""
 
 
@@ -139,15 +139,18 @@ def main() -> None:
             while data:
                 data = data[os.write(port, data) :]
 
-    pending = b""
+    pending: list[bytes] = []
     while True:
         with contextlib.suppress(BlockingIOError):
             chunk = os.read(port, 65536)
             if not chunk:  # nobody at the other end, and poll(2) would return at once
                 time.sleep(INTERVAL_S)
-            *lines, pending = (pending + chunk).split(b"\n")
-            for line in filter(None, lines):
-                threading.Thread(target=answer, args=(line,), daemon=True).start()
+            first, *more = chunk.split(b"\n")
+            pending.append(first)
+            for rest in more:
+                if line := b"".join(pending):
+                    threading.Thread(target=answer, args=(line,), daemon=True).start()
+                pending = [rest]
 
 
 if __name__ == "__main__":
