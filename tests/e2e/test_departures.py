@@ -143,8 +143,8 @@ async def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(
     images = [labelled(tmp_path, f"c-{n}", size_mib=4) for n in range(100, 132)]
     usb = [await guest.plug_usb(image) for image in images[:16]]
     scsi = [await guest.plug_scsi(image) for image in images[16:]]
-    await guest.until("test $(grep -c ' /run/media/c-' /proc/self/mountinfo) = 32", deadline_s=150)
+    await guest.until("test $(grep -c ' /run/media/c-' /proc/self/mountinfo) = 32", deadline_s=300)
     for plug in [*usb, *scsi]:
         await plug.pull()
-    await agent.until_said("c-1.*removed-unsafely", times=32, deadline_s=120)
+    await agent.until_said("c-1.*removed-unsafely", times=32, deadline_s=300)
     assert await agent.leftovers() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ async def test_commands_run_side_by_side(guest: Guest) -> None:
     await waiting
     assert await guest.read("/tmp/sign") == b"\0\xff"
     assert (await guest.run("stat", "-c", "%a", "/tmp/sign")).stdout == "600\n"
+
+
+async def test_a_large_file_goes_in_and_out_whole(guest: Guest) -> None:
+    data = random.Random(1).randbytes(4 << 20)
+    await guest.write("/var/tmp/large", data)
+    assert await guest.read("/var/tmp/large") == data
 
 
 async def test_a_restored_guest_knows_nothing_of_the_one_before() -> None:
