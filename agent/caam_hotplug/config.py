@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections import Counter
@@ -48,7 +49,7 @@ def load(file: Path, *, required: bool = True) -> Config:
     if there are no drop-ins either. Raises: ConfigError naming every mistake in every file.
     """
     faults: list[ConfigFault] = []
-    config = _read(file, Config, faults) if required or file.exists() else Config()
+    config = _read(file, Config, faults) if required or os.path.lexists(file) else Config()
     drop_ins: list[Rule] = []
     for path in sorted((file.parent / names.RULES_DIRECTORY).glob("*.toml")):
         drop_in = _read(path, _DropIn, faults)
@@ -131,7 +132,8 @@ class _Reader:
             result = msgspec.convert(value, wanted, dec_hook=_from_toml)
             _check(at, result)
         except (msgspec.ValidationError, ValueError) as error:
-            return self._fault(at, _words(error, value, wanted))
+            of_type = isinstance(error, msgspec.ValidationError)
+            return self._fault(at, _words(error, value, wanted) if of_type else str(error))
         return result
 
     def _fault(self, at: str, problem: str) -> None:
@@ -167,8 +169,8 @@ def _check(at: str, value: Any) -> None:
             raise ValueError(f"expected sectors from 0 on, found {value}")
         case "min_size" | "max_size" if value < 0:
             raise ValueError(f"expected bytes from 0 on, found {value}")
-        case "bus" if value == ():
-            raise ValueError("expected at least one bus")
+        case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:
+            raise ValueError("expected at least one entry in the list")
         case "stuck_after_s" if not value > 0:
             raise ValueError(f"expected seconds above 0, found {value}")
         case "name" if isinstance(value, str) and not _NAME.fullmatch(value):
@@ -176,12 +178,15 @@ def _check(at: str, value: Any) -> None:
 
 
 def _is_plain(path: Path) -> bool:
-    return path.is_absolute() and ".." not in path.parts and str(path).isprintable()
+    plain = path.is_absolute() and not str(path).startswith("//")  # which pathlib keeps
+    return plain and ".." not in path.parts and str(path).isprintable()
 
 
 def _words(error: Exception, value: Any, wanted: Any) -> str:
     choices = list(_choices(wanted))
     if not choices:
+        if str(error).startswith("Expected `"):  # in Python's words
+            return f"expected {' or '.join(dict.fromkeys(_kinds(wanted)))}, found {_found(value)}"
         return f"{str(error)[:1].lower()}{str(error)[1:]}"
     wants_list = get_origin(wanted) is tuple
     expected = f"expected {'a list of ' if wants_list else ''}{', '.join(map(str, choices))}"
@@ -194,6 +199,25 @@ def _words(error: Exception, value: Any, wanted: Any) -> str:
     ]
     hint = _nearest(wrong[0], choices) if wrong and isinstance(wrong[0], str) else ""
     return f"{expected}; found {', '.join(map(_found, wrong))}{hint}"
+
+
+_KINDS: Final[dict[Any, str]] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a table",
+    tuple: "a list of texts",
+}
+
+
+def _kinds(wanted: Any) -> Iterator[str]:
+    kind = _KINDS.get(get_origin(wanted) or wanted)
+    if kind is not None:
+        yield kind
+    else:
+        for part in get_args(wanted):
+            yield from _kinds(part)
 
 
 def _choices(wanted: Any) -> Iterator[Any]:
@@ -213,7 +237,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+    texts = [choice for choice in known if isinstance(choice, str)]
+    near = difflib.get_close_matches(word.lower(), texts, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -20,6 +20,7 @@ from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
+from caam_hotplug.lifecycle.sweep import sweep
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 
@@ -73,8 +74,10 @@ async def _serve(config: Config) -> None:
     board.listen(tell_status)
     devices = udev.Devices(source)  # subscribed from here on: what is enumerated below is complete
     try:
-        async with Supervisor(around) as supervisor:
-            await supervisor.start(devices.present())
+        there = udev.present_ids()
+        inherited = await sweep(around.host, new_lane("sweep"), around.dm_lane, there)
+        async with Supervisor(around, inherited) as supervisor:
+            supervisor.start(devices.present())
 
             def on_readable() -> None:
                 for event in devices.read():

@@ -220,8 +220,12 @@ class Crypt:
     flags: tuple[Flag, ...] = ()
 
 
-# A superblock may ask for errors=panic; a medium must not bring the machine down.
-_ALWAYS: Final[dict[str, tuple[str, ...]]] = {"ext4": ("errors=remount-ro",)}
+_ALWAYS: Final[dict[str, tuple[str, ...]]] = {
+    # A superblock may ask for errors=panic; a medium must not bring the machine down.
+    "ext4": ("errors=remount-ro",),
+    # A medium put back while a program still holds its first insertion has that one's UUID.
+    "xfs": ("nouuid",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +238,7 @@ class MountWish:
     options: tuple[MountOption, ...] = ("nosuid", "nodev", "noexec")
     read_only: bool = False
     filesystem_options: dict[FilesystemName, tuple[str, ...]] = field(default_factory=dict)
-    """Added to what the agent always asks for: errors=remount-ro for ext4."""
+    """Added to what the agent always asks for: errors=remount-ro for ext4, nouuid for xfs."""
 
     def options_for(self, filesystem: str) -> tuple[str, ...]:
         """The filesystem's own options; of two that contradict each other the last one holds."""

@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import assert_never
 
 from caam_hotplug.lifecycle.leave import Reason
 from caam_hotplug.lifecycle.life import Life, Surroundings
-from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Appeared, Disappeared, Event, EventsLost, Volume, VolumeId
+from caam_hotplug.model import (
+    Appeared,
+    Disappeared,
+    Event,
+    EventsLost,
+    State,
+    Volume,
+    VolumeId,
+)
 
 log = logging.getLogger(__name__)
 
@@ -18,8 +26,10 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Begins and ends lives. Synchronization: loop only."""
 
-    def __init__(self, around: Surroundings) -> None:
+    def __init__(self, around: Surroundings, inherited: AbstractSet[VolumeId]) -> None:
+        """`inherited`: the volumes of which an earlier run of the agent has left a mapping."""
         self._around = around
+        self._inherited = set(inherited)
         self._group = asyncio.TaskGroup()
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
@@ -33,14 +43,13 @@ class Supervisor:
     async def __aexit__(self, *error: object) -> None:
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    async def start(self, present: Iterable[Appeared]) -> None:
-        """Lives of all present volumes have begun, and what nobody owns has been swept."""
-        seen = list(present)
-        around = self._around
-        ids = {event.volume.id for event in seen}
-        inherited = await sweep(around.host, around.new_lane("sweep"), around.dm_lane, ids)
-        for event in seen:
-            self._arrive(event.volume, inherits=event.volume.id in inherited)
+    def start(self, present: Iterable[Appeared]) -> None:
+        """Lives of all present volumes have begun.
+
+        Those that inherit come first: what they hold already, nobody else can be given.
+        """
+        for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
+            self._arrive(event.volume)
 
     def take(self, event: Event, present: Iterable[Appeared]) -> None:
         """The event has been acted on; `present` is looked through if events were lost."""
@@ -61,7 +70,7 @@ class Supervisor:
         for life in self._lives.values():
             life.stop()
 
-    def _arrive(self, volume: Volume, *, inherits: bool = False) -> None:
+    def _arrive(self, volume: Volume) -> None:
         if self._stopping:
             return
         if self._at.get(volume.name, volume.id) != volume.id:
@@ -69,7 +78,7 @@ class Supervisor:
         self._at[volume.name] = volume.id
         life = self._lives.get(volume.id)
         if life is None:
-            self._begin(volume, inherits=inherits)
+            self._begin(volume)
         elif life.leave.asked:
             # The same insertion again (a partition table was read anew): after its old life.
             self._next[volume.id] = volume
@@ -83,23 +92,37 @@ class Supervisor:
         self._next.pop(which, None)
         if which in self._lives:
             self._lives[which].leave.ask(Reason.GONE)
+        if which.partition == 0:
+            # The kernel keeps the partitions of a reader's last medium, and says nothing of them,
+            # while one is in use (bdev_disk_changed in block/partitions/core.c).
+            for other in [n for n, at in self._at.items() if at.diskseq == which.diskseq]:
+                self._depart(other)
 
     def _reconcile(self, present: list[Appeared]) -> None:
         log.warning("the kernel dropped events; looking at all devices")
         for name in set(self._at) - {event.volume.name for event in present}:
-            self._depart(name)
+            life = self._lives.get(self._at[name])
+            # udev does not list a device whose event it has not finished; sysfs knows better.
+            if life is None or not self._around.host.is_present(life.volume):
+                self._depart(name)
         for event in present:
             self._arrive(event.volume)
 
-    def _begin(self, volume: Volume, *, inherits: bool) -> None:
+    def _begin(self, volume: Volume) -> None:
+        inherits = volume.id in self._inherited
+        self._inherited.discard(volume.id)
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
         self._group.create_task(self._attend(life, volume.id), name=f"life of {volume}")
 
     async def _attend(self, life: Life, which: VolumeId) -> None:
         try:
             await life.attend()
+        except Exception:  # a defect of ours must not cost the other volumes their mounts
+            log.exception("%s: a defect of the agent ended its service of this volume", life.volume)
+            words = "a defect of the agent; the journal has the details"
+            self._around.publish(life.volume, State.FAILED, words)
         finally:
             del self._lives[which]
         again = self._next.pop(which, None)
         if again is not None:
-            self._begin(again, inherits=False)
+            self._begin(again)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from e2e.support import POINT, slow_caam
 from vm.guest import Guest
-from vm.installed import InstalledAgent
+from vm.installed import NO_RESTART, UNIT, InstalledAgent
 
 WRITER = f"""
 i=0; while echo $i >> {POINT}/log && sync {POINT}/log; do i=$((i+1)); done >/dev/null 2>/tmp/errors
@@ -63,16 +63,14 @@ async def test_a_medium_changed_while_the_agent_was_dead_gets_the_mount_point(
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
 
 
-async def test_an_agent_killed_while_unlocking_starts_over(
+async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_over(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
-    await agent.start()
+    await guest.sh(f"rm {NO_RESTART}; systemctl daemon-reload")
     await slow_caam(guest, 5000)
     await guest.plug_usb(medium)
     await agent.until_said("unlocking")
-    await agent.kill()
-    await slow_caam(guest, 0)
-    await agent.start()
+    await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
     await guest.until_mounted(POINT)
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
 

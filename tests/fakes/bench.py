@@ -11,6 +11,7 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
+from caam_hotplug.lifecycle.sweep import sweep
 from caam_hotplug.model import Appeared, Disappeared, EventsLost, State, Volume
 from caam_hotplug.rules import BUILT_IN, Rule
 from caam_hotplug.supervisor import Supervisor
@@ -82,8 +83,11 @@ class Bench:
         started = list(self.kernel.media.values())
 
         async def main() -> None:
-            async with Supervisor(around) as supervisor:
-                await supervisor.start([Appeared(medium.volume) for medium in started])
+            there = {medium.volume.id for medium in started}
+            lane = around.new_lane("sweep")
+            inherited = await sweep(around.host, lane, around.dm_lane, there)
+            async with Supervisor(around, inherited) as supervisor:
+                supervisor.start([Appeared(medium.volume) for medium in started])
                 self._supervisor = supervisor
                 await asyncio.Event().wait()
 
@@ -148,18 +152,19 @@ class Bench:
         self.kernel.yank(name)
         self._take(Disappeared(name))
 
-    def lose_events(self) -> None:
-        """The agent hears only that it has not heard everything."""
-        self._take(EventsLost())
+    def lose_events(self, *, listed: bool = True) -> None:
+        """The agent hears that it has not heard everything; perhaps udev lists nothing now."""
+        self._take(EventsLost(), listed=listed)
 
-    def _take(self, event: Appeared | Disappeared | EventsLost) -> None:
+    def _take(self, event: Appeared | Disappeared | EventsLost, *, listed: bool = True) -> None:
         if self._main is None:
             return
         if self._supervisor is None:
             self.settle()  # events wait in the socket until the agent has enumerated
         assert self._supervisor is not None
         supervisor = self._supervisor
-        present = [Appeared(medium.volume) for medium in self.kernel.media.values()]
+        media = self.kernel.media.values() if listed else ()
+        present = [Appeared(medium.volume) for medium in media]
 
         async def take() -> None:
             supervisor.take(event, present)

@@ -1,7 +1,8 @@
 """The kernel's tests run in a guest, all of them in one pytest there, and show here as themselves.
 
-On the host the first of them restores a guest and starts pytest in it for all that were selected;
-what is said of each test here is what the guest's pytest said of it, phase by phase. There is no
+On the host the run begins by restoring a guest and starting pytest in it for all that were
+selected. It works beside all other tests, which come first; what is said of each test here is what
+the guest's pytest said of it, phase by phase. There is no
 skipping: a test that the guest did not run has failed.
 """
 
@@ -15,7 +16,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Generator, Iterator
+from collections.abc import Awaitable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,7 @@ from caam_hotplug.kernel import devmapper
 from kernel import real
 from kernel.real import RealWorld
 from kernel.witness import loop_medium, run
-from vm.fixtures import COVERAGE_IN_GUEST, LOOKED_AT, evidence
+from vm.fixtures import LOOKED_AT, evidence
 
 if TYPE_CHECKING:
     from vm.guest import Completed, Guest
@@ -39,6 +40,7 @@ REPORTS: Final = "/var/tmp/kernel-tests/reports"
 GUEST_DEADLINE_S: Final = 1800
 
 LOOKED_AT_EVERY_S: Final = 2
+COVERAGE_IN_GUEST: Final = "/var/tmp/coverage"
 
 _run: Final = pytest.StashKey["GuestRun"]()
 
@@ -57,43 +59,50 @@ class GuestRun:
         self._ended = False
         self._runner = asyncio.Runner()
         self._held = contextlib.AsyncExitStack()
-        self._guest: Guest | None = None
+        self._guest: Guest
         self._pytest: asyncio.Task[Completed]
+
+    def start(self) -> None:
+        """It has begun, and goes on by itself; what fails of it is told by its tests."""
+        self._runner.run(self._guarded(self._start()))
 
     def reports_of(self, nodeid: str) -> list[dict[str, Any]]:
         """What was reported of this test: all phases, unless the run ended before."""
-        return self._runner.run(self._until_reported(nodeid))
+        self._runner.run(self._guarded(self._until_reported(nodeid)))
+        return self._reports.get(nodeid, [])
 
     def close(self) -> None:
         """The guest is gone, also if the run did not come to its end."""
         self._runner.run(self._held.aclose())
         self._runner.close()
 
-    async def _until_reported(self, nodeid: str) -> list[dict[str, Any]]:
+    async def _guarded(self, work: Awaitable[None]) -> None:
         try:
-            guest = self._guest or await self._start()
-            while not self._ended and not self._is_through(nodeid):
-                await self._look(guest)
+            await work
         except Exception as error:  # whatever it is, it is what every other test has to say
             self._ended = True
             self.said += f"\n{type(error).__name__}: {error}"
-        return self._reports.get(nodeid, [])
+
+    async def _until_reported(self, nodeid: str) -> None:
+        while not self._ended and not self._is_through(nodeid):
+            await self._look()
 
     def _is_through(self, nodeid: str) -> bool:
         return any(report["when"] == "teardown" for report in self._reports.get(nodeid, []))
 
-    async def _start(self) -> Guest:
+    async def _start(self) -> None:
         from vm import machine
 
-        guest = await self._held.enter_async_context(machine.restored())
+        self._guest = guest = await self._held.enter_async_context(machine.restored())
         await guest.write(SELECTED, "\n".join(self._selected).encode())
         await guest.write(REPORTS, b"")
         command = _command(self._selected, covered="COVERAGE_FROM_GUESTS" in os.environ)
         running = guest.sh(command, check=False, timeout_s=GUEST_DEADLINE_S)
-        self._guest, self._pytest = guest, asyncio.create_task(running)
-        return guest
+        self._pytest = asyncio.create_task(running)
+        await asyncio.wait({self._pytest}, timeout=LOOKED_AT_EVERY_S)  # so that it is asked for
 
-    async def _look(self, guest: Guest) -> None:
+    async def _look(self) -> None:
+        guest = self._guest
         await asyncio.wait({self._pytest}, timeout=LOOKED_AT_EVERY_S)
         ended = self._pytest.done()
         written = await guest.run("tail", "-c", f"+{self._read + 1}", REPORTS)
@@ -110,7 +119,8 @@ class GuestRun:
         if not all(map(self._is_through, self._selected)):
             self.seen = await evidence(guest)
         if folder := os.environ.get("COVERAGE_FROM_GUESTS"):
-            await guest.collect(COVERAGE_IN_GUEST, Path(folder), f"kernel.{os.getpid()}")
+            data = await guest.read(f"{COVERAGE_IN_GUEST}/.coverage")
+            (Path(folder) / f".coverage.guest.{os.getpid()}").write_bytes(data)
         await self._held.aclose()
         done = self._pytest.result()
         self.said = f"{done.stdout}\n{done.stderr}"
@@ -119,16 +129,26 @@ class GuestRun:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """In the guest, only what the host selected is left; on the host, no test has a deadline."""
+    """In the guest, only what the host selected is left; on the host, these come last."""
     assert session
     if not IN_GUEST:
-        for item in items:
-            if _is_here(item):  # the whole guest's run happens within the first one
-                item.add_marker(pytest.mark.timeout(0), append=False)
+        items.sort(key=_is_here)
+        for item in filter(_is_here, items):  # a test's wait for those before it is no hang
+            item.add_marker(pytest.mark.timeout(0), append=False)
         return
     selected = set(Path(SELECTED).read_text().splitlines())
     config.hook.pytest_deselected(items=[i for i in items if i.nodeid not in selected])
     items[:] = [item for item in items if item.nodeid in selected]
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """On the host, the guest's run begins with the whole run."""
+    selected = [item.nodeid for item in session.items if _is_here(item)]
+    if IN_GUEST or not selected or session.config.option.collectonly:
+        return
+    run = session.config.stash[_run] = GuestRun(selected)
+    session.config.add_cleanup(run.close)
+    run.start()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -166,12 +186,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """
     if IN_GUEST or not _is_here(item):
         return None
-    stash = item.config.stash
-    if _run not in stash:
-        stash[_run] = GuestRun([i.nodeid for i in item.session.items if _is_here(i)])
-        item.config.add_cleanup(stash[_run].close)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in _reports(item, stash[_run]):
+    for report in _reports(item, item.config.stash[_run]):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -213,7 +229,7 @@ def _command(selected: list[str], *, covered: bool) -> str:
     pytest_itself = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/src"]
     command = ["python3", *pytest_itself, "-c", "/src/pyproject.toml", *files]
     if covered:
-        options = ["--branch", "--parallel-mode", "--source-pkgs=caam_hotplug"]
+        options = ["--branch", "--source-pkgs=caam_hotplug"]
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")
         command[1:1] = ["-m", "coverage", "run", *options]
     environment = "BED_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/src/agent:/src/tests"

@@ -107,6 +107,23 @@ def test_what_is_there_is_found_without_an_event(source: Source) -> None:
         assert not any(name.startswith("dm-") for name in names)
 
 
+@both_sources
+def test_a_removal_that_did_not_happen_says_nothing(source: Source) -> None:
+    with loop_medium(1 << 20) as medium, listening(source) as devices:
+        await_event(devices, appearance_of(medium))
+        name = Path(medium.device).name
+        (Path("/sys/class/block") / name / "uevent").write_text("remove")
+        change(name)
+        assert Disappeared(name) not in await_event(devices, appearance_of(medium))
+
+
+def test_the_ids_of_all_that_is_there_are_known_without_udev() -> None:
+    with loop_medium(1 << 20) as medium:
+        here = udev.present_id(Path(medium.device).name)
+        assert here in udev.present_ids()
+    assert here not in udev.present_ids()
+
+
 def test_people_can_ask_about_a_device_node() -> None:
     with loop_medium(1 << 20) as medium, listening("udev") as devices:
         volume = devices.volume(medium.device)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
 from caam_hotplug.errors import KernelError, MountError
-from caam_hotplug.model import State
-from caam_hotplug.rules import Action, Match, MountWish, OnStop, Rule, Template
+from caam_hotplug.model import DevType, State, Volume, VolumeId
+from caam_hotplug.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
 from fakes.bench import Bench
 
 
@@ -369,6 +370,166 @@ def test_a_medium_that_left_while_no_agent_ran_is_swept(bench: Bench) -> None:
     bench.start()
     bench.settle()
     assert bench.kernel.leftovers() == []
+
+
+KEEP = (Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),)
+
+
+def test_a_mapping_that_does_something_else_goes_with_its_medium(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kill()
+    mapping.live = "0 32768 crypt aes-xts-plain64 :64:logon:caam-hotplug:1-1 0 8:1 0"
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_medium_that_leaves_before_it_is_identified_leaves_nothing_of_an_earlier_run(
+    bench: Bench,
+) -> None:
+    bench.insert(identified=False)
+    bench.settle()
+    bench.kill()
+    for medium in bench.kernel.media.values():
+        object.__setattr__(medium.volume, "identified", False)
+    bench.kernel.fail_next("identify", KernelError("read", "x", errno.EIO))
+    bench.start()
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("turns", range(1, 40))
+def test_a_stop_at_any_turn_of_an_adoption_locks_what_an_earlier_run_left(turns: int) -> None:
+    bench = _killed_bench(BUILT_IN)
+    bench.start()
+    bench.turns(turns)
+    bench.stop()
+    assert bench.kernel.leftovers() == []
+    bench.close()
+
+
+@pytest.mark.parametrize("turns", range(1, 40))
+def test_a_stop_at_any_turn_of_an_adoption_keeps_what_its_rule_keeps(turns: int) -> None:
+    bench = _killed_bench(KEEP)
+    before = bench.kernel.leftovers()
+    bench.start()
+    bench.turns(turns)
+    bench.stop()
+    assert bench.kernel.leftovers() == before
+    assert {"unmount", "detach", "remove_mapping"}.isdisjoint(bench.kernel.steps)
+    bench.close()
+
+
+def test_after_a_crash_the_mounted_one_of_two_with_a_label_still_has_the_mount_point(
+    bench: Bench,
+) -> None:
+    mounted = bench.insert(name="sdb1")
+    waiting = bench.insert(name="sda1")
+    bench.settle()
+    bench.kill()
+    bench.kernel.media = dict(reversed(bench.kernel.media.items()))  # as they are enumerated
+    bench.start()
+    bench.settle()
+    assert (bench.state(mounted), bench.state(waiting)) == (State.MOUNTED, State.CONFLICT)
+    bench.yank("sdb1")
+    bench.settle()
+    assert bench.state(waiting) is State.MOUNTED
+
+
+def test_a_card_swapped_in_a_reader_that_tells_of_the_disk_alone_is_let_go(bench: Bench) -> None:
+    card = bench.insert()
+    bench.appear(_disk_of(card))
+    bench.settle()
+    assert bench.state(card) is State.MOUNTED
+    bench.kernel.yank()
+    bench.appear(replace(_disk_of(card), id=VolumeId(99, 0)))
+    bench.settle()
+    assert bench.state(card) is State.REMOVED_UNSAFELY
+    assert bench.kernel.leftovers() == []
+
+
+def test_lost_events_do_not_cost_a_volume_that_udev_does_not_list_at_the_moment(
+    bench: Bench,
+) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.lose_events(listed=False)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert "unmount" not in bench.kernel.steps
+
+
+def test_a_mapping_whose_table_cannot_be_replaced_is_removed_at_its_last_close(
+    bench: Bench,
+) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.fail_next("poison_mapping", errno.ENOMEM)
+    bench.yank()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "Cannot allocate memory" in bench.said(volume)
+    bench.kernel.let_go()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_release_that_fails_after_another_failure_tells_both(bench: Bench) -> None:
+    bench.kernel.fail_next("probe", KernelError("probe", "x", errno.EIO))
+    bench.kernel.fail_next("remove_mapping", KernelError("remove", "y", errno.EBUSY))
+    volume = bench.insert()
+    bench.settle()
+    assert bench.said(volume) == (
+        "could not let go: remove y: Device or resource busy; "
+        "before that: probe x: Input/output error"
+    )
+
+
+def test_a_defect_in_one_life_does_not_cost_the_others_theirs(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    healthy = bench.insert("healthy", "sda1")
+    bench.settle()
+    bench.kernel.fail_next("probe", TypeError("a defect"))
+    broken = bench.insert("broken", "sdb1")
+    bench.settle()
+    assert bench.state(healthy) is State.MOUNTED
+    assert (bench.state(broken), bench.said(broken)) == (
+        State.FAILED,
+        "a defect of the agent; the journal has the details",
+    )
+    assert "TypeError: a defect" in caplog.text
+
+
+def test_a_mount_root_that_cannot_be_swept_keeps_nobody_from_being_served(bench: Bench) -> None:
+    bench.stop()
+    bench.kernel.fail_next("our_mount_points", KernelError("open", "/run/media", errno.ELOOP))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def _killed_bench(rules: tuple[Rule, ...]) -> Bench:
+    bench = Bench(rules)
+    bench.start()
+    bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.steps.clear()
+    return bench
+
+
+def _disk_of(volume: Volume) -> Volume:
+    disk = VolumeId(volume.id.diskseq, 0)
+    return replace(volume, id=disk, name="sda", devtype=DevType.DISK, partlabel=None)
 
 
 def test_without_udevd_the_volume_is_identified_by_its_own_bytes(bench: Bench) -> None:

@@ -233,6 +233,13 @@ def test_a_fault_is_shown_with_file_key_and_problem(file: Path) -> None:
             "blob_directory: expected an absolute path without .., found '/data/../etc'",
         ),
         ("blob_directory = true", "blob_directory: expected a text, found true"),
+        (
+            'mount_root = "//run/media"',
+            "mount_root: expected an absolute path without .., found '//run/media'",
+        ),
+        ('stuck_after_s = "10"', "stuck_after_s: expected a number, found '10'"),
+        ('log_level = "INFO"',
+         "log_level: expected debug, info, warning, error; found 'INFO'; did you mean 'info'?"),
         ("stuck_after_s = 0", "stuck_after_s: expected seconds above 0, found 0.0"),
         ("stuck_after_s = nan", "stuck_after_s: expected seconds above 0, found nan"),
         ("rule = 3", "rule: expected tables [[rule]], found 3"),
@@ -274,6 +281,14 @@ def test_a_fault_of_the_file_is_told_with_what_was_expected(
         ),
         ("key.blob = 3", "key.blob: expected a text, found 3"),
         ("crypt.sector_size = 513", "crypt.sector_size: expected 512, 1024, 2048, 4096; found 513"),
+        (
+            "crypt.sector_size = '512'",
+            "crypt.sector_size: expected 512, 1024, 2048, 4096; found '512'",
+        ),
+        ("match.partlabel = 5", "match.partlabel: expected a text or a list of texts, found 5"),
+        ("match.partlabel = []", "match.partlabel: expected at least one entry in the list"),
+        ("match.removable = 'yes'", "match.removable: expected true or false, found 'yes'"),
+        ("mount.filesystems = []", "mount.filesystems: expected at least one entry in the list"),
         ("crypt.offset = -1", "crypt.offset: expected sectors from 0 on, found -1"),
         ("crypt.iv_offset = -8", "crypt.iv_offset: expected sectors from 0 on, found -8"),
         (

@@ -6,12 +6,8 @@ there is no QEMU.
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
 from collections.abc import AsyncIterator, Generator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -20,7 +16,6 @@ if TYPE_CHECKING:
     from vm.guest import Guest
     from vm.machine import Layer
 
-COVERAGE_IN_GUEST: Final = "/var/tmp/coverage"
 LOOKED_AT: Final = {
     "journal": "journalctl -b --no-pager -o short-precise | tail -n 150",
     "kernel log": "dmesg | tail -n 60",
@@ -32,7 +27,6 @@ LOOKED_AT: Final = {
 """What a failed test's report shows of its guest, and how it is asked for."""
 
 _call: Final = pytest.StashKey[pytest.TestReport]()
-_numbers = itertools.count(1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,11 +59,6 @@ async def guest_for(
         report = request.node.stash.get(_call, None)
         if report is not None and report.failed:
             report.sections += await evidence(restored)
-        folder = os.environ.get("COVERAGE_FROM_GUESTS")
-        if folder:
-            test = re.sub(r"\W+", "-", request.node.name)
-            name = f"{test}.{os.getpid()}.{next(_numbers)}"
-            await restored.collect(COVERAGE_IN_GUEST, Path(folder), name)
 
 
 async def evidence(guest: Guest) -> list[tuple[str, str]]:

@@ -136,16 +136,16 @@ class Guest:
         """The file in the guest has these bytes; missing folders are made."""
         await self._ask("write", path=path, data=base64.b64encode(data).decode(), mode=mode)
 
-    async def until(self, script: str, *, deadline_s: float = 30) -> None:
+    async def until(self, script: str, *, deadline_s: float = 120) -> None:
         """The shell condition holds. Raises: AssertionError when the deadline has passed."""
         reply = await self._ask("until", within_s=deadline_s, script=script, deadline_s=deadline_s)
         assert reply["held"], f"still not so after {deadline_s} s: {script}"
 
-    async def until_mounted(self, point: str, *, deadline_s: float = 30) -> None:
+    async def until_mounted(self, point: str, *, deadline_s: float = 120) -> None:
         """Something is mounted there. Raises: AssertionError when the deadline has passed."""
         await self._until_mount(point, present=True, deadline_s=deadline_s)
 
-    async def until_unmounted(self, point: str, *, deadline_s: float = 30) -> None:
+    async def until_unmounted(self, point: str, *, deadline_s: float = 120) -> None:
         """Nothing is mounted there. Raises: AssertionError when the deadline has passed."""
         await self._until_mount(point, present=False, deadline_s=deadline_s)
 
@@ -235,14 +235,6 @@ class Guest:
     def return_port(self, bus: str) -> None:
         """The port is free again."""
         self._ports.append(bus)
-
-    async def collect(self, folder: str, into: Path, prefix: str) -> None:
-        """Files of a folder in the guest, if there are any, have been copied to the host."""
-        found = await self.sh(f"cd {folder} 2>/dev/null && find . -type f || true")
-        for name in found.stdout.split():
-            into.mkdir(parents=True, exist_ok=True)
-            data = await self.read(f"{folder}/{name}")
-            (into / f"{Path(name).name}.{prefix}").write_bytes(data)
 
 
 @dataclass(slots=True)

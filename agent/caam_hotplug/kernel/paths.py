@@ -36,8 +36,9 @@ def directory(path: Path, *, create: bool = False) -> Iterator[int]:
     try:
         for component in path.parts[1:]:
             walked /= component
-            if create and not _exists(component, here):
-                os.mkdir(component, 0o755, dir_fd=here)
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(component, 0o755, dir_fd=here)
             try:
                 below = os.open(component, _OPEN, dir_fd=here)
             except NotADirectoryError as error:
@@ -50,14 +51,6 @@ def directory(path: Path, *, create: bool = False) -> Iterator[int]:
         yield here
     finally:
         os.close(here)
-
-
-def _exists(name: str, parent: int) -> bool:
-    try:
-        os.lstat(name, dir_fd=parent)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _require_trusted(opened: int, walked: Path, path: Path) -> None:

@@ -122,6 +122,8 @@ class Devices:
             device = pyudev.Devices.from_device_file(self._context, os.path.realpath(node))
         except (pyudev.DeviceNotFoundError, OSError, ValueError) as error:
             raise HotplugError(f"look at {node}: it is no block device") from error
+        if _NEVER_MEDIA.match(device.sys_name):
+            raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
         found = _volume(device.sys_name, dict(device.properties), self.source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
@@ -131,11 +133,26 @@ class Devices:
         name = device.sys_name
         if _NEVER_MEDIA.match(name):
             return
-        volume = _volume(name, dict(device.properties), self.source)
+        properties = dict(device.properties)
+        volume = _volume(name, properties, self.source)
         if volume is None:
             yield Disappeared(name)
+        elif device.action == "remove" or _is_of_another(properties, volume.id):
+            # Synthesized, or of what sat here before: the event of what sits here now follows.
+            return
         elif self.source == "kernel" or device.is_initialized:
             yield Appeared(volume)
+
+
+def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:
+    """Whether the properties are those of an earlier medium in the same place."""
+    return properties.get("DISKSEQ", str(which.diskseq)) != str(which.diskseq)
+
+
+def present_ids() -> set[VolumeId]:
+    """The volumes that sysfs has, also those of which udev does not know anything yet."""
+    found = (present_id(at.name) for at in _SYS_BLOCK.iterdir() if not _NEVER_MEDIA.match(at.name))
+    return {which for which in found if which is not None}
 
 
 def present_id(name: str) -> VolumeId | None:

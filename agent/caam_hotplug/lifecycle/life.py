@@ -16,7 +16,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
-from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.lifecycle.lane import Lane, to_the_end
 from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
 from caam_hotplug.lifecycle.resources import Wish, active_mapping, mounted
 from caam_hotplug.lifecycle.steps import Steps
@@ -50,20 +50,19 @@ class Life:
         """`inherits`: an earlier run of the agent has left a mapping of this volume."""
         self._around = around
         self._host = around.host
-        self._volume = volume
+        self.volume = volume
         self._inherits = inherits
         self._news = False
         self._state: State | None = None
         self._said = ""
-        self._on_stop = OnStop.LOCK
         self.leave = Leave()
         lane = around.new_lane(f"volume {volume.id}")
         self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self._late)
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
-        if volume.identified == self._volume.identified and volume != self._volume:
-            self._volume = volume
+        if volume.identified == self.volume.identified and volume != self.volume:
+            self.volume = volume
             self._news = True
         if self._state in {State.WAITING, State.CONFLICT}:
             self._news = True
@@ -71,9 +70,12 @@ class Life:
 
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
-        settled = self._state in {State.MOUNTED, State.UNLOCKED}
-        keeps = settled and self._on_stop is OnStop.KEEP
-        self.leave.ask(Reason.KEEP if keeps else Reason.STOP)
+        holds = self._inherits or self._state in {State.MOUNTED, State.UNLOCKED}
+        match decide(self._around.rules, self.volume):
+            case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
+                self.leave.ask(Reason.KEEP)
+            case _:
+                self.leave.ask(Reason.STOP)
 
     async def attend(self) -> None:
         """The volume has come and gone, and nothing of it is left that is ours to remove."""
@@ -81,6 +83,7 @@ class Life:
             self._news = False
             await self._serve()
             await self.leave.until(lambda: self._news)
+        await self._leave_nothing_inherited()
         # A release that failed has said so; only a medium that is gone overrules it.
         if self._state is State.REMOVED_UNSAFELY or self.leave.keeps:
             return
@@ -90,15 +93,15 @@ class Life:
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
         try:
-            if not self._volume.identified:
+            if not self.volume.identified:
                 identify = self._host.identify
-                self._volume = await self._steps.call("identify", identify, self._volume)
+                self.volume = await self._steps.call("identify", identify, self.volume)
             self.leave.check()
-            match decide(self._around.rules, self._volume):
+            match decide(self._around.rules, self.volume):
                 case Refused() as refused:
                     await self._let_be(refused)
                 case Admitted() as plan:
-                    await self._hold(Wish(self._volume, plan))
+                    await self._hold(Wish(self.volume, plan))
         except LeaveRequestedError:
             pass
         except BlobMissingError as error:
@@ -106,13 +109,14 @@ class Life:
         except MountPointOccupiedError as error:
             self._publish(State.CONFLICT, str(error))
         except ReleaseError as error:
-            before = error.__context__
+            self._inherits = True
+            before = error.__cause__ and error.__cause__.__context__
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self._publish_released_badly(f"{error}{cause}")
         except (HotplugError, OSError) as error:
-            if self.leave.gone or not self._host.is_present(self._volume):
+            if self.leave.gone or not self._host.is_present(self.volume):
                 # A medium that is pulled makes the step at hand fail; that is no fault of its.
-                log.warning("%s: pulled meanwhile: %s", self._volume, error)
+                log.warning("%s: pulled meanwhile: %s", self.volume, error)
             else:
                 self._publish(State.FAILED, str(error))
 
@@ -122,13 +126,27 @@ class Life:
 
     async def _let_be(self, refused: Refused) -> None:
         if self._inherits:
-            find, uuid = self._host.find_mapping, names.dm_uuid(self._volume.id)
-            mapping = await self._steps.dm("look for the mapping", find, uuid)
-            if mapping is not None:
-                log.warning("%s: no rule admits it any more; letting it go", self._volume)
-                await release_left_behind(self._steps, mapping)
-            self._inherits = False
+            log.warning("%s: no rule admits it any more; letting it go", self.volume)
+            await self._release_inherited()
         self._publish(State.IGNORED, str(refused))
+
+    async def _release_inherited(self) -> None:
+        """Nothing is left of what an earlier run had made. Raises: ReleaseError."""
+        self._inherits = False
+        await to_the_end(release_left_behind, self._steps, names.dm_uuid(self.volume.id))
+
+    async def _leave_nothing_inherited(self) -> None:
+        """What this life has not come to adopt, or could not let go before, is let go all the same.
+
+        Not so a mapping that does something else than its rule asks for, as long as its medium is
+        there: the volume has `failed`, and people decide.
+        """
+        refused = self._state is State.FAILED and not self.leave.gone
+        if self._inherits and not self.leave.keeps and not refused:
+            try:
+                await self._release_inherited()
+            except ReleaseError as error:
+                self._publish_released_badly(str(error))
 
     async def _hold(self, wish: Wish) -> None:
         name, claims, me = wish.plan.mount_name, self._around.claims, wish.volume.id
@@ -142,7 +160,6 @@ class Life:
 
     async def _unlock_and_mount(self, wish: Wish) -> None:
         unsafe = False
-        self._on_stop = wish.plan.rule.on_stop
         async with AsyncExitStack() as held:
             self._publish(State.UNLOCKING, f"with {self._host.blob_directory / wish.plan.blob}")
             mapping = await held.enter_async_context(active_mapping(self._steps, wish))
@@ -163,12 +180,12 @@ class Life:
 
     def _publish(self, state: State, reason: str = "") -> None:
         self._state, self._said = state, reason
-        self._around.publish(self._volume, state, reason)
+        self._around.publish(self.volume, state, reason)
 
     def _late(self, words: str, is_late: bool) -> None:
         if is_late:
             allowed = self._around.late_after_s
             said = f"{words}: the kernel has not answered for {allowed:g} s; still waiting"
-            self._around.publish(self._volume, State.STUCK, said)
+            self._around.publish(self.volume, State.STUCK, said)
         elif self._state is not None:
-            self._around.publish(self._volume, self._state, self._said)
+            self._around.publish(self.volume, self._state, self._said)

@@ -141,9 +141,11 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
     if mapping is None:
         return
     target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
-    if steps.leave.gone and mapping.open_count and target is not None:
-        await steps.dm("replace the table", host.poison_mapping, mapping.name, target.length)
-    await steps.dm("remove the mapping", host.remove_mapping, mapping.name)
+    try:
+        if steps.leave.gone and mapping.open_count and target is not None:
+            await steps.dm("replace the table", host.poison_mapping, mapping.name, target.length)
+    finally:
+        await steps.dm("remove the mapping", host.remove_mapping, mapping.name)
     if await steps.dm("look for the mapping", host.find_mapping, uuid) is not None:
         fate = "without its key" if steps.leave.gone else "with its key"
         log.warning(
@@ -244,4 +246,5 @@ def mount_at(host: Host, name: str) -> Mount | None:
 
 def is_of(mount: Mount, mapping: Mapping) -> bool:
     """Whether the mount shows the mapping; btrfs gives its mounts a device number of their own."""
-    return mount.number == mapping.number or mount.source == mapping.node
+    names_of_it = {mapping.node, f"/dev/mapper/{mapping.name}"}
+    return mount.number == mapping.number or mount.source in names_of_it

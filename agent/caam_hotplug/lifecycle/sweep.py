@@ -12,13 +12,16 @@ from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.leave import Leave, Reason
 from caam_hotplug.lifecycle.resources import mounts_of, release_mapping, release_mount
 from caam_hotplug.lifecycle.steps import Steps
-from caam_hotplug.model import Mapping, VolumeId
+from caam_hotplug.model import VolumeId
 
 log = logging.getLogger(__name__)
 
 
-async def release_left_behind(steps: Steps, mapping: Mapping) -> None:
+async def release_left_behind(steps: Steps, uuid: str) -> None:
     """Mounts and mapping of an earlier run are gone, by the same acts that a life ends with."""
+    mapping = await steps.dm("look for the mapping", steps.host.find_mapping, uuid)
+    if mapping is None:
+        return
     for name in mounts_of(steps.host, mapping):
         await release_mount(steps, name, mapping)
     await release_mapping(steps, mapping.uuid)
@@ -42,14 +45,14 @@ async def sweep(
             continue
         log.warning("sweeping mapping %s: its medium has gone", mapping.name)
         try:
-            await release_left_behind(steps, mapping)
+            await release_left_behind(steps, mapping.uuid)
         except (HotplugError, OSError) as error:
             log.error("sweep mapping %s: %s", mapping.name, error)
-    for name in host.our_mount_points():
-        try:
+    try:
+        for name in host.our_mount_points():
             host.remove_mount_point(name)
-        except (HotplugError, OSError) as error:
-            log.error("sweep mount point %s: %s", host.mount_root / name, error)
+    except (HotplugError, OSError) as error:
+        log.error("sweep mount points in %s: %s", host.mount_root, error)
     return inherited
 
 
