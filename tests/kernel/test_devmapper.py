@@ -58,7 +58,10 @@ def test_a_mapping_has_its_node_when_it_is_activated(world: RealWorld) -> None:
     with mapped(world) as mapping:
         node = Path(mapping.node)
         assert node.is_block_device()
-        assert Path(f"/dev/mapper/{mapping.name}").stat().st_rdev == node.stat().st_rdev
+        link = Path(f"/dev/mapper/{mapping.name}")
+        until(link.exists)
+        assert link.is_symlink()
+        assert link.stat().st_rdev == node.stat().st_rdev
     until(lambda: not node.exists())
 
 

@@ -100,6 +100,8 @@ def _fault(blob: bytes) -> str | None:
             f"is cut short or damaged: {len(blob)} bytes, the tag header says "
             f"{_TAG.size + object_bytes}"
         )
+    if object_bytes < red_bytes + _BLOB_OVERHEAD:
+        return "is a black key, not a blob; caam-keygen writes the blob beside it, as NAME.bb"
     return None
 
 

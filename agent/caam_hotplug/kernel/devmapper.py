@@ -217,10 +217,16 @@ def load(name: str, line: str, *, read_only: bool) -> None:
 
 
 def resume(name: str) -> None:
-    """The mapping's table is live, and `/dev/mapper/NAME` leads to it. Raises: DmError."""
+    """The mapping's table is live; `/dev/mapper/NAME` leads to it, soon. Raises: DmError."""
     with _task(_RESUME, name) as task:
         _run(task, "activate mapping", name)
-    _library().update_nodes()
+    _update_links()
+
+
+def _update_links() -> None:
+    """/dev/mapper is udev's, whose links a node of ours would be in the way of; ours without it."""
+    if not names.UDEV_CONTROL.exists():
+        _library().update_nodes()
 
 
 def poison(name: str, size: Sectors) -> None:
@@ -250,7 +256,7 @@ def remove(name: str) -> None:
         lib.deferred_remove(task)
         if not lib.run(task) and lib.get_errno(task) not in {0, errno.ENXIO}:
             _run(task, "remove mapping", name)
-    lib.update_nodes()
+    _update_links()
 
 
 def keep(name: str) -> None:
