@@ -116,14 +116,14 @@ class GuestRun:
 
     async def _end(self, guest: Guest) -> None:
         self._ended = True
+        done = self._pytest.result()
+        self.said = f"{done.stdout}\n{done.stderr}"
         if not all(map(self._is_through, self._selected)):
             self.seen = await evidence(guest)
         if folder := os.environ.get("COVERAGE_FROM_GUESTS"):
             data = await guest.read(f"{COVERAGE_IN_GUEST}/.coverage")
             (Path(folder) / f".coverage.guest.{os.getpid()}").write_bytes(data)
         await self._held.aclose()
-        done = self._pytest.result()
-        self.said = f"{done.stdout}\n{done.stderr}"
 
 
 def pytest_collection_modifyitems(
@@ -229,7 +229,7 @@ def _command(selected: list[str], *, covered: bool) -> str:
     pytest_itself = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/src"]
     command = ["python3", *pytest_itself, "-c", "/src/pyproject.toml", *files]
     if covered:
-        options = ["--branch", "--source-pkgs=caam_hotplug"]
+        options = ["--branch", "--source=caam_hotplug"]
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")
         command[1:1] = ["-m", "coverage", "run", *options]
     environment = "BED_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/src/agent:/src/tests"

@@ -110,11 +110,14 @@ def test_what_is_there_is_found_without_an_event(source: Source) -> None:
 @both_sources
 def test_a_removal_that_did_not_happen_says_nothing(source: Source) -> None:
     with loop_medium(1 << 20) as medium, listening(source) as devices:
-        await_event(devices, appearance_of(medium))
         name = Path(medium.device).name
+        change(name)
+        await_event(devices, appearance_of(medium))
         (Path("/sys/class/block") / name / "uevent").write_text("remove")
         change(name)
+        run("udevadm", "settle")
         assert Disappeared(name) not in await_event(devices, appearance_of(medium))
+        assert Disappeared(name) not in devices.read()
 
 
 def test_the_ids_of_all_that_is_there_are_known_without_udev() -> None:
