@@ -6,7 +6,7 @@ from pathlib import Path
 
 from e2e.support import POINT, labelled, slow_caam
 from vm import media
-from vm.guest import Guest
+from vm.guest import SLOW, Guest
 from vm.installed import InstalledAgent
 
 ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLUG) = 1"
@@ -34,7 +34,7 @@ async def test_pulled_while_its_filesystem_is_being_read_and_put_back(
     await slow_caam(guest, 5000)
     stick = await guest.plug_usb(medium, slow=True)
     await agent.until_said("unlocking")
-    await guest.throttle(stick, 1)
+    await guest.throttle(stick, SLOW)
     await agent.until_said("mounting: from")
     await stick.pull()
     await guest.throttle(stick, 0)

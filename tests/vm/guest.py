@@ -16,6 +16,11 @@ from vm.qmp import Qmp
 
 ANSWER_GRACE_S: Final = 30
 """How much longer than it should take an answer is waited for, before the guest counts as dead."""
+SLOW: Final = 16 << 10
+"""Bytes a second at which a medium is slow, and no request of the guest's lasts as long as 30 s.
+
+The guest's kernel cancels a request then, and QEMU waits for its end with the whole machine.
+"""
 USB_PORTS: Final = [f"xhci{n}.0" for n in range(3) for _ in range(15)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vm import cache, machine
-from vm.guest import CommandFailedError, Guest, GuestDiedError
+from vm.guest import SLOW, CommandFailedError, Guest, GuestDiedError
 from vm.media import KEY, OTPMK_A, OTPMK_B, encrypt, make_medium, write_disk
 
 PLAIN_OPEN = "echo 0 $(blockdev --getsz {device}) crypt aes-cbc-plain {key} 0 {device} 0"
@@ -115,8 +115,8 @@ async def test_a_slow_stick_holds_its_input_and_output(guest: Guest, tmp_path: P
     stick = await guest.plug_usb(make_medium(medium), slow=True)
     await guest.until("test -b /dev/sda1")
     await guest.run("udevadm", "settle")
-    await guest.throttle(stick, 1)
-    read = "dd if=/dev/sda1 of=/dev/null bs=64k count=4 iflag=direct"
+    await guest.throttle(stick, SLOW)
+    read = "dd if=/dev/sda1 of=/dev/null bs=64k count=64 iflag=direct"
     reading = asyncio.create_task(guest.sh(read, check=False))
     await guest.until("ps -o stat= -C dd | grep -q D")
     await stick.pull()
