@@ -69,7 +69,9 @@ async def test_pulled_with_a_file_held_open_its_key_dies_at_once_and_the_stick_m
     await agent.start()
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    await guest.sh(f"sleep 1000 < {POINT}/hello.txt >/dev/null 2>&1 & echo $! > /tmp/holder")
+    # Opened by the shell itself: a child might open it only after the pull.
+    hold = f"exec 3< {POINT}/hello.txt; sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/holder"
+    await guest.sh(hold)
     await stick.pull()
     await agent.until_said("removed-unsafely")
     tables = (await guest.run("dmsetup", "table")).stdout
