@@ -2,8 +2,8 @@
 
 On the host the run begins by restoring a guest and starting pytest in it for all that were
 selected. It works beside all other tests, which come first; what is said of each test here is what
-the guest's pytest said of it, phase by phase. There is no
-skipping: a test that the guest did not run has failed.
+the guest's pytest said of it, phase by phase. There is no skipping: a test that the guest did not
+run has failed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _run: Final = pytest.StashKey["GuestRun"]()
 
 
 class GuestRun:
-    """The pytest in the guest, from the first question about one of its tests on."""
+    """The pytest in the guest, and what it has reported so far."""
 
     def __init__(self, selected: list[str]) -> None:
         self.said = ""
