@@ -284,6 +284,9 @@ def loop_medium(size_bytes: int) -> Iterator[Medium]:
             yield Medium(file, device)
         finally:
             run("losetup", "-d", device)
+            # While udevd reads it, it only goes at the last close (loop_clr_fd in
+            # drivers/block/loop.c).
+            run("udevadm", "settle")
 
 
 def read(device: str, count: int) -> bytes:
