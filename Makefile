@@ -2,14 +2,17 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+CYCLES := 1000
+DAMAGED := 200
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup check test demo vm-shell clean
+.PHONY: help setup check test demo soak vm-shell clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
 	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit and life tests"
+	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200"
 	@echo "make vm-shell   a shell in the virtual machine"
 
 setup: $(VENV)/.installed
@@ -34,6 +37,9 @@ test: setup
 
 demo: setup
 	@$(BED) demo
+
+soak: setup
+	@$(BED) soak --cycles $(CYCLES) --damaged $(DAMAGED)
 
 vm-shell: setup
 	@$(BED) shell

@@ -33,6 +33,8 @@ class Config:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stuck_after_s: float = 10.0
     """How long a kernel call may take before its volume is called stuck, in seconds."""
+    stop_within_s: float = 240.0
+    """How long a stop waits for media to be written out and let go, in seconds."""
     rule: tuple[Rule, ...] = BUILT_IN
     """In the order in which they are asked."""
 
@@ -171,7 +173,7 @@ def _check(at: str, value: Any) -> None:
             raise ValueError(f"expected bytes from 0 on, found {value}")
         case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:
             raise ValueError("expected at least one entry in the list")
-        case "stuck_after_s" if not value > 0:
+        case "stuck_after_s" | "stop_within_s" if not value > 0:
             raise ValueError(f"expected seconds above 0, found {value}")
         case "name" if isinstance(value, str) and not _NAME.fullmatch(value):
             raise ValueError(f"expected a name of A-Z a-z 0-9 . _ - and spaces, found {value!r}")

@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 from contextlib import suppress
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from caam_hotplug.board import Board, Entry
 from caam_hotplug.config import Config
@@ -21,6 +21,7 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
+from caam_hotplug.model import Volume
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 
@@ -77,13 +78,8 @@ async def _serve(config: Config) -> None:
         there = udev.present_ids()
         inherited = await sweep(around.host, new_lane("sweep"), around.dm_lane, there)
         async with Supervisor(around, inherited) as supervisor:
-            supervisor.start(devices.present())
-
-            def on_readable() -> None:
-                for event in devices.read():
-                    supervisor.take(event, devices.present())
-
-            loop.add_reader(devices.fileno(), on_readable)
+            events = _Events(devices, supervisor)
+            events.begin()
             log.info("ready: %d rules, events from %s", len(config.rule), source)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
@@ -91,15 +87,63 @@ async def _serve(config: Config) -> None:
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
                 log.info("stopping")
+                supervisor.stop()
+                left = await supervisor.ended(config.stop_within_s)
+                if left:
+                    _give_up(left, config.stop_within_s)
             finally:
                 watchdog.cancel()
                 with suppress(asyncio.CancelledError):
                     await watchdog
                 supervisor.stop()
     finally:
-        loop.remove_reader(devices.fileno())
+        for fileno in devices.filenos():
+            loop.remove_reader(fileno)
         devices.close()
     log.info("stopped")
+
+
+class _Events:
+    """Hands the devices' events to the supervisor, as they come or when they are overdue."""
+
+    def __init__(self, devices: udev.Devices, supervisor: Supervisor) -> None:
+        self._devices = devices
+        self._supervisor = supervisor
+        self._loop = asyncio.get_running_loop()
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """All that is present has been told of, and what happens will be."""
+        self._supervisor.start(self._devices.present())
+        for fileno in self._devices.filenos():
+            self._loop.add_reader(fileno, self._read)
+        self._set_alarm()
+
+    def _read(self) -> None:
+        for event in self._devices.read():
+            self._supervisor.take(event, self._devices.present())
+        self._set_alarm()
+
+    def _look(self) -> None:
+        for event in self._devices.overdue():
+            self._supervisor.take(event, ())
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        at = self._devices.next_overdue
+        self._alarm = None if at is None else self._loop.call_at(at, self._look)
+
+
+def _give_up(volumes: list[Volume], within_s: float) -> NoReturn:
+    """Ends the process: a call in the kernel cannot be cut short, and the loop would wait for it.
+
+    The process is gone once the kernel lets go of it; some calls cannot even be killed.
+    """
+    for volume in volumes:
+        log.error("%s: not let go within %g s; left to the next start", volume, within_s)
+    os._exit(1)
 
 
 async def _feed_watchdog(notifier: Notifier) -> None:

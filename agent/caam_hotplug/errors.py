@@ -42,6 +42,10 @@ class UnsupportedVolumeError(HotplugError):
     """The volume asks for something that would harm it, such as an IV that wraps."""
 
 
+class DeviceInUseError(HotplugError):
+    """Something else uses the volume; who, is in the words."""
+
+
 class BlobError(HotplugError):
     """The black blob's file cannot be taken: its kind, size or form."""
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import assert_never
 
 from caam_hotplug.lifecycle.leave import Reason
@@ -35,6 +36,7 @@ class Supervisor:
         self._at: dict[str, VolumeId] = {}
         self._next: dict[VolumeId, Volume] = {}
         self._stopping = False
+        self._one_ended = asyncio.Event()
 
     async def __aenter__(self) -> Supervisor:
         await self._group.__aenter__()
@@ -69,6 +71,15 @@ class Supervisor:
         self._next.clear()
         for life in self._lives.values():
             life.stop()
+
+    async def ended(self, within_s: float) -> list[Volume]:
+        """Every life has ended, or so much time has passed: the volumes whose lives go on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._lives:
+                    self._one_ended.clear()
+                    await self._one_ended.wait()
+        return [life.volume for life in self._lives.values()]
 
     def _arrive(self, volume: Volume) -> None:
         if self._stopping:
@@ -123,6 +134,7 @@ class Supervisor:
             self._around.publish(life.volume, State.FAILED, words)
         finally:
             del self._lives[which]
+            self._one_ended.set()
         again = self._next.pop(which, None)
         if again is not None:
             self._begin(again)

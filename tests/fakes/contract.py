@@ -40,7 +40,7 @@ POINT: Final = "contract"
 """A name in the mount root."""
 NOWHERE: Final = DeviceNumber(8, 240)
 """No device has this number."""
-DEADLINE_S: Final = 30
+DEADLINE_S: Final = 120
 
 
 class HostUnderTest(Host, Protocol):
@@ -86,7 +86,7 @@ def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end, "still not so"
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def dm_name(world: World) -> str:

@@ -24,6 +24,8 @@ import pytest
 
 from caam_hotplug.kernel import devmapper
 from kernel import real
+from kernel.agents import Room, room_of
+from kernel.cartridges import Cartridge, Faulty, cartridges
 from kernel.real import RealWorld
 from kernel.witness import loop_medium, run
 from vm.fixtures import LOOKED_AT, evidence
@@ -274,3 +276,24 @@ def world(formatted: real.Formatted, nothing_left: None, tmp_path: Path) -> Iter
     made = RealWorld(formatted.medium, tmp_path)
     yield made
     assert list(made.host.mount_root.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def media(udev_rule: None) -> Iterator[list[Cartridge]]:
+    """Two encrypted cartridges, not plugged."""
+    with cartridges(["cartridge-01", "cartridge-02"]) as made:
+        yield made
+
+
+@pytest.fixture
+def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
+    """A room with the module's media."""
+    with room_of(media) as made:
+        yield made
+
+
+@pytest.fixture
+def faulty(media: list[Cartridge], nothing_left: None) -> Iterator[Faulty]:
+    """A medium that can be made to fail, beside those of the room."""
+    with Faulty("cartridge-03", media[0].contents) as made:
+        yield made

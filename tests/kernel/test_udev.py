@@ -40,10 +40,18 @@ def change(name: str) -> None:
     (Path("/sys/class/block") / name / "uevent").write_text("change")
 
 
+def shrink(devices: Devices) -> None:
+    """The sockets' buffers are as small as they get."""
+    for fileno in devices.filenos():
+        with socket.socket(fileno=os.dup(fileno)) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+
+
 def await_event(devices: Devices, wanted: Callable[[Event], bool]) -> list[Event]:
     """The events up to one that is wanted. Raises: AssertionError after a deadline."""
     poller = select.poll()
-    poller.register(devices.fileno(), select.POLLIN)
+    for fileno in devices.filenos():
+        poller.register(fileno, select.POLLIN)
     end = time.monotonic() + DEADLINE_S
     seen: list[Event] = []
     while True:
@@ -77,8 +85,7 @@ def test_a_medium_is_told_of_and_so_is_its_end(source: Source) -> None:
 @both_sources
 def test_after_an_overflow_the_loss_is_told_and_later_events_come(source: Source) -> None:
     with loop_medium(1 << 20) as medium, listening(source) as devices:
-        with socket.socket(fileno=os.dup(devices.fileno())) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        shrink(devices)
         for _ in range(STORM):
             change(Path(medium.device).name)
         run("udevadm", "settle")

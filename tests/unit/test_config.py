@@ -220,7 +220,7 @@ def test_a_fault_is_shown_with_file_key_and_problem(file: Path) -> None:
         (
             "xyzzy = 1",
             "xyzzy: is not a key here; known are source, blob_directory, mount_root, log_level, "
-            "stuck_after_s, rule",
+            "stuck_after_s, stop_within_s, rule",
         ),
         (
             'source = "udve"',

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from pathlib import Path
 
-from vm import demo, installed, machine, terminal
+from vm import demo, installed, machine, soak, terminal
 
 
 def main() -> int:
@@ -20,6 +21,10 @@ def main() -> int:
     commands.add_parser("shell", help="a root shell in a guest, on this terminal")
     running = commands.add_parser("run", help="run a shell script in a guest")
     running.add_argument("script")
+    soaking = commands.add_parser("soak", help="media plugged and pulled for hours, with faults")
+    soaking.add_argument("--cycles", type=int, default=1000)
+    soaking.add_argument("--damaged", type=int, default=200)
+    soaking.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     match options.command:
         case "build":
@@ -29,6 +34,8 @@ def main() -> int:
             return asyncio.run(demo.demo())
         case "shell":
             return asyncio.run(_shell(options.usb))
+        case "soak":
+            return asyncio.run(soak.soak(options.cycles, options.damaged, options.seed))
         case _:
             return asyncio.run(_run(options.script, options.usb))
 

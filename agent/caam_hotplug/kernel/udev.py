@@ -7,9 +7,11 @@ event: a synthesized `remove` leaves the device in place.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -31,7 +33,12 @@ from caam_hotplug.model import (
     VolumeId,
 )
 
+log = logging.getLogger(__name__)
+
 Source = Literal["udev", "kernel"]
+
+UDEV_PATIENCE_S = 30.0
+"""How long udev may take over an event before a volume is served without it."""
 
 _EVENTS_PER_READ: Final = 64
 """A storm must not keep the loop from everything else."""
@@ -68,50 +75,66 @@ def require_diskseq() -> None:
 class Devices:
     """The block devices of this machine, and what happens to them.
 
+    Where udev tells of them, the kernel is listened to as well. A medium that it has given up is
+    gone, whatever udev still does with the event; and one that udev says nothing of, because udevd
+    is dead or hangs, is served all the same after a while.
+
     Synchronization: loop thread only; libudev objects are not thread-safe.
     """
 
     def __init__(self, source: Source) -> None:
         self.source: Final = source
         self._context = _context()
-        self._monitor = pyudev.Monitor.from_netlink(self._context, source=source)
-        self._monitor.filter_by("block")
-        self._monitor.start()
-        # A second handle on the same socket, to clear an overflow that pyudev cannot.
-        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
+        sources: tuple[Source, ...] = ("kernel", "udev") if source == "udev" else ("kernel",)
+        self._monitors = {name: _Monitor(self._context, name) for name in sources}
+        self._untold: dict[str, float] = {}
+        """When the kernel told of devices of which udev has not."""
 
-    def fileno(self) -> int:
-        """Readable when `read` has something to give."""
-        return int(self._monitor.fileno())
+    def filenos(self) -> list[int]:
+        """When one of them is readable, `read` has something to give."""
+        return [monitor.fileno() for monitor in self._monitors.values()]
 
     def close(self) -> None:
         """Events are no longer received."""
-        self._socket.close()
+        for monitor in self._monitors.values():
+            monitor.close()
 
     def read(self) -> list[Event]:
-        """The events that wait in the socket, a bounded number of them at a time.
-
-        After an overflow (ENOBUFS) the socket reports an error until SO_ERROR is read; what was
-        lost is unknown, so EventsLost asks for a look at everything.
-        """
+        """The events that wait, a bounded number of them at a time."""
         events: list[Event] = []
-        for _ in range(_EVENTS_PER_READ):
-            try:
-                device = self._monitor.poll(timeout=0)
-            except (OSError, ValueError, OverflowError, MemoryError):
-                # pyudev turns EINVAL, EOVERFLOW and ENOMEM into those; errno is often None.
-                self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                events.append(EventsLost())
-                continue
-            if device is None:
-                break
-            events += self._events_of(device)
+        for source, monitor in self._monitors.items():
+            for device in monitor.read():
+                if device is None:
+                    events.append(EventsLost())
+                elif source == self.source:
+                    events += self._events_of(device)
+                else:
+                    events += self._beforehand(device)
         return events
 
     def present(self) -> Iterator[Appeared]:
         """Every volume that is there now."""
         for device in self._context.list_devices(subsystem="block"):
             yield from (e for e in self._events_of(device) if isinstance(e, Appeared))
+
+    @property
+    def next_overdue(self) -> float | None:
+        """On the monotonic clock, when `overdue` will have something to give; None if never."""
+        return min(self._untold.values(), default=None)
+
+    def overdue(self) -> list[Event]:
+        """The volumes of which udev should have told by now, without what only udev knows."""
+        events: list[Event] = []
+        now = time.monotonic()
+        for name in [name for name, at in self._untold.items() if at <= now]:
+            del self._untold[name]
+            volume = _volume(name, {}, "kernel")
+            if volume is not None:
+                log.warning(
+                    "udev has not told of %s for %g s; doing without", name, UDEV_PATIENCE_S
+                )
+                events.append(Appeared(volume))
+        return events
 
     def volume(self, node: str) -> Volume:
         """The volume at a device node, for people who ask about it.
@@ -136,12 +159,64 @@ class Devices:
         properties = dict(device.properties)
         volume = _volume(name, properties, self.source)
         if volume is None:
+            self._untold.pop(name, None)
             yield Disappeared(name)
         elif device.action == "remove" or _is_of_another(properties, volume.id):
             # Synthesized, or of what sat here before: the event of what sits here now follows.
             return
         elif self.source == "kernel" or device.is_initialized:
+            self._untold.pop(name, None)
             yield Appeared(volume)
+        else:
+            self._await_udev(name)
+
+    def _beforehand(self, device: pyudev.Device) -> Iterator[Event]:
+        """What the kernel's event is good for before udev's, which follows."""
+        name = device.sys_name
+        if _NEVER_MEDIA.match(name):
+            return
+        if present_id(name) is None:
+            self._untold.pop(name, None)
+            yield Disappeared(name)
+        elif device.action == "add" and not device.is_initialized:
+            self._await_udev(name)
+
+    def _await_udev(self, name: str) -> None:
+        self._untold.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
+
+
+class _Monitor:
+    """One netlink socket of events."""
+
+    def __init__(self, context: pyudev.Context, source: Source) -> None:
+        self._monitor = pyudev.Monitor.from_netlink(context, source=source)
+        self._monitor.filter_by("block")
+        self._monitor.start()
+        # A second handle on the same socket, to clear an overflow that pyudev cannot.
+        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
+
+    def fileno(self) -> int:
+        return int(self._monitor.fileno())
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def read(self) -> Iterator[pyudev.Device | None]:
+        """The devices of the events that wait; None where some were lost.
+
+        After an overflow (ENOBUFS) the socket reports an error until SO_ERROR is read.
+        """
+        for _ in range(_EVENTS_PER_READ):
+            try:
+                device = self._monitor.poll(timeout=0)
+            except (OSError, ValueError, OverflowError, MemoryError):
+                # pyudev turns EINVAL, EOVERFLOW and ENOMEM into those; errno is often None.
+                self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                yield None
+                continue
+            if device is None:
+                return
+            yield device
 
 
 def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:

@@ -1,0 +1,103 @@
+"""Who uses a block device: nothing is unlocked that something else has its hands on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.errors import DeviceInUseError, KernelError
+from caam_hotplug.kernel import filesystem
+from caam_hotplug.model import DeviceNumber, Volume
+
+_SYS_BLOCK: Final = Path("/sys/class/block")
+_PROC: Final = Path("/proc")
+
+
+def require_unused(volume: Volume) -> None:
+    """Nothing else uses the volume: no mount, swap, mapping, array, loop device, running fsck.
+
+    The kernel is asked first: a file system, a mapping, swap or a running fsck holds its device
+    exclusively, and for a whole disk the kernel counts the holders of its partitions as well
+    (open(2), O_EXCL; bd_may_claim in block/bdev.c). A loop device does not.
+
+    Raises: DeviceInUseError with all users that can be found; KernelError.
+    """
+    try:
+        os.close(os.open(volume.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise KernelError("open", volume.node, error.errno or 0) from error
+        busy = True
+    else:
+        busy = False
+    numbers = {volume.number, *_partitions(volume.name)}
+    users = [*_loops(numbers)]
+    if busy:
+        users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
+        users += list(_processes(numbers)) if not users else []
+    if busy or users:
+        who = "; ".join(users) or "something that cannot be told from here holds it exclusively"
+        raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
+
+
+def _number_of(path: str | Path) -> DeviceNumber | None:
+    """The number of a block device's node; None for everything else."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return None
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    return DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
+
+
+def _partitions(name: str) -> Iterator[DeviceNumber]:
+    for file in (_SYS_BLOCK / name).glob(f"{name}*/dev"):
+        yield DeviceNumber.from_text(file.read_text())
+
+
+def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
+    for mount in filesystem.mounts():
+        # btrfs gives its mounts a number of their own, and names the device.
+        if mount.number in numbers or _number_of(mount.source) in numbers:
+            yield f"mounted at {mount.point}"
+
+
+def _holders(name: str) -> Iterator[str]:
+    folder = _SYS_BLOCK / name
+    for holder in [*folder.glob("holders/*"), *folder.glob(f"{name}*/holders/*")]:
+        try:
+            yield f"mapping {(holder / 'dm/name').read_text().strip()} lies on it"
+        except OSError:
+            yield f"{holder.name} lies on it"
+
+
+def _swaps(numbers: set[DeviceNumber]) -> Iterator[str]:
+    for line in (_PROC / "swaps").read_text().splitlines()[1:]:
+        if _number_of(line.split()[0]) in numbers:
+            yield "swap space"
+
+
+def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
+    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
+        try:
+            backing = file.read_text().strip()
+        except OSError:  # it was detached meanwhile
+            continue
+        if _number_of(backing) in numbers:
+            yield f"{file.parent.parent.name} lies on it"
+
+
+def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
+    """Those that have it open, as far as this process may look into others."""
+    for process in _PROC.glob("[0-9]*"):
+        try:
+            if any(_number_of(file) in numbers for file in (process / "fd").iterdir()):
+                command = (process / "comm").read_text().strip()
+                yield f"process {process.name} ({command}) has it open"
+        except OSError:  # it has ended, or is not to be looked into
+            continue

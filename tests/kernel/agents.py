@@ -1,0 +1,128 @@
+"""A room with an agent, its blobs, its mount root and media to plug; empty when a test is over."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug import config
+from caam_hotplug.kernel import devmapper
+from fakes.contract import until
+from kernel.cartridges import HELLO, TEXT, Cartridge
+from kernel.forked import Agent
+from kernel.real import BLOBS
+
+ROOM: Final = Path("/run/room")
+RULES: Final = """
+blob_directory = "{room}/blobs"
+mount_root = "{room}/media"
+stuck_after_s = 2
+stop_within_s = 5
+
+[[rule]]
+name = "cartridges"
+match.partlabel = "cartridge-*"
+"""
+
+
+class Room:
+    """What a test does with the agent and its media, and what it may expect afterwards."""
+
+    def __init__(self, media: list[Cartridge], folder: Path) -> None:
+        self.media = media
+        self.medium, self.neighbour = media[:2]
+        self.mount_root = folder / "media"
+        blobs = folder / "blobs"
+        for made in (folder, self.mount_root, blobs):
+            made.mkdir(mode=0o755)
+        for label in {"cartridge-03", *(cartridge.label for cartridge in media)}:
+            (blobs / f"{label}.bb").write_bytes((BLOBS / "cartridge-01.bb").read_bytes())
+        self._folder = folder
+        self.agent = Agent(self._config(""), folder / "notify")
+
+    def _config(self, more: str) -> config.Config:
+        file = self._folder / "agent.toml"
+        file.write_text(RULES.format(room=self._folder) + more)
+        return config.load(file)
+
+    def configure(self, more: str) -> None:
+        """The rule has these keys more, from the agent's next start on."""
+        self.agent.config = self._config(more)
+
+    def point(self, medium: Cartridge | None = None) -> Path:
+        """Where the medium is to be mounted."""
+        return self.mount_root / (medium or self.medium).label
+
+    def is_served(self, medium: Cartridge | None = None) -> None:
+        """The medium becomes mounted: its data are read, its key is gone, its mapping is one."""
+        medium = medium or self.medium
+        self.agent.until_said(f"{medium.label}.*: mounted: at ")
+        assert (self.point(medium) / HELLO).read_bytes() == TEXT
+        assert len([line for line in tables(medium.label) if " crypt " in line]) == 1
+        until(lambda: keys() == [])
+
+    def arrives(self, medium: Cartridge | None = None) -> None:
+        """The medium is plugged, and served."""
+        (medium or self.medium).plug()
+        self.is_served(medium)
+
+    def leaves(self) -> None:
+        """The medium is pulled, and nothing is left of it."""
+        self.medium.pull()
+        self.has_nothing()
+
+    def has_nothing(self) -> None:
+        """No mapping, key, mount or mount point of the medium is left, or soon none."""
+        until(lambda: self.left() == [])
+
+    def left(self) -> list[str]:
+        """What there is of the medium's."""
+        label = self.medium.label
+        return [
+            *(m for m in mappings() if f"caam-{label}-" in m),
+            *keys(),
+            *(line for line in mounts() if f" {self.point()} " in line),
+            *(str(path) for path in self.mount_root.glob(label)),
+        ]
+
+
+def mappings() -> list[str]:
+    """The names of all mappings of the agent's."""
+    return [mapping.name for mapping in devmapper.ours()]
+
+
+def tables(label: str = "") -> list[str]:
+    """The target lines of all mappings of the agent's, or of those for media of a label."""
+    ours = [mapping for mapping in devmapper.ours() if f"caam-{label}" in mapping.name]
+    return [line for mapping in ours for line in mapping.table]
+
+
+def keys() -> list[str]:
+    """All keys of the agent's, in whichever keyring."""
+    return [line for line in Path("/proc/keys").read_text().splitlines() if "caam-hotplug" in line]
+
+
+def mounts() -> list[str]:
+    """All lines of mountinfo."""
+    return Path("/proc/self/mountinfo").read_text().splitlines()
+
+
+@contextmanager
+def room_of(media: list[Cartridge]) -> Iterator[Room]:
+    """A room with these media; its agent is stopped afterwards, if it still runs."""
+    made = Room(media, ROOM)
+    try:
+        yield made
+        for medium in media:
+            if medium.is_plugged:
+                medium.pull()
+        if made.agent.pid:
+            made.agent.stop()
+        until(lambda: not mappings() and not keys())
+        assert list(made.mount_root.iterdir()) == []
+    finally:
+        made.agent.close()
+        shutil.rmtree(ROOM)

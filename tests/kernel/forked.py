@@ -1,0 +1,265 @@
+"""The whole agent in a process forked from the tests', which spares it a slow start in the guest.
+
+What it does to the kernel can be watched call by call, and stopped at each: the process is killed
+there, or held until the test lets it go. None of that is in the product: its bindings are wrapped
+in the child before it starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from caam_hotplug import daemon
+from caam_hotplug.config import Config
+from caam_hotplug.kernel import cbind, devmapper
+
+DEADLINE_S: Final = 120
+
+_SYSCALLS: Final = {429: "move_mount", 430: "fsopen", 431: "fsconfig", 432: "fsmount"}
+_FUNCTIONS: Final = frozenset({"add_key", "keyctl_unlink", "umount2", "syncfs", "dm_task_run"})
+_TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 17: "dm message"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What the agent's process does when it has made so many calls since it was ready."""
+
+    after: int
+    act: Callable[[], None] | None = None
+    """Done by the thread that made the call; None holds it there until `Agent.go_on`."""
+
+
+def kill_self() -> None:
+    """As `kill -9` does it: nothing of the process happens afterwards."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Agent:
+    """A process that runs the agent; of its end the test is told, and its log is read."""
+
+    def __init__(self, config: Config, notify: Path) -> None:
+        """`notify`: where its service manager's socket is to be."""
+        self.config = config
+        self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._manager.bind(str(notify))
+        self._manager.settimeout(DEADLINE_S)
+        self._pid = 0
+        self._log = self._told = self._go = -1
+        self._unread = b""
+        self.said: list[str] = []
+        """What it logged since the last start, a line each."""
+        self._looked_at = 0
+        self._calls = b""
+
+    def start(self, stop: Stop | None = None) -> None:
+        """It runs and is ready."""
+        self._end_of_pipes()
+        self._log, log = os.pipe()
+        self._told, told = os.pipe()
+        go, self._go = os.pipe()
+        self.said, self._unread, self._looked_at, self._calls = [], b"", 0, b""
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.environ["NOTIFY_SOCKET"] = self._manager.getsockname()
+            os.environ["WATCHDOG_USEC"] = "1000000"
+            _be_the_agent(self.config, log, _Watch(told, go, stop))
+        for end in (log, told, go):
+            os.close(end)
+        self.until_said("^ready: ")
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._pid
+
+    @property
+    def calls(self) -> list[str]:
+        """The calls since it was ready that changed something, in their order."""
+        while select.select([self._told], [], [], 0)[0] and (more := os.read(self._told, 65536)):
+            self._calls += more
+        return self._calls.decode().splitlines()
+
+    def until_called(self, count: int) -> None:
+        """It has made so many calls. Raises: AssertionError after the deadline."""
+        end = time.monotonic() + DEADLINE_S
+        while len(self.calls) < count:
+            select.select([self._told], [], [], 1)
+            assert time.monotonic() < end, f"only {self.calls}; {self.said}"
+
+    def until_fed(self, times: int) -> None:
+        """The service manager's watchdog has been fed so often from now on.
+
+        Raises: TimeoutError after the deadline.
+        """
+        with suppress(BlockingIOError):
+            while True:
+                self._manager.recv(4096, socket.MSG_DONTWAIT)
+        while times:
+            times -= self._manager.recv(4096) == b"WATCHDOG=1"
+
+    def go_on(self) -> None:
+        """It is held no more."""
+        os.write(self._go, b"g")
+
+    def until_said(self, pattern: str) -> str:
+        """The first line that it says after those already looked at and that matches.
+
+        Raises: AssertionError after the deadline, or when it has ended before.
+        """
+        end = time.monotonic() + DEADLINE_S
+        while True:
+            for index in range(self._looked_at, len(self.said)):
+                if re.search(pattern, self.said[index]):
+                    self._looked_at = index + 1
+                    return self.said[index]
+            assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
+
+    def _read(self, end: float) -> bool:
+        """Some more of its log; False if none comes."""
+        if not select.select([self._log], [], [], max(0, end - time.monotonic()))[0]:
+            return False
+        more = os.read(self._log, 65536)
+        *lines, self._unread = (self._unread + more).split(b"\n")
+        self.said += [line.decode().split(">", 1)[1] for line in lines]
+        return bool(more)
+
+    def until_killed(self) -> None:
+        """It was killed where it was to be."""
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = 0
+        assert os.WIFSIGNALED(status), self.everything()
+        assert os.WTERMSIG(status) == signal.SIGKILL, self.everything()
+
+    def kill(self) -> None:
+        """It is dead, without a chance to do anything."""
+        os.kill(self._pid, signal.SIGKILL)
+        self.until_killed()
+
+    def tell_to_stop(self) -> None:
+        """It has been told to stop."""
+        os.kill(self._pid, signal.SIGTERM)
+
+    def stop(self) -> None:
+        """It has stopped in order."""
+        self.tell_to_stop()
+        self.until_ended()
+
+    def until_ended(self, status: int = 0) -> None:
+        """It has ended with this exit status."""
+        _, ended = os.waitpid(self._pid, 0)
+        self._pid = 0
+        assert os.waitstatus_to_exitcode(ended) == status, self.everything()
+
+    def everything(self) -> str:
+        """All that it has said."""
+        while self._read(time.monotonic()):
+            pass
+        return "\n".join(self.said)
+
+    def close(self) -> None:
+        """Nothing of the process is left, however it ended."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+        self._end_of_pipes()
+        self._manager.close()
+
+    def _end_of_pipes(self) -> None:
+        for end in (self._log, self._told, self._go):
+            if end >= 0:
+                os.close(end)
+        self._log = self._told = self._go = -1
+
+
+def _be_the_agent(config: Config, log: int, watch: _Watch) -> None:
+    """Never returns: what a test's process has to do at its end is not this one's to do."""
+    code = 1
+    try:
+        os.dup2(log, 2)
+        os.environ["JOURNAL_STREAM"] = ""  # so each line begins with <PRIORITY>
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
+        watch.install()
+        daemon.run(config)
+        code = 0
+    except BaseException:
+        for line in traceback.format_exc().splitlines():
+            print(f"<3>{line}", file=sys.stderr)
+    finally:
+        os._exit(code)
+
+
+class _Watch:
+    """Tells of each call that changes something, once the agent is ready, and stops it there."""
+
+    def __init__(self, told: int, go: int, stop: Stop | None) -> None:
+        self._told = told
+        self._go = go
+        self._stop = stop
+        self._kinds: dict[int, int] = {}
+        self._count = 0
+
+    def install(self) -> None:
+        """From now on the process's calls are watched."""
+        declare, syscall = cbind.declare, cbind.syscall
+
+        def watched_declare(soname: str, name: str, *more: Any) -> Any:
+            function = declare(soname, name, *more)
+            if name == "dm_task_create":
+                return self._noting_kind(function)
+            return self._watched(name, function) if name in _FUNCTIONS else function
+
+        def watched_syscall(number: int, *arguments: Any) -> int:
+            result = syscall(number, *arguments)
+            if number in _SYSCALLS:
+                self._made(_SYSCALLS[number])
+            return result
+
+        cbind.declare, cbind.syscall = watched_declare, watched_syscall
+        devmapper._loaded.clear()
+        for module, name in ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir")):
+            setattr(module, name, self._watched(name, getattr(module, name)))
+
+    def _noting_kind(self, create: Callable[[int], int]) -> Callable[[int], int]:
+        def noting(kind: int) -> int:
+            task = create(kind)
+            self._kinds[task] = kind
+            return task
+
+        return noting
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            result = function(*arguments, **named)
+            errno = ctypes.get_errno()
+            if name != "dm_task_run":
+                self._made(name)
+            elif result and (kind := self._kinds[arguments[0]]) in _TASKS:
+                self._made(_TASKS[kind])
+            ctypes.set_errno(errno)
+            return result
+
+        return watched
+
+    def _made(self, name: str) -> None:
+        self._count += 1
+        os.write(self._told, f"{name}\n".encode())
+        if self._stop is not None and self._count == self._stop.after:
+            if self._stop.act is not None:
+                self._stop.act()
+            else:
+                os.read(self._go, 1)

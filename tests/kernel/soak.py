@@ -1,0 +1,350 @@
+"""Media plugged and pulled for hours, with faults at random, and the figures of what is left.
+
+    python3 -m kernel.soak --cycles 1000 --damaged 200 --seed 7
+
+Runs in the guest, as root; `make soak` starts it there. Everything random comes from the seed. It
+ends at the first outcome that is wrong, with its cycle and what the agent said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from fakes.contract import until
+from kernel.agents import ROOM, Room, keys, mappings, room_of
+from kernel.cartridges import KEY, Cartridge, cartridges
+from kernel.forked import Stop, kill_self
+from kernel.witness import crypt, run
+
+FILESYSTEMS: Final = {
+    "cartridge-01": ("mkfs.ext4", "-q"),
+    "cartridge-02": ("mkfs.vfat",),
+    "cartridge-03": ("mkfs.ext4", "-q", "-O", "^has_journal"),
+    "cartridge-04": ("mkfs.exfat",),
+}
+CALLS_OF_AN_ARRIVAL: Final = 10
+"""Every filesystem's arrival takes as many calls or more."""
+WARM_UP: Final = 5
+"""Cycles after which an agent's memory is first looked at."""
+DAMAGE_WITHIN: Final = {"ext4": 8192, "vfat": 4096}
+"""Bytes from the start, in which the superblock and what it leads to lie."""
+RSS_GROWTH_KIB: Final = 1024
+SECTOR: Final = 512
+
+
+@dataclass
+class Figures:
+    """What a soak has seen."""
+
+    seed: int
+    cycles: int = 0
+    seconds: float = 0.0
+    actions: Counter[str] = field(default_factory=Counter)
+    files_checked: int = 0
+    rss_growth_kib: int = 0
+    """The most that one process of the agent grew by after its warm-up."""
+    damaged: Counter[str] = field(default_factory=Counter)
+    """Damaged filesystems, by kind and outcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What an agent's process takes, and what the kernel keeps for it."""
+
+    files: int
+    threads: int
+    keys: int
+    semaphores: int
+    rss_kib: int
+
+
+def size_of(pid: int) -> Size:
+    """What there is now."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    values = dict(line.split(":", 1) for line in status)
+    return Size(
+        files=len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        threads=int(values["Threads"]),
+        keys=_used_keys(),
+        semaphores=len(Path("/proc/sysvipc/sem").read_text().splitlines()),
+        rss_kib=int(values["VmRSS"].split()[0]),
+    )
+
+
+def _used_keys() -> int:
+    """Root's keys, of proc_key-users(5): `0: USAGE NKEYS/NIKEYS QNKEYS/MAX QNBYTES/MAX`."""
+    (root,) = [
+        line for line in Path("/proc/key-users").read_text().splitlines() if line.split()[0] == "0:"
+    ]
+    return int(root.split()[2].split("/")[0])
+
+
+class Soak:
+    """One soak: a room, and what is done in it."""
+
+    def __init__(self, room: Room, figures: Figures, said: Callable[[str], None]) -> None:
+        self._room = room
+        self._figures = figures
+        self._say = said
+        self._random = random.Random(figures.seed)
+        self._files: dict[str, tuple[str, str]] = {}
+        """Of each medium, a file that is on it for certain, and its digest."""
+        self._first: Size | None = None
+        self._age = 0
+
+    def cycles(self, count: int) -> None:
+        """Media have been plugged and pulled so often. Raises: AssertionError."""
+        begun = time.monotonic()
+        self._start()
+        actions = [
+            self._in_order, self._in_order, self._pulled_at_a_call, self._held_open,
+            self._without_blob, self._foreign_blob, self._all_at_once,
+            self._stopped, self._killed_at_a_call,
+        ]  # fmt: skip
+        for number in range(count):
+            if number == count // 2:  # from here on one agent serves, whose growth is looked at
+                actions = [a for a in actions if a not in (self._killed_at_a_call, self._stopped)]
+            action = self._random.choice(actions)
+            medium = self._random.choice(self._room.media)
+            self._figures.actions[action.__name__.strip("_")] += 1
+            action(medium)
+            self._figures.cycles += 1
+            self._figures.seconds = round(time.monotonic() - begun, 1)
+            self._look()
+            self._say(f"cycle {number + 1} of {count}: {action.__name__.strip('_')} {medium.label}")
+        self._room.agent.stop()
+        assert self._figures.rss_growth_kib < RSS_GROWTH_KIB
+
+    def damaged(self, count: int, medium: Cartridge, kind: str) -> None:
+        """So many filesystems with random damage were plugged. Raises: AssertionError."""
+        self._start()
+        for number in range(count):
+            with damage(medium, self._random, DAMAGE_WITHIN[kind]):
+                medium.plug()
+                said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
+                outcome = "mounted" if ": mounted: " in said else "failed"
+                self._figures.damaged[f"{kind} {outcome}"] += 1
+                medium.pull()
+                self._gone(medium)
+            self._look()
+            self._say(f"damaged {kind} {number + 1} of {count}: {said}")
+        self._room.agent.stop()
+
+    def _start(self, stop: Stop | None = None) -> None:
+        self._room.agent.start(stop)
+        self._first, self._age = None, 0
+
+    def _look(self) -> None:
+        """Nothing of a medium is left when none is plugged, and the agent has not grown."""
+        self._age += 1
+        assert mappings() == []
+        assert keys() == []
+        assert list(self._room.mount_root.iterdir()) == []
+        if self._age < WARM_UP:
+            return
+        now = size_of(self._room.agent.pid)
+        if self._first is None:
+            self._first = now
+        first = self._first
+        assert (now.files, now.threads, now.keys, now.semaphores) == (
+            first.files, first.threads, first.keys, first.semaphores,
+        ), f"{first} became {now}"  # fmt: skip
+        grown = now.rss_kib - first.rss_kib
+        self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
+
+    def _served(self, medium: Cartridge) -> Path:
+        """The medium is mounted, and the file that must be on it is, whole."""
+        self._room.agent.until_said(f"{medium.label}.*: mounted: at ")
+        point = self._room.point(medium)
+        if medium.label in self._files:
+            name, digest = self._files[medium.label]
+            assert hashlib.sha256((point / name).read_bytes()).hexdigest() == digest
+            self._figures.files_checked += 1
+        return point
+
+    def _write(self, medium: Cartridge, point: Path, *, synced: bool) -> None:
+        """A file of random bytes takes the place of the one before."""
+        data = self._random.randbytes(self._random.randrange(1, 100_000))
+        name = f"file-{self._figures.cycles}"
+        with (point / name).open("wb") as file:
+            file.write(data)
+            if synced:
+                os.fsync(file)
+        if medium.label in self._files:
+            (point / self._files[medium.label][0]).unlink()
+        if synced:
+            os.sync()
+        self._files[medium.label] = name, hashlib.sha256(data).hexdigest()
+
+    def _gone(self, medium: Cartridge) -> None:
+        until(lambda: not self._left(medium))
+
+    def _left(self, medium: Cartridge) -> bool:
+        names = [name for name in mappings() if f"caam-{medium.label}-" in name]
+        return bool(names or keys() or self._room.point(medium).exists())
+
+    def _in_order(self, medium: Cartridge) -> None:
+        medium.plug()
+        self._write(medium, self._served(medium), synced=True)
+        medium.pull()
+        self._gone(medium)
+
+    def _stopped(self, medium: Cartridge) -> None:
+        """What is written and not synced is on the medium after an orderly stop."""
+        medium.plug()
+        self._write(medium, self._served(medium), synced=False)
+        self._room.agent.stop()
+        medium.pull()
+        self._start()
+
+    def _pulled_at_a_call(self, medium: Cartridge) -> None:
+        agent = self._room.agent
+        count = len(agent.calls) + self._random.randint(1, CALLS_OF_AN_ARRIVAL)
+        medium.plug()
+        agent.until_called(count)
+        medium.pull()
+        agent.until_said(f"{medium.label}.*: (gone|removed-unsafely)")
+        self._gone(medium)
+
+    def _killed_at_a_call(self, medium: Cartridge) -> None:
+        self._room.agent.stop()
+        self._start(Stop(self._random.randint(1, CALLS_OF_AN_ARRIVAL), kill_self))
+        medium.plug()
+        self._room.agent.until_killed()
+        if self._random.random() < 0.5:
+            medium.pull()
+            self._start()
+        else:
+            self._start()
+            self._served(medium)
+            medium.pull()
+        self._gone(medium)
+
+    def _held_open(self, medium: Cartridge) -> None:
+        medium.plug()
+        point = self._served(medium)
+        inside = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            medium.pull()
+            self._room.agent.until_said(f"{medium.label}.*: removed-unsafely")
+            medium.plug()
+            self._served(medium)
+        finally:
+            os.close(inside)
+        medium.pull()
+        self._gone(medium)
+
+    def _without_blob(self, medium: Cartridge) -> None:
+        blob = ROOM / "blobs" / f"{medium.label}.bb"
+        away = blob.with_suffix(".away")
+        blob.rename(away)
+        try:
+            medium.plug()
+            self._room.agent.until_said(f"{medium.label}.*: waiting: no blob")
+        finally:
+            away.rename(blob)
+        medium.pull()
+        self._room.agent.until_said(f"{medium.label}.*: gone")
+        self._gone(medium)
+
+    def _foreign_blob(self, medium: Cartridge) -> None:
+        blob = ROOM / "blobs" / f"{medium.label}.bb"
+        good = blob.read_bytes()
+        flipped = bytearray(good)
+        flipped[self._random.randrange(20, len(flipped))] ^= 1 << self._random.randrange(8)
+        blob.write_bytes(flipped)
+        try:
+            medium.plug()
+            self._room.agent.until_said(f"{medium.label}.*: failed: the CAAM refused the blob")
+        finally:
+            blob.write_bytes(good)
+        medium.pull()
+        self._room.agent.until_said(f"{medium.label}.*: gone")
+        self._gone(medium)
+
+    def _all_at_once(self, medium: Cartridge) -> None:
+        """While the agent is held up, so that it learns of everything at once."""
+        assert medium
+        os.kill(self._room.agent.pid, signal.SIGSTOP)
+        for each in self._room.media:
+            each.plug()
+        os.kill(self._room.agent.pid, signal.SIGCONT)
+        until(lambda: all(self._room.point(each).is_mount() for each in self._room.media))
+        for each in self._room.media:
+            each.pull()
+        for each in self._room.media:
+            self._gone(each)
+
+
+@contextmanager
+def damage(medium: Cartridge, source: random.Random, within: int) -> Iterator[None]:
+    """Some bytes near the start of the medium's filesystem are others; restored afterwards."""
+    medium.plug()
+    medium.settle()
+    with open(medium.partition, "r+b", buffering=0) as partition:
+        for _ in range(source.randrange(1, 17)):
+            at = source.randrange(within)
+            number, offset = divmod(at, SECTOR)
+            iv = number.to_bytes(4, "little").ljust(16, b"\0")
+            partition.seek(number * SECTOR)
+            sealed = partition.read(SECTOR)
+            sector = bytearray(crypt("cbc(aes)", KEY, sealed, decrypt=True, iv=iv))
+            sector[offset] = source.randrange(256)
+            partition.seek(number * SECTOR)
+            partition.write(crypt("cbc(aes)", KEY, bytes(sector), iv=iv))
+        os.fsync(partition)
+    medium.pull()
+    try:
+        yield
+    finally:
+        medium.plug()
+        medium.settle()
+        medium.restore()
+        medium.pull()
+
+
+def soak(cycles: int, damaged: int, seed: int, say: Callable[[str], None]) -> Figures:
+    """A soak from beginning to end, in a room of its own. Raises: AssertionError."""
+    figures = Figures(seed)
+    with cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media, room_of(media) as room:
+        work = Soak(room, figures, say)
+        if cycles:
+            work.cycles(cycles)
+        if damaged:
+            work.damaged(damaged, media[0], "ext4")
+            work.damaged(damaged, media[1], "vfat")
+    return figures
+
+
+def main() -> int:
+    """Prints a line per cycle and the figures as JSON at the end. Returns: the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--damaged", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    run("modprobe", "-a", "vfat", "exfat")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    figures = soak(options.cycles, options.damaged, options.seed, say)
+    print(json.dumps(asdict(figures)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

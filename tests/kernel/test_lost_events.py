@@ -1,0 +1,128 @@
+"""Whatever is not told: what is there is mounted, and what has gone is let go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import pytest
+
+from caam_hotplug.kernel import udev
+from fakes.contract import until
+from kernel.agents import Room, keys, mappings
+from kernel.cartridges import HELLO, TEXT, Cartridge, cartridges
+from kernel.witness import run
+
+STORM: Final = 16
+LABELS: Final = [f"cartridge-{number:02}" for number in range(1, STORM + 1)]
+
+
+@pytest.fixture(scope="module")
+def media(udev_rule: None) -> Iterator[list[Cartridge]]:
+    with cartridges(LABELS) as made:
+        yield made
+
+
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent's sockets are so small that a handful of events overflows them."""
+    start = udev._Monitor.__init__
+
+    def small(monitor: Any, *arguments: Any) -> None:
+        start(monitor, *arguments)
+        with socket.socket(fileno=os.dup(monitor.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+
+    monkeypatch.setattr(udev._Monitor, "__init__", small)
+
+
+@contextmanager
+def udevd_hanging() -> Iterator[None]:
+    """udevd takes events and does nothing about them."""
+    run("udevadm", "control", "--stop-exec-queue")
+    try:
+        yield
+    finally:
+        run("udevadm", "control", "--start-exec-queue")
+
+
+@contextmanager
+def held_up(agent: int) -> Iterator[None]:
+    """The agent's process does not run meanwhile, and reads no event."""
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(agent, signal.SIGCONT)
+
+
+def is_as_it_should(room: Room) -> bool:
+    """Whether every medium that is plugged is mounted, and nothing is there of any other."""
+    plugged = {medium.label for medium in room.media if medium.is_plugged}
+    there = {path.name for path in room.mount_root.iterdir()}
+    if there != plugged or len(mappings()) != len(plugged) or keys():
+        return False
+    points = [room.mount_root / label / HELLO for label in plugged]
+    return all(point.exists() and point.read_bytes() == TEXT for point in points)
+
+
+def test_a_medium_comes_and_goes_though_udevd_hangs(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
+    room.agent.start()
+    with udevd_hanging():
+        room.arrives()
+        room.leaves()
+    room.arrives()
+    with udevd_hanging():
+        room.leaves()
+
+
+def test_media_that_were_plugged_before_the_agent_start_though_udevd_hangs(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
+    with udevd_hanging():
+        room.medium.plug()
+        room.agent.start()
+        room.is_served()
+        room.leaves()
+
+
+def test_after_a_storm_of_which_most_was_lost_all_is_as_it_should_be(
+    room: Room, deaf: None
+) -> None:
+    room.agent.start()
+    for medium in room.media[::4]:
+        room.arrives(medium)
+    with held_up(room.agent.pid):
+        for medium in room.media[::4]:
+            medium.pull()
+        for medium in room.media[1:]:
+            medium.plug()
+        run("udevadm", "settle")
+        room.media[2].pull()
+        room.media[2].plug()
+        room.media[3].pull()
+    room.agent.until_said("the kernel dropped events")
+    until(lambda: is_as_it_should(room))
+
+
+def test_after_a_storm_with_a_restart_of_udevd_all_is_as_it_should_be(room: Room) -> None:
+    room.agent.start()
+    for medium in room.media[:8]:
+        medium.plug()
+    run("systemctl", "restart", "systemd-udevd")
+    for medium in room.media[8:]:
+        medium.plug()
+    run("systemctl", "kill", "-s", "KILL", "systemd-udevd")
+    room.media[0].pull()
+    until(lambda: is_as_it_should(room))
+    for medium in room.media[1:]:
+        medium.pull()
+    until(lambda: is_as_it_should(room))

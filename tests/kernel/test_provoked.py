@@ -1,0 +1,172 @@
+"""Faults that a real kernel can be brought to: said in its words, nothing left, others served."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from fakes.contract import until
+from kernel.agents import Room, mappings
+from kernel.cartridges import Faulty
+from kernel.forked import Stop
+from kernel.witness import Board, run
+
+SYSCTL: Final = Path("/proc/sys/kernel")
+SESSION_KEYRING: Final = -3
+UNSEALED: Final = 1
+"""The calls of an arrival until the key is out of its blob and not yet in a keyring."""
+
+
+@contextmanager
+def sysctl(name: str, value: str) -> Iterator[None]:
+    file = SYSCTL / name
+    before = file.read_text()
+    file.write_text(value)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
+def fails(room: Room, words: str) -> None:
+    """The medium fails with these words, and nothing is left of the attempt."""
+    room.agent.until_said(f"{room.medium.label}.*: failed: {words}")
+    assert room.left() == []
+
+
+def test_a_kernel_without_the_caam_driver(room: Room) -> None:
+    board = Board()
+    room.agent.start()
+    board.power_off()
+    try:
+        room.medium.plug()
+        fails(room, "open /dev/caam-keygen: No such file or directory .is the kernel's")
+    finally:
+        board.restore()
+    room.medium.pull()
+    room.arrives()
+
+
+def test_a_kernel_without_the_cipher(room: Room) -> None:
+    room.configure('crypt.cipher = "capi:tk(ctr(aes))-plain"')
+    room.agent.start()
+    room.medium.plug()
+    fails(room, "load table of mapping .*: No such file or directory .the kernel lacks dm-crypt or")
+
+
+def test_a_kernel_without_dm_crypt(room: Room) -> None:
+    run("modprobe", "-r", "dm_crypt")
+    room.agent.start()
+    with sysctl("modprobe", "/bin/false"):
+        room.medium.plug()
+        fails(room, "load table of mapping .*: Invalid argument")
+    run("modprobe", "dm_crypt")
+    room.medium.pull()
+    room.arrives()
+
+
+def test_a_kernel_without_the_filesystem(room: Room) -> None:
+    with unloaded("ext4"), sysctl("modprobe", "/bin/false"):
+        room.agent.start()
+        room.medium.plug()
+        fails(room, "mount .* .ext4.: No such device .the kernel lacks this filesystem")
+
+
+@contextmanager
+def unloaded(module: str) -> Iterator[None]:
+    run("modprobe", "-r", module)
+    try:
+        yield
+    finally:
+        run("modprobe", module)
+
+
+def test_a_quota_of_keys_that_is_used_up(room: Room) -> None:
+    room.agent.start()
+    with sysctl("keys/root_maxkeys", "1"):
+        room.medium.plug()
+        fails(room, "add key caam-hotplug:.*: Disk quota exceeded .the user's key quota is used up")
+    room.medium.pull()
+    room.arrives()
+
+
+def test_a_session_keyring_that_was_revoked(room: Room) -> None:
+    room.agent.start(Stop(UNSEALED, revoke_session_keyring))
+    room.medium.plug()
+    fails(room, "add key caam-hotplug:.*: Key has been revoked")
+
+
+def revoke_session_keyring() -> None:
+    assert ctypes.CDLL("libkeyutils.so.1").keyctl_revoke(SESSION_KEYRING) == 0
+
+
+def test_a_mount_root_that_is_full(room: Room) -> None:
+    run("mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", str(room.mount_root))
+    try:
+        room.agent.start()
+        room.medium.plug()
+        room.agent.until_said(f"{room.medium.label}.*: failed: .*No space left on device")
+        assert mappings() == []
+        room.agent.stop()
+    finally:
+        run("umount", str(room.mount_root))
+
+
+def test_a_mount_root_that_is_read_only(room: Room) -> None:
+    run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(room.mount_root))
+    try:
+        room.agent.start()
+        room.medium.plug()
+        room.agent.until_said(f"{room.medium.label}.*: failed: .*Read-only file system")
+        assert mappings() == []
+        room.agent.stop()
+    finally:
+        run("umount", str(room.mount_root))
+
+
+@pytest.mark.parametrize("unreadable", [0, 2048 + 64], ids=["all", "all-but-the-superblock"])
+def test_a_medium_that_cannot_be_read(room: Room, faulty: Faulty, unreadable: int) -> None:
+    room.agent.start(Stop(UNSEALED))
+    with faulty.plugged():
+        room.agent.until_called(UNSEALED)
+        faulty.fails_from(unreadable)
+        room.agent.go_on()
+        room.agent.until_said("cartridge-03.*: failed: .*Input/output error")
+        assert mappings() == []
+        room.arrives()
+
+
+def test_a_slow_medium_is_stuck_for_a_while_and_then_mounted(room: Room, faulty: Faulty) -> None:
+    room.agent.start(Stop(UNSEALED))
+    with faulty.plugged():
+        room.agent.until_called(UNSEALED)
+        faulty.becomes("delay {below} 0 3000")
+        room.agent.go_on()
+        room.agent.until_said("cartridge-03.*: stuck: ")
+        faulty.becomes("linear {below} 0")
+        room.agent.until_said("cartridge-03.*: mounted: at ")
+        room.agent.stop()
+    assert mappings() == []
+
+
+def test_a_medium_that_takes_no_more_writes_is_let_go_and_the_loss_is_said(
+    room: Room, faulty: Faulty
+) -> None:
+    room.agent.start()
+    with faulty.plugged():
+        room.agent.until_said("cartridge-03.*: mounted: at ")
+        point = room.mount_root / faulty.label
+        faulty.becomes("flakey {below} 0 0 1000 1 error_writes")
+        (point / "lost").write_bytes(b"x" * 100_000)
+        room.agent.tell_to_stop()
+        room.agent.until_said(
+            f"cartridge-03.*: failed: could not let go: flush {point}: Input/output error"
+        )
+        room.agent.until_ended()
+        assert not point.exists()
+        until(lambda: mappings() == [])

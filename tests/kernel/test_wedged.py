@@ -1,0 +1,59 @@
+"""A medium whose I/O never completes: it says so, and nobody else waits for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel.agents import Room, mappings
+from kernel.cartridges import Faulty
+from kernel.forked import Stop
+from kernel.test_every_call import ARRIVAL
+
+UNTIL_PROBE = ARRIVAL.index("dm resume") + 1
+UNTIL_MOUNT = ARRIVAL.index("mkdir") + 1
+
+
+@pytest.mark.parametrize(
+    ("step", "after"), [("probe", UNTIL_PROBE), ("mount", UNTIL_MOUNT)], ids=["probe", "mount"]
+)
+def test_a_wedged_medium_is_stuck_and_others_are_served_meanwhile(
+    faulty: Faulty, room: Room, step: str, after: int
+) -> None:
+    room.agent.start(Stop(after))
+    with faulty.plugged():
+        room.agent.until_called(after)
+        with faulty.wedged():
+            room.agent.go_on()
+            room.agent.until_said(f"cartridge-03.*: stuck: {step}: the kernel has not answered")
+            room.arrives()
+            room.arrives(room.neighbour)
+            room.leaves()
+            room.agent.until_fed(times=3)
+        room.agent.until_said("cartridge-03.*: mounted: at ")
+        room.agent.stop()
+        assert mappings() == []
+
+
+@pytest.mark.parametrize("after", [UNTIL_PROBE, UNTIL_MOUNT], ids=["probe", "mount"])
+def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
+    faulty: Faulty, room: Room, after: int
+) -> None:
+    room.agent.start(Stop(after))
+    with faulty.plugged():
+        room.agent.until_called(after)
+        with faulty.wedged():
+            room.agent.go_on()
+            room.agent.until_said("cartridge-03.*: stuck: ")
+            room.arrives(room.neighbour)
+            (room.point(room.neighbour) / "written").write_bytes(b"before the stop")
+            room.agent.tell_to_stop()
+            room.agent.until_said("cartridge-03.*: not let go within 5 s")
+            assert not room.point(room.neighbour).exists()
+            assert [name for name in mappings() if "cartridge-03" not in name] == []
+        room.agent.until_ended(status=1)
+        room.agent.start()
+        room.agent.until_said("cartridge-03.*: mounted: at ")
+        assert (room.point(room.neighbour) / "written").read_bytes() == b"before the stop"
+        (room.point(room.neighbour) / "written").unlink()
+        room.agent.stop()
+        assert mappings() == []
