@@ -20,7 +20,7 @@ RULES: Final = """
 blob_directory = "{room}/blobs"
 mount_root = "{room}/media"
 stuck_after_s = 2
-stop_within_s = 5
+stop_within_s = {stop_within_s}
 
 [[rule]]
 name = "cartridges"
@@ -41,16 +41,16 @@ class Room:
         for label in {"cartridge-03", *(cartridge.label for cartridge in media)}:
             (blobs / f"{label}.bb").write_bytes((BLOBS / "cartridge-01.bb").read_bytes())
         self._folder = folder
-        self.agent = Agent(self._config(""), folder / "notify")
+        self.agent = Agent(self._config(), folder / "notify")
 
-    def _config(self, more: str) -> config.Config:
+    def _config(self, more: str = "", stop_within_s: int = 120) -> config.Config:
         file = self._folder / "agent.toml"
-        file.write_text(RULES.format(room=self._folder) + more)
+        file.write_text(RULES.format(room=self._folder, stop_within_s=stop_within_s) + more)
         return config.load(file)
 
-    def configure(self, more: str) -> None:
-        """The rule has these keys more, from the agent's next start on."""
-        self.agent.config = self._config(more)
+    def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:
+        """From the agent's next start on, its rule has these keys more."""
+        self.agent.config = self._config(more, stop_within_s)
 
     def point(self, medium: Cartridge | None = None) -> Path:
         """Where the medium is to be mounted."""

@@ -160,7 +160,9 @@ class Faulty:
     @contextmanager
     def plugged(self) -> Iterator[None]:
         """The kernel has the disk and its partition."""
-        device = run("losetup", "-f", "-P", "--show", f"/dev/mapper/{self.NAME}").strip()
+        # Direct, past what the kernel has read of the medium before.
+        command = ("losetup", "-f", "-P", "--direct-io=on", "--show")
+        device = run(*command, f"/dev/mapper/{self.NAME}").strip()
         try:
             yield
         finally:

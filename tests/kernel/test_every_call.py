@@ -109,3 +109,18 @@ def test_a_medium_pulled_at_every_call_of_its_arrival_leaves_nothing_and_comes_b
     room.has_nothing()
     room.arrives()
     room.leaves()
+
+
+@pytest.mark.parametrize("call", numbered(ARRIVAL))
+def test_an_agent_told_twice_to_stop_at_every_call_of_an_arrival_leaves_nothing(
+    room: Room, call: int
+) -> None:
+    room.agent.start(Stop(call))
+    room.medium.plug()
+    room.agent.until_called(call)
+    room.agent.tell_to_stop()
+    room.agent.until_said("^stopping")
+    room.agent.tell_to_stop()
+    room.agent.go_on()
+    room.agent.until_ended()
+    assert room.left() == []

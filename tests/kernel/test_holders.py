@@ -9,9 +9,8 @@ import ctypes
 import mmap
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +19,7 @@ import pytest
 from fakes.contract import until
 from kernel.agents import Room, mappings, tables
 from kernel.cartridges import HELLO
+from kernel.holders import process
 
 CLONE_NEWNS: Final = 0x20000
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
@@ -85,30 +85,6 @@ def bind_elsewhere(point: Path) -> Iterator[None]:
     assert LIBC.mount(os.fsencode(point), os.fsencode(elsewhere), None, MS_BIND, None) == 0
     yield
     signal.pause()
-
-
-@contextmanager
-def process(hold: Callable[[Path], Iterator[None]], point: Path) -> Iterator[None]:
-    """A process that holds the mount point in this way; ended on the way out."""
-    ready, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            for number, _ in enumerate(hold(point)):
-                if number == 0:
-                    os.write(tell, b"r")
-        finally:
-            os._exit(code)
-    os.close(tell)
-    try:
-        assert os.read(ready, 1) == b"r", "the holder has ended"
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        os.close(ready)
-        subprocess.run(["umount", point.parent.parent / "elsewhere"], capture_output=True)
 
 
 @pytest.mark.parametrize(

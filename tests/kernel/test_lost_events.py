@@ -126,3 +126,13 @@ def test_after_a_storm_with_a_restart_of_udevd_all_is_as_it_should_be(room: Room
     for medium in room.media[1:]:
         medium.pull()
     until(lambda: is_as_it_should(room))
+
+
+def test_a_stop_in_the_middle_of_a_storm_leaves_nothing(room: Room) -> None:
+    room.agent.start()
+    for medium in room.media:
+        medium.plug()
+    room.agent.until_said(": mounted: at ")
+    room.agent.stop()
+    assert mappings() == []
+    assert list(room.mount_root.iterdir()) == []

@@ -38,6 +38,7 @@ def test_a_wedged_medium_is_stuck_and_others_are_served_meanwhile(
 def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
     faulty: Faulty, room: Room, after: int
 ) -> None:
+    room.configure(stop_within_s=5)
     room.agent.start(Stop(after))
     with faulty.plugged():
         room.agent.until_called(after)
@@ -51,6 +52,7 @@ def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
             assert not room.point(room.neighbour).exists()
             assert [name for name in mappings() if "cartridge-03" not in name] == []
         room.agent.until_ended(status=1)
+        room.configure()
         room.agent.start()
         room.agent.until_said("cartridge-03.*: mounted: at ")
         assert (room.point(room.neighbour) / "written").read_bytes() == b"before the stop"

@@ -1,0 +1,69 @@
+"""Stopped, killed and started again: what is mounted and kept is not interrupted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fakes.contract import until
+from kernel.agents import Room
+from kernel.cartridges import HELLO
+from kernel.holders import process
+
+
+def write_without_an_error(point: Path) -> Iterator[None]:
+    with (point / "log").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"a line\n")
+            os.fsync(file)
+            yield
+
+
+def until_grown(file: Path) -> None:
+    before = file.stat().st_size
+    until(lambda: file.stat().st_size > before)
+
+
+def test_ten_restarts_interrupt_no_writer_on_a_kept_medium(room: Room) -> None:
+    room.configure('on_stop = "keep"')
+    room.agent.start()
+    room.arrives()
+    log = room.point() / "log"
+    with process(write_without_an_error, room.point()):
+        for number in range(10):
+            if number % 2:
+                room.agent.stop()
+            else:
+                room.agent.kill()
+            room.agent.start()
+            room.agent.until_said("adopting its mount")
+            room.is_served()
+            until_grown(log)
+    log.unlink()
+    room.leaves()
+
+
+def test_a_medium_changed_while_the_agent_was_dead_gets_the_mount_point(room: Room) -> None:
+    room.agent.start()
+    room.arrives()
+    room.agent.kill()
+    room.medium.pull()
+    room.medium.plug()
+    room.agent.start()
+    room.is_served()
+    assert (room.point() / HELLO).exists()
+    room.leaves()
+
+
+def test_a_kept_medium_is_locked_by_an_agent_whose_rule_says_so(room: Room) -> None:
+    room.configure('on_stop = "keep"')
+    room.agent.start()
+    room.arrives()
+    room.agent.stop()
+    room.configure('on_stop = "lock"')
+    room.agent.start()
+    room.agent.until_said("adopting its mount")
+    room.is_served()
+    room.agent.stop()
+    assert room.left() == []
