@@ -65,7 +65,6 @@ async def _serve(config: Config) -> None:
         dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
-        late_after_s=config.stuck_after_s,
     )
 
     def tell_status(_entry: Entry) -> None:
@@ -74,10 +73,9 @@ async def _serve(config: Config) -> None:
     board.listen(tell_status)
     devices = udev.Devices(source)  # subscribed from here on: what is enumerated below is complete
     try:
-        there = udev.present_ids()
-        inherited = await sweep(around.host, new_lane("sweep"), around.dm_lane, there)
-        async with Supervisor(around, inherited) as supervisor:
-            supervisor.start(devices.present())
+        left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
+        async with Supervisor(around, left) as supervisor:
+            supervisor.start(devices.present(), udev.present_ids())
 
             def on_readable() -> None:
                 for event in devices.read():

@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from typing import assert_never
 
+from caam_hotplug import names
 from caam_hotplug.lifecycle.leave import Reason
 from caam_hotplug.lifecycle.life import Life, Surroundings
+from caam_hotplug.lifecycle.sweep import release_orphan
 from caam_hotplug.model import (
     Appeared,
     Disappeared,
     Event,
     EventsLost,
+    Mapping,
     State,
     Volume,
     VolumeId,
@@ -26,10 +29,11 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Begins and ends lives. Synchronization: loop only."""
 
-    def __init__(self, around: Surroundings, inherited: AbstractSet[VolumeId]) -> None:
-        """`inherited`: the volumes of which an earlier run of the agent has left a mapping."""
+    def __init__(self, around: Surroundings, left: Iterable[Mapping]) -> None:
+        """`left`: what an earlier run of the agent has left, to adopt or to release."""
         self._around = around
-        self._inherited = set(inherited)
+        self._left = list(left)
+        self._inherited: set[VolumeId] = set()
         self._group = asyncio.TaskGroup()
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
@@ -43,11 +47,22 @@ class Supervisor:
     async def __aexit__(self, *error: object) -> None:
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    def start(self, present: Iterable[Appeared]) -> None:
-        """Lives of all present volumes have begun.
+    def start(self, present: Iterable[Appeared], there: AbstractSet[VolumeId]) -> None:
+        """Lives of all present volumes have begun, and what no volume that is there owns is let go.
 
-        Those that inherit come first: what they hold already, nobody else can be given.
+        `there`: the volumes that the kernel has; udev may not have told of all of them yet.
+
+        Those that inherit come first: what they hold already, nobody else can be given. So do
+        orphans, which own their mount points until they are released.
         """
+        present = list(present)
+        there = there | {event.volume.id for event in present}
+        for mapping in self._left:
+            owner = names.volume_of_dm_uuid(mapping.uuid)
+            if owner is not None and owner in there:
+                self._inherited.add(owner)
+            else:
+                self._group.create_task(self._release(mapping), name=f"sweep {mapping.name}")
         for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
             self._arrive(event.volume)
 
@@ -71,10 +86,10 @@ class Supervisor:
             life.stop()
 
     def _arrive(self, volume: Volume) -> None:
-        if self._stopping:
-            return
         if self._at.get(volume.name, volume.id) != volume.id:
             self._depart(volume.name)
+        if self._stopping:
+            return
         self._at[volume.name] = volume.id
         life = self._lives.get(volume.id)
         if life is None:
@@ -121,8 +136,16 @@ class Supervisor:
             log.exception("%s: a defect of the agent ended its service of this volume", life.volume)
             words = "a defect of the agent; the journal has the details"
             self._around.publish(life.volume, State.FAILED, words)
+            await life.leave.until(lambda: False)
+            if life.leave.gone:
+                self._around.publish(life.volume, State.REMOVED_UNSAFELY, words)
         finally:
             del self._lives[which]
         again = self._next.pop(which, None)
         if again is not None:
             self._begin(again)
+
+    async def _release(self, orphan: Mapping) -> None:
+        around = self._around
+        lane = around.new_lane(f"sweep {orphan.name}")
+        await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
