@@ -21,7 +21,6 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Volume
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 
@@ -66,7 +65,6 @@ async def _serve(config: Config) -> None:
         dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
-        late_after_s=config.stuck_after_s,
     )
 
     def tell_status(_entry: Entry) -> None:
@@ -75,9 +73,8 @@ async def _serve(config: Config) -> None:
     board.listen(tell_status)
     devices = udev.Devices(source)  # subscribed from here on: what is enumerated below is complete
     try:
-        there = udev.present_ids()
-        inherited = await sweep(around.host, new_lane("sweep"), around.dm_lane, there)
-        async with Supervisor(around, inherited) as supervisor:
+        left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
+        async with Supervisor(around, left) as supervisor:
             events = _Events(devices, supervisor)
             events.begin()
             log.info("ready: %d rules, events from %s", len(config.rule), source)
@@ -88,9 +85,9 @@ async def _serve(config: Config) -> None:
                 notifier.tell("STOPPING=1")
                 log.info("stopping")
                 supervisor.stop()
-                left = await supervisor.ended(config.stop_within_s)
-                if left:
-                    _give_up(left, config.stop_within_s)
+                held = await supervisor.ended(config.stop_within_s)
+                if held:
+                    _give_up(held, config.stop_within_s)
             finally:
                 watchdog.cancel()
                 with suppress(asyncio.CancelledError):
@@ -114,7 +111,7 @@ class _Events:
 
     def begin(self) -> None:
         """All that is present has been told of, and what happens will be."""
-        self._supervisor.start(self._devices.present())
+        self._supervisor.start(self._devices.present(), udev.present_ids())
         for fileno in self._devices.filenos():
             self._loop.add_reader(fileno, self._read)
         self._set_alarm()
@@ -136,13 +133,13 @@ class _Events:
         self._alarm = None if at is None else self._loop.call_at(at, self._look)
 
 
-def _give_up(volumes: list[Volume], within_s: float) -> NoReturn:
+def _give_up(held: list[str], within_s: float) -> NoReturn:
     """Ends the process: a call in the kernel cannot be cut short, and the loop would wait for it.
 
     The process is gone once the kernel lets go of it; some calls cannot even be killed.
     """
-    for volume in volumes:
-        log.error("%s: not let go within %g s; left to the next start", volume, within_s)
+    for what in held:
+        log.error("%s: not let go within %g s; left to the next start", what, within_s)
     os._exit(1)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
-from typing import assert_never
+from typing import Any, assert_never
 
+from caam_hotplug import names
 from caam_hotplug.lifecycle.leave import Reason
 from caam_hotplug.lifecycle.life import Life, Surroundings
+from caam_hotplug.lifecycle.sweep import release_orphan
 from caam_hotplug.model import (
     Appeared,
     Disappeared,
     Event,
     EventsLost,
+    Mapping,
     State,
     Volume,
     VolumeId,
@@ -27,16 +29,17 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Begins and ends lives. Synchronization: loop only."""
 
-    def __init__(self, around: Surroundings, inherited: AbstractSet[VolumeId]) -> None:
-        """`inherited`: the volumes of which an earlier run of the agent has left a mapping."""
+    def __init__(self, around: Surroundings, left: Iterable[Mapping]) -> None:
+        """`left`: what an earlier run of the agent has left, to adopt or to release."""
         self._around = around
-        self._inherited = set(inherited)
+        self._left = list(left)
+        self._inherited: set[VolumeId] = set()
         self._group = asyncio.TaskGroup()
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
         self._next: dict[VolumeId, Volume] = {}
         self._stopping = False
-        self._one_ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Supervisor:
         await self._group.__aenter__()
@@ -45,11 +48,22 @@ class Supervisor:
     async def __aexit__(self, *error: object) -> None:
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    def start(self, present: Iterable[Appeared]) -> None:
-        """Lives of all present volumes have begun.
+    def start(self, present: Iterable[Appeared], there: AbstractSet[VolumeId]) -> None:
+        """Lives of all present volumes have begun, and what no volume that is there owns is let go.
 
-        Those that inherit come first: what they hold already, nobody else can be given.
+        `there`: the volumes that the kernel has; udev may not have told of all of them yet.
+
+        Those that inherit come first: what they hold already, nobody else can be given. So do
+        orphans, which own their mount points until they are released.
         """
+        present = list(present)
+        there = there | {event.volume.id for event in present}
+        for mapping in self._left:
+            owner = names.volume_of_dm_uuid(mapping.uuid)
+            if owner is not None and owner in there:
+                self._inherited.add(owner)
+            else:
+                self._run(self._release(mapping), f"mapping {mapping.name}")
         for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
             self._arrive(event.volume)
 
@@ -72,20 +86,22 @@ class Supervisor:
         for life in self._lives.values():
             life.stop()
 
-    async def ended(self, within_s: float) -> list[Volume]:
-        """Every life has ended, or so much time has passed: the volumes whose lives go on."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                while self._lives:
-                    self._one_ended.clear()
-                    await self._one_ended.wait()
-        return [life.volume for life in self._lives.values()]
+    async def ended(self, within_s: float) -> list[str]:
+        """All has been let go, or so much time has passed: what has not been, by its name."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within_s)
+        return [task.get_name() for task in self._tasks if not task.done()]
+
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._group.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _arrive(self, volume: Volume) -> None:
-        if self._stopping:
-            return
         if self._at.get(volume.name, volume.id) != volume.id:
             self._depart(volume.name)
+        if self._stopping:
+            return
         self._at[volume.name] = volume.id
         life = self._lives.get(volume.id)
         if life is None:
@@ -123,7 +139,7 @@ class Supervisor:
         inherits = volume.id in self._inherited
         self._inherited.discard(volume.id)
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
-        self._group.create_task(self._attend(life, volume.id), name=f"life of {volume}")
+        self._run(self._attend(life, volume.id), str(volume))
 
     async def _attend(self, life: Life, which: VolumeId) -> None:
         try:
@@ -132,9 +148,16 @@ class Supervisor:
             log.exception("%s: a defect of the agent ended its service of this volume", life.volume)
             words = "a defect of the agent; the journal has the details"
             self._around.publish(life.volume, State.FAILED, words)
+            await life.leave.until(lambda: False)
+            if life.leave.gone:
+                self._around.publish(life.volume, State.REMOVED_UNSAFELY, words)
         finally:
             del self._lives[which]
-            self._one_ended.set()
         again = self._next.pop(which, None)
         if again is not None:
             self._begin(again)
+
+    async def _release(self, orphan: Mapping) -> None:
+        around = self._around
+        lane = around.new_lane(f"sweep {orphan.name}")
+        await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)

@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from caam_hotplug.board import Board
 from caam_hotplug.lifecycle.claims import Claims
-from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Appeared, Disappeared, EventsLost, State, Volume
+from caam_hotplug.model import Appeared, Disappeared, Event, EventsLost, State, Volume
 from caam_hotplug.rules import BUILT_IN, Rule
 from caam_hotplug.supervisor import Supervisor
-from fakes.kernel import FakeHost, FakeKernel, ProcessDiedError
+from fakes.clock import Clock
+from fakes.kernel import FakeHost, FakeKernel, HangsError, ProcessDiedError
 
 T = TypeVar("T")
+LATE_AFTER_S = 3.0
+"""A call that takes longer is late; time passes on the bench only as a test lets it."""
 
 
 class InlineLane(Lane):
     """A lane whose calls happen in the loop, a turn later: the same order every time."""
+
+    def __init__(self, name: str, late_after_s: float, kernel: FakeKernel) -> None:
+        super().__init__(name, late_after_s)
+        self._kernel = kernel
 
     def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def work() -> None:
+            answer: Callable[[], None]
             try:
-                future.set_result(function())
+                answer = partial(future.set_result, function())
+            except HangsError as hang:
+                loop.call_later(hang.seconds, work)
+                return
             except BaseException as error:
-                future.set_exception(error)
+                answer = partial(future.set_exception, error)
+            late_s, self._kernel.answers_in_s = self._kernel.answers_in_s, 0.0
+            if late_s:
+                loop.call_later(late_s, answer)
+            else:
+                answer()
 
         loop.call_soon(work)
         return future
@@ -45,10 +61,12 @@ class Bench:
         self.rules = rules
         self.board = Board()
         self.states: list[tuple[Volume, State, str]] = []
-        self._runner = asyncio.Runner()
+        self._loop = Clock()
+        self._runner = asyncio.Runner(loop_factory=lambda: self._loop)
         self._main: asyncio.Task[None] | None = None
         self._host: FakeHost | None = None
         self._supervisor: Supervisor | None = None
+        self._socket: list[tuple[Event, list[Appeared]]] = []
 
     def close(self) -> None:
         """No loop is left."""
@@ -56,7 +74,7 @@ class Bench:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """The coroutine's result, on this bench's loop."""
-        return self._runner.run(coroutine)
+        return self._runner.get_loop().run_until_complete(coroutine)
 
     def turns(self, count: int) -> None:
         """The loop has gone round so many times."""
@@ -68,42 +86,57 @@ class Bench:
         self.run(turn())
 
     def settle(self) -> None:
-        """Nothing happens any more that is not waiting for the outside."""
-        before = -1
-        while before != len(self.kernel.steps) + len(self.states):
-            before = len(self.kernel.steps) + len(self.states)
-            self.turns(60)
+        """Nothing happens any more that is not waiting for the outside, or for time to pass."""
+        self.run(self._loop.settled())
+
+    def wait(self, seconds: float) -> None:
+        """So much time has passed, and all that it brought about has happened."""
+        self.run(asyncio.sleep(seconds))
+        self.settle()
 
     def start(self) -> None:
         """An agent has been started; it has not had a turn yet."""
+        if self._host is not None:
+            self._host.die()  # the process before this one has ended
         self._host = self.kernel.process()
         self.board = Board()
         self.board.listen(lambda e: self.states.append((e.volume, e.state, e.reason)))
         around = surroundings(self._host, self.rules, self.board)
-        started = list(self.kernel.media.values())
+        kernel = self.kernel
 
         async def main() -> None:
-            there = {medium.volume.id for medium in started}
-            lane = around.new_lane("sweep")
-            inherited = await sweep(around.host, lane, around.dm_lane, there)
-            async with Supervisor(around, inherited) as supervisor:
-                supervisor.start([Appeared(medium.volume) for medium in started])
+            left = await sweep(around.host, around.new_lane("sweep"), around.dm_lane)
+            async with Supervisor(around, left) as supervisor:
+                present = [medium.volume for medium in kernel.media.values()]
+                supervisor.start(
+                    [Appeared(volume) for volume in present], {volume.id for volume in present}
+                )
                 self._supervisor = supervisor
+                self._read_socket(supervisor)
                 await asyncio.Event().wait()
 
         async def create() -> asyncio.Task[None]:
             return asyncio.create_task(main())
 
         self._supervisor = None
+        self._socket.clear()
         self._main = self.run(create())
 
-    def stop(self) -> None:
-        """The agent was told to stop, and has ended."""
+    def tell_to_stop(self) -> None:
+        """The agent was told to stop; it has not had a turn since."""
         if self._supervisor is None:
             self.settle()
         assert self._supervisor is not None
         self._supervisor.stop()
+
+    def ask_to_stop(self) -> None:
+        """The agent was told to stop, and has done of it what takes no time."""
+        self.tell_to_stop()
         self.settle()
+
+    def stop(self) -> None:
+        """The agent was told to stop, and has ended."""
+        self.ask_to_stop()
         self.cancel()
 
     def cancel(self) -> None:
@@ -132,6 +165,19 @@ class Bench:
 
         self.run(ended())
 
+    def failed_to_start(self) -> BaseException:
+        """Why the agent has ended by itself."""
+        assert self._main is not None
+        main, self._main = self._main, None
+        error = main.exception()
+        assert error is not None
+        return error
+
+    @property
+    def serving(self) -> bool:
+        """Whether an agent runs and has begun to serve volumes."""
+        return self._main is not None and self._supervisor is not None
+
     @property
     def running(self) -> bool:
         """Whether an agent runs."""
@@ -156,20 +202,23 @@ class Bench:
         """The agent hears that it has not heard everything; perhaps udev lists nothing now."""
         self._take(EventsLost(), listed=listed)
 
-    def _take(self, event: Appeared | Disappeared | EventsLost, *, listed: bool = True) -> None:
+    def _take(self, event: Event, *, listed: bool = True) -> None:
         if self._main is None:
             return
-        if self._supervisor is None:
-            self.settle()  # events wait in the socket until the agent has enumerated
-        assert self._supervisor is not None
-        supervisor = self._supervisor
         media = self.kernel.media.values() if listed else ()
-        present = [Appeared(medium.volume) for medium in media]
+        self._socket.append((event, [Appeared(medium.volume) for medium in media]))
+        supervisor = self._supervisor
+        if supervisor is None:
+            return  # events wait in the socket until the agent has enumerated
 
         async def take() -> None:
-            supervisor.take(event, present)
+            self._read_socket(supervisor)
 
         self.run(take())
+
+    def _read_socket(self, supervisor: Supervisor) -> None:
+        while self._socket:
+            supervisor.take(*self._socket.pop(0))
 
     def state(self, volume: Volume) -> State:
         """What the board says of the volume; GONE if nothing."""
@@ -181,14 +230,14 @@ class Bench:
         return next(e.reason for e in self.board.entries() if e.volume.id == volume.id)
 
 
-def surroundings(host: Host, rules: tuple[Rule, ...], board: Board) -> Surroundings:
+def surroundings(host: FakeHost, rules: tuple[Rule, ...], board: Board) -> Surroundings:
     """What lives share, with lanes that are deterministic."""
 
     def new_lane(name: str) -> Lane:
-        return InlineLane(name, 10.0)
+        return InlineLane(name, LATE_AFTER_S, host.kernel)
 
     lane = new_lane("mappings")
-    return Surroundings(host, rules, new_lane, lane, Claims(), board.publish, 10.0)
+    return Surroundings(host, rules, new_lane, lane, Claims(), board.publish)
 
 
 __all__ = ["Bench", "InlineLane", "ProcessDiedError", "surroundings"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,40 @@ KEY = b"tagged key of thirty-six bytes......"
 
 class ProcessDiedError(BaseException):
     """The agent's process has been killed; nothing it does from here on has an effect."""
+
+
+class HangsError(BaseException):
+    """The call hangs before it has done anything; a lane of the bench calls again afterwards."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one call of a step, or with all of them."""
+
+    step: str
+    error: BaseException | None = None
+    """What the call raises instead of acting."""
+    hangs_s: float = 0.0
+    """How long the call takes."""
+    acts_first: bool = False
+    """Whether a call that hangs has acted when it begins to, or acts when it ends."""
+    after: int = 0
+    """How many calls pass unharmed before."""
+    lasting: bool = False
+    """Whether every later call is harmed too."""
+    about: AbstractSet[str] | None = None
+    """Only calls with one of these subjects count; None for all."""
+
+    def hits(self, step: str, subject: str) -> bool:
+        """Whether this call is harmed."""
+        if step != self.step or not (self.about is None or subject in self.about):
+            return False
+        self.after -= 1
+        return self.after < 0
 
 
 @dataclass
@@ -83,11 +118,19 @@ class FakeKernel:
     diskseq: int = 0
     minor: int = 0
     steps: list[str] = field(default_factory=list)
-    failures: dict[str, list[BaseException]] = field(default_factory=dict)
+    subjects: list[str] = field(default_factory=list)
+    """What each of the steps was about."""
+    faults: list[Fault] = field(default_factory=list)
+    harmed: int = 0
+    """How many calls a fault has hit."""
+    answers_in_s: float = 0.0
+    """How long the call that has just acted keeps its answer to itself."""
     before: Callable[[str], None] = lambda _step: None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def insert(self, label: str = "cartridge-01", name: str = "sda1", **facts: Any) -> Volume:
+    def insert(
+        self, label: str = "cartridge-01", name: str = "sda1", *, key: bytes = KEY, **facts: Any
+    ) -> Volume:
         """A medium sits in its socket; the event is for the test to deliver."""
         self.diskseq += 1
         which = VolumeId(self.diskseq, 1)
@@ -97,8 +140,8 @@ class FakeKernel:
         )
         for fact, value in facts.items():
             object.__setattr__(volume, fact, value)
-        self.media[name] = FakeMedium(volume)
-        self.blobs.setdefault(f"{label}.bb", KEY)
+        self.media[name] = FakeMedium(volume, key)
+        self.blobs.setdefault(f"{label}.bb", key)
         return volume
 
     def yank(self, name: str = "sda1") -> None:
@@ -108,7 +151,26 @@ class FakeKernel:
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """The next call of this step raises the error instead of acting."""
         raised = DmError(step, "x", error) if isinstance(error, int) else error
-        self.failures.setdefault(step, []).append(raised)
+        self.faults.append(Fault(step, raised))
+
+    def harm(self, step: str, subject: str) -> None:
+        """What a fault makes of this call. Raises: HangsError; what the fault says."""
+        fault = next((f for f in self.faults if f.hits(step, subject)), None)
+        if fault is None:
+            return
+        self.harmed += 1
+        if not fault.lasting:
+            self.faults.remove(fault)
+        if fault.hangs_s and not fault.acts_first:
+            raise HangsError(fault.hangs_s)
+        self.answers_in_s = fault.hangs_s
+        if fault.error is not None:
+            self._noted(step, subject)
+            raise fault.error
+
+    def _noted(self, step: str, subject: str) -> None:
+        self.steps.append(step)
+        self.subjects.append(subject)
 
     def let_go(self) -> None:
         """Every process outside has closed what it held."""
@@ -126,6 +188,7 @@ class FakeKernel:
 
     def process(self) -> FakeHost:
         """A new process of the agent, with a keyring of its own."""
+        self.keyrings = [keyring for keyring in self.keyrings if keyring]
         self.keyrings.append({})
         return FakeHost(self, self.keyrings[-1])
 
@@ -178,48 +241,48 @@ class FakeHost:
         self.alive = False
         self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
 
-    def _step(self, name: str) -> None:
+    def _step(self, name: str, subject: str = "") -> None:
         self.kernel.before(name)
         if not self.alive:
             raise ProcessDiedError
-        self.kernel.steps.append(name)
-        if failures := self.kernel.failures.get(name):
-            raise failures.pop(0)
+        if self.kernel.faults:
+            self.kernel.harm(name, subject)
+        self.kernel._noted(name, subject)
 
     def is_present(self, volume: Volume) -> bool:
         medium = self.kernel.media.get(volume.name)
         return medium is not None and medium.volume.id == volume.id
 
     def identify(self, volume: Volume) -> Volume:
-        self._step("identify")
+        self._step("identify", volume.name)
         object.__setattr__(volume, "identified", True)
         return volume
 
     def read_blob(self, name: str) -> bytes:
-        self._step("read_blob")
+        self._step("read_blob", name)
         if name not in self.kernel.blobs:
             raise BlobMissingError(f"no blob {self.blob_directory / name}")
         return self.kernel.blobs[name]
 
     def import_blob(self, blob: bytes) -> SecretBytes:
-        self._step("import_blob")
+        self._step("import_blob", blob.decode())
         if blob == b"foreign":
             raise BlobRejectedError("the CAAM refused the blob")
         return SecretBytes(bytearray(blob))
 
     def add_key(self, description: str, payload: SecretBytes) -> None:
-        self._step("add_key")
+        self._step("add_key", description)
         self._keyring[description] = bytes(payload.buffer)
 
     def has_key(self, description: str) -> bool:
         return description in self._keyring
 
     def unlink_key(self, description: str) -> None:
-        self._step("unlink_key")
+        self._step("unlink_key", description)
         self._keyring.pop(description, None)
 
     def find_mapping(self, uuid: str) -> Mapping | None:
-        self._step("find_mapping")
+        self._step("find_mapping", uuid)
         with self.kernel.lock:
             found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
             mapping = next(found, None)
@@ -236,7 +299,7 @@ class FakeHost:
         return [self._seen(m) for m in mappings if m.uuid.startswith(DM_UUID_PREFIX)]
 
     def create_mapping(self, name: str, uuid: str) -> None:
-        self._step("create_mapping")
+        self._step("create_mapping", name)
         with self.kernel.lock:
             taken = self.kernel.mappings.values()
             if name in self.kernel.mappings or any(m.uuid == uuid for m in taken):
@@ -251,7 +314,7 @@ class FakeHost:
         return self.kernel.mappings[name]
 
     def load_table(self, name: str, line: str, *, read_only: bool) -> None:
-        self._step("load_table")
+        self._step("load_table", name)
         mapping = self._mapping(name, "load table of mapping")
         target = CryptTarget.from_line(line)
         assert target is not None
@@ -265,19 +328,19 @@ class FakeHost:
         mapping.inactive, mapping.inactive_key, mapping.read_only = line, key, read_only
 
     def activate_mapping(self, name: str) -> None:
-        self._step("activate_mapping")
+        self._step("activate_mapping", name)
         mapping = self._mapping(name, "activate mapping")
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
 
     def poison_mapping(self, name: str, size: Sectors) -> None:
-        self._step("poison_mapping")
+        self._step("poison_mapping", name)
         mapping = self._mapping(name, "load error table of mapping")
         mapping.live, mapping.key = f"0 {size} error", None
 
     def remove_mapping(self, name: str) -> None:
-        self._step("remove_mapping")
+        self._step("remove_mapping", name)
         with self.kernel.lock:
             mapping = self.kernel.mappings.get(name)
             if mapping is not None:
@@ -285,11 +348,12 @@ class FakeHost:
                 self.kernel._maybe_goes(mapping)
 
     def keep_mapping(self, name: str) -> None:
-        self._step("keep_mapping")
+        self._step("keep_mapping", name)
         self._mapping(name, "keep mapping").goes_at_last_close = False
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
-        self._step("probe")
+        at_node = (m.name for m in self.kernel.mappings.values() if self._seen(m).node == node)
+        self._step("probe", next(at_node, node))
         mapping = self.kernel.by_node(node)
         medium = self.kernel.under(mapping)
         shown = medium.filesystem if medium.key == mapping.key else None
@@ -312,7 +376,7 @@ class FakeHost:
             point = str(self.mount_root / name)
             if found == "content" or any(m.point == point for m in self.kernel.mounts):
                 raise MountPointOccupiedError(f"{point} is not empty")
-            self._step("mount")
+            self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             self.kernel.mounts.append(Mount(mapping.number, point, node, read_only))
 
@@ -329,14 +393,15 @@ class FakeHost:
         return mapping
 
     def mounts(self) -> list[Mount]:
+        self._step("mounts")
         return list(self.kernel.mounts)
 
     def flush(self, name: str) -> None:
         assert name
-        self._step("flush")
+        self._step("flush", name)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
-        self._step("detach" if lazily else "unmount")
+        self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
             mount = next((m for m in self.kernel.mounts if m.point == point), None)
@@ -352,7 +417,7 @@ class FakeHost:
             self.kernel._maybe_goes(mapping)
 
     def remove_mount_point(self, name: str) -> None:
-        self._step("remove_mount_point")
+        self._step("remove_mount_point", name)
         point = str(self.mount_root / name)
         if any(mount.point == point for mount in self.kernel.mounts):
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,3 +25,14 @@ def bench() -> Iterator[Bench]:
     left = bench.kernel.leftovers()
     bench.close()
     assert left == []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many combinations of the fault matrix have been tried."""
+    matrix = sys.modules.get("life.test_fault_matrix")
+    if matrix is not None and matrix.tried:
+        fails, hangs = matrix.tried["fails"], matrix.tried["hangs"]
+        terminalreporter.write_line(
+            f"fault matrix: {fails + hangs} combinations of moment, call and fault tried "
+            f"({fails} failures, {hangs} hangs)"
+        )

@@ -232,7 +232,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.running)
     @rule()
     def stop(self) -> None:
-        self.bench.kernel.failures.clear()
+        self.bench.kernel.faults.clear()
         self.bench.stop()
 
     @precondition(lambda self: not self.bench.running)
@@ -259,7 +259,7 @@ class Machine(RuleBasedStateMachine):
         if not bench.running:
             bench.start()
             bench.settle()
-        bench.kernel.failures.clear()
+        bench.kernel.faults.clear()
         for name in list(bench.kernel.media):
             bench.yank(name)
         bench.settle()

@@ -11,6 +11,7 @@ from caam_hotplug.errors import KernelError, MountError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
 from caam_hotplug.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
 from fakes.bench import Bench
+from fakes.kernel import Fault
 
 
 def test_a_stick_is_unlocked_and_mounted(bench: Bench) -> None:
@@ -229,7 +230,8 @@ def test_a_step_that_fails_is_told_and_undoes_all_before_it(
     bench.settle()
     assert bench.state(volume) is State.FAILED
     assert bench.said(volume) != ""
-    bench.kernel.keyrings[0].clear()  # where unlinking itself failed, only the process's end helps
+    bench.yank()  # where unlinking itself failed, it is done at the end of the life
+    bench.settle()
     assert bench.kernel.leftovers() == []
 
 
@@ -503,6 +505,205 @@ def test_a_mount_root_that_cannot_be_swept_keeps_nobody_from_being_served(bench:
     volume = bench.insert()
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_volume_that_waits_behind_anothers_call_says_so_and_is_served_after_it(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults.append(Fault("load_table", hangs_s=60.0))
+    slow = bench.insert("slow", "sda1")
+    bench.settle()
+    waiting = bench.insert("waiting", "sdb1")
+    bench.wait(4)
+    assert (bench.state(slow), bench.state(waiting)) == (State.STUCK, State.STUCK)
+    assert bench.said(slow) == (
+        "load the table: the kernel has not answered for 3 s; still waiting"
+    )
+    assert bench.said(waiting) == (
+        "look for the mapping: it waits for its turn behind another volume's call for 3 s; "
+        "still waiting"
+    )
+    bench.wait(60)
+    assert (bench.state(slow), bench.state(waiting)) == (State.MOUNTED, State.MOUNTED)
+
+
+def test_a_volume_pulled_while_it_waits_behind_anothers_call_is_forgotten(bench: Bench) -> None:
+    bench.kernel.faults.append(Fault("load_table", hangs_s=60.0))
+    bench.insert("slow", "sda1")
+    bench.settle()
+    waiting = bench.insert("waiting", "sdb1")
+    bench.wait(4)
+    bench.yank("sdb1")
+    bench.wait(60)
+    assert bench.state(waiting) is State.GONE
+    assert len(bench.kernel.mappings) == 1
+
+
+def test_a_pulled_volume_whose_key_could_not_be_unlinked_takes_it_along(bench: Bench) -> None:
+    bench.kernel.fail_next("unlink_key", KernelError("unlink key", "x", errno.ENOMEM))
+    volume = bench.insert()
+    bench.settle()
+    assert bench.said(volume) == "could not let go: unlink key x: Cannot allocate memory"
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_mount_point_that_cannot_be_removed_keeps_no_other_from_being_swept(
+    bench: Bench,
+) -> None:
+    bench.stop()
+    bench.kernel.directories.update({"one": "ours", "two": "ours", "three": "ours"})
+    bench.kernel.faults.append(
+        Fault("remove_mount_point", MountError("remove", "one", errno.EACCES), about={"one"})
+    )
+    bench.start()
+    bench.settle()
+    assert bench.kernel.directories == {"one": "ours"}
+    bench.stop()
+    bench.start()
+    bench.settle()
+    assert bench.kernel.directories == {}
+
+
+def test_a_medium_that_hangs_while_it_is_swept_holds_up_nobody(bench: Bench) -> None:
+    _orphan(bench)
+    bench.kernel.faults.append(Fault("unmount", hangs_s=3600.0))
+    bench.start()
+    healthy = bench.insert("healthy", "sdb1")
+    bench.settle()
+    assert bench.state(healthy) is State.MOUNTED
+    bench.wait(3600)
+    assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/healthy"]
+
+
+def test_a_volume_whose_mount_point_is_being_swept_has_it_afterwards(bench: Bench) -> None:
+    _orphan(bench)
+    bench.kernel.faults.append(Fault("unmount", hangs_s=3600.0))
+    bench.start()
+    again = bench.insert()
+    bench.settle()
+    assert (bench.state(again), bench.said(again)) == (
+        State.CONFLICT,
+        "/run/media/cartridge-01 belongs to volume 1-1",
+    )
+    bench.wait(3600)
+    assert bench.state(again) is State.MOUNTED
+    assert len(bench.kernel.mappings) == 1
+
+
+def test_a_medium_that_leaves_while_mappings_are_listed_is_swept(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.faults.append(Fault("our_mappings", hangs_s=60.0, acts_first=True))
+    bench.start()
+    bench.settle()
+    bench.yank()
+    bench.wait(60)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_that_could_not_be_adopted_is_locked_by_a_stop_all_the_same(
+    bench: Bench,
+) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.fail_next("find_mapping", errno.ENOMEM)
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert len(bench.kernel.mounts) == 1
+    bench.stop()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_mapping_that_does_something_else_is_left_alone_by_a_stop(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kill()
+    mapping.live = "0 32768 crypt aes-xts-plain64 :64:logon:caam-hotplug:1-1 0 8:1 0"
+    bench.start()
+    bench.settle()
+    bench.stop()
+    assert len(bench.kernel.mounts) == 1
+    bench.start()
+    bench.settle()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("turns", range(12))
+def test_a_kept_volume_that_leaves_while_the_agent_stops_leaves_nothing_or_is_kept(
+    turns: int, *, read_only: bool
+) -> None:
+    bench = Bench(KEEP)
+    bench.start()
+    volume = bench.insert(read_only=read_only)
+    bench.settle()
+    kept = bench.kernel.leftovers()
+    bench.tell_to_stop()
+    bench.turns(turns)
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() in ([], kept)
+    assert bench.state(volume) is not State.GONE or bench.kernel.leftovers() == []
+    bench.cancel()
+    bench.start()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+    bench.stop()
+    bench.close()
+
+
+def test_a_medium_that_leaves_before_it_is_adopted_was_not_removed_safely(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.faults.append(Fault("find_mapping", hangs_s=60.0))
+    bench.start()
+    bench.settle()
+    bench.yank()
+    bench.wait(60)
+    assert (bench.state(volume), bench.said(volume)) == (
+        State.REMOVED_UNSAFELY,
+        "it was mounted read-write; what was written last may be lost",
+    )
+
+
+def test_a_reader_whose_medium_changes_while_the_agent_stops_does_not_wait_for_the_old_one(
+    bench: Bench,
+) -> None:
+    volume = bench.insert("one")
+    bench.settle()
+    bench.kernel.faults.append(Fault("flush", hangs_s=60.0))
+    bench.ask_to_stop()
+    bench.kernel.yank()
+    bench.insert("two")
+    bench.wait(60)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    bench.kernel.yank()
+
+
+def test_a_volume_that_a_defect_cost_its_service_is_forgotten_after_it_left(bench: Bench) -> None:
+    bench.kernel.fail_next("probe", TypeError("a defect"))
+    broken = bench.insert("broken", "sda1")
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert bench.state(broken) is State.REMOVED_UNSAFELY
+    healthy = bench.insert("healthy", "sda1")
+    bench.settle()
+    assert [entry.volume for entry in bench.board.entries()] == [healthy]
+
+
+def _orphan(bench: Bench) -> None:
+    """The agent has died, then a mounted medium has left."""
+    bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.kernel.yank()
 
 
 def _killed_bench(rules: tuple[Rule, ...]) -> Bench:

@@ -170,6 +170,10 @@ def test_a_directory_that_others_may_write_to_gives_no_blobs(tmp_path: Path) -> 
         caam.read_blob(directory, "cartridge.bb")
 
 
+def test_a_blob_that_cannot_be_read_is_refused_with_the_kernels_word() -> None:
+    assert refusal(Path(f"/proc/{os.getpid()}"), "mem") == "Input/output error"
+
+
 def test_an_import_without_the_device_says_what_may_be_missing(tmp_path: Path) -> None:
     device = tmp_path / "caam-keygen"
     with pytest.raises(CaamError) as caught:

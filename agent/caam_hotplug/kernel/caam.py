@@ -79,6 +79,8 @@ def read_blob(directory: Path, name: str) -> bytes:
                 f"{BLOB_MAX_BYTES}"
             )
         blob = os.read(file, BLOB_MAX_BYTES + 1)
+    except OSError as error:
+        raise BlobError(f"read blob {path}: {os.strerror(error.errno or 0)}") from error
     finally:
         os.close(file)
     fault = _fault(blob)

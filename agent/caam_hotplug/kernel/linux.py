@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from caam_hotplug import names
-from caam_hotplug.errors import MountError
+from caam_hotplug.errors import HotplugError, MountError
 from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev
 from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume
+
+
+@contextmanager
+def _said(operation: str, path: Path) -> Iterator[None]:
+    """A path that cannot be walked is told with what was wanted of it. Raises: MountError."""
+    try:
+        yield
+    except HotplugError:
+        raise
+    except OSError as error:
+        raise MountError(operation, str(path), error.errno or 0) from error
 
 
 class Linux:
     """This machine's kernel, for one blob directory and one mount root.
 
-    Raises, in every method: KernelError and its kin, or OSError for a path that cannot be
-    walked. Lane: methods that speak of mappings run on the dm lane, all others on any thread.
+    Raises, in every method: KernelError and its kin. Lane: methods that speak of mappings run on
+    the dm lane, all others on any thread.
     """
 
     def __init__(
@@ -113,7 +125,8 @@ class Linux:
 
         Raises: MountPointOccupiedError; MountError.
         """
-        with paths.mount_point(self.mount_root, name) as target:
+        point = self.mount_root / name
+        with _said("make mount point", point), paths.mount_point(self.mount_root, name) as target:
             filesystem.mount(
                 node,
                 kind,
@@ -125,7 +138,8 @@ class Linux:
 
     def mounts(self) -> list[Mount]:
         """All mounts of this process's namespace."""
-        return filesystem.mounts()
+        with _said("read", Path("/proc/self/mountinfo")):
+            return filesystem.mounts()
 
     def flush(self, name: str) -> None:
         """What was written below the mount point is on the medium."""
@@ -133,17 +147,19 @@ class Linux:
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Nothing is mounted on `name` in the mount root. Raises: MountBusyError."""
+        point = self.mount_root / name
         try:
-            with paths.directory(self.mount_root) as root:
+            with _said("unmount", point), paths.directory(self.mount_root) as root:
                 filesystem.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
         except MountError as error:
-            point = str(self.mount_root / name)
-            raise type(error)("unmount", point, error.errno or 0) from error
+            raise type(error)("unmount", str(point), error.errno or 0) from error
 
     def remove_mount_point(self, name: str) -> None:
         """The directory is gone if we made it."""
-        paths.remove_mount_point(self.mount_root, name)
+        with _said("remove mount point", self.mount_root / name):
+            paths.remove_mount_point(self.mount_root, name)
 
     def our_mount_points(self) -> list[str]:
         """Directories that we made and that nothing is mounted on."""
-        return paths.our_mount_points(self.mount_root)
+        with _said("list mount points in", self.mount_root):
+            return paths.our_mount_points(self.mount_root)

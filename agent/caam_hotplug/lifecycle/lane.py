@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from caam_hotplug.errors import HotplugError, ReleaseError
+from caam_hotplug.errors import HotplugError, KernelError, ReleaseError
 
 T = TypeVar("T")
 
+Late = Callable[[str | None], None]
+"""Told why something takes long, and None when it has ended."""
 
-async def to_the_end(release: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-    """The release has run whole, however often whoever waits for it is cancelled meanwhile.
+
+async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """The release's result. It has run whole, however often whoever waits is cancelled meanwhile.
 
     A release has several steps; one that ended between two of them would leave something behind.
 
     Raises: ReleaseError if a step failed.
     """
     work = asyncio.ensure_future(release(*arguments))
-    cancelled = False
-    while not work.done():
-        try:
-            await asyncio.wait({work})
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
+    if await _ended(work):
         raise asyncio.CancelledError from work.exception()
     try:
-        work.result()
+        return work.result()
     except (HotplugError, OSError) as error:
         raise ReleaseError(f"could not let go: {error}") from error
 
@@ -47,41 +46,50 @@ class Lane:
         self._late_after_s = late_after_s
         self._turn = asyncio.Lock()
 
-    async def run(
-        self,
-        function: Callable[..., T],
-        *arguments: Any,
-        late: Callable[[bool], None],
-        **named: Any,
-    ) -> T:
-        """What the function returns or raises. `late(True)` is called if it takes longer than
-        this lane allows, `late(False)` when such a call has ended after all.
+    async def run(self, function: Callable[..., T], *arguments: Any, late: Late, **named: Any) -> T:
+        """What the function returns or raises.
+
+        `late` is called with a reason if the call, or the wait for its turn before it, takes
+        longer than this lane allows, and with None when that has ended after all.
 
         A blocking call cannot be cut short. Cancellation is therefore absorbed until it has
         ended, and raised then: whoever releases what the call acquired finds it there.
         """
-        async with self._turn:
+        with self._said_when_late(late, "it waits for its turn behind another volume's call"):
+            await self._turn.acquire()
+        try:
             call = self._begin(partial(function, *arguments, **named))
-            cancelled = False
-            was_late = False
-            while not call.done():
-                try:
-                    await asyncio.wait({call}, timeout=None if was_late else self._late_after_s)
-                except asyncio.CancelledError:
-                    cancelled = True
-                    continue
-                if not call.done():
-                    was_late = True
-                    late(True)
-            if was_late:
-                late(False)
-            if cancelled:
-                call.exception()  # seen, so that asyncio does not report it as lost
-                raise asyncio.CancelledError
-            return call.result()
+            with self._said_when_late(late, "the kernel has not answered"):
+                cancelled = await _ended(call)
+        finally:
+            self._turn.release()
+        if cancelled:
+            call.exception()  # seen, so that asyncio does not report it as lost
+            raise asyncio.CancelledError
+        return call.result()
+
+    @contextmanager
+    def _said_when_late(self, late: Late, why: str) -> Iterator[None]:
+        said = False
+
+        def say() -> None:
+            nonlocal said
+            said = True
+            late(f"{why} for {self._late_after_s:g} s; still waiting")
+
+        timer = asyncio.get_running_loop().call_later(self._late_after_s, say)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if said:
+                late(None)
 
     def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """The future outcome of the function, which runs in a thread from now on."""
+        """The future outcome of the function, which runs in a thread from now on.
+
+        Raises: KernelError if the kernel gives no thread, such as at the unit's TasksMax.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -93,5 +101,19 @@ class Lane:
             else:
                 loop.call_soon_threadsafe(future.set_result, result)
 
-        threading.Thread(target=work, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=work, name=self._name, daemon=True).start()
+        except RuntimeError as error:  # pthread_create(3) knows no other error here
+            raise KernelError("start a thread for", self._name, errno.EAGAIN) from error
         return future
+
+
+async def _ended(call: asyncio.Future[T]) -> bool:
+    """The call has ended; whether whoever waits for it was cancelled meanwhile."""
+    cancelled = False
+    while not call.done():
+        try:
+            await asyncio.wait({call})
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
     BlobMissingError,
+    ForeignMappingError,
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
@@ -27,6 +29,7 @@ from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
 log = logging.getLogger(__name__)
 
 Publish = Callable[[Volume, State, str], None]
+_LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,6 @@ class Surroundings:
     """The one lane of all mappings."""
     claims: Claims
     publish: Publish
-    late_after_s: float
 
 
 class Life:
@@ -52,6 +54,7 @@ class Life:
         self._host = around.host
         self.volume = volume
         self._inherits = inherits
+        self._refuses = False
         self._news = False
         self._state: State | None = None
         self._said = ""
@@ -92,6 +95,7 @@ class Life:
 
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
+        self._refuses = False
         try:
             if not self.volume.identified:
                 identify = self._host.identify
@@ -118,6 +122,7 @@ class Life:
                 # A medium that is pulled makes the step at hand fail; that is no fault of its.
                 log.warning("%s: pulled meanwhile: %s", self.volume, error)
             else:
+                self._refuses = isinstance(error, ForeignMappingError)
                 self._publish(State.FAILED, str(error))
 
     def _publish_released_badly(self, words: str) -> None:
@@ -133,7 +138,12 @@ class Life:
     async def _release_inherited(self) -> None:
         """Nothing is left of what an earlier run had made. Raises: ReleaseError."""
         self._inherits = False
-        await to_the_end(release_left_behind, self._steps, names.dm_uuid(self.volume.id))
+        if self._state is None:
+            self._publish(State.DETACHING, "an earlier run of the agent has left it")
+        uuid = names.dm_uuid(self.volume.id)
+        unsafe = await to_the_end(release_left_behind, self._steps, uuid)
+        if unsafe and self.leave.gone:
+            self._publish(State.REMOVED_UNSAFELY, _LOST)
 
     async def _leave_nothing_inherited(self) -> None:
         """What this life has not come to adopt, or could not let go before, is let go all the same.
@@ -141,7 +151,7 @@ class Life:
         Not so a mapping that does something else than its rule asks for, as long as its medium is
         there: the volume has `failed`, and people decide.
         """
-        refused = self._state is State.FAILED and not self.leave.gone
+        refused = self._refuses and not self.leave.gone
         if self._inherits and not self.leave.keeps and not refused:
             try:
                 await self._release_inherited()
@@ -172,20 +182,19 @@ class Life:
                 access = "read-only" if mount.read_only else "read-write"
                 self._publish(State.MOUNTED, f"at {mount.point}, {access}")
             await self.leave.until(lambda: False)
-            if not self.leave.keeps:
+            if self.leave.keeps:
+                self._inherits = True  # should its medium leave before this life has ended
+            else:
                 self._publish(State.DETACHING, self.leave.why)
         if unsafe and self.leave.gone:
-            lost = "it was mounted read-write; what was written last may be lost"
-            self._publish(State.REMOVED_UNSAFELY, lost)
+            self._publish(State.REMOVED_UNSAFELY, _LOST)
 
     def _publish(self, state: State, reason: str = "") -> None:
         self._state, self._said = state, reason
         self._around.publish(self.volume, state, reason)
 
-    def _late(self, words: str, is_late: bool) -> None:
-        if is_late:
-            allowed = self._around.late_after_s
-            said = f"{words}: the kernel has not answered for {allowed:g} s; still waiting"
-            self._around.publish(self.volume, State.STUCK, said)
+    def _late(self, why: str | None) -> None:
+        if why is not None:
+            self._around.publish(self.volume, State.STUCK, why)
         elif self._state is not None:
             self._around.publish(self.volume, self._state, self._said)

@@ -24,7 +24,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import to_the_end
 from caam_hotplug.lifecycle.steps import Steps
-from caam_hotplug.model import Mapping, Mount, Volume
+from caam_hotplug.model import Mapping, Mount, Volume, VolumeId
 from caam_hotplug.rules import Admitted
 from caam_hotplug.table import CryptTarget, crypt_target
 
@@ -66,12 +66,13 @@ async def logon_key(steps: Steps, wish: Wish) -> AsyncIterator[int]:
 
     blob = await steps.call("read the blob", host.read_blob, wish.plan.blob)
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, _unlink_key, steps, description)
+        held.push_async_callback(to_the_end, release_key, steps, wish.volume.id)
         yield await steps.call("import the blob", unseal, blob)
 
 
-async def _unlink_key(steps: Steps, description: str) -> None:
-    await steps.call("unlink the key", steps.host.unlink_key, description)
+async def release_key(steps: Steps, volume: VolumeId) -> None:
+    """The volume's key is in no keyring of the agent's."""
+    await steps.call("unlink the key", steps.host.unlink_key, names.key_description(volume))
 
 
 @asynccontextmanager
@@ -232,10 +233,15 @@ async def _release_other_mounts(steps: Steps, name: str, mapping: Mapping) -> No
             await release_mount(steps, other, mapping)
 
 
-def mounts_of(host: Host, mapping: Mapping) -> list[str]:
-    """The names in the mount root at which the mapping is mounted."""
-    points = (Path(mount.point) for mount in host.mounts() if is_of(mount, mapping))
-    return [point.name for point in points if point.parent == host.mount_root]
+# The table of mounts is read on the loop, not on a lane: it lies in memory, and the lock it is
+# read under (namespace_sem, fs/namespace.c) is never held over I/O, so it cannot hang as a mount
+# or an unmount can. It can fail, such as for want of a file descriptor.
+
+
+def mounts_of(host: Host, mapping: Mapping) -> dict[str, Mount]:
+    """The mapping's mounts in the mount root, by their names there."""
+    found = ((Path(mount.point), mount) for mount in host.mounts() if is_of(mount, mapping))
+    return {point.name: mount for point, mount in found if point.parent == host.mount_root}
 
 
 def mount_at(host: Host, name: str) -> Mount | None:

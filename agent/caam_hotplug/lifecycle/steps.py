@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from caam_hotplug.lifecycle.host import Host
-from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.lifecycle.lane import Lane, Late
 from caam_hotplug.lifecycle.leave import Leave
 
 T = TypeVar("T")
@@ -25,8 +25,8 @@ class Steps:
     leave: Leave
     lane: Lane
     dm_lane: Lane
-    late: Callable[[str, bool], None]
-    """Called with the step's words when it takes too long (True), and when it has ended (False)."""
+    late: Late
+    """Told which step takes long and why, and None when it has ended."""
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """The step's outcome, on the volume's own lane."""
@@ -36,5 +36,5 @@ class Steps:
         """The step's outcome, on the lane of all mappings."""
         return await self.dm_lane.run(function, *args, late=self._late(words), **named)
 
-    def _late(self, words: str) -> Callable[[bool], None]:
-        return lambda is_late: self.late(words, is_late)
+    def _late(self, words: str) -> Late:
+        return lambda why: self.late(None if why is None else f"{words}: {why}")

@@ -3,59 +3,88 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Set as AbstractSet
+from contextlib import AsyncExitStack, ExitStack
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.leave import Leave, Reason
-from caam_hotplug.lifecycle.resources import mounts_of, release_mapping, release_mount
+from caam_hotplug.lifecycle.resources import (
+    mounts_of,
+    release_key,
+    release_mapping,
+    release_mount,
+)
 from caam_hotplug.lifecycle.steps import Steps
-from caam_hotplug.model import VolumeId
+from caam_hotplug.model import Mapping
 
 log = logging.getLogger(__name__)
 
 
-async def release_left_behind(steps: Steps, uuid: str) -> None:
-    """Mounts and mapping of an earlier run are gone, by the same acts that a life ends with."""
-    mapping = await steps.dm("look for the mapping", steps.host.find_mapping, uuid)
-    if mapping is None:
-        return
-    for name in mounts_of(steps.host, mapping):
-        await release_mount(steps, name, mapping)
-    await release_mapping(steps, mapping.uuid)
+async def release_left_behind(steps: Steps, uuid: str) -> bool:
+    """Mounts, mapping and key are gone, by the same acts that a life ends with.
 
-
-async def sweep(
-    host: Host, lane: Lane, dm_lane: Lane, present: AbstractSet[VolumeId]
-) -> set[VolumeId]:
-    """Nothing of ours is left of volumes that are not present.
-
-    Returns the present volumes that have a mapping of ours, for their lives to adopt.
+    Returns whether it was mounted for writing.
     """
-    leave = Leave()
-    leave.ask(Reason.GONE)
-    steps = Steps(host, leave, lane, dm_lane, _say_late)
-    inherited: set[VolumeId] = set()
-    for mapping in await steps.dm("list our mappings", host.our_mappings):
-        volume = names.volume_of_dm_uuid(mapping.uuid)
-        if volume in present and volume is not None:
-            inherited.add(volume)
-            continue
-        log.warning("sweeping mapping %s: its medium has gone", mapping.name)
-        try:
-            await release_left_behind(steps, mapping.uuid)
-        except (HotplugError, OSError) as error:
-            log.error("sweep mapping %s: %s", mapping.name, error)
+    async with AsyncExitStack() as then:  # each happens whether or not one before it failed
+        if (volume := names.volume_of_dm_uuid(uuid)) is not None:
+            then.push_async_callback(release_key, steps, volume)
+        mapping = await steps.dm("look for the mapping", steps.host.find_mapping, uuid)
+        if mapping is None:
+            return False
+        then.push_async_callback(release_mapping, steps, uuid)
+        mounts = mounts_of(steps.host, mapping)
+        for name in mounts:
+            then.push_async_callback(release_mount, steps, name, mapping)
+        return any(not mount.read_only for mount in mounts.values())
+
+
+async def sweep(host: Host, lane: Lane, dm_lane: Lane) -> list[Mapping]:
+    """No directory of ours is left that nothing is mounted on.
+
+    Returns the mappings that an earlier run has left, to be adopted or released. Raises: DmError
+    if they cannot be listed: without them nobody knows what is ours.
+    """
+    steps = _steps_without_medium(host, lane, dm_lane)
+    left = await steps.dm("list our mappings", host.our_mappings)
     try:
-        for name in host.our_mount_points():
-            host.remove_mount_point(name)
+        for name in await steps.call("list our mount points", host.our_mount_points):
+            try:
+                await steps.call("remove the mount point", host.remove_mount_point, name)
+            except (HotplugError, OSError) as error:
+                log.error("sweep mount point %s: %s", host.mount_root / name, error)
     except (HotplugError, OSError) as error:
         log.error("sweep mount points in %s: %s", host.mount_root, error)
-    return inherited
+    return left
 
 
-def _say_late(words: str, is_late: bool) -> None:
-    if is_late:
-        log.warning("sweep: %s takes long; still waiting", words)
+async def release_orphan(
+    host: Host, lane: Lane, dm_lane: Lane, claims: Claims, orphan: Mapping
+) -> None:
+    """The orphan is gone with its mounts. It owns its mount points until then.
+
+    Its medium may hang, so this happens beside the lives of the others, not before them.
+    """
+    log.warning("sweeping mapping %s: its medium has gone", orphan.name)
+    volume = names.volume_of_dm_uuid(orphan.uuid)
+    try:
+        with ExitStack() as claimed:
+            if volume is not None:
+                for name in mounts_of(host, orphan):
+                    claimed.enter_context(claims.queued(name, volume, lambda: None))
+            await release_left_behind(_steps_without_medium(host, lane, dm_lane), orphan.uuid)
+    except (HotplugError, OSError) as error:
+        log.error("sweep mapping %s: %s", orphan.name, error)
+
+
+def _steps_without_medium(host: Host, lane: Lane, dm_lane: Lane) -> Steps:
+    leave = Leave()
+    leave.ask(Reason.GONE)
+    return Steps(host, leave, lane, dm_lane, _say_late)
+
+
+def _say_late(why: str | None) -> None:
+    if why is not None:
+        log.warning("sweep: %s", why)

@@ -1,0 +1,572 @@
+"""Every kernel step fails, hangs and answers late, at every moment in which the agent takes it.
+
+The combinations are made of tables: which moments there are (MOMENTS), with which errors a step
+can fail (ERRNOS), in which ways (ways_to_fail, ways_to_hang). Which calls a moment makes is not
+written down: it is recorded from an undisturbed run, so that a new call is tried from its first
+day.
+
+Three volumes take part: the one that the fault is about, a neighbour that is mounted before, and
+one that is plugged while the fault lasts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from caam_hotplug import names
+from caam_hotplug.errors import (
+    BlobError,
+    BlobMissingError,
+    BlobRejectedError,
+    CaamError,
+    DmError,
+    HotplugError,
+    KernelError,
+    KeyringError,
+    MappingBusyError,
+    MountBusyError,
+    MountError,
+)
+from caam_hotplug.model import State, Volume
+from fakes.bench import LATE_AFTER_S, Bench
+from fakes.kernel import KEY, Fault
+
+LABEL: Final = "cartridge-01"
+HANGS_S: Final = 5.0
+
+# fmt: off
+ERRNOS: Final[dict[str, tuple[int, ...]]] = {
+    # open(2) and read(2) of a device node: the medium leaves, is unreadable, has no medium in it;
+    # too many open files, no memory.
+    "identify": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.ENOMEDIUM, errno.EMFILE, errno.ENOMEM),
+    # open(2) with O_NOFOLLOW, read(2): no blob, a link, not allowed (a security module), a sick
+    # filesystem, too many open files.
+    "read_blob": (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
+    # caamkeygen.c, caamkeyblob.c (linux-imx): refused (EBADMSG from the CAAM's own check, EINVAL
+    # for its form), a job that failed, no job ring, no memory; open(2) where no driver is there.
+    "import_blob": (
+        errno.EBADMSG,
+        errno.EINVAL,
+        errno.EIO,
+        errno.ENODEV,
+        errno.ENXIO,
+        errno.ENOMEM,
+        errno.ENOENT,
+    ),
+    # add_key(2): quota, memory, a session keyring that is revoked, expired or not writable.
+    "add_key": (
+        errno.EDQUOT,
+        errno.ENOMEM,
+        errno.EKEYREVOKED,
+        errno.EKEYEXPIRED,
+        errno.EACCES,
+        errno.EINVAL,
+    ),
+    # keyctl_search(3), keyctl_unlink(3). No such key is no error here (keyring.py).
+    "unlink_key": (errno.EACCES, errno.ENOMEM, errno.EKEYREVOKED),
+    # dm-ioctl.c: ctl_ioctl (EPERM without CAP_SYS_ADMIN, ENOMEM in copy_params); EIO is what
+    # devmapper.py says where libdevmapper kept the errno to itself. ENXIO is "none".
+    "find_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
+    "our_mappings": (errno.ENOMEM, errno.EPERM, errno.EIO, errno.ENODEV),
+    # dm_hash_insert: the name or UUID is taken; dm_create: no minor, no memory.
+    "create_mapping": (errno.EBUSY, errno.ENXIO, errno.ENOMEM, errno.EINVAL),
+    # crypt_ctr and crypt_set_keyring_key in dm-crypt.c, dm_get_device: a bad line or key size, no
+    # such cipher, no key, a revoked or expired one, the device gone, in use, write-protected, no
+    # memory, the cipher's hardware refuses the key.
+    "load_table": (
+        errno.EINVAL,
+        errno.ENOENT,
+        errno.ENOKEY,
+        errno.EKEYREVOKED,
+        errno.EKEYEXPIRED,
+        errno.ENXIO,
+        errno.EBUSY,
+        errno.EACCES,
+        errno.ENOMEM,
+        errno.EIO,
+    ),
+    # do_resume in dm-ioctl.c: the mapping gone, a table that does not fit its queue, no memory.
+    "activate_mapping": (errno.ENXIO, errno.EINVAL, errno.ENOMEM),
+    # table_load and do_resume again: the mapping went meanwhile, no memory.
+    "poison_mapping": (errno.ENXIO, errno.ENOMEM, errno.EINVAL),
+    # dev_remove: ENXIO is "gone" and a holder only defers it, so the ioctl itself is what fails.
+    "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
+    # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
+    "keep_mapping": (errno.ENXIO, errno.EBUSY, errno.ENOMEM),
+    # open(2), read(2) in blkid_do_safeprobe: bad sectors, the node or the medium gone.
+    "probe": (errno.EIO, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
+    # fsconfig(2), mount(2), ext4_fill_super and its kin: a bad superblock or option, corruption,
+    # bad sectors, a journal on a write-protected medium, in use, no such filesystem, no memory,
+    # no such device, a bad checksum; ENOSPC, EMFILE: mkdir(2), open(2) of the mount point.
+    "mount": (
+        errno.EINVAL,
+        errno.EUCLEAN,
+        errno.EIO,
+        errno.EROFS,
+        errno.EBUSY,
+        errno.ENODEV,
+        errno.ENOMEM,
+        errno.ENXIO,
+        errno.EBADMSG,
+        errno.EACCES,
+        errno.ENOSPC,
+        errno.EMFILE,
+    ),
+    # open(2) of /proc/self/mountinfo.
+    "mounts": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    # syncfs(2): what was written could not be; open(2): too many open files.
+    "flush": (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE),
+    # umount2(2). EINVAL and ENOENT are "nothing is mounted there" (filesystem.py).
+    "unmount": (errno.EBUSY, errno.EIO, errno.ENOMEM, errno.EPERM),
+    "detach": (errno.EIO, errno.ENOMEM, errno.EPERM),
+    # rmdir(2). ENOENT, EBUSY and ENOTEMPTY are no errors here (paths.py): then it is not ours.
+    "remove_mount_point": (errno.EROFS, errno.EACCES, errno.EIO, errno.ENOMEM, errno.EMFILE),
+    # open(2), readdir(3) of the mount root: a link on its way, not allowed, sick, too many files.
+    "our_mount_points": (errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
+}
+# fmt: on
+
+DM_STEPS: Final = {
+    "find_mapping", "our_mappings", "create_mapping", "load_table", "activate_mapping",
+    "poison_mapping", "remove_mapping", "keep_mapping",
+}  # fmt: skip
+GLOBAL: Final = {"mounts"}
+"""What names no volume, so that a fault cannot be aimed at one of several. It is read from memory
+on the loop and cannot hang; lifecycle/resources.py says why."""
+HARMS: Final = {
+    "flush", "unmount", "detach", "remove_mount_point", "poison_mapping", "remove_mapping",
+}  # fmt: skip
+LISTS: Final = {"our_mappings", "our_mount_points"}
+"""What the agent does before it serves anybody."""
+
+
+def error_of(step: str, number: int) -> HotplugError:
+    """What `kernel.linux.Linux` raises for an errno in a step."""
+    words = ("take the step", f"of {step}", number)
+    match step, number:
+        case "read_blob", errno.ENOENT:
+            return BlobMissingError(f"no blob /data/caam/{LABEL}.bb")
+        case "read_blob", _:
+            return BlobError(f"read blob /data/caam/{LABEL}.bb: {os.strerror(number)}")
+        case "import_blob", errno.EBADMSG | errno.EINVAL:
+            return BlobRejectedError("the CAAM refused the blob")
+        case "import_blob", _:
+            return CaamError(*words)
+        case "add_key" | "unlink_key", _:
+            return KeyringError(*words)
+        case "identify" | "probe", _:
+            return KernelError(*words)
+        case ("unmount", errno.EBUSY):
+            return MountBusyError(*words)
+        case _ if step in DM_STEPS:
+            return (MappingBusyError if number == errno.EBUSY else DmError)(*words)
+    return MountError(*words)
+
+
+# moments
+
+
+@dataclass
+class Scene:
+    """A bench with a volume that something will happen to, and its neighbours."""
+
+    bench: Bench
+    target: Volume
+    neighbour: Volume | None
+    """Mounted before. None where a fault cannot be aimed at the target alone."""
+
+    def subjects(self) -> frozenset[str]:
+        """What the kernel's steps call the target, and what is made for it."""
+        which = self.target.id
+        return frozenset({
+            "", LABEL, "stale", self.target.name, f"{LABEL}.bb", KEY.decode(),
+            names.key_description(which), names.dm_uuid(which), names.dm_name(which, LABEL),
+        })  # fmt: skip
+
+    def told(self) -> tuple[State, str]:
+        """What was published of the target last."""
+        said = [(s, why) for volume, s, why in self.bench.states if volume.id == self.target.id]
+        return said[-1] if said else (State.GONE, "")
+
+    def was_mounted(self) -> bool:
+        """Whether the target was ever said to be mounted."""
+        return any(v.id == self.target.id and s is State.MOUNTED for v, s, _ in self.bench.states)
+
+    def plug_another(self) -> Volume:
+        """A neighbour has been plugged."""
+        later = self.bench.insert("later", "sdc1", key=b"later".ljust(36))
+        self.bench.settle()
+        return later
+
+    def is_served(self, volume: Volume) -> bool:
+        """Whether the volume is mounted, and said to be."""
+        points = [mount.point for mount in self.bench.kernel.mounts]
+        is_there = points.count(f"/run/media/{volume.partlabel}") == 1
+        return is_there and self.bench.state(volume) is State.MOUNTED
+
+    def harms_to_the_neighbour(self) -> set[str]:
+        """The steps taken against the neighbour that was mounted before."""
+        kernel = self.bench.kernel
+        noted = zip(kernel.steps, kernel.subjects, strict=True)
+        return {step for step, subject in noted if "neighbour" in subject} & HARMS
+
+    def end(self, *, restart: bool) -> None:
+        """The fault is over, all media have left, all have let go. Nothing is left of anybody.
+
+        With `restart`, something may be until the agent has been started again.
+        """
+        bench = self.bench
+        bench.kernel.faults.clear()
+        for name in list(bench.kernel.media):
+            bench.yank(name)
+        bench.settle()
+        bench.kernel.let_go()
+        if bench.running:
+            bench.cancel()
+        if restart:
+            bench.start()
+            bench.settle()
+            bench.stop()
+        assert bench.kernel.leftovers() == []
+        bench.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """Something that happens to a volume, and how it ends if all goes well."""
+
+    name: str
+    before: Callable[[Scene], None]
+    act: Callable[[Scene], None]
+    ends_in: State
+    held: bool = False
+    read_only: bool = False
+    identified: bool = True
+
+    def scene(self, *, alone: bool = False) -> Scene:
+        """Everything is as it is right before the moment."""
+        bench = Bench()
+        bench.start()
+        key = b"neighbour".ljust(36)
+        neighbour = None if alone else bench.insert("neighbour", "sdb1", key=key)
+        bench.settle()
+        facts = {"read_only": self.read_only, "identified": self.identified}
+        scene = Scene(bench, bench.kernel.insert(LABEL, "sda1", **facts), neighbour)
+        self.before(scene)
+        if self.held:
+            bench.kernel.users[LABEL] = 1
+        bench.kernel.steps.clear()
+        bench.kernel.subjects.clear()
+        bench.kernel.harmed = 0
+        bench.states.clear()
+        return scene
+
+
+def unheard_of(_scene: Scene) -> None:
+    """The target is there, and nobody has told the agent."""
+
+
+def mounted(scene: Scene) -> None:
+    """The target is mounted."""
+    scene.bench.appear(scene.target)
+    scene.bench.settle()
+    assert scene.is_served(scene.target)
+
+
+def crashed(scene: Scene) -> None:
+    """The target is mounted and no agent runs."""
+    mounted(scene)
+    scene.bench.kill()
+
+
+def half_made(scene: Scene) -> None:
+    """The agent died when the target's mapping had no table yet."""
+    scene.bench.kernel.faults.append(Fault("load_table", hangs_s=1.0))
+    scene.bench.appear(scene.target)
+    scene.bench.settle()
+    scene.bench.kill()
+
+
+def orphaned(scene: Scene) -> None:
+    """The agent died, then the target left; and a directory of ours lies about."""
+    crashed(scene)
+    scene.bench.kernel.yank("sda1")
+    scene.bench.kernel.directories["stale"] = "ours"
+
+
+def arrive(scene: Scene) -> None:
+    """The agent hears of the target."""
+    scene.bench.appear(scene.target)
+
+
+def pull(scene: Scene) -> None:
+    """The target's medium is pulled."""
+    scene.bench.yank("sda1")
+
+
+def stop(scene: Scene) -> None:
+    """The agent is told to stop."""
+    scene.bench.ask_to_stop()
+
+
+def start(scene: Scene) -> None:
+    """An agent is started, and the target is there."""
+    scene.bench.start()
+
+
+def sweep(scene: Scene) -> None:
+    """An agent is started, and the target is not there any more."""
+    scene.bench.start()
+
+
+MOMENTS: Final = (
+    Moment("arrival", unheard_of, arrive, State.MOUNTED),
+    Moment("arrival without udevd", unheard_of, arrive, State.MOUNTED, identified=False),
+    Moment("recovery", half_made, start, State.MOUNTED),
+    Moment("adoption", crashed, start, State.MOUNTED),
+    Moment("adoption while in use", crashed, start, State.MOUNTED, held=True),
+    Moment("pull", mounted, pull, State.REMOVED_UNSAFELY),
+    Moment("pull while in use", mounted, pull, State.REMOVED_UNSAFELY, held=True),
+    Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
+    Moment("stop", mounted, stop, State.GONE),
+    Moment("stop while in use", mounted, stop, State.GONE, held=True),
+    Moment("sweep", orphaned, sweep, State.GONE),
+    Moment("sweep while in use", orphaned, sweep, State.GONE, held=True),
+)
+STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, sweep}]
+
+
+# combinations
+
+tried: Final[Counter[str]] = Counter()
+"""How many combinations were tried, for the summary of a test run."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One call of one moment, and what goes wrong with it."""
+
+    moment: Moment
+    step: str
+    nth: int
+    """Which of the moment's calls of this step."""
+    number: int = 0
+    """The errno it fails with; 0 for a call that hangs."""
+    lasting: bool = False
+    acts_first: bool = False
+
+    def __str__(self) -> str:
+        if self.number:
+            way = f"{errno.errorcode[self.number]} {'always' if self.lasting else 'once'}"
+        else:
+            way = "acts, answers late" if self.acts_first else "hangs, then acts"
+        return f"{self.moment.name}: {self.step} {self.nth + 1}: {way}"
+
+    @property
+    def error(self) -> HotplugError:
+        """What the call raises."""
+        return error_of(self.step, self.number)
+
+    @property
+    def precedes_service(self) -> bool:
+        """Whether the call is one that a starting agent makes before it serves anybody."""
+        stale = self.moment.act is sweep and self.step == "remove_mount_point" and self.nth == 0
+        return stale or self.step in LISTS
+
+    @property
+    def state_after_failure(self) -> State:
+        """What is true of the target when the call has failed."""
+        act = self.moment.act
+        if act is sweep or self.step in {"unmount", "our_mount_points"}:
+            return self.moment.ends_in  # no life of the target's; then detached; only listed
+        if self.step == "read_blob" and self.number == errno.ENOENT:
+            return State.WAITING
+        return State.REMOVED_UNSAFELY if act is pull else State.FAILED
+
+    @property
+    def may_leave_something(self) -> bool:
+        """Whether letting go itself has failed, so that only the next start can be sure.
+
+        A life tries once more at its end, but for the directory, which harms nobody; a sweep,
+        and a life under a lasting fault, leave the rest to the next start.
+        """
+        once_more = not self.lasting and self.moment.act in {pull, stop}
+        releases = self.moment.act in {pull, stop, sweep}
+        return releases and not (once_more and self.step != "remove_mount_point")
+
+    @contextmanager
+    def under_way(self) -> Iterator[Scene]:
+        """The moment has come and the fault has hit; afterwards nothing of anybody's is left."""
+        scene = self.moment.scene(alone=self.step in GLOBAL)
+        scene.bench.kernel.faults.append(
+            Fault(
+                self.step,
+                self.error if self.number else None,
+                hangs_s=0.0 if self.number else HANGS_S,
+                acts_first=self.acts_first,
+                after=self.nth,
+                lasting=self.lasting,
+                about=scene.subjects(),
+            )
+        )
+        tried["fails" if self.number else "hangs"] += 1
+        try:
+            self.moment.act(scene)
+            scene.bench.settle()
+            assert scene.bench.kernel.harmed
+            yield scene
+            scene.end(restart=self.number != 0 and self.may_leave_something)
+        except BaseException as error:
+            error.add_note(f"combination: {self}")
+            raise
+
+    def assert_stuck(self, scene: Scene) -> None:
+        """The target is said to be stuck in this step; a sweep's target is nobody's to speak of."""
+        state, said = scene.told()
+        if self.moment.act is not sweep:
+            assert state is State.STUCK
+            assert said.endswith(": the kernel has not answered for 3 s; still waiting")
+
+    def assert_waiting(self, scene: Scene, other: Volume) -> None:
+        """The other volume is said to wait behind the target's step."""
+        assert scene.bench.state(other) is State.STUCK
+        assert "it waits for its turn behind another volume's call" in scene.bench.said(other)
+
+
+def calls_of(moment: Moment, *, alone: bool) -> Counter[str]:
+    """How often the target's moment takes each step when nothing goes wrong."""
+    scene = moment.scene(alone=alone)
+    moment.act(scene)
+    scene.bench.settle()
+    subjects, kernel = scene.subjects(), scene.bench.kernel
+    noted = zip(kernel.steps, kernel.subjects, strict=True)
+    counts = Counter(step for step, subject in noted if subject in subjects)
+    scene.end(restart=False)
+    return Counter({step: n for step, n in counts.items() if (step in GLOBAL) is alone})
+
+
+Call = tuple[Moment, str, int]
+"""The step's n-th call in a moment, from 0."""
+CALLS: Final[list[Call]] = [
+    (moment, step, nth)
+    for moment in MOMENTS
+    for alone in (False, True)
+    for step, count in calls_of(moment, alone=alone).items()
+    if moment.identified or step == "identify"  # the rest is as with udevd
+    for nth in range(count)
+]
+THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # a test of its own
+THAT_HANG: Final = [call for call in CALLS if call[1] not in GLOBAL]
+THAT_HANG_WITH_MEDIUM: Final = [call for call in THAT_HANG if call[0].act not in {pull, sweep}]
+
+
+def name_of(call: Call) -> str:
+    """The call in words."""
+    moment, step, nth = call
+    return f"{moment.name}: {step} {nth + 1}"
+
+
+def failures_of(call: Call) -> list[Combination]:
+    """All ways in which the call can fail."""
+    numbers = ERRNOS[call[1]]
+    return [Combination(*call, n, lasting) for n in numbers for lasting in (False, True)]
+
+
+def hangs_of(call: Call) -> list[Combination]:
+    """Both ways in which the call can hang."""
+    return [Combination(*call, acts_first=acts_first) for acts_first in (False, True)]
+
+
+# outcomes
+
+
+@pytest.mark.parametrize("call", THAT_FAIL, ids=name_of)
+def test_a_step_that_fails_is_told_is_undone_and_costs_nobody_else_anything(call: Call) -> None:
+    for case in failures_of(call):
+        with case.under_way() as scene:
+            state, said = scene.told()
+            assert state is case.state_after_failure
+            assert str(case.error) in said or state is case.moment.ends_in
+            if scene.neighbour is not None and case.moment.act is not stop:
+                assert not case.lasting or scene.is_served(scene.plug_another())
+                assert scene.is_served(scene.neighbour)
+                assert scene.harms_to_the_neighbour() == set()
+
+
+@pytest.mark.parametrize("call", THAT_HANG, ids=name_of)
+def test_a_step_that_hangs_is_called_stuck_holds_up_nobody_else_and_goes_on(call: Call) -> None:
+    for case in hangs_of(call):
+        with case.under_way() as scene:
+            stopping = case.moment.act is stop
+            assert scene.neighbour is not None
+            other = scene.neighbour if stopping else scene.plug_another()
+            scene.bench.wait(LATE_AFTER_S + 1)
+            assert scene.bench.serving is not case.precedes_service
+            if scene.bench.serving:
+                case.assert_stuck(scene)
+                if not stopping and case.step in DM_STEPS:
+                    case.assert_waiting(scene, other)
+                elif not stopping:
+                    assert scene.is_served(other)
+            scene.bench.wait(HANGS_S)
+            assert scene.told()[0] is case.moment.ends_in
+            if stopping:
+                assert scene.bench.board.entries() == []
+            else:
+                assert scene.is_served(other)
+                assert scene.is_served(scene.neighbour)
+                assert scene.harms_to_the_neighbour() == set()
+
+
+@pytest.mark.parametrize("call", THAT_HANG_WITH_MEDIUM, ids=name_of)
+def test_a_step_that_ends_after_its_medium_has_left_leaves_nothing(call: Call) -> None:
+    for case in hangs_of(call):
+        with case.under_way() as scene:
+            scene.bench.wait(1)
+            scene.bench.yank("sda1")
+            scene.bench.wait(HANGS_S)
+            had_mount = case.moment.before in {mounted, crashed} and not case.precedes_service
+            unsafe = had_mount or scene.was_mounted()
+            assert scene.told()[0] is (State.REMOVED_UNSAFELY if unsafe else State.GONE)
+            if case.moment.act is not stop:
+                assert scene.neighbour is not None
+                assert scene.is_served(scene.neighbour)
+
+
+@pytest.mark.parametrize("call", THAT_HANG, ids=name_of)
+def test_a_medium_put_back_while_a_step_of_its_first_insertion_hangs_is_served(call: Call) -> None:
+    for case in hangs_of(call):
+        with case.under_way() as scene:
+            bench = scene.bench
+            bench.wait(1)
+            if "sda1" in bench.kernel.media:
+                bench.yank("sda1")
+            again = bench.insert(LABEL, "sda1")
+            bench.wait(HANGS_S)
+            if case.moment.act is stop:
+                bench.cancel()
+                bench.start()
+                bench.settle()
+            assert scene.is_served(again)
+
+
+@pytest.mark.parametrize("moment", STARTS, ids=lambda moment: moment.name)
+def test_an_agent_that_cannot_list_its_mappings_does_not_start_and_touches_nothing(
+    moment: Moment,
+) -> None:
+    for number in ERRNOS["our_mappings"]:
+        with Combination(moment, "our_mappings", 0, number).under_way() as scene:
+            bench = scene.bench
+            assert str(bench.failed_to_start()) == str(error_of("our_mappings", number))
+            assert set(bench.kernel.steps) == {"our_mappings"}
+            bench.start()
+            bench.settle()
+            assert scene.told()[0] is moment.ends_in

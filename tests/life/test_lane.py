@@ -1,0 +1,68 @@
+"""The lane that the agent runs with: real threads."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import threading
+
+import pytest
+
+from caam_hotplug.errors import KernelError
+from caam_hotplug.lifecycle.lane import Lane
+
+
+def unheard(_why: str | None) -> None:
+    """Nobody listens for lateness here."""
+
+
+async def test_a_call_for_which_there_is_no_thread_fails_and_the_next_one_has_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lane = Lane("volume 1-1", 10.0)
+    with monkeypatch.context() as patched, pytest.raises(KernelError) as refused:
+        patched.setattr(threading.Thread, "start", refuse)
+        await lane.run(int, late=unheard)
+    assert refused.value.errno == errno.EAGAIN
+    assert str(refused.value).startswith("start a thread for volume 1-1: ")
+    assert await lane.run(int, "7", late=unheard) == 7
+
+
+async def test_a_call_that_takes_long_is_told_and_so_is_the_one_behind_it() -> None:
+    lane = Lane("mappings", 0.0)
+    may_end = threading.Event()
+    of_first: list[str | None] = []
+    of_second: list[str | None] = []
+
+    def hear_second(why: str | None) -> None:
+        of_second.append(why)
+        may_end.set()
+
+    first = asyncio.create_task(lane.run(may_end.wait, late=of_first.append))
+    second = asyncio.create_task(lane.run(int, "7", late=hear_second))
+    assert await first
+    assert await second == 7
+    assert of_first == ["the kernel has not answered for 0 s; still waiting", None]
+    assert of_second[:2] == [
+        "it waits for its turn behind another volume's call for 0 s; still waiting",
+        None,
+    ]
+
+
+async def test_who_is_cancelled_while_waiting_for_a_turn_does_not_call() -> None:
+    lane = Lane("mappings", 10.0)
+    may_end = threading.Event()
+    called: list[str] = []
+    first = asyncio.create_task(lane.run(may_end.wait, late=unheard))
+    second = asyncio.create_task(lane.run(called.append, "second", late=unheard))
+    third = asyncio.create_task(lane.run(called.append, "third", late=unheard))
+    await asyncio.sleep(0)
+    second.cancel()
+    may_end.set()
+    assert await first
+    await third
+    assert second.cancelled()
+    assert called == ["third"]
