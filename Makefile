@@ -4,12 +4,13 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup check test demo vm-shell clean
+.PHONY: help setup check fuzz test demo vm-shell clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit and life tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
+	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make vm-shell   a shell in the virtual machine"
 
 setup: $(VENV)/.installed
@@ -27,7 +28,11 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check agent tests
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(PYTHON) -m pytest -q tests/unit tests/life
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz
+
+# Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
+fuzz: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -q tests/fuzz
 
 test: setup
 	tests/run-all

@@ -27,6 +27,13 @@ class Bus(Enum):
     OTHER = "other"
 
 
+def number(text: str) -> int:
+    """The number, as the kernel prints an unsigned one. Raises: ValueError for any other form."""
+    if not _is_number(text):
+        raise ValueError(f"expected a whole number, found {text[:20]!a}")
+    return int(text)
+
+
 class DevType(Enum):
     """A partition, or a whole disk."""
 
@@ -59,6 +66,7 @@ class VolumeId:
 
 
 def _is_number(text: str) -> bool:
+    """Whether it is what the kernel prints for an unsigned number, which int() is wider than."""
     return len(text) <= 20 and text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
 
 
@@ -78,7 +86,9 @@ class DeviceNumber:
 
         Raises: ValueError for any other form.
         """
-        major, _, minor = text.partition(":")
+        major, _, minor = text.removesuffix("\n").partition(":")
+        if not (_is_number(major) and _is_number(minor)):
+            raise ValueError(f"expected a device number such as 8:17, found {text[:20]!a}")
         return cls(int(major), int(minor))
 
 
