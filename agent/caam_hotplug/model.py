@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import NewType
+from typing import NewType, NoReturn
 
 Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
@@ -202,7 +202,7 @@ class State(Enum):
 
 
 class SecretBytes:
-    """Key bytes in a buffer that is overwritten on exit and never printed."""
+    """Key bytes in a buffer that is overwritten on exit and never printed, copied or pickled."""
 
     __slots__ = ("buffer",)
 
@@ -225,6 +225,10 @@ class SecretBytes:
 
     def __repr__(self) -> str:
         return f"<{len(self.buffer)} secret bytes>"
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Copies, which pickle, copy and dataclasses.asdict make, would not be overwritten."""
+        raise TypeError("secret bytes are not copied")
 
     def wipe(self) -> None:
         """Overwrite the bytes in place."""

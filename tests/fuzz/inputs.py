@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 PROFILES: Final = {
-    "check": settings(max_examples=150, derandomize=True, database=None),
+    "check": settings(max_examples=100, derandomize=True, database=None),
     "many": settings(max_examples=20_000),
 }
 # Not loaded as Hypothesis's own profile: that is one for the whole run, and tests/unit has its own.
