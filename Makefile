@@ -6,12 +6,13 @@ CYCLES := 1000
 DAMAGED := 200
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup check test demo soak vm-shell clean
+.PHONY: help setup lint check fuzz test demo soak vm-shell clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit and life tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
+	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200"
 	@echo "make vm-shell   a shell in the virtual machine"
 
@@ -25,12 +26,18 @@ $(VENV)/.installed: pyproject.toml
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-check: $(VENV)/.installed
+lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check agent tests
 	$(VENV)/bin/ruff format --check agent tests
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(PYTHON) -m pytest -q tests/unit tests/life
+
+check: lint
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz
+
+# Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
+fuzz: $(VENV)/.installed
+	HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -q tests/fuzz
 
 test: setup
 	tests/run-all

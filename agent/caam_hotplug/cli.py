@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from caam_hotplug import __version__, config, names
-from caam_hotplug.errors import ConfigError, HotplugError
+from caam_hotplug.errors import ConfigError, HotplugError, shown
+from caam_hotplug.kernel import files
 
 _EXAMPLES = """\
 examples:
@@ -67,28 +69,41 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(parsed: argparse.Namespace) -> config.Config:
-    return config.load_installed() if parsed.config is None else config.load(parsed.config)
+def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
+    """The configuration that was named, or else the installed one, which need not be there."""
+    file = names.CONFIG_FILE if parsed.config is None else parsed.config
+    return config.load(file, reader, required=parsed.config is not None)
+
+
+def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
+    """What looks at a configuration that `run` would refuse for its owner or mode says so."""
+    try:
+        load(files.RootsFiles())
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"warning: `run` will refuse this: {fault}", file=sys.stderr)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from caam_hotplug import daemon  # noqa: PLC0415  asyncio is slow to import and only `run` uses it
 
-    daemon.run(_config(parsed))
+    daemon.run(_load(parsed, files.RootsFiles()))
     return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    loaded = config.load(parsed.file)
+    loaded = config.load(parsed.file, files.AnyonesFiles())
+    _warn_of_strangers(lambda reader: config.load(parsed.file, reader))
     rules = ", ".join(rule.name for rule in loaded.rule) or "none"
-    print(f"{parsed.file}: valid; rules in the order they are asked: {rules}")
+    print(f"{shown(parsed.file)}: valid; rules in the order they are asked: {rules}")
     return 0
 
 
 def _explain(parsed: argparse.Namespace) -> int:
     from caam_hotplug import explain  # noqa: PLC0415  libudev is opened only to look at a device
 
-    loaded = _config(parsed)
+    loaded = _load(parsed, files.AnyonesFiles())
+    _warn_of_strangers(lambda reader: _load(parsed, reader))
     for line in explain.explain(parsed.device, loaded):
         print(line)
     return 0

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from caam_hotplug import names
-from caam_hotplug.errors import ConfigError, ConfigFault
-from caam_hotplug.rules import BUILT_IN, Bytes, Rule, Template
+from caam_hotplug.errors import (
+    ConfigError,
+    ConfigFault,
+    HotplugError,
+    UnfitFileError,
+    UnsafePathError,
+    shown,
+)
+from caam_hotplug.rules import BUILT_IN, Bytes, Match, MountWish, Rule, Template
 
 T = TypeVar("T")
 
@@ -44,35 +52,49 @@ class _DropIn:
     rule: tuple[Rule, ...] = ()
 
 
-def load(file: Path, *, required: bool = True) -> Config:
+class Files(Protocol):
+    """How configuration files are read; `kernel.files` has a way to look, and one to act."""
+
+    def read(self, file: Path) -> bytes:
+        """The file's bytes. Raises: FileNotFoundError; OSError; HotplugError."""
+        ...
+
+    def names(self, folder: Path) -> list[str]:
+        """What the directory holds, nothing if there is none. Raises: OSError; HotplugError."""
+        ...
+
+
+def load(file: Path, files: Files, *, required: bool = True) -> Config:
     """The configuration of a file and of the drop-ins beside it, whose rules are asked first.
 
     A file that is not `required` may be missing; then the defaults stand, and the built-in rule
     if there are no drop-ins either. Raises: ConfigError naming every mistake in every file.
     """
     faults: list[ConfigFault] = []
-    config = _read(file, Config, faults) if required or os.path.lexists(file) else Config()
-    drop_ins: list[Rule] = []
-    for path in sorted((file.parent / names.RULES_DIRECTORY).glob("*.toml")):
-        drop_in = _read(path, _DropIn, faults)
-        drop_ins += drop_in.rule if drop_in is not None else ()
-    if config is None or faults:
-        raise ConfigError(faults)
-    if drop_ins:
-        rules = () if config.rule is BUILT_IN else config.rule
-        config = replace(config, rule=(*drop_ins, *rules))
+    if file.absolute().parent.name == names.RULES_DIRECTORY:
+        belongs_to = file.absolute().parents[1] / names.CONFIG_FILE.name
+        problem = (
+            f"is a drop-in, which is read with the configuration beside {names.RULES_DIRECTORY}; "
+            f"expected that one, such as {shown(belongs_to)}"
+        )
+        raise ConfigError([ConfigFault(file, "", problem)])
+    folder = file.parent / names.RULES_DIRECTORY
+    config = _read(file, files, Config, faults, required=required)
+    found: list[str] = []
+    with _noting(folder, faults):
+        found = sorted(name for name in files.names(folder) if name.endswith(".toml"))
+    drop_ins = [_read(folder / name, files, _DropIn, faults, required=True) for name in found]
+    if faults:
+        raise ConfigError(list(dict.fromkeys(faults)))  # one directory is above many files
+    rules = [rule for drop_in in drop_ins for rule in drop_in.rule]
+    if rules:
+        config = replace(
+            config, rule=(*rules, *(config.rule if config.rule is not BUILT_IN else ()))
+        )
     faults += _same_names(file, config.rule)
     if faults:
         raise ConfigError(faults)
     return config
-
-
-def load_installed() -> Config:
-    """The installed configuration, or the built-in rule where no file is installed.
-
-    Raises: ConfigError naming every mistake in every file.
-    """
-    return load(names.CONFIG_FILE, required=False)
 
 
 def _same_names(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:
@@ -82,19 +104,56 @@ def _same_names(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:
             yield ConfigFault(file, "rule", problem)
 
 
-def _read(file: Path, wanted: type[T], faults: list[ConfigFault]) -> T | None:
+@contextmanager
+def _noting(file: Path, faults: list[ConfigFault]) -> Iterator[None]:
+    """Why the file is not read becomes a fault."""
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        yield
+    except UnsafePathError as error:
+        problem = f"{error.cause}, and who rules the configuration rules the agent: {error.remedy}"
+        faults.append(ConfigFault(error.component, "", problem))
+    except HotplugError as error:
+        faults.append(ConfigFault(file, "", f"cannot be read: {error}"))
     except OSError as error:
         faults.append(ConfigFault(file, "", f"cannot be read: {error.strerror}"))
-    except (ValueError, RecursionError) as error:  # of the decoders, and of nested or huge values
-        faults.append(ConfigFault(file, "", f"is not TOML: {error}"))
-    else:
-        reader = _Reader(file, faults)
-        before = len(faults)
-        value = reader.table(table, wanted, "")
-        return value if len(faults) == before else None
-    return None
+
+
+def _read(
+    file: Path, files: Files, wanted: type[T], faults: list[ConfigFault], *, required: bool
+) -> T:
+    """What the file describes; the defaults if it is missing, or after a fault was noted."""
+    with _noting(file, faults):
+        try:
+            content = files.read(file)
+        except FileNotFoundError:
+            if required:
+                raise
+            return wanted()
+        _require_short_keys(content)
+        try:
+            table = tomllib.loads(content.decode())
+        except RecursionError:
+            faults.append(ConfigFault(file, "", "is not TOML that can be read: nested too deeply"))
+        except ValueError as error:
+            faults.append(ConfigFault(file, "", f"is not TOML: {_line(error)}"))
+        else:
+            return _Reader(file, faults).table(table, wanted, "") or wanted()
+    return wanted()
+
+
+_COMMENT: Final = re.compile(rb"^[ \t]*#.*", re.MULTILINE)
+_BESIDE_KEYS: Final = re.compile(rb"[\n=,#\[\]{}]")
+_MAX_KEY_PARTS: Final = 100
+
+
+def _require_short_keys(content: bytes) -> None:
+    """Raises: UnfitFileError for a key of so many parts that tomllib would be busy for hours.
+
+    Its time grows faster than the square of their number. No key here has more than four.
+    """
+    for piece in _BESIDE_KEYS.split(_COMMENT.sub(b"", content)):
+        if piece.count(b".") > _MAX_KEY_PARTS:
+            raise UnfitFileError(f"has a key of more than {_MAX_KEY_PARTS} parts")
 
 
 class _Reader:
@@ -107,7 +166,7 @@ class _Reader:
     def table(self, table: dict[str, Any], wanted: type[T], at: str) -> T | None:
         """The dataclass that the table describes; None after a fault was noted."""
         before = len(self._faults)
-        hints = get_type_hints(wanted)
+        hints = _hints(wanted)
         values: dict[str, Any] = {}
         for key, value in table.items():
             if key in hints:
@@ -118,7 +177,12 @@ class _Reader:
             required = f.default is MISSING and f.default_factory is MISSING
             if required and f.name not in table:
                 self._fault(at or f.name, f"needs the key {f.name!r}")
-        return wanted(**values) if len(self._faults) == before else None
+        if len(self._faults) > before:
+            return None
+        described = wanted(**values)
+        for key, problem in _contradictions(described):
+            self._fault(_join(at, key), problem)
+        return described if len(self._faults) == before else None
 
     def _value(self, value: Any, wanted: Any, at: str) -> Any:
         if is_dataclass(wanted) and isinstance(wanted, type):
@@ -139,7 +203,11 @@ class _Reader:
         return result
 
     def _fault(self, at: str, problem: str) -> None:
-        self._faults.append(ConfigFault(self._file, at, problem))
+        self._faults.append(ConfigFault(self._file, at, _line(problem)))
+
+
+_hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
+"""The types of a dataclass's fields, which Python would evaluate anew for every table."""
 
 
 def _from_toml(wanted: type, value: Any) -> Any:
@@ -164,19 +232,59 @@ def _check(at: str, value: Any) -> None:
     """What a type cannot say. Raises: ValueError with what was expected."""
     match at.rsplit(".", 1)[-1]:
         case "blob_directory" | "mount_root" if not _is_plain(value):
-            raise ValueError(f"expected an absolute path without .., found {str(value)!r}")
+            raise ValueError(f"expected an absolute path without .., found {_found(str(value))}")
         case "cipher" if not _CIPHER.fullmatch(value):
-            raise ValueError(f"expected a cipher such as capi:tk(cbc(aes))-plain, found {value!r}")
+            raise ValueError(
+                f"expected a cipher such as capi:tk(cbc(aes))-plain, found {_found(value)}"
+            )
         case "offset" | "iv_offset" if not 0 <= value < 1 << 63:
-            raise ValueError(f"expected sectors from 0 on, found {value}")
-        case "min_size" | "max_size" if value < 0:
-            raise ValueError(f"expected bytes from 0 on, found {value}")
+            raise ValueError(f"expected sectors from 0 on, found {_found(value)}")
+        case "min_size" | "max_size" if value is not None and not 0 <= value < 1 << 64:
+            raise ValueError(f"expected bytes from 0 on, found {_found(value)}")
+        case "filesystem_options":
+            _check_options(value)
         case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:
             raise ValueError("expected at least one entry in the list")
         case "stuck_after_s" | "stop_within_s" if not value > 0:
             raise ValueError(f"expected seconds above 0, found {value}")
         case "name" if isinstance(value, str) and not _NAME.fullmatch(value):
-            raise ValueError(f"expected a name of A-Z a-z 0-9 . _ - and spaces, found {value!r}")
+            raise ValueError(
+                f"expected a name of A-Z a-z 0-9 . _ - and spaces, found {_found(value)}"
+            )
+
+
+_OPTION: Final = re.compile(r"[A-Za-z0-9_.-]+(=[!-~]+)?")
+
+
+def _check_options(by_filesystem: dict[str, tuple[str, ...]]) -> None:
+    """Raises: ValueError for what fsconfig(2) could not take, or two that contradict each other."""
+    for filesystem, options in by_filesystem.items():
+        said: dict[str, str] = {}
+        for option in options:
+            if not _OPTION.fullmatch(option):
+                expected = "expected an option such as errors=continue or noquota"
+                raise ValueError(f"{expected} for {filesystem}, found {_found(option)}")
+            key = option.partition("=")[0]
+            subject = "ro" if key == "rw" else key.removeprefix("no")
+            if said.setdefault(subject, option) != option:
+                contradicting = f"{_found(said[subject])} and {_found(option)}"
+                raise ValueError(f"expected one of {contradicting} for {filesystem}, found both")
+
+
+_TIMES: Final = ("noatime", "relatime", "strictatime")
+
+
+def _contradictions(described: object) -> Iterator[tuple[str, str]]:
+    """Pairs of a key and a problem, for keys that are valid each but not together."""
+    match described:
+        case Match(min_size=Bytes() as least, max_size=Bytes() as most) if least > most:
+            yield "min_size", f"expected at most max_size, which is {most}, found {least}"
+        case MountWish(options=options, read_only=read_only, filesystem_options=of):
+            times = [option for option in _TIMES if option in options]
+            if len(times) > 1:
+                yield "options", f"expected one of {', '.join(_TIMES)}; found {', '.join(times)}"
+            if read_only and any("rw" in asked for asked in of.values()):
+                yield "read_only", "expected false, as filesystem_options ask for 'rw', found true"
 
 
 def _is_plain(path: Path) -> bool:
@@ -240,7 +348,7 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 def _nearest(word: str, known: Iterable[str]) -> str:
     texts = [choice for choice in known if isinstance(choice, str)]
-    near = difflib.get_close_matches(word.lower(), texts, n=1)
+    near = difflib.get_close_matches(word[:_SHOWN_LENGTH].lower(), texts, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -252,8 +360,26 @@ def _found(value: Any) -> str:
             return "a table"
         case list():
             return "a list"
+        case int() if abs(value) >> 64:  # of which Python may refuse to print the digits
+            return "a number of more than 64 bits"
+        case str() if len(value) > _SHOWN_LENGTH:
+            return f"{value[:_SHOWN_LENGTH]!r} and {len(value) - _SHOWN_LENGTH} characters more"
     return repr(value)
 
 
+_SHOWN_LENGTH: Final = 60
+
+
+def _line(problem: object) -> str:
+    """The problem as one line that people read to its end."""
+    line = shown(problem)
+    return line if len(line) <= 400 else f"{line[:300]} … {line[-60:]}"
+
+
+_BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
+
+
 def _join(at: str, key: str) -> str:
-    return f"{at}.{key}" if at else key
+    shortened = key if len(key) <= _SHOWN_LENGTH else f"{key[:_SHOWN_LENGTH]}…"
+    spelled = key if _BARE_KEY.fullmatch(shortened) else repr(shortened)
+    return f"{at}.{spelled}" if at else spelled

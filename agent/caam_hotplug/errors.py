@@ -15,6 +15,12 @@ class HotplugError(Exception):
     """Something refused, in words for the reader of the journal."""
 
 
+def shown(text: object) -> str:
+    """The text as a line of a message: escaped where a terminal would act on it or not show it."""
+    plain = str(text)
+    return plain if plain.isprintable() else ascii(plain)
+
+
 @dataclass(frozen=True, slots=True)
 class ConfigFault:
     """One thing wrong in a configuration file."""
@@ -26,7 +32,7 @@ class ConfigFault:
     """What was found, what was expected, and a suggestion where there is one."""
 
     def __str__(self) -> str:
-        place = f"{self.file}: {self.key_path}" if self.key_path else str(self.file)
+        place = f"{shown(self.file)}: {self.key_path}" if self.key_path else shown(self.file)
         return f"{place}: {self.problem}"
 
 
@@ -36,6 +42,21 @@ class ConfigError(HotplugError):
     def __init__(self, faults: list[ConfigFault]) -> None:
         super().__init__("\n".join(str(fault) for fault in faults))
         self.faults = faults
+
+
+class UnsafePathError(HotplugError):
+    """Someone other than root could lead this path elsewhere, or change what lies there."""
+
+    def __init__(self, path: Path, component: Path, cause: str, remedy: str) -> None:
+        super().__init__(f"open {shown(path)}: {shown(component)} {cause}; {remedy}")
+        self.component = component
+        """Which part of the path it is."""
+        self.cause = cause
+        self.remedy = remedy
+
+
+class UnfitFileError(HotplugError):
+    """A file is of a kind or a size that is not read; the message says which."""
 
 
 class UnsupportedVolumeError(HotplugError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
-from typing import NewType
+from typing import NewType, NoReturn
 
 Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
@@ -25,6 +25,13 @@ class Bus(Enum):
     VIRTIO = "virtio"
     LOOP = "loop"
     OTHER = "other"
+
+
+def number(text: str) -> int:
+    """The number, as the kernel prints an unsigned one. Raises: ValueError for any other form."""
+    if not _is_number(text):
+        raise ValueError(f"expected a whole number, found {text[:20]!a}")
+    return int(text)
 
 
 class DevType(Enum):
@@ -59,6 +66,7 @@ class VolumeId:
 
 
 def _is_number(text: str) -> bool:
+    """Whether it is what the kernel prints for an unsigned number, which int() is wider than."""
     return len(text) <= 20 and text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
 
 
@@ -78,7 +86,9 @@ class DeviceNumber:
 
         Raises: ValueError for any other form.
         """
-        major, _, minor = text.partition(":")
+        major, _, minor = text.removesuffix("\n").partition(":")
+        if not (_is_number(major) and _is_number(minor)):
+            raise ValueError(f"expected a device number such as 8:17, found {text[:20]!a}")
         return cls(int(major), int(minor))
 
 
@@ -192,7 +202,7 @@ class State(Enum):
 
 
 class SecretBytes:
-    """Key bytes in a buffer that is overwritten on exit and never printed."""
+    """Key bytes in a buffer that is overwritten on exit and never printed, copied or pickled."""
 
     __slots__ = ("buffer",)
 
@@ -215,6 +225,10 @@ class SecretBytes:
 
     def __repr__(self) -> str:
         return f"<{len(self.buffer)} secret bytes>"
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        """Copies, which pickle, copy and dataclasses.asdict make, would not be overwritten."""
+        raise TypeError("secret bytes are not copied")
 
     def wipe(self) -> None:
         """Overwrite the bytes in place."""

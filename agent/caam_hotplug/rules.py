@@ -62,7 +62,8 @@ class Bytes(int):
         digits = text.rstrip(string.ascii_letters)
         unit = text[len(digits) :]
         digits = digits.rstrip(" ")
-        if not (digits.isascii() and digits.isdigit()) or unit not in cls.UNITS:
+        is_number = digits.isascii() and digits.isdigit() and len(digits) <= 20
+        if not is_number or unit not in cls.UNITS:
             raise ValueError(f"expected a size such as 512MiB or 64GiB, found {text!r}")
         return cls(int(digits) * cls.UNITS[unit])
 

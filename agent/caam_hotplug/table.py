@@ -13,7 +13,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import UnsupportedVolumeError
-from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume
+from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume, number
 from caam_hotplug.rules import Crypt
 
 _PLAIN_IV: Final = re.compile(r"-plain(be)?$")
@@ -48,20 +48,24 @@ class CryptTarget:
         fields = line.split(" ")
         if len(fields) < 8 or fields[0] != "0" or fields[2] != "crypt":
             return None
-        _, length, _, cipher, key, iv_offset, device, offset, *rest = fields
+        _, length, _, cipher, key, iv_offset, device, offset, *listed = fields
         empty, _, sized = key.partition(":")
-        key_bytes, _, description = sized.partition(":")
+        key_bytes, colon, description = sized.partition(":")
+        options = frozenset(listed[1:])
+        # A table that is read more widely than the kernel writes it might be taken for ours.
+        if empty or not colon or (listed and (not options or listed[0] != str(len(options)))):
+            return None
         try:
             return cls(
-                length=Sectors(int(length)),
+                length=Sectors(number(length)),
                 cipher=cipher,
-                key_bytes=int(key_bytes),
+                key_bytes=number(key_bytes),
                 key_description=description,
-                iv_offset=int(iv_offset),
+                iv_offset=number(iv_offset),
                 device=DeviceNumber.from_text(device),
-                offset=int(offset),
-                options=frozenset(rest[1:]),
-            ) if not empty else None  # fmt: skip
+                offset=number(offset),
+                options=options,
+            )
         except ValueError:
             return None
 

@@ -18,6 +18,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
+    DeviceInUseError,
     DmError,
     KernelError,
     MappingBusyError,
@@ -155,6 +156,12 @@ def mapped(world: World, blob: str = BLOB, *, read_only: bool = False) -> Iterat
             world.host.load_table(name, line, read_only=read_only)
         world.host.activate_mapping(name)
         yield found(world)
+
+
+def test_a_volume_with_a_mapping_on_it_is_in_use(world: World) -> None:
+    world.host.require_unused(world.volume)
+    with mapped(world) as mapping, pytest.raises(DeviceInUseError, match=mapping.name):
+        world.host.require_unused(world.volume)
 
 
 def mount(
@@ -570,6 +577,7 @@ __all__ = [
     "test_a_table_is_not_loaded_with_a_key_of_another_size",
     "test_a_table_is_not_loaded_without_its_key",
     "test_a_volume_is_present_while_it_is_the_same",
+    "test_a_volume_with_a_mapping_on_it_is_in_use",
     "test_another_key_shows_noise",
     "test_holders_are_counted",
     "test_keeping_what_nobody_removes_is_no_error",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
+    DeviceInUseError,
     DmError,
     KernelError,
     MappingBusyError,
@@ -257,6 +258,13 @@ class FakeHost:
         self._step("identify", volume.name)
         object.__setattr__(volume, "identified", True)
         return volume
+
+    def require_unused(self, volume: Volume) -> None:
+        self._step("require_unused", volume.name)
+        for mapping in self.kernel.mappings.values():
+            target = CryptTarget.from_line(mapping.live or "")
+            if target is not None and target.device == volume.number:
+                raise DeviceInUseError(f"use {volume.node}: mapping {mapping.name} lies on it")
 
     def read_blob(self, name: str) -> bytes:
         self._step("read_blob", name)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from caam_hotplug.errors import UnsafePathError
 from caam_hotplug.kernel import paths
-from caam_hotplug.kernel.paths import UnsafePathError
 from fakes.contract import BLOB, POINT, mapped, mount
 from kernel.real import RealWorld
 

@@ -27,6 +27,7 @@ from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
     CaamError,
+    DeviceInUseError,
     DmError,
     HotplugError,
     KernelError,
@@ -47,6 +48,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # open(2) and read(2) of a device node: the medium leaves, is unreadable, has no medium in it;
     # too many open files, no memory.
     "identify": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.ENOMEDIUM, errno.EMFILE, errno.ENOMEM),
+    # open(2) with O_EXCL: in use; the node or the medium gone, too many open files, no memory.
+    "require_unused": (errno.EBUSY, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
     # open(2) with O_NOFOLLOW, read(2): no blob, a link, not allowed (a security module), a sick
     # filesystem, too many open files.
     "read_blob": (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
@@ -162,7 +165,9 @@ def error_of(step: str, number: int) -> HotplugError:
             return CaamError(*words)
         case "add_key" | "unlink_key", _:
             return KeyringError(*words)
-        case "identify" | "probe", _:
+        case "require_unused", errno.EBUSY:
+            return DeviceInUseError("use /dev/sda1: it is in use: swap space")
+        case "identify" | "require_unused" | "probe", _:
             return KernelError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)

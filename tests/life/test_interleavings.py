@@ -17,6 +17,7 @@ from fakes.bench import Bench
 ENOUGH_TURNS = 200
 STEPS_OF_ARRIVAL = (
     "find_mapping",
+    "require_unused",
     "read_blob",
     "import_blob",
     "add_key",

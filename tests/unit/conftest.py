@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("unit")
+
+
+@pytest.fixture
+def roots_folder() -> Iterator[Path]:
+    """A directory that only root could change, as /etc is and pytest's own below /tmp are not.
+
+    Only root can make it, so these tests need root, as the suite in the virtual machine does.
+    """
+    with tempfile.TemporaryDirectory(prefix="caam-hotplug-test-", dir="/run") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.errors import BlobError, BlobMissingError, CaamError
+from caam_hotplug.errors import BlobError, BlobMissingError, CaamError, UnsafePathError
 from caam_hotplug.kernel import caam
-from caam_hotplug.kernel.paths import UnsafePathError
 
 MAGIC = 0x5461674F
 

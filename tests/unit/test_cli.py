@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,14 @@ import pytest
 from caam_hotplug import __version__
 from caam_hotplug.cli import main
 
+STRANGER = 54321
 INSTALLED = Path(__file__).parents[2] / "config" / "agent.toml"
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(roots_folder: Path) -> Path:
     """Where a test writes its configuration."""
-    return tmp_path / "agent.toml"
+    return roots_folder / "agent.toml"
 
 
 def exit_status(arguments: list[str]) -> int | str | None:
@@ -44,6 +46,64 @@ def test_a_valid_file_without_rules_is_called_so(
 def test_the_installed_file_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(INSTALLED)]) == 0
     assert "valid" in capsys.readouterr().out
+
+
+def test_a_file_that_run_would_refuse_is_valid_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text("rule = []\n")
+    tmp_path.chmod(0o777)
+    assert main(["check", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{file}: valid; rules in the order they are asked: none\n"
+    assert shown.err.startswith("warning: `run` will refuse this: /tmp: ")
+
+
+def test_a_file_of_a_stranger_is_checked_with_a_warning_and_not_run(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("rule = []\n")
+    os.chown(file, STRANGER, 0)
+    assert main(["check", str(file)]) == 0
+    why = (
+        f"{file}: belongs to user {STRANGER}, not to root, and who rules the configuration rules "
+        f"the agent: chown root {file}\n"
+    )
+    assert capsys.readouterr().err == f"warning: `run` will refuse this: {why}"
+    assert main(["run", "--config", str(file)]) == 1
+    assert capsys.readouterr().err == why
+
+
+def test_a_fault_and_a_stranger_are_not_mixed_up(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text("rule = 1\n")
+    os.chown(file, STRANGER, 0)
+    assert main(["check", str(file)]) == 1
+    assert capsys.readouterr().err == f"{file}: rule: expected tables [[rule]], found 1\n"
+
+
+def test_a_drop_in_is_not_checked_as_a_configuration(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drop_in = file.parent / "rules.d" / "10-a.toml"
+    drop_in.parent.mkdir()
+    drop_in.write_text('[[rule]]\nname = "a"\n')
+    assert main(["check", str(drop_in)]) == 1
+    assert capsys.readouterr().err == (
+        f"{drop_in}: is a drop-in, which is read with the configuration beside rules.d; "
+        f"expected that one, such as {file}\n"
+    )
+
+
+def test_a_file_whose_name_a_terminal_would_act_on_is_shown_escaped(
+    roots_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = roots_folder / "\x1b[2J\udcff.toml"
+    file.write_text("")
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.startswith(f"'{roots_folder}/\\x1b[2J\\udcff.toml': valid")
 
 
 def test_every_fault_is_a_line_on_standard_error(

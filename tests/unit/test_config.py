@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from caam_hotplug import config
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError
+from caam_hotplug.kernel.files import AnyonesFiles, RootsFiles
 from caam_hotplug.model import Bus, DevType
 from caam_hotplug.rules import (
     BUILT_IN,
@@ -41,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 
 def loaded(file: Path, text: str) -> Config:
     file.write_text(text)
-    return config.load(file)
+    return config.load(file, AnyonesFiles())
 
 
 def faults(file: Path, text: str) -> list[str]:
@@ -52,7 +53,7 @@ def faults(file: Path, text: str) -> list[str]:
 
 def faults_of(file: Path) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.load(file)
+        config.load(file, AnyonesFiles())
     assert str(caught.value) == "\n".join(str(fault) for fault in caught.value.faults)
     return [f"{fault.key_path}: {fault.problem}" for fault in caught.value.faults]
 
@@ -62,7 +63,7 @@ def in_rule(line: str) -> str:
 
 
 def test_the_installed_file_does_what_the_agent_does_without_one() -> None:
-    installed = config.load(INSTALLED)
+    installed = config.load(INSTALLED, AnyonesFiles())
     rules = tuple(replace(rule, name=BUILT_IN[0].name) for rule in installed.rule)
     assert replace(installed, rule=rules) == Config()
 
@@ -207,7 +208,7 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
 def test_a_fault_is_shown_with_file_key_and_problem(file: Path) -> None:
     file.write_text('log_level = "loud"')
     with pytest.raises(ConfigError) as caught:
-        config.load(file)
+        config.load(file, AnyonesFiles())
     assert str(caught.value) == (
         f"{file}: log_level: expected debug, info, warning, error; found 'loud'"
     )
@@ -356,7 +357,7 @@ def test_a_file_that_is_not_there_is_told(file: Path) -> None:
 
 def test_a_directory_is_no_configuration(file: Path) -> None:
     file.mkdir()
-    assert faults_of(file) == [": cannot be read: Is a directory"]
+    assert faults_of(file) == [": cannot be read: is a directory"]
 
 
 @pytest.mark.parametrize("text", ["source = ", "= 1", "[rule", "a = 1\na = 2", "a = 'x", "\0"])
@@ -369,6 +370,138 @@ def test_what_is_not_utf8_is_told(file: Path) -> None:
     file.write_bytes(b'source = "\xff"')
     (fault,) = faults_of(file)
     assert fault.startswith(": is not TOML: 'utf-8' codec can't decode byte 0xff")
+
+
+HUGE = "0x1" + "0" * 5000
+"""More digits than Python prints (sys.int_info.default_max_str_digits)."""
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (f"log_level = {HUGE}", "log_level: expected debug, info, warning, error; found a number "
+         "of more than 64 bits"),
+        (in_rule(f"crypt.offset = {HUGE}"), "rule[1].crypt.offset: "),
+        (in_rule(f"match.min_size = {HUGE}"), "rule[1].match.min_size: "),
+        (in_rule(f'match.max_size = "{"9" * 5000}"'),
+         "rule[1].match.max_size: expected a size such as 512MiB or 64GiB, found "),
+        (f'log_level = "{"x" * 1000}"', "log_level: expected debug, info, warning, error; found "
+         f"'{'x' * 60}' and 940 characters more"),
+        ('"\\u001b[2J" = 1', "'\\x1b[2J': is not a key here; known are source"),
+        (f"{'x' * 1000} = 1", f"'{'x' * 60}…': is not a key here"),
+        (f"a = {'[' * 5000}", ": is not TOML that can be read: nested too deeply"),
+        (f"a{'.a' * 5000} = 1", ": cannot be read: has a key of more than 100 parts"),
+    ],
+)  # fmt: skip
+def test_what_is_absurdly_large_is_told_in_a_line_that_people_read(
+    text: str, fault: str, file: Path
+) -> None:
+    (told,) = faults(file, text)
+    assert told.startswith(fault)
+    assert len(told) < 500
+    assert told.isprintable()
+
+
+def test_dots_in_prose_are_no_parts_of_a_key(file: Path) -> None:
+    assert loaded(file, f"# {'.' * 300}\nrule = [] # {'.' * 90}\n").rule == ()
+
+
+def test_a_fifo_is_no_configuration_and_is_not_waited_for(file: Path) -> None:
+    os.mkfifo(file)
+    assert faults_of(file) == [": cannot be read: is not a regular file"]
+
+
+def test_a_device_without_end_is_no_configuration(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+    assert faults_of(file) == [": cannot be read: is not a regular file"]
+
+
+def test_a_file_of_a_disks_size_is_no_configuration(file: Path) -> None:
+    file.touch()
+    os.truncate(file, 10**12)
+    assert faults_of(file) == [": cannot be read: has more than 262144 bytes"]
+
+
+def test_a_link_that_leads_nowhere_is_not_a_missing_file(file: Path) -> None:
+    file.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="cannot be read: is a link that leads nowhere"):
+        config.load(file, AnyonesFiles(), required=False)
+
+
+def test_without_a_file_and_drop_ins_the_built_in_rule_stands(file: Path) -> None:
+    assert config.load(file, AnyonesFiles(), required=False) == Config()
+
+
+def test_where_nothing_is_installed_the_built_in_rule_stands_for_root_too(
+    roots_folder: Path,
+) -> None:
+    for file in (roots_folder / "agent.toml", roots_folder / "caam-hotplug" / "agent.toml"):
+        assert config.load(file, RootsFiles(), required=False) == Config()
+
+
+def test_a_folder_of_drop_ins_that_is_a_file_is_told(file: Path) -> None:
+    (file.parent / "rules.d").write_text("")
+    assert faults(file, "") == [": cannot be read: Not a directory"]
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (
+            'match = { min_size = "2MiB", max_size = "1MiB" }',
+            "match.min_size: expected at most max_size, which is 1048576, found 2097152",
+        ),
+        (
+            'mount.options = ["noatime", "strictatime"]',
+            "mount.options: expected one of noatime, relatime, strictatime; found noatime, "
+            "strictatime",
+        ),
+        (
+            'mount.filesystem_options.ext4 = ["ro", "rw"]',
+            "mount.filesystem_options: expected one of 'ro' and 'rw' for ext4, found both",
+        ),
+        (
+            'mount.filesystem_options.ext4 = ["exec", "noexec"]',
+            "mount.filesystem_options: expected one of 'exec' and 'noexec' for ext4, found both",
+        ),
+        (
+            'mount.filesystem_options.ext4 = ["errors=panic", "errors=continue"]',
+            "mount.filesystem_options: expected one of 'errors=panic' and 'errors=continue' for "
+            "ext4, found both",
+        ),
+        (
+            'mount = { read_only = true, filesystem_options = { xfs = ["rw"] } }',
+            "mount.read_only: expected false, as filesystem_options ask for 'rw', found true",
+        ),
+        (
+            'mount.filesystem_options.ext4 = ["noload\\u0000"]',
+            "mount.filesystem_options: expected an option such as errors=continue or noquota for "
+            "ext4, found 'noload\\x00'",
+        ),
+        (
+            'mount.filesystem_options.ext4 = [""]',
+            "mount.filesystem_options: expected an option such as errors=continue or noquota for "
+            "ext4, found ''",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_told(line: str, fault: str, file: Path) -> None:
+    assert faults(file, in_rule(line)) == [f"rule[1].{fault}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'match = { min_size = "1MiB", max_size = "1MiB" }',
+        'mount.options = ["noatime", "nodiratime"]',
+        'mount.filesystem_options = { ext4 = ["ro"], xfs = ["rw"] }',
+        'mount.filesystem_options.ext4 = ["errors=continue", "errors=continue", "noload"]',
+        'mount = { read_only = true, filesystem_options.ext4 = ["ro"] }',
+        'mount.filesystem_options.ext4 = ["context=system_u:object_r:removable_t:s0:c1,c2"]',
+    ],
+)
+def test_keys_that_go_together_are_read(line: str, file: Path) -> None:
+    assert loaded(file, in_rule(line)).rule[0].name == "r"
 
 
 def drop_in(file: Path, name: str, text: str) -> Path:
@@ -406,7 +539,7 @@ def test_faults_of_every_file_are_told_together(file: Path) -> None:
     second = drop_in(file, "b.toml", "not toml")
     file.write_text("xyzzy = 1")
     with pytest.raises(ConfigError) as caught:
-        config.load(file)
+        config.load(file, AnyonesFiles())
     assert [fault.file for fault in caught.value.faults] == [file, first, second]
 
 
@@ -445,7 +578,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
     file = tmp_path_factory.getbasetemp() / f"any-{os.getpid()}.toml"
     file.write_bytes(content)
     try:
-        read = config.load(file)
+        read = config.load(file, AnyonesFiles())
     except ConfigError as error:
         assert error.faults
         assert all(fault.problem for fault in error.faults)

@@ -60,6 +60,27 @@ def test_a_mount_without_a_source_has_an_empty_one() -> None:
     assert filesystem.parse_mount("36 35 0:40 / /mnt rw - tmpfs  rw").source == ""
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        " - ",
+        "36 35 8:17 / /mnt rw",
+        "36 35 8:17 / - ext4 /dev/sdb1 rw",
+        "36 35 8:17 / /mnt rw - ext4 /dev/sdb1",
+        "36 35 8 / /mnt rw - ext4 /dev/sdb1 rw",
+        r"36 35 8:17 / /mnt\04 rw - ext4 /dev/sdb1 rw",
+        r"36 35 8:17 / /mnt\777 rw - ext4 /dev/sdb1 rw",
+    ],
+)
+def test_a_line_that_the_kernel_does_not_write_is_refused_with_what_was_expected(
+    line: str,
+) -> None:
+    with pytest.raises(ValueError, match=r"^expected a line of mountinfo such as .*, found ") as e:
+        filesystem.parse_mount(line)
+    assert str(e.value).endswith(repr(line))
+
+
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 

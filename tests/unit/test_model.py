@@ -45,7 +45,9 @@ def test_a_device_number_is_read_as_sysfs_ends_it() -> None:
     assert DeviceNumber.from_text("8:17\n") == DeviceNumber(8, 17)
 
 
-@pytest.mark.parametrize("text", ["", "8", "8:", ":17", "8:17:1", "eight:17", "/dev/sdb1"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8:", ":17", "8:17:1", "eight:17", "/dev/sdb1", "-8:17", "8:1_7", "٨:17"]
+)
 def test_a_device_number_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         DeviceNumber.from_text(text)

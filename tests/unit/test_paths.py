@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug.errors import MountPointOccupiedError
+from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError
 from caam_hotplug.kernel import paths
-from caam_hotplug.kernel.paths import UnsafePathError
 
 
 def mode(path: Path) -> int:
@@ -70,7 +69,8 @@ def test_a_link_in_the_path_is_refused_wherever_it_leads(create: bool, tmp_path:
     ):
         pass
     assert str(caught.value) == (
-        f"open {link}/media: {link} is not a directory but a link or a file"
+        f"open {link}/media: {link} is not a directory but a link or a file; "
+        "name a path without links"
     )
     assert open_files() == before
 
@@ -112,7 +112,7 @@ def test_a_directory_that_others_may_write_to_is_refused(others: int, tmp_path: 
     with pytest.raises(UnsafePathError) as caught, paths.directory(shared / "media"):
         pass
     assert str(caught.value) == (
-        f"open {shared}/media: {shared} can be written by others than root"
+        f"open {shared}/media: {shared} can be written by others than root; chmod go-w {shared}"
     )
     assert open_files() == before
 

@@ -80,6 +80,13 @@ def test_a_line_with_options_is_read() -> None:
         LINE.replace("204800", "many"),
         LINE.replace("8:17", "/dev/sdb1"),
         LINE.replace("8:17", "8"),
+        LINE.replace(":36:logon:caam-hotplug:7-1", ":36"),
+        LINE.replace("204800", "-204800"),
+        LINE.replace("204800", "204_800"),
+        LINE.replace(" 0 8:17", " +0 8:17"),
+        f"{LINE} 0",
+        f"{LINE} 1 allow_discards same_cpu_crypt",
+        f"{LINE} 2 allow_discards allow_discards",
     ],
 )
 def test_another_line_is_no_target_of_ours(line: str) -> None:

@@ -115,16 +115,16 @@ def import_blob(device: Path, blob: bytes) -> SecretBytes:
     """
     if len(blob) > BLOB_MAX_BYTES:
         raise BlobError(f"a black blob has at most {BLOB_MAX_BYTES} bytes, not {len(blob)}")
-    room = bytearray(_TAGGED_KEY_MAX_BYTES)
     source = ctypes.create_string_buffer(blob, len(blob))
-    target = (ctypes.c_char * len(room)).from_buffer(room)
-    request = bytearray(
-        _KEYGEN.pack(
-            0, 0, 0, len(room), 0, 0, 0, ctypes.addressof(target), len(blob),
-            ctypes.addressof(source),
-        )
-    )  # fmt: skip
-    with SecretBytes(room) as black:
+    # No name ever stands for the bytes themselves, so that no traceback can show them.
+    with SecretBytes(bytearray(_TAGGED_KEY_MAX_BYTES)) as black:
+        target = (ctypes.c_char * len(black)).from_buffer(black.buffer)
+        request = bytearray(
+            _KEYGEN.pack(
+                0, 0, 0, len(black), 0, 0, 0, ctypes.addressof(target), len(blob),
+                ctypes.addressof(source),
+            )
+        )  # fmt: skip
         try:
             file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:

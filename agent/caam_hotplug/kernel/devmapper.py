@@ -110,7 +110,7 @@ def _task(kind: int, subject: str, *, by_uuid: bool = False) -> Iterator[int]:
         raise DmError("prepare a call for mapping", subject, errno.ENOMEM)
     try:
         named = lib.set_uuid if by_uuid else lib.set_name
-        if subject and not named(task, subject.encode()):
+        if subject and not named(task, subject.encode(errors="surrogateescape")):
             raise DmError("name mapping", subject, errno.EINVAL)
         yield task
     finally:
@@ -177,7 +177,8 @@ def _all_names() -> list[str]:
         if not at or not ctypes.c_uint64.from_address(at).value:
             return result
         while True:
-            result.append(ctypes.string_at(at + 12).decode())
+            # Others may name theirs in any bytes, which must not end a look for ours.
+            result.append(ctypes.string_at(at + 12).decode(errors="surrogateescape"))
             step = ctypes.c_uint32.from_address(at + 8).value
             if not step:
                 return result
@@ -189,7 +190,7 @@ def _uuid_of(name: str) -> str | None:
     with _task(_INFO, name) as task:
         if not lib.run(task):
             return None
-        uuid = (lib.get_uuid(task) or b"").decode()
+        uuid = (lib.get_uuid(task) or b"").decode(errors="surrogateescape")
         return uuid if uuid.startswith(names.DM_UUID_PREFIX) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _MOUNT_ATTRS: Final = {
     "nodiratime": 0x80,
     "nosymfollow": 0x200000,
 }
+
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
@@ -278,26 +281,48 @@ def flush(path: str) -> None:
 
 
 def mounts() -> list[Mount]:
-    """What is mounted in this process's namespace. Source: proc_pid_mountinfo(5)."""
+    """What is mounted in this process's namespace.
+
+    Raises: MountError for a line of an unknown form, which might be one of ours.
+    Source: proc_pid_mountinfo(5).
+    """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
-    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
-    return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
+    lines = _MOUNTINFO.read_bytes().split(b"\n")
+    try:
+        return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
+    except ValueError as error:
+        raise MountError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
 
 
 def parse_mount(line: str) -> Mount:
-    """One line of mountinfo; optional fields end with a lone dash."""
+    """One line of mountinfo; optional fields end with a lone dash.
+
+    Raises: ValueError with the line for any other form.
+    """
     left, _, right = line.partition(" - ")
-    fields = left.split(" ")
-    _, source, superblock_options = right.split(" ", 2)
-    return Mount(
-        number=DeviceNumber.from_text(fields[2]),
-        point=_unescaped(fields[4]),
-        source=_unescaped(source),
-        read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
-    )
+    fields, of_superblock = left.split(" "), right.split(" ", 2)
+    try:
+        _, source, superblock_options = of_superblock
+        return Mount(
+            number=DeviceNumber.from_text(fields[2]),
+            point=_unescaped(fields[4]),
+            source=_unescaped(source),
+            read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
+        )
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            "expected a line of mountinfo such as '36 35 8:17 / /mnt rw - ext4 /dev/sdb1 rw', "
+            f"found {line[:80]!a}"
+        ) from error
+
+
+_ESCAPES: Final = re.compile(rb"(?:[^\\]|\\[0-3][0-7]{2})*")
 
 
 def _unescaped(field: str) -> str:
-    """Blank, tab, newline and backslash come as three octal digits."""
-    parts = field.split("\\")
-    return parts[0] + "".join(chr(int(part[:3], 8)) + part[3:] for part in parts[1:])
+    """Blank, tab, newline, hash and backslash come as three octal digits (seq_escape)."""
+    raw = field.encode(errors="surrogateescape")
+    if not _ESCAPES.fullmatch(raw):
+        raise ValueError("a backslash without three octal digits")
+    plain = re.sub(rb"\\(...)", lambda m: bytes([int(m[1], 8)]), raw, flags=re.DOTALL)
+    return plain.decode(errors="surrogateescape")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, MountError
-from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev
+from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev, usage
 from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume
 
 
@@ -54,6 +54,10 @@ class Linux:
             uuid=found.uuid,
             identified=True,
         )
+
+    def require_unused(self, volume: Volume) -> None:
+        """Nothing else uses the volume. Raises: DeviceInUseError, which says who."""
+        usage.require_unused(volume)
 
     def read_blob(self, name: str) -> bytes:
         """The black blob's bytes. Raises: BlobMissingError, BlobError."""

@@ -10,22 +10,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError, MountPointOccupiedError
+from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError, shown
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class UnsafePathError(HotplugError):
-    """Someone other than root could lead this path elsewhere."""
-
-
 @contextmanager
-def directory(path: Path, *, create: bool = False) -> Iterator[int]:
+def directory(path: Path, *, create: bool = False, only_root: bool = False) -> Iterator[int]:
     """A file descriptor of the directory, for calls that take a `dir_fd`.
 
     Every component must be a directory of root's that nobody else may write to (a sticky one
     such as /tmp may be written to: there nobody moves what is not theirs).
-    With `create`, missing components are made with mode 0755.
+    With `create`, missing components are made with mode 0755. With `only_root`, a sticky one
+    will not do either: there anybody can put what is not there yet, such as a drop-in.
 
     Raises: UnsafePathError naming the component; OSError; ValueError for a relative path.
     """
@@ -34,6 +31,7 @@ def directory(path: Path, *, create: bool = False) -> Iterator[int]:
     here = os.open("/", _OPEN)
     walked = Path("/")
     try:
+        require_roots(here, walked, path, only_root=only_root)
         for component in path.parts[1:]:
             walked /= component
             if create:
@@ -43,23 +41,38 @@ def directory(path: Path, *, create: bool = False) -> Iterator[int]:
                 below = os.open(component, _OPEN, dir_fd=here)
             except NotADirectoryError as error:
                 raise UnsafePathError(
-                    f"open {path}: {walked} is not a directory but a link or a file"
+                    path,
+                    walked,
+                    "is not a directory but a link or a file",
+                    "name a path without links",
                 ) from error
             os.close(here)
             here = below
-            _require_trusted(here, walked, path)
+            require_roots(here, walked, path, only_root=only_root)
         yield here
     finally:
         os.close(here)
 
 
-def _require_trusted(opened: int, walked: Path, path: Path) -> None:
+def require_roots(opened: int, component: Path, path: Path, *, only_root: bool = False) -> None:
+    """Raises: UnsafePathError if others than root own or may write what `opened` stands for.
+
+    An access list shows here too: its mask is the group's part of the mode (acl(5)). Unless
+    `only_root`, an ordinary user who runs us may own it, and it may be sticky.
+    """
     status = os.fstat(opened)
-    if status.st_uid not in {0, os.geteuid()}:
-        raise UnsafePathError(f"open {path}: {walked} belongs to user {status.st_uid}, not to root")
+    if status.st_uid not in ({0} if only_root else {0, os.geteuid()}):
+        cause = f"belongs to user {status.st_uid}, not to root"
+        raise UnsafePathError(path, component, cause, f"chown root {shown(component)}")
     others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if others_write and not status.st_mode & stat.S_ISVTX:
-        raise UnsafePathError(f"open {path}: {walked} can be written by others than root")
+    if not others_write:
+        return
+    if not status.st_mode & stat.S_ISVTX:
+        cause = "can be written by others than root"
+        raise UnsafePathError(path, component, cause, f"chmod go-w {shown(component)}")
+    if only_root:
+        cause = "is a place where everyone may put files, sticky as it is"
+        raise UnsafePathError(path, component, cause, "choose one where only root may")
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from caam_hotplug.model import (
     Sectors,
     Volume,
     VolumeId,
+    number,
 )
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Devices:
         now = time.monotonic()
         for name in [name for name, at in self._untold.items() if at <= now]:
             del self._untold[name]
-            volume = _volume(name, {}, "kernel")
+            volume = volume_at(name, {}, "kernel")
             if volume is not None:
                 log.warning(
                     "udev has not told of %s for %g s; doing without", name, UDEV_PATIENCE_S
@@ -147,7 +148,7 @@ class Devices:
             raise HotplugError(f"look at {node}: it is no block device") from error
         if _NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        found = _volume(device.sys_name, dict(device.properties), self.source)
+        found = volume_at(device.sys_name, dict(device.properties), self.source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
@@ -157,7 +158,7 @@ class Devices:
         if _NEVER_MEDIA.match(name):
             return
         properties = dict(device.properties)
-        volume = _volume(name, properties, self.source)
+        volume = volume_at(name, properties, self.source)
         if volume is None:
             self._untold.pop(name, None)
             yield Disappeared(name)
@@ -230,33 +231,40 @@ def present_ids() -> set[VolumeId]:
     return {which for which in found if which is not None}
 
 
-def present_id(name: str) -> VolumeId | None:
+def present_id(name: str, sys_block: Path = _SYS_BLOCK) -> VolumeId | None:
     """Which volume sits at a kernel name now, or None. Asks sysfs; any thread."""
-    folder = _SYS_BLOCK / name
+    folder = sys_block / name
     try:
         # The kernel takes the `dev` file away before it tells of the removal, the folder after
         # (device_del in drivers/base/core.c).
         DeviceNumber.from_text((folder / "dev").read_text())
         whole = not (folder / "partition").exists()
         disk = folder if whole else folder.resolve().parent
-        diskseq = int((disk / "diskseq").read_text())
-        partition = 0 if whole else int((folder / "partition").read_text())
-        if int((folder / "size").read_text()) == 0:
+        diskseq = _number(disk / "diskseq")
+        partition = 0 if whole else _number(folder / "partition")
+        if _number(folder / "size") == 0:
             return None
     except (OSError, ValueError):
         return None
     return VolumeId(diskseq, partition)
 
 
-def _volume(name: str, properties: Mapping[str, str], source: Source) -> Volume | None:
+def _number(file: Path) -> int:
+    """Raises: OSError; ValueError if it holds anything but a number."""
+    return number(file.read_text().removesuffix("\n"))
+
+
+def volume_at(
+    name: str, properties: Mapping[str, str], source: Source, sys_block: Path = _SYS_BLOCK
+) -> Volume | None:
     """The volume at a kernel name, or None if there is none, or no medium in the reader."""
-    folder = _SYS_BLOCK / name
-    which = present_id(name)
+    folder = sys_block / name
+    which = present_id(name, sys_block)
     if which is None:
         return None
     try:
-        number = DeviceNumber.from_text((folder / "dev").read_text())
-        size = Sectors(int((folder / "size").read_text()))
+        device = DeviceNumber.from_text((folder / "dev").read_text())
+        size = Sectors(_number(folder / "size"))
         read_only = (folder / "ro").read_text().strip() == "1"
     except (OSError, ValueError):
         return None  # it left while we looked; its remove event follows
@@ -270,7 +278,7 @@ def _volume(name: str, properties: Mapping[str, str], source: Source) -> Volume 
     return Volume(
         id=which,
         name=name,
-        number=number,
+        number=device,
         devtype=DevType.DISK if which.partition == 0 else DevType.PARTITION,
         size=size,
         bus=bus,

@@ -119,6 +119,8 @@ def _as_wanted(existing: Mapping, wish: Wish) -> bool:
 
 async def _make_mapping(steps: Steps, wish: Wish) -> None:
     host, name = steps.host, wish.dm_name
+    await steps.call("look who uses it", host.require_unused, wish.volume)
+    steps.leave.check()
     async with logon_key(steps, wish) as key_bytes:
         steps.leave.check()
         line = crypt_target(wish.volume, wish.plan.rule.crypt, key_bytes).to_line()

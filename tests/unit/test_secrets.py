@@ -1,0 +1,200 @@
+"""No output shows a key: no exception, repr, log line or copy, and no traceback with locals."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import ctypes
+import fcntl
+import json
+import logging
+import pickle
+import struct
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caam_hotplug import errors
+from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
+from caam_hotplug.kernel import caam, keyring
+from caam_hotplug.lifecycle.resources import Wish
+from caam_hotplug.model import SecretBytes
+from caam_hotplug.rules import BUILT_IN, Admitted, decide
+from caam_hotplug.table import crypt_target
+from unit.volumes import stick
+
+KEY = bytes.fromhex("4f6174610000000001000000100000001000000099a1b7c3d5e9f1020b1d2f41536577")
+"""As a tagged key is: a header, then a black key of 16 bytes; some of both are printable."""
+BLOB = struct.pack("=5I", 0x5461674F, 0, 1, 16, 64) + bytes(range(100, 164))
+WINDOW = 6
+"""Bytes in a row. As many of a key would be half of one of 16 bytes, read through a mistake."""
+
+
+def spellings(part: bytes) -> set[str]:
+    """How a part of the key might be written."""
+    return {
+        part.decode("latin-1"),
+        repr(part)[2:-1],
+        repr(list(part))[1:-1],
+        part.hex(),
+        part.hex().upper(),
+        part.hex(" "),
+        part.hex(":"),
+        base64.b64encode(part).decode(),
+        base64.urlsafe_b64encode(part).decode(),
+    }
+
+
+def shows_the_key(text: str) -> bool:
+    """Whether the text has any few bytes of the black key in a row, however they are written."""
+    black = KEY[-16:]
+    parts = (black[at : at + WINDOW] for at in range(len(black) - WINDOW + 1))
+    return any(spelled in text for part in parts for spelled in spellings(part))
+
+
+def with_locals(error: BaseException) -> str:
+    """The traceback as a crash reporter's would be, with every frame's variables."""
+    told = traceback.TracebackException.from_exception(error, capture_locals=True, compact=False)
+    return "".join(told.format())
+
+
+def secret() -> SecretBytes:
+    return SecretBytes(bytearray(KEY))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: f"room = {bytearray(KEY)!r}",
+        lambda: str(bytes(KEY)),
+        KEY.hex,
+        lambda: f"key {KEY[-10:].hex(' ')}",
+        lambda: base64.b64encode(KEY[-16:]).decode(),
+        lambda: json.dumps(list(KEY)),
+        lambda: KEY.decode("latin-1"),
+    ],
+)
+def test_a_key_that_is_shown_would_be_noticed(write: Callable[[], str]) -> None:
+    assert shows_the_key(write())
+
+
+@pytest.mark.parametrize(
+    "write", [repr, str, ascii, "{}".format, "{0!r:>80}".format, "%s".__mod__, lambda s: f"{[s]}"]
+)
+def test_secret_bytes_are_shown_by_their_length(write: Callable[[object], str]) -> None:
+    shown = write(secret())
+    assert "<35 secret bytes>" in shown
+    assert not shows_the_key(shown)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Anything that holds a key beside other things."""
+
+    name: str
+    key: SecretBytes
+
+
+def test_what_holds_secret_bytes_does_not_show_them(caplog: pytest.LogCaptureFixture) -> None:
+    held = Holder("x", secret())
+    logging.getLogger("caam_hotplug").error("held: %s %r", held, {"key": held.key})
+    assert "<35 secret bytes>" in caplog.text
+    assert not shows_the_key(caplog.text)
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        copy.copy,
+        copy.deepcopy,
+        *(lambda s, p=protocol: pickle.dumps(s, p) for protocol in range(6)),
+        lambda s: asdict(Holder("x", s)),
+        bytes,
+        list,
+        json.dumps,
+        lambda s: json.dumps(s, default=vars),
+    ],
+)
+def test_no_copy_is_made_of_secret_bytes(take: Callable[[SecretBytes], Any]) -> None:
+    with pytest.raises(TypeError) as caught:
+        take(secret())
+    assert not shows_the_key(str(caught.value))
+    assert not shows_the_key(with_locals(caught.value))
+
+
+def test_a_plan_and_its_target_are_made_without_the_key() -> None:
+    plan = decide(BUILT_IN, stick())
+    assert isinstance(plan, Admitted)
+    wish = Wish(stick(), plan)
+    target = crypt_target(stick(), plan.rule.crypt, len(secret()))
+    written = f"{wish!r} {target!r} {target.to_line()} {asdict(wish)} {pickle.dumps(target)!r}"
+    assert ":35:logon:caam-hotplug:7-1" in written
+    assert not shows_the_key(written)
+
+
+def every_error() -> list[type[HotplugError]]:
+    """The whole hierarchy."""
+    found = [errors.HotplugError]
+    for kind in found:
+        found += kind.__subclasses__()
+    return found
+
+
+def test_an_error_that_is_raised_over_secret_bytes_does_not_show_them() -> None:
+    for kind in every_error():
+        with pytest.raises(HotplugError) as caught, secret() as key:
+            error = kind.__new__(kind)
+            Exception.__init__(error, f"with {key}", key)
+            error.__dict__.update(operation="add", subject=str(key), detail=repr(key))
+            raise error
+        told = with_locals(caught.value)
+        assert "<35 secret bytes>" in told
+        assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+
+
+def of_driver(monkeypatch: pytest.MonkeyPatch, outcome: OSError | None) -> None:
+    """The kernel's driver writes the key where it is asked to, and then succeeds or fails."""
+
+    def ioctl(_file: int, _request: int, argument: bytearray) -> int:
+        ctypes.memmove(struct.unpack_from("=Q", argument, 32)[0], KEY, len(KEY))
+        struct.pack_into("=I", argument, 4, len(KEY))
+        if outcome is not None:
+            raise outcome
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(5, CaamError), (74, BlobRejectedError), (22, BlobRejectedError)]
+)
+def test_an_import_that_fails_after_the_key_was_written_does_not_show_it(
+    number: int, kind: type[HotplugError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caam").touch()
+    of_driver(monkeypatch, OSError(number, "x"))
+    with pytest.raises(kind) as caught:
+        caam.import_blob(tmp_path / "caam", BLOB)
+    told = with_locals(caught.value)
+    assert "secret bytes>" in told
+    assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+
+
+def test_a_key_that_the_keyring_refuses_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caam").touch()
+    of_driver(monkeypatch, None)
+    with caam.import_blob(tmp_path / "caam", BLOB) as key:
+        assert bytes(key.buffer) == KEY
+        # A logon key's description must have a prefix, so that no kernel takes this one.
+        with pytest.raises(OSError) as caught:
+            keyring.add_logon_key("without-prefix", key)
+        told = with_locals(caught.value)
+        assert "payload = <35 secret bytes>" in told
+        assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+    assert bytes(key.buffer) == bytes(len(KEY))
