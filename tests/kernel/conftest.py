@@ -39,7 +39,7 @@ SELECTED: Final = "/var/tmp/kernel-tests/selected"
 """In the guest: the node ids to run, one a line."""
 REPORTS: Final = "/var/tmp/kernel-tests/reports"
 """In the guest: a line of JSON for each report, written as it is made."""
-GUEST_DEADLINE_S: Final = 1800
+GUEST_DEADLINE_S: Final = 5400
 
 LOOKED_AT_EVERY_S: Final = 2
 COVERAGE_IN_GUEST: Final = "/var/tmp/coverage"
