@@ -53,10 +53,45 @@ class InlineLane(Lane):
         return future
 
 
+class ThreadedLane(Lane):
+    """The agent's own lane with its threads, on a bench whose clock stands still meanwhile."""
+
+    def __init__(self, name: str, late_after_s: float, kernel: FakeKernel, clock: Clock) -> None:
+        super().__init__(name, late_after_s)
+        self._kernel = kernel
+        self._clock = clock
+
+    def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self._clock.create_future()
+
+        def locked() -> T:
+            with self._kernel.lock:
+                return function()
+
+        def begin() -> None:
+            self._clock.threads += 1
+            super(ThreadedLane, self)._begin(locked).add_done_callback(end)
+
+        def end(call: asyncio.Future[T]) -> None:
+            self._clock.threads -= 1
+            error = call.exception()
+            if isinstance(error, HangsError):
+                self._clock.call_later(error.seconds, begin)
+            elif error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(call.result())
+
+        begin()
+        return future
+
+
 class Bench:
     """One machine: a kernel, and an agent that can be started, stopped, cancelled and killed."""
 
-    def __init__(self, rules: tuple[Rule, ...] = BUILT_IN) -> None:
+    def __init__(self, rules: tuple[Rule, ...] = BUILT_IN, *, threads: bool = False) -> None:
+        """`threads`: every call of the agent is in a thread, as it is outside of tests."""
+        self._threads = threads
         self.kernel = FakeKernel()
         self.rules = rules
         self.board = Board()
@@ -101,7 +136,7 @@ class Bench:
         self._host = self.kernel.process()
         self.board = Board()
         self.board.listen(lambda e: self.states.append((e.volume, e.state, e.reason)))
-        around = surroundings(self._host, self.rules, self.board)
+        around = self._around = self._surroundings(self._host)
         kernel = self.kernel
 
         async def main() -> None:
@@ -164,6 +199,11 @@ class Bench:
                 main.exception()
 
         self.run(ended())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the agent has ended by itself."""
+        return self._main is not None and self._main.done()
 
     def failed_to_start(self) -> BaseException:
         """Why the agent has ended by itself."""
@@ -229,15 +269,30 @@ class Bench:
         """The reason that stands beside the volume's state."""
         return next(e.reason for e in self.board.entries() if e.volume.id == volume.id)
 
+    def _surroundings(self, host: FakeHost) -> Surroundings:
+        """What lives share."""
+        kernel, clock = self.kernel, self._loop
 
-def surroundings(host: FakeHost, rules: tuple[Rule, ...], board: Board) -> Surroundings:
-    """What lives share, with lanes that are deterministic."""
+        def new_lane(name: str) -> Lane:
+            if self._threads:
+                return ThreadedLane(name, LATE_AFTER_S, kernel, clock)
+            return InlineLane(name, LATE_AFTER_S, kernel)
 
-    def new_lane(name: str) -> Lane:
-        return InlineLane(name, LATE_AFTER_S, host.kernel)
+        lane = new_lane("mappings")
+        return Surroundings(host, self.rules, new_lane, lane, Claims(), self.board.publish)
 
-    lane = new_lane("mappings")
-    return Surroundings(host, rules, new_lane, lane, Claims(), board.publish)
+    def memories(self) -> dict[str, int]:
+        """How many entries the agent's tables have, and the loop tasks."""
+        supervisor = self._supervisor
+        assert supervisor is not None
+        return {
+            "lives": len(supervisor._lives),
+            "names of volumes": len(supervisor._at),
+            "volumes that come next": len(supervisor._next),
+            "inherited": len(supervisor._inherited),
+            "claims": len(self._around.claims._queues),
+            "tasks": len(asyncio.all_tasks(self._loop)),
+        }
 
 
-__all__ = ["Bench", "InlineLane", "ProcessDiedError", "surroundings"]
+__all__ = ["Bench", "InlineLane", "ProcessDiedError"]

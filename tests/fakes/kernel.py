@@ -133,6 +133,10 @@ class FakeKernel:
         self, label: str = "cartridge-01", name: str = "sda1", *, key: bytes = KEY, **facts: Any
     ) -> Volume:
         """A medium sits in its socket; the event is for the test to deliver."""
+        with self.lock:
+            return self._insert(label, name, key, facts)
+
+    def _insert(self, label: str, name: str, key: bytes, facts: dict[str, Any]) -> Volume:
         self.diskseq += 1
         which = VolumeId(self.diskseq, 1)
         number = DeviceNumber(8, self.diskseq)
@@ -147,7 +151,8 @@ class FakeKernel:
 
     def yank(self, name: str = "sda1") -> None:
         """The medium is out."""
-        del self.media[name]
+        with self.lock:
+            del self.media[name]
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """The next call of this step raises the error instead of acting."""
@@ -175,10 +180,11 @@ class FakeKernel:
 
     def let_go(self) -> None:
         """Every process outside has closed what it held."""
-        self.users.clear()
-        for mapping in list(self.mappings.values()):
-            mapping.holders = 0
-            self._maybe_goes(mapping)
+        with self.lock:
+            self.users.clear()
+            for mapping in list(self.mappings.values()):
+                mapping.holders = 0
+                self._maybe_goes(mapping)
 
     def leftovers(self) -> list[str]:
         """What of the agent's is there: to be empty when no medium is."""
