@@ -14,7 +14,7 @@ from caam_hotplug.kernel import files
 _EXAMPLES = """\
 examples:
   caam-hotplug run                            with the installed configuration
-  caam-hotplug run --config my.toml           in the foreground, for a try
+  caam-hotplug run --config /root/my.toml     in the foreground, for a try
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
 

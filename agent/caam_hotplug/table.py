@@ -51,9 +51,11 @@ class CryptTarget:
         _, length, _, cipher, key, iv_offset, device, offset, *listed = fields
         empty, _, sized = key.partition(":")
         key_bytes, colon, description = sized.partition(":")
-        options = frozenset(listed[1:])
         # A table that is read more widely than the kernel writes it might be taken for ours.
-        if empty or not colon or (listed and (not options or listed[0] != str(len(options)))):
+        options = frozenset(listed[1:])
+        is_counted = not listed or (options and listed[0] == str(len(listed) - 1))
+        has_twins = len(options) < len(listed[1:])
+        if empty or not colon or not is_counted or has_twins:
             return None
         try:
             return cls(

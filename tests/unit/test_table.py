@@ -87,6 +87,7 @@ def test_a_line_with_options_is_read() -> None:
         f"{LINE} 0",
         f"{LINE} 1 allow_discards same_cpu_crypt",
         f"{LINE} 2 allow_discards allow_discards",
+        f"{LINE} 2 allow_discards same_cpu_crypt same_cpu_crypt",
     ],
 )
 def test_another_line_is_no_target_of_ours(line: str) -> None:
