@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import config
-from caam_hotplug.kernel import devmapper
+from caam_hotplug.kernel import devmapper, files
 from fakes.contract import until
 from kernel.cartridges import HELLO, TEXT, Cartridge
 from kernel.forked import Agent
@@ -46,7 +46,7 @@ class Room:
     def _config(self, more: str = "", stop_within_s: int = 120) -> config.Config:
         file = self._folder / "agent.toml"
         file.write_text(RULES.format(room=self._folder, stop_within_s=stop_within_s) + more)
-        return config.load(file)
+        return config.load(file, files.RootsFiles())
 
     def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:
         """From the agent's next start on, its rule has these keys more."""
