@@ -32,37 +32,6 @@ async def test_a_mounted_medium_is_adopted_without_interruption(
     await agent.until_said("removed-unsafely")
 
 
-async def test_a_medium_that_left_while_the_agent_was_dead_is_swept(
-    guest: Guest, agent: InstalledAgent, medium: Path
-) -> None:
-    await agent.start()
-    stick = await guest.plug_usb(medium)
-    await guest.until_mounted(POINT)
-    await agent.kill()
-    await stick.pull()
-    await guest.until("! test -e /sys/class/block/sda")
-    assert await agent.leftovers() != []
-    await agent.start()
-    await agent.until_said("sweeping mapping caam-cartridge-01-")
-    assert await agent.leftovers() == []
-
-
-async def test_a_medium_changed_while_the_agent_was_dead_gets_the_mount_point(
-    guest: Guest, agent: InstalledAgent, medium: Path
-) -> None:
-    await agent.start()
-    stick = await guest.plug_usb(medium)
-    await guest.until_mounted(POINT)
-    await agent.kill()
-    await stick.pull()
-    await guest.until("! test -e /sys/class/block/sda")
-    await stick.plug()
-    await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
-    await agent.start()
-    await agent.until_said("mounted: at", times=2)
-    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
-
-
 async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_over(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
@@ -73,23 +42,6 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
     await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
     await guest.until_mounted(POINT)
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
-
-
-async def test_a_half_made_mapping_and_an_empty_mount_point_are_taken_over(
-    guest: Guest, agent: InstalledAgent, medium: Path
-) -> None:
-    # As an agent leaves them that is killed between creating and activating, or before mounting.
-    await agent.stop()
-    await guest.plug_usb(medium)
-    await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
-    await guest.sh(
-        "n=$(cat /sys/class/block/sda/diskseq)\n"
-        "dmsetup create caam-cartridge-01-$n-1 -u CAAM-HOTPLUG-$n-1 --notable\n"
-        "mkdir -p /run/media; mkdir -m 0 /run/media/cartridge-01 /run/media/stale"
-    )
-    await agent.start()
-    await guest.until_mounted(POINT)
-    await guest.until("! test -e /run/media/stale")
 
 
 async def test_a_restart_with_keep_interrupts_no_writer_and_a_clean_stop_locks(

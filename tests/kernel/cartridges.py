@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fakes.contract import until
-from kernel.witness import run
+from kernel.witness import detach, run
 
 EXT4: Final = ("mkfs.ext4", "-q")
 HELLO: Final = "hello.txt"
@@ -146,7 +146,7 @@ class Faulty:
             medium.seek(1 << 20)
             medium.write(self._contents)
         self._below = run("losetup", "-f", "--show", str(file)).strip()
-        self._held.callback(_detach, self._below)
+        self._held.callback(detach, self._below)
         run("dmsetup", "create", self.NAME, "--table", self._table("linear {below} 0"))
         self._held.callback(run, "dmsetup", "remove", "--retry", self.NAME)
         return self
@@ -166,7 +166,7 @@ class Faulty:
         try:
             yield
         finally:
-            _detach(device)
+            detach(device)
 
     def becomes(self, target: str) -> None:
         """From now on the medium does what this device-mapper target does."""
@@ -190,11 +190,6 @@ class Faulty:
             yield
         finally:
             run("dmsetup", "resume", self.NAME)
-
-
-def _detach(device: str) -> None:
-    run("losetup", "-d", device)
-    run("udevadm", "settle")
 
 
 def _layout(label: str) -> bytes:

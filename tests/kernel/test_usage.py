@@ -14,7 +14,7 @@ from caam_hotplug.errors import DeviceInUseError, KernelError
 from caam_hotplug.kernel import usage
 from kernel.agents import Room
 from kernel.real import volume_at
-from kernel.witness import loop_medium, run
+from kernel.witness import detach, loop_medium, run
 
 
 class Use(Protocol):
@@ -61,7 +61,7 @@ def looped(device: str, folder: Path) -> Iterator[str]:
     try:
         yield f"{Path(above).name} lies on it"
     finally:
-        run("losetup", "-d", above)
+        detach(above)
 
 
 @contextmanager

@@ -283,10 +283,16 @@ def loop_medium(size_bytes: int) -> Iterator[Medium]:
         try:
             yield Medium(file, device)
         finally:
-            run("losetup", "-d", device)
-            # While udevd reads it, it only goes at the last close (loop_clr_fd in
-            # drivers/block/loop.c).
-            run("udevadm", "settle")
+            detach(device)
+
+
+def detach(device: str) -> None:
+    """The loop device has let go of what was below it.
+
+    While udevd reads it, it does so at the last close only (loop_clr_fd in drivers/block/loop.c).
+    """
+    run("losetup", "-d", device)
+    run("udevadm", "settle")
 
 
 def read(device: str, count: int) -> bytes:
