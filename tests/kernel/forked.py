@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -105,9 +104,8 @@ class Agent:
 
         Raises: TimeoutError after the deadline.
         """
-        with suppress(BlockingIOError):
-            while True:
-                self._manager.recv(4096, socket.MSG_DONTWAIT)
+        while select.select([self._manager], [], [], 0)[0]:
+            self._manager.recv(4096)
         while times:
             times -= self._manager.recv(4096) == b"WATCHDOG=1"
 
