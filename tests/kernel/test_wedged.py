@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fakes.contract import until
 from kernel.agents import Room, mappings
 from kernel.cartridges import Faulty
 from kernel.forked import Stop
@@ -54,7 +55,8 @@ def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
         room.agent.until_ended(status=1)
         room.configure()
         room.agent.start()
-        room.agent.until_said("cartridge-03.*: mounted: at ")
+        until((room.mount_root / faulty.label).is_mount)
+        until(room.point(room.neighbour).is_mount)
         assert (room.point(room.neighbour) / "written").read_bytes() == b"before the stop"
         (room.point(room.neighbour) / "written").unlink()
         room.agent.stop()
