@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import Any, assert_never
 
 from caam_hotplug import names
@@ -39,7 +40,7 @@ class Supervisor:
         self._at: dict[str, VolumeId] = {}
         self._next: dict[VolumeId, Volume] = {}
         self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Callable[[], str]] = {}
 
     async def __aenter__(self) -> Supervisor:
         await self._group.__aenter__()
@@ -63,7 +64,7 @@ class Supervisor:
             if owner is not None and owner in there:
                 self._inherited.add(owner)
             else:
-                self._run(self._release(mapping), f"mapping {mapping.name}")
+                self._run(self._release(mapping), partial(str, f"mapping {mapping.name}"))
         for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
             self._arrive(event.volume)
 
@@ -90,12 +91,12 @@ class Supervisor:
         """All has been let go, or so much time has passed: what has not been, by its name."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=within_s)
-        return [task.get_name() for task in self._tasks if not task.done()]
+        return [name() for task, name in self._tasks.items() if not task.done()]
 
-    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self._group.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
+        task = self._group.create_task(work)
+        self._tasks[task] = name
+        task.add_done_callback(self._tasks.pop)
 
     def _arrive(self, volume: Volume) -> None:
         if self._at.get(volume.name, volume.id) != volume.id:
@@ -139,7 +140,7 @@ class Supervisor:
         inherits = volume.id in self._inherited
         self._inherited.discard(volume.id)
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
-        self._run(self._attend(life, volume.id), str(volume))
+        self._run(self._attend(life, volume.id), lambda: str(life.volume))
 
     async def _attend(self, life: Life, which: VolumeId) -> None:
         try:
