@@ -19,5 +19,5 @@ def test_two_thousand_cycles_with_faults_and_crashes_leave_nothing_and_grow_noth
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("seed 1\n2000 cycles (the last 20 in threads), seed 1, ")
-    assert run.stdout.endswith(" KiB, leaks 0\n")
+    assert run.stdout.endswith(" blocks of Python's), leaks 0\n")
     assert " 0 faults" not in run.stdout
