@@ -141,20 +141,6 @@ async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
     assert media.partition_bytes(image) == before
 
 
-async def test_a_device_in_use_is_refused(
-    guest: Guest, agent: InstalledAgent, tmp_path: Path
-) -> None:
-    await agent.stop()
-    await guest.plug_usb(labelled(tmp_path, "cartridge-01", key=None))
-    await guest.until("test -b /dev/sda1")
-    await guest.sh("mkdir -p /mnt/system; mount /dev/sda1 /mnt/system")
-    await agent.start()
-    said = await agent.until_said("failed")
-    assert "Device or resource busy (the device is in use)" in said
-    assert await guest.read("/mnt/system/hello.txt") == b"Encrypted data\n"
-    await guest.sh("umount /mnt/system")
-
-
 async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_where(
     guest: Guest, agent: InstalledAgent
 ) -> None:
