@@ -126,6 +126,12 @@ class Agent:
                     return self.said[index]
             assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
 
+    def forget(self) -> None:
+        """What it has said so far does not count any more."""
+        while self._read(time.monotonic()):
+            pass
+        self._looked_at = len(self.said)
+
     def _read(self, end: float) -> bool:
         """Some more of its log; False if none comes."""
         if not select.select([self._log], [], [], max(0, end - time.monotonic()))[0]:
@@ -164,8 +170,7 @@ class Agent:
 
     def everything(self) -> str:
         """All that it has said."""
-        while self._read(time.monotonic()):
-            pass
+        self.forget()
         return "\n".join(self.said)
 
     def close(self) -> None:

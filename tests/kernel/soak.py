@@ -119,6 +119,7 @@ class Soak:
                 actions = [a for a in actions if a not in (self._killed_at_a_call, self._stopped)]
             action = self._random.choice(actions)
             medium = self._random.choice(self._room.media)
+            self._room.agent.forget()
             self._figures.actions[action.__name__.strip("_")] += 1
             action(medium)
             self._figures.cycles += 1
@@ -132,6 +133,7 @@ class Soak:
         """So many filesystems with random damage were plugged. Raises: AssertionError."""
         self._start()
         for number in range(count):
+            self._room.agent.forget()
             with damage(medium, self._random, DAMAGE_WITHIN[kind]):
                 medium.plug()
                 said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
