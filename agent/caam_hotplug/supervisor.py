@@ -129,7 +129,10 @@ class Supervisor:
     def _reconcile(self, present: list[Appeared]) -> None:
         log.warning("the kernel dropped events; looking at all devices")
         for name in set(self._at) - {event.volume.name for event in present}:
-            life = self._lives.get(self._at[name])
+            which = self._at.get(name)
+            if which is None:  # it departed with its disk
+                continue
+            life = self._lives.get(which)
             # udev does not list a device whose event it has not finished; sysfs knows better.
             if life is None or not self._around.host.is_present(life.volume):
                 self._depart(name)
@@ -161,4 +164,7 @@ class Supervisor:
     async def _release(self, orphan: Mapping) -> None:
         around = self._around
         lane = around.new_lane(f"sweep {orphan.name}")
-        await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
+        try:
+            await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
+        except Exception:  # a defect of ours must not cost present volumes their mounts
+            log.exception("sweep %s: a defect of the agent ended it", orphan.name)

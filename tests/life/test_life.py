@@ -445,6 +445,32 @@ def test_a_card_swapped_in_a_reader_that_tells_of_the_disk_alone_is_let_go(bench
     assert bench.kernel.leftovers() == []
 
 
+def test_disks_that_left_with_their_partitions_while_events_were_lost_are_let_go(
+    bench: Bench,
+) -> None:
+    # Many, since the order in which departed names are looked at is that of a set.
+    cards = [bench.insert(f"card-{n}", f"sd{chr(97 + n)}1") for n in range(8)]
+    for card in cards:
+        bench.appear(replace(_disk_of(card), name=card.name[:-1]))
+    bench.settle()
+    for card in cards:
+        bench.kernel.yank(card.name)
+    bench.lose_events()
+    bench.settle()
+    assert {bench.state(card) for card in cards} == {State.REMOVED_UNSAFELY}
+    assert bench.kernel.leftovers() == []
+
+
+def test_what_udev_tells_while_a_volume_is_identified_without_it_counts(bench: Bench) -> None:
+    bench.kernel.faults.append(Fault("identify", hangs_s=60.0))
+    volume = bench.insert(identified=False)
+    bench.settle()
+    bench.appear(replace(volume, identified=True, opted_out=True))
+    bench.wait(60)
+    assert bench.state(volume) is State.IGNORED
+    assert bench.kernel.mappings == {}
+
+
 def test_lost_events_do_not_cost_a_volume_that_udev_does_not_list_at_the_moment(
     bench: Bench,
 ) -> None:

@@ -89,7 +89,9 @@ class Devices:
         sources: tuple[Source, ...] = ("kernel", "udev") if source == "udev" else ("kernel",)
         self._monitors = {name: _Monitor(self._context, name) for name in sources}
         self._untold: dict[str, float] = {}
-        """When the kernel told of devices of which udev has not."""
+        """Until when udev should have told of devices that are there."""
+        self._told: dict[str, VolumeId] = {}
+        """The volume that was told of last, by the name where it sat."""
 
     def filenos(self) -> list[int]:
         """When one of them is readable, `read` has something to give."""
@@ -134,7 +136,7 @@ class Devices:
                 log.warning(
                     "udev has not told of %s for %g s; doing without", name, UDEV_PATIENCE_S
                 )
-                events.append(Appeared(volume))
+                events.append(self._appeared(volume))
         return events
 
     def volume(self, node: str) -> Volume:
@@ -160,14 +162,12 @@ class Devices:
         properties = dict(device.properties)
         volume = volume_at(name, properties, self.source)
         if volume is None:
-            self._untold.pop(name, None)
-            yield Disappeared(name)
+            yield self._disappeared(name)
         elif device.action == "remove" or _is_of_another(properties, volume.id):
             # Synthesized, or of what sat here before: the event of what sits here now follows.
             return
         elif self.source == "kernel" or device.is_initialized:
-            self._untold.pop(name, None)
-            yield Appeared(volume)
+            yield self._appeared(volume)
         else:
             self._await_udev(name)
 
@@ -176,11 +176,21 @@ class Devices:
         name = device.sys_name
         if _NEVER_MEDIA.match(name):
             return
-        if present_id(name) is None:
-            self._untold.pop(name, None)
-            yield Disappeared(name)
-        elif device.action == "add" and not device.is_initialized:
+        which, told = present_id(name), self._told.get(name)
+        if which is None or told not in {None, which}:
+            yield self._disappeared(name)
+        if which is not None and which != told:
             self._await_udev(name)
+
+    def _appeared(self, volume: Volume) -> Appeared:
+        self._untold.pop(volume.name, None)
+        self._told[volume.name] = volume.id
+        return Appeared(volume)
+
+    def _disappeared(self, name: str) -> Disappeared:
+        self._untold.pop(name, None)
+        self._told.pop(name, None)
+        return Disappeared(name)
 
     def _await_udev(self, name: str) -> None:
         self._untold.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)

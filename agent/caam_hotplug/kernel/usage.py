@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -44,8 +45,13 @@ def require_unused(volume: Volume) -> None:
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
 
 
-def _number_of(path: str | Path) -> DeviceNumber | None:
-    """The number of a block device's node; None for everything else."""
+def _number_of(path: str) -> DeviceNumber | None:
+    """The number of a block device's node; None for everything else.
+
+    Only what lies in /dev is looked at: a path of others may lead to a file system that hangs.
+    """
+    if not path.startswith("/dev/"):
+        return None
     try:
         status = Path(path).stat()
     except OSError:
@@ -55,9 +61,15 @@ def _number_of(path: str | Path) -> DeviceNumber | None:
     return DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
 
 
+def _text(file: Path) -> str:
+    """What the kernel says there. Names in it are others' and may hold any byte."""
+    return file.read_text(errors="backslashreplace").strip()
+
+
 def _partitions(name: str) -> Iterator[DeviceNumber]:
     for file in (_SYS_BLOCK / name).glob(f"{name}*/dev"):
-        yield DeviceNumber.from_text(file.read_text())
+        with suppress(OSError):  # the table of partitions is read anew
+            yield DeviceNumber.from_text(file.read_text())
 
 
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
@@ -71,21 +83,22 @@ def _holders(name: str) -> Iterator[str]:
     folder = _SYS_BLOCK / name
     for holder in [*folder.glob("holders/*"), *folder.glob(f"{name}*/holders/*")]:
         try:
-            yield f"mapping {(holder / 'dm/name').read_text().strip()} lies on it"
+            yield f"mapping {_text(holder / 'dm/name')} lies on it"
         except OSError:
             yield f"{holder.name} lies on it"
 
 
 def _swaps(numbers: set[DeviceNumber]) -> Iterator[str]:
-    for line in (_PROC / "swaps").read_text().splitlines()[1:]:
-        if _number_of(line.split()[0]) in numbers:
-            yield "swap space"
+    with suppress(FileNotFoundError):  # a kernel without swap
+        for line in _text(_PROC / "swaps").splitlines()[1:]:
+            if _number_of(line.split()[0]) in numbers:
+                yield "swap space"
 
 
 def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
     for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
         try:
-            backing = file.read_text().strip()
+            backing = _text(file)
         except OSError:  # it was detached meanwhile
             continue
         if _number_of(backing) in numbers:
@@ -96,8 +109,8 @@ def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
     """Those that have it open, as far as this process may look into others."""
     for process in _PROC.glob("[0-9]*"):
         try:
-            if any(_number_of(file) in numbers for file in (process / "fd").iterdir()):
-                command = (process / "comm").read_text().strip()
-                yield f"process {process.name} ({command}) has it open"
+            files = [str(file.readlink()) for file in (process / "fd").iterdir()]
+            if any(_number_of(file) in numbers for file in files):
+                yield f"process {process.name} ({_text(process / 'comm')}) has it open"
         except OSError:  # it has ended, or is not to be looked into
             continue

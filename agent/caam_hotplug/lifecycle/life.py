@@ -64,7 +64,7 @@ class Life:
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
-        if volume.identified == self.volume.identified and volume != self.volume:
+        if volume.identified >= self.volume.identified and volume != self.volume:
             self.volume = volume
             self._news = True
         if self._state in {State.WAITING, State.CONFLICT}:
@@ -99,7 +99,9 @@ class Life:
         try:
             if not self.volume.identified:
                 identify = self._host.identify
-                self.volume = await self._steps.call("identify", identify, self.volume)
+                found = await self._steps.call("identify", identify, self.volume)
+                if not self.volume.identified:  # udev may have told of it meanwhile, and knows more
+                    self.volume = found
             self.leave.check()
             match decide(self._around.rules, self.volume):
                 case Refused() as refused:
