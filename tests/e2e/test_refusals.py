@@ -82,7 +82,9 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     )
     for label in HOSTILE:
         await guest.plug_scsi(labelled(tmp_path, label, size_mib=4))
-    await agent.until_said("1\\): ignored: all: matches, but partlabel", times=len(HOSTILE))
+    await agent.until_said(
+        "1\\): ignored: all: matches, but partlabel", times=len(HOSTILE), deadline_s=400
+    )
     journal = await agent.journal()
     for label in HOSTILE:
         assert f"partlabel {label!a} cannot be part of a file name" in journal

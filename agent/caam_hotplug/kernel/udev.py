@@ -41,8 +41,9 @@ Source = Literal["udev", "kernel"]
 UDEV_PATIENCE_S = 30.0
 """How long udev may take over an event before a volume is served without it."""
 
-_EVENTS_PER_READ: Final = 64
-"""A storm must not keep the loop from everything else."""
+_EVENTS_PER_READ: Final = 8
+"""A storm must not keep the loop from everything else, such as the watchdog: to look at one device
+takes dozens of calls."""
 _NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
 """Built on other devices, without partitions worth the name, or ours."""
 _ATA: Final = re.compile(r"ata\d+")

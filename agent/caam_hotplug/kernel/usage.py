@@ -109,8 +109,13 @@ def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
     """Those that have it open, as far as this process may look into others."""
     for process in _PROC.glob("[0-9]*"):
         try:
-            files = [str(file.readlink()) for file in (process / "fd").iterdir()]
-            if any(_number_of(file) in numbers for file in files):
+            if any(_number_of(file) in numbers for file in _open_files(process)):
                 yield f"process {process.name} ({_text(process / 'comm')}) has it open"
         except OSError:  # it has ended, or is not to be looked into
             continue
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    for file in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # it was closed meanwhile
+            yield str(file.readlink())
