@@ -82,6 +82,12 @@ def test_every_target_comes_back_from_its_line(target: CryptTarget) -> None:
     assert parse(target.to_line()) == target
 
 
+@tries("dm table: options in another order", target=targets)
+def test_the_order_in_which_the_kernel_lists_options_does_not_matter(target: CryptTarget) -> None:
+    fields = target.to_line().split(" ")
+    assert parse(" ".join(fields[:9] + fields[:8:-1])) == target
+
+
 uuids = (
     st.text(max_size=40)
     | st.text("0123456789-+_ ٧", max_size=30).map(lambda rest: f"{names.DM_UUID_PREFIX}{rest}")

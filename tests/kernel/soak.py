@@ -250,29 +250,26 @@ class Soak:
         self._gone(medium)
 
     def _without_blob(self, medium: Cartridge) -> None:
-        blob = ROOM / "blobs" / f"{medium.label}.bb"
-        away = blob.with_suffix(".away")
-        blob.rename(away)
-        try:
-            medium.plug()
-            self._room.agent.until_said(f"{medium.label}.*: waiting: no blob")
-        finally:
-            away.rename(blob)
-        medium.pull()
-        self._room.agent.until_said(f"{medium.label}.*: gone")
-        self._gone(medium)
+        self._refused(medium, None, "waiting: no blob")
 
     def _foreign_blob(self, medium: Cartridge) -> None:
-        blob = ROOM / "blobs" / f"{medium.label}.bb"
-        good = blob.read_bytes()
-        flipped = bytearray(good)
+        flipped = bytearray(_blob(medium).read_bytes())
         flipped[self._random.randrange(20, len(flipped))] ^= 1 << self._random.randrange(8)
-        blob.write_bytes(flipped)
+        self._refused(medium, bytes(flipped), "failed: the CAAM refused the blob")
+
+    def _refused(self, medium: Cartridge, blob: bytes | None, words: str) -> None:
+        """With this blob, or with none, the medium is refused in these words."""
+        file = _blob(medium)
+        good = file.read_bytes()
+        if blob is None:
+            file.unlink()
+        else:
+            file.write_bytes(blob)
         try:
             medium.plug()
-            self._room.agent.until_said(f"{medium.label}.*: failed: the CAAM refused the blob")
+            self._room.agent.until_said(f"{medium.label}.*: {words}")
         finally:
-            blob.write_bytes(good)
+            file.write_bytes(good)
         medium.pull()
         self._room.agent.until_said(f"{medium.label}.*: gone")
         self._gone(medium)
@@ -289,6 +286,10 @@ class Soak:
             each.pull()
         for each in self._room.media:
             self._gone(each)
+
+
+def _blob(medium: Cartridge) -> Path:
+    return ROOM / "blobs" / f"{medium.label}.bb"
 
 
 @contextmanager

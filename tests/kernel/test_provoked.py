@@ -105,24 +105,16 @@ def revoke_session_keyring() -> None:
     assert ctypes.CDLL("libkeyutils.so.1").keyctl_revoke(SESSION_KEYRING) == 0
 
 
-def test_a_mount_root_that_is_full(room: Room) -> None:
-    run("mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", str(room.mount_root))
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [("nr_inodes=1", "No space left on device"), ("ro", "Read-only file system")],
+)
+def test_a_mount_root_that_takes_no_directory(room: Room, options: str, cause: str) -> None:
+    run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(room.mount_root))
     try:
         room.agent.start()
         room.medium.plug()
-        room.agent.until_said(f"{room.medium.label}.*: failed: .*No space left on device")
-        assert mappings() == []
-        room.agent.stop()
-    finally:
-        run("umount", str(room.mount_root))
-
-
-def test_a_mount_root_that_is_read_only(room: Room) -> None:
-    run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(room.mount_root))
-    try:
-        room.agent.start()
-        room.medium.plug()
-        room.agent.until_said(f"{room.medium.label}.*: failed: .*Read-only file system")
+        room.agent.until_said(f"{room.medium.label}.*: failed: .*{cause}")
         assert mappings() == []
         room.agent.stop()
     finally:

@@ -335,9 +335,7 @@ def test_a_volume_that_its_rule_keeps_outlives_a_stop_and_is_adopted_by_the_next
     bench.close()
 
 
-def test_a_mapping_that_does_something_else_is_left_alone_until_its_medium_leaves(
-    bench: Bench,
-) -> None:
+def start_beside_a_mapping_that_does_something_else(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     (mapping,) = bench.kernel.mappings.values()
@@ -345,6 +343,12 @@ def test_a_mapping_that_does_something_else_is_left_alone_until_its_medium_leave
     mapping.live = "0 32768 crypt aes-xts-plain64 :64:logon:caam-hotplug:1-1 0 8:1 0"
     bench.start()
     bench.settle()
+
+
+def test_a_mapping_that_does_something_else_is_left_alone_until_its_medium_leaves(
+    bench: Bench,
+) -> None:
+    start_beside_a_mapping_that_does_something_else(bench)
     (volume,) = (medium.volume for medium in bench.kernel.media.values())
     assert bench.state(volume) is State.FAILED
     assert "is not what rule 'built-in' asks for" in bench.said(volume)
@@ -646,13 +650,7 @@ def test_a_volume_that_could_not_be_adopted_is_locked_by_a_stop_all_the_same(
 
 
 def test_a_mapping_that_does_something_else_is_left_alone_by_a_stop(bench: Bench) -> None:
-    bench.insert()
-    bench.settle()
-    (mapping,) = bench.kernel.mappings.values()
-    bench.kill()
-    mapping.live = "0 32768 crypt aes-xts-plain64 :64:logon:caam-hotplug:1-1 0 8:1 0"
-    bench.start()
-    bench.settle()
+    start_beside_a_mapping_that_does_something_else(bench)
     bench.stop()
     assert len(bench.kernel.mounts) == 1
     bench.start()

@@ -41,6 +41,11 @@ def test_an_escaped_backslash_before_digits_is_no_second_escape() -> None:
     assert filesystem.parse_mount(line).point == r"/mnt/a\040b"
 
 
+def test_a_backslash_that_is_no_escape_stands_for_itself() -> None:
+    line = r"36 35 0:40 / /mnt rw - cifs \\server\777\04 rw"
+    assert filesystem.parse_mount(line).source == r"\\server\777\04"
+
+
 def test_a_mount_point_that_looks_like_the_separator_is_one_field() -> None:
     line = r"36 35 0:40 / /mnt/a\040-\040b rw shared:1 - tmpfs none rw"
     assert filesystem.parse_mount(line).point == "/mnt/a - b"
@@ -69,8 +74,6 @@ def test_a_mount_without_a_source_has_an_empty_one() -> None:
         "36 35 8:17 / - ext4 /dev/sdb1 rw",
         "36 35 8:17 / /mnt rw - ext4 /dev/sdb1",
         "36 35 8 / /mnt rw - ext4 /dev/sdb1 rw",
-        r"36 35 8:17 / /mnt\04 rw - ext4 /dev/sdb1 rw",
-        r"36 35 8:17 / /mnt\777 rw - ext4 /dev/sdb1 rw",
     ],
 )
 def test_a_line_that_the_kernel_does_not_write_is_refused_with_what_was_expected(

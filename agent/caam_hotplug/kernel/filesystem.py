@@ -316,13 +316,14 @@ def parse_mount(line: str) -> Mount:
         ) from error
 
 
-_ESCAPES: Final = re.compile(rb"(?:[^\\]|\\[0-3][0-7]{2})*")
+_ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def _unescaped(field: str) -> str:
-    """Blank, tab, newline, hash and backslash come as three octal digits (seq_escape)."""
+    """Blank, tab, newline, hash and backslash come as three octal digits (seq_escape).
+
+    Any other backslash stands for itself: not every file system escapes its source whole.
+    """
     raw = field.encode(errors="surrogateescape")
-    if not _ESCAPES.fullmatch(raw):
-        raise ValueError("a backslash without three octal digits")
-    plain = re.sub(rb"\\(...)", lambda m: bytes([int(m[1], 8)]), raw, flags=re.DOTALL)
+    plain = _ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), raw)
     return plain.decode(errors="surrogateescape")
