@@ -1,29 +1,81 @@
-"""The installed agent in a restored guest, with the proof that it leaves nothing behind."""
+"""The installed agent in a restored guest, with the proof that it leaves nothing behind.
+
+A guest serves test after test: restored, it has nothing of its code translated yet, and everything
+in it is slow once more. It is given up, and another one restored, when a test has failed in it.
+A test that changes more of it than media, configuration, blobs and mount points puts that back as
+its last step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from vm import installed, media
-from vm.fixtures import guest_for, pytest_runtest_makereport
+from vm import installed, machine, media
+from vm.fixtures import passed, pytest_runtest_makereport
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 
-
-@pytest.fixture
-async def guest(request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
-    """A guest restored for this test alone, with the agent running in it."""
-    async with guest_for(request, installed.layer()) as restored:
-        yield restored
+HERE = Path(__file__).parent
 
 
-@pytest.fixture
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests here share an event loop, as they share a guest."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.asyncio(loop_scope="session"), append=False)
+
+
+class Shared:
+    """The guest that serves the tests, if there is one."""
+
+    def __init__(self) -> None:
+        self._held = contextlib.AsyncExitStack()
+        self._guest: Guest | None = None
+
+    async def guest(self) -> Guest:
+        """The one there is, or one restored now."""
+        if self._guest is None:
+            self._guest = await self._held.enter_async_context(machine.restored(installed.layer()))
+        return self._guest
+
+    async def give_up(self) -> None:
+        """No guest is there."""
+        self._guest = None
+        await self._held.aclose()
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def shared() -> AsyncIterator[Shared]:
+    made = Shared()
+    yield made
+    await made.give_up()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def guest(request: pytest.FixtureRequest, shared: Shared) -> AsyncIterator[Guest]:
+    """A guest as it was saved, with the agent installed in it."""
+    guest = await shared.guest()
+    yield guest
+    if not await passed(request, guest):
+        await shared.give_up()
+        return
+    try:
+        await installed.put_back(guest)
+    except BaseException:
+        await shared.give_up()
+        raise
+
+
+@pytest_asyncio.fixture(loop_scope="session")
 async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
-    """The agent, running with its built-in rule; stopped afterwards, when nothing may be left."""
-    agent = InstalledAgent(guest, running=True)
+    """The agent, to be started; stopped afterwards, when nothing may be left."""
+    cursor = (await guest.sh("journalctl -n 0 --show-cursor")).stdout.partition("cursor: ")[2]
+    agent = InstalledAgent(guest, since=cursor.strip())
     yield agent
     await agent.stop()
     assert await agent.leftovers() == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from e2e.support import POINT, slow_caam
 from vm.guest import Guest
-from vm.installed import NO_RESTART, UNIT, InstalledAgent
+from vm.installed import NEVER, NO_RESTART, UNIT, InstalledAgent
 
 WRITER = f"""
 i=0; while echo $i >> {POINT}/log && sync {POINT}/log; do i=$((i+1)); done >/dev/null 2>/tmp/errors
@@ -36,12 +36,15 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await guest.sh(f"rm {NO_RESTART}; systemctl daemon-reload")
+    await agent.start()
     await slow_caam(guest, 5000)
     await guest.plug_usb(medium)
     await agent.until_said("unlocking")
     await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
     await guest.until_mounted(POINT)
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    await guest.write(NO_RESTART, NEVER)
+    await guest.run("systemctl", "daemon-reload")
 
 
 async def test_a_restart_with_keep_interrupts_no_writer_and_a_clean_stop_locks(

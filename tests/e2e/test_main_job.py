@@ -131,6 +131,7 @@ async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot
     await stick.pull()
     await guest.until("! test -e /sys/class/block/sda")
     assert media.partition_bytes(blank) == made
+    await guest.cold_boot_caam(OTPMK_A)
 
 
 @pytest.mark.parametrize("name", ["ecb-32", "ccm-16", "ccm-32"])
@@ -173,13 +174,14 @@ async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
     assert media.partition_bytes(protected) == before
 
 
+UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"]
+
+
 async def test_without_udevd_the_kernels_own_events_serve(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.stop()
-    await guest.sh(
-        "systemctl stop systemd-udevd systemd-udevd-control.socket systemd-udevd-kernel.socket"
-    )
+    await guest.run("systemctl", "stop", *UDEVD)
     await agent.configure('source = "kernel"\n')
     await agent.start()
     stick = await guest.plug_usb(medium)
@@ -189,3 +191,4 @@ async def test_without_udevd_the_kernels_own_events_serve(
     await guest.until_unmounted(POINT)
     await agent.until_said("cartridge-01.*removed-unsafely")
     assert await agent.leftovers() == []
+    await guest.run("systemctl", "start", *UDEVD)

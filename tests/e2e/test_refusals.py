@@ -66,6 +66,7 @@ async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medi
     assert {fault: media.partition_bytes(image) for fault, image in media_of.items()} == before
 
 
+TRACED = f"/run/systemd/system/{UNIT}.d/traced.conf"
 HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "cartridge 01"]
 
 
@@ -73,7 +74,7 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     # strace stops the agent at every call, which makes it slower than any watchdog allows.
-    await guest.write(f"/run/systemd/system/{UNIT}.d/traced.conf", b"[Service]\nWatchdogSec=0\n")
+    await guest.write(TRACED, b"[Service]\nWatchdogSec=0\n")
     await guest.sh("systemctl daemon-reload")
     await agent.configure('[[rule]]\nname = "all"\nmatch.bus = "scsi"\n')
     await agent.start()
@@ -98,6 +99,7 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     assert made == []
     # The kernel's names lead to what sysfs says of a device; a label leads nowhere.
     assert {p for p in paths if not p.startswith(("/sys/", "/run/udev/data/", "/proc/"))} == set()
+    await guest.sh(f"rm {TRACED}; systemctl daemon-reload")
 
 
 async def test_a_mount_point_with_content_is_never_shadowed(
@@ -132,6 +134,7 @@ async def test_a_blob_directory_that_others_may_write_to_is_refused(
     await guest.plug_usb(medium)
     said = await agent.until_said("failed")
     assert "open /data/caam: /data can be written by others than root" in said
+    await guest.sh("chmod 755 /data")
 
 
 async def test_a_medium_without_encryption_is_not_mounted_by_mistake(

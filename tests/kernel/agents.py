@@ -65,7 +65,8 @@ class Room:
         until(lambda: keys() == [])
 
     def arrives(self, medium: Cartridge | None = None) -> None:
-        """The medium is plugged, and served."""
+        """The medium is plugged, and served; what was said of it before is of no account."""
+        self.agent.forget()
         (medium or self.medium).plug()
         self.is_served(medium)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import re
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -71,6 +73,7 @@ class Agent:
         self._told, told = os.pipe()
         go, self._go = os.pipe()
         self.said, self._unread, self._looked_at, self._calls = [], b"", 0, b""
+        gc.freeze()  # the child's collector leaves alone what is shared with the tests' process
         self._pid = os.fork()
         if self._pid == 0:
             os.environ["NOTIFY_SOCKET"] = self._manager.getsockname()
@@ -194,6 +197,8 @@ def _be_the_agent(config: Config, log: int, watch: _Watch) -> None:
     code = 1
     try:
         os.dup2(log, 2)
+        sys.settrace(None)  # the coverage of a process that is killed is not written anyway
+        threading.settrace(None)
         os.environ["JOURNAL_STREAM"] = ""  # so each line begins with <PRIORITY>
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
         watch.install()

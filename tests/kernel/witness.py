@@ -6,6 +6,7 @@ A witness of its own: nothing here goes through the agent's bindings. Runs in th
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -27,6 +28,7 @@ UNTOUCHED: Final = 0xEE
 PARAMETERS: Final = Path("/sys/module/caam_sim/parameters")
 FOLDER: Final = Path("/data/caam")
 """Where caam-keygen keeps keys and blobs."""
+BLOCKS: Final = Path("/sys/class/block")
 SESSION_KEYRING: Final = -3
 SECTOR: Final = 512
 
@@ -69,17 +71,26 @@ def kernel_log() -> Iterator[list[str]]:
 
 def left_behind() -> dict[str, object]:
     """Everything a test might leave behind, without a program: a spawn is slow in the guest."""
-    blocks = Path("/sys/class/block")
     keys = ctypes.create_string_buffer(4096)
     length = ctypes.CDLL("libkeyutils.so.1").keyctl_read(SESSION_KEYRING, keys, len(keys))
     return {
-        "mappings": sorted(file.read_text() for file in blocks.glob("dm-*/dm/name")),
-        "loop devices": sorted(map(str, blocks.glob("loop*/loop/backing_file"))),
+        "mappings": sorted(_mappings()),
+        "loop devices": sorted(map(str, BLOCKS.glob("loop*/loop/backing_file"))),
         "keys": keys.raw[: max(length, 0)],
         "key files": sorted(FOLDER.iterdir()) if FOLDER.exists() else None,
         "mounts": Path("/proc/self/mountinfo").read_text(),
         "chip": [(PARAMETERS / name).read_text() for name in ("otpmk", "secure")],
     }
+
+
+def _mappings() -> Iterator[str]:
+    for file in BLOCKS.glob("dm-*/dm/name"):
+        try:
+            yield file.read_text()
+        except OSError as error:
+            # It is being removed: dm_attr_show in drivers/md/dm-sysfs.c.
+            if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
+                raise
 
 
 class Command(ctypes.Structure):

@@ -56,9 +56,16 @@ async def guest_for(
 
     async with machine.restored(layer) as restored:
         yield restored
-        report = request.node.stash.get(_call, None)
-        if report is not None and report.failed:
-            report.sections += await evidence(restored)
+        await passed(request, restored)
+
+
+async def passed(request: pytest.FixtureRequest, guest: Guest) -> bool:
+    """Whether the test has passed; if not, its report has what there is to see in the guest."""
+    report = request.node.stash.get(_call, None)
+    if report is None or not report.failed:
+        return report is not None
+    report.sections += await evidence(guest)
+    return False
 
 
 async def evidence(guest: Guest) -> list[tuple[str, str]]:

@@ -54,6 +54,8 @@ class Guest:
         self._numbers = itertools.count(1)
         self._nodes = itertools.count(1)
         self._ports = list(USB_PORTS)
+        self.plugged: list[Plug | SdCard] = []
+        """The media in their sockets, in the order in which they were plugged."""
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._pump = asyncio.create_task(self._read())
         self._sd_found = False
@@ -233,6 +235,11 @@ class Guest:
         limits = {"bps-total": bytes_per_s}
         await self.qmp("qom-set", path=f"/objects/{group}", property="limits", value=limits)
 
+    async def pull_all(self) -> None:
+        """No medium is in any socket."""
+        for medium in list(self.plugged):
+            await medium.pull()
+
     def take_port(self) -> str:
         """A free USB port's bus."""
         return self._ports.pop(0)
@@ -242,7 +249,7 @@ class Guest:
         self._ports.append(bus)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plug:
     """A medium on a bus that takes devices; it can be pulled and put back."""
 
@@ -270,10 +277,12 @@ class Plug:
             serial=self.serial,
             **more,
         )
+        self.guest.plugged.append(self)
 
     async def pull(self) -> None:
         """The medium is out, without a word to the guest beforehand."""
         device = f"{self.device}-{self.times}"
+        self.guest.plugged.remove(self)
         await self.guest.qmp("device_del", id=device)
         async with asyncio.timeout(ANSWER_GRACE_S):
             await self.guest.qmp.device_deleted(device)
@@ -281,7 +290,7 @@ class Plug:
             self.guest.return_port(self.bus)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SdCard:
     """A card for the one SD slot."""
 
@@ -291,7 +300,9 @@ class SdCard:
     async def plug(self) -> None:
         """The card sits in the slot."""
         await self.guest.qmp("blockdev-insert-medium", id="sd0", node_name=self.node)
+        self.guest.plugged.append(self)
 
     async def pull(self) -> None:
         """The slot is empty."""
+        self.guest.plugged.remove(self)
         await self.guest.qmp("blockdev-remove-medium", id="sd0")

@@ -19,6 +19,11 @@ PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
 UNIT: Final = "caam-hotplug.service"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
+NEVER: Final = b"[Service]\nRestart=no\n"
+"""What is in that file."""
+
+_BLOBS: Final = "/data/caam"
+_BLOBS_AS_MADE: Final = "/var/lib/blobs-as-made"
 
 _PROGRAM: Final = '#!/bin/sh\nexec /usr/bin/python3 -m caam_hotplug.cli "$@"\n'
 
@@ -26,9 +31,12 @@ _PROGRAM: Final = '#!/bin/sh\nexec /usr/bin/python3 -m caam_hotplug.cli "$@"\n'
 class InstalledAgent:
     """The service in the guest: started, stopped, killed; what it says, what it holds."""
 
-    def __init__(self, guest: Guest, *, running: bool = False) -> None:
+    def __init__(self, guest: Guest, *, since: str = "") -> None:
+        """`since`: the journal's cursor after which it is read."""
         self.guest = guest
-        self._as_configured = running
+        self._journal = ["journalctl", "-u", UNIT, "-o", "cat", "--no-pager"]
+        if since:
+            self._journal.append(f"--after-cursor={since}")
 
     @classmethod
     async def into(cls, guest: Guest) -> InstalledAgent:
@@ -38,25 +46,19 @@ class InstalledAgent:
 
     async def configure(self, toml: str) -> None:
         """The configuration that the next start reads."""
-        self._as_configured = False
         await self.guest.write("/etc/caam-hotplug/agent.toml", toml.encode())
 
     async def start(self) -> None:
         """The service runs with the configuration there is, and has said that it is ready."""
-        if self._as_configured:
-            return
         started = await self.guest.run("systemctl", "restart", UNIT, check=False)
-        self._as_configured = True
         assert started.returncode == 0, await self.journal()
 
     async def stop(self) -> None:
         """The service has stopped in order."""
-        self._as_configured = False
         await self.guest.run("systemctl", "stop", UNIT)
 
     async def kill(self) -> None:
         """The agent was killed without a chance to do anything, and stays dead."""
-        self._as_configured = False
         await self.guest.sh(
             f"systemctl kill -s KILL --kill-whom=main {UNIT}; "
             f"while systemctl is-active -q {UNIT}; do :; done; systemctl reset-failed {UNIT}"
@@ -64,14 +66,14 @@ class InstalledAgent:
 
     async def journal(self) -> str:
         """All that the service has said, a line each."""
-        return (await self.guest.run("journalctl", "-u", UNIT, "-o", "cat", "--no-pager")).stdout
+        return (await self.guest.run(*self._journal)).stdout
 
     async def until_said(self, pattern: str, *, times: int = 1, deadline_s: float = 120) -> str:
         """The service has said something that the extended regular expression matches.
 
         Returns the matching lines. Raises: AssertionError with the journal after the deadline.
         """
-        follow = f"journalctl -u {UNIT} -o cat -n all -f"
+        follow = shlex.join([*self._journal, "-n", "all", "-f"])
         script = f"grep -m{times} -E -- {shlex.quote(pattern)} < <({follow})"
         done = await self.guest.run(
             "timeout", f"{deadline_s}", "bash", "-c", script, check=False,
@@ -97,15 +99,30 @@ class InstalledAgent:
 
 
 def layer() -> Layer:
-    """A guest in which the agent runs with its built-in rule, waiting for media."""
+    """A guest in which the agent is installed, and has run once."""
     package = _package()
 
     async def prepare(guest: Guest) -> None:
-        await guest.write(NO_RESTART, b"[Service]\nRestart=no\n")
+        await guest.write(NO_RESTART, NEVER)
+        await guest.sh(f"cp -a {_BLOBS} {_BLOBS_AS_MADE}")
         await _install(guest, package)
         await InstalledAgent(guest).start()
+        await InstalledAgent(guest).stop()
 
     return Layer("agent", cache.key_of(package, Path(__file__)), prepare)
+
+
+async def put_back(guest: Guest) -> None:
+    """Media, configuration, blobs and mount points are as they were in the saved guest.
+
+    Raises: AssertionError if the agent has left anything behind.
+    """
+    assert await InstalledAgent(guest).leftovers() == []
+    await guest.pull_all()
+    await guest.sh(
+        f"rm -rf /etc/caam-hotplug /run/media/* {_BLOBS}; cp -a {_BLOBS_AS_MADE} {_BLOBS}; "
+        "udevadm settle"
+    )
 
 
 async def _install(guest: Guest, package: bytes) -> None:
