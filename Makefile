@@ -4,6 +4,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 CYCLES := 1000
 DAMAGED := 200
+STORMS := 10
+SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
 .PHONY: help setup lint check fuzz test demo soak vm-shell clean
@@ -13,7 +15,7 @@ help:
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
 	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
-	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200"
+	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make vm-shell   a shell in the virtual machine"
 
 setup: $(VENV)/.installed
@@ -46,7 +48,7 @@ demo: setup
 	@$(BED) demo
 
 soak: setup
-	@$(BED) soak --cycles $(CYCLES) --damaged $(DAMAGED)
+	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) $(SEED:%=--seed %)
 
 vm-shell: setup
 	@$(BED) shell

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
-from collections.abc import Set as AbstractSet
 from functools import partial
 from typing import Any, assert_never
 
@@ -34,7 +33,8 @@ class Supervisor:
         """`left`: what an earlier run of the agent has left, to adopt or to release."""
         self._around = around
         self._left = list(left)
-        self._inherited: set[VolumeId] = set()
+        self._inherited: dict[VolumeId, Mapping] = {}
+        """What was left of volumes that are there, and that no life has taken over yet."""
         self._group = asyncio.TaskGroup()
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
@@ -49,22 +49,25 @@ class Supervisor:
     async def __aexit__(self, *error: object) -> None:
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    def start(self, present: Iterable[Appeared], there: AbstractSet[VolumeId]) -> None:
+    def start(self, present: Iterable[Appeared], there: dict[str, VolumeId]) -> None:
         """Lives of all present volumes have begun, and what no volume that is there owns is let go.
 
-        `there`: the volumes that the kernel has; udev may not have told of all of them yet.
+        `there`: the volumes that the kernel has, by their names; udev may not have told of all of
+        them yet.
 
         Those that inherit come first: what they hold already, nobody else can be given. So do
         orphans, which own their mount points until they are released.
         """
         present = list(present)
-        there = there | {event.volume.id for event in present}
+        there = there | {event.volume.name: event.volume.id for event in present}
+        name_of = {which: name for name, which in there.items()}
         for mapping in self._left:
             owner = names.volume_of_dm_uuid(mapping.uuid)
-            if owner is not None and owner in there:
-                self._inherited.add(owner)
+            if owner is not None and owner in name_of:
+                self._inherited[owner] = mapping
+                self._at[name_of[owner]] = owner
             else:
-                self._run(self._release(mapping), partial(str, f"mapping {mapping.name}"))
+                self._release(mapping)
         for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
             self._arrive(event.volume)
 
@@ -118,6 +121,8 @@ class Supervisor:
         if which is None:
             return
         self._next.pop(which, None)
+        if which in self._inherited:  # it has left before udev told of it
+            self._release(self._inherited.pop(which))
         if which in self._lives:
             self._lives[which].leave.ask(Reason.GONE)
         if which.partition == 0:
@@ -132,6 +137,8 @@ class Supervisor:
             which = self._at.get(name)
             if which is None:  # it departed with its disk
                 continue
+            if which in self._inherited:  # udev has not told of it yet
+                continue
             life = self._lives.get(which)
             # udev does not list a device whose event it has not finished; sysfs knows better.
             if life is None or not self._around.host.is_present(life.volume):
@@ -140,8 +147,7 @@ class Supervisor:
             self._arrive(event.volume)
 
     def _begin(self, volume: Volume) -> None:
-        inherits = volume.id in self._inherited
-        self._inherited.discard(volume.id)
+        inherits = self._inherited.pop(volume.id, None) is not None
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
         self._run(self._attend(life, volume.id), lambda: str(life.volume))
 
@@ -161,7 +167,10 @@ class Supervisor:
         if again is not None:
             self._begin(again)
 
-    async def _release(self, orphan: Mapping) -> None:
+    def _release(self, orphan: Mapping) -> None:
+        self._run(self._sweep(orphan), partial(str, f"mapping {orphan.name}"))
+
+    async def _sweep(self, orphan: Mapping) -> None:
         around = self._around
         lane = around.new_lane(f"sweep {orphan.name}")
         try:

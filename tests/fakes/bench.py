@@ -95,6 +95,8 @@ class Bench:
         self.kernel = FakeKernel()
         self.rules = rules
         self.board = Board()
+        self.untold: set[str] = set()
+        """Names of devices of which udev has not told when an agent starts."""
         self.states: list[tuple[Volume, State, str]] = []
         self._loop = Clock()
         self._runner = asyncio.Runner(loop_factory=lambda: self._loop)
@@ -143,9 +145,8 @@ class Bench:
             left = await sweep(around.host, around.new_lane("sweep"), around.dm_lane)
             async with Supervisor(around, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
-                supervisor.start(
-                    [Appeared(volume) for volume in present], {volume.id for volume in present}
-                )
+                told = [Appeared(volume) for volume in present if volume.name not in self.untold]
+                supervisor.start(told, {volume.name: volume.id for volume in present})
                 self._supervisor = supervisor
                 self._read_socket(supervisor)
                 await asyncio.Event().wait()

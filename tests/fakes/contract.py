@@ -82,12 +82,14 @@ class World(Protocol):
         ...
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(
+    condition: Callable[[], bool], *, within_s: float = DEADLINE_S, every_s: float = 0.05
+) -> None:
     """The condition holds. Raises: AssertionError after a deadline."""
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "still not so"
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def dm_name(world: World) -> str:

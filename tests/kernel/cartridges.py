@@ -23,7 +23,6 @@ KEY: Final = b"sixteen byte key"
 """The red key of the blob cartridge-01.bb; so vm/media.py says."""
 _DRIVER: Final = Path("/sys/bus/pseudo/drivers/scsi_debug")
 _HOSTS: Final = Path("/sys/devices/pseudo_0")
-_SIZE_MB: Final = 8
 
 
 class Cartridge:
@@ -86,7 +85,10 @@ class Cartridge:
 
 @contextmanager
 def cartridges(
-    labels: Sequence[str], filesystems: Sequence[Sequence[str]] = (EXT4,)
+    labels: Sequence[str],
+    filesystems: Sequence[Sequence[str]] = (EXT4,),
+    *,
+    size_mb: int = 8,
 ) -> Iterator[list[Cartridge]]:
     """A medium for each label, all out of their sockets; nothing is left of them afterwards.
 
@@ -94,7 +96,7 @@ def cartridges(
     """
     run(
         "modprobe", "scsi_debug", "per_host_store=1", "removable=1", "delay=0",
-        f"add_host={len(labels)}", f"dev_size_mb={_SIZE_MB}",
+        f"add_host={len(labels)}", f"dev_size_mb={size_mb}",
     )  # fmt: skip
     made: list[Cartridge] = []
     try:

@@ -1,6 +1,6 @@
 """Media plugged and pulled for hours, with faults at random, and the figures of what is left.
 
-    python3 -m kernel.soak --cycles 1000 --damaged 200 --seed 7
+    python3 -m kernel.soak --cycles 1000 --damaged 200 --storms 10 --timings 12 --seed 7
 
 Runs in the guest, as root; `make soak` starts it there. Everything random comes from the seed. It
 ends at the first outcome that is wrong, with its cycle and what the agent said.
@@ -14,6 +14,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -24,9 +25,12 @@ from pathlib import Path
 from typing import Final
 
 from fakes.contract import until
+from kernel import latencies
 from kernel.agents import ROOM, Room, keys, mappings, room_of
 from kernel.cartridges import KEY, Cartridge, cartridges
 from kernel.forked import Stop, kill_self
+from kernel.latencies import told
+from kernel.storms import storms
 from kernel.witness import crypt, run
 
 FILESYSTEMS: Final = {
@@ -43,6 +47,8 @@ DAMAGE_WITHIN: Final = {"ext4": 8192, "vfat": 4096}
 """Bytes from the start, in which the superblock and what it leads to lie."""
 RSS_GROWTH_KIB: Final = 1024
 SECTOR: Final = 512
+STORM: Final = 64
+"""Media at once."""
 
 
 @dataclass
@@ -58,6 +64,8 @@ class Figures:
     """The most that one process of the agent grew by after its warm-up."""
     damaged: Counter[str] = field(default_factory=Counter)
     """Damaged filesystems, by kind and outcome."""
+    storms_s: list[tuple[float, float]] = field(default_factory=list)
+    """Of each storm of many media, until all were mounted, and until all were gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,11 +340,25 @@ def soak(cycles: int, damaged: int, seed: int, say: Callable[[str], None]) -> Fi
     return figures
 
 
+def _time(count: int, say: Callable[[str], None]) -> None:
+    """The latencies are said. Raises: AssertionError."""
+    with cartridges(["cartridge-01", "cartridge-02"]) as media, room_of(media) as room:
+        for holder, seconds in latencies.after_the_removal(room, count).items():
+            say(f"no crypt table after the kernel's remove event ({holder}): {told(seconds)}")
+        found = latencies.beside_a_wedged_medium(room, count // 4)
+        for when, seconds in found.items():
+            say(f"plugged and mounted, {when}: {told(seconds)}")
+        wedged, without = map(statistics.median, found.values())
+        say(f"ratio: {wedged / without:.2f}")
+
+
 def main() -> int:
     """Prints a line per cycle and the figures as JSON at the end. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--damaged", type=int, default=200)
+    parser.add_argument("--storms", type=int, default=10)
+    parser.add_argument("--timings", type=int, default=12)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     run("modprobe", "-a", "vfat", "exfat")
@@ -345,6 +367,8 @@ def main() -> int:
         print(line, flush=True)
 
     figures = soak(options.cycles, options.damaged, options.seed, say)
+    figures.storms_s = storms(options.storms, STORM, say)
+    _time(options.timings, say)
     print(json.dumps(asdict(figures)))
     return 0
 

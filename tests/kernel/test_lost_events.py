@@ -13,8 +13,9 @@ import pytest
 
 from caam_hotplug.kernel import udev
 from fakes.contract import until
-from kernel.agents import Room, keys, mappings
-from kernel.cartridges import HELLO, TEXT, Cartridge, cartridges
+from kernel.agents import Room, mappings
+from kernel.cartridges import Cartridge, cartridges
+from kernel.storms import is_as_it_should
 from kernel.witness import run
 
 STORM: Final = 16
@@ -58,16 +59,6 @@ def held_up(agent: int) -> Iterator[None]:
         yield
     finally:
         os.kill(agent, signal.SIGCONT)
-
-
-def is_as_it_should(room: Room) -> bool:
-    """Whether every medium that is plugged is mounted, and nothing is there of any other."""
-    plugged = {medium.label for medium in room.media if medium.is_plugged}
-    there = {path.name for path in room.mount_root.iterdir()}
-    if there != plugged or len(mappings()) != len(plugged) or keys():
-        return False
-    points = [room.mount_root / label / HELLO for label in plugged]
-    return all(point.exists() and point.read_bytes() == TEXT for point in points)
 
 
 def test_a_medium_comes_and_goes_though_udevd_hangs(

@@ -129,9 +129,10 @@ def test_a_removal_that_did_not_happen_says_nothing(source: Source) -> None:
 
 def test_the_ids_of_all_that_is_there_are_known_without_udev() -> None:
     with loop_medium(1 << 20) as medium:
-        here = udev.present_id(Path(medium.device).name)
-        assert here in udev.present_ids()
-    assert here not in udev.present_ids()
+        name = Path(medium.device).name
+        here = udev.present_id(name)
+        assert udev.present_ids()[name] == here
+    assert udev.present_ids().get(name) != here
 
 
 def test_people_can_ask_about_a_device_node() -> None:

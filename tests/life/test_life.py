@@ -722,6 +722,38 @@ def test_a_volume_that_a_defect_cost_its_service_is_forgotten_after_it_left(benc
     assert [entry.volume for entry in bench.board.entries()] == [healthy]
 
 
+def test_a_mounted_medium_that_leaves_before_udev_tells_the_next_agent_of_it_is_swept(
+    bench: Bench,
+) -> None:
+    bench.insert()
+    bench.settle()
+    bench.kill()
+    bench.untold = {"sda1"}
+    bench.start()
+    bench.settle()
+    assert len(bench.kernel.mappings) == 1
+    bench.lose_events(listed=False)
+    bench.settle()
+    assert len(bench.kernel.mappings) == 1
+    bench.yank()
+    bench.settle()
+    assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
+
+
+def test_a_mounted_medium_that_udev_tells_the_next_agent_of_late_is_adopted(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    before = list(bench.kernel.mounts)
+    bench.untold = {"sda1"}
+    bench.start()
+    bench.settle()
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.mounts == before
+
+
 def _orphan(bench: Bench) -> None:
     """The agent has died, then a mounted medium has left."""
     bench.insert()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import time
 from pathlib import Path
 
 from vm import demo, installed, machine, soak, terminal
@@ -22,9 +21,7 @@ def main() -> int:
     running = commands.add_parser("run", help="run a shell script in a guest")
     running.add_argument("script")
     soaking = commands.add_parser("soak", help="media plugged and pulled for hours, with faults")
-    soaking.add_argument("--cycles", type=int, default=1000)
-    soaking.add_argument("--damaged", type=int, default=200)
-    soaking.add_argument("--seed", type=int, default=int(time.time()))
+    soaking.add_argument("options", nargs="*", help="those of kernel.soak, after --")
     options = parser.parse_args()
     match options.command:
         case "build":
@@ -35,7 +32,7 @@ def main() -> int:
         case "shell":
             return asyncio.run(_shell(options.usb))
         case "soak":
-            return asyncio.run(soak.soak(options.cycles, options.damaged, options.seed))
+            return asyncio.run(soak.soak(*options.options))
         case _:
             return asyncio.run(_run(options.script, options.usb))
 

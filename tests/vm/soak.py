@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import sys
 from typing import Final
 
@@ -14,13 +15,12 @@ LOOKED_AT_EVERY_S: Final = 5
 DEADLINE_S: Final = 12 * 3600
 
 
-async def soak(cycles: int, damaged: int, seed: int) -> int:
-    """The soak has run in a guest of its own. Returns: its exit status."""
+async def soak(*options: str) -> int:
+    """The soak has run in a guest of its own, with these options. Returns: its exit status."""
     command = (
         "cd /tmp; mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; "
         "udevadm control --reload; export PYTHONPATH=/src/agent:/src/tests; "
-        f"exec python3 -m kernel.soak --cycles {cycles} --damaged {damaged} --seed {seed} "
-        f">{LOG} 2>&1"
+        f"exec python3 -m kernel.soak {shlex.join(options)} >{LOG} 2>&1"
     )
     async with machine.restored() as guest:
         await guest.write(LOG, b"")

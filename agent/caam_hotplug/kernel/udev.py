@@ -236,10 +236,10 @@ def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:
     return properties.get("DISKSEQ", str(which.diskseq)) != str(which.diskseq)
 
 
-def present_ids() -> set[VolumeId]:
-    """The volumes that sysfs has, also those of which udev does not know anything yet."""
-    found = (present_id(at.name) for at in _SYS_BLOCK.iterdir() if not _NEVER_MEDIA.match(at.name))
-    return {which for which in found if which is not None}
+def present_ids() -> dict[str, VolumeId]:
+    """The volumes that sysfs has, by name, also those of which udev does not know anything yet."""
+    media = [at.name for at in _SYS_BLOCK.iterdir() if not _NEVER_MEDIA.match(at.name)]
+    return {name: which for name in media if (which := present_id(name)) is not None}
 
 
 def present_id(name: str, sys_block: Path = _SYS_BLOCK) -> VolumeId | None:

@@ -1,0 +1,106 @@
+"""How long what must be quick takes, measured in the guest; nothing here is asserted."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from fakes.contract import until
+from kernel.agents import Room, tables
+from kernel.cartridges import Cartridge, Faulty
+from kernel.forked import Stop
+from kernel.holders import hold_open, process, write_on
+
+PROBED_AFTER: Final = 6
+"""Calls of an arrival up to the one that makes the mapping live; the probe follows."""
+KERNEL_GROUP: Final = 1
+
+
+def after_the_removal(room: Room, count: int) -> dict[str, list[float]]:
+    """Seconds from the kernel's remove event until no crypt table is left, by who uses the mount.
+
+    The event is the partition's, at the moment at which a listener to the kernel has it. The tables
+    are looked at every 2 ms.
+    """
+    room.agent.start()
+    found: dict[str, list[float]] = {}
+    for _ in range(count):
+        for hold in (hold_open, write_on):
+            room.arrives()
+            with process(hold, room.point()):
+                with removal_of(Path(room.medium.partition).name) as removed:
+                    room.medium.pull()
+                    until(lambda: not _crypt_tables(room.medium), every_s=0.002)
+                    gone = time.monotonic()
+                found.setdefault(hold.__name__, []).append(gone - removed())
+            room.has_nothing()
+    room.agent.stop()
+    return found
+
+
+def _crypt_tables(medium: Cartridge) -> bool:
+    return any(" crypt " in line for line in tables(medium.label))
+
+
+@contextmanager
+def removal_of(name: str) -> Iterator[Callable[[], float]]:
+    """Yields when the kernel has told of the removal of a block device, once it has."""
+    told: list[float] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_KOBJECT_UEVENT) as events:
+        events.bind((0, KERNEL_GROUP))
+        events.settimeout(60)
+
+        def listen() -> None:
+            while True:
+                event = events.recv(65536)
+                if event.startswith(b"remove@") and event.split(b"\0")[0].endswith(name.encode()):
+                    told.append(time.monotonic())
+                    return
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        yield lambda: told[0]
+        listener.join()
+
+
+def beside_a_wedged_medium(room: Room, count: int) -> dict[str, list[float]]:
+    """Seconds from plugging a medium until it is mounted, while another is wedged and while not."""
+    found: dict[str, list[float]] = {"beside a wedged medium": [], "without": []}
+    with Faulty("cartridge-03", room.medium.contents) as faulty:
+        for _ in range(count):
+            room.agent.start(Stop(PROBED_AFTER))
+            with faulty.plugged():
+                room.agent.until_called(PROBED_AFTER)
+                with faulty.wedged():
+                    room.agent.go_on()
+                    room.agent.until_said("cartridge-03.*: stuck: ")
+                    found["beside a wedged medium"] += arrivals(room)
+                until((room.mount_root / faulty.label).is_mount)
+                found["without"] += arrivals(room)
+                room.agent.stop()
+    return found
+
+
+def arrivals(room: Room) -> list[float]:
+    """Seconds that each of some arrivals took."""
+    took = []
+    for _ in range(4):
+        room.agent.forget()
+        begun = time.monotonic()
+        room.medium.plug()
+        room.agent.until_said(f"{room.medium.label}.*: mounted: at ")
+        took.append(time.monotonic() - begun)
+        room.leaves()
+    return took
+
+
+def told(seconds: list[float]) -> str:
+    """The figures, in milliseconds."""
+    median, worst = statistics.median(seconds), max(seconds)
+    return f"median {median * 1000:.0f} ms, at most {worst * 1000:.0f} ms, n = {len(seconds)}"
