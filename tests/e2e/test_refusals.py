@@ -66,6 +66,8 @@ async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medi
     assert {fault: media.partition_bytes(image) for fault, image in media_of.items()} == before
 
 
+EXPOSURE = 36
+"""Tenths of what `systemd-analyze security` gives it; docs/reliability.md says what is left."""
 TRACED = f"/run/systemd/system/{UNIT}.d/traced.conf"
 HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "cartridge 01"]
 
@@ -147,6 +149,26 @@ async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
     await agent.until_said("failed: no known filesystem under this key")
     await stick.pull()
     assert media.partition_bytes(image) == before
+
+
+async def test_a_medium_with_a_sector_that_cannot_be_read_is_refused_with_the_cause(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    superblock = media.FIRST_LBA + 1024 // 512
+    await agent.start()
+    stick = await guest.plug_usb(medium, bad_sector=superblock)
+    await agent.until_said("'cartridge-01' .*failed: .*Input/output error")
+    assert await agent.leftovers() == []
+    await stick.pull()
+    await stick.plug()
+    await agent.until_said("'cartridge-01' .*failed: .*Input/output error", times=2)
+
+
+async def test_the_service_is_exposed_to_no_more_than_a_mounter_must_be(guest: Guest) -> None:
+    done = await guest.run(
+        "systemd-analyze", "security", "--no-pager", f"--threshold={EXPOSURE}", UNIT, check=False
+    )
+    assert done.returncode == 0, done.stdout
 
 
 async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_where(

@@ -102,8 +102,13 @@ def tables(label: str = "") -> list[str]:
 
 
 def keys() -> list[str]:
-    """All keys of the agent's, in whichever keyring."""
-    return [line for line in Path("/proc/keys").read_text().splitlines() if "caam-hotplug" in line]
+    """All keys of the agent's, in whichever keyring.
+
+    One whose usage count is 0 is none any more: the kernel's collector has yet to take it away
+    (security/keys/gc.c).
+    """
+    lines = Path("/proc/keys").read_text().splitlines()
+    return [line for line in lines if "caam-hotplug" in line and line.split()[2] != "0"]
 
 
 def mounts() -> list[str]:

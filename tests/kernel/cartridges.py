@@ -92,34 +92,49 @@ def cartridges(
 ) -> Iterator[list[Cartridge]]:
     """A medium for each label, all out of their sockets; nothing is left of them afterwards.
 
-    Each has the filesystem in its place, the program that makes it; the last one goes on.
+    Each has the filesystem in its place, the program that makes it; the last one goes on. Within
+    others' `with`, they are of the size of the first.
     """
-    run(
-        "modprobe", "scsi_debug", "per_host_store=1", "removable=1", "delay=0",
-        f"add_host={len(labels)}", f"dev_size_mb={size_mb}",
-    )  # fmt: skip
+    if not _DRIVER.exists():
+        options = ("per_host_store=1", "removable=1", "delay=0", "add_host=0")
+        run("modprobe", "scsi_debug", *options, f"dev_size_mb={size_mb}")
+    others = set(_HOSTS.glob("adapter*"))
     made: list[Cartridge] = []
     try:
-        contents: dict[Sequence[str], bytes] = {}
-        for number, label in enumerate(labels):
-            cartridge = Cartridge(_HOSTS / f"adapter{number}", label)
-            made.append(cartridge)
-            cartridge.settle()
-            run("sfdisk", "-q", f"/dev/{cartridge.disk.name}", stdin=_layout(label))
-            run("udevadm", "settle")
-            program = filesystems[min(number, len(filesystems) - 1)]
-            if program not in contents:
-                contents[program] = _formatted(cartridge.partition, program)
-            cartridge.contents = contents[program]
-            cartridge.restore()
-            cartridge.pull()
+        (_DRIVER / "add_host").write_text(str(len(labels)))
+        adapters = sorted(set(_HOSTS.glob("adapter*")) - others, key=_number)
+        made += [Cartridge(adapter, label) for adapter, label in zip(adapters, labels, strict=True)]
+        _fill(made, filesystems)
         yield made
     finally:
         for cartridge in made:
             if cartridge.is_plugged:
                 cartridge.pull()
         run("udevadm", "settle")
-        run("modprobe", "-r", "scsi_debug")
+        (_DRIVER / "add_host").write_text(str(-len(labels)))
+        if not others:
+            run("modprobe", "-r", "scsi_debug")
+
+
+def _number(adapter: Path) -> int:
+    return int(adapter.name.removeprefix("adapter"))
+
+
+def _fill(made: Sequence[Cartridge], filesystems: Sequence[Sequence[str]]) -> None:
+    """All are partitioned before any is formatted, since udev's part in it is what takes long."""
+    until(lambda: all(c.is_plugged and Path(f"/dev/{c.disk.name}").exists() for c in made))
+    run("udevadm", "settle")
+    for cartridge in made:
+        run("sfdisk", "-q", f"/dev/{cartridge.disk.name}", stdin=_layout(cartridge.label))
+    run("udevadm", "settle")
+    contents: dict[Sequence[str], bytes] = {}
+    for number, cartridge in enumerate(made):
+        program = filesystems[min(number, len(filesystems) - 1)]
+        if program not in contents:
+            contents[program] = _formatted(cartridge.partition, program)
+        cartridge.contents = contents[program]
+        cartridge.restore()
+        cartridge.pull()
 
 
 class Faulty:

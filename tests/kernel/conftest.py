@@ -278,7 +278,7 @@ def world(formatted: real.Formatted, nothing_left: None, tmp_path: Path) -> Iter
     assert list(made.host.mount_root.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def media(udev_rule: None) -> Iterator[list[Cartridge]]:
     """Two encrypted cartridges, not plugged."""
     with cartridges(["cartridge-01", "cartridge-02"]) as made:
@@ -287,7 +287,7 @@ def media(udev_rule: None) -> Iterator[list[Cartridge]]:
 
 @pytest.fixture
 def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
-    """A room with the module's media."""
+    """A room with those media."""
     with room_of(media) as made:
         yield made
 

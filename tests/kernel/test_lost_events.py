@@ -13,18 +13,25 @@ import pytest
 
 from caam_hotplug.kernel import udev
 from fakes.contract import until
-from kernel.agents import Room, mappings
+from kernel.agents import Room, mappings, room_of
 from kernel.cartridges import Cartridge, cartridges
 from kernel.storms import is_as_it_should
 from kernel.witness import run
 
-STORM: Final = 16
+STORM: Final = 8
+"""Media; `make soak` has 64."""
 LABELS: Final = [f"cartridge-{number:02}" for number in range(1, STORM + 1)]
 
 
 @pytest.fixture(scope="module")
-def media(udev_rule: None) -> Iterator[list[Cartridge]]:
+def many(udev_rule: None) -> Iterator[list[Cartridge]]:
     with cartridges(LABELS) as made:
+        yield made
+
+
+@pytest.fixture
+def room(many: list[Cartridge], nothing_left: None) -> Iterator[Room]:
+    with room_of(many) as made:
         yield made
 
 
@@ -106,10 +113,10 @@ def test_after_a_storm_of_which_most_was_lost_all_is_as_it_should_be(
 
 def test_after_a_storm_with_a_restart_of_udevd_all_is_as_it_should_be(room: Room) -> None:
     room.agent.start()
-    for medium in room.media[:8]:
+    for medium in room.media[: STORM // 2]:
         medium.plug()
     run("systemctl", "restart", "systemd-udevd")
-    for medium in room.media[8:]:
+    for medium in room.media[STORM // 2 :]:
         medium.plug()
     run("systemctl", "kill", "-s", "KILL", "systemd-udevd")
     room.media[0].pull()

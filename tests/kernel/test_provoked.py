@@ -137,7 +137,7 @@ def test_a_slow_medium_is_stuck_for_a_while_and_then_mounted(room: Room, faulty:
     room.agent.start(Stop(UNSEALED))
     with faulty.plugged():
         room.agent.until_called(UNSEALED)
-        faulty.becomes("delay {below} 0 1000")
+        faulty.becomes("delay {below} 0 400")
         room.agent.go_on()
         room.agent.until_said("cartridge-03.*: stuck: ")
         faulty.becomes("linear {below} 0")

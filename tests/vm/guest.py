@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import errno
 import itertools
 import json
 import time
@@ -182,13 +183,22 @@ class Guest:
         return self._run / "shell"
 
     async def plug_usb(
-        self, medium: Path, *, serial: str = "", read_only: bool = False, slow: bool = False
+        self,
+        medium: Path,
+        *,
+        serial: str = "",
+        read_only: bool = False,
+        slow: bool = False,
+        bad_sector: int | None = None,
     ) -> Plug:
         """A USB stick has been plugged; the guest learns of it in its own time.
 
-        With `slow`, its I/O goes through a throttle of QEMU's named `slow-NODE`.
+        With `slow`, its I/O goes through a throttle of QEMU's named `slow-NODE`. No read that
+        touches the `bad_sector` succeeds.
         """
         node = await self._open(medium, read_only=read_only, slow=slow)
+        if bad_sector is not None:
+            node = await self._damaged(node, bad_sector)
         plug = Plug(self, f"usb-{node}", "usb-storage", node, serial or node, bus=None)
         await plug.plug()
         return plug
@@ -228,6 +238,18 @@ class Guest:
             file=node,
         )
         return f"slow-{node}"
+
+    async def _damaged(self, node: str, bad_sector: int) -> str:
+        error = {"event": "none", "iotype": "read", "errno": errno.EIO, "sector": bad_sector}
+        damaged = f"bad-{node}"
+        await self.qmp(
+            "blockdev-add",
+            driver="blkdebug",
+            node_name=damaged,
+            image=node,
+            inject_error=[{**error, "once": False}],
+        )
+        return damaged
 
     async def throttle(self, plug: Plug, bytes_per_s: int) -> None:
         """The I/O of a medium plugged `slow` is held to this rate; 0 lifts it."""
