@@ -181,7 +181,8 @@ class Soak:
         first = self._first
         with suppress(AssertionError):  # what is unlinked or at its end counts a little longer
             until(lambda: not size_of(pid).exceeds(first))
-        assert not (now := size_of(pid)).exceeds(first), f"{first} became {now}"
+        now = size_of(pid)
+        assert not now.exceeds(first), f"{first} became {now}"
         grown = now.rss_kib - first.rss_kib
         self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
 
