@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -155,6 +156,15 @@ class Agent:
         """It is dead, without a chance to do anything."""
         os.kill(self._pid, signal.SIGKILL)
         self.until_killed()
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """The process does not run meanwhile, and reads no event."""
+        os.kill(self._pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._pid, signal.SIGCONT)
 
     def tell_to_stop(self) -> None:
         """It has been told to stop."""

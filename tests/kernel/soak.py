@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 import random
-import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
@@ -151,13 +150,16 @@ class Soak:
         self._start()
         for number in range(count):
             self._room.agent.forget()
-            with damage(medium, self._random, DAMAGE_WITHIN[kind]):
-                medium.plug()
-                said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
-                outcome = "mounted" if ": mounted: " in said else "failed"
-                self._figures.damaged[f"{kind} {outcome}"] += 1
-                medium.pull()
-                self._gone(medium)
+            with self._room.agent.held_up():
+                damage(medium, self._random, DAMAGE_WITHIN[kind])
+            medium.plug()
+            said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
+            outcome = "mounted" if ": mounted: " in said else "failed"
+            self._figures.damaged[f"{kind} {outcome}"] += 1
+            medium.pull()
+            self._gone(medium)
+            with self._room.agent.held_up(), medium.disposable():
+                pass
             self._look()
             self._say(f"damaged {kind} {number + 1} of {count}: {said}")
         self._room.agent.stop()
@@ -296,10 +298,9 @@ class Soak:
     def _all_at_once(self, medium: Cartridge) -> None:
         """While the agent is held up, so that it learns of everything at once."""
         assert medium
-        os.kill(self._room.agent.pid, signal.SIGSTOP)
-        for each in self._room.media:
-            each.plug()
-        os.kill(self._room.agent.pid, signal.SIGCONT)
+        with self._room.agent.held_up():
+            for each in self._room.media:
+                each.plug()
         until(lambda: all(self._room.point(each).is_mount() for each in self._room.media))
         for each in self._room.media:
             each.pull()
@@ -311,9 +312,8 @@ def _blob(medium: Cartridge) -> Path:
     return ROOM / "blobs" / f"{medium.label}.bb"
 
 
-@contextmanager
-def damage(medium: Cartridge, source: random.Random, within: int) -> Iterator[None]:
-    """Some bytes near the start of the medium's filesystem are others; restored afterwards."""
+def damage(medium: Cartridge, source: random.Random, within: int) -> None:
+    """Some bytes near the start of the medium's filesystem are others from now on."""
     medium.plug()
     medium.settle()
     with open(medium.partition, "r+b", buffering=0) as partition:
@@ -329,13 +329,6 @@ def damage(medium: Cartridge, source: random.Random, within: int) -> Iterator[No
             partition.write(crypt("cbc(aes)", KEY, bytes(sector), iv=iv))
         os.fsync(partition)
     medium.pull()
-    try:
-        yield
-    finally:
-        medium.plug()
-        medium.settle()
-        medium.restore()
-        medium.pull()
 
 
 def soak(cycles: int, damaged: int, seed: int, say: Callable[[str], None]) -> Figures:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,16 +57,6 @@ def udevd_hanging() -> Iterator[None]:
         run("udevadm", "control", "--start-exec-queue")
 
 
-@contextmanager
-def held_up(agent: int) -> Iterator[None]:
-    """The agent's process does not run meanwhile, and reads no event."""
-    os.kill(agent, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(agent, signal.SIGCONT)
-
-
 def test_a_medium_comes_and_goes_though_udevd_hangs(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +87,7 @@ def test_after_a_storm_of_which_most_was_lost_all_is_as_it_should_be(
     room.agent.start()
     for medium in room.media[::4]:
         room.arrives(medium)
-    with held_up(room.agent.pid):
+    with room.agent.held_up():
         for medium in room.media[::4]:
             medium.pull()
         for medium in room.media[1:]:
