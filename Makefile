@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 CYCLES := 1000
 DAMAGED := 200
 STORMS := 10
+TIMINGS := 12
 SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
@@ -48,7 +49,7 @@ demo: setup
 	@$(BED) demo
 
 soak: setup
-	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) $(SEED:%=--seed %)
+	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 
 vm-shell: setup
 	@$(BED) shell

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,8 +42,8 @@ CALLS_OF_AN_ARRIVAL: Final = 10
 """Every filesystem's arrival takes as many calls or more."""
 WARM_UP: Final = 5
 """Cycles after which an agent's memory is first looked at."""
-DAMAGE_WITHIN: Final = {"ext4": 8192, "vfat": 4096}
-"""Bytes from the start, in which the superblock and what it leads to lie."""
+DAMAGE_WITHIN: Final = {"ext4": range(1024, 8192), "vfat": range(90)}
+"""Which bytes: the superblock and what it leads to; of vfat the fields of its boot sector."""
 RSS_GROWTH_KIB: Final = 1024
 SECTOR: Final = 512
 STORM: Final = 64
@@ -158,11 +158,11 @@ class Soak:
             self._figures.damaged[f"{kind} {outcome}"] += 1
             medium.pull()
             self._gone(medium)
-            with self._room.agent.held_up(), medium.disposable():
-                pass
             self._look()
             self._say(f"damaged {kind} {number + 1} of {count}: {said}")
         self._room.agent.stop()
+        with medium.disposable():
+            pass
 
     def _start(self, stop: Stop | None = None) -> None:
         self._room.agent.start(stop)
@@ -312,13 +312,14 @@ def _blob(medium: Cartridge) -> Path:
     return ROOM / "blobs" / f"{medium.label}.bb"
 
 
-def damage(medium: Cartridge, source: random.Random, within: int) -> None:
-    """Some bytes near the start of the medium's filesystem are others from now on."""
+def damage(medium: Cartridge, source: random.Random, within: Sequence[int]) -> None:
+    """The medium's filesystem is as it was made, but for some of these bytes of it."""
     medium.plug()
     medium.settle()
+    medium.restore()
     with open(medium.partition, "r+b", buffering=0) as partition:
         for _ in range(source.randrange(1, 17)):
-            at = source.randrange(within)
+            at = source.choice(within)
             number, offset = divmod(at, SECTOR)
             iv = number.to_bytes(4, "little").ljust(16, b"\0")
             partition.seek(number * SECTOR)
@@ -371,8 +372,10 @@ def main() -> int:
         print(line, flush=True)
 
     figures = soak(options.cycles, options.damaged, options.seed, say)
-    figures.storms_s = storms(options.storms, STORM, say)
-    _time(options.timings, say)
+    if options.storms:
+        figures.storms_s = storms(options.storms, STORM, say)
+    if options.timings:
+        _time(options.timings, say)
     print(json.dumps(asdict(figures)))
     return 0
 
