@@ -111,7 +111,7 @@ class _Events:
 
     def begin(self) -> None:
         """All that is present has been told of, and what happens will be."""
-        self._supervisor.start(self._devices.present(), udev.present_ids())
+        self._supervisor.start(self._devices.present(), udev.there())
         for fileno in self._devices.filenos():
             self._loop.add_reader(fileno, self._read)
         self._set_alarm()

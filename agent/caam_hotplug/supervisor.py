@@ -33,8 +33,7 @@ class Supervisor:
         """`left`: what an earlier run of the agent has left, to adopt or to release."""
         self._around = around
         self._left = list(left)
-        self._inherited: dict[VolumeId, Mapping] = {}
-        """What was left of volumes that are there, and that no life has taken over yet."""
+        self._inherited: set[VolumeId] = set()
         self._group = asyncio.TaskGroup()
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
@@ -49,27 +48,27 @@ class Supervisor:
     async def __aexit__(self, *error: object) -> None:
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    def start(self, present: Iterable[Appeared], there: dict[str, VolumeId]) -> None:
+    def start(self, present: Iterable[Appeared], there: Iterable[Volume]) -> None:
         """Lives of all present volumes have begun, and what no volume that is there owns is let go.
 
-        `there`: the volumes that the kernel has, by their names; udev may not have told of all of
-        them yet.
+        `there`: the volumes that the kernel has, without what only udev knows. Of those that
+        inherit something udev may not have told yet; their lives begin all the same.
 
         Those that inherit come first: what they hold already, nobody else can be given. So do
         orphans, which own their mount points until they are released.
         """
-        present = list(present)
-        there = there | {event.volume.name: event.volume.id for event in present}
-        name_of = {which: name for name, which in there.items()}
+        told = {event.volume.id: event.volume for event in present}
+        known = {volume.id: volume for volume in there} | told
         for mapping in self._left:
             owner = names.volume_of_dm_uuid(mapping.uuid)
-            if owner is not None and owner in name_of:
-                self._inherited[owner] = mapping
-                self._at[name_of[owner]] = owner
+            if owner is not None and owner in known:
+                self._inherited.add(owner)
             else:
-                self._release(mapping)
-        for event in sorted(present, key=lambda event: event.volume.id not in self._inherited):
-            self._arrive(event.volume)
+                self._run(self._release(mapping), partial(str, f"mapping {mapping.name}"))
+        disks = [VolumeId(owner.diskseq, 0) for owner in self._inherited]
+        for which in dict.fromkeys([*self._inherited, *disks, *told]):
+            if which in known:
+                self._arrive(known[which])
 
     def take(self, event: Event, present: Iterable[Appeared]) -> None:
         """The event has been acted on; `present` is looked through if events were lost."""
@@ -121,8 +120,6 @@ class Supervisor:
         if which is None:
             return
         self._next.pop(which, None)
-        if which in self._inherited:  # it has left before udev told of it
-            self._release(self._inherited.pop(which))
         if which in self._lives:
             self._lives[which].leave.ask(Reason.GONE)
         if which.partition == 0:
@@ -137,8 +134,6 @@ class Supervisor:
             which = self._at.get(name)
             if which is None:  # it departed with its disk
                 continue
-            if which in self._inherited:  # udev has not told of it yet
-                continue
             life = self._lives.get(which)
             # udev does not list a device whose event it has not finished; sysfs knows better.
             if life is None or not self._around.host.is_present(life.volume):
@@ -147,7 +142,8 @@ class Supervisor:
             self._arrive(event.volume)
 
     def _begin(self, volume: Volume) -> None:
-        inherits = self._inherited.pop(volume.id, None) is not None
+        inherits = volume.id in self._inherited
+        self._inherited.discard(volume.id)
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
         self._run(self._attend(life, volume.id), lambda: str(life.volume))
 
@@ -167,10 +163,7 @@ class Supervisor:
         if again is not None:
             self._begin(again)
 
-    def _release(self, orphan: Mapping) -> None:
-        self._run(self._sweep(orphan), partial(str, f"mapping {orphan.name}"))
-
-    async def _sweep(self, orphan: Mapping) -> None:
+    async def _release(self, orphan: Mapping) -> None:
         around = self._around
         lane = around.new_lane(f"sweep {orphan.name}")
         try:

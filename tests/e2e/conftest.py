@@ -74,7 +74,9 @@ async def guest(request: pytest.FixtureRequest, shared: Shared) -> AsyncIterator
 @pytest_asyncio.fixture(loop_scope="session")
 async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
     """The agent, to be started; stopped afterwards, when nothing may be left."""
-    cursor = (await guest.sh("journalctl -n 0 --show-cursor")).stdout.partition("cursor: ")[2]
+    shown = await guest.sh("journalctl --sync; journalctl -n 0 --show-cursor")
+    _, found, cursor = shown.stdout.partition("cursor: ")
+    assert found, shown.stdout
     agent = InstalledAgent(guest, since=cursor.strip())
     yield agent
     await agent.stop()

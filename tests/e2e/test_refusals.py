@@ -101,6 +101,7 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     assert made == []
     # The kernel's names lead to what sysfs says of a device; a label leads nowhere.
     assert {p for p in paths if not p.startswith(("/sys/", "/run/udev/data/", "/proc/"))} == set()
+    await agent.stop()
     await guest.sh(f"rm {TRACED}; systemctl daemon-reload")
 
 

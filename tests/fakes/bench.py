@@ -146,7 +146,7 @@ class Bench:
             async with Supervisor(around, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
                 told = [Appeared(volume) for volume in present if volume.name not in self.untold]
-                supervisor.start(told, {volume.name: volume.id for volume in present})
+                supervisor.start(told, present)
                 self._supervisor = supervisor
                 self._read_socket(supervisor)
                 await asyncio.Event().wait()

@@ -146,9 +146,8 @@ class Agent:
         return bool(more)
 
     def until_killed(self) -> None:
-        """It was killed where it was to be."""
-        _, status = os.waitpid(self._pid, 0)
-        self._pid = 0
+        """It was killed where it was to be. Raises: AssertionError after the deadline."""
+        status = self._status()
         assert os.WIFSIGNALED(status), self.everything()
         assert os.WTERMSIG(status) == signal.SIGKILL, self.everything()
 
@@ -176,10 +175,18 @@ class Agent:
         self.until_ended()
 
     def until_ended(self, status: int = 0) -> None:
-        """It has ended with this exit status."""
-        _, ended = os.waitpid(self._pid, 0)
+        """It has ended with this exit status. Raises: AssertionError after the deadline."""
+        assert os.waitstatus_to_exitcode(self._status()) == status, self.everything()
+
+    def _status(self) -> int:
+        ended = os.pidfd_open(self._pid)
+        try:
+            assert select.select([ended], [], [], DEADLINE_S)[0], self.everything()
+        finally:
+            os.close(ended)
+        _, status = os.waitpid(self._pid, 0)
         self._pid = 0
-        assert os.waitstatus_to_exitcode(ended) == status, self.everything()
+        return status
 
     def everything(self) -> str:
         """All that it has said."""

@@ -42,8 +42,10 @@ CALLS_OF_AN_ARRIVAL: Final = 10
 """Every filesystem's arrival takes as many calls or more."""
 WARM_UP: Final = 5
 """Cycles after which an agent's memory is first looked at."""
-DAMAGE_WITHIN: Final = {"ext4": range(1024, 8192), "vfat": range(90)}
-"""Which bytes: the superblock and what it leads to; of vfat the fields of its boot sector."""
+SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(90)}
+"""Which bytes; of vfat those of the boot sector that are not code."""
+BEHIND_IT: Final = 8192
+"""Bytes from the start, in which lies what the superblock leads to."""
 RSS_GROWTH_KIB: Final = 1024
 SECTOR: Final = 512
 STORM: Final = 64
@@ -96,7 +98,7 @@ def size_of(pid: int) -> Size:
         threads=int(values["Threads"]),
         keys=_used_keys(),
         semaphores=len(Path("/proc/sysvipc/sem").read_text().splitlines()),
-        rss_kib=int(values["VmRSS"].split()[0]),
+        rss_kib=int(values["RssAnon"].split()[0]),
     )
 
 
@@ -143,7 +145,6 @@ class Soak:
             self._look()
             self._say(f"cycle {number + 1} of {count}: {action.__name__.strip('_')} {medium.label}")
         self._room.agent.stop()
-        assert self._figures.rss_growth_kib < RSS_GROWTH_KIB
 
     def damaged(self, count: int, medium: Cartridge, kind: str) -> None:
         """So many filesystems with random damage were plugged. Raises: AssertionError."""
@@ -151,7 +152,7 @@ class Soak:
         for number in range(count):
             self._room.agent.forget()
             with self._room.agent.held_up():
-                damage(medium, self._random, DAMAGE_WITHIN[kind])
+                damage(medium, self._random, SUPERBLOCK[kind])
             medium.plug()
             said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
             outcome = "mounted" if ": mounted: " in said else "failed"
@@ -187,6 +188,7 @@ class Soak:
         assert not now.exceeds(first), f"{first} became {now}"
         grown = now.rss_kib - first.rss_kib
         self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
+        assert grown < RSS_GROWTH_KIB, f"{first} became {now}"
 
     def _served(self, medium: Cartridge) -> Path:
         """The medium is mounted, and the file that must be on it is, whole."""
@@ -312,37 +314,39 @@ def _blob(medium: Cartridge) -> Path:
     return ROOM / "blobs" / f"{medium.label}.bb"
 
 
-def damage(medium: Cartridge, source: random.Random, within: Sequence[int]) -> None:
-    """The medium's filesystem is as it was made, but for some of these bytes of it."""
+def damage(medium: Cartridge, source: random.Random, superblock: Sequence[int]) -> None:
+    """The medium's filesystem is as it was made, but for a byte of its superblock and some more."""
     medium.plug()
     medium.settle()
     medium.restore()
     with open(medium.partition, "r+b", buffering=0) as partition:
-        for _ in range(source.randrange(1, 17)):
-            at = source.choice(within)
+        others = [source.randrange(BEHIND_IT) for _ in range(source.randrange(16))]
+        for at in (source.choice(superblock), *others):
             number, offset = divmod(at, SECTOR)
             iv = number.to_bytes(4, "little").ljust(16, b"\0")
             partition.seek(number * SECTOR)
             sealed = partition.read(SECTOR)
             sector = bytearray(crypt("cbc(aes)", KEY, sealed, decrypt=True, iv=iv))
-            sector[offset] = source.randrange(256)
+            sector[offset] ^= source.randrange(1, 256)
             partition.seek(number * SECTOR)
             partition.write(crypt("cbc(aes)", KEY, bytes(sector), iv=iv))
         os.fsync(partition)
     medium.pull()
 
 
-def soak(cycles: int, damaged: int, seed: int, say: Callable[[str], None]) -> Figures:
+def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]) -> None:
     """A soak from beginning to end, in a room of its own. Raises: AssertionError."""
-    figures = Figures(seed)
     with cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media, room_of(media) as room:
         work = Soak(room, figures, say)
-        if cycles:
-            work.cycles(cycles)
-        if damaged:
-            work.damaged(damaged, media[0], "ext4")
-            work.damaged(damaged, media[1], "vfat")
-    return figures
+        try:
+            if cycles:
+                work.cycles(cycles)
+            if damaged:
+                work.damaged(damaged, media[0], "ext4")
+                work.damaged(damaged, media[1], "vfat")
+        except BaseException:
+            say(f"what the agent said:\n{room.agent.everything()}")
+            raise
 
 
 def _time(count: int, say: Callable[[str], None]) -> None:
@@ -350,7 +354,7 @@ def _time(count: int, say: Callable[[str], None]) -> None:
     with cartridges(["cartridge-01", "cartridge-02"]) as media, room_of(media) as room:
         for holder, seconds in latencies.after_the_removal(room, count).items():
             say(f"no crypt table after the kernel's remove event ({holder}): {told(seconds)}")
-        found = latencies.beside_a_wedged_medium(room, count // 4)
+        found = latencies.beside_a_wedged_medium(room, max(1, count // 4))
         for when, seconds in found.items():
             say(f"plugged and mounted, {when}: {told(seconds)}")
         wedged, without = map(statistics.median, found.values())
@@ -371,12 +375,16 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    figures = soak(options.cycles, options.damaged, options.seed, say)
-    if options.storms:
-        figures.storms_s = storms(options.storms, STORM, say)
-    if options.timings:
-        _time(options.timings, say)
-    print(json.dumps(asdict(figures)))
+    figures = Figures(options.seed)
+    try:
+        if options.cycles or options.damaged:
+            soak(options.cycles, options.damaged, figures, say)
+        if options.storms:
+            figures.storms_s = storms(options.storms, STORM, say)
+        if options.timings:
+            _time(options.timings, say)
+    finally:
+        say(json.dumps(asdict(figures)))
     return 0
 
 

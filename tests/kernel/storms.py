@@ -38,6 +38,7 @@ def storms(count: int, size: int, say: Callable[[str], None]) -> list[tuple[floa
             begun = time.monotonic()
             for medium in media:
                 medium.plug()
+            until(lambda: all(medium.is_plugged for medium in media))
             until(lambda: is_as_it_should(room), within_s=WITHIN_S)
             mounted = time.monotonic()
             for medium in media:

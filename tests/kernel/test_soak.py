@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kernel.soak import soak
+from kernel.soak import Figures, soak
 
 
 @pytest.mark.timeout(1800)
 def test_fifty_cycles_with_faults_at_random_leave_nothing_and_lose_nothing(
     udev_rule: None, nothing_left: None
 ) -> None:
-    figures = soak(cycles=50, damaged=5, seed=7, say=print)
+    figures = Figures(seed=7)
+    soak(cycles=50, damaged=5, figures=figures, say=print)
     assert figures.cycles == 50
     assert figures.files_checked > 0
     assert figures.damaged.total() == 10

@@ -722,36 +722,52 @@ def test_a_volume_that_a_defect_cost_its_service_is_forgotten_after_it_left(benc
     assert [entry.volume for entry in bench.board.entries()] == [healthy]
 
 
-def test_a_mounted_medium_that_leaves_before_udev_tells_the_next_agent_of_it_is_swept(
-    bench: Bench,
-) -> None:
-    bench.insert()
+def _killed_and_started_while_udev_is_silent(bench: Bench) -> Volume:
+    volume = bench.insert()
     bench.settle()
     bench.kill()
     bench.untold = {"sda1"}
     bench.start()
     bench.settle()
-    assert len(bench.kernel.mappings) == 1
-    bench.lose_events(listed=False)
+    return volume
+
+
+def test_a_mounted_medium_is_adopted_before_udev_tells_the_next_agent_of_it(bench: Bench) -> None:
+    volume = _killed_and_started_while_udev_is_silent(bench)
+    before = list(bench.kernel.mounts)
+    assert bench.state(volume) is State.MOUNTED
+    bench.appear(volume)
     bench.settle()
-    assert len(bench.kernel.mappings) == 1
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.mounts == before
+
+
+def test_a_mounted_medium_that_leaves_before_udev_tells_the_next_agent_of_it_is_let_go(
+    bench: Bench,
+) -> None:
+    _killed_and_started_while_udev_is_silent(bench)
     bench.yank()
     bench.settle()
     assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
 
 
-def test_a_mounted_medium_that_udev_tells_the_next_agent_of_late_is_adopted(bench: Bench) -> None:
-    volume = bench.insert()
+def test_a_mounted_medium_that_udev_never_tells_of_is_let_go_though_its_removal_was_lost(
+    bench: Bench,
+) -> None:
+    _killed_and_started_while_udev_is_silent(bench)
+    bench.lose_events(listed=False)
     bench.settle()
-    bench.kill()
-    before = list(bench.kernel.mounts)
-    bench.untold = {"sda1"}
-    bench.start()
+    assert len(bench.kernel.mounts) == 1
+    bench.kernel.yank()
+    bench.lose_events(listed=False)
     bench.settle()
-    bench.appear(volume)
-    bench.settle()
-    assert bench.state(volume) is State.MOUNTED
-    assert bench.kernel.mounts == before
+    assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
+
+
+def test_a_mounted_medium_of_which_udev_has_not_told_is_let_go_by_a_stop(bench: Bench) -> None:
+    _killed_and_started_while_udev_is_silent(bench)
+    bench.stop()
+    assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
 
 
 def _orphan(bench: Bench) -> None:

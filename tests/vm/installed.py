@@ -119,9 +119,10 @@ async def put_back(guest: Guest) -> None:
     """
     assert await InstalledAgent(guest).leftovers() == []
     await guest.pull_all()
+    await guest.until("! ls /sys/class/block | grep -E '^(sd|mmcblk)'")
     await guest.sh(
         f"rm -rf /etc/caam-hotplug /run/media/* {_BLOBS}; cp -a {_BLOBS_AS_MADE} {_BLOBS}; "
-        "udevadm settle"
+        f"udevadm settle; systemctl reset-failed {UNIT} 2>/dev/null || true"
     )
 
 

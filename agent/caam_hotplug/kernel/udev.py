@@ -236,10 +236,13 @@ def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:
     return properties.get("DISKSEQ", str(which.diskseq)) != str(which.diskseq)
 
 
-def present_ids() -> dict[str, VolumeId]:
-    """The volumes that sysfs has, by name, also those of which udev does not know anything yet."""
-    media = [at.name for at in _SYS_BLOCK.iterdir() if not _NEVER_MEDIA.match(at.name)]
-    return {name: which for name in media if (which := present_id(name)) is not None}
+def there() -> Iterator[Volume]:
+    """The volumes that sysfs has, also those of which udev does not know anything yet."""
+    for at in _SYS_BLOCK.iterdir():
+        if not _NEVER_MEDIA.match(at.name):
+            volume = volume_at(at.name, {}, "kernel")
+            if volume is not None:
+                yield volume
 
 
 def present_id(name: str, sys_block: Path = _SYS_BLOCK) -> VolumeId | None:
