@@ -20,6 +20,8 @@ from kernel.holders import hold_open, process, write_on
 PROBED_AFTER: Final = 6
 """Calls of an arrival up to the one that makes the mapping live; the probe follows."""
 KERNEL_GROUP: Final = 1
+NETLINK_KOBJECT_UEVENT: Final = 15
+"""Of linux/netlink.h; Python has no name for it."""
 
 
 def after_the_removal(room: Room, count: int) -> dict[str, list[float]]:
@@ -52,7 +54,7 @@ def _crypt_tables(medium: Cartridge) -> bool:
 def removal_of(name: str) -> Iterator[Callable[[], float]]:
     """Yields when the kernel has told of the removal of a block device, once it has."""
     told: list[float] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_KOBJECT_UEVENT) as events:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT) as events:
         events.bind((0, KERNEL_GROUP))
         events.settimeout(60)
 

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -42,8 +42,8 @@ CALLS_OF_AN_ARRIVAL: Final = 10
 """Every filesystem's arrival takes as many calls or more."""
 WARM_UP: Final = 5
 """Cycles after which an agent's memory is first looked at."""
-SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(90)}
-"""Which bytes; of vfat those of the boot sector that are not code."""
+SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(11, 40)}
+"""Which bytes; of vfat the boot sector's parameter block."""
 BEHIND_IT: Final = 8192
 """Bytes from the start, in which lies what the superblock leads to."""
 RSS_GROWTH_KIB: Final = 1024
@@ -384,7 +384,7 @@ def main() -> int:
         if options.timings:
             _time(options.timings, say)
     finally:
-        say(json.dumps(asdict(figures)))
+        say(json.dumps(vars(figures)))
     return 0
 
 
