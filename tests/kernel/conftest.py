@@ -1,9 +1,10 @@
 """The kernel's tests run in a guest, all of them in one pytest there, and show here as themselves.
 
-On the host the run begins by restoring a guest and starting pytest in it for all that were
-selected. It works beside all other tests, which come first; what is said of each test here is what
-the guest's pytest said of it, phase by phase. There is no skipping: a test that the guest did not
-run has failed.
+On the host a guest is restored and pytest started in it for all that were selected, as soon as the
+tests are through that have guests of their own: two guests on two processors are each six times
+slower, as one's processor that holds a lock waits for the host. It works beside all other tests;
+what is said of each test here is what the guest's pytest said of it, phase by phase. There is no
+skipping: a test that the guest did not run has failed.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from vm.guest import Completed, Guest
 
 HERE: Final = Path(__file__).parent
+WITH_GUESTS: Final = [HERE.with_name("e2e"), HERE.with_name("vm")]
+"""Where the other tests are that have guests."""
 IN_GUEST: Final = "BED_IN_GUEST" in os.environ
 SELECTED: Final = "/var/tmp/kernel-tests/selected"
 """In the guest: the node ids to run, one a line."""
@@ -131,10 +134,13 @@ class GuestRun:
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """In the guest, only what the host selected is left; on the host, these come last."""
+    """In the guest, only what the host selected is left; on the host, these come last.
+
+    Those with guests of their own come first.
+    """
     assert session
     if not IN_GUEST:
-        items.sort(key=_is_here)
+        items.sort(key=lambda item: (_is_here(item), not _has_a_guest(item)))
         for item in filter(_is_here, items):  # a test's wait for those before it is no hang
             item.add_marker(pytest.mark.timeout(0), append=False)
         return
@@ -143,10 +149,10 @@ def pytest_collection_modifyitems(
     items[:] = [item for item in items if item.nodeid in selected]
 
 
-def pytest_runtestloop(session: pytest.Session) -> None:
-    """On the host, the guest's run begins with the whole run."""
+def _begin(session: pytest.Session) -> None:
+    """On the host, the guest's run has begun, if there is anything for it to run."""
     selected = [item.nodeid for item in session.items if _is_here(item)]
-    if IN_GUEST or not selected or session.config.option.collectonly:
+    if not selected or _run in session.config.stash:
         return
     run = session.config.stash[_run] = GuestRun(selected)
     session.config.add_cleanup(run.close)
@@ -186,7 +192,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
     pytest asks this of every test of the run, also of those outside this folder.
     """
-    if IN_GUEST or not _is_here(item):
+    if IN_GUEST or _has_a_guest(item):
+        return None
+    _begin(item.session)
+    if not _is_here(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in _reports(item, item.config.stash[_run]):
@@ -197,6 +206,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 def _is_here(item: pytest.Item) -> bool:
     return item.path.is_relative_to(HERE)
+
+
+def _has_a_guest(item: pytest.Item) -> bool:
+    return any(map(item.path.is_relative_to, WITH_GUESTS))
 
 
 def _reports(item: pytest.Item, run: GuestRun) -> list[pytest.TestReport]:
