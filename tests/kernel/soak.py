@@ -182,9 +182,15 @@ class Soak:
             until(lambda: size_of(pid).threads == 1)  # else a call is on its way back
             self._first = size_of(pid)
         first = self._first
-        with suppress(AssertionError):  # what is unlinked or at its end counts a little longer
-            until(lambda: not size_of(pid).exceeds(first))
         now = size_of(pid)
+
+        def has_settled() -> bool:
+            nonlocal now
+            now = size_of(pid)
+            return not now.exceeds(first)
+
+        with suppress(AssertionError):  # what is unlinked or at its end counts a little longer
+            until(has_settled)
         assert not now.exceeds(first), f"{first} became {now}"
         grown = now.rss_kib - first.rss_kib
         self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
