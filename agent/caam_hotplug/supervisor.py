@@ -58,7 +58,7 @@ class Supervisor:
         orphans, which own their mount points until they are released.
         """
         told = {event.volume.id: event.volume for event in present}
-        known = {volume.id: volume for volume in there} | told
+        known = ({volume.id: volume for volume in there} if self._left else {}) | told
         for mapping in self._left:
             owner = names.volume_of_dm_uuid(mapping.uuid)
             if owner is not None and owner in known:

@@ -15,6 +15,11 @@ from kernel.cartridges import HELLO, TEXT, Cartridge
 from kernel.forked import Agent
 from kernel.real import BLOBS
 
+ARRIVAL: Final = (
+    "ioctl", "add_key", "dm create", "dm load", "keyctl_unlink", "dm resume", "mkdir", "fsopen",
+    "fsconfig", "fsconfig", "fsconfig", "fsmount", "move_mount",
+)  # fmt: skip
+"""The calls that change something, from the medium's event until it is mounted."""
 ROOM: Final = Path("/run/room")
 RULES: Final = """
 blob_directory = "{room}/blobs"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from fakes.contract import until
-from kernel.agents import Room, tables
+from kernel.agents import ARRIVAL, Room, tables
 from kernel.cartridges import Cartridge, Faulty
 from kernel.forked import Stop
 from kernel.holders import hold_open, process, write_on
 
-PROBED_AFTER: Final = 6
+PROBED_AFTER: Final = ARRIVAL.index("dm resume") + 1
 """Calls of an arrival up to the one that makes the mapping live; the probe follows."""
 KERNEL_GROUP: Final = 1
 NETLINK_KOBJECT_UEVENT: Final = 15

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kernel.agents import Room
+from kernel.agents import ARRIVAL, Room
 from kernel.forked import Stop, kill_self
 
-ARRIVAL = (
-    "ioctl", "add_key", "dm create", "dm load", "keyctl_unlink", "dm resume", "mkdir", "fsopen",
-    "fsconfig", "fsconfig", "fsconfig", "fsmount", "move_mount",
-)  # fmt: skip
-"""The calls that change something, from the medium's event until it is mounted."""
 SURPRISE = ("umount2", "rmdir", "dm remove")
 """Those after it was pulled, when nobody uses it."""
 ORDERLY = ("syncfs", "umount2", "rmdir", "dm remove")

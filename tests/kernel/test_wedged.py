@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fakes.contract import until
-from kernel.agents import Room, mappings
+from kernel.agents import ARRIVAL, Room, mappings
 from kernel.cartridges import Faulty
 from kernel.forked import Stop
-from kernel.test_every_call import ARRIVAL
 
 UNTIL_PROBE = ARRIVAL.index("dm resume") + 1
 UNTIL_MOUNT = ARRIVAL.index("mkdir") + 1

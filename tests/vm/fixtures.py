@@ -7,14 +7,12 @@ there is no QEMU.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 if TYPE_CHECKING:
     from vm.guest import Guest
-    from vm.machine import Layer
 
 LOOKED_AT: Final = {
     "journal": "journalctl -b --no-pager -o short-precise | tail -n 150",
@@ -43,18 +41,9 @@ def pytest_runtest_makereport(
 @pytest.fixture
 async def guest(request: pytest.FixtureRequest) -> AsyncIterator[Guest]:
     """A guest restored for this test alone; its logs go into the report of a failed test."""
-    async with guest_for(request) as restored:
-        yield restored
-
-
-@asynccontextmanager
-async def guest_for(
-    request: pytest.FixtureRequest, layer: Layer | None = None
-) -> AsyncIterator[Guest]:
-    """A restored guest, and what a failed test's report should have of it."""
     from vm import machine
 
-    async with machine.restored(layer) as restored:
+    async with machine.restored() as restored:
         yield restored
         await passed(request, restored)
 
