@@ -9,13 +9,14 @@ TIMINGS := 12
 SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint check fuzz test demo soak vm-shell clean
+.PHONY: help setup lint check fuzz test coverage demo soak vm-shell clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
 	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
+	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make vm-shell   a shell in the virtual machine"
 
@@ -44,6 +45,9 @@ fuzz: $(VENV)/.installed
 
 test: setup
 	tests/run-all
+
+coverage: setup
+	tests/measure-coverage
 
 demo: setup
 	@$(BED) demo

@@ -77,7 +77,13 @@ class GuestRun:
         return self._reports.get(nodeid, [])
 
     def close(self) -> None:
-        """The guest is gone, also if the run did not come to its end."""
+        """The guest is gone, also if the run did not come to its end.
+
+        If all tests have reported, what remains of the run is waited for: its coverage is written
+        after the last report.
+        """
+        if all(map(self._is_through, self._selected)):
+            self._runner.run(self._guarded(self._until_ended()))
         self._runner.run(self._held.aclose())
         self._runner.close()
 
@@ -90,6 +96,10 @@ class GuestRun:
 
     async def _until_reported(self, nodeid: str) -> None:
         while not self._ended and not self._is_through(nodeid):
+            await self._look()
+
+    async def _until_ended(self) -> None:
+        while not self._ended:
             await self._look()
 
     def _is_through(self, nodeid: str) -> bool:
