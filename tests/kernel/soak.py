@@ -173,7 +173,7 @@ class Soak:
         """Nothing of a medium is left when none is plugged, and the agent has not grown."""
         self._age += 1
         assert mappings() == []
-        assert keys() == []
+        until(lambda: keys() == [])
         assert list(self._room.mount_root.iterdir()) == []
         if self._age < WARM_UP:
             return

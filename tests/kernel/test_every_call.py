@@ -118,4 +118,4 @@ def test_an_agent_told_twice_to_stop_at_every_call_of_an_arrival_leaves_nothing(
     room.agent.tell_to_stop()
     room.agent.go_on()
     room.agent.until_ended()
-    assert room.left() == []
+    room.has_nothing_already()

@@ -66,4 +66,4 @@ def test_a_kept_medium_is_locked_by_an_agent_whose_rule_says_so(room: Room) -> N
     room.agent.until_said("adopting its mount")
     room.is_served()
     room.agent.stop()
-    assert room.left() == []
+    room.has_nothing_already()
