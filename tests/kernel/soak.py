@@ -179,7 +179,7 @@ class Soak:
             return
         pid = self._room.agent.pid
         if self._first is None:
-            until(lambda: size_of(pid).threads == 1)  # else a call is on its way back
+            self._between_calls()
             self._first = size_of(pid)
         first = self._first
         now = size_of(pid)
@@ -195,6 +195,10 @@ class Soak:
         grown = now.rss_kib - first.rss_kib
         self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
         assert grown < RSS_GROWTH_KIB, f"{first} became {now}"
+
+    def _between_calls(self) -> None:
+        """No call of the agent's is on its way back, and all that returned are noted."""
+        until(lambda: size_of(self._room.agent.pid).threads == 1)
 
     def _served(self, medium: Cartridge) -> Path:
         """The medium is mounted, and the file that must be on it is, whole."""
@@ -243,6 +247,7 @@ class Soak:
 
     def _pulled_at_a_call(self, medium: Cartridge) -> None:
         agent = self._room.agent
+        self._between_calls()
         count = len(agent.calls) + self._random.randint(1, CALLS_OF_AN_ARRIVAL)
         medium.plug()
         agent.until_called(count)
