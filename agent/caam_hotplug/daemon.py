@@ -71,7 +71,8 @@ async def _serve(config: Config) -> None:
         notifier.tell(f"STATUS={board.summary()}")
 
     board.listen(tell_status)
-    devices = udev.Devices(source)  # subscribed from here on: what is enumerated below is complete
+    # Subscribed from here on: what is enumerated below is complete.
+    devices = udev.Devices(source, udev.handed_sockets())
     try:
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
         async with Supervisor(around, left) as supervisor:

@@ -423,7 +423,7 @@ def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: boo
         point = str(world.host.mount_root / POINT)
         expected = Mount(mapping.number, point, mapping.node, read_only)
         assert mounts_there(world) == [expected]
-        world.host.flush(POINT)
+        world.host.flush(POINT, mapping.node)
         world.host.unmount(POINT)
         assert mounts_there(world) == []
 

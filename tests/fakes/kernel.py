@@ -410,7 +410,7 @@ class FakeHost:
         self._step("mounts")
         return list(self.kernel.mounts)
 
-    def flush(self, name: str) -> None:
+    def flush(self, name: str, node: str) -> None:
         assert name
         self._step("flush", name)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -94,18 +98,56 @@ def test_a_link_at_the_mount_point_is_not_followed(world: RealWorld, tmp_path: P
     link.unlink()
 
 
-def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld) -> None:
+WRITTEN: Final = b"written by a program, and nowhere else"
+
+
+@pytest.mark.parametrize("owner", [0, 1000], ids=["of-roots", "that-lets-no-other-in"])
+def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner: int) -> None:
     with mapped(world) as mapping, mounted(world, mapping):
-        (world.host.mount_root / POINT / "file").write_bytes(b"written")
-        world.host.flush(POINT)
-    with mapped(world) as mapping, mounted(world, mapping):
-        assert (world.host.mount_root / POINT / "file").read_bytes() == b"written"
+        root = world.host.mount_root / POINT
+        (root / "file").write_bytes(WRITTEN)
+        os.chown(root, owner, owner)
+        root.chmod(0o700)
+        without_passing_for_others(lambda: world.host.flush(POINT, mapping.node))
+        assert WRITTEN in past_the_cache(mapping.node)
 
 
 def test_flushing_what_is_not_there_is_an_error(world: RealWorld) -> None:
     with pytest.raises(MountError) as refused:
-        world.host.flush(POINT)
+        world.host.flush(POINT, "/dev/dm-0")
     assert refused.value.errno == errno.ENOENT
+
+
+CAPABILITY_VERSION_3: Final = 0x20080522
+DAC: Final = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of which the service has neither."""
+
+
+def without_passing_for_others(act: Callable[[], None]) -> None:
+    """The act is done by a thread that has root's capabilities but for DAC (capset(2))."""
+
+    def drop_and_act() -> None:
+        libc = ctypes.CDLL("libc.so.6", use_errno=True)
+        header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+        sets = (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~DAC
+        assert libc.capset(header, sets) == 0
+        act()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(drop_and_act).result()
+
+
+def past_the_cache(node: str) -> bytes:
+    """All bytes of the device, as its medium has them."""
+    file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        with mmap.mmap(-1, os.lseek(file, 0, os.SEEK_END)) as room:
+            assert os.preadv(file, [room], 0) == len(room)
+            return room[:]
+    finally:
+        os.close(file)
 
 
 def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:

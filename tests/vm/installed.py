@@ -17,6 +17,7 @@ from vm.machine import Layer
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
 UNIT: Final = "caam-hotplug.service"
+SOCKET: Final = "caam-hotplug.socket"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Service]\nRestart=no\n"
@@ -58,10 +59,14 @@ class InstalledAgent:
         await self.guest.run("systemctl", "stop", UNIT)
 
     async def kill(self) -> None:
-        """The agent was killed without a chance to do anything, and stays dead."""
+        """The agent was killed without a chance to do anything, and stays dead.
+
+        Its socket goes as well, or the next event would start it.
+        """
         await self.guest.sh(
             f"systemctl kill -s KILL --kill-whom=main {UNIT}; "
-            f"while systemctl is-active -q {UNIT}; do :; done; systemctl reset-failed {UNIT}"
+            f"while systemctl is-active -q {UNIT}; do :; done; "
+            f"systemctl stop {SOCKET}; systemctl reset-failed {UNIT}"
         )
 
     async def journal(self) -> str:
@@ -145,7 +150,7 @@ def _package() -> bytes:
         {
             "usr/bin/caam-hotplug": _PROGRAM.encode(),
             "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
-            f"etc/systemd/system/{UNIT}": _read(f"config/{UNIT}"),
+            **{f"etc/systemd/system/{unit}": _read(f"config/{unit}") for unit in (UNIT, SOCKET)},
             **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
         }
     )

@@ -145,9 +145,9 @@ class Linux:
         with _said("read", Path("/proc/self/mountinfo")):
             return filesystem.mounts()
 
-    def flush(self, name: str) -> None:
-        """What was written below the mount point is on the medium."""
-        filesystem.flush(str(self.mount_root / name))
+    def flush(self, name: str, node: str) -> None:
+        """What was written below the mount point, to the device `node`, is on the medium."""
+        filesystem.flush(str(self.mount_root / name), node)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Nothing is mounted on `name` in the mount root. Raises: MountBusyError."""

@@ -51,6 +51,10 @@ _HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
 
+_LISTEN_FDS_START: Final = 3
+_TOLD_TO: Final[Mapping[int, Source]] = {1: "kernel", 2: "udev"}
+"""Multicast groups of kobject-uevent (device-monitor.c in systemd)."""
+
 
 def default_source() -> Source:
     """udev where udevd runs, else the kernel's own events."""
@@ -74,6 +78,28 @@ def require_diskseq() -> None:
         )
 
 
+def handed_sockets() -> dict[Source, int]:
+    """The sockets of events that the service manager has opened for us, by who tells there.
+
+    The service has a network namespace of its own, where udev's events do not come, and not the
+    right to buffers that a storm fits into; a socket keeps both from the process that made it.
+    Source: sd_listen_fds(3); the variables are taken away as it says.
+    """
+    count, whose = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not count.isdecimal() or whose != str(os.getpid()):
+        return {}
+    found: dict[Source, int] = {}
+    for fileno in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        os.set_inheritable(fileno, False)
+        with socket.socket(fileno=fileno) as opened:
+            if opened.family == socket.AF_NETLINK:
+                _, group = opened.getsockname()
+                if group in _TOLD_TO:
+                    found[_TOLD_TO[group]] = opened.detach()
+    return found
+
+
 class Devices:
     """The block devices of this machine, and what happens to them.
 
@@ -84,11 +110,17 @@ class Devices:
     Synchronization: loop thread only; libudev objects are not thread-safe.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, handed: Mapping[Source, int] | None = None) -> None:
+        """`handed`: sockets that are open already, by who tells there; ours from now on."""
         self.source: Final = source
         self._context = _context()
         sources: tuple[Source, ...] = ("kernel", "udev") if source == "udev" else ("kernel",)
-        self._monitors = {name: _Monitor(self._context, name) for name in sources}
+        given = dict(handed or {})
+        self._monitors = {
+            name: _Monitor(self._context, name, given.pop(name, None)) for name in sources
+        }
+        for unused in given.values():
+            os.close(unused)
         self._untold: dict[str, float] = {}
         """Until when udev should have told of devices that are there."""
         self._told: dict[str, VolumeId] = {}
@@ -200,10 +232,13 @@ class Devices:
 class _Monitor:
     """One netlink socket of events."""
 
-    def __init__(self, context: pyudev.Context, source: Source) -> None:
+    def __init__(self, context: pyudev.Context, source: Source, handed: int | None) -> None:
         self._monitor = pyudev.Monitor.from_netlink(context, source=source)
-        self._monitor.filter_by("block")
         self._monitor.start()
+        if handed is not None:  # libudev takes no socket of others', but knows its own by number
+            os.dup2(handed, self._monitor.fileno(), inheritable=False)
+            os.close(handed)
+        self._monitor.filter_by("block")
         # A second handle on the same socket, to clear an overflow that pyudev cannot.
         self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
 

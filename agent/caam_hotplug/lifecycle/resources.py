@@ -214,7 +214,7 @@ async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
             then.push_async_callback(steps.call, "remove the mount point", remove, name)
             then.push_async_callback(_unmount_or_detach, steps, name)
             if not steps.leave.gone and not found.read_only:
-                await steps.call("flush", host.flush, name)
+                await steps.call("flush", host.flush, name, mapping.node)
     else:
         await steps.call("remove the mount point", host.remove_mount_point, name)
 
