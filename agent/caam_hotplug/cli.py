@@ -1,4 +1,8 @@
-"""The command line `caam-hotplug`."""
+"""The command line `caam-hotplug`.
+
+What only one command uses is imported by that command: on a board's processor a module that nobody
+needs is felt.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from caam_hotplug import __version__, config, names
+from caam_hotplug import __version__, names
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.kernel import files
+from caam_hotplug.operator import commands as operator
+
+if TYPE_CHECKING:
+    from caam_hotplug import config
 
 _EXAMPLES = """\
 examples:
@@ -17,8 +25,9 @@ examples:
   caam-hotplug run --config /root/my.toml     in the foreground, for a try
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
+  caam-hotplug status                         the media and their states
+  caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
 
-exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
 """
 
 
@@ -39,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
         description="Unlocks and mounts encrypted removable media with keys of the CAAM.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + operator.EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{names.PROGRAM} {__version__}")
@@ -57,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
+
+    operator.add_commands(commands)
     return parser
 
 
@@ -71,12 +82,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
     """The configuration that was named, or else the installed one, which need not be there."""
+    from caam_hotplug import config  # noqa: PLC0415
+
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
     return config.load(file, reader, required=parsed.config is not None)
 
 
 def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
     """What looks at a configuration that `run` would refuse for its owner or mode says so."""
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
     try:
         load(files.RootsFiles())
     except ConfigError as error:
@@ -85,13 +100,17 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from caam_hotplug import daemon  # noqa: PLC0415  asyncio is slow to import and only `run` uses it
+    from caam_hotplug import daemon  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
 
     daemon.run(_load(parsed, files.RootsFiles()))
     return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
+    from caam_hotplug import config  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
     loaded = config.load(parsed.file, files.AnyonesFiles())
     _warn_of_strangers(lambda reader: config.load(parsed.file, reader))
     rules = ", ".join(rule.name for rule in loaded.rule) or "none"
@@ -100,7 +119,8 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _explain(parsed: argparse.Namespace) -> int:
-    from caam_hotplug import explain  # noqa: PLC0415  libudev is opened only to look at a device
+    from caam_hotplug import explain  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
 
     loaded = _load(parsed, files.AnyonesFiles())
     _warn_of_strangers(lambda reader: _load(parsed, reader))
