@@ -31,8 +31,8 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check agent tests
-	$(VENV)/bin/ruff format --check agent tests
+	$(VENV)/bin/ruff check agent docs tests
+	$(VENV)/bin/ruff format --check agent docs tests
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 

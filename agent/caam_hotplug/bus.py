@@ -84,21 +84,21 @@ class Service:
         except ImportError as error:
             self._say_without(f"{error}; the extra `dbus` brings it")
             return
+        clock = asyncio.get_running_loop().time
         while True:
-            was_there = False
+            begun = clock()
             with self._contained():
                 try:
                     link = connection.Connection()
                     try:
                         await self._serve(link, bus_objects.Objects)
-                        was_there = True
                     finally:
                         link.close()
                 except connection.NoBusError as error:
                     self._say_without(str(error))
             # Nothing tells of a bus that comes, so it is looked for. One that was there may be
             # back at once: its socket is the service manager's.
-            if not was_there:
+            if clock() - begun < self._look_again_s:
                 await asyncio.sleep(self._look_again_s)
 
     async def _serve(self, link: Connection, make_objects: type[Objects]) -> None:

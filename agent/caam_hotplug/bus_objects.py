@@ -29,6 +29,7 @@ from caam_hotplug.model import SECTOR_BYTES, Entry, State, VolumeId
 
 log = logging.getLogger(__name__)
 
+_U32: Final = 2**32 - 1
 _U64: Final = 2**64 - 1
 _EXPLAIN_WITHIN_S: Final = 60.0
 _DEFECT: Final = "a defect of the agent; the journal has the details"
@@ -136,8 +137,12 @@ _VOLUME: Final[Mapping[str, _Property]] = {
     "Label": _Property("s", lambda entry: shown(entry.volume.partlabel or "")),
     "PartUuid": _Property("s", lambda entry: shown(entry.volume.partuuid or "")),
     "Device": _Property("s", lambda entry: shown(entry.volume.node), DbusPropertyConstFlag),
-    "DiskSeq": _Property("t", lambda entry: entry.volume.id.diskseq, DbusPropertyConstFlag),
-    "Partition": _Property("u", lambda entry: entry.volume.id.partition, DbusPropertyConstFlag),
+    "DiskSeq": _Property(
+        "t", lambda entry: min(entry.volume.id.diskseq, _U64), DbusPropertyConstFlag
+    ),
+    "Partition": _Property(
+        "u", lambda entry: min(entry.volume.id.partition, _U32), DbusPropertyConstFlag
+    ),
     "Rule": _Property("s", lambda entry: shown(entry.rule)),
     "State": _Property("s", lambda entry: entry.state.value),
     "StateReason": _Property("s", lambda entry: shown(entry.reason)),
@@ -180,7 +185,7 @@ class Objects:
             names.BUS_PATH,
             names.BUS_MANAGER,
             _MANAGER,
-            board,
+            lambda: _values(_MANAGER, board),
             {
                 "Explain": _Method(
                     self._explain, "s", ("device",), "s", ("explanation",), checked=False
@@ -203,7 +208,7 @@ class Objects:
         if exported is None:
             self._add(which, entry)
         else:
-            self._send(exported.become(entry))
+            self._send(exported.become(_values(_VOLUME, entry)))
 
     async def close(self) -> None:
         """No object is there, and no call is under way."""
@@ -217,11 +222,12 @@ class Objects:
 
     def _add(self, which: VolumeId, entry: Entry) -> None:
         path = names.bus_path(which)
+        values = _values(_VOLUME, entry)
         self._volumes[which] = self._export(
             path,
             names.BUS_VOLUME,
             _VOLUME,
-            entry,
+            lambda: values,
             {
                 "Unlock": _Method(partial(self._unlock, which)),
                 "Lock": _Method(partial(self._lock, which)),
@@ -272,10 +278,10 @@ class Objects:
         path: str,
         interface: str,
         properties: Mapping[str, _Property],
-        subject: object,
+        values: Callable[[], Mapping[str, Any]],
         methods: Mapping[str, _Method],
     ) -> _Exported:
-        exported = _Exported(self._connection, path, interface, properties, subject)
+        exported = _Exported(self._connection, path, interface, properties, values)
         for name, method in methods.items():
             exported.interface.add_method(
                 name,
@@ -342,26 +348,26 @@ class _Exported:
         path: str,
         name: str,
         properties: Mapping[str, _Property],
-        subject: object,
+        values: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.path = path
         self.interface = SdBusInterface()
         self._connection = connection
         self._name = name
         self._properties = properties
-        self._subject = subject
+        self._values = values
         for property_name, of in properties.items():
             self.interface.add_property(
-                property_name, of.signature, partial(self._get, of), None, of.flags
+                property_name, of.signature, partial(self._get, property_name), None, of.flags
             )
 
-    def become(self, subject: object) -> SdBusMessage | None:
-        """It shows the subject from now on. Returns the signal that says what has changed."""
-        before, self._subject = self._subject, subject
+    def become(self, values: Mapping[str, Any]) -> SdBusMessage | None:
+        """It shows these values from now on. Returns the signal that says what has changed."""
+        before, self._values = self._values(), lambda: values
         changed = {
-            name: (of.signature, of.value(subject))
-            for name, of in self._properties.items()
-            if of.value(subject) != of.value(before)
+            name: (self._properties[name].signature, value)
+            for name, value in values.items()
+            if value != before[name]
         }
         if not changed:
             return None
@@ -375,8 +381,12 @@ class _Exported:
         """It is not there any more."""
         self.interface._stop_export()  # sdbus has no other way to take it away
 
-    def _get(self, of: _Property, message: SdBusMessage) -> None:
-        message.append_data(of.signature, of.value(self._subject))
+    def _get(self, name: str, message: SdBusMessage) -> None:
+        message.append_data(self._properties[name].signature, self._values()[name])
+
+
+def _values(properties: Mapping[str, _Property], subject: object) -> dict[str, Any]:
+    return {name: of.value(subject) for name, of in properties.items()}
 
 
 def power_off(options: Mapping[str, tuple[str, Any]]) -> bool:

@@ -87,7 +87,10 @@ class Connection:
     def begin(
         self, target: tuple[str, str, str], member: str, signature: str = "", *arguments: Any
     ) -> asyncio.Future[SdBusMessage]:
-        """The future reply of the method, which has been called."""
+        """The future reply of the method, which has been called.
+
+        Whoever drops the future drops the call: nobody else holds it.
+        """
         message = self.bus.new_method_call_message(*target, member)
         if signature:
             message.append_data(signature, *arguments)

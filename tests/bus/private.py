@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from typing import Any, Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 POLICY: Final = REPOSITORY / "config" / "org.caamhotplug1.conf"
-STRANGER: Final = 54321
-"""A user that no database knows."""
+STRANGER: Final = pwd.getpwnam("nobody").pw_uid
+"""Somebody else than root; dbus-daemon lets in only whom the user database knows."""
 LAX: Final = '<busconfig><policy context="default"><allow own="*"/><allow send_type="method_call"/>'
 LAX_POLICY: Final = f"{LAX}</policy></busconfig>"
 
@@ -115,10 +116,20 @@ async def run(
     *command: str, user: int = 0, groups: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> Done:
     """The command has ended. `user`, `groups`: who runs it."""
+    process = await begun(*command, user=user, groups=groups, env=env)
+    stdout, stderr = await process.communicate()
+    assert process.returncode is not None
+    return Done(process.returncode, stdout.decode(), stderr.decode())
+
+
+async def begun(
+    *command: str, user: int = 0, groups: tuple[int, ...] = (), env: dict[str, str] | None = None
+) -> asyncio.subprocess.Process:
+    """The command runs."""
     who: dict[str, Any] = {}
     if user:
         who = {"user": user, "group": user, "extra_groups": groups}
-    process = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         *command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -127,6 +138,13 @@ async def run(
         cwd="/",
         **who,
     )
-    stdout, stderr = await process.communicate()
-    assert process.returncode is not None
-    return Done(process.returncode, stdout.decode(), stderr.decode())
+
+
+async def until(process: asyncio.subprocess.Process, words: str) -> str:
+    """The next line of its output that has these words."""
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        while line := (await process.stdout.readline()).decode():
+            if words in line:
+                return line
+    raise AssertionError(f"not said: {words}")

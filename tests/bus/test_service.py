@@ -246,7 +246,11 @@ async def test_reload_and_explain_are_passed_on(
     [
         (RequestRefusedError("lock x: no"), "RequestRefused", "lock x: no"),
         (CaamError("import", "x.bb", 5), "Caam", "import x.bb: Input/output error"),
-        (DmError("load", "x", 22, "key size"), "DeviceMapper", "load x: Invalid argument (key size)"),
+        (
+            DmError("load", "x", 22, "key size"),
+            "DeviceMapper",
+            "load x: Invalid argument (key size)",
+        ),
         (VolumeBusyError("it", ("pid 4", "pid 5")), "VolumeBusy", "it is in use:\npid 4\npid 5"),
         (OSError(5, "Input/output error"), "Failed", "[Errno 5] Input/output error"),
         (ZeroDivisionError("x"), "Failed", "a defect of the agent; the journal has the details"),
@@ -453,7 +457,7 @@ async def test_news_while_the_bus_dies_reach_the_board_unharmed(
     bus.stop()
     for n in range(1000):  # the loop has not been told yet
         board.publish(again(id=VolumeId(n, 1)), State.UNLOCKING, f"{n}")
-    assert len(board.entries()) == 1001 - (7 < 1000)
+    assert len(board.entries()) == 1000
     assert "a defect" not in caplog.text
 
 

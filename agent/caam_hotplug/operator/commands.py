@@ -31,6 +31,12 @@ reason, mount_point, mapping_device, filesystem, size_bytes, read_only, since_us
 1970), steps_s (seconds by step). Absent texts are "". Keys may be added.
 """
 
+_EVENTS: Final = """\
+A line of --json has the keys event (present, added, changed, removed, agent-started or
+agent-stopped), time_us, and volume, except for the agent's own events.
+
+"""
+
 _Work = Callable[["Remote", argparse.Namespace], Coroutine[Any, Any, None]]
 
 
@@ -45,7 +51,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "status",
             "status --json | jq -r '.volumes[] | select(.state==\"mounted\").mount_point'",
         ],
-        more=_JSON + 'Beside "volumes" there are "version" and "counters" (how often each state was '
+        more=_JSON
+        + 'Beside "volumes" there are "version" and "counters" (how often each state was '
         "reached).\n",
     )
     status.add_argument("--all", action="store_true", help="also those that no rule admits")
@@ -57,8 +64,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         _watch,
         "say what changes, a line each, until interrupted",
         examples=["watch", "watch --json"],
-        more="A line of --json has the keys event (present, added, changed, removed, agent-started or\n"
-        "agent-stopped), time_us, and volume, except for the agent's own events.\n\n" + _JSON,
+        more=_EVENTS + _JSON,
     )
     watch.add_argument("--json", action="store_true", help="a JSON object on every line")
 

@@ -95,7 +95,7 @@ def chosen(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
         case []:
             raise HotplugError(f"{what} {shown(text)}: {_none(text, list(volumes.values()))}")
         case _:
-            which = ", ".join(shown(volumes[key].device) for key in matching)
+            which = ", ".join(sorted(shown(volumes[key].device) for key in matching))
             raise HotplugError(
                 f"{what} {shown(text)}: {len(matching)} volumes have this label; "
                 f"name the device: {which}"

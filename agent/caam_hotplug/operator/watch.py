@@ -79,15 +79,14 @@ class _Told:
 class _Follower:
     """Takes signals and the one reply of the agent in the order in which the bus brought them.
 
-    Signals are called back at once, and whoever awaits a reply goes on only later. All of them are
-    therefore put in one queue by way of the loop, which keeps their order.
+    Whoever awaits a reply goes on later than a signal's callback is called. A reply's callback is
+    called in its turn, as sdbus calls both by way of the loop; so all are put in one queue there.
     """
 
     def __init__(self, asked: Remote, told: _Told) -> None:
         self._asked = asked
         self._connection = asked.connection
         self._told = told
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Callable[[], None]] = asyncio.Queue()
         self._volumes: dict[str, _Properties] = {}
         self._owner = ""
@@ -132,7 +131,7 @@ class _Follower:
 
     def _in_turn(self, take: Callable[[SdBusMessage], None]) -> Callable[[SdBusMessage], None]:
         def put(message: SdBusMessage) -> None:
-            self._loop.call_soon(self._queue.put_nowait, lambda: take(message))
+            self._queue.put_nowait(lambda: take(message))
 
         return put
 
@@ -140,8 +139,8 @@ class _Follower:
         """What there is has been asked for."""
         self._is_known = False
         owner = self._owner
-        reply = self._connection.begin(OBJECTS, "GetManagedObjects")
-        reply.add_done_callback(
+        self._reply = self._connection.begin(OBJECTS, "GetManagedObjects")
+        self._reply.add_done_callback(
             lambda done: self._queue.put_nowait(lambda: self._known(done, owner))
         )
 
