@@ -52,7 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{names.PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # With `prog` given, argparse need not format a usage to find it out.
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, prog=names.PROGRAM
+    )
 
     run = commands.add_parser("run", help="run the agent in the foreground, as the service does")
     _add_config(run)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from caam_hotplug.model import VolumeId
+if TYPE_CHECKING:
+    from caam_hotplug.model import VolumeId
 
 PROGRAM: Final = "caam-hotplug"
 
@@ -57,6 +58,8 @@ def dm_uuid(volume: VolumeId) -> str:
 
 def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
     """The volume that a DM-UUID names, or None if the mapping is not ours."""
+    from caam_hotplug.model import VolumeId  # noqa: PLC0415  a command that starts has no use for it
+
     if not uuid.startswith(DM_UUID_PREFIX):
         return None
     return VolumeId.from_text(uuid.removeprefix(DM_UUID_PREFIX))

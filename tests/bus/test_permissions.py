@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import grp
 import logging
 import os
@@ -82,8 +83,13 @@ async def test_everyone_hears_what_changes(guarded: PrivateBus, board: FakeBoard
         user=STRANGER,
     )  # fmt: skip
     await until(monitor, "is owned by")
-    board.publish(STICK, State.LOCKED)
-    assert "'State': <'locked'>" in await until(monitor, "PropertiesChanged")
+    heard = asyncio.create_task(until(monitor, "PropertiesChanged"))
+    number = 0
+    while not heard.done():  # it asks for signals only after it has said so
+        number += 1
+        board.publish(STICK, State.LOCKED, f"{number}")
+        await asyncio.sleep(0.05)
+    assert "'StateReason': <'" in await heard
     monitor.kill()
     await monitor.communicate()
 

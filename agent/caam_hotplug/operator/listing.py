@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -53,6 +52,8 @@ def table(
 
 def to_json(volumes: Sequence[ShownVolume], version: str, counters: Mapping[str, int]) -> str:
     """One object for programs."""
+    import json  # noqa: PLC0415  only programs ask for it
+
     listed = [as_json(volume) for volume in volumes]
     return json.dumps({"version": version, "counters": counters, "volumes": listed}, indent=2)
 
