@@ -37,6 +37,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/lint-imports
 
 check: lint
+	@command -v dbus-daemon gdbus busctl >/dev/null || tests/vm/setup
 	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz tests/bus
 
 # Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
