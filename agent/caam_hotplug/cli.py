@@ -87,7 +87,7 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from caam_hotplug import daemon  # noqa: PLC0415  asyncio is slow to import and only `run` uses it
 
-    daemon.run(_load(parsed, files.RootsFiles()))
+    daemon.run(lambda: _load(parsed, files.RootsFiles()))
     return 0
 
 

@@ -27,9 +27,9 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
-MOUNT_POINT_MODE: Final = 0o000
+MOUNT_POINT_MODE: Final = 0o500
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and
-keeps everyone but root from writing into it while nothing is mounted there."""
+nobody writes into it while nothing is mounted there."""
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """A udev property: a board's rule that sets it to 0 keeps the agent off that device."""

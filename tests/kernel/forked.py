@@ -219,7 +219,7 @@ def _be_the_agent(config: Config, log: int, watch: _Watch) -> None:
         os.environ["JOURNAL_STREAM"] = ""  # so each line begins with <PRIORITY>
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
         watch.install()
-        daemon.run(config)
+        daemon.run(lambda: config)
         code = 0
     except BaseException:
         for line in traceback.format_exc().splitlines():

@@ -9,26 +9,33 @@ half-made thing is released too.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
     ForeignMappingError,
+    MountBusyError,
     MountError,
     MountPointOccupiedError,
     NoFilesystemError,
+    VolumeBusyError,
 )
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import to_the_end
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.model import Mapping, Mount, Volume, VolumeId
-from caam_hotplug.rules import Admitted
+from caam_hotplug.rules import Admitted, OnBusy
 from caam_hotplug.table import CryptTarget, crypt_target
 
 log = logging.getLogger(__name__)
+
+SIGNAL_GRACE_S: Final = 5.0
+"""How long users of a volume have to end after each signal, where the rule has them ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +203,41 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
         if found is None:
             raise MountPointOccupiedError(f"{host.mount_root / name} was unmounted by others")
         yield found
+
+
+async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) -> None:
+    """All that was written is on the medium, and nothing of the mapping is mounted or in use.
+
+    Raises: VolumeBusyError if it is in use and the rule leaves it to its users; MountError. All is
+    as before then.
+    """
+    host, name = steps.host, wish.plan.mount_name
+    found = mount_at(host, name)
+    if found is None or not is_of(found, mapping):
+        live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+        if live is not None and live.open_count and on_busy is not OnBusy.DETACH:
+            raise await _busy(steps, mapping.node, mapping)
+        return
+    if not found.read_only:
+        await steps.call("flush", host.flush, name, mapping.node)
+    signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
+    for number in (None, *signals):
+        if number is not None:
+            log.warning("%s: ending its users with %s", wish.volume, number.name)
+            grace = SIGNAL_GRACE_S
+            await steps.call("end its users", host.end_holders, mapping, number, grace)
+        with suppress(MountBusyError):
+            await steps.call("unmount", host.unmount, name)
+            return
+    if on_busy is not OnBusy.DETACH:
+        raise await _busy(steps, found.point, mapping)
+    log.warning("%s is in use; detaching it from the tree", found.point)
+    await steps.call("detach", host.unmount, name, lazily=True)
+
+
+async def _busy(steps: Steps, what: str, mapping: Mapping) -> VolumeBusyError:
+    holders = await steps.call("look who uses it", steps.host.holders, mapping)
+    return VolumeBusyError(what, tuple(map(str, holders)))
 
 
 async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
