@@ -14,6 +14,7 @@ import ctypes
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug import names
@@ -21,6 +22,7 @@ from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.kernel import cbind
 from caam_hotplug.model import DeviceNumber, Mapping, Sectors
 
+_LINKS: Final = Path("/dev/mapper")
 _LIBDEVMAPPER: Final = "libdevmapper.so.1.02.1"
 
 # enum of libdevmapper.h
@@ -225,9 +227,18 @@ def resume(name: str) -> None:
 
 
 def _update_links() -> None:
-    """/dev/mapper is udev's, whose links a node of ours would be in the way of; ours without it."""
-    if not names.UDEV_CONTROL.exists():
+    """/dev/mapper is as it should be, if it is ours to keep; it is udev's where udevd runs.
+
+    libdevmapper remembers each node that it would make or remove until it is told to. With udevd
+    that is when all links are there: nothing is left to make then, which would be in udev's way.
+    """
+    if not names.UDEV_CONTROL.exists() or _links_are_there():
         _library().update_nodes()
+
+
+def _links_are_there() -> bool:
+    mappings = {name for name in _all_names() if name.startswith(names.DM_NAME_PREFIX)}
+    return all((_LINKS / name).exists() for name in mappings)
 
 
 def poison(name: str, size: Sectors) -> None:

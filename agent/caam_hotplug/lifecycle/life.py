@@ -30,7 +30,7 @@ from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
-from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, decide
+from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class Life:
         """Whether it was let go on request: until another one, nothing is done with it."""
         self._request: Request | None = None
         self._end_is_told = False
+        self._plan: Admitted | None = None
+        """By which it is held; what is said of the volume meanwhile does not change it."""
         self.standing = Standing(volume, around.publish)
         self.leave = Leave()
         lane = around.new_lane(f"volume {volume.id}")
@@ -103,7 +105,7 @@ class Life:
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
         holds = self._inherits or self.standing.state in {State.MOUNTED, State.UNLOCKED}
-        match decide(self._around.rules, self.volume):
+        match self._plan or decide(self._around.rules, self.volume):
             case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
                 self.leave.ask(Reason.KEEP)
             case _:
@@ -281,7 +283,9 @@ class Life:
                 self.standing.becomes(State.CONFLICT, words, **facts)
                 await self.leave.until(lambda: claims.owner(name) == me or self._is_called_away())
             self.leave.check()
-            if claims.owner(name) == me:
+            if wish.volume != self.volume:
+                self._news = True  # other facts were told while it waited, and may change all
+            elif claims.owner(name) == me:
                 self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
                 await self._unlock_and_mount(wish)
 
@@ -292,7 +296,7 @@ class Life:
         return self._host.blob_directory / wish.plan.blob
 
     async def _unlock_and_mount(self, wish: Wish) -> None:
-        unsafe, let_go_for, self._steps.took = False, None, {}
+        unsafe, let_go_for, self._steps.took, self._plan = False, None, {}, wish.plan
         try:
             async with AsyncExitStack() as held:
                 mapping = await held.enter_async_context(active_mapping(self._steps, wish))
@@ -319,6 +323,7 @@ class Life:
                     await self._tell_of_the_end(wish)
         finally:
             self.standing.holds_nothing()
+            self._plan = None
         if unsafe and self.leave.gone:
             self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
         elif let_go_for is not None and not self.leave.asked:
@@ -353,6 +358,7 @@ class Life:
         match decide(self._around.rules, self.volume):
             case Admitted() as plan:
                 if plan.makes_the_same(wish.plan):
+                    self._plan = plan
                     self.standing.has(rule=plan.rule.name)
                     return False
         return True
@@ -364,7 +370,7 @@ class Life:
         if self.leave.gone:
             return False
         try:
-            await let_go(self._steps, wish, mapping, self._on_busy(wish))
+            await let_go(self._steps, wish, mapping, (self._plan or wish.plan).rule.on_busy)
         except (HotplugError, OSError) as error:
             if not self.leave.asked:
                 self.standing.becomes(state, reason)
@@ -381,12 +387,6 @@ class Life:
             self._refuse_request(str(error))
         else:
             log.warning("%s: other rules ask for another mount: %s", self.volume, error)
-
-    def _on_busy(self, wish: Wish) -> OnBusy:
-        match decide(self._around.rules, self.volume):
-            case Admitted(rule=rule):
-                return rule.on_busy
-        return wish.plan.rule.on_busy
 
     async def _let_go_for(self, wanted: Request | Renewal) -> None:
         """Whoever wanted it let go is told; what is still held by others has failed."""
