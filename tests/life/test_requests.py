@@ -144,7 +144,7 @@ def test_a_detached_volume_is_not_said_to_be_let_go_while_it_is_in_use() -> None
     bench.start()
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    with pytest.raises(RequestRefusedError, match=r"is held open by others"):
+    with pytest.raises(RequestRefusedError, match=r"is held open: pid 1 .program. has a file open"):
         bench.answer("eject", volume)
     assert bench.state(volume) is State.FAILED
     assert bench.kernel.mounts == []

@@ -24,7 +24,7 @@ from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane, to_the_end
 from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
 from caam_hotplug.lifecycle.requests import Ask, Request
-from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted
+from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted, who_uses
 from caam_hotplug.lifecycle.standing import Publish, Standing
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.lifecycle.sweep import release_left_behind
@@ -394,7 +394,8 @@ class Life:
         left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
         if left is not None:
             self._inherits = True
-            words = f"mapping {left.name} is held open by others; it goes when they close it"
+            others = "; ".join(await who_uses(self._steps, left)) or "others"
+            words = f"mapping {left.name} is held open: {others}; it goes when they close it"
             self.standing.becomes(State.FAILED, words)
             self._refuse_request(words)
         elif isinstance(wanted, Request):

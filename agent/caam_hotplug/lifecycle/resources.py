@@ -248,8 +248,16 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
 
 
 async def _busy(steps: Steps, what: str, mapping: Mapping) -> VolumeBusyError:
-    holders = await steps.call("look who uses it", steps.host.holders, mapping)
-    return VolumeBusyError(what, tuple(map(str, holders)))
+    return VolumeBusyError(what, await who_uses(steps, mapping))
+
+
+async def who_uses(steps: Steps, mapping: Mapping) -> tuple[str, ...]:
+    """Processes that use the mapping's filesystem, and places where it is mounted by others."""
+    host = steps.host
+    holders = await steps.call("look who uses it", host.holders, mapping)
+    mounts = (mount.point for mount in host.mounts() if is_of(mount, mapping))
+    points = [point for point in mounts if Path(point).parent != host.mount_root]
+    return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))
 
 
 async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
