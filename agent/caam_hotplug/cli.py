@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
+    # For the service that the agent asks; people ask `status`.
+    holders = commands.add_parser("holders")
+    holders.set_defaults(command=_holders)
     return parser
 
 
@@ -106,6 +109,13 @@ def _explain(parsed: argparse.Namespace) -> int:
     _warn_of_strangers(lambda reader: _load(parsed, reader))
     for line in explain.explain(parsed.device, loaded):
         print(line)
+    return 0
+
+
+def _holders(_parsed: argparse.Namespace) -> int:
+    from caam_hotplug.kernel import holders  # noqa: PLC0415  only this command looks at processes
+
+    holders.answer(sys.stdin, sys.stdout)
     return 0
 
 

@@ -19,6 +19,8 @@ BLOB_DIRECTORY: Final = Path("/data/caam")
 MOUNT_ROOT: Final = Path("/run/media")
 
 CAAM_DEVICE: Final = Path("/dev/caam-keygen")
+HOLDERS_SOCKET: Final = Path("/run/caam-hotplug/holders")
+"""Where a program with the right to look into other processes answers who uses a volume."""
 UDEV_CONTROL: Final = Path("/run/udev/control")
 
 DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"

@@ -18,6 +18,9 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
 UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
+UNITS: Final = (
+    UNIT, SOCKET, "caam-hotplug-holders.socket", "caam-hotplug-holders@.service",
+)  # fmt: skip
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
@@ -147,7 +150,7 @@ def _package() -> bytes:
         {
             "usr/bin/caam-hotplug": _PROGRAM.encode(),
             "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
-            **{f"etc/systemd/system/{unit}": _read(f"config/{unit}") for unit in (UNIT, SOCKET)},
+            **{f"etc/systemd/system/{unit}": _read(f"config/{unit}") for unit in UNITS},
             **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
         }
     )
