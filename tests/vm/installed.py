@@ -66,7 +66,8 @@ class InstalledAgent:
         await self.guest.sh(
             f"touch /run/stays-dead; systemctl kill -s KILL --kill-whom=main {UNIT}; "
             f"while systemctl is-active -q {UNIT}; do :; done; "
-            f"systemctl stop {SOCKET}; systemctl reset-failed {UNIT} {SOCKET}; rm /run/stays-dead"
+            f"systemctl stop {SOCKET}; rm /run/stays-dead; "
+            f"systemctl reset-failed {UNIT} {SOCKET} 2>/dev/null || true"
         )
 
     async def journal(self) -> str:
