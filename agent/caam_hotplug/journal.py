@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from caam_hotplug import names
-from caam_hotplug.model import State, Volume
+from caam_hotplug.model import Entry, State, Volume
 
 SOCKET: Final = Path("/run/systemd/journal/socket")
 
@@ -79,6 +79,8 @@ class Event(Enum):
 
 _IDS: Final = {event.word: event.value for event in Event}
 _OF_STATE: Final = {State.MOUNTING: Event.UNLOCKED}
+_ARRIVED: Final = {State.UNLOCKED, State.MOUNTED, State.FAILED}
+"""With these the durations of the steps are told; later they are old news."""
 
 
 def event(kind: Event | State, /, **fields: object) -> dict[str, dict[str, object]]:
@@ -93,6 +95,21 @@ def event(kind: Event | State, /, **fields: object) -> dict[str, dict[str, objec
     else:
         word = kind.word
     return {"fields": {"EVENT": word, **{name.upper(): value for name, value in fields.items()}}}
+
+
+def published(entry: Entry) -> dict[str, dict[str, object]]:
+    """What to pass as `extra` with what is published of a volume."""
+    known = {
+        "reason": entry.reason,
+        "rule": entry.rule,
+        "blob": entry.blob,
+        "mapping": entry.mapping_name,
+        "mount_point": entry.mount_point,
+        "filesystem": entry.filesystem,
+    }
+    told = {name: value for name, value in known.items() if value}
+    duration = entry.steps if entry.state in _ARRIVED else None
+    return event(entry.state, volume=entry.volume, duration=duration, **told)
 
 
 def handler() -> logging.Handler:

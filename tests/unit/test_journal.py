@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from hypothesis import strategies as st
 import caam_hotplug
 from caam_hotplug import journal
 from caam_hotplug.journal import Event, JournalHandler, encoded, event
-from caam_hotplug.model import SecretBytes, State
+from caam_hotplug.model import Entry, SecretBytes, State
 from unit.test_secrets import KEY, shows_the_key
 from unit.volumes import stick
 
-Entry = dict[str, list[bytes]]
+Fields = dict[str, list[bytes]]
 
 
-def parsed(entry: bytes) -> Entry:
+def parsed(entry: bytes) -> Fields:
     """What the journal makes of an entry (systemd.io/JOURNAL_NATIVE_PROTOCOL)."""
-    found: Entry = {}
+    found: Fields = {}
     while entry:
         line, _, rest = entry.partition(b"\n")
         name, equals, value = line.partition(b"=")
@@ -63,11 +64,11 @@ class Journal:
         for end in (self.datagrams, self.stream, self._read_end):
             end.close()
 
-    def entry(self) -> Entry:
+    def entry(self) -> Fields:
         """The next entry. Raises: BlockingIOError if there is none."""
         return parsed(self.datagrams.recv(1 << 20))
 
-    def entry_in_a_file(self) -> tuple[Entry, int]:
+    def entry_in_a_file(self) -> tuple[Fields, int]:
         """The next entry, which came as a file, with the file's seals."""
         files = array.array("i")
         content, ancillary, _, _ = self.datagrams.recvmsg(4096, socket.CMSG_SPACE(files.itemsize))
@@ -127,6 +128,32 @@ def test_a_record_is_one_entry_with_its_fields(there: Journal, log: logging.Logg
     assert entry["RULE"] == [b"sticks"]
     assert entry["MOUNT_POINT"] == [b"/run/media/c"]
     assert there.lines() == b""
+
+
+def test_what_is_published_of_a_volume_has_a_field_for_all_that_is_known(
+    there: Journal, log: logging.Logger
+) -> None:
+    entry = Entry(
+        stick(),
+        State.MOUNTED,
+        rule="sticks",
+        blob="/data/caam/cartridge.bb",
+        mapping_name="caam-cartridge-7-1",
+        mount_point="/run/media/cartridge",
+        filesystem="ext4",
+        steps={"mount": 0.042},
+    )
+    log.info("x", extra=journal.published(entry))
+    found = there.entry()
+    assert found["EVENT"] == found["STATE"] == [b"mounted"]
+    assert found["BLOB"] == [b"/data/caam/cartridge.bb"]
+    assert found["MAPPING"] == [b"caam-cartridge-7-1"]
+    assert found["MOUNT_POINT"] == [b"/run/media/cartridge"]
+    assert found["FILESYSTEM"] == [b"ext4"]
+    assert found["DURATION_MOUNT_US"] == [b"42000"]
+    assert "REASON" not in found
+    log.info("x", extra=journal.published(replace(entry, state=State.DETACHING)))
+    assert "DURATION_MOUNT_US" not in there.entry()
 
 
 def test_fields_need_nothing_of_the_journals_module(there: Journal, log: logging.Logger) -> None:
