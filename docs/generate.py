@@ -119,13 +119,16 @@ def page_of_parser(parser: argparse.ArgumentParser) -> str:
             page += f".SY {escaped(parser.prog)}\n{_usage(one, words)}.YS\n"
     page += f".SH DESCRIPTION\n{body(description)}.SH OPTIONS\n{_arguments(parser)}"
     page += ".SH COMMANDS\n"
+    said_before: dict[tuple[str, str], str] = {}
     for words, one, said in every[1:]:
         page += f'.SS "{escaped(words)}"\n' + body(one.description or f"{_sentence(said)}")
         page += _arguments(one, but=(argparse._HelpAction,))
         for heading, content in sections(one.epilog or ""):
-            page += f".PP\n{prose(heading.capitalize() + ':')}" + _section_body(heading, content)
+            page += f".PP\n{prose(heading.capitalize() + ':')}" if heading else ".PP\n"
+            same = said_before.setdefault((heading, content.strip()), words)
+            page += prose(f"As for `{same}`.") if same != words else _section_body(heading, content)
     for heading, content in sections(parser.epilog or ""):
-        page += f'.SH "{escaped(heading.upper())}"\n' + _section_body(heading, content)
+        page += f'.SH "{escaped(heading.upper() or "NOTES")}"\n' + _section_body(heading, content)
     page += ".SH FILES\n"
     for file, what in _FILES.items():
         page += f".TP\n\\fI{escaped(file)}\\fR\n{prose(what)}"
@@ -207,7 +210,7 @@ def _arguments(parser: argparse.ArgumentParser, *, but: tuple[type, ...] = ()) -
             continue
         said = parser._get_formatter()._expand_help(action) if action.help else ""
         choices = [str(choice) for choice in action.choices or ()]
-        if choices and not all(choice in said for choice in choices):
+        if choices and action.metavar is not None and not all(c in said for c in choices):
             said = f"{said}{': ' if said else ''}{', '.join(choices)}"
         text += f".TP\n{_spelled(parser, action, short=False)}\n{prose(_sentence(said))}"
     return text
@@ -223,7 +226,7 @@ def sections(epilog: str) -> list[tuple[str, str]]:
         elif found:
             found[-1] = (found[-1][0], f"{found[-1][1]}\n{line}")
         elif line.strip():
-            found.append(("notes", line))
+            found.append(("", line))
     return found
 
 

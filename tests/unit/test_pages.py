@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(required=True)
     eject = commands.add_parser("eject", help="take it out", description="Ejects.\n\n  as code")
     eject.add_argument("volume", metavar="LABEL|DEVICE", help="which one, 100 %% safe")
-    eject.add_argument("--on-busy", choices=["refuse", "signal", "detach"], help="who stays")
+    eject.add_argument(
+        "--on-busy", choices=["refuse", "signal", "detach"], metavar="HOW", help="who stays"
+    )
+    eject.epilog = "Without a heading.\n\nexamples:\n  caam-hotplug eject x"
     either = eject.add_mutually_exclusive_group()
     either.add_argument("--json", action="store_true", help=".json, not `a table`")
     either.add_argument("--quiet", "-q", action="store_true", help=argparse.SUPPRESS)
@@ -55,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     keys = key.add_subparsers(required=True)
     keys.add_parser("list", help="list them").add_argument("files", nargs="*", metavar="FILE")
     keys.add_parser("create", help="make one").add_argument("--key-bytes", type=int, required=True)
+    keys.add_parser("delete", help="one", epilog="notes:\n.starts with a dot — so what")
     keys.add_parser("secret", help=argparse.SUPPRESS)
     return made
 
@@ -91,7 +95,7 @@ def rendered(page: str) -> str:
 def test_a_page_says_all_that_the_parser_knows() -> None:
     said = rendered(of_everything()["everything.1"])
     for words in (
-        "caam-hotplug eject LABEL|DEVICE [--on-busy {refuse,signal,detach}] [--json]",
+        "caam-hotplug eject LABEL|DEVICE [--on-busy HOW] [--json]",
         "caam-hotplug key list [FILE ...]",
         "caam-hotplug key create --key-bytes KEY_BYTES",
         "Which one, 100 % safe.",
@@ -101,6 +105,8 @@ def test_a_page_says_all_that_the_parser_knows() -> None:
         "caam-hotplug key list 'all' \\ ~ of them",
         "EXIT STATUS 0 Done. 1 Refused, see standard error. 2 Wrong usage.",
         "Notes: .starts with a dot — so what",
+        "Without a heading. Examples: caam-hotplug eject x",
+        "key delete One. Notes: As for key.",
     ):
         assert words in said
     assert "quiet" not in said
@@ -160,7 +166,7 @@ VOLUMES = {"cartridge-01", "sdb1", "sdc1"}
 OFFERS = [
     ("caam-hotplug ", {"eject", "key"}),
     ("caam-hotplug e", {"eject"}),
-    ("caam-hotplug key ", {"list", "create"}),
+    ("caam-hotplug key ", {"list", "create", "delete"}),
     ("caam-hotplug key create --k", {"--key-bytes"}),
     ("caam-hotplug eject --on-busy ", {"refuse", "signal", "detach"}),
     ("caam-hotplug eject --on-busy si", {"signal"}),
