@@ -32,7 +32,7 @@ async def test_what_was_unlocked_with_which_blob_and_how_it_left_can_be_asked(
     pid = await agent.main_pid()
     stick = await guest.plug_usb(medium)
     await agent.until_said("cartridge-01.*mounted: at")
-    (unlocked,) = await asked(guest, pid, Event.UNLOCKED)
+    unlocked = (await asked(guest, pid, Event.UNLOCKED))[0]
     (mounted,) = await asked(guest, pid, Event.MOUNTED)
     assert unlocked["BLOB"] == "/data/caam/cartridge-01.bb"
     assert unlocked["RULE"] == "built-in"
