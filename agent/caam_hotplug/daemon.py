@@ -97,13 +97,14 @@ async def _serve(config: Config, load: Load) -> None:
             loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
             held.callback(loop.remove_reader, blobs)
             events.begin()
-            log.info("ready: %d rules, events from %s", len(config.rule), source)
+            began = journal.event(journal.Event.STARTED)
+            log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
-                log.info("stopping")
+                log.info("stopping", extra=journal.event(journal.Event.STOPPING))
                 supervisor.stop()
                 left_behind = await supervisor.ended(config.stop_within_s)
                 if left_behind:
@@ -113,7 +114,7 @@ async def _serve(config: Config, load: Load) -> None:
                 with suppress(asyncio.CancelledError):
                     await watchdog
                 supervisor.stop()
-    log.info("stopped")
+    log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
 def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
