@@ -8,13 +8,12 @@ import logging
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
-from caam_hotplug import explain
+from caam_hotplug import explain, journal
 from caam_hotplug.board import Board
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
@@ -98,13 +97,14 @@ async def _serve(config: Config, load: Load) -> None:
             loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
             held.callback(loop.remove_reader, blobs)
             events.begin()
-            log.info("ready: %d rules, events from %s", len(config.rule), source)
+            began = journal.event(journal.Event.STARTED)
+            log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
-                log.info("stopping")
+                log.info("stopping", extra=journal.event(journal.Event.STOPPING))
                 supervisor.stop()
                 left_behind = await supervisor.ended(config.stop_within_s)
                 if left_behind:
@@ -114,7 +114,7 @@ async def _serve(config: Config, load: Load) -> None:
                 with suppress(asyncio.CancelledError):
                     await watchdog
                 supervisor.stop()
-    log.info("stopped")
+    log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
 def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
@@ -255,26 +255,7 @@ def _refuse_core_dumps() -> None:
     prctl(_PR_SET_DUMPABLE, 0)
 
 
-class _JournalFormatter(logging.Formatter):
-    """A line with its priority before it, as the journal reads it (sd-daemon(3))."""
-
-    _PRIORITIES: ClassVar = {
-        logging.ERROR: 3,
-        logging.WARNING: 4,
-        logging.INFO: 6,
-        logging.DEBUG: 7,
-    }
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{self._PRIORITIES.get(record.levelno, 5)}>{super().format(record)}"
-
-
 def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     ours = logging.getLogger("caam_hotplug")
-    ours.addHandler(handler)
+    ours.addHandler(journal.handler())
     ours.setLevel(level.upper())
