@@ -151,20 +151,23 @@ class Agent:
         Returns: notices of what else was changed and has to wait for the next start.
         Raises: ConfigError naming every fault; the rules before stay in force.
         """
-        log.info("reload asked for by %s", shown(by))
+        event = journal.Event
+        asked = journal.event(event.REQUESTED, request="reload", requested_by=by)
+        log.info("reload asked for by %s", shown(by), extra=asked)
         self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = await asyncio.to_thread(self._load)
         except ConfigError as error:
             for fault in error.faults:
-                log.error("%s", fault)
-            log.error("the configuration is refused; the rules before stay in force")
+                log.error("%s", fault, extra=journal.event(event.CONFIG_REFUSED, reason=fault))
+            refused = journal.event(event.CONFIG_REFUSED)
+            log.error("the configuration is refused; the rules before stay in force", extra=refused)
             raise
         finally:
             self._notifier.tell("READY=1")
         logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
         self._supervisor.renew(config.rule)
-        log.info("reloaded: %d rules", len(config.rule))
+        log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
         notices = [
             f"{key} was changed and takes effect at the next start"
             for key in _FIXED
@@ -184,7 +187,8 @@ class _NoUnits:
     """Without a bus there is no service manager to talk to."""
 
     async def start(self, unit: str) -> None:
-        log.warning("cannot start %s: there is no bus to the service manager", unit)
+        said = journal.event(journal.Event.HOOK, unit=unit)
+        log.warning("cannot start %s: there is no bus to the service manager", unit, extra=said)
 
     async def finish(self, unit: str, within_s: float) -> None:
         del within_s

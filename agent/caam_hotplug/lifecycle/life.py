@@ -17,7 +17,6 @@ from caam_hotplug.errors import (
     MountPointOccupiedError,
     ReleaseError,
     RequestRefusedError,
-    shown,
 )
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
@@ -115,11 +114,17 @@ class Life:
         """What was asked has been done. Raises: RequestRefusedError."""
         why = self._why_not(request.ask)
         if why is not None:
+            fields = self._fields("request-refused", request, REASON=why)
+            log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=fields)
             raise RequestRefusedError(f"{request.ask.value} {self.volume}: {why}")
-        log.info("%s: %s asked for by %s", self.volume, request.ask.value, shown(request.by))
+        log.info("%s: %s", self.volume, request.words, extra=self._fields("requested", request))
         self._request = request
         self.leave.stir()
         await request.answer
+
+    def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
+        about = {"REQUEST": request.ask.value, "REQUESTED_BY": request.by, "VOLUME": self.volume}
+        return {"fields": {"EVENT": event, **about, **more}}
 
     def _why_not(self, ask: Ask) -> str | None:
         """Why this cannot be asked now, or None if it can."""
@@ -192,9 +197,16 @@ class Life:
             self._rest(request)
 
     def _refuse_request(self, why: str) -> None:
+        if self._request is not None:
+            words = f"{self._request.ask.value} {self.volume}: {why}"
+            self._answer_no(RequestRefusedError(words))
+
+    def _answer_no(self, error: RequestRefusedError) -> None:
         request, self._request = self._request, None
         if request is not None:
-            request.refuse(RequestRefusedError(f"{request.ask.value} {self.volume}: {why}"))
+            fields = self._fields("request-refused", request, REASON=str(error))
+            log.warning("%s: %s: refused: %s", self.volume, request.words, error, extra=fields)
+            request.refuse(error)
 
     def _rest(self, request: Request) -> None:
         """The volume is as was asked: let go, and safe to pull."""
@@ -202,7 +214,7 @@ class Life:
         if request.ask is Ask.EJECT:
             self.standing.becomes(State.EJECTED, "safe to remove")
         elif self.standing.state is not State.EJECTED:
-            self.standing.becomes(State.LOCKED, f"asked for by {shown(request.by)}")
+            self.standing.becomes(State.LOCKED, request.words)
         self._request = None
         request.grant()
 
@@ -380,13 +392,12 @@ class Life:
         return True
 
     def _refuse(self, wanted: Request | Renewal, error: Exception) -> None:
-        if wanted is self._request and isinstance(error, RequestRefusedError):
-            self._request = None
-            wanted.refuse(error)
-        elif wanted is self._request:
-            self._refuse_request(str(error))
-        else:
+        if not isinstance(wanted, Request):
             log.warning("%s: other rules ask for another mount: %s", self.volume, error)
+        elif isinstance(error, RequestRefusedError):
+            self._answer_no(error)
+        else:
+            self._refuse_request(str(error))
 
     async def _let_go_for(self, wanted: Request | Renewal) -> None:
         """Whoever wanted it let go is told; what is still held by others has failed."""

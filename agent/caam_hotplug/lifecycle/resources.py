@@ -40,6 +40,11 @@ SIGNAL_GRACE_S: Final = 5.0
 """How long users of a volume have to end after each signal, where the rule has them ended."""
 
 
+def _fields(event: str, **fields: object) -> dict[str, dict[str, object]]:
+    """What a record has for the journal beside its words."""
+    return {"fields": {"EVENT": event, **fields}}
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a volume is to hold: derived from it and the rule that admits it."""
@@ -96,7 +101,12 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, steps, wish.dm_uuid)
         if existing is not None and adopted:
-            log.warning("%s: adopting its mapping %s", wish.volume, existing.name)
+            log.warning(
+                "%s: adopting its mapping %s",
+                wish.volume,
+                existing.name,
+                extra=_fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
+            )
             await steps.dm("keep the mapping", host.keep_mapping, existing.name)
         else:
             if existing is not None:
@@ -162,7 +172,10 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
         await _poison_if_gone(steps, left)  # whoever holds it opened it since the first look
         fate = "without its key" if steps.leave.gone else "with its key"
         log.warning(
-            "mapping %s is held open by others; it stays, %s, until they close it", left.name, fate
+            "mapping %s is held open by others; it stays, %s, until they close it",
+            left.name,
+            fate,
+            extra=_fields("busy", MAPPING=left.name),
         )
 
 
@@ -188,7 +201,12 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
         held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
         await _release_other_mounts(steps, name, mapping)
         if found is not None:
-            log.warning("%s: adopting its mount %s", wish.volume, found.point)
+            log.warning(
+                "%s: adopting its mount %s",
+                wish.volume,
+                found.point,
+                extra=_fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
+            )
         else:
             kind = await steps.call("probe", host.probe, mapping.node, ask.filesystems)
             steps.leave.check()
@@ -235,7 +253,12 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     for number in (None, *signals):
         if number is not None:
-            log.warning("%s: ending its users with %s", wish.volume, number.name)
+            log.warning(
+                "%s: ending its users with %s",
+                wish.volume,
+                number.name,
+                extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+            )
             grace = SIGNAL_GRACE_S
             await steps.call("end its users", host.end_holders, mapping, number, grace)
         with suppress(MountBusyError):
@@ -243,7 +266,11 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
             return
     if on_busy is not OnBusy.DETACH:
         raise await _busy(steps, found.point, mapping)
-    log.warning("%s is in use; detaching it from the tree", found.point)
+    log.warning(
+        "%s is in use; detaching it from the tree",
+        found.point,
+        extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+    )
     await steps.call("detach", host.unmount, name, lazily=True)
 
 
@@ -296,7 +323,9 @@ async def _unmount_or_detach(steps: Steps, name: str, mapping: Mapping) -> None:
     try:
         await steps.call("unmount", host.unmount, name)
     except MountError as error:
-        log.warning("%s; detaching it from the tree", error)
+        log.warning(
+            "%s; detaching it from the tree", error, extra=_fields("busy", MOUNT_POINT=name)
+        )
         await steps.call("detach", host.unmount, name, lazily=True)
     if (left := _of(mapping, mounts_at(host, name))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
