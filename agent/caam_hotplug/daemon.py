@@ -186,13 +186,13 @@ class Agent:
 class _NoUnits:
     """Without a bus there is no service manager to talk to."""
 
-    async def start(self, unit: str) -> None:
+    def start(self, unit: str) -> None:
         said = journal.event(journal.Event.HOOK, unit=unit)
         log.warning("cannot start %s: there is no bus to the service manager", unit, extra=said)
 
     async def finish(self, unit: str, within_s: float) -> None:
         del within_s
-        await self.start(unit)
+        self.start(unit)
 
 
 class _Events:

@@ -324,7 +324,7 @@ class Life:
                         State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
                         filesystem=mount.filesystem, read_only=mount.read_only,
                     )  # fmt: skip
-                    await self._tell_of_the_beginning(wish)
+                    self._tell_of_the_beginning(wish)
                 let_go_for = await self._until_let_go(wish, mapping)
                 if let_go_for is not None:
                     unsafe = False  # it was flushed and unmounted before
@@ -386,7 +386,7 @@ class Life:
         except (HotplugError, OSError) as error:
             if not self.leave.asked:
                 self.standing.becomes(state, reason)
-                await self._tell_of_the_beginning(wish)
+                self._tell_of_the_beginning(wish)
                 self._refuse(wanted, error)
             return False
         return True
@@ -414,10 +414,10 @@ class Life:
         else:
             self._news = True
 
-    async def _tell_of_the_beginning(self, wish: Wish) -> None:
+    def _tell_of_the_beginning(self, wish: Wish) -> None:
         self._end_is_told = False
         if wish.plan.on_mount is not None:
-            await self._around.units.start(wish.plan.on_mount)
+            self._around.units.start(wish.plan.on_mount)
 
     async def _tell_of_the_end(self, wish: Wish) -> None:
         """The rule's unit has done what it does before an unmount; without a medium none is due."""
@@ -426,7 +426,7 @@ class Life:
             return
         self._end_is_told = True
         if self.leave.gone:
-            await units.start(unit)
+            units.start(unit)
         else:
             await self.leave.unless_gone(units.finish(unit, wish.plan.rule.unit_within_s))
 
