@@ -59,11 +59,11 @@ gets `org.freedesktop.DBus.Error.AccessDenied`.
     busctl introspect org.caamhotplug1 /org/caamhotplug1/volumes/9_1
     busctl --timeout=600 call org.caamhotplug1 /org/caamhotplug1/volumes/9_1 \\
       org.caamhotplug1.Volume Eject 'a{sv}' 1 power-off b false
-    busctl monitor org.caamhotplug1
+    timeout 60 busctl monitor org.caamhotplug1
 
 ## With gdbus
 
-    gdbus monitor --system --dest org.caamhotplug1
+    timeout 60 gdbus monitor --system --dest org.caamhotplug1
     gdbus call --system --dest org.caamhotplug1 --object-path /org/caamhotplug1 \\
       --method org.caamhotplug1.Manager.Explain /dev/sdb1
 """

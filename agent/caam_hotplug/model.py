@@ -8,6 +8,8 @@ from enum import Enum
 from types import TracebackType
 from typing import NewType, NoReturn
 
+from caam_hotplug.errors import shown
+
 Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
 SECTOR_BYTES = 512
@@ -183,6 +185,22 @@ class Mount:
     point: str
     source: str
     read_only: bool
+    filesystem: str
+    identity: int = field(default=0, compare=False)
+    """The kernel's number of the mount: the same in no two places or namespaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that keeps a filesystem from being unmounted."""
+
+    pid: int
+    command: str
+    holds: str
+    """What of it, in words, such as `has /run/media/x/file open`."""
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({shown(self.command)}) {shown(self.holds)}"
 
 
 class State(Enum):
@@ -222,7 +240,7 @@ class Entry:
     """Empty while it is not mounted, like what follows."""
     filesystem: str = ""
     read_only: bool = False
-    since: float = 0.0
+    since: float = field(default=0.0, compare=False)
     """When it came to this state, in seconds of CLOCK_REALTIME."""
     steps: abc.Mapping[str, float] = field(default_factory=dict)
     """How long each step of its last unlocking took, in seconds."""

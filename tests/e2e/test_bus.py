@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from documented import commands
 from e2e.support import ANY_BUS, POINT, labelled
 from vm.guest import Completed, Guest
 from vm.installed import InstalledAgent
@@ -140,6 +141,7 @@ async def test_a_busy_volume_is_not_ejected_and_its_holder_is_named(
     await guest.until_mounted(POINT)
     await guest.sh(f"sleep 1000 < {POINT}/hello.txt >/dev/null 2>&1 & echo $! >/tmp/holder")
     pid = (await guest.sh("cat /tmp/holder")).stdout.strip()
+    assert POINT in (await cli(guest, "status")).stdout
     told = await cli(guest, "eject", "cartridge-01", check=False)
     assert told.returncode == 1
     first, *holders = told.stderr.splitlines()
@@ -217,6 +219,24 @@ async def test_explain_over_the_bus_is_what_the_command_says(
         guest, "call", NAME, MANAGER, f"{NAME}.Manager", "Explain", "s", "/dev/null", check=False
     )
     assert "it is no block device" in told.stderr
+
+
+async def test_what_the_page_on_the_bus_asks_is_answered(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await until_state(guest, "mounted")
+    path = await path_of(guest)
+    for command in commands("docs/dbus.md"):
+        typed = command.replace(f"{MANAGER}/volumes/9_1", path).replace("/dev/sdb1", "/dev/sda1")
+        typed = typed.replace("timeout 60 ", "timeout 5 ")
+        done = await guest.sh(typed, check=False)
+        stopped = 124 if typed.startswith("timeout ") else 0
+        assert done.returncode == stopped, f"{typed}: {done}"
+        assert done.stdout, typed
+    await until_state(guest, "ejected")
 
 
 async def test_everyone_may_look_and_only_root_and_the_operators_may_ask(
