@@ -29,6 +29,14 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
+DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
+DOCTOR_DM_PREFIX: Final = "caam-doctor-"
+DOCTOR_KEY_PREFIX: Final = "caam-doctor:"
+"""What `doctor` makes for a trial; its process's number follows. None of it is a volume's."""
+
+SERVICE_UNIT: Final = f"{PROGRAM}.service"
+SOCKET_UNIT: Final = f"{PROGRAM}.socket"
+
 MOUNT_POINT_MODE: Final = 0o500
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and
 nobody writes into it while nothing is mounted there."""

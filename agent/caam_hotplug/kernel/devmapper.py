@@ -27,6 +27,7 @@ _LIBDEVMAPPER: Final = "libdevmapper.so.1.02.1"
 
 # enum of libdevmapper.h
 _CREATE, _RELOAD, _REMOVE, _RESUME, _INFO, _TABLE, _LIST, _TARGET_MSG = 0, 1, 2, 5, 6, 11, 13, 17
+_GET_TARGET_VERSION: Final = 20
 
 _HINTS: Final = {
     errno.ENOENT: "the kernel lacks dm-crypt or the cipher",
@@ -82,6 +83,7 @@ class _Library:
         self.get_name = function("dm_task_get_name", text, task)
         self.get_uuid = function("dm_task_get_uuid", text, task)
         self.get_names = function("dm_task_get_names", ctypes.c_void_p, task)
+        self.get_versions = function("dm_task_get_versions", ctypes.c_void_p, task)
         self.next_target = function(
             "dm_get_next_target", ctypes.c_void_p, task, ctypes.c_void_p,
             ctypes.POINTER(u64), ctypes.POINTER(u64), ctypes.POINTER(text), ctypes.POINTER(text),
@@ -164,9 +166,9 @@ def _target_lines(task: int) -> Iterator[str]:
             return
 
 
-def ours() -> list[Mapping]:
-    """Every mapping whose DM-UUID has our prefix. Raises: DmError. Lane: dm."""
-    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name)))
+def ours(prefix: str = names.DM_UUID_PREFIX) -> list[Mapping]:
+    """Every mapping whose DM-UUID has the prefix. Raises: DmError. Lane: dm."""
+    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name, prefix)))
     return [mapping for mapping in found if mapping is not None]
 
 
@@ -187,13 +189,32 @@ def _all_names() -> list[str]:
             at += step
 
 
-def _uuid_of(name: str) -> str | None:
+def _uuid_of(name: str, prefix: str) -> str | None:
     lib = _library()
     with _task(_INFO, name) as task:
         if not lib.run(task):
             return None
         uuid = (lib.get_uuid(task) or b"").decode(errors="surrogateescape")
-        return uuid if uuid.startswith(names.DM_UUID_PREFIX) else None
+        return uuid if uuid.startswith(prefix) else None
+
+
+def target_version(kind: str) -> tuple[int, int, int] | None:
+    """The version of a kind of target, its module loaded if need be; None if the kernel has none.
+
+    Raises: DmError if there is no device-mapper. Lane: dm. Source: DM_GET_TARGET_VERSION in
+    dm-ioctl.h; struct dm_versions of libdevmapper.h: u32 offset of the next, three u32, name.
+    """
+    lib = _library()
+    with _task(_GET_TARGET_VERSION, kind) as task:
+        if not lib.run(task):
+            if lib.get_errno(task) == errno.EINVAL:
+                return None
+            _run(task, "look for target", kind)
+        at = lib.get_versions(task)
+        if not at:
+            return None
+        major, minor, patch = (ctypes.c_uint32.from_address(at + 4 * n).value for n in (1, 2, 3))
+        return major, minor, patch
 
 
 def create(name: str, uuid: str) -> None:
