@@ -24,8 +24,10 @@ _AUTOMOUNTER_UNITS: Final = (
     "autofs.service",
 )  # fmt: skip
 _MOUNTS_BY_RULE: Final = re.compile(
-    r'^[^#\n]*\b(?:RUN|SYSTEMD_WANTS)\b[^=\n]*=\s*"[^"\n]*mount', re.MULTILINE
+    r'^[^#\n]*\b(?:RUN\b[^=\n]*=\s*"[^"\n]*mount|SYSTEMD_WANTS\b[^=\n]*=\s*"[^"\n]*mount[^"\n]*@)',
+    re.MULTILINE,
 )
+"""A program of that name, or an instance of such a unit. Plain names are systemd's own mounts."""
 
 
 def udevd(site: Site) -> Iterator[Verdict]:
