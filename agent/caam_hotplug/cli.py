@@ -31,7 +31,7 @@ its trial of the CAAM is a throwaway key over a volume in memory.
 _DOCTOR_EPILOG: Final = """\
 examples:
   sudo caam-hotplug doctor
-  sudo caam-hotplug doctor --json | jq '.findings[] | select(.status != "ok")'
+  sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
 
 exit status: 0 all is well as far as it can be told; 3 warnings; 1 failures, or it could not look;
 2 wrong usage. NO_COLOR takes the colours away. docs/doctor.md explains every line.

@@ -70,6 +70,18 @@ def blob_directory(site: Site) -> Iterator[Verdict]:
         yield ok(f"{folder} is there, and root's alone")
 
 
+def mount_root(site: Site) -> Iterator[Verdict]:
+    """Mount points can be made in it, and nobody else can lead them elsewhere."""
+    folder = site.config.mount_root
+    try:
+        with paths.directory(site.at(folder)):
+            yield ok(f"{folder} is there, and nobody but root can change it")
+    except FileNotFoundError:
+        yield ok(f"{folder} is not there yet; the agent makes it with the first mount")
+    except UnsafePathError as error:
+        yield failure(f"the agent refuses it: {error}", error.remedy)
+
+
 def blobs(site: Site) -> Iterator[Verdict]:
     """Every blob has the form of one, the service may read it, and this CAAM takes it."""
     folder = site.at(site.config.blob_directory)

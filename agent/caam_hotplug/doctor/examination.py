@@ -43,6 +43,7 @@ CHECKS: Final = (
     Check("configuration", "configuration", agent.configuration),
     Check("blob-directory", "blob directory", agent.blob_directory),
     Check("blobs", "blobs", agent.blobs),
+    Check("mount-root", "mount root", agent.mount_root),
     Check("udevd", "udevd", surroundings.udevd),
     Check("udev-rule", "udev rule", surroundings.udev_rule),
     Check("mount-propagation", "mount propagation", surroundings.propagation),
@@ -73,7 +74,7 @@ def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
     # What is set up for a look is taken down again on the way out, also of these.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    page = _page_for(out)
+    page = page_for(out)
     found: list[Finding] = []
     for finding in findings(_site(file)):
         found.append(finding)
@@ -97,7 +98,7 @@ def _site(file: Path | None) -> Site:
     return Site(loaded, where, file is not None)
 
 
-def _page_for(out: TextIO) -> report.Page:
+def page_for(out: TextIO) -> report.Page:
     """Colours and line breaks for a terminal only; https://no-color.org."""
     if not out.isatty():
         return report.Page()
