@@ -12,6 +12,7 @@ from typing import Any, Final
 from e2e.support import POINT
 from vm.guest import Guest
 from vm.installed import UNIT, InstalledAgent
+from vm.media import KEYS, OTPMK_A, OTPMK_B
 
 LEFT: Final = (
     "dmsetup ls; cat /sys/class/block/loop*/loop/backing_file 2>/dev/null || true; "
@@ -306,6 +307,27 @@ async def test_a_service_that_failed_a_socket_that_is_missing_and_no_udevd(
     assert "udevd does not run" in report.one("udevd")[1]
 
 
+async def test_on_another_board_every_blob_is_void_and_all_else_is_well(
+    guest: Guest, agent: InstalledAgent
+) -> None:
+    await guest.cold_boot_caam(OTPMK_B)
+    await guest.sh("echo '[Unit]' > /etc/systemd/system/udisks2.service")
+    async with wholesome(guest):
+        await agent.start()
+        report = await examined(guest)
+        await guest.sh("rm /data/caam/*.bb; cd /data/caam; caam-keygen create mine ecb -s 16")
+        mended = await examined(guest)
+        await agent.stop()
+    await guest.sh("rm /etc/systemd/system/udisks2.service")
+    await guest.cold_boot_caam(OTPMK_A)
+    assert report.status == 1
+    assert report.amiss() == {"blobs": "failure", "automounters": "warning"}
+    assert len(report.of("blobs")) == len(KEYS)
+    assert all("the CAAM refused the blob" in found for _, found in report.of("blobs"))
+    assert mended.amiss() == {"automounters": "warning"}
+    assert mended.status == 3
+
+
 async def test_killed_in_the_middle_it_leaves_what_the_next_run_removes(guest: Guest) -> None:
     await guest.sh(
         "strace -f -qq -o /dev/null -e trace=fsync -e inject=fsync:signal=KILL "
@@ -322,11 +344,14 @@ async def test_killed_in_the_middle_it_leaves_what_the_next_run_removes(guest: G
 
 
 async def test_told_to_end_in_the_middle_it_leaves_nothing(guest: Guest) -> None:
-    await guest.sh(
+    done = await guest.sh(
         "strace -f -qq -o /dev/null -e trace=fsync -e inject=fsync:signal=TERM "
-        "caam-hotplug doctor --json || true",
+        "caam-hotplug doctor --json",
+        check=False,
         timeout_s=120,
     )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "caam-hotplug: examine the board: interrupted\n"
     await guest.until("test \"$(dmsetup ls)\" = 'No devices found'")
     await guest.until("! ls /sys/class/block/loop*/loop")
 

@@ -67,7 +67,7 @@ def findings(site: Site) -> Iterator[Finding]:
 def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
     """The report is written, line by line as it is found; returns the exit status.
 
-    Raises: HotplugError if it is not root who asks.
+    Raises: HotplugError if it is not root who asks, or if it is interrupted.
     """
     if os.geteuid() != 0:
         raise HotplugError("examine the board: it needs to be root; try sudo")
@@ -76,11 +76,14 @@ def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
         signal.signal(number, _interrupt)
     page = page_for(out)
     found: list[Finding] = []
-    for finding in findings(_site(file)):
-        found.append(finding)
-        if not as_json:
-            out.writelines(f"{line}\n" for line in page.lines(finding))
-            out.flush()
+    try:
+        for finding in findings(_site(file)):
+            found.append(finding)
+            if not as_json:
+                out.writelines(f"{line}\n" for line in page.lines(finding))
+                out.flush()
+    except KeyboardInterrupt as interrupt:
+        raise HotplugError("examine the board: interrupted") from interrupt
     out.write(f"{report.to_json(found) if as_json else report.summary(found)}\n")
     return report.exit_status(found)
 
