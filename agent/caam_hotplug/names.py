@@ -36,6 +36,7 @@ DOCTOR_KEY_PREFIX: Final = "caam-doctor:"
 
 SERVICE_UNIT: Final = f"{PROGRAM}.service"
 SOCKET_UNIT: Final = f"{PROGRAM}.socket"
+HOLDERS_UNIT: Final = f"{PROGRAM}-holders.socket"
 
 MOUNT_POINT_MODE: Final = 0o500
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and

@@ -601,4 +601,4 @@ def test_a_configuration_that_was_named_must_be_there(roots_folder: Path) -> Non
 
 def test_where_systemd_does_not_answer_the_service_is_unknown(board: Board) -> None:
     assert board.status(agent.service) is Status.UNKNOWN
-    assert board.status(agent.socket) is Status.UNKNOWN
+    assert board.status(agent.sockets) is Status.UNKNOWN

@@ -174,24 +174,41 @@ def service(site: Site) -> Iterator[Verdict]:
         yield ok(f"{names.SERVICE_UNIT} is {state}, process {unit.main_pid}, and starts at boot")
 
 
-def socket(site: Site) -> Iterator[Verdict]:
-    """The unit that opens the sockets of events is installed, and listens while the agent runs."""
+def sockets(site: Site) -> Iterator[Verdict]:
+    """The sockets of events, and of who uses a medium, are installed and open while it runs."""
     try:
         unit = systemd.unit(names.SOCKET_UNIT, site.at(systemd.SOCKET))
+        holders = systemd.unit(names.HOLDERS_UNIT, site.at(systemd.SOCKET))
         runs = systemd.unit(names.SERVICE_UNIT, site.at(systemd.SOCKET)).active_state == "active"
     except OSError as error:
         yield unknown(f"systemd does not answer ({error.strerror}); is it another init here?")
         return
-    state = f"{unit.active_state} ({unit.sub_state})"
+    install = "install it beside the service's unit, then systemctl daemon-reload"
+    fine = True
     if unit.load_state != "loaded":
+        fine = False
         yield failure(
             f"{names.SOCKET_UNIT} is {unit.load_state}; the service cannot start without it",
-            f"install {names.SOCKET_UNIT} beside the service's unit, then systemctl daemon-reload",
+            install,
         )
-    elif unit.active_state == "active" or not runs:
-        yield ok(f"{names.SOCKET_UNIT} is installed, {state}")
-    else:
+    elif runs and unit.active_state != "active":
+        fine = False
         yield failure(
-            f"{names.SOCKET_UNIT} is {state} while the service runs: no events come in",
+            f"{names.SOCKET_UNIT} is {unit.active_state} while the service runs: no events come in",
             f"systemctl restart {names.PROGRAM}",
+        )
+    unasked = "who uses a busy medium is not told"
+    if holders.load_state != "loaded":
+        fine = False
+        yield warning(f"{names.HOLDERS_UNIT} is {holders.load_state}; {unasked}", install)
+    elif runs and holders.active_state != "active":
+        fine = False
+        yield warning(
+            f"{names.HOLDERS_UNIT} is {holders.active_state} while the service runs; {unasked}",
+            f"systemctl start {names.HOLDERS_UNIT}",
+        )
+    if fine:
+        yield ok(
+            f"{names.SOCKET_UNIT} is {unit.active_state}, {names.HOLDERS_UNIT} is "
+            f"{holders.active_state}"
         )

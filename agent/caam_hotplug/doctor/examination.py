@@ -50,7 +50,7 @@ CHECKS: Final = (
     Check("automounters", "other automounters", surroundings.automounters),
     Check("fixed-tables", "fstab, crypttab", surroundings.fixed_tables),
     Check("service", "service", agent.service),
-    Check("socket", "socket", agent.socket),
+    Check("sockets", "sockets", agent.sockets),
 )
 
 
