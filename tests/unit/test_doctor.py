@@ -438,6 +438,16 @@ def test_the_rule_counts_by_what_is_in_it_and_where_it_stands(board: Board) -> N
     assert "90-caam-hotplug.rules comes after 55-dm.rules" in late.found
 
 
+def test_the_rule_stands_before_device_mappers_own_whatever_its_number(board: Board) -> None:
+    rule = board.has("/usr/lib/udev/rules.d/50-caam-hotplug.rules", RULE)
+    board.has("/usr/lib/udev/rules.d/10-dm.rules", "# device-mapper's\n")
+    (late,) = board.seen(surroundings.udev_rule)
+    assert late.found.startswith("/usr/lib/udev/rules.d/50-caam-hotplug.rules comes after 10-dm.")
+    assert late.remedy.startswith("name it 09-caam-hotplug.rules")
+    rule.rename(rule.with_name("09-caam-hotplug.rules"))
+    assert board.status(surroundings.udev_rule) is Status.OK
+
+
 MOUNTS = """\
 31 1 0:23 / / rw shared:1 - overlay none rw
 35 31 0:29 / /run rw,nosuid {run}- tmpfs tmpfs rw

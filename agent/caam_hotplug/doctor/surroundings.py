@@ -14,7 +14,8 @@ from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import RULE_FOLDERS, UNIT_FOLDERS, Site, is_masked
 
 _UDEVD: Final = {"systemd-udevd", "udevd"}
-_BEFORE: Final = "55-dm.rules"
+_DM_RULES: Final = re.compile(r"\d\d-dm\.rules")
+"""Device-mapper's own: 55-dm.rules on Debian, 10-dm.rules as upstream has it and Yocto takes it."""
 _STEERS: Final = ("DM_UDEV_DISABLE_OTHER_RULES_FLAG", "UDISKS_IGNORE")
 
 _AUTOMOUNTERS: Final = {"udisksd", "udiskie", "udevil", "devmon", "usbmount", "automount"}
@@ -68,21 +69,23 @@ def udev_rule(site: Site) -> Iterator[Verdict]:
         yield ok("not needed: there is no udevd here")
         return
     rules = site.installed(RULE_FOLDERS)
+    steered = min(filter(_DM_RULES.fullmatch, rules), default="55-dm.rules")
     ours = {name: text for name, text in _texts(rules) if names.DM_UUID_PREFIX in text}
     masked = [file for name, file in rules.items() if names.PROGRAM in name and is_masked(file)]
     if not ours and masked:
         yield failure(f"{_shown(site, masked[0])} hides the agent's rule; {effect}", "remove it")
     elif not ours:
         yield failure(f"the agent's rule is not installed; {effect}", install)
-    elif min(ours) > _BEFORE:
+    elif min(ours) > steered:
+        early = "50" if steered > "50" else "09"
         yield failure(
-            f"{_shown(site, rules[min(ours)])} comes after {_BEFORE}, too late; {effect}",
-            f"name it 50-{names.PROGRAM}.rules, then udevadm control --reload",
+            f"{_shown(site, rules[min(ours)])} comes after {steered}, too late; {effect}",
+            f"name it {early}-{names.PROGRAM}.rules, then udevadm control --reload",
         )
     elif not all(flag in ours[min(ours)] for flag in _STEERS):
         yield failure(f"{_shown(site, rules[min(ours)])} is another version; {effect}", install)
     else:
-        yield ok(f"{_shown(site, rules[min(ours)])} is in force, before {_BEFORE}")
+        yield ok(f"{_shown(site, rules[min(ours)])} is in force, before {steered}")
 
 
 def _texts(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
