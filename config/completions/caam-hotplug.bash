@@ -5,19 +5,21 @@
 #    source ~/.local/share/bash_completion/caam-hotplug
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_caam_hotplug_subparsers=(run check explain)
+_shtab_caam_hotplug_subparsers=(run check explain doctor)
 
 _shtab_caam_hotplug_run_option_strings=(-h --help --config)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
 _shtab_caam_hotplug_explain_option_strings=(-h --help --config)
+_shtab_caam_hotplug_doctor_option_strings=(-h --help --json --config)
 _shtab_caam_hotplug_option_strings=(-h --help --version)
 
 _shtab_caam_hotplug_run___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_explain_pos_0_COMPGEN=_caam_hotplug_devices
 _shtab_caam_hotplug_explain___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_doctor___config_COMPGEN=_shtab_compgen_files
 
-_shtab_caam_hotplug_pos_0_choices=(run check explain)
+_shtab_caam_hotplug_pos_0_choices=(run check explain doctor)
 
 _shtab_caam_hotplug_run__h_nargs=0
 _shtab_caam_hotplug_run___help_nargs=0
@@ -25,6 +27,9 @@ _shtab_caam_hotplug_check__h_nargs=0
 _shtab_caam_hotplug_check___help_nargs=0
 _shtab_caam_hotplug_explain__h_nargs=0
 _shtab_caam_hotplug_explain___help_nargs=0
+_shtab_caam_hotplug_doctor__h_nargs=0
+_shtab_caam_hotplug_doctor___help_nargs=0
+_shtab_caam_hotplug_doctor___json_nargs=0
 _shtab_caam_hotplug_pos_0_nargs=A...
 _shtab_caam_hotplug__h_nargs=0
 _shtab_caam_hotplug___help_nargs=0

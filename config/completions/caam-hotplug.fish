@@ -59,7 +59,7 @@ function _shtab_caam_hotplug_using
   test "$_shtab_caam_hotplug_cmdpath" = "$argv"
 end
 
-set -g _shtab_caam_hotplug_commands run check explain
+set -g _shtab_caam_hotplug_commands run check explain doctor
 set -g _shtab_caam_hotplug_opts_with_value --config
 
 complete -c caam-hotplug -e
@@ -77,3 +77,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_ho
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_devices)" -d 'a device node such as /dev/sdb1'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a doctor -d 'Looks at everything the agent needs, one line each, with the remedy where something is amiss.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l json -d 'one JSON object, for programs'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
