@@ -34,15 +34,16 @@ examples:
 _DOCTOR: Final = """\
 Looks at everything the agent needs, one line each, with the remedy where something is amiss.
 It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
-its trial of the CAAM is a throwaway key over a volume in memory.
+its trial of the CAAM is a throwaway key over a volume in memory. docs/doctor.md explains every
+line. Colours are for a terminal only, and NO_COLOR takes them away.
 """
 _DOCTOR_EPILOG: Final = """\
 examples:
   sudo caam-hotplug doctor
   sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
 
-exit status: 0 all is well as far as it can be told; 3 warnings; 1 failures, or it could not look;
-2 wrong usage. NO_COLOR takes the colours away. docs/doctor.md explains every line.
+exit status: 0 all is well as far as it can be told; 1 failures, or it could not look;
+2 wrong usage; 3 warnings
 """
 
 
