@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from caam_hotplug import __version__, config, names
+from caam_hotplug import __version__, config, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel import files
 
@@ -17,6 +17,8 @@ examples:
   caam-hotplug run --config /root/my.toml     in the foreground, for a try
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
+  caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
+  caam-hotplug key list                       the keys of this board
 
 exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
 """
@@ -57,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
+
+    provision.add_to(commands, _add_config, _load_to_act)
+    keys.add_to(commands, _add_config, _load_to_act)
     return parser
 
 
@@ -73,6 +78,10 @@ def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
     """The configuration that was named, or else the installed one, which need not be there."""
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
     return config.load(file, reader, required=parsed.config is not None)
+
+
+def _load_to_act(parsed: argparse.Namespace) -> config.Config:
+    return _load(parsed, files.RootsFiles())
 
 
 def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
-import resource
 import signal
 import sys
 from contextlib import suppress
@@ -15,7 +13,7 @@ from typing import ClassVar, NoReturn
 from caam_hotplug.board import Board, Entry
 from caam_hotplug.config import Config
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import cbind, keyring, udev
+from caam_hotplug.kernel import keyring, memory, udev
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
@@ -25,8 +23,6 @@ from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
-
-_PR_SET_DUMPABLE = 4
 
 
 def run(config: Config) -> None:
@@ -39,7 +35,7 @@ def run(config: Config) -> None:
     udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
-    _refuse_core_dumps()
+    memory.refuse_core_dumps()  # key bytes pass through this process
     # Before any thread exists, since threads inherit the session keyring of their maker.
     keyring.join_session_keyring()
     with asyncio.Runner() as runner:
@@ -149,13 +145,6 @@ async def _feed_watchdog(notifier: Notifier) -> None:
     while notifier.watchdog_s is not None:
         notifier.tell("WATCHDOG=1")
         await asyncio.sleep(notifier.watchdog_s / 2)
-
-
-def _refuse_core_dumps() -> None:
-    """Key bytes pass through this process; no dump of its memory is ever written."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
-    prctl(_PR_SET_DUMPABLE, 0)
 
 
 class _JournalFormatter(logging.Formatter):

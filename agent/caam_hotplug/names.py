@@ -27,6 +27,10 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
+PROVISION_DM_UUID_PREFIX: Final = "CAAM-PROVISION-"
+"""Another than the agent's, which would adopt or sweep it; the disk's sequence number follows."""
+PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
+
 MOUNT_POINT_MODE: Final = 0o000
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and
 keeps everyone but root from writing into it while nothing is mounted there."""

@@ -162,9 +162,9 @@ def _target_lines(task: int) -> Iterator[str]:
             return
 
 
-def ours() -> list[Mapping]:
+def ours(prefix: str = names.DM_UUID_PREFIX) -> list[Mapping]:
     """Every mapping whose DM-UUID has our prefix. Raises: DmError. Lane: dm."""
-    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name)))
+    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name, prefix)))
     return [mapping for mapping in found if mapping is not None]
 
 
@@ -185,13 +185,13 @@ def _all_names() -> list[str]:
             at += step
 
 
-def _uuid_of(name: str) -> str | None:
+def _uuid_of(name: str, prefix: str) -> str | None:
     lib = _library()
     with _task(_INFO, name) as task:
         if not lib.run(task):
             return None
         uuid = (lib.get_uuid(task) or b"").decode(errors="surrogateescape")
-        return uuid if uuid.startswith(names.DM_UUID_PREFIX) else None
+        return uuid if uuid.startswith(prefix) else None
 
 
 def create(name: str, uuid: str) -> None:
