@@ -148,8 +148,8 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
             ]
             if differs:
                 yield (
-                    f"rule {rule.name!r} will not open it, since its {' and '.join(differs)} "
-                    f"differs from what the medium has; {remedy}"
+                    f"rule {rule.name!r} will not open it: the medium has another "
+                    f"{' and another '.join(differs)}; {remedy}"
                 )
         case refused:
             yield f"no rule admits it ({refused}); {remedy}"

@@ -24,6 +24,7 @@ from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 _LIBFDISK: Final = "libfdisk.so.1"
 _GPT: Final = b"gpt"
+_LEAST_BYTES: Final = 3 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class _Library:
         self.set_length = function("fdisk_partition_set_size", flag, pointer, sector)
         self.first = function("fdisk_get_first_lba", sector, pointer)
         self.last = function("fdisk_get_last_lba", sector, pointer)
+        self.sectors = function("fdisk_get_nsectors", sector, pointer)
         self.grain = function("fdisk_get_grain_size", ctypes.c_ulong, pointer)
         self.add = function(
             "fdisk_add_partition", flag, pointer, pointer, ctypes.POINTER(ctypes.c_size_t)
@@ -135,11 +137,11 @@ def make(disk: int, node: str, identity: Identity) -> Entry:
     with _opened(disk, node, read_only=False) as context:
         _check(lib.enable_wipe(context, 1), "prepare partition table of", node)
         _check(lib.create_label(context, _GPT), "prepare partition table of", node)
-        grain = lib.grain(context) // lib.sector_size(context)
-        start = lib.first(context)
-        length = (lib.last(context) + 1 - start) // grain * grain
-        if length <= 0:
+        unit = lib.sector_size(context)
+        if lib.sectors(context) * unit < _LEAST_BYTES:  # for which libfdisk's numbers make no sense
             raise KernelError("make a partition on", node, errno.ENOSPC, "it is too small")
+        start, grain = lib.first(context), lib.grain(context) // unit
+        length = (lib.last(context) + 1 - start) // grain * grain
         with _partition(context, identity) as wanted:
             lib.default_number(wanted, 1)
             lib.set_start(wanted, start)

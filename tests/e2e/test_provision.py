@@ -1,0 +1,145 @@
+"""Media that the command makes: the agent mounts them, a PC and a second board open them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vm import installed, machine
+from vm.guest import Guest
+from vm.installed import InstalledAgent
+from vm.media import OTPMK_A, OTPMK_B
+
+LABEL = "archive-01"
+POINT = f"/run/media/{LABEL}"
+RECOVERY = f"/root/{LABEL}.recovery"
+
+
+def blank(folder: Path, name: str = "blank.img", mib: int = 64) -> Path:
+    """A medium that was never written to."""
+    with (folder / name).open("wb") as file:
+        file.truncate(mib << 20)
+    return folder / name
+
+
+async def keep_a_file(guest: Guest, text: str) -> None:
+    await guest.sh(f"echo '{text}' > {POINT}/kept; sync -f {POINT}/kept")
+
+
+async def open_on_a_pc(guest: Guest) -> str:
+    """What the medium's file says, opened without CAAM by the command in the recovery file."""
+    return (
+        await guest.sh(
+            f"command=$(sed -n 's/^# *\\(sed .*cryptsetup open .*\\)$/\\1/p' {RECOVERY})\n"
+            f'cd /root; eval "$command"; mount /dev/mapper/{LABEL} /mnt; cat /mnt/kept\n'
+            f"umount /mnt; cryptsetup close {LABEL}"
+        )
+    ).stdout
+
+
+async def test_a_medium_made_beside_the_agent_is_mounted_and_opens_on_a_pc_and_a_second_board(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.start()
+    stick = await guest.plug_usb(blank(tmp_path))
+    await guest.until("test -b /dev/sda")
+    done = await guest.run(
+        "caam-hotplug", "provision", "/dev/sda", "--label", LABEL, "--recovery-key", RECOVERY
+    )
+    assert done.stdout.startswith(f"/dev/sda1: {LABEL} is made")
+    assert done.stderr == ""
+    assert (await guest.run("stat", "-c", "%a", RECOVERY)).stdout == "600\n"
+    await guest.until_mounted(POINT)
+    await keep_a_file(guest, "of the first board")
+    again = await guest.run("caam-hotplug", "provision", "/dev/sda", "--label", "x", check=False)
+    assert f"it is in use: mounted at {POINT}" in again.stderr
+    await agent.stop()
+
+    await guest.sh("rmmod caam_sim")
+    assert await open_on_a_pc(guest) == "of the first board\n"
+
+    await guest.sh(f"modprobe caam_sim otpmk={OTPMK_B}; rm /data/caam/{LABEL}.bb")
+    done = await guest.run("caam-hotplug", "key", "enroll", LABEL, "--from", RECOVERY)
+    assert done.stdout == f"/data/caam/{LABEL}.bb: made; this board opens {LABEL} too\n"
+    await agent.start()
+    await guest.until_mounted(POINT)
+    assert await guest.read(f"{POINT}/kept") == b"of the first board\n"
+    await agent.stop()
+    await stick.pull()
+    await guest.sh(f"rm {RECOVERY}")
+    await guest.cold_boot_caam(OTPMK_A)
+
+
+async def test_a_medium_of_other_choices_is_mounted_by_the_rule_that_was_written(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.stop()
+    await guest.plug_usb(blank(tmp_path))
+    await guest.until("test -b /dev/sda")
+    command = [
+        *("caam-hotplug", "provision", "/dev/sda", "--label", LABEL, "--sector-size", "4096"),
+        *("--cipher", "capi:tk(cbc(aes))-plain64", "--key-bytes", "32", "--seal", "ccm"),
+        *("--fs", "vfat", "--recovery-key", RECOVERY),
+    ]
+    without = await guest.run(*command)
+    assert without.stderr == (
+        "note: rule 'built-in' will not open it: the medium has another cipher and another "
+        "sector_size; the same command with --rule writes one that does\n"
+    )
+    done = await guest.run(*command, "--rule")
+    assert "was made before; nothing was erased" in done.stdout
+    assert "built-in one no longer applies" in done.stderr
+    await agent.start()
+    await guest.until_mounted(POINT)
+    await keep_a_file(guest, "in large sectors")
+    await agent.stop()
+    assert await open_on_a_pc(guest) == "in large sectors\n"
+    await guest.sh(f"rm {RECOVERY}")
+
+
+CUTS = {
+    "before the blob is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=1",
+    "before its name is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=2",
+    "amid the mark": "-P /dev/sdb -e trace=write -e inject=write:signal=KILL:when=3",
+    "before the blob is settled": "-e trace=unlink,unlinkat -e inject=unlinkat:signal=KILL:when=1",
+    "amid the filesystem": "-e trace=pwrite64 -e inject=pwrite64:delay_enter=90000000:when=4",
+    "amid the label": "-P /dev/sdb -e trace=write -e inject=write:signal=KILL:when=9",
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_after_a_power_cut_the_same_command_completes_the_medium(
+    tmp_path: Path, cut: str
+) -> None:
+    """The power is cut when QEMU is killed: what the guest has not synced is lost."""
+    store, stick = blank(tmp_path, "store.img", 32), blank(tmp_path)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", store], check=True)
+    command = f"caam-hotplug provision /dev/sdb --label {LABEL}"
+    async with machine.restored(installed.layer()) as guest:
+        await plugged_with_store(guest, store, stick)
+        interrupted = f"strace -f -qq -o /dev/null {CUTS[cut]} {command}"
+        if cut == "amid the filesystem":
+            await guest.sh(f"{interrupted} >/dev/null 2>&1 </dev/null &")
+            await guest.until("pgrep mkfs.ext4")
+        else:
+            assert (await guest.sh(interrupted, check=False)).returncode == 137
+    async with machine.restored(installed.layer()) as guest:
+        await plugged_with_store(guest, store, stick)
+        done = await guest.sh(command)
+        assert "is made" in done.stdout, done
+        agent = InstalledAgent(guest)
+        await agent.start()
+        await guest.until_mounted(POINT)
+        await keep_a_file(guest, "after all")
+        await agent.stop()
+
+
+async def plugged_with_store(guest: Guest, store: Path, stick: Path) -> None:
+    """The blobs are on a disk of their own, /dev/sda; the medium is /dev/sdb."""
+    await guest.plug_scsi(store)
+    await guest.until("test -b /dev/sda")
+    await guest.sh("mount /dev/sda /data/caam; chmod 700 /data/caam")
+    await guest.plug_usb(stick)
+    await guest.until("test -b /dev/sdb")
