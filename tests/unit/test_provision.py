@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug import config, names, provision
+from caam_hotplug import cli, config, names, provision
 from caam_hotplug.cli import main
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import files
@@ -155,3 +155,11 @@ def test_the_names_of_its_mappings_are_not_the_agents() -> None:
     rule = Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules"
     wanted = f'ATTR{{dm/uuid}}=="{names.DM_UUID_PREFIX}*|{names.PROVISION_DM_UUID_PREFIX}*"'
     assert wanted in rule.read_text()
+
+
+def test_every_command_of_the_page_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "provision.md").read_text()
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    caam-")]
+    assert len(commands) >= 6
+    for command in commands:
+        assert callable(cli._parser().parse_args(command).command)
