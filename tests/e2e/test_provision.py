@@ -122,6 +122,23 @@ async def test_a_medium_of_other_choices_is_mounted_by_the_rule_that_was_written
     await keep_a_file(guest, "in large sectors")
 
 
+UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"]
+
+
+async def test_without_udevd_the_kernel_tells_the_agent_of_the_new_medium(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.stop()
+    await guest.run("systemctl", "stop", *UDEVD)
+    await agent.configure('source = "kernel"\n')
+    await agent.start()
+    await guest.plug_usb(blank(tmp_path))
+    await guest.until("test -b /dev/sda")
+    await guest.run("caam-hotplug", "provision", "/dev/sda", "--label", LABEL)
+    await guest.until_mounted(POINT)
+    await guest.run("systemctl", "start", *UDEVD)
+
+
 CUTS = {
     "before the blob is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=1",
     "before its name is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=2",
