@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
-from caam_hotplug.model import State, Volume, VolumeId
+from caam_hotplug import journal
+from caam_hotplug.model import Entry, State, VolumeId
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +22,6 @@ _LEVELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is true of one volume."""
-
-    volume: Volume
-    state: State
-    reason: str
-
-
 class Board:
     """Every volume that is present, and those that left unsafely until the next one arrives.
 
@@ -38,6 +31,8 @@ class Board:
     def __init__(self) -> None:
         self._entries: dict[VolumeId, Entry] = {}
         self._listeners: list[Callable[[Entry], None]] = []
+        self.counters: Counter[str] = Counter()
+        """How often a volume came to each state, by the state's name."""
 
     def listen(self, listener: Callable[[Entry], None]) -> None:
         """The listener is called with every entry that is published from now on."""
@@ -47,19 +42,25 @@ class Board:
         """All entries, in the order of their arrival."""
         return list(self._entries.values())
 
-    def publish(self, volume: Volume, state: State, reason: str) -> None:
-        """The volume's state is this, and everyone who listens knows."""
-        entry = Entry(volume, state, reason)
-        if entry == self._entries.get(volume.id):
+    def publish(self, entry: Entry) -> None:
+        """This is true of the volume, and everyone who listens knows."""
+        volume, state = entry.volume, entry.state
+        before = self._entries.get(volume.id)
+        same = before is not None and (before.state, before.reason) == (state, entry.reason)
+        entry = replace(entry, since=before.since if same and before else time.time())
+        if entry == before:
             return
-        if volume.id not in self._entries and state is not State.GONE:
+        if before is None and state is not State.GONE:
             self._forget_departed()
         if state is State.GONE:
             self._entries.pop(volume.id, None)
         else:
             self._entries[volume.id] = entry
-        said = f"{state.value}: {reason}" if reason else state.value
-        log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said)
+        if not same:
+            self.counters[state.value] += 1
+            said = f"{state.value}: {entry.reason}" if entry.reason else state.value
+            extra = journal.published(entry)
+            log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
         for listener in self._listeners:
             listener(entry)
 

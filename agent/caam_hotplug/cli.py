@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from caam_hotplug import __version__, config, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
@@ -19,8 +20,23 @@ examples:
   caam-hotplug explain /dev/sdb1              which rule, or why none
   caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
   caam-hotplug key list                       the keys of this board
+  caam-hotplug doctor                         why it does not work on this board
 
 exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
+"""
+
+_DOCTOR: Final = """\
+Looks at everything the agent needs, one line each, with the remedy where something is amiss.
+It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
+its trial of the CAAM is a throwaway key over a volume in memory.
+"""
+_DOCTOR_EPILOG: Final = """\
+examples:
+  sudo caam-hotplug doctor
+  sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
+
+exit status: 0 all is well as far as it can be told; 3 warnings; 1 failures, or it could not look;
+2 wrong usage. NO_COLOR takes the colours away. docs/doctor.md explains every line.
 """
 
 
@@ -59,10 +75,26 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
-
     provision.add_to(commands, _add_config, _load_to_act)
     keys.add_to(commands, _add_config, _load_to_act)
+    _add_doctor(commands)
+    # For the service that the agent asks; people ask `status`.
+    holders = commands.add_parser("holders")
+    holders.set_defaults(command=_holders)
     return parser
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what keeps the agent from working on this board, and what to do",
+        description=_DOCTOR,
+        epilog=_DOCTOR_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    _add_config(doctor)
+    doctor.set_defaults(command=_doctor)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +128,7 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from caam_hotplug import daemon  # noqa: PLC0415  asyncio is slow to import and only `run` uses it
 
-    daemon.run(_load(parsed, files.RootsFiles()))
+    daemon.run(lambda: _load(parsed, files.RootsFiles()))
     return 0
 
 
@@ -116,6 +148,19 @@ def _explain(parsed: argparse.Namespace) -> int:
     for line in explain.explain(parsed.device, loaded):
         print(line)
     return 0
+
+
+def _holders(_parsed: argparse.Namespace) -> int:
+    from caam_hotplug.kernel import holders  # noqa: PLC0415  only this command looks at processes
+
+    holders.answer(sys.stdin, sys.stdout)
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from caam_hotplug.doctor import examination  # noqa: PLC0415  only `doctor` needs its looks
+
+    return examination.examine(parsed.config, sys.stdout, as_json=parsed.json)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from caam_hotplug.errors import (
     UnsafePathError,
     shown,
 )
-from caam_hotplug.rules import BUILT_IN, Bytes, Match, MountWish, Rule, Template
+from caam_hotplug.rules import BUILT_IN, Bytes, Match, MountWish, Rule, Template, UnitTemplate
 
 T = TypeVar("T")
 
@@ -212,8 +212,8 @@ _hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
 
 def _from_toml(wanted: type, value: Any) -> Any:
     """msgspec's hook for the types it does not know."""
-    if wanted is Template and isinstance(value, str):
-        return Template(value)
+    if wanted in (Template, UnitTemplate) and isinstance(value, str):
+        return wanted(value)
     if wanted is Bytes and isinstance(value, str):
         return Bytes.from_text(value)
     if wanted is Bytes and isinstance(value, int) and not isinstance(value, bool):
@@ -245,7 +245,7 @@ def _check(at: str, value: Any) -> None:
             _check_options(value)
         case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:
             raise ValueError("expected at least one entry in the list")
-        case "stuck_after_s" | "stop_within_s" if not value > 0:
+        case "stuck_after_s" | "stop_within_s" | "unit_within_s" if not value > 0:
             raise ValueError(f"expected seconds above 0, found {value}")
         case "name" if isinstance(value, str) and not _NAME.fullmatch(value):
             raise ValueError(

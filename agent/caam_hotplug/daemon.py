@@ -6,30 +6,41 @@ import asyncio
 import logging
 import os
 import signal
-import sys
-from contextlib import suppress
-from typing import ClassVar, NoReturn
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import NoReturn
 
-from caam_hotplug.board import Board, Entry
+from caam_hotplug import explain, journal
+from caam_hotplug.board import Board
 from caam_hotplug.config import Config
-from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import keyring, memory, udev
+from caam_hotplug.errors import ConfigError, HotplugError, shown
+from caam_hotplug.kernel import keyring, memory, udev, watch
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
+from caam_hotplug.model import Entry
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
+_FIXED = ("source", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
+"""Keys of the configuration that are read at start only."""
 
-def run(config: Config) -> None:
+
+Load = Callable[[], Config]
+
+
+def run(load: Load) -> None:
     """The agent has run until SIGTERM or SIGINT, and let go of what its rules do not keep.
 
+    `load` reads the configuration: now, and when the agent is told to reload.
     Raises: HotplugError if it cannot start.
     """
+    config = load()
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
     udev.require_diskseq()
@@ -39,10 +50,10 @@ def run(config: Config) -> None:
     # Before any thread exists, since threads inherit the session keyring of their maker.
     keyring.join_session_keyring()
     with asyncio.Runner() as runner:
-        runner.run(_serve(config))
+        runner.run(_serve(config, load))
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, load: Load) -> None:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,6 +72,7 @@ async def _serve(config: Config) -> None:
         dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
+        units=_NoUnits(),
     )
 
     def tell_status(_entry: Entry) -> None:
@@ -69,32 +81,115 @@ async def _serve(config: Config) -> None:
     board.listen(tell_status)
     # Subscribed from here on: what is enumerated below is complete.
     devices = udev.Devices(source, udev.handed_sockets())
-    try:
+    with ExitStack() as held:
+        held.callback(devices.close)
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
         async with Supervisor(around, left) as supervisor:
+            agent = Agent(config, load, supervisor, notifier)
+            loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = _Events(devices, supervisor)
+            held.callback(events.end)
+            blobs = watch.Directory(config.blob_directory)
+            held.callback(blobs.close)
+            loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
+            held.callback(loop.remove_reader, blobs)
             events.begin()
-            log.info("ready: %d rules, events from %s", len(config.rule), source)
+            began = journal.event(journal.Event.STARTED)
+            log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
-                log.info("stopping")
+                log.info("stopping", extra=journal.event(journal.Event.STOPPING))
                 supervisor.stop()
-                held = await supervisor.ended(config.stop_within_s)
-                if held:
-                    _give_up(held, config.stop_within_s)
+                left_behind = await supervisor.ended(config.stop_within_s)
+                if left_behind:
+                    _give_up(left_behind, config.stop_within_s)
             finally:
                 watchdog.cancel()
                 with suppress(asyncio.CancelledError):
                     await watchdog
                 supervisor.stop()
-    finally:
-        for fileno in devices.filenos():
-            loop.remove_reader(fileno)
-        devices.close()
-    log.info("stopped")
+    log.info("stopped", extra=journal.event(journal.Event.STOPPED))
+
+
+def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
+    for name in blobs.read():
+        supervisor.blob_appeared(name)
+
+
+class Agent:
+    """What people may ask of the agent as a whole. Synchronization: loop only."""
+
+    def __init__(
+        self, config: Config, load: Load, supervisor: Supervisor, notifier: Notifier
+    ) -> None:
+        self._config = config
+        self._load = load
+        self._supervisor = supervisor
+        self._notifier = notifier
+        self._reloading: set[asyncio.Task[None]] = set()
+
+    def reload_soon(self) -> None:
+        """Told by a signal, of which nobody waits for the outcome: the journal has it."""
+
+        async def work() -> None:
+            with suppress(HotplugError):
+                await self.reload("SIGHUP")
+
+        task = asyncio.create_task(work())
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
+
+    async def reload(self, by: str) -> list[str]:
+        """The rules in force are those of the files, also for present media.
+
+        Returns: notices of what else was changed and has to wait for the next start.
+        Raises: ConfigError naming every fault; the rules before stay in force.
+        """
+        event = journal.Event
+        asked = journal.event(event.REQUESTED, request="reload", requested_by=by)
+        log.info("reload asked for by %s", shown(by), extra=asked)
+        self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            config = await asyncio.to_thread(self._load)
+        except ConfigError as error:
+            for fault in error.faults:
+                log.error("%s", fault, extra=journal.event(event.CONFIG_REFUSED, reason=fault))
+            refused = journal.event(event.CONFIG_REFUSED)
+            log.error("the configuration is refused; the rules before stay in force", extra=refused)
+            raise
+        finally:
+            self._notifier.tell("READY=1")
+        logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
+        self._supervisor.renew(config.rule)
+        log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
+        notices = [
+            f"{key} was changed and takes effect at the next start"
+            for key in _FIXED
+            if getattr(config, key) != getattr(self._config, key)
+        ]
+        for notice in notices:
+            log.warning("%s", notice)
+        return notices
+
+    async def explain(self, device: str) -> str:
+        """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError."""
+        config = await asyncio.to_thread(self._load)
+        return await asyncio.to_thread(lambda: "\n".join(explain.explain(device, config)))
+
+
+class _NoUnits:
+    """Without a bus there is no service manager to talk to."""
+
+    def start(self, unit: str) -> None:
+        said = journal.event(journal.Event.HOOK, unit=unit)
+        log.warning("cannot start %s: there is no bus to the service manager", unit, extra=said)
+
+    async def finish(self, unit: str, within_s: float) -> None:
+        del within_s
+        self.start(unit)
 
 
 class _Events:
@@ -112,6 +207,13 @@ class _Events:
         for fileno in self._devices.filenos():
             self._loop.add_reader(fileno, self._read)
         self._set_alarm()
+
+    def end(self) -> None:
+        """Nobody listens to the devices any more."""
+        for fileno in self._devices.filenos():
+            self._loop.remove_reader(fileno)
+        if self._alarm is not None:
+            self._alarm.cancel()
 
     def _read(self) -> None:
         for event in self._devices.read():
@@ -147,26 +249,7 @@ async def _feed_watchdog(notifier: Notifier) -> None:
         await asyncio.sleep(notifier.watchdog_s / 2)
 
 
-class _JournalFormatter(logging.Formatter):
-    """A line with its priority before it, as the journal reads it (sd-daemon(3))."""
-
-    _PRIORITIES: ClassVar = {
-        logging.ERROR: 3,
-        logging.WARNING: 4,
-        logging.INFO: 6,
-        logging.DEBUG: 7,
-    }
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{self._PRIORITIES.get(record.levelno, 5)}>{super().format(record)}"
-
-
 def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     ours = logging.getLogger("caam_hotplug")
-    ours.addHandler(handler)
+    ours.addHandler(journal.handler())
     ours.setLevel(level.upper())

@@ -87,6 +87,20 @@ class ReleaseError(HotplugError):
     """Something of ours could not be let go; the next start of the agent tries again."""
 
 
+class RequestRefusedError(HotplugError):
+    """What was asked of a volume cannot be done as it is; the words say why and what to do."""
+
+
+class VolumeBusyError(RequestRefusedError):
+    """Somebody uses the volume, and its rule says that it is not taken from them."""
+
+    def __init__(self, what: str, holders: tuple[str, ...]) -> None:
+        who = "; ".join(holders) or "by whom cannot be told from here"
+        super().__init__(f"{what} is in use: {who}")
+        self.holders = holders
+        """Who, a text each."""
+
+
 class ForeignMappingError(HotplugError):
     """A mapping bears our name or UUID but is not what we would have made."""
 

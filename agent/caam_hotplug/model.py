@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
 from typing import NewType, NoReturn
+
+from caam_hotplug.errors import shown
 
 Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
@@ -182,6 +185,22 @@ class Mount:
     point: str
     source: str
     read_only: bool
+    filesystem: str
+    identity: int = field(default=0, compare=False)
+    """The kernel's number of the mount: the same in no two places or namespaces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that keeps a filesystem from being unmounted."""
+
+    pid: int
+    command: str
+    holds: str
+    """What of it, in words, such as `has /run/media/x/file open`."""
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({shown(self.command)}) {shown(self.holds)}"
 
 
 class State(Enum):
@@ -194,11 +213,37 @@ class State(Enum):
     MOUNTED = "mounted"
     UNLOCKED = "unlocked"
     DETACHING = "detaching"
+    LOCKED = "locked"
+    EJECTED = "ejected"
     FAILED = "failed"
     CONFLICT = "conflict"
     STUCK = "stuck"
     REMOVED_UNSAFELY = "removed-unsafely"
     GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is true of one volume, as it is published."""
+
+    volume: Volume
+    state: State
+    reason: str = ""
+    rule: str = ""
+    """The name of the rule that admits it; empty if none does."""
+    blob: str = ""
+    """The path of its blob; empty like the rule."""
+    mapping_name: str = ""
+    """Of a mapping that is live, with its node; else empty."""
+    mapping_node: str = ""
+    mount_point: str = ""
+    """Empty while it is not mounted, like what follows."""
+    filesystem: str = ""
+    read_only: bool = False
+    since: float = field(default=0.0, compare=False)
+    """When it came to this state, in seconds of CLOCK_REALTIME."""
+    steps: abc.Mapping[str, float] = field(default_factory=dict)
+    """How long each step of its last unlocking took, in seconds."""
 
 
 class SecretBytes:

@@ -19,6 +19,8 @@ BLOB_DIRECTORY: Final = Path("/data/caam")
 MOUNT_ROOT: Final = Path("/run/media")
 
 CAAM_DEVICE: Final = Path("/dev/caam-keygen")
+HOLDERS_SOCKET: Final = Path("/run/caam-hotplug/holders")
+"""Where a program with the right to look into other processes answers who uses a volume."""
 UDEV_CONTROL: Final = Path("/run/udev/control")
 
 DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"
@@ -31,9 +33,18 @@ PROVISION_DM_UUID_PREFIX: Final = "CAAM-PROVISION-"
 """Another than the agent's, which would adopt or sweep it; the disk's sequence number follows."""
 PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
 
-MOUNT_POINT_MODE: Final = 0o000
+DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
+DOCTOR_DM_PREFIX: Final = "caam-doctor-"
+DOCTOR_KEY_PREFIX: Final = "caam-doctor:"
+"""What `doctor` makes for a trial; its process's number follows. None of it is a volume's."""
+
+SERVICE_UNIT: Final = f"{PROGRAM}.service"
+SOCKET_UNIT: Final = f"{PROGRAM}.socket"
+HOLDERS_UNIT: Final = f"{PROGRAM}-holders.socket"
+
+MOUNT_POINT_MODE: Final = 0o500
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and
-keeps everyone but root from writing into it while nothing is mounted there."""
+nobody writes into it while nothing is mounted there."""
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """A udev property: a board's rule that sets it to 0 keeps the agent off that device."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 from caam_hotplug import names
 from caam_hotplug.model import SECTOR_BYTES, Bus, DevType, Volume
@@ -51,6 +52,17 @@ class OnStop(Enum):
     KEEP = "keep"
 
 
+class OnBusy(Enum):
+    """What becomes of those who use a volume that is to be locked or ejected on request."""
+
+    REFUSE = "refuse"
+    """The request is refused, and says who they are."""
+    SIGNAL = "signal"
+    """They are told to end (SIGTERM), then made to (SIGKILL)."""
+    DETACH = "detach"
+    """They may finish what they have open; the volume stays in use until then."""
+
+
 class Bytes(int):
     """A size in bytes, written as a number or as a text such as `64MiB`."""
 
@@ -75,6 +87,7 @@ class UnsafeNameError(ValueError):
 class Template:
     """A file name with places for what identifies a volume, such as `{partlabel}.bb`."""
 
+    _MAX_LENGTH: ClassVar = names.RENDERED_MAX_LENGTH
     FIELDS: Final = ("partlabel", "partuuid", "label", "uuid", "serial", "diskseq", "partn")
 
     def __init__(self, text: str) -> None:
@@ -85,21 +98,18 @@ class Template:
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from error
         for literal, place, spec, conversion in self._parts:
-            if "/" in literal:
-                raise ValueError(f"{text!r} names a path; expected one file name")
-            if not names.PLAIN_TEXT.fullmatch(literal):
-                raise ValueError(f"{text!r}: file names here are made of A-Z a-z 0-9 . _ -")
+            self._check(literal)
             if place is not None and (place not in self.FIELDS or spec or conversion):
                 known = ", ".join(f"{{{name}}}" for name in self.FIELDS)
                 raise ValueError(f"{text!r}: {{{place}}} is not one of {known}")
         if not text or text[0] in ".-":
-            raise ValueError(f"{text!r}: a file name must not be empty or start with . or -")
+            raise ValueError(f"{text!r}: a name must not be empty or start with . or -")
 
     def __repr__(self) -> str:
-        return f"Template({self.text!r})"
+        return f"{type(self).__name__}({self.text!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Template) and other.text == self.text
+        return type(other) is type(self) and other.text == self.text
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -110,15 +120,20 @@ class Template:
             literal + ("" if place is None else self._value(place, volume))
             for literal, place, _, _ in self._parts
         )
-        if len(name) > names.RENDERED_MAX_LENGTH:
+        if len(name) > self._MAX_LENGTH:
             raise UnsafeNameError(
-                f"{self.text!r} becomes {len(name)} characters, more than "
-                f"{names.RENDERED_MAX_LENGTH}"
+                f"{self.text!r} becomes {len(name)} characters, more than {self._MAX_LENGTH}"
             )
         return name
 
-    @staticmethod
-    def _value(place: str, volume: Volume) -> str:
+    def _check(self, literal: str) -> None:
+        """Raises: ValueError for what cannot stand between the places."""
+        if "/" in literal:
+            raise ValueError(f"{self.text!r} names a path; expected one file name")
+        if not names.PLAIN_TEXT.fullmatch(literal):
+            raise ValueError(f"{self.text!r}: file names here are made of A-Z a-z 0-9 . _ -")
+
+    def _value(self, place: str, volume: Volume) -> str:
         match place:
             case "diskseq":
                 return str(volume.id.diskseq)
@@ -131,6 +146,28 @@ class Template:
         if reason is not None:
             raise UnsafeNameError(f"{place} {value!a} cannot be part of a file name: {reason}")
         return value
+
+
+class UnitTemplate(Template):
+    """The name of a systemd unit, such as `ingest@{partlabel}.service`."""
+
+    _LITERAL: Final = re.compile(r"[A-Za-z0-9:_.@-]*")
+    _SUFFIXES: Final = (".service", ".target")
+    _MAX_LENGTH: ClassVar = 255
+
+    def __init__(self, text: str) -> None:
+        """Raises: ValueError if it cannot become a unit's name."""
+        super().__init__(text)
+        if not text.endswith(self._SUFFIXES):
+            raise ValueError(f"{text!r}: expected a unit whose name ends in .service or .target")
+
+    def _check(self, literal: str) -> None:
+        if not self._LITERAL.fullmatch(literal):
+            raise ValueError(f"{self.text!r}: unit names here are made of A-Z a-z 0-9 : _ . @ -")
+
+    def _value(self, place: str, volume: Volume) -> str:
+        """Escaped, so that `%I` in the unit is the value (systemd-escape(1))."""
+        return super()._value(place, volume).replace("-", "\\x2d")
 
 
 BLOB_OF_LABEL: Final = Template("{partlabel}.bb")
@@ -254,6 +291,13 @@ class Rule:
     name: str
     action: Action = Action.MOUNT
     on_stop: OnStop = OnStop.LOCK
+    on_busy: OnBusy = OnBusy.REFUSE
+    on_mount: UnitTemplate | None = None
+    """A unit that is started when the volume is mounted."""
+    on_unmount: UnitTemplate | None = None
+    """A unit that is started, and waited for, before the volume is unmounted."""
+    unit_within_s: float = 30.0
+    """How long an unmount waits for it, in seconds."""
     match: Match = Match()
     key: KeySource = KeySource()
     crypt: Crypt = Crypt()
@@ -275,6 +319,16 @@ class Admitted:
     """File name in the blob directory."""
     mount_name: str
     """Name of the mount point in the mount root; a part of the DM name too."""
+    on_mount: str | None = None
+    on_unmount: str | None = None
+
+    def makes_the_same(self, other: Admitted) -> bool:
+        """Whether a volume that is held as the other has it can stay as it is."""
+        mine, others = (
+            (plan.blob, plan.mount_name, plan.rule.action, plan.rule.crypt, plan.rule.mount)
+            for plan in (self, other)
+        )
+        return mine == others
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +357,13 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused:
         if rule.action is Action.IGNORE:
             return Refused(((rule.name, "matches, and its action is ignore"),))
         try:
-            return Admitted(rule, rule.key.blob.render(volume), rule.mount.name.render(volume))
+            return Admitted(
+                rule,
+                rule.key.blob.render(volume),
+                rule.mount.name.render(volume),
+                None if rule.on_mount is None else rule.on_mount.render(volume),
+                None if rule.on_unmount is None else rule.on_unmount.render(volume),
+            )
         except UnsafeNameError as error:
             return Refused(((rule.name, f"matches, but {error}"),))
     return Refused(tuple(reasons))

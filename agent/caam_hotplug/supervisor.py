@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
-from caam_hotplug import names
+from caam_hotplug import journal, names
+from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.lifecycle.leave import Reason
 from caam_hotplug.lifecycle.life import Life, Surroundings
+from caam_hotplug.lifecycle.requests import Ask, Request
 from caam_hotplug.lifecycle.sweep import release_orphan
 from caam_hotplug.model import (
     Appeared,
@@ -22,8 +24,12 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
+from caam_hotplug.rules import Rule
 
 log = logging.getLogger(__name__)
+
+_LET_GO: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
+"""States of a volume that does not keep its medium from being pulled."""
 
 
 class Supervisor:
@@ -89,6 +95,57 @@ class Supervisor:
         for life in self._lives.values():
             life.stop()
 
+    def renew(self, rules: tuple[Rule, ...]) -> None:
+        """These rules are in force, also for the volumes that are present."""
+        self._around.rules = rules
+        for life in self._lives.values():
+            life.renew()
+
+    def blob_appeared(self, name: str | None) -> None:
+        """Whoever waits for the blob of this file name looks again; everyone who waits if None."""
+        for life in self._lives.values():
+            if name is None or life.waits_for(name):
+                life.look_again()
+
+    async def lock(self, which: VolumeId, by: str) -> None:
+        """Nothing of the volume is mounted or mapped. Raises: RequestRefusedError."""
+        await self._ask(which, Ask.LOCK, by)
+
+    async def unlock(self, which: VolumeId, by: str) -> None:
+        """The volume is mounted, or whatever its rule asks for. Raises: RequestRefusedError."""
+        await self._ask(which, Ask.UNLOCK, by)
+
+    async def retry(self, which: VolumeId, by: str) -> None:
+        """As unlock, for one that failed or waits. Raises: RequestRefusedError."""
+        await self._ask(which, Ask.RETRY, by)
+
+    async def eject(self, which: VolumeId, by: str, *, power_off: bool = True) -> str:
+        """The volume is let go with all others on its medium, which may be pulled; in words.
+
+        With `power_off`, the medium is stopped and its port switched off, where the hardware can.
+        Raises: RequestRefusedError if one of them is in use; those let go before stay so.
+        """
+        await self._ask(which, Ask.EJECT, by)
+        life = self._life(which)
+        for other, beside in list(self._lives.items()):
+            if other.diskseq == which.diskseq and beside.standing.state not in _LET_GO:
+                await self._ask(other, Ask.EJECT, by)
+        if power_off:
+            try:
+                await life.power_off()
+            except HotplugError as error:
+                raise RequestRefusedError(f"{life.volume} is ejected; {error}") from error
+        return f"{life.volume.partlabel or life.volume.name}: safe to remove"
+
+    async def _ask(self, which: VolumeId, ask: Ask, by: str) -> None:
+        await self._life(which).ask(Request(ask, by))
+
+    def _life(self, which: VolumeId) -> Life:
+        life = self._lives.get(which)
+        if life is None:
+            raise RequestRefusedError(f"volume {which} is not there any more")
+        return life
+
     async def ended(self, within_s: float) -> list[str]:
         """All has been let go, or so much time has passed: what has not been, by its name."""
         if self._tasks:
@@ -129,7 +186,8 @@ class Supervisor:
                 self._depart(other)
 
     def _reconcile(self, present: list[Appeared]) -> None:
-        log.warning("the kernel dropped events; looking at all devices")
+        lost = journal.event(journal.Event.EVENTS_LOST)
+        log.warning("the kernel dropped events; looking at all devices", extra=lost)
         for name in set(self._at) - {event.volume.name for event in present}:
             which = self._at.get(name)
             if which is None:  # it departed with its disk
@@ -151,12 +209,13 @@ class Supervisor:
         try:
             await life.attend()
         except Exception:  # a defect of ours must not cost the other volumes their mounts
-            log.exception("%s: a defect of the agent ended its service of this volume", life.volume)
+            defect = journal.event(journal.Event.DEFECT, volume=life.volume)
+            log.exception("%s: a defect of the agent ended its service", life.volume, extra=defect)
             words = "a defect of the agent; the journal has the details"
-            self._around.publish(life.volume, State.FAILED, words)
+            life.publish_defect(State.FAILED, words)
             await life.leave.until(lambda: False)
             if life.leave.gone:
-                self._around.publish(life.volume, State.REMOVED_UNSAFELY, words)
+                life.publish_defect(State.REMOVED_UNSAFELY, words)
         finally:
             del self._lives[which]
         again = self._next.pop(which, None)
@@ -169,4 +228,5 @@ class Supervisor:
         try:
             await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
         except Exception:  # a defect of ours must not cost present volumes their mounts
-            log.exception("sweep %s: a defect of the agent ended it", orphan.name)
+            defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
+            log.exception("sweep %s: a defect of the agent ended it", orphan.name, extra=defect)

@@ -12,11 +12,11 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Appeared, Disappeared, Event, EventsLost, State, Volume
+from caam_hotplug.model import Appeared, Disappeared, Entry, Event, EventsLost, State, Volume
 from caam_hotplug.rules import BUILT_IN, Rule
 from caam_hotplug.supervisor import Supervisor
 from fakes.clock import Clock
-from fakes.kernel import FakeHost, FakeKernel, HangsError, ProcessDiedError
+from fakes.kernel import KEY, FakeHost, FakeKernel, HangsError, ProcessDiedError
 
 T = TypeVar("T")
 LATE_AFTER_S = 3.0
@@ -86,6 +86,24 @@ class ThreadedLane(Lane):
         return future
 
 
+class FakeUnits:
+    """A service manager that notes what it was asked, and what was mounted then."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.started: list[tuple[str, list[str]]] = []
+        self.takes_s = 0.0
+        """How long a unit takes to its end."""
+        self._bench = bench
+
+    def start(self, unit: str) -> None:
+        points = [mount.point for mount in self._bench.kernel.mounts]
+        self.started.append((unit, points))
+
+    async def finish(self, unit: str, within_s: float) -> None:
+        self.start(unit)
+        await asyncio.sleep(min(self.takes_s, within_s))
+
+
 class Bench:
     """One machine: a kernel, and an agent that can be started, stopped, cancelled and killed."""
 
@@ -95,6 +113,7 @@ class Bench:
         self.kernel = FakeKernel()
         self.rules = rules
         self.board = Board()
+        self.units = FakeUnits(self)
         self.untold: set[str] = set()
         """Names of devices of which udev has not told when an agent starts."""
         self.states: list[tuple[Volume, State, str]] = []
@@ -239,6 +258,44 @@ class Bench:
         self.kernel.yank(name)
         self._take(Disappeared(name))
 
+    def ask(self, verb: str, volume: Volume, **more: Any) -> asyncio.Task[Any]:
+        """Somebody has asked this of the volume; nothing has been done of it yet."""
+        assert self._supervisor is not None
+        asked = getattr(self._supervisor, verb)(volume.id, "uid 0", **more)
+
+        async def create() -> asyncio.Task[Any]:
+            return asyncio.create_task(asked)
+
+        return self.run(create())
+
+    def answer(self, verb: str, volume: Volume, **more: Any) -> Any:
+        """What was answered to that. Raises: RequestRefusedError."""
+        task = self.ask(verb, volume, **more)
+        self.settle()
+        return self.run(self._answer_of(task))
+
+    @staticmethod
+    async def _answer_of(task: asyncio.Task[Any]) -> Any:
+        return await task
+
+    def renew(self, *rules: Rule) -> None:
+        """Other rules are in force."""
+        assert self._supervisor is not None
+        self.rules = rules
+        self._supervisor.renew(rules)
+        self.settle()
+
+    def blob(self, name: str) -> None:
+        """The blob is there, and the agent hears of it."""
+        assert self._supervisor is not None
+        self.kernel.blobs[name] = KEY
+        self._supervisor.blob_appeared(name)
+        self.settle()
+
+    def entry(self, volume: Volume) -> Entry:
+        """All that the board says of the volume."""
+        return next(entry for entry in self.board.entries() if entry.volume.id == volume.id)
+
     def lose_events(self, *, listed: bool = True) -> None:
         """The agent hears that it has not heard everything; perhaps udev lists nothing now."""
         self._take(EventsLost(), listed=listed)
@@ -280,7 +337,9 @@ class Bench:
             return InlineLane(name, LATE_AFTER_S, kernel)
 
         lane = new_lane("mappings")
-        return Surroundings(host, self.rules, new_lane, lane, Claims(), self.board.publish)
+        return Surroundings(
+            host, self.rules, new_lane, lane, Claims(), self.board.publish, self.units
+        )
 
     def memories(self) -> dict[str, int]:
         """How many entries the agent's tables have, and the loop tasks."""

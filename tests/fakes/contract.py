@@ -421,7 +421,7 @@ def test_a_poisoned_mapping_cannot_be_probed(world: World) -> None:
 def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: bool) -> None:
     with mapped(world) as mapping, mounted(world, mapping, read_only=read_only):
         point = str(world.host.mount_root / POINT)
-        expected = Mount(mapping.number, point, mapping.node, read_only)
+        expected = Mount(mapping.number, point, mapping.node, read_only, "ext4")
         assert mounts_there(world) == [expected]
         world.host.flush(POINT, mapping.node)
         world.host.unmount(POINT)

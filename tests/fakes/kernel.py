@@ -25,6 +25,7 @@ from caam_hotplug.model import (
     Bus,
     DeviceNumber,
     DevType,
+    Holder,
     Mapping,
     Mount,
     SecretBytes,
@@ -113,6 +114,10 @@ class FakeKernel:
     mounts: list[Mount] = field(default_factory=list)
     users: dict[str, int] = field(default_factory=dict)
     """How many processes are inside a mount point."""
+    ends_users: set[int] = field(default_factory=set)
+    """The signals that make processes end."""
+    stopped: list[str] = field(default_factory=list)
+    """Names of volumes whose medium was powered off."""
     directories: dict[str, str] = field(default_factory=dict)
     """Names in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
@@ -392,7 +397,7 @@ class FakeHost:
                 raise MountPointOccupiedError(f"{point} is not empty")
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
-            self.kernel.mounts.append(Mount(mapping.number, point, node, read_only))
+            self.kernel.mounts.append(Mount(mapping.number, point, node, read_only, kind))
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
@@ -410,6 +415,26 @@ class FakeHost:
         self._step("mounts")
         return list(self.kernel.mounts)
 
+    def holders(self, mapping: Mapping) -> list[Holder]:
+        self._step("holders", mapping.name)
+        with self.kernel.lock:
+            fake = self.kernel.mappings[mapping.name]
+            points = [m.point for m in self.kernel.mounts if m.number == mapping.number]
+            users = fake.holders + sum(self.kernel.users.get(Path(p).name, 0) for p in points)
+            return [Holder(pid, "program", "has a file open") for pid in range(1, users + 1)]
+
+    def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
+        self._step("end_holders", mapping.name)
+        assert within_s > 0
+        with self.kernel.lock:
+            for mount in self.kernel.mounts:
+                if mount.number == mapping.number and number in self.kernel.ends_users:
+                    self.kernel.users.pop(Path(mount.point).name, None)
+
+    def power_off(self, volume: Volume) -> None:
+        self._step("power_off", volume.name)
+        self.kernel.stopped.append(volume.name)
+
     def flush(self, name: str, node: str) -> None:
         assert name
         self._step("flush", name)
@@ -418,8 +443,11 @@ class FakeHost:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = next((m for m in self.kernel.mounts if m.point == point), None)
+            mount = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
             if mount is None:
+                return
+            if not any(m.number == mount.number for m in self.kernel.mappings.values()):
+                self.kernel.mounts.remove(mount)  # somebody else's
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:

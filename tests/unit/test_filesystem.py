@@ -16,7 +16,11 @@ def escaped(text: str) -> str:
 def test_a_line_gives_number_point_source_and_writability() -> None:
     line = "36 35 253:4 / /run/media/cartridge rw,nosuid - ext4 /dev/dm-4 rw,errors=remount-ro"
     assert filesystem.parse_mount(line) == Mount(
-        DeviceNumber(253, 4), "/run/media/cartridge", "/dev/dm-4", read_only=False
+        DeviceNumber(253, 4),
+        "/run/media/cartridge",
+        "/dev/dm-4",
+        read_only=False,
+        filesystem="ext4",
     )
 
 
@@ -26,7 +30,7 @@ def test_a_line_gives_number_point_source_and_writability() -> None:
 def test_any_number_of_optional_fields_is_passed_over(optional: str) -> None:
     line = f"36 35 8:17 / /mnt ro,noatime {optional}- vfat /dev/sdb1 ro"
     assert filesystem.parse_mount(line) == Mount(
-        DeviceNumber(8, 17), "/mnt", "/dev/sdb1", read_only=True
+        DeviceNumber(8, 17), "/mnt", "/dev/sdb1", read_only=True, filesystem="vfat"
     )
 
 
@@ -94,7 +98,7 @@ def test_every_point_and_source_comes_back_from_its_line(
     options = "ro,nosuid" if read_only else "rw,nosuid"
     line = f"36 35 8:17 / /{escaped(point)} {options} shared:9 - ext4 {escaped(source)} rw"
     assert filesystem.parse_mount(line) == Mount(
-        DeviceNumber(8, 17), f"/{point}", source, read_only
+        DeviceNumber(8, 17), f"/{point}", source, read_only, "ext4"
     )
 
 

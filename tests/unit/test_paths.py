@@ -141,7 +141,7 @@ def test_a_mount_point_is_made_with_the_mode_that_marks_it_as_ours(tmp_path: Pat
     ):
         assert os.path.samestat(os.fstat(opened), (tmp_path / "media" / "a").lstat())
     assert mode(tmp_path / "media") == 0o755
-    assert mode(tmp_path / "media" / "a") == 0o000
+    assert mode(tmp_path / "media" / "a") == 0o500
     assert paths.our_mount_points(tmp_path / "media") == ["a"]
 
 
@@ -219,10 +219,10 @@ def test_a_mount_point_of_ours_with_content_stays(tmp_path: Path) -> None:
     ours = tmp_path / "a"
     ours.mkdir()
     (ours / "file").write_text("kept")
-    ours.chmod(0o000)
+    ours.chmod(0o500)
     try:
         paths.remove_mount_point(tmp_path, "a")
-        assert mode(ours) == 0o000
+        assert mode(ours) == 0o500
     finally:
         ours.chmod(0o700)
     assert (ours / "file").read_text() == "kept"
@@ -230,7 +230,7 @@ def test_a_mount_point_of_ours_with_content_stays(tmp_path: Path) -> None:
 
 def test_a_file_or_a_link_without_any_mode_is_not_removed(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
-    (tmp_path / "a").chmod(0o000)
+    (tmp_path / "a").chmod(0o500)
     (tmp_path / "b").symlink_to("a")
     paths.remove_mount_point(tmp_path, "a")
     paths.remove_mount_point(tmp_path, "b")
@@ -239,10 +239,10 @@ def test_a_file_or_a_link_without_any_mode_is_not_removed(tmp_path: Path) -> Non
 
 def test_only_directories_of_our_mode_are_ours(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
-    (tmp_path / "ours").chmod(0o000)
+    (tmp_path / "ours").chmod(0o500)
     (tmp_path / "own").mkdir()
     (tmp_path / "file").write_text("")
-    (tmp_path / "file").chmod(0o000)
+    (tmp_path / "file").chmod(0o500)
     (tmp_path / "link").symlink_to("ours")
     assert paths.our_mount_points(tmp_path) == ["ours"]
 

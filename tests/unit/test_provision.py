@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug import cli, config, names, provision
+from caam_hotplug import config, names, provision
 from caam_hotplug.cli import main
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import files
@@ -152,14 +152,6 @@ def test_progress_has_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyP
 
 def test_the_names_of_its_mappings_are_not_the_agents() -> None:
     assert not names.PROVISION_DM_UUID_PREFIX.startswith(names.DM_UUID_PREFIX)
-    rule = Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules"
-    wanted = f'ATTR{{dm/uuid}}=="{names.DM_UUID_PREFIX}*|{names.PROVISION_DM_UUID_PREFIX}*"'
-    assert wanted in rule.read_text()
-
-
-def test_every_command_of_the_page_is_one() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "provision.md").read_text()
-    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    caam-")]
-    assert len(commands) >= 6
-    for command in commands:
-        assert callable(cli._parser().parse_args(command).command)
+    rule = (Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules").read_text()
+    (kept_off,) = [line for line in rule.splitlines() if names.DM_UUID_PREFIX in line]
+    assert f"|{names.PROVISION_DM_UUID_PREFIX}*" in kept_off

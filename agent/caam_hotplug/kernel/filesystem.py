@@ -348,12 +348,14 @@ def parse_mount(line: str) -> Mount:
     left, _, right = line.partition(" - ")
     fields, of_superblock = left.split(" "), right.split(" ", 2)
     try:
-        _, source, superblock_options = of_superblock
+        filesystem, source, superblock_options = of_superblock
         return Mount(
             number=DeviceNumber.from_text(fields[2]),
             point=_unescaped(fields[4]),
             source=_unescaped(source),
             read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
+            filesystem=filesystem,
+            identity=int(fields[0]),
         )
     except (ValueError, IndexError) as error:
         raise ValueError(

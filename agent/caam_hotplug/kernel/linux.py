@@ -9,8 +9,18 @@ from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, MountError
-from caam_hotplug.kernel import caam, devmapper, filesystem, keyring, paths, udev, usage
-from caam_hotplug.model import Mapping, Mount, SecretBytes, Sectors, Volume
+from caam_hotplug.kernel import (
+    caam,
+    devmapper,
+    filesystem,
+    holders,
+    keyring,
+    paths,
+    power,
+    udev,
+    usage,
+)
+from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
 
 @contextmanager
@@ -144,6 +154,18 @@ class Linux:
         """All mounts of this process's namespace."""
         with _said("read", Path("/proc/self/mountinfo")):
             return filesystem.mounts()
+
+    def holders(self, mapping: Mapping) -> list[Holder]:
+        """Who uses a filesystem of the mapping, as far as that can be told from here."""
+        return holders.find(mapping)
+
+    def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
+        """Every user of the mapping was sent the signal, and has ended or had its time."""
+        holders.end(mapping, number, within_s)
+
+    def power_off(self, volume: Volume) -> None:
+        """The volume's disk is stopped and its USB port off. Raises: DeviceInUseError."""
+        power.off(volume.name)
 
     def flush(self, name: str, node: str) -> None:
         """What was written below the mount point, to the device `node`, is on the medium."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum
+from typing import Any
 
 
 class Reason(Enum):
@@ -63,6 +64,17 @@ class Leave:
     def stir(self) -> None:
         """Whoever waits looks again."""
         self._stirred.set()
+
+    async def unless_gone(self, work: Coroutine[Any, Any, None]) -> None:
+        """The work has ended; or there is no medium any more, and it was broken off."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self.stir())
+        try:
+            while not (task.done() or self.gone):
+                self._stirred.clear()
+                await self._stirred.wait()
+        finally:
+            task.cancel()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """The condition holds or the life is to end; looked at whenever something stirs."""

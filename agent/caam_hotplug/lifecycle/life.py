@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
@@ -15,34 +16,39 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
+    RequestRefusedError,
 )
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane, to_the_end
 from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
-from caam_hotplug.lifecycle.resources import Wish, active_mapping, mounted
+from caam_hotplug.lifecycle.requests import Ask, Request
+from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted, who_uses
+from caam_hotplug.lifecycle.standing import Publish, Standing
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.lifecycle.sweep import release_left_behind
-from caam_hotplug.model import State, Volume
+from caam_hotplug.lifecycle.units import Units
+from caam_hotplug.model import Mapping, State, Volume
 from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
 
 log = logging.getLogger(__name__)
 
-Publish = Callable[[Volume, State, str], None]
 _LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Surroundings:
     """What all lives share."""
 
     host: Host
     rules: tuple[Rule, ...]
+    """Those in force; `Supervisor.renew` puts others in their place."""
     new_lane: Callable[[str], Lane]
     dm_lane: Lane
     """The one lane of all mappings."""
     claims: Claims
     publish: Publish
+    units: Units
 
 
 class Life:
@@ -52,46 +58,165 @@ class Life:
         """`inherits`: an earlier run of the agent has left a mapping of this volume."""
         self._around = around
         self._host = around.host
-        self.volume = volume
         self._inherits = inherits
         self._refuses = False
         self._news = False
-        self._state: State | None = None
-        self._said = ""
+        self._renewed = False
+        self._rests = False
+        """Whether it was let go on request: until another one, nothing is done with it."""
+        self._request: Request | None = None
+        self._end_is_told = False
+        self._plan: Admitted | None = None
+        """By which it is held; what is said of the volume meanwhile does not change it."""
+        self.standing = Standing(volume, around.publish)
         self.leave = Leave()
         lane = around.new_lane(f"volume {volume.id}")
-        self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self._late)
+        self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self.standing.is_late)
+
+    @property
+    def volume(self) -> Volume:
+        """The volume as it was seen last."""
+        return self.standing.volume
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
         if volume.identified >= self.volume.identified and volume != self.volume:
-            self.volume = volume
+            self.standing.volume = volume
             self._news = True
-        if self._state in {State.WAITING, State.CONFLICT}:
+        self.look_again()
+
+    def look_again(self) -> None:
+        """What it waits for may have come."""
+        if self.standing.state in {State.WAITING, State.CONFLICT}:
             self._news = True
+        self.leave.stir()
+
+    def waits_for(self, blob: str) -> bool:
+        """Whether it waits for the blob of this file name."""
+        path = str(self._host.blob_directory / blob)
+        return self.standing.state is State.WAITING and self.standing.blob == path
+
+    def renew(self) -> None:
+        """Other rules are in force."""
+        self._renewed = True
         self.leave.stir()
 
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
-        holds = self._inherits or self._state in {State.MOUNTED, State.UNLOCKED}
-        match decide(self._around.rules, self.volume):
+        holds = self._inherits or self.standing.state in {State.MOUNTED, State.UNLOCKED}
+        match self._plan or decide(self._around.rules, self.volume):
             case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
                 self.leave.ask(Reason.KEEP)
             case _:
                 self.leave.ask(Reason.STOP)
 
+    async def ask(self, request: Request) -> None:
+        """What was asked has been done. Raises: RequestRefusedError."""
+        why = self._why_not(request.ask)
+        if why is not None:
+            fields = self._fields("request-refused", request, REASON=why)
+            log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=fields)
+            raise RequestRefusedError(f"{request.ask.value} {self.volume}: {why}")
+        log.info("%s: %s", self.volume, request.words, extra=self._fields("requested", request))
+        self._request = request
+        self.leave.stir()
+        await request.answer
+
+    def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
+        about = {"REQUEST": request.ask.value, "REQUESTED_BY": request.by, "VOLUME": self.volume}
+        return {"fields": {"EVENT": event, **about, **more}}
+
+    def _why_not(self, ask: Ask) -> str | None:
+        """Why this cannot be asked now, or None if it can."""
+        why = None
+        if self.leave.asked:
+            why = f"it is being let go: {self.leave.why}"
+        elif self._request is not None:
+            why = f"{self._request.ask.value} was asked for before and is not done yet"
+        elif self.standing.is_stuck:
+            why = "the kernel does not answer; pull the medium, or wait"
+        else:
+            match self.standing.state, ask:
+                case State.IGNORED, _:
+                    why = "no rule admits it, so the agent leaves it alone; `explain` says why"
+                case (State.MOUNTED | State.UNLOCKED) as state, (Ask.UNLOCK | Ask.RETRY):
+                    why = f"it is {state.value} already"
+                case (State.LOCKED | State.EJECTED) as state, Ask.RETRY:
+                    why = f"it is {state.value}, since that was asked for; unlock it"
+        return why
+
+    async def power_off(self) -> None:
+        """Its medium is stopped. Raises: HotplugError if something else on it is in use."""
+        await self._steps.call("power off", self._host.power_off, self.volume)
+
     async def attend(self) -> None:
         """The volume has come and gone, and nothing of it is left that is ours to remove."""
-        while not self.leave.asked:
-            self._news = False
-            await self._serve()
-            await self.leave.until(lambda: self._news)
-        await self._leave_nothing_inherited()
+        try:
+            while not self.leave.asked:
+                self._news = self._renewed = False
+                if not (self._rests or (self._request and self._request.lets_go)):
+                    await self._serve()
+                await self._answer()
+                await self.leave.until(self._has_to_act)
+            await self._leave_nothing_inherited()
+        finally:
+            self._refuse_request(self.leave.why)
         # A release that failed has said so; only a medium that is gone overrules it.
-        if self._state is State.REMOVED_UNSAFELY or self.leave.keeps:
+        if self.standing.state is State.REMOVED_UNSAFELY or self.leave.keeps:
             return
-        if self.leave.gone or self._state is not State.FAILED:
-            self._publish(State.GONE)
+        if self.leave.gone or self.standing.state is not State.FAILED:
+            self.standing.becomes(State.GONE)
+
+    def _has_to_act(self) -> bool:
+        changed = self._news or self._renewed
+        return self._request is not None or (changed and not self._rests)
+
+    async def _answer(self) -> None:
+        """A request that came while nothing was held has been answered, or sets out to be."""
+        request = self._request
+        if request is None or self.leave.asked:
+            return
+        if not request.lets_go:
+            if self._rests:
+                self._rests, self._news = False, True  # served next, and answered then
+            else:
+                self._refuse_request(self.standing.words)
+                self._news = self.standing.state is State.CONFLICT  # to stand in the queue again
+            return
+        if self._refuses:
+            self._refuse_request(self.standing.words)
+            return
+        try:
+            if self._inherits:
+                await self._release_inherited()
+        except ReleaseError as error:
+            self._inherits = True
+            self._publish_released_badly(str(error))
+            self._refuse_request(str(error))
+        else:
+            self._rest(request)
+
+    def _refuse_request(self, why: str) -> None:
+        if self._request is not None:
+            words = f"{self._request.ask.value} {self.volume}: {why}"
+            self._answer_no(RequestRefusedError(words))
+
+    def _answer_no(self, error: RequestRefusedError) -> None:
+        request, self._request = self._request, None
+        if request is not None:
+            fields = self._fields("request-refused", request, REASON=str(error))
+            log.warning("%s: %s: refused: %s", self.volume, request.words, error, extra=fields)
+            request.refuse(error)
+
+    def _rest(self, request: Request) -> None:
+        """The volume is as was asked: let go, and safe to pull."""
+        self._rests = True
+        if request.ask is Ask.EJECT:
+            self.standing.becomes(State.EJECTED, "safe to remove")
+        elif self.standing.state is not State.EJECTED:
+            self.standing.becomes(State.LOCKED, request.words)
+        self._request = None
+        request.grant()
 
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
@@ -101,7 +226,7 @@ class Life:
                 identify = self._host.identify
                 found = await self._steps.call("identify", identify, self.volume)
                 if not self.volume.identified:  # udev may have told of it meanwhile, and knows more
-                    self.volume = found
+                    self.standing.volume = found
             self.leave.check()
             match decide(self._around.rules, self.volume):
                 case Refused() as refused:
@@ -111,9 +236,9 @@ class Life:
         except LeaveRequestedError:
             pass
         except BlobMissingError as error:
-            self._publish(State.WAITING, str(error))
+            self.standing.becomes(State.WAITING, str(error))
         except MountPointOccupiedError as error:
-            self._publish(State.CONFLICT, str(error))
+            self.standing.becomes(State.CONFLICT, str(error))
         except ReleaseError as error:
             self._inherits = True
             before = error.__cause__ and error.__cause__.__context__
@@ -125,27 +250,27 @@ class Life:
                 log.warning("%s: pulled meanwhile: %s", self.volume, error)
             else:
                 self._refuses = isinstance(error, ForeignMappingError)
-                self._publish(State.FAILED, str(error))
+                self.standing.becomes(State.FAILED, str(error))
 
     def _publish_released_badly(self, words: str) -> None:
         # Without a medium the volume is not there to be `failed`; the remains are all there is.
-        self._publish(State.REMOVED_UNSAFELY if self.leave.gone else State.FAILED, words)
+        self.standing.becomes(State.REMOVED_UNSAFELY if self.leave.gone else State.FAILED, words)
 
     async def _let_be(self, refused: Refused) -> None:
         if self._inherits:
             log.warning("%s: no rule admits it any more; letting it go", self.volume)
             await self._release_inherited()
-        self._publish(State.IGNORED, str(refused))
+        self.standing.becomes(State.IGNORED, str(refused), rule="", blob="")
 
     async def _release_inherited(self) -> None:
         """Nothing is left of what an earlier run had made. Raises: ReleaseError."""
         self._inherits = False
-        if self._state is None:
-            self._publish(State.DETACHING, "an earlier run of the agent has left it")
+        if self.standing.state is None:
+            self.standing.becomes(State.DETACHING, "an earlier run of the agent has left it")
         uuid = names.dm_uuid(self.volume.id)
         unsafe = await to_the_end(release_left_behind, self._steps, uuid)
         if unsafe and self.leave.gone:
-            self._publish(State.REMOVED_UNSAFELY, _LOST)
+            self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
 
     async def _leave_nothing_inherited(self) -> None:
         """What this life has not come to adopt, or could not let go before, is let go all the same.
@@ -162,41 +287,157 @@ class Life:
 
     async def _hold(self, wish: Wish) -> None:
         name, claims, me = wish.plan.mount_name, self._around.claims, wish.volume.id
+        facts = {"rule": wish.plan.rule.name, "blob": str(self._blob_of(wish))}
         with claims.queued(name, me, self.leave.stir):
             if claims.owner(name) != me:
                 point = self._host.mount_root / name
-                self._publish(State.CONFLICT, f"{point} belongs to volume {claims.owner(name)}")
-                await self.leave.until(lambda: claims.owner(name) == me)
+                words = f"{point} belongs to volume {claims.owner(name)}"
+                self.standing.becomes(State.CONFLICT, words, **facts)
+                await self.leave.until(lambda: claims.owner(name) == me or self._is_called_away())
             self.leave.check()
-            await self._unlock_and_mount(wish)
+            if wish.volume != self.volume:
+                self._news = True  # other facts were told while it waited, and may change all
+            elif claims.owner(name) == me:
+                self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
+                await self._unlock_and_mount(wish)
+
+    def _is_called_away(self) -> bool:
+        return self._renewed or self._request is not None
+
+    def _blob_of(self, wish: Wish) -> Path:
+        return self._host.blob_directory / wish.plan.blob
 
     async def _unlock_and_mount(self, wish: Wish) -> None:
-        unsafe = False
-        async with AsyncExitStack() as held:
-            self._publish(State.UNLOCKING, f"with {self._host.blob_directory / wish.plan.blob}")
-            mapping = await held.enter_async_context(active_mapping(self._steps, wish))
-            if wish.plan.rule.action is Action.UNLOCK:
-                self._publish(State.UNLOCKED, f"as {mapping.name}")
-            else:
-                self._publish(State.MOUNTING, f"from {mapping.node}")
-                mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
-                unsafe = not mount.read_only
-                access = "read-only" if mount.read_only else "read-write"
-                self._publish(State.MOUNTED, f"at {mount.point}, {access}")
-            await self.leave.until(lambda: False)
-            if self.leave.keeps:
-                self._inherits = True  # should its medium leave before this life has ended
-            else:
-                self._publish(State.DETACHING, self.leave.why)
+        unsafe, let_go_for, self._steps.took, self._plan = False, None, {}, wish.plan
+        try:
+            async with AsyncExitStack() as held:
+                mapping = await held.enter_async_context(active_mapping(self._steps, wish))
+                live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
+                if wish.plan.rule.action is Action.UNLOCK:
+                    self._publish_served(State.UNLOCKED, f"as {mapping.name}", **live)
+                else:
+                    self.standing.becomes(State.MOUNTING, f"from {mapping.node}", **live)
+                    mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
+                    unsafe = not mount.read_only
+                    access = "read-only" if mount.read_only else "read-write"
+                    self._publish_served(
+                        State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
+                        filesystem=mount.filesystem, read_only=mount.read_only,
+                    )  # fmt: skip
+                    self._tell_of_the_beginning(wish)
+                let_go_for = await self._until_let_go(wish, mapping)
+                if let_go_for is not None:
+                    unsafe = False  # it was flushed and unmounted before
+                elif self.leave.keeps:
+                    self._inherits = True  # should its medium leave before this life has ended
+                else:
+                    self.standing.becomes(State.DETACHING, self.leave.why)
+                    await self._tell_of_the_end(wish)
+        finally:
+            self.standing.holds_nothing()
+            self._plan = None
         if unsafe and self.leave.gone:
-            self._publish(State.REMOVED_UNSAFELY, _LOST)
+            self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
+        elif let_go_for is not None and not self.leave.asked:
+            await self._let_go_for(let_go_for)
 
-    def _publish(self, state: State, reason: str = "") -> None:
-        self._state, self._said = state, reason
-        self._around.publish(self.volume, state, reason)
+    def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
+        self.standing.becomes(state, reason, steps=dict(self._steps.took), **facts)
+        request = self._request
+        if request is not None and not request.lets_go:
+            self._request = None
+            request.grant()
 
-    def _late(self, why: str | None) -> None:
-        if why is not None:
-            self._around.publish(self.volume, State.STUCK, why)
-        elif self._state is not None:
-            self._around.publish(self.volume, self._state, self._said)
+    async def _until_let_go(self, wish: Wish, mapping: Mapping) -> Request | Renewal | None:
+        """Somebody wants it let go and nobody uses it any more, or else its life is to end."""
+        while True:
+            await self.leave.until(self._is_called_away)
+            if self.leave.asked:
+                return None
+            wanted: Request | Renewal
+            if self._request is not None:
+                wanted = self._request
+            else:
+                self._renewed = False
+                if not self._is_to_be_another(wish):
+                    continue
+                wanted = Renewal()
+            if await self._is_let_go(wish, mapping, wanted):
+                return wanted
+
+    def _is_to_be_another(self, wish: Wish) -> bool:
+        """Whether the rules in force ask for something else than what is held."""
+        match decide(self._around.rules, self.volume):
+            case Admitted() as plan:
+                if plan.makes_the_same(wish.plan):
+                    self._plan = plan
+                    self.standing.has(rule=plan.rule.name)
+                    return False
+        return True
+
+    async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Renewal) -> bool:
+        state, reason = self.standing.state or State.MOUNTED, self.standing.reason
+        self.standing.becomes(State.DETACHING, wanted.words)
+        await self._tell_of_the_end(wish)
+        if self.leave.gone:
+            return False
+        try:
+            await let_go(self._steps, wish, mapping, (self._plan or wish.plan).rule.on_busy)
+        except (HotplugError, OSError) as error:
+            if not self.leave.asked:
+                self.standing.becomes(state, reason)
+                self._tell_of_the_beginning(wish)
+                self._refuse(wanted, error)
+            return False
+        return True
+
+    def _refuse(self, wanted: Request | Renewal, error: Exception) -> None:
+        if not isinstance(wanted, Request):
+            log.warning("%s: other rules ask for another mount: %s", self.volume, error)
+        elif isinstance(error, RequestRefusedError):
+            self._answer_no(error)
+        else:
+            self._refuse_request(str(error))
+
+    async def _let_go_for(self, wanted: Request | Renewal) -> None:
+        """Whoever wanted it let go is told; what is still held by others has failed."""
+        uuid = names.dm_uuid(self.volume.id)
+        left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
+        if left is not None:
+            self._inherits = True
+            others = "; ".join(await who_uses(self._steps, left)) or "others"
+            words = f"mapping {left.name} is held open: {others}; it goes when they close it"
+            self.standing.becomes(State.FAILED, words)
+            self._refuse_request(words)
+        elif isinstance(wanted, Request):
+            self._rest(wanted)
+        else:
+            self._news = True
+
+    def _tell_of_the_beginning(self, wish: Wish) -> None:
+        self._end_is_told = False
+        if wish.plan.on_mount is not None:
+            self._around.units.start(wish.plan.on_mount)
+
+    async def _tell_of_the_end(self, wish: Wish) -> None:
+        """The rule's unit has done what it does before an unmount; without a medium none is due."""
+        unit, units = wish.plan.on_unmount, self._around.units
+        if unit is None or self._end_is_told or wish.plan.rule.action is Action.UNLOCK:
+            return
+        self._end_is_told = True
+        if self.leave.gone:
+            units.start(unit)
+        else:
+            await self.leave.unless_gone(units.finish(unit, wish.plan.rule.unit_within_s))
+
+    def publish_defect(self, state: State, words: str) -> None:
+        """The volume's state is this, since the agent itself is at fault."""
+        self.standing.holds_nothing()
+        self.standing.becomes(state, words)
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """Other rules want the volume let go, to be served anew."""
+
+    words: ClassVar[str] = "other rules ask for something else"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from caam_hotplug.lifecycle.host import Host
@@ -13,7 +14,7 @@ from caam_hotplug.lifecycle.leave import Leave
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Steps:
     """The kernel, and the ways to it.
 
@@ -27,14 +28,26 @@ class Steps:
     dm_lane: Lane
     late: Late
     """Told which step takes long and why, and None when it has ended."""
+    took: dict[str, float] = field(default_factory=dict)
+    """How long each step took of late, in seconds with its wait for a turn."""
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """The step's outcome, on the volume's own lane."""
-        return await self.lane.run(function, *args, late=self._late(words), **named)
+        return await self._timed(self.lane, words, function, *args, **named)
 
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """The step's outcome, on the lane of all mappings."""
-        return await self.dm_lane.run(function, *args, late=self._late(words), **named)
+        return await self._timed(self.dm_lane, words, function, *args, **named)
+
+    async def _timed(
+        self, lane: Lane, words: str, function: Callable[..., T], *args: Any, **named: Any
+    ) -> T:
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+        try:
+            return await lane.run(function, *args, late=self._late(words), **named)
+        finally:
+            self.took[words] = self.took.get(words, 0.0) + clock() - begun
 
     def _late(self, words: str) -> Late:
         return lambda why: self.late(None if why is None else f"{words}: {why}")

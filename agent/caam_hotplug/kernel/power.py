@@ -1,0 +1,106 @@
+"""Telling a disk that it will be pulled: it is stopped, and its USB port is switched off."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.errors import DeviceInUseError, KernelError
+
+log = logging.getLogger(__name__)
+
+_SYS_BLOCK: Final = Path("/sys/class/block")
+_SG_IO: Final = 0x2285
+_SG_DXFER_NONE: Final = -1
+_START_STOP: Final = bytes([0x1B, 0, 0, 0, 0, 0])
+"""START STOP UNIT with neither START nor LOEJ: stop (SBC-4, 5.25)."""
+_TIMEOUT_MS: Final = 10_000
+
+
+class _SgIo(ctypes.Structure):
+    """struct sg_io_hdr of scsi/sg.h; ctypes lays it out as C does."""
+
+    _fields_ = (
+        ("interface_id", ctypes.c_int),
+        ("dxfer_direction", ctypes.c_int),
+        ("cmd_len", ctypes.c_ubyte),
+        ("mx_sb_len", ctypes.c_ubyte),
+        ("iovec_count", ctypes.c_ushort),
+        ("dxfer_len", ctypes.c_uint),
+        ("dxferp", ctypes.c_void_p),
+        ("cmdp", ctypes.c_void_p),
+        ("sbp", ctypes.c_void_p),
+        ("timeout", ctypes.c_uint),
+        ("flags", ctypes.c_uint),
+        ("pack_id", ctypes.c_int),
+        ("usr_ptr", ctypes.c_void_p),
+        ("status", ctypes.c_ubyte),
+        ("masked_status", ctypes.c_ubyte),
+        ("msg_status", ctypes.c_ubyte),
+        ("sb_len_wr", ctypes.c_ubyte),
+        ("host_status", ctypes.c_ushort),
+        ("driver_status", ctypes.c_ushort),
+        ("resid", ctypes.c_int),
+        ("duration", ctypes.c_uint),
+        ("info", ctypes.c_uint),
+    )
+
+
+def off(name: str) -> None:
+    """The disk of the block device is stopped and its USB port off, as far as they can be.
+
+    Raises: DeviceInUseError if somebody uses the disk or one of its partitions; KernelError.
+    Blocks for I/O. Source: sd(4), SBC-4; Documentation/ABI/testing/sysfs-bus-usb (`remove`).
+    """
+    folder = (_SYS_BLOCK / name).resolve()
+    disk = folder.parent if (folder / "partition").exists() else folder
+    node = f"/dev/{disk.name}"
+    try:
+        opened = os.open(node, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise DeviceInUseError(f"power off {node}: something else on it is in use") from error
+        if error.errno not in {errno.EROFS, errno.EACCES}:  # a write-protected one needs no flush
+            raise KernelError("power off", node, error.errno or 0) from error
+        opened = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+        _stop(opened, node)
+    finally:
+        os.close(opened)
+    _switch_port_off(disk)
+
+
+def _stop(opened: int, node: str) -> None:
+    command = ctypes.create_string_buffer(_START_STOP, len(_START_STOP))
+    sense = ctypes.create_string_buffer(32)
+    request = _SgIo(
+        interface_id=ord("S"),
+        dxfer_direction=_SG_DXFER_NONE,
+        cmd_len=len(command),
+        mx_sb_len=len(sense),
+        cmdp=ctypes.addressof(command),
+        sbp=ctypes.addressof(sense),
+        timeout=_TIMEOUT_MS,
+    )
+    try:
+        fcntl.ioctl(opened, _SG_IO, request)
+    except OSError as error:  # no SCSI disk: a card, or a virtual disk
+        log.debug("%s is not to be stopped: %s", node, os.strerror(error.errno or 0))
+
+
+def _switch_port_off(disk: Path) -> None:
+    """The USB device above the disk, if there is one, is disconnected."""
+    for above in disk.parents:
+        remove = above / "remove"
+        if (above / "busnum").exists() and remove.exists():
+            try:
+                remove.write_text("1")
+            except OSError as error:
+                raise KernelError("switch off the port of", str(above), error.errno or 0) from error
+            return

@@ -1,0 +1,483 @@
+"""Locked, ejected, unlocked and retried on request, and served by other rules than before."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from dataclasses import replace
+
+import pytest
+
+from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.model import State, Volume
+from caam_hotplug.rules import BUILT_IN, Action, MountWish, OnBusy, Rule, UnitTemplate
+from fakes.bench import Bench
+from fakes.kernel import Fault
+
+POINT = "/run/media/cartridge-01"
+(RULE,) = BUILT_IN
+
+
+def served(bench: Bench, **facts: object) -> Volume:
+    volume = bench.insert(**facts)  # type: ignore[arg-type]
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    return volume
+
+
+def is_untouched(bench: Bench, volume: Volume) -> None:
+    """It is mounted as before."""
+    assert bench.state(volume) is State.MOUNTED
+    assert [mount.point for mount in bench.kernel.mounts] == [POINT]
+    assert bench.entry(volume).mount_point == POINT
+
+
+def test_what_is_held_is_published_while_it_is_held(bench: Bench) -> None:
+    volume = served(bench)
+    entry = bench.entry(volume)
+    assert (entry.rule, entry.blob) == ("built-in", "/data/caam/cartridge-01.bb")
+    assert (entry.mount_point, entry.filesystem, entry.read_only) == (POINT, "ext4", False)
+    assert entry.mapping_node.startswith("/dev/dm-")
+    assert entry.mapping_name == "caam-cartridge-01-1-1"
+    assert set(entry.steps) >= {"read the blob", "import the blob", "load the table", "mount"}
+    bench.answer("lock", volume)
+    entry = bench.entry(volume)
+    assert (entry.mount_point, entry.mapping_node, entry.filesystem) == ("", "", "")
+    assert entry.rule == "built-in"
+
+
+def test_a_locked_volume_holds_nothing_and_stays_so_until_it_is_unlocked(bench: Bench) -> None:
+    volume = served(bench)
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    assert "uid 0" in bench.said(volume)
+    assert bench.kernel.leftovers() == []
+    assert bench.kernel.steps.index("flush") < bench.kernel.steps.index("unmount")
+    bench.appear(volume)
+    bench.appear(replace(volume, vendor="Another"))
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+    bench.answer("unlock", volume)
+    is_untouched(bench, volume)
+
+
+def test_an_ejected_medium_is_powered_off_and_stays_ejected(bench: Bench) -> None:
+    volume = served(bench)
+    assert bench.answer("eject", volume) == "cartridge-01: safe to remove"
+    assert (bench.state(volume), bench.said(volume)) == (State.EJECTED, "safe to remove")
+    assert bench.kernel.leftovers() == []
+    assert bench.kernel.stopped == ["sda1"]
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.EJECTED
+    bench.answer("unlock", volume)
+    is_untouched(bench, volume)
+
+
+def test_an_ejected_medium_that_comes_back_is_served(bench: Bench) -> None:
+    volume = served(bench)
+    bench.answer("eject", volume, power_off=False)
+    assert bench.kernel.stopped == []
+    bench.yank()
+    bench.settle()
+    assert bench.state(volume) is State.GONE
+    served(bench)
+
+
+def test_an_ejected_medium_was_not_removed_unsafely(bench: Bench) -> None:
+    volume = served(bench)
+    bench.answer("eject", volume)
+    bench.yank()
+    bench.settle()
+    assert State.REMOVED_UNSAFELY not in [state for _, state, _ in bench.states]
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+def test_a_volume_in_use_is_left_to_its_users_who_are_named(bench: Bench, verb: str) -> None:
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 2
+    with pytest.raises(VolumeBusyError) as refused:
+        bench.answer(verb, volume)
+    assert refused.value.holders == (
+        "pid 1 (program) has a file open",
+        "pid 2 (program) has a file open",
+    )
+    is_untouched(bench, volume)
+    bench.kernel.users.clear()
+    bench.answer(verb, volume)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_whose_data_cannot_be_written_is_not_let_go(bench: Bench) -> None:
+    volume = served(bench)
+    bench.kernel.faults.append(Fault("flush", MountError("flush", POINT, errno.EIO)))
+    with pytest.raises(RequestRefusedError, match=r"lock .*flush .*Input/output error"):
+        bench.answer("lock", volume)
+    is_untouched(bench, volume)
+
+
+@pytest.mark.parametrize(
+    ("ends", "signals"),
+    [({signal.SIGTERM}, 1), ({signal.SIGKILL}, 2), (set(), 2)],
+    ids=["at-the-first", "at-the-second", "never"],
+)
+def test_users_are_ended_where_the_rule_says_so(ends: set[int], signals: int) -> None:
+    bench = Bench((replace(RULE, on_busy=OnBusy.SIGNAL),))
+    bench.start()
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.ends_users = ends
+    if ends:
+        bench.answer("lock", volume)
+        assert bench.state(volume) is State.LOCKED
+    else:
+        with pytest.raises(VolumeBusyError, match=r"pid 1"):
+            bench.answer("lock", volume)
+        is_untouched(bench, volume)
+    assert bench.kernel.steps.count("end_holders") == signals
+    bench.stop()
+    bench.close()
+
+
+def test_a_detached_volume_is_not_said_to_be_let_go_while_it_is_in_use() -> None:
+    bench = Bench((replace(RULE, on_busy=OnBusy.DETACH),))
+    bench.start()
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    with pytest.raises(RequestRefusedError, match=r"is held open: pid 1 .program. has a file open"):
+        bench.answer("eject", volume)
+    assert bench.state(volume) is State.FAILED
+    assert bench.kernel.mounts == []
+    assert bench.kernel.stopped == []
+    bench.kernel.let_go()
+    bench.answer("eject", volume)
+    assert bench.state(volume) is State.EJECTED
+    assert bench.kernel.leftovers() == []
+    bench.stop()
+    bench.close()
+
+
+def test_a_mapping_that_does_not_go_is_a_failure_and_can_be_let_go_later(bench: Bench) -> None:
+    volume = served(bench)
+    error = DmError("remove mapping", "caam-cartridge-01-1-1", errno.EBUSY)
+    bench.kernel.faults.append(Fault("remove_mapping", error, lasting=True))
+    with pytest.raises(RequestRefusedError, match=r"Device or resource busy"):
+        bench.answer("lock", volume)
+    assert bench.state(volume) is State.FAILED
+    bench.kernel.faults.clear()
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_that_is_only_unlocked_and_in_use_is_left_to_its_users() -> None:
+    bench = Bench((replace(RULE, action=Action.UNLOCK),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+    mapping.holders = 1
+    with pytest.raises(VolumeBusyError):
+        bench.answer("lock", volume)
+    assert bench.state(volume) is State.UNLOCKED
+    mapping.holders = 0
+    bench.answer("lock", volume)
+    assert bench.kernel.leftovers() == []
+    bench.stop()
+    bench.close()
+
+
+def test_all_volumes_of_a_medium_are_ejected_together(bench: Bench) -> None:
+    first = served(bench)
+    second = bench.kernel.insert("cartridge-02", "sda2")
+    bench.kernel.diskseq -= 1
+    beside = replace(second, id=replace(first.id, partition=2))
+    bench.kernel.media["sda2"].volume = beside
+    bench.kernel.blobs["cartridge-02.bb"] = bench.kernel.blobs["cartridge-01.bb"]
+    bench.appear(beside)
+    bench.settle()
+    assert bench.state(beside) is State.MOUNTED
+    bench.kernel.users["cartridge-02"] = 1
+    with pytest.raises(VolumeBusyError, match=r"cartridge-02"):
+        bench.answer("eject", first)
+    assert bench.kernel.stopped == []
+    bench.kernel.users.clear()
+    bench.answer("eject", first)
+    assert (bench.state(first), bench.state(beside)) == (State.EJECTED, State.EJECTED)
+    assert bench.kernel.stopped == ["sda1"]
+
+
+def test_a_failed_volume_is_tried_again_on_request(bench: Bench) -> None:
+    bench.kernel.faults.append(Fault("probe", MountError("probe", "x", errno.EIO), lasting=True))
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    with pytest.raises(RequestRefusedError, match=r"retry .*failed: .*Input/output error"):
+        bench.answer("retry", volume)
+    bench.kernel.faults.clear()
+    bench.answer("retry", volume)
+    is_untouched(bench, volume)
+
+
+def test_a_volume_in_conflict_tells_whose_the_place_is_and_keeps_waiting_for_it(
+    bench: Bench,
+) -> None:
+    served(bench)
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    with pytest.raises(RequestRefusedError, match=r"conflict: .* belongs to volume 1-1"):
+        bench.answer("retry", second)
+    bench.yank()
+    bench.settle()
+    is_untouched(bench, second)
+
+
+def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
+    first = served(bench)
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    bench.answer("eject", second)
+    assert bench.state(second) is State.EJECTED
+    is_untouched(bench, first)
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "words"),
+    [
+        ((), "unlock", "it is mounted already"),
+        ((), "retry", "it is mounted already"),
+        (("lock",), "retry", "it is locked, since that was asked for; unlock it"),
+        (("eject",), "retry", "it is ejected, since that was asked for; unlock it"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_changes_nothing(
+    bench: Bench, before: tuple[str, ...], verb: str, words: str
+) -> None:
+    volume = served(bench)
+    for earlier in before:
+        bench.answer(earlier, volume)
+    state = bench.state(volume)
+    with pytest.raises(RequestRefusedError, match=words):
+        bench.answer(verb, volume)
+    assert bench.state(volume) is state
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
+def test_a_volume_that_no_rule_admits_is_left_alone_whatever_is_asked(
+    bench: Bench, verb: str
+) -> None:
+    volume = bench.insert("../../etc")
+    bench.settle()
+    with pytest.raises(RequestRefusedError, match=r"no rule admits it"):
+        bench.answer(verb, volume)
+    assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
+
+
+def test_a_volume_that_is_gone_says_so(bench: Bench) -> None:
+    volume = served(bench)
+    bench.yank()
+    bench.settle()
+    with pytest.raises(RequestRefusedError, match=r"volume 1-1 is not there any more"):
+        bench.answer("lock", volume)
+
+
+def test_a_second_request_waits_for_nobody(bench: Bench) -> None:
+    volume = served(bench)
+    first = bench.ask("lock", volume)
+    bench.turns(2)
+    with pytest.raises(RequestRefusedError, match=r"lock was asked for before"):
+        bench.answer("eject", volume)
+    bench.settle()
+    assert first.result() is None
+
+
+def test_locking_what_is_locked_and_ejecting_it_is_done_at_once(bench: Bench) -> None:
+    volume = served(bench)
+    bench.answer("lock", volume)
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    bench.answer("eject", volume)
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.EJECTED
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+@pytest.mark.parametrize("after", range(40))
+def test_a_medium_pulled_at_every_turn_of_a_request_leaves_nothing_and_an_answer(
+    bench: Bench, verb: str, after: int
+) -> None:
+    volume = served(bench)
+    asked = bench.ask(verb, volume)
+    bench.turns(after)
+    bench.yank()
+    bench.settle()
+    assert asked.done()
+    if asked.exception() is not None:
+        assert isinstance(asked.exception(), RequestRefusedError)
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("after", range(40))
+def test_a_request_at_every_turn_of_an_arrival_is_granted(bench: Bench, after: int) -> None:
+    bench.settle()
+    volume = bench.insert()
+    bench.turns(after)
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("after", range(40))
+def test_a_stop_at_every_turn_of_a_request_leaves_nothing(bench: Bench, after: int) -> None:
+    volume = served(bench)
+    asked = bench.ask("lock", volume)
+    bench.turns(after)
+    bench.stop()
+    bench.settle()
+    assert asked.done()
+    if asked.exception() is not None:
+        assert isinstance(asked.exception(), RequestRefusedError)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_stuck_volume_does_not_keep_whoever_asks(bench: Bench) -> None:
+    bench.kernel.faults.append(Fault("probe", hangs_s=60.0))
+    volume = bench.insert()
+    bench.wait(10)
+    assert bench.state(volume) is State.STUCK
+    with pytest.raises(RequestRefusedError, match=r"the kernel does not answer"):
+        bench.answer("lock", volume)
+    bench.wait(60)
+    is_untouched(bench, volume)
+
+
+def test_a_volume_that_waits_is_served_when_its_blob_appears(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.kernel.blobs.clear()
+    bench.settle()
+    assert bench.state(volume) is State.WAITING
+    bench.blob("cartridge-02.bb")
+    assert bench.state(volume) is State.WAITING
+    assert bench.kernel.steps.count("read_blob") == 1
+    bench.blob("cartridge-01.bb")
+    is_untouched(bench, volume)
+
+
+def test_other_rules_apply_to_media_that_are_present(bench: Bench) -> None:
+    volume = served(bench)
+    bench.renew()
+    assert (bench.state(volume), bench.said(volume)) == (State.IGNORED, "there are no rules")
+    assert bench.kernel.leftovers() == []
+    bench.renew(replace(RULE, mount=MountWish(read_only=True)))
+    assert bench.kernel.mounts[0].read_only
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_rules_that_ask_for_the_same_leave_a_mounted_volume_as_it_is(bench: Bench) -> None:
+    volume = served(bench)
+    steps = len(bench.kernel.steps)
+    bench.renew(replace(RULE, name="cartridges", on_busy=OnBusy.DETACH))
+    is_untouched(bench, volume)
+    assert bench.entry(volume).rule == "cartridges"
+    assert bench.kernel.steps[steps:] == []
+
+
+def test_a_volume_in_use_stays_as_it_is_under_other_rules_until_it_is_free(bench: Bench) -> None:
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.renew(replace(RULE, mount=MountWish(read_only=True)))
+    is_untouched(bench, volume)
+    assert not bench.kernel.mounts[0].read_only
+
+
+def test_a_locked_volume_stays_locked_under_other_rules(bench: Bench) -> None:
+    volume = served(bench)
+    bench.answer("lock", volume)
+    bench.renew(replace(RULE, name="others"))
+    assert bench.state(volume) is State.LOCKED
+
+
+def test_a_volume_in_conflict_is_looked_at_under_other_rules(bench: Bench) -> None:
+    served(bench)
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    bench.renew()
+    assert bench.state(second) is State.IGNORED
+
+
+UNITS = Rule(
+    name="with units",
+    match=RULE.match,
+    on_mount=UnitTemplate("ingest@{partlabel}.service"),
+    on_unmount=UnitTemplate("ingest-end@{partlabel}.service"),
+    unit_within_s=10.0,
+)
+BEGIN, END = "ingest@cartridge\\x2d01.service", "ingest-end@cartridge\\x2d01.service"
+
+
+@pytest.fixture
+def with_units(bench: Bench) -> Bench:
+    """The bench with a rule that has units started."""
+    bench.settle()
+    bench.renew(UNITS)
+    return bench
+
+
+def test_units_are_started_while_the_volume_is_mounted(with_units: Bench) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.answer("lock", volume)
+    assert bench.units.started == [(BEGIN, [POINT]), (END, [POINT])]
+
+
+def test_an_unmount_waits_for_its_unit_and_no_longer_than_it_may(with_units: Bench) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.units.takes_s = 60.0
+    asked = bench.ask("lock", volume)
+    bench.wait(9)
+    assert bench.state(volume) is State.DETACHING
+    assert [mount.point for mount in bench.kernel.mounts] == [POINT]
+    bench.wait(2)
+    assert bench.state(volume) is State.LOCKED
+    assert asked.result() is None
+
+
+def test_a_pulled_medium_waits_for_no_unit(with_units: Bench) -> None:
+    bench = with_units
+    served(bench)
+    bench.units.takes_s = 60.0
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+    assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
+
+
+def test_a_medium_pulled_while_its_unit_ends_waits_no_longer(with_units: Bench) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.units.takes_s = 60.0
+    asked = bench.ask("lock", volume)
+    bench.wait(1)
+    bench.yank()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert isinstance(asked.exception(), RequestRefusedError)
+
+
+def test_a_refused_request_starts_the_unit_of_the_mount_again(with_units: Bench) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    with pytest.raises(VolumeBusyError):
+        bench.answer("lock", volume)
+    assert [unit for unit, _ in bench.units.started] == [BEGIN, END, BEGIN]
+    bench.kernel.users.clear()
+
+
+def test_a_stop_ends_with_the_unit_too(with_units: Bench) -> None:
+    bench = with_units
+    served(bench)
+    bench.stop()
+    assert bench.units.started == [(BEGIN, [POINT]), (END, [POINT])]
