@@ -188,13 +188,13 @@ def create_blob(device: Path, seal: Seal, key: int | SecretBytes) -> bytes:
         except OSError as error:
             words = blob.value.decode(errors="replace").strip()
             told = words if words.isprintable() else ""
-            raise CaamError("make a key with", str(device), error.errno or 0, told) from error
+            raise CaamError("create a key with", str(device), error.errno or 0, told) from error
         finally:
             del given, target
     made = blob.raw[: _KEYGEN.unpack(request)[8]]
     fault = _fault(made)
     if fault is not None:
-        raise CaamError("make a key with", str(device), errno.EBADMSG, f"its blob {fault}")
+        raise CaamError("create a key with", str(device), errno.EBADMSG, f"its blob {fault}")
     return made
 
 
