@@ -212,5 +212,5 @@ def test_a_key_is_not_made_without_the_device(tmp_path: Path) -> None:
 
 def test_a_key_is_not_made_by_a_file_that_is_no_caam(tmp_path: Path) -> None:
     (tmp_path / "caam-keygen").write_bytes(b"")
-    with pytest.raises(CaamError, match="^create a key with .*: Inappropriate ioctl for device$"):
+    with pytest.raises(CaamError, match=r"^create a key with .*: Inappropriate ioctl for device$"):
         caam.create_blob(tmp_path / "caam-keygen", "ecb", 16)
