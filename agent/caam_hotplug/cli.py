@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from caam_hotplug import __version__, names
+from caam_hotplug import __version__, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.operator import commands as operator
 
@@ -25,6 +25,8 @@ examples:
   caam-hotplug run --config /root/my.toml     in the foreground, for a try
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
+  caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
+  caam-hotplug key list                       the keys of this board
   caam-hotplug doctor                         why it does not work on this board
   caam-hotplug status                         the media and their states
   caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
+    provision.add_to(commands, _add_config, _load_to_act)
+    keys.add_to(commands, _add_config, _load_to_act)
     _add_doctor(commands)
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")
@@ -121,6 +125,12 @@ def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
 
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
     return config.load(file, reader, required=parsed.config is not None)
+
+
+def _load_to_act(parsed: argparse.Namespace) -> config.Config:
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
+    return _load(parsed, files.RootsFiles())
 
 
 def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:

@@ -103,6 +103,25 @@ BY_TESTS: Final = {
     "_is_changed": [
         "caam-hotplug doctor",
     ],
+    "tests/e2e/test_provision.py::"
+    "test_a_medium_made_beside_the_agent_is_mounted_and_opens_on_a_pc_and_a_second_board": [
+        "caam-hotplug provision /dev/sdb --label archive-01 "
+        "--recovery-key /root/archive-01.recovery",
+        "caam-hotplug key list",
+        "caam-hotplug key inspect /data/caam/archive-01.bb",
+        "caam-hotplug key create spare-01 --key-bytes 32",
+        "sed -n 's/^key = //p' archive-01.recovery | base64 -d | cryptsetup open --type plain "
+        "--cipher aes-cbc-plain --key-size 128 --hash plain --sector-size 512 --key-file - "
+        "/dev/disk/by-partlabel/archive-01 archive-01",
+        "mount /dev/mapper/archive-01 /mnt",
+        "cryptsetup close archive-01",
+        "caam-hotplug key enroll archive-01 --from /root/archive-01.recovery",
+    ],
+    "tests/e2e/test_provision.py::"
+    "test_a_medium_that_holds_something_is_erased_for_the_running_agent": [
+        "caam-hotplug provision /dev/sdb --label cartridge-01",
+        "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb",
+    ],
     "tests/unit/test_cli.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
     ],
@@ -133,9 +152,6 @@ BY_NOBODY: Final = {
     ],
 }
 """Commands that no test can run, with the reason."""
-
-COMING: Final = {"provision.md"}
-"""Pages that are written beside these, and linked already."""
 
 EVERY: Final = [
     (f"{block.page}:{block.line}", command)
@@ -248,7 +264,7 @@ def test_a_test_that_is_to_be_run_is_there(arguments: str) -> None:
 def test_links_between_pages_lead_to_one(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
         linked = page.parent / target
-        assert linked.exists() or linked.name in COMING, target
+        assert linked.exists(), target
 
 
 def test_every_page_is_in_the_list_of_pages() -> None:
