@@ -9,7 +9,7 @@ TIMINGS := 12
 SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint check fuzz test coverage demo soak vm-shell clean
+.PHONY: help setup lint check fuzz test coverage demo soak vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
@@ -19,6 +19,9 @@ help:
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make vm-shell   a shell in the virtual machine"
+	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
+	@echo "make deb        a Debian package in build/; ARCH=arm64 for another architecture"
+	@echo "make wheel      a wheel in build/, for pip"
 
 setup: $(VENV)/.installed
 	@tests/vm/setup
@@ -57,6 +60,18 @@ soak: setup
 
 vm-shell: setup
 	@$(BED) shell
+
+# As the package is made from them, its parts are listed once.
+include config/install.mk
+
+deb: $(VENV)/.installed
+	@PYTHON=$(PYTHON) config/debian/make-deb build $(ARCH)
+	@ls build/caam-hotplug_*.deb
+
+wheel: $(VENV)/.installed
+	@rm -rf build/lib build/bdist.*
+	@$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w build .
+	@ls build/caam_hotplug-*.whl
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
