@@ -45,6 +45,7 @@ CONFIGURATION = $(SYSCONFDIR)/caam-hotplug/agent.toml
 .PHONY: install uninstall
 
 install:
+	@rm -rf "$(DESTDIR)$(HOMEDIR)/caam_hotplug"
 	@for pair in $(PROGRAMS); do \
 	    install -D -m 0755 "$${pair%%=*}" "$(DESTDIR)$${pair#*=}" || exit; \
 	done
@@ -63,5 +64,6 @@ install:
 
 # The configuration stays: it is yours.
 uninstall:
+	@rm -rf "$(DESTDIR)$(HOMEDIR)/caam_hotplug"
 	@for pair in $(PROGRAMS) $(FILES); do rm -f "$(DESTDIR)$${pair#*=}"; done
 	@rm -rf "$(DESTDIR)$(HOMEDIR)" "$(DESTDIR)$(DATADIR)/caam-hotplug"
