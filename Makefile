@@ -14,7 +14,7 @@ BED := PYTHONPATH=tests $(PYTHON) -m vm
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install and fuzz tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz
 
 # Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed
