@@ -9,19 +9,24 @@ TIMINGS := 12
 SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint check fuzz test coverage demo soak vm-shell wheel deb clean
+.PHONY: help setup lint man check fuzz test coverage demo soak vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install and fuzz tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install, fuzz and D-Bus tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
+	@echo "make man        writes docs/man and config/completions anew from --help and config/agent.toml"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
 	@echo "make deb        a Debian package in build/; ARCH=arm64 for another architecture"
 	@echo "make wheel      a wheel in build/, for pip"
+
+# After a change of the command line or of config/agent.toml.
+man: $(VENV)/.installed
+	$(PYTHON) docs/generate.py
 
 setup: $(VENV)/.installed
 	@tests/vm/setup
@@ -34,13 +39,15 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check agent tests
-	$(VENV)/bin/ruff format --check agent tests
+	$(VENV)/bin/ruff check agent tests docs
+	$(VENV)/bin/ruff format --check agent tests docs
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy docs/generate.py
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz
+	@tests/vm/setup tools
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz tests/bus
 
 # Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+from caam_hotplug import journal
 from caam_hotplug.model import Entry, State, VolumeId
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ class Board:
         if not same:
             self.counters[state.value] += 1
             said = f"{state.value}: {entry.reason}" if entry.reason else state.value
-            log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said)
+            extra = journal.published(entry)
+            log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
         for listener in self._listeners:
             listener(entry)
 

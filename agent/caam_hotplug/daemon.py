@@ -8,14 +8,14 @@ import logging
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
-from caam_hotplug import explain
+from caam_hotplug import explain, journal
 from caam_hotplug.board import Board
+from caam_hotplug.bus import Service
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel import cbind, keyring, udev, watch
@@ -27,12 +27,15 @@ from caam_hotplug.lifecycle.sweep import sweep
 from caam_hotplug.model import Entry
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
+from caam_hotplug.units import SystemdUnits
 
 log = logging.getLogger(__name__)
 
 _PR_SET_DUMPABLE = 4
 _FIXED = ("source", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
 """Keys of the configuration that are read at start only."""
+_BUS_WITHIN_S = 5.0
+"""How long a start waits to be on the bus, so that who waits for it can ask it at once."""
 
 
 Load = Callable[[], Config]
@@ -76,7 +79,7 @@ async def _serve(config: Config, load: Load) -> None:
         dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
-        units=_NoUnits(),
+        units=SystemdUnits(),
     )
 
     def tell_status(_entry: Entry) -> None:
@@ -88,8 +91,9 @@ async def _serve(config: Config, load: Load) -> None:
     with ExitStack() as held:
         held.callback(devices.close)
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
-        async with Supervisor(around, left) as supervisor:
+        async with Service(board) as service, Supervisor(around, left) as supervisor:
             agent = Agent(config, load, supervisor, notifier)
+            service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = _Events(devices, supervisor)
             held.callback(events.end)
@@ -98,13 +102,15 @@ async def _serve(config: Config, load: Load) -> None:
             loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
             held.callback(loop.remove_reader, blobs)
             events.begin()
-            log.info("ready: %d rules, events from %s", len(config.rule), source)
+            await service.tried(_BUS_WITHIN_S)
+            began = journal.event(journal.Event.STARTED)
+            log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
-                log.info("stopping")
+                log.info("stopping", extra=journal.event(journal.Event.STOPPING))
                 supervisor.stop()
                 left_behind = await supervisor.ended(config.stop_within_s)
                 if left_behind:
@@ -114,7 +120,7 @@ async def _serve(config: Config, load: Load) -> None:
                 with suppress(asyncio.CancelledError):
                     await watchdog
                 supervisor.stop()
-    log.info("stopped")
+    log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
 def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
@@ -151,20 +157,23 @@ class Agent:
         Returns: notices of what else was changed and has to wait for the next start.
         Raises: ConfigError naming every fault; the rules before stay in force.
         """
-        log.info("reload asked for by %s", shown(by))
+        event = journal.Event
+        asked = journal.event(event.REQUESTED, request="reload", requested_by=by)
+        log.info("reload asked for by %s", shown(by), extra=asked)
         self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = await asyncio.to_thread(self._load)
         except ConfigError as error:
             for fault in error.faults:
-                log.error("%s", fault)
-            log.error("the configuration is refused; the rules before stay in force")
+                log.error("%s", fault, extra=journal.event(event.CONFIG_REFUSED, reason=fault))
+            refused = journal.event(event.CONFIG_REFUSED)
+            log.error("the configuration is refused; the rules before stay in force", extra=refused)
             raise
         finally:
             self._notifier.tell("READY=1")
         logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
         self._supervisor.renew(config.rule)
-        log.info("reloaded: %d rules", len(config.rule))
+        log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
         notices = [
             f"{key} was changed and takes effect at the next start"
             for key in _FIXED
@@ -174,21 +183,9 @@ class Agent:
             log.warning("%s", notice)
         return notices
 
-    async def explain(self, device: str) -> str:
-        """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError."""
-        config = await asyncio.to_thread(self._load)
-        return await asyncio.to_thread(lambda: "\n".join(explain.explain(device, config)))
-
-
-class _NoUnits:
-    """Without a bus there is no service manager to talk to."""
-
-    async def start(self, unit: str) -> None:
-        log.warning("cannot start %s: there is no bus to the service manager", unit)
-
-    async def finish(self, unit: str, within_s: float) -> None:
-        del within_s
-        await self.start(unit)
+    def explain(self, device: str) -> str:
+        """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError. Any thread."""
+        return "\n".join(explain.explain(device, self._load()))
 
 
 class _Events:
@@ -255,26 +252,7 @@ def _refuse_core_dumps() -> None:
     prctl(_PR_SET_DUMPABLE, 0)
 
 
-class _JournalFormatter(logging.Formatter):
-    """A line with its priority before it, as the journal reads it (sd-daemon(3))."""
-
-    _PRIORITIES: ClassVar = {
-        logging.ERROR: 3,
-        logging.WARNING: 4,
-        logging.INFO: 6,
-        logging.DEBUG: 7,
-    }
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"<{self._PRIORITIES.get(record.levelno, 5)}>{super().format(record)}"
-
-
 def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     ours = logging.getLogger("caam_hotplug")
-    ours.addHandler(handler)
+    ours.addHandler(journal.handler())
     ours.setLevel(level.upper())

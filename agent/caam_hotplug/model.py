@@ -8,6 +8,8 @@ from enum import Enum
 from types import TracebackType
 from typing import NewType, NoReturn
 
+from caam_hotplug.errors import shown
+
 Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
 SECTOR_BYTES = 512
@@ -198,7 +200,7 @@ class Holder:
     """What of it, in words, such as `has /run/media/x/file open`."""
 
     def __str__(self) -> str:
-        return f"pid {self.pid} ({self.command}) {self.holds}"
+        return f"pid {self.pid} ({shown(self.command)}) {shown(self.holds)}"
 
 
 class State(Enum):

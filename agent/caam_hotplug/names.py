@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from caam_hotplug.model import VolumeId
+if TYPE_CHECKING:
+    from caam_hotplug.model import VolumeId
 
 PROGRAM: Final = "caam-hotplug"
 
@@ -19,6 +20,8 @@ BLOB_DIRECTORY: Final = Path("/data/caam")
 MOUNT_ROOT: Final = Path("/run/media")
 
 CAAM_DEVICE: Final = Path("/dev/caam-keygen")
+HOLDERS_SOCKET: Final = Path("/run/caam-hotplug/holders")
+"""Where a program with the right to look into other processes answers who uses a volume."""
 UDEV_CONTROL: Final = Path("/run/udev/control")
 
 DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"
@@ -27,12 +30,29 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
+DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
+DOCTOR_DM_PREFIX: Final = "caam-doctor-"
+DOCTOR_KEY_PREFIX: Final = "caam-doctor:"
+"""What `doctor` makes for a trial; its process's number follows. None of it is a volume's."""
+
+SERVICE_UNIT: Final = f"{PROGRAM}.service"
+SOCKET_UNIT: Final = f"{PROGRAM}.socket"
+HOLDERS_UNIT: Final = f"{PROGRAM}-holders.socket"
+
 MOUNT_POINT_MODE: Final = 0o500
 """The mode of a directory that we made. It tells ours from the board's own after a crash, and
 nobody writes into it while nothing is mounted there."""
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """A udev property: a board's rule that sets it to 0 keeps the agent off that device."""
+
+OPERATORS: Final = "caam-hotplug"
+"""The group whose members may ask for what root may, over D-Bus."""
+BUS_NAME: Final = "org.caamhotplug1"
+BUS_PATH: Final = "/org/caamhotplug1"
+BUS_MANAGER: Final = "org.caamhotplug1.Manager"
+BUS_VOLUME: Final = "org.caamhotplug1.Volume"
+BUS_ERROR_PREFIX: Final = "org.caamhotplug1.Error."
 
 NAME_MAX_LENGTH: Final = 36
 """GPT's own limit for a partition label, in UTF-16 units."""
@@ -49,6 +69,8 @@ def dm_uuid(volume: VolumeId) -> str:
 
 def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
     """The volume that a DM-UUID names, or None if the mapping is not ours."""
+    from caam_hotplug.model import VolumeId  # noqa: PLC0415  a command that starts has no use for it
+
     if not uuid.startswith(DM_UUID_PREFIX):
         return None
     return VolumeId.from_text(uuid.removeprefix(DM_UUID_PREFIX))
@@ -62,6 +84,11 @@ def dm_name(volume: VolumeId, mount_name: str) -> str:
 def key_description(volume: VolumeId) -> str:
     """The description of the volume's logon key."""
     return f"{KEY_PREFIX}{volume}"
+
+
+def bus_path(volume: VolumeId) -> str:
+    """The D-Bus path of a volume's object; a hyphen may not stand in one."""
+    return f"{BUS_PATH}/volumes/{volume.diskseq}_{volume.partition}"
 
 
 def why_unsafe(name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 
 class Notifier:
@@ -18,12 +19,11 @@ class Notifier:
         """How long we may be silent, in seconds, or None if nobody watches."""
 
     def tell(self, *assignments: str) -> None:
-        """The service manager knows, such as `READY=1`; a manager that is gone is no error."""
+        """The service manager knows, such as `READY=1`; a manager that is gone, or
+        for which there is no file descriptor left, is no error."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            try:
-                sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)
-            except OSError:
-                return
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sender:
+            sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)

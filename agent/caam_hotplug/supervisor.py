@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any, Final, assert_never
 
-from caam_hotplug import names
+from caam_hotplug import journal, names
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.lifecycle.leave import Reason
 from caam_hotplug.lifecycle.life import Life, Surroundings
@@ -186,7 +186,8 @@ class Supervisor:
                 self._depart(other)
 
     def _reconcile(self, present: list[Appeared]) -> None:
-        log.warning("the kernel dropped events; looking at all devices")
+        lost = journal.event(journal.Event.EVENTS_LOST)
+        log.warning("the kernel dropped events; looking at all devices", extra=lost)
         for name in set(self._at) - {event.volume.name for event in present}:
             which = self._at.get(name)
             if which is None:  # it departed with its disk
@@ -208,7 +209,8 @@ class Supervisor:
         try:
             await life.attend()
         except Exception:  # a defect of ours must not cost the other volumes their mounts
-            log.exception("%s: a defect of the agent ended its service of this volume", life.volume)
+            defect = journal.event(journal.Event.DEFECT, volume=life.volume)
+            log.exception("%s: a defect of the agent ended its service", life.volume, extra=defect)
             words = "a defect of the agent; the journal has the details"
             life.publish_defect(State.FAILED, words)
             await life.leave.until(lambda: False)
@@ -226,4 +228,5 @@ class Supervisor:
         try:
             await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
         except Exception:  # a defect of ours must not cost present volumes their mounts
-            log.exception("sweep %s: a defect of the agent ended it", orphan.name)
+            defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
+            log.exception("sweep %s: a defect of the agent ended it", orphan.name, extra=defect)

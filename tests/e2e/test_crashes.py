@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2e.support import POINT, slow_caam
+from e2e.support import POINT, labelled, slow_caam
 from vm.guest import Guest
 from vm.installed import NEVER, NO_RESTART, UNIT, InstalledAgent
 
@@ -43,6 +43,23 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
     await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
     await guest.until_mounted(POINT)
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    await guest.write(NO_RESTART, NEVER)
+    await guest.run("systemctl", "daemon-reload")
+
+
+async def test_what_happens_between_a_crash_and_the_next_start_is_not_missed(
+    guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
+) -> None:
+    await guest.write(NO_RESTART, b"[Service]\nRestart=always\nRestartSec=5\n")
+    await guest.sh("systemctl daemon-reload; cp /data/caam/cartridge-0{1,2}.bb")
+    await agent.start()
+    first = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
+    await first.pull()
+    await guest.plug_usb(labelled(tmp_path, "cartridge-02"))
+    await guest.until_mounted("/run/media/cartridge-02")
+    await guest.until_unmounted(POINT)
     await guest.write(NO_RESTART, NEVER)
     await guest.run("systemctl", "daemon-reload")
 

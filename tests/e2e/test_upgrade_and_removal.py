@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from documented import commands
 from e2e.support import POINT, blobs_up_to, labelled
 from vm import debian, installed
 from vm.guest import Guest
@@ -106,3 +107,28 @@ async def test_a_removed_agent_lets_media_go_and_a_purged_one_leaves_nothing(
     await guest.run("systemctl", "is-enabled", UNIT)
     text = await guest.read("/etc/caam-hotplug/agent.toml")
     assert text == (debian.REPOSITORY / "config/agent.toml").read_bytes()
+
+
+async def test_what_make_has_installed_runs_as_it_is(
+    guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
+) -> None:
+    # The package is taken away but for what it bundles, which make does not bring.
+    stage, packed = tmp_path / "stage", tmp_path / "stage.tar"
+    typed = commands("docs/install.md", "Any other distribution")
+    assert typed.pop(0) == "make install"
+    subprocess.run(
+        ["make", "-s", "-C", debian.REPOSITORY, "install", f"DESTDIR={stage}"], check=True
+    )
+    subprocess.run(["tar", "-C", stage, "--owner=0", "--group=0", "-cf", packed, "."], check=True)
+    await agent.stop()
+    await guest.sh(
+        "cp -a /usr/lib/caam-hotplug/bundled /tmp && dpkg --purge caam-hotplug", timeout_s=120
+    )
+    await guest.write("/tmp/stage.tar", packed.read_bytes())
+    await guest.sh("tar -C / -xf /tmp/stage.tar && mv /tmp/bundled /usr/lib/caam-hotplug")
+    await guest.sh("\n".join(typed))
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.sh("getent group caam-hotplug; systemctl disable --now caam-hotplug")
+    await guest.sh("rm -r /usr/lib/caam-hotplug /usr/lib/systemd/system/caam-hotplug*")
+    await installed.install(guest, debian.package().read_bytes())

@@ -443,8 +443,11 @@ class FakeHost:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = next((m for m in self.kernel.mounts if m.point == point), None)
+            mount = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
             if mount is None:
+                return
+            if not any(m.number == mount.number for m in self.kernel.mappings.values()):
+                self.kernel.mounts.remove(mount)  # somebody else's
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:

@@ -14,6 +14,8 @@ CONFIGURATION: Final = "etc/caam-hotplug/agent.toml"
 PLACES: Final = {
     "config/program": "usr/bin/caam-hotplug",
     "config/agent.toml": "usr/share/caam-hotplug/agent.toml",
+    "config/caam-hotplug-holders.socket": "usr/lib/systemd/system/caam-hotplug-holders.socket",
+    "config/caam-hotplug-holders@.service": "usr/lib/systemd/system/caam-hotplug-holders@.service",
     "config/caam-hotplug.service": "usr/lib/systemd/system/caam-hotplug.service",
     "config/caam-hotplug.socket": "usr/lib/systemd/system/caam-hotplug.socket",
     "config/sysusers.conf": "usr/lib/sysusers.d/caam-hotplug.conf",

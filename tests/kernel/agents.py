@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -46,16 +47,16 @@ class Room:
         for label in {"cartridge-03", *(cartridge.label for cartridge in media)}:
             (blobs / f"{label}.bb").write_bytes((BLOBS / "cartridge-01.bb").read_bytes())
         self._folder = folder
-        self.agent = Agent(self._config(), folder / "notify")
-
-    def _config(self, more: str = "", stop_within_s: int = 120) -> config.Config:
-        file = self._folder / "agent.toml"
-        file.write_text(RULES.format(room=self._folder, stop_within_s=stop_within_s) + more)
-        return config.load(file, files.RootsFiles())
+        self.blobs = blobs
+        self.configuration = folder / "agent.toml"
+        self.configure()
+        load = partial(config.load, self.configuration, files.RootsFiles())
+        self.agent = Agent(load, folder / "notify")
 
     def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:
-        """From the agent's next start on, its rule has these keys more."""
-        self.agent.config = self._config(more, stop_within_s)
+        """From the agent's next look at its configuration on, its rule has these keys more."""
+        rules = RULES.format(room=self._folder, stop_within_s=stop_within_s)
+        self.configuration.write_text(rules + more)
 
     def point(self, medium: Cartridge | None = None) -> Path:
         """Where the medium is to be mounted."""
@@ -68,6 +69,11 @@ class Room:
         assert (self.point(medium) / HELLO).read_bytes() == TEXT
         assert len([line for line in tables(medium.label) if " crypt " in line]) == 1
         until(lambda: keys() == [])
+
+    def is_mounted_still(self) -> None:
+        """The medium is mounted, whatever was said since."""
+        assert self.point().is_mount()
+        assert (self.point() / HELLO).read_bytes() == TEXT
 
     def arrives(self, medium: Cartridge | None = None) -> None:
         """The medium is plugged, and served; what was said of it before is of no account."""

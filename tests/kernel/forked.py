@@ -53,9 +53,9 @@ def kill_self() -> None:
 class Agent:
     """A process that runs the agent; of its end the test is told, and its log is read."""
 
-    def __init__(self, config: Config, notify: Path) -> None:
-        """`notify`: where its service manager's socket is to be."""
-        self.config = config
+    def __init__(self, load: Callable[[], Config], notify: Path) -> None:
+        """`load` reads its configuration; `notify` is its service manager's socket to be."""
+        self._load = load
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._manager.bind(str(notify))
         self._manager.settimeout(DEADLINE_S)
@@ -79,7 +79,7 @@ class Agent:
         if self._pid == 0:
             os.environ["NOTIFY_SOCKET"] = self._manager.getsockname()
             os.environ["WATCHDOG_USEC"] = "1000000"
-            _be_the_agent(self.config, log, _Watch(told, go, stop))
+            _be_the_agent(self._load, log, _Watch(told, go, stop))
         for end in (log, told, go):
             os.close(end)
         self.until_said("^ready: ")
@@ -169,6 +169,10 @@ class Agent:
         """It has been told to stop."""
         os.kill(self._pid, signal.SIGTERM)
 
+    def tell_to_reload(self) -> None:
+        """It has been told to read its configuration anew."""
+        os.kill(self._pid, signal.SIGHUP)
+
     def stop(self) -> None:
         """It has stopped in order."""
         self.tell_to_stop()
@@ -209,7 +213,7 @@ class Agent:
         self._log = self._told = self._go = -1
 
 
-def _be_the_agent(config: Config, log: int, watch: _Watch) -> None:
+def _be_the_agent(load: Callable[[], Config], log: int, watch: _Watch) -> None:
     """Never returns: what a test's process has to do at its end is not this one's to do."""
     code = 1
     try:
@@ -219,7 +223,7 @@ def _be_the_agent(config: Config, log: int, watch: _Watch) -> None:
         os.environ["JOURNAL_STREAM"] = ""  # so each line begins with <PRIORITY>
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
         watch.install()
-        daemon.run(lambda: config)
+        daemon.run(load)
         code = 0
     except BaseException:
         for line in traceback.format_exc().splitlines():

@@ -29,7 +29,7 @@ from kernel.agents import ROOM, Room, keys, mappings, room_of
 from kernel.cartridges import KEY, Cartridge, cartridges
 from kernel.forked import Stop, kill_self
 from kernel.latencies import told
-from kernel.storms import storms
+from kernel.storms import said_at_a_bad_end, storms
 from kernel.witness import crypt, run
 
 FILESYSTEMS: Final = {
@@ -349,15 +349,12 @@ def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]
     """A soak from beginning to end, in a room of its own. Raises: AssertionError."""
     with cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media, room_of(media) as room:
         work = Soak(room, figures, say)
-        try:
+        with said_at_a_bad_end(room, say):
             if cycles:
                 work.cycles(cycles)
             if damaged:
                 work.damaged(damaged, media[0], "ext4")
                 work.damaged(damaged, media[1], "vfat")
-        except BaseException:
-            say(f"what the agent said:\n{room.agent.everything()}")
-            raise
 
 
 def _time(count: int, say: Callable[[str], None]) -> None:

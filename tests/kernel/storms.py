@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from fakes.contract import until
@@ -15,13 +16,27 @@ WITHIN_S: Final = 600
 
 
 def is_as_it_should(room: Room) -> bool:
-    """Whether every medium that is plugged is mounted, and nothing is there of any other."""
+    """Whether every medium that is plugged is mounted, and nothing is there of any other.
+
+    What the agent says is read meanwhile: it would wait for a reader of a full pipe.
+    """
+    room.agent.forget()
     plugged = {medium.label for medium in room.media if medium.is_plugged}
     there = {path.name for path in room.mount_root.iterdir()}
     if there != plugged or len(mappings()) != len(plugged) or keys():
         return False
     points = [room.mount_root / label / HELLO for label in plugged]
     return all(point.exists() and point.read_bytes() == TEXT for point in points)
+
+
+@contextmanager
+def said_at_a_bad_end(room: Room, say: Callable[[str], None]) -> Iterator[None]:
+    """If it comes to a bad end, what the agent said is said."""
+    try:
+        yield
+    except BaseException:
+        say(f"what the agent said:\n{room.agent.everything()}")
+        raise
 
 
 def storms(count: int, size: int, say: Callable[[str], None]) -> list[tuple[float, float]]:
@@ -32,7 +47,11 @@ def storms(count: int, size: int, say: Callable[[str], None]) -> list[tuple[floa
     """
     labels = [f"cartridge-{number:02}" for number in range(1, size + 1)]
     took: list[tuple[float, float]] = []
-    with cartridges(labels, size_mb=SIZE_MB) as media, room_of(media) as room:
+    with (
+        cartridges(labels, size_mb=SIZE_MB) as media,
+        room_of(media) as room,
+        said_at_a_bad_end(room, say),
+    ):
         room.agent.start()
         for number in range(1, count + 1):
             begun = time.monotonic()

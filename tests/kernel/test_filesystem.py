@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import pytest
 
@@ -21,6 +21,7 @@ from fakes.contract import POINT, mapped, mounted, mounts_there, until
 from kernel.real import RealWorld
 from kernel.witness import loop_medium, run
 
+T = TypeVar("T")
 PARTUUID = "11111111-2222-3333-4444-555555555555"
 LINUX_DATA = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 
@@ -112,6 +113,17 @@ def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner
         assert WRITTEN in past_the_cache(mapping.node)
 
 
+def test_the_services_capabilities_will_do_to_mount_and_to_let_go(world: RealWorld) -> None:
+    point = world.host.mount_root / POINT
+    with mapped(world) as mapping:
+        without_passing_for_others(lambda: mount(world, mapping))
+        assert point.is_mount()
+        without_passing_for_others(lambda: world.host.unmount(POINT))
+        assert without_passing_for_others(world.host.our_mount_points) == [POINT]
+        without_passing_for_others(lambda: world.host.remove_mount_point(POINT))
+    assert not point.exists()
+
+
 def test_flushing_what_is_not_there_is_an_error(world: RealWorld) -> None:
     with pytest.raises(MountError) as refused:
         world.host.flush(POINT, "/dev/dm-0")
@@ -123,20 +135,20 @@ DAC: Final = 1 << 1 | 1 << 2
 """CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of which the service has neither."""
 
 
-def without_passing_for_others(act: Callable[[], None]) -> None:
-    """The act is done by a thread that has root's capabilities but for DAC (capset(2))."""
+def without_passing_for_others(act: Callable[[], T]) -> T:
+    """What comes of the act, done with root's capabilities but for DAC (capset(2))."""
 
-    def drop_and_act() -> None:
+    def drop_and_act() -> T:
         libc = ctypes.CDLL("libc.so.6", use_errno=True)
         header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
         sets = (ctypes.c_uint32 * 6)()
         assert libc.capget(header, sets) == 0
         sets[0] &= ~DAC
         assert libc.capset(header, sets) == 0
-        act()
+        return act()
 
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(drop_and_act).result()
+        return thread.submit(drop_and_act).result()
 
 
 def past_the_cache(node: str) -> bytes:

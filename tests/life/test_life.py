@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from caam_hotplug.errors import KernelError, MountError
-from caam_hotplug.model import DevType, State, Volume, VolumeId
+from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
+from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
 from caam_hotplug.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -849,3 +850,95 @@ def _medium_of(bench: Bench, volume: object) -> object:
     medium = bench.kernel.media.pop(other.name)
     medium.volume = volume  # type: ignore[assignment]
     return medium
+
+
+def cover(bench: Bench, name: str = "cartridge-01") -> None:
+    """Somebody has mounted something else over the volume's mount."""
+    point = f"/run/media/{name}"
+    bench.kernel.mounts.append(Mount(DeviceNumber(0, 99), point, "tmpfs", False, "tmpfs"))
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_mount_that_others_have_covered_is_let_go_all_the_same(
+    bench: Bench, *, pulled: bool
+) -> None:
+    volume = bench.insert()
+    bench.settle()
+    cover(bench)
+    if pulled:
+        bench.yank()
+        bench.settle()
+        assert bench.state(volume) is State.REMOVED_UNSAFELY
+    else:
+        bench.stop()
+        assert "flush" in bench.kernel.steps
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_mount_that_others_have_covered_is_not_taken_from_them_on_request(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    cover(bench)
+    with pytest.raises(VolumeBusyError, match="tmpfs is mounted over it"):
+        bench.answer("lock", volume)
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_covered_mount_is_adopted(bench: Bench) -> None:
+    volume = bench.insert()
+    bench.settle()
+    cover(bench)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert [mount.source for mount in bench.kernel.mounts][-1] == "tmpfs"
+
+
+def test_a_mapping_that_is_opened_after_the_first_look_keeps_no_key(bench: Bench) -> None:
+    bench.insert()
+    bench.settle()
+    (mapping,) = bench.kernel.mappings.values()
+
+    def open_it(step: str) -> None:
+        if step == "remove_mapping":
+            mapping.holders = 1
+
+    bench.kernel.before = open_it
+    bench.yank()
+    bench.settle()
+    assert mapping.key is None
+    assert " error" in (mapping.live or "")
+    bench.kernel.before = lambda _step: None
+    bench.kernel.let_go()
+
+
+@pytest.mark.parametrize("facts", [{"partlabel": None}, {"opted_out": True}])
+def test_a_kept_volume_stays_mounted_whatever_is_said_of_it_meanwhile(
+    facts: dict[str, Any],
+) -> None:
+    bench = Bench((replace(BUILT_IN[0], on_stop=OnStop.KEEP),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    bench.appear(replace(volume, **facts))
+    bench.settle()
+    bench.stop()
+    assert len(bench.kernel.mounts) == 1
+    assert "unmount" not in bench.kernel.steps
+    bench.close()
+
+
+def test_a_volume_in_conflict_that_has_another_label_meanwhile_is_mounted_under_that(
+    bench: Bench,
+) -> None:
+    bench.insert()
+    bench.settle()
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    bench.kernel.blobs["other.bb"] = bench.kernel.blobs["cartridge-01.bb"]
+    bench.appear(replace(second, partlabel="other"))
+    bench.settle()
+    bench.yank()
+    bench.settle()
+    assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/other"]

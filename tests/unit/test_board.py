@@ -149,3 +149,11 @@ def test_how_often_a_state_was_reached_is_counted() -> None:
         for state in (State.UNLOCKING, State.MOUNTED, State.GONE):
             board.publish(Entry(volume, state))
     assert board.counters == {"unlocking": 3, "mounted": 3, "gone": 3}
+
+
+def test_what_is_logged_has_fields_for_the_journal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    Board().publish(Entry(FIRST, State.MOUNTED, rule="sticks"))
+    (record,) = caplog.records
+    fields = vars(record)["fields"]
+    assert (fields["EVENT"], fields["VOLUME"], fields["RULE"]) == ("mounted", FIRST, "sticks")

@@ -4,6 +4,7 @@ import os
 import re
 import tomllib
 from dataclasses import fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_what_the_installed_file_shows_as_a_default_is_the_default() -> None:
 def plain(value: Any) -> Any:
     """A value as TOML gives it."""
     match value:
-        case Bus() | DevType() | Action() | OnStop():
+        case Enum():
             return value.value
         case Path():
             return str(value)

@@ -56,6 +56,21 @@ def test_no_volume_sits_at_a_name_that_the_kernel_does_not_know() -> None:
     assert udev.present_id("no-such-device") is None
 
 
+class Told:
+    """A device of which the kernel tells a partition's name in bytes of no encoding."""
+
+    class properties(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            value = super().__getitem__(name)
+            return value.encode("latin-1").decode()
+
+
+def test_a_property_that_is_no_text_hides_no_other_one() -> None:
+    told = Told()
+    told.properties = told.properties(ID_PART_ENTRY_NAME="Donn\xe9es", DISKSEQ="7")  # type: ignore[assignment]
+    assert udev._properties(told) == {"DISKSEQ": "7"}  # type: ignore[arg-type]
+
+
 KOBJECT_UEVENT = 15
 """NETLINK_KOBJECT_UEVENT of linux/netlink.h; Python has no name for it."""
 

@@ -14,8 +14,8 @@ UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
-NEVER: Final = b"[Service]\nRestart=no\n"
-"""What is in that file."""
+NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
+"""What is in that file; after a kill no event starts it either."""
 
 _BLOBS: Final = "/data/caam"
 _BLOBS_AS_MADE: Final = "/var/lib/blobs-as-made"
@@ -45,14 +45,12 @@ class InstalledAgent:
         await self.guest.run("systemctl", "stop", UNIT)
 
     async def kill(self) -> None:
-        """The agent was killed without a chance to do anything, and stays dead.
-
-        Its socket goes as well, or the next event would start it.
-        """
+        """The agent was killed without a chance to do anything, and stays dead."""
         await self.guest.sh(
-            f"systemctl kill -s KILL --kill-whom=main {UNIT}; "
+            f"touch /run/stays-dead; systemctl kill -s KILL --kill-whom=main {UNIT}; "
             f"while systemctl is-active -q {UNIT}; do :; done; "
-            f"systemctl stop {SOCKET}; systemctl reset-failed {UNIT}"
+            f"systemctl stop {SOCKET}; rm /run/stays-dead; "
+            f"systemctl reset-failed {UNIT} {SOCKET} 2>/dev/null || true"
         )
 
     async def journal(self) -> str:

@@ -14,6 +14,7 @@ import ctypes
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug import names
@@ -21,10 +22,12 @@ from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.kernel import cbind
 from caam_hotplug.model import DeviceNumber, Mapping, Sectors
 
+_LINKS: Final = Path("/dev/mapper")
 _LIBDEVMAPPER: Final = "libdevmapper.so.1.02.1"
 
 # enum of libdevmapper.h
 _CREATE, _RELOAD, _REMOVE, _RESUME, _INFO, _TABLE, _LIST, _TARGET_MSG = 0, 1, 2, 5, 6, 11, 13, 17
+_GET_TARGET_VERSION: Final = 20
 
 _HINTS: Final = {
     errno.ENOENT: "the kernel lacks dm-crypt or the cipher",
@@ -80,6 +83,7 @@ class _Library:
         self.get_name = function("dm_task_get_name", text, task)
         self.get_uuid = function("dm_task_get_uuid", text, task)
         self.get_names = function("dm_task_get_names", ctypes.c_void_p, task)
+        self.get_versions = function("dm_task_get_versions", ctypes.c_void_p, task)
         self.next_target = function(
             "dm_get_next_target", ctypes.c_void_p, task, ctypes.c_void_p,
             ctypes.POINTER(u64), ctypes.POINTER(u64), ctypes.POINTER(text), ctypes.POINTER(text),
@@ -162,9 +166,9 @@ def _target_lines(task: int) -> Iterator[str]:
             return
 
 
-def ours() -> list[Mapping]:
-    """Every mapping whose DM-UUID has our prefix. Raises: DmError. Lane: dm."""
-    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name)))
+def ours(prefix: str = names.DM_UUID_PREFIX) -> list[Mapping]:
+    """Every mapping whose DM-UUID has the prefix. Raises: DmError. Lane: dm."""
+    found = (find(uuid) for name in _all_names() if (uuid := _uuid_of(name, prefix)))
     return [mapping for mapping in found if mapping is not None]
 
 
@@ -185,13 +189,32 @@ def _all_names() -> list[str]:
             at += step
 
 
-def _uuid_of(name: str) -> str | None:
+def _uuid_of(name: str, prefix: str) -> str | None:
     lib = _library()
     with _task(_INFO, name) as task:
         if not lib.run(task):
             return None
         uuid = (lib.get_uuid(task) or b"").decode(errors="surrogateescape")
-        return uuid if uuid.startswith(names.DM_UUID_PREFIX) else None
+        return uuid if uuid.startswith(prefix) else None
+
+
+def target_version(kind: str) -> tuple[int, int, int] | None:
+    """The version of a kind of target, its module loaded if need be; None if the kernel has none.
+
+    Raises: DmError if there is no device-mapper. Lane: dm. Source: DM_GET_TARGET_VERSION in
+    dm-ioctl.h; struct dm_versions of libdevmapper.h: u32 offset of the next, three u32, name.
+    """
+    lib = _library()
+    with _task(_GET_TARGET_VERSION, kind) as task:
+        if not lib.run(task):
+            if lib.get_errno(task) == errno.EINVAL:
+                return None
+            _run(task, "look for target", kind)
+        at = lib.get_versions(task)
+        if not at:
+            return None
+        major, minor, patch = (ctypes.c_uint32.from_address(at + 4 * n).value for n in (1, 2, 3))
+        return major, minor, patch
 
 
 def create(name: str, uuid: str) -> None:
@@ -225,9 +248,18 @@ def resume(name: str) -> None:
 
 
 def _update_links() -> None:
-    """/dev/mapper is udev's, whose links a node of ours would be in the way of; ours without it."""
-    if not names.UDEV_CONTROL.exists():
+    """/dev/mapper is as it should be, if it is ours to keep; it is udev's where udevd runs.
+
+    libdevmapper remembers each node that it would make or remove until it is told to. With udevd
+    that is when all links are there: nothing is left to make then, which would be in udev's way.
+    """
+    if not names.UDEV_CONTROL.exists() or _links_are_there():
         _library().update_nodes()
+
+
+def _links_are_there() -> bool:
+    mappings = {name for name in _all_names() if name.startswith(names.DM_NAME_PREFIX)}
+    return all((_LINKS / name).exists() for name in mappings)
 
 
 def poison(name: str, size: Sectors) -> None:

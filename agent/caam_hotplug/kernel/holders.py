@@ -6,19 +6,30 @@ to a file system that hangs. What belongs to other users can be read with CAP_SY
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
+from caam_hotplug import names
 from caam_hotplug.kernel import filesystem
-from caam_hotplug.model import Holder, Mapping, Mount
+from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
+
+log = logging.getLogger(__name__)
 
 _PROC: Final = Path("/proc")
+_ANSWERS_WITHIN_S: Final = 30.0
+"""A program has to start for the answer, on a slow processor."""
+_END: Final = Holder(0, "", "")
+"""What follows the last holder in an answer, which is else cut short."""
 _LINKS: Final = {
     "cwd": "works in {}",
     "root": "has {} as its root",
@@ -27,17 +38,60 @@ _LINKS: Final = {
 
 
 def find(mapping: Mapping) -> list[Holder]:
+    """Those that use a filesystem of the mapping.
+
+    Who may look into others is asked; without somebody who may, it is as much as this process may
+    see. Blocks for as long as the answer takes.
+    """
+    try:
+        return _asked(mapping)
+    except (OSError, ValueError) as error:
+        log.debug("nobody answers at %s: %s", names.HOLDERS_SOCKET, error)
+        return look(mapping.number, mapping.name)
+
+
+def _asked(mapping: Mapping) -> list[Holder]:
+    """Raises: OSError; ValueError for an answer of another form."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as service:
+        service.settimeout(_ANSWERS_WITHIN_S)
+        service.connect(str(names.HOLDERS_SOCKET))
+        service.sendall(f"{mapping.number} {mapping.name}\n".encode())
+        service.shutdown(socket.SHUT_WR)
+        with service.makefile("rb") as answer:
+            holders = [Holder(**json.loads(line)) for line in answer]
+    if not holders or holders.pop() != _END:
+        raise ValueError("the answer is cut short")
+    return holders
+
+
+def answer(question: TextIO, to: TextIO) -> None:
+    """The question that `find` asks is answered: a line of JSON for each holder, one for the end.
+
+    Raises: ValueError for another question.
+    """
+    number, _, name = question.readline().removesuffix("\n").partition(" ")
+    for holder in [*look(DeviceNumber.from_text(number), name), _END]:
+        to.write(f"{json.dumps(asdict(holder))}\n")
+
+
+def look(number: DeviceNumber, name: str) -> list[Holder]:
     """Those that use a filesystem of the mapping, as far as this process may look into others.
 
     Source: proc_pid_fd(5), proc_pid_cwd(5), proc_pid_maps(5), proc_pid_mountinfo(5).
     """
-    here = {mount.identity for mount in _mounts(_PROC / "self") if _is_of(mount, mapping)}
+    sources = {f"/dev/dm-{number.minor}", f"/dev/mapper/{name}"}
+
+    def mounts(process: Path) -> list[Mount]:
+        listed = _mounts(process)
+        return [mount for mount in listed if mount.number == number or mount.source in sources]
+
+    here = {mount.identity for mount in mounts(_PROC / "1")}
     found: list[Holder] = []
     for process in _PROC.glob("[0-9]*"):
         with suppress(OSError):  # it has ended
             if int(process.name) == os.getpid():
                 continue
-            held = _held(process, mapping, here)
+            held = _held(process, mounts(process), here)
             command = (process / "comm").read_text(errors="backslashreplace").strip()
             found += [Holder(int(process.name), command, words) for words in held]
     return found
@@ -70,8 +124,7 @@ def end(mapping: Mapping, number: int, within_s: float) -> None:
             os.close(process)
 
 
-def _held(process: Path, mapping: Mapping, here: set[int]) -> Iterator[str]:
-    mounts = [mount for mount in _mounts(process) if _is_of(mount, mapping)]
+def _held(process: Path, mounts: list[Mount], here: set[int]) -> Iterator[str]:
     if not mounts:
         return
     points = [mount.point for mount in mounts]
@@ -116,8 +169,3 @@ def _mounts(process: Path) -> list[Mount]:
     except OSError:
         return []
     return [filesystem.parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
-
-
-def _is_of(mount: Mount, mapping: Mapping) -> bool:
-    names = {mapping.node, f"/dev/mapper/{mapping.name}"}
-    return mount.number == mapping.number or mount.source in names

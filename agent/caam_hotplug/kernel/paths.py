@@ -11,6 +11,7 @@ from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError, shown
+from caam_hotplug.kernel import filesystem
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -122,10 +123,20 @@ def is_ours(status: os.stat_result) -> bool:
 
 
 def our_mount_points(root: Path) -> list[str]:
-    """The names of directories in the root that we made and that nothing is mounted on."""
+    """The names of directories in the root that we made and that nothing is mounted on.
+
+    What is mounted there is not looked at: it may be others', and hang.
+    """
+    mounted = {mount.point for mount in filesystem.mounts()}
+    found = []
     try:
         with directory(root) as parent:
-            entries = {name: os.lstat(name, dir_fd=parent) for name in os.listdir(parent)}
+            for name in os.listdir(parent):
+                if str(root / name) not in mounted:
+                    with suppress(FileNotFoundError):  # it went meanwhile
+                        status = os.lstat(name, dir_fd=parent)
+                        if stat.S_ISDIR(status.st_mode) and is_ours(status):
+                            found.append(name)
     except FileNotFoundError:
         return []
-    return [n for n, status in entries.items() if stat.S_ISDIR(status.st_mode) and is_ours(status)]
+    return found

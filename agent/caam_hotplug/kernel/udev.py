@@ -13,6 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
 
@@ -47,6 +48,12 @@ takes dozens of calls."""
 _NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
 """Built on other devices, without partitions worth the name, or ours."""
 _ATA: Final = re.compile(r"ata\d+")
+_USED: Final = (
+    "DISKSEQ", "ID_FS_LABEL", "ID_FS_LABEL_ENC", "ID_FS_UUID", "ID_FS_UUID_ENC", "ID_MODEL_ENC",
+    "ID_PART_ENTRY_NAME", "ID_PART_ENTRY_TYPE", "ID_PART_ENTRY_UUID", "ID_PATH", "ID_SERIAL",
+    "ID_SERIAL_SHORT", "ID_VENDOR_ENC", names.UDEV_OPT_OUT,
+)  # fmt: skip
+"""The properties that are looked at."""
 _HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -92,6 +99,7 @@ def handed_sockets() -> dict[Source, int]:
     found: dict[Source, int] = {}
     for fileno in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
         os.set_inheritable(fileno, False)
+        os.set_blocking(fileno, False)
         with socket.socket(fileno=fileno) as opened:
             if opened.family == socket.AF_NETLINK:
                 _, group = opened.getsockname()
@@ -183,7 +191,7 @@ class Devices:
             raise HotplugError(f"look at {node}: it is no block device") from error
         if _NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        found = volume_at(device.sys_name, dict(device.properties), self.source)
+        found = volume_at(device.sys_name, _properties(device), self.source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
@@ -192,7 +200,7 @@ class Devices:
         name = device.sys_name
         if _NEVER_MEDIA.match(name):
             return
-        properties = dict(device.properties)
+        properties = _properties(device)
         volume = volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
@@ -264,6 +272,19 @@ class _Monitor:
             if device is None:
                 return
             yield device
+
+
+def _properties(device: pyudev.Device) -> dict[str, str]:
+    """What udev or the kernel tells of the device, as far as it is text.
+
+    Kernels before 6.4 tell a partition's name in bytes of no encoding (utf16_le_to_7bit in
+    block/partitions/efi.c), at which pyudev raises for the one property and for all.
+    """
+    found = {}
+    for name in _USED:
+        with suppress(KeyError, UnicodeDecodeError):
+            found[name] = device.properties[name]
+    return found
 
 
 def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:

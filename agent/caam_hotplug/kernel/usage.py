@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import DeviceInUseError, KernelError
+from caam_hotplug.errors import DeviceInUseError, KernelError, shown
 from caam_hotplug.kernel import filesystem
 from caam_hotplug.model import DeviceNumber, Volume
 
@@ -76,14 +76,14 @@ def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
     for mount in filesystem.mounts():
         # btrfs gives its mounts a number of their own, and names the device.
         if mount.number in numbers or _number_of(mount.source) in numbers:
-            yield f"mounted at {mount.point}"
+            yield f"mounted at {shown(mount.point)}"
 
 
 def _holders(name: str) -> Iterator[str]:
     folder = _SYS_BLOCK / name
     for holder in [*folder.glob("holders/*"), *folder.glob(f"{name}*/holders/*")]:
         try:
-            yield f"mapping {_text(holder / 'dm/name')} lies on it"
+            yield f"mapping {shown(_text(holder / 'dm/name'))} lies on it"
         except OSError:
             yield f"{holder.name} lies on it"
 
@@ -110,7 +110,7 @@ def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
     for process in _PROC.glob("[0-9]*"):
         try:
             if any(_number_of(file) in numbers for file in _open_files(process)):
-                yield f"process {process.name} ({_text(process / 'comm')}) has it open"
+                yield f"process {process.name} ({shown(_text(process / 'comm'))}) has it open"
         except OSError:  # it has ended, or is not to be looked into
             continue
 

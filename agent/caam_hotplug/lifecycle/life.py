@@ -17,20 +17,19 @@ from caam_hotplug.errors import (
     MountPointOccupiedError,
     ReleaseError,
     RequestRefusedError,
-    shown,
 )
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane, to_the_end
 from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
 from caam_hotplug.lifecycle.requests import Ask, Request
-from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted
+from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted, who_uses
 from caam_hotplug.lifecycle.standing import Publish, Standing
 from caam_hotplug.lifecycle.steps import Steps
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
-from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, decide
+from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +66,8 @@ class Life:
         """Whether it was let go on request: until another one, nothing is done with it."""
         self._request: Request | None = None
         self._end_is_told = False
+        self._plan: Admitted | None = None
+        """By which it is held; what is said of the volume meanwhile does not change it."""
         self.standing = Standing(volume, around.publish)
         self.leave = Leave()
         lane = around.new_lane(f"volume {volume.id}")
@@ -103,7 +104,7 @@ class Life:
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
         holds = self._inherits or self.standing.state in {State.MOUNTED, State.UNLOCKED}
-        match decide(self._around.rules, self.volume):
+        match self._plan or decide(self._around.rules, self.volume):
             case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
                 self.leave.ask(Reason.KEEP)
             case _:
@@ -113,11 +114,17 @@ class Life:
         """What was asked has been done. Raises: RequestRefusedError."""
         why = self._why_not(request.ask)
         if why is not None:
+            fields = self._fields("request-refused", request, REASON=why)
+            log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=fields)
             raise RequestRefusedError(f"{request.ask.value} {self.volume}: {why}")
-        log.info("%s: %s asked for by %s", self.volume, request.ask.value, shown(request.by))
+        log.info("%s: %s", self.volume, request.words, extra=self._fields("requested", request))
         self._request = request
         self.leave.stir()
         await request.answer
+
+    def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
+        about = {"REQUEST": request.ask.value, "REQUESTED_BY": request.by, "VOLUME": self.volume}
+        return {"fields": {"EVENT": event, **about, **more}}
 
     def _why_not(self, ask: Ask) -> str | None:
         """Why this cannot be asked now, or None if it can."""
@@ -190,9 +197,16 @@ class Life:
             self._rest(request)
 
     def _refuse_request(self, why: str) -> None:
+        if self._request is not None:
+            words = f"{self._request.ask.value} {self.volume}: {why}"
+            self._answer_no(RequestRefusedError(words))
+
+    def _answer_no(self, error: RequestRefusedError) -> None:
         request, self._request = self._request, None
         if request is not None:
-            request.refuse(RequestRefusedError(f"{request.ask.value} {self.volume}: {why}"))
+            fields = self._fields("request-refused", request, REASON=str(error))
+            log.warning("%s: %s: refused: %s", self.volume, request.words, error, extra=fields)
+            request.refuse(error)
 
     def _rest(self, request: Request) -> None:
         """The volume is as was asked: let go, and safe to pull."""
@@ -200,7 +214,7 @@ class Life:
         if request.ask is Ask.EJECT:
             self.standing.becomes(State.EJECTED, "safe to remove")
         elif self.standing.state is not State.EJECTED:
-            self.standing.becomes(State.LOCKED, f"asked for by {shown(request.by)}")
+            self.standing.becomes(State.LOCKED, request.words)
         self._request = None
         request.grant()
 
@@ -281,7 +295,9 @@ class Life:
                 self.standing.becomes(State.CONFLICT, words, **facts)
                 await self.leave.until(lambda: claims.owner(name) == me or self._is_called_away())
             self.leave.check()
-            if claims.owner(name) == me:
+            if wish.volume != self.volume:
+                self._news = True  # other facts were told while it waited, and may change all
+            elif claims.owner(name) == me:
                 self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
                 await self._unlock_and_mount(wish)
 
@@ -292,7 +308,7 @@ class Life:
         return self._host.blob_directory / wish.plan.blob
 
     async def _unlock_and_mount(self, wish: Wish) -> None:
-        unsafe, let_go_for, self._steps.took = False, None, {}
+        unsafe, let_go_for, self._steps.took, self._plan = False, None, {}, wish.plan
         try:
             async with AsyncExitStack() as held:
                 mapping = await held.enter_async_context(active_mapping(self._steps, wish))
@@ -308,7 +324,7 @@ class Life:
                         State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
                         filesystem=mount.filesystem, read_only=mount.read_only,
                     )  # fmt: skip
-                    await self._tell_of_the_beginning(wish)
+                    self._tell_of_the_beginning(wish)
                 let_go_for = await self._until_let_go(wish, mapping)
                 if let_go_for is not None:
                     unsafe = False  # it was flushed and unmounted before
@@ -319,6 +335,7 @@ class Life:
                     await self._tell_of_the_end(wish)
         finally:
             self.standing.holds_nothing()
+            self._plan = None
         if unsafe and self.leave.gone:
             self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
         elif let_go_for is not None and not self.leave.asked:
@@ -353,6 +370,7 @@ class Life:
         match decide(self._around.rules, self.volume):
             case Admitted() as plan:
                 if plan.makes_the_same(wish.plan):
+                    self._plan = plan
                     self.standing.has(rule=plan.rule.name)
                     return False
         return True
@@ -364,29 +382,22 @@ class Life:
         if self.leave.gone:
             return False
         try:
-            await let_go(self._steps, wish, mapping, self._on_busy(wish))
+            await let_go(self._steps, wish, mapping, (self._plan or wish.plan).rule.on_busy)
         except (HotplugError, OSError) as error:
             if not self.leave.asked:
                 self.standing.becomes(state, reason)
-                await self._tell_of_the_beginning(wish)
+                self._tell_of_the_beginning(wish)
                 self._refuse(wanted, error)
             return False
         return True
 
     def _refuse(self, wanted: Request | Renewal, error: Exception) -> None:
-        if wanted is self._request and isinstance(error, RequestRefusedError):
-            self._request = None
-            wanted.refuse(error)
-        elif wanted is self._request:
-            self._refuse_request(str(error))
-        else:
+        if not isinstance(wanted, Request):
             log.warning("%s: other rules ask for another mount: %s", self.volume, error)
-
-    def _on_busy(self, wish: Wish) -> OnBusy:
-        match decide(self._around.rules, self.volume):
-            case Admitted(rule=rule):
-                return rule.on_busy
-        return wish.plan.rule.on_busy
+        elif isinstance(error, RequestRefusedError):
+            self._answer_no(error)
+        else:
+            self._refuse_request(str(error))
 
     async def _let_go_for(self, wanted: Request | Renewal) -> None:
         """Whoever wanted it let go is told; what is still held by others has failed."""
@@ -394,7 +405,8 @@ class Life:
         left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
         if left is not None:
             self._inherits = True
-            words = f"mapping {left.name} is held open by others; it goes when they close it"
+            others = "; ".join(await who_uses(self._steps, left)) or "others"
+            words = f"mapping {left.name} is held open: {others}; it goes when they close it"
             self.standing.becomes(State.FAILED, words)
             self._refuse_request(words)
         elif isinstance(wanted, Request):
@@ -402,10 +414,10 @@ class Life:
         else:
             self._news = True
 
-    async def _tell_of_the_beginning(self, wish: Wish) -> None:
+    def _tell_of_the_beginning(self, wish: Wish) -> None:
         self._end_is_told = False
         if wish.plan.on_mount is not None:
-            await self._around.units.start(wish.plan.on_mount)
+            self._around.units.start(wish.plan.on_mount)
 
     async def _tell_of_the_end(self, wish: Wish) -> None:
         """The rule's unit has done what it does before an unmount; without a medium none is due."""
@@ -414,7 +426,7 @@ class Life:
             return
         self._end_is_told = True
         if self.leave.gone:
-            await units.start(unit)
+            units.start(unit)
         else:
             await self.leave.unless_gone(units.finish(unit, wish.plan.rule.unit_within_s))
 

@@ -8,9 +8,10 @@ half-made thing is released too.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from caam_hotplug.errors import (
     MountPointOccupiedError,
     NoFilesystemError,
     VolumeBusyError,
+    shown,
 )
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import to_the_end
@@ -36,6 +38,11 @@ log = logging.getLogger(__name__)
 
 SIGNAL_GRACE_S: Final = 5.0
 """How long users of a volume have to end after each signal, where the rule has them ended."""
+
+
+def _fields(event: str, **fields: object) -> dict[str, dict[str, object]]:
+    """What a record has for the journal beside its words."""
+    return {"fields": {"EVENT": event, **fields}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,12 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, steps, wish.dm_uuid)
         if existing is not None and adopted:
-            log.warning("%s: adopting its mapping %s", wish.volume, existing.name)
+            log.warning(
+                "%s: adopting its mapping %s",
+                wish.volume,
+                existing.name,
+                extra=_fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
+            )
             await steps.dm("keep the mapping", host.keep_mapping, existing.name)
         else:
             if existing is not None:
@@ -150,19 +162,29 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
     mapping = await steps.dm("look for the mapping", host.find_mapping, uuid)
     if mapping is None:
         return
-    target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
     try:
-        if steps.leave.gone and mapping.open_count and target is not None:
-            await steps.dm("replace the table", host.poison_mapping, mapping.name, target.length)
+        if mapping.open_count:
+            await _poison_if_gone(steps, mapping)
     finally:
         await steps.dm("remove the mapping", host.remove_mapping, mapping.name)
-    if await steps.dm("look for the mapping", host.find_mapping, uuid) is not None:
+    left = await steps.dm("look for the mapping", host.find_mapping, uuid)
+    if left is not None:
+        await _poison_if_gone(steps, left)  # whoever holds it opened it since the first look
         fate = "without its key" if steps.leave.gone else "with its key"
         log.warning(
             "mapping %s is held open by others; it stays, %s, until they close it",
-            mapping.name,
+            left.name,
             fate,
+            extra=_fields("busy", MAPPING=left.name),
         )
+
+
+async def _poison_if_gone(steps: Steps, mapping: Mapping) -> None:
+    """Without a medium, no crypt table and so no key is left in the mapping."""
+    target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
+    if steps.leave.gone and target is not None:
+        poison = steps.host.poison_mapping
+        await steps.dm("replace the table", poison, mapping.name, target.length)
 
 
 @asynccontextmanager
@@ -172,14 +194,19 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
     host, name, ask = steps.host, wish.plan.mount_name, wish.plan.rule.mount
-    found = mount_at(host, name)
+    found = _of(mapping, mounts_at(host, name)) or mount_at(host, name)
     if found is not None and not is_of(found, mapping):
         raise MountPointOccupiedError(f"{found.source} is mounted at {found.point}")
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
         await _release_other_mounts(steps, name, mapping)
         if found is not None:
-            log.warning("%s: adopting its mount %s", wish.volume, found.point)
+            log.warning(
+                "%s: adopting its mount %s",
+                wish.volume,
+                found.point,
+                extra=_fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
+            )
         else:
             kind = await steps.call("probe", host.probe, mapping.node, ask.filesystems)
             steps.leave.check()
@@ -212,18 +239,26 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     as before then.
     """
     host, name = steps.host, wish.plan.mount_name
-    found = mount_at(host, name)
-    if found is None or not is_of(found, mapping):
+    there = mounts_at(host, name)
+    found = _of(mapping, there)
+    if found is None:
         live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
         if live is not None and live.open_count and on_busy is not OnBusy.DETACH:
             raise await _busy(steps, mapping.node, mapping)
         return
+    if there[-1] is not found:
+        raise VolumeBusyError(found.point, (f"{shown(there[-1].source)} is mounted over it",))
     if not found.read_only:
         await steps.call("flush", host.flush, name, mapping.node)
     signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     for number in (None, *signals):
         if number is not None:
-            log.warning("%s: ending its users with %s", wish.volume, number.name)
+            log.warning(
+                "%s: ending its users with %s",
+                wish.volume,
+                number.name,
+                extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+            )
             grace = SIGNAL_GRACE_S
             await steps.call("end its users", host.end_holders, mapping, number, grace)
         with suppress(MountBusyError):
@@ -231,43 +266,69 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
             return
     if on_busy is not OnBusy.DETACH:
         raise await _busy(steps, found.point, mapping)
-    log.warning("%s is in use; detaching it from the tree", found.point)
+    log.warning(
+        "%s is in use; detaching it from the tree",
+        found.point,
+        extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+    )
     await steps.call("detach", host.unmount, name, lazily=True)
 
 
 async def _busy(steps: Steps, what: str, mapping: Mapping) -> VolumeBusyError:
-    holders = await steps.call("look who uses it", steps.host.holders, mapping)
-    return VolumeBusyError(what, tuple(map(str, holders)))
+    return VolumeBusyError(what, await who_uses(steps, mapping))
+
+
+async def who_uses(steps: Steps, mapping: Mapping) -> tuple[str, ...]:
+    """Processes that use the mapping's filesystem, and places where it is mounted by others."""
+    host = steps.host
+    holders = await steps.call("look who uses it", host.holders, mapping)
+    mounts = (mount.point for mount in host.mounts() if is_of(mount, mapping))
+    points = [point for point in mounts if Path(point).parent != host.mount_root]
+    return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))
 
 
 async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
     """Nothing of the mapping is mounted at the mount point, and the directory is gone.
 
     A mount in use is detached: whoever is inside may finish there, nobody new gets in. With a
-    medium, everything written so far is on it first.
+    medium, everything written so far is on it first. Raises: MountError if it is still there.
     """
     host = steps.host
     if steps.leave.keeps:
         return
-    found = mount_at(host, name)
-    if found is not None and is_of(found, mapping):
-        async with AsyncExitStack() as then:  # each happens whether or not one before it failed
-            remove = host.remove_mount_point
-            then.push_async_callback(steps.call, "remove the mount point", remove, name)
-            then.push_async_callback(_unmount_or_detach, steps, name)
-            if not steps.leave.gone and not found.read_only:
-                await steps.call("flush", host.flush, name, mapping.node)
-    else:
-        await steps.call("remove the mount point", host.remove_mount_point, name)
+    async with AsyncExitStack() as then:  # each happens whether or not one before it failed
+        then.push_async_callback(
+            steps.call, "remove the mount point", host.remove_mount_point, name
+        )
+        found = _of(mapping, mounts_at(host, name))
+        if found is None:
+            return
+        then.push_async_callback(_unmount_or_detach, steps, name, mapping)
+        await _uncover(steps, name, mapping)
+        if not steps.leave.gone and not found.read_only:
+            await steps.call("flush", host.flush, name, mapping.node)
 
 
-async def _unmount_or_detach(steps: Steps, name: str) -> None:
+async def _uncover(steps: Steps, name: str, mapping: Mapping) -> None:
+    """What others have mounted over ours is detached; ours would be out of reach."""
+    for cover in reversed(mounts_at(steps.host, name)):
+        if is_of(cover, mapping):
+            return
+        log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
+        await steps.call("detach", steps.host.unmount, name, lazily=True)
+
+
+async def _unmount_or_detach(steps: Steps, name: str, mapping: Mapping) -> None:
     host = steps.host
     try:
         await steps.call("unmount", host.unmount, name)
     except MountError as error:
-        log.warning("%s; detaching it from the tree", error)
+        log.warning(
+            "%s; detaching it from the tree", error, extra=_fields("busy", MOUNT_POINT=name)
+        )
         await steps.call("detach", host.unmount, name, lazily=True)
+    if (left := _of(mapping, mounts_at(host, name))) is not None:
+        raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
 
 
 async def _release_other_mounts(steps: Steps, name: str, mapping: Mapping) -> None:
@@ -290,8 +351,18 @@ def mounts_of(host: Host, mapping: Mapping) -> dict[str, Mount]:
 
 def mount_at(host: Host, name: str) -> Mount | None:
     """The topmost mount at a name in the mount root, or None."""
+    return next(reversed(mounts_at(host, name)), None)
+
+
+def mounts_at(host: Host, name: str) -> list[Mount]:
+    """All mounts at a name in the mount root, the topmost last."""
     point = str(host.mount_root / name)
-    return next((mount for mount in reversed(host.mounts()) if mount.point == point), None)
+    return [mount for mount in host.mounts() if mount.point == point]
+
+
+def _of(mapping: Mapping, mounts: Iterable[Mount]) -> Mount | None:
+    """The one of them that shows the mapping, or None."""
+    return next((mount for mount in mounts if is_of(mount, mapping)), None)
 
 
 def is_of(mount: Mount, mapping: Mapping) -> bool:

@@ -67,8 +67,9 @@ async def release_orphan(
 
     Its medium may hang, so this happens beside the lives of the others, not before them.
     """
-    log.warning("sweeping mapping %s: its medium has gone", orphan.name)
     volume = names.volume_of_dm_uuid(orphan.uuid)
+    fields = {"EVENT": "swept", "VOLUME": volume, "MAPPING": orphan.name}
+    log.warning("sweeping mapping %s: its medium has gone", orphan.name, extra={"fields": fields})
     try:
         with ExitStack() as claimed:
             if volume is not None:

@@ -11,8 +11,8 @@ class Units(Protocol):
     Neither raises: what a unit does or does not do changes nothing for the volume, and is logged.
     """
 
-    async def start(self, unit: str) -> None:
-        """The service manager has been asked to start the unit."""
+    def start(self, unit: str) -> None:
+        """The service manager is asked to start the unit; nobody waits for that."""
         ...
 
     async def finish(self, unit: str, within_s: float) -> None:

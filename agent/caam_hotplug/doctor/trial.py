@@ -1,0 +1,319 @@
+"""The known-answer test: a throwaway key through CAAM, keyring and dm-crypt, and what comes out.
+
+The key is one whose plain bytes are known for once, so that software can say what the ciphertext
+must be. It is sealed by the CAAM and comes back from its blob; the volume is a loop device over
+memory. No file and no medium is touched. Names are doctor's own, so the agent may run meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug import names
+from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
+from caam_hotplug.doctor.site import Site
+from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, HotplugError, KeyringError
+from caam_hotplug.kernel import caam, devmapper, keyring
+from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, SecretBytes, Sectors
+from caam_hotplug.table import CryptTarget
+
+_CIPHER: Final = "capi:tk(cbc(aes))-plain"
+_KEY_BYTES: Final = 16
+
+_IOCTL_CREATE: Final = 0xC0384B00
+_KEYGEN: Final = struct.Struct("=BBHIQQQQIxxxxQ")
+"""The layout stands in kernel/caam.py."""
+_TAGGED_KEY_ROOM: Final = 20 + 64 + 12
+
+_LOOP_CONTROL: Final = Path("/dev/loop-control")
+_LOOP_CTL_GET_FREE: Final = 0x4C82
+_LOOP_CONFIGURE: Final = 0x4C0A
+_LO_FLAGS_AUTOCLEAR: Final = 4
+_LOOP_CONFIG: Final = struct.Struct("=II5Q4I64s64s32s2Q8Q")
+"""struct loop_config of linux/loop.h: file, block size, struct loop_info64, eight reserved."""
+_FREE_LOOP_TRIES: Final = 16
+_BLKFLSBUF: Final = 0x1261
+
+_VOLUME: Final = Sectors(128)
+_WRITTEN_AT: Final = Sectors(8)
+_READ_AT: Final = Sectors(64)
+_TEXT: Final = bytes(range(256)) * 16
+"""Eight sectors that are alike in pairs, so that equal IVs would show."""
+
+_SOFTWARE: Final = ("cbc(aes-generic)", "cbc(aes)")
+"""The first is software by its driver's name; the second may be the CAAM itself."""
+
+
+def round_trip(site: Site) -> Iterator[Verdict]:
+    """What the CAAM's key encrypts is what AES in software makes of the same key."""
+    if not site.at(names.CAAM_DEVICE).exists():
+        yield unknown("not tried: the CAAM's device is not there")
+        return
+    swept = _sweep(site)
+    if swept:
+        yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
+    try:
+        yield _tried(site)
+    except BlobRejectedError as error:
+        yield failure(
+            f"the CAAM does not take back what it has just sealed: {error}",
+            "the CAAM or its driver is at fault: `dmesg | grep -i caam`",
+        )
+    except CaamError as error:
+        yield failure(
+            f"the CAAM makes no key: {error}", "`dmesg | grep -i caam` has the job's error"
+        )
+    except KeyringError as error:
+        yield failure(f"the key does not come to the keyring: {error}", "see the line of the keys")
+    except DmError as error:
+        yield failure(
+            f"dm-crypt does not take the CAAM's key: {error}",
+            f"it is `{_CIPHER}` that is refused; see the lines of the ciphers and of "
+            "device-mapper, and `dmesg | grep crypt`",
+        )
+
+    except OSError as error:
+        yield failure(
+            f"what is written to the throwaway volume does not arrive: {error}",
+            "the CAAM fails its jobs: `dmesg | grep -i -e caam -e jr` has their errors",
+        )
+
+
+def _sweep(site: Site) -> list[str]:
+    """No mapping of a doctor that runs no more is left. Returns the names of those there were."""
+    swept = []
+    with contextlib.suppress(DmError):  # where there is no device-mapper, none was left
+        for mapping in devmapper.ours(names.DOCTOR_UUID_PREFIX):
+            pid = mapping.uuid.removeprefix(names.DOCTOR_UUID_PREFIX)
+            if not site.at(f"/proc/{pid}").exists():
+                devmapper.remove(mapping.name)
+                swept.append(mapping.name)
+    return swept
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A loop device over memory: its number, and the memory's file."""
+
+    number: DeviceNumber
+    file: int
+
+
+def _tried(site: Site) -> Verdict:
+    keyring.join_session_keyring()
+    with ExitStack() as held:
+        # Hexadecimal digits: the driver takes the key for a text that ends at its first NUL.
+        plain = held.enter_context(
+            SecretBytes(bytearray(os.urandom(_KEY_BYTES // 2).hex(), "ascii"))
+        )
+        black = held.enter_context(_through_blob(site.at(names.CAAM_DEVICE), plain))
+        try:
+            memory = held.enter_context(_memory())
+        except OSError as error:
+            return unknown(
+                "the CAAM seals a key and takes it back; encryption was not tried, for want of a "
+                f"loop device: {error.strerror}",
+                "load the kernel's module `loop`",
+            )
+        node = held.enter_context(_mapped(memory, black))
+        _write(node, _WRITTEN_AT, _TEXT)
+        ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
+        expected = _in_software(plain, _TEXT, _WRITTEN_AT)
+        if expected is None:
+            return _without_software(node, ciphertext)
+        driver, right = expected
+        if ciphertext != right:
+            return failure(
+                f"what dm-crypt writes with `{_CIPHER}` is not what {driver} makes of the same key",
+                "do not use this kernel for data: media would be readable by it alone; report it "
+                "with `dmesg` and the kernel's version",
+            )
+        _, sealed = _in_software(plain, _TEXT, _READ_AT) or ("", b"")
+        os.pwrite(memory.file, sealed, _READ_AT * SECTOR_BYTES)
+        if _read(node, _READ_AT, len(_TEXT)) != _TEXT:
+            return failure(
+                f"what {driver} encrypts is not what dm-crypt reads with `{_CIPHER}`",
+                "do not use this kernel for data; report it with `dmesg` and the kernel's version",
+            )
+    return ok(f"a throwaway key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
+
+
+def _without_software(node: str, ciphertext: bytes) -> Verdict:
+    if ciphertext == _TEXT or _read(node, _WRITTEN_AT, len(_TEXT)) != _TEXT:
+        return failure(
+            f"what dm-crypt writes with `{_CIPHER}` is not encrypted, or does not read back",
+            "do not use this kernel for data; report it with `dmesg` and the kernel's version",
+        )
+    return unknown(
+        "a throwaway key encrypts and reads back; whether it is AES could not be compared",
+        "build the kernel with CONFIG_CRYPTO_USER_API_SKCIPHER",
+    )
+
+
+def _through_blob(device: Path, plain: SecretBytes) -> SecretBytes:
+    """The tagged key of these bytes, from a blob that the CAAM has made of them.
+
+    Raises: CaamError; BlobRejectedError.
+    """
+    return caam.import_blob(device, _sealed(device, plain))
+
+
+def _sealed(device: Path, plain: SecretBytes) -> bytes:
+    """The black blob of the key. Raises: CaamError. Source: kernel/caam.py."""
+    texts = [ctypes.create_string_buffer(text) for text in (b"ecb", b"-t")]
+    value = (ctypes.c_char * len(plain)).from_buffer(plain.buffer)
+    blob = ctypes.create_string_buffer(caam.BLOB_MAX_BYTES)
+    with SecretBytes(bytearray(_TAGGED_KEY_ROOM)) as black:
+        key = (ctypes.c_char * len(black)).from_buffer(black.buffer)
+        request = bytearray(
+            _KEYGEN.pack(
+                4, 3, len(plain), len(black), ctypes.addressof(texts[0]),
+                ctypes.addressof(texts[1]), ctypes.addressof(value), ctypes.addressof(key),
+                len(blob), ctypes.addressof(blob),
+            )
+        )  # fmt: skip
+        try:
+            file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(file, _IOCTL_CREATE, request)
+            finally:
+                os.close(file)
+        except OSError as error:
+            words = blob.value.decode(errors="replace").strip()
+            raise CaamError("create a key with", str(device), error.errno or 0, words) from error
+    return blob.raw[: _KEYGEN.unpack(request)[8]]
+
+
+@contextmanager
+def _memory() -> Iterator[_Memory]:
+    """A loop device over some memory; it goes with its last user. Raises: OSError."""
+    memory = os.memfd_create("caam-doctor", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(memory, _VOLUME * SECTOR_BYTES)
+        loop = _loop_over(memory)
+        try:
+            yield _Memory(_number(loop), memory)
+        finally:
+            os.close(loop)
+    finally:
+        os.close(memory)
+
+
+def _number(device: int) -> DeviceNumber:
+    status = os.fstat(device)
+    return DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
+
+
+def _loop_over(file: int) -> int:
+    """A free loop device, opened, with the file below it. Raises: OSError. Source: loop(4)."""
+    wanted = bytearray(
+        _LOOP_CONFIG.pack(
+            file, 0, 0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"caam-doctor", b"", b"", 0, 0,
+            *(0,) * 8,
+        )
+    )  # fmt: skip
+    control = os.open(_LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for _ in range(_FREE_LOOP_TRIES):
+            which = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            loop = os.open(f"/dev/loop{which}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(loop, _LOOP_CONFIGURE, wanted)
+            except OSError as error:
+                os.close(loop)
+                if error.errno != errno.EBUSY:  # another was quicker
+                    raise
+            else:
+                return loop
+    finally:
+        os.close(control)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+@contextmanager
+def _mapped(memory: _Memory, key: SecretBytes) -> Iterator[str]:
+    """The memory is mapped with the key; yields the mapping's node. Raises: HotplugError."""
+    mine = str(os.getpid())
+    uuid, name = names.DOCTOR_UUID_PREFIX + mine, names.DOCTOR_DM_PREFIX + mine
+    description = names.DOCTOR_KEY_PREFIX + mine
+    target = CryptTarget(
+        length=_VOLUME,
+        cipher=_CIPHER,
+        key_bytes=len(key),
+        key_description=f"logon:{description}",
+        iv_offset=0,
+        device=memory.number,
+        offset=0,
+        options=frozenset(),
+    )
+    with ExitStack() as held:
+        held.callback(devmapper.remove, name)
+        devmapper.create(name, uuid)
+        held.callback(keyring.unlink_logon_key, description)
+        keyring.add_logon_key(description, key)
+        devmapper.load(name, target.to_line(), read_only=False)
+        keyring.unlink_logon_key(description)
+        devmapper.resume(name)
+        mapping = devmapper.find(uuid)
+        if mapping is None:
+            raise HotplugError(f"look at mapping {name}: it has gone")
+        yield mapping.node
+
+
+def _write(node: str, at: Sectors, text: bytes) -> None:
+    """The text is on the device, not only on its way. Raises: OSError."""
+    file = os.open(node, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(file, text, at * SECTOR_BYTES)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _read(node: str, at: Sectors, length: int) -> bytes:
+    """What is on the device, not what the kernel remembers of it. Raises: OSError."""
+    file = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(file, _BLKFLSBUF)
+        return os.pread(file, length, at * SECTOR_BYTES)
+    finally:
+        os.close(file)
+
+
+def _in_software(key: SecretBytes, text: bytes, at: Sectors) -> tuple[str, bytes] | None:
+    """Who encrypted, and the ciphertext of sectors from `at` on; None if the kernel has nobody.
+
+    Each sector's IV is its number in 32 bits, little endian, padded with zeros (dm-crypt.rst).
+    """
+    for driver in _SOFTWARE:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET) as transform,
+        ):
+            transform.bind(("skcipher", driver))
+            transform.setsockopt(socket.SOL_ALG, socket.ALG_SET_KEY, key.buffer)
+            sectors = range(len(text) // SECTOR_BYTES)
+            return driver, b"".join(
+                _encrypted(transform, text[n * SECTOR_BYTES :][:SECTOR_BYTES], at + n)
+                for n in sectors
+            )
+    return None
+
+
+def _encrypted(transform: socket.socket, sector: bytes, number: int) -> bytes:
+    job, _ = transform.accept()
+    with job:
+        iv = struct.pack("<I12x", number)
+        job.sendmsg_afalg([sector], op=socket.ALG_OP_ENCRYPT, iv=iv)
+        return job.recv(len(sector))

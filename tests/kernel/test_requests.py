@@ -1,0 +1,139 @@
+"""Who holds a volume, blobs that come late and rules that change, on the real kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug.kernel import devmapper, holders
+from caam_hotplug.kernel.watch import Directory
+from caam_hotplug.model import Mapping
+from fakes.contract import until
+from kernel.agents import Room
+from kernel.holders import (
+    be_inside,
+    be_inside_in_a_namespace,
+    hold_open,
+    map_it,
+    pin_in_a_namespace,
+    process,
+    write_on,
+)
+
+
+def only_mapping() -> Mapping:
+    (mapping,) = devmapper.ours()
+    return mapping
+
+
+@pytest.mark.parametrize(
+    ("hold", "words"),
+    [
+        (hold_open, "has {}/hello.txt open"),
+        (write_on, "has {}/growing open"),
+        (map_it, "has {}/mapped in memory"),
+        (be_inside, "works in {}"),
+        (be_inside_in_a_namespace, "works in {}"),
+        (pin_in_a_namespace, "has it mounted at {} in a mount namespace of its own"),
+    ],
+)
+def test_who_uses_a_volume_is_told_with_what_of_it(
+    room: Room, hold: Callable[[Path], Iterator[None]], words: str
+) -> None:
+    room.agent.start()
+    room.arrives()
+    assert holders.find(only_mapping()) == []
+    with process(hold, room.point()):
+        (holder,) = holders.find(only_mapping())
+        assert holder.holds == words.format(room.point())
+        assert holder.command == Path("/proc/self/comm").read_text().strip()
+    room.leaves()
+
+
+def test_those_who_use_a_volume_are_ended_and_nobody_else(room: Room) -> None:
+    room.agent.start()
+    room.arrives()
+    agent = room.agent.pid
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(room.point())
+        signal.pause()
+    until(lambda: [holder.pid for holder in holders.find(only_mapping())] == [pid])
+    holders.end(only_mapping(), signal.SIGTERM, 60)
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert holders.find(only_mapping()) == []
+    assert room.agent.pid == agent
+    room.leaves()
+
+
+def test_a_blob_that_comes_after_its_medium_unlocks_it(room: Room) -> None:
+    blob = room.blobs / f"{room.medium.label}.bb"
+    content = blob.read_bytes()
+    blob.unlink()
+    room.agent.start()
+    room.medium.plug()
+    room.agent.until_said("waiting: no blob")
+    (room.blobs / ".coming").write_bytes(content)
+    (room.blobs / ".coming").rename(blob)
+    room.is_served()
+    room.leaves()
+
+
+def test_a_blob_directory_that_comes_after_its_medium_is_noticed(room: Room) -> None:
+    elsewhere = room.blobs.with_name("elsewhere")
+    room.blobs.rename(elsewhere)
+    room.agent.start()
+    room.medium.plug()
+    room.agent.until_said("waiting: no blob")
+    elsewhere.rename(room.blobs)
+    room.is_served()
+    room.leaves()
+
+
+def test_other_rules_apply_to_a_mounted_medium_once_they_are_read(room: Room) -> None:
+    room.agent.start()
+    room.arrives()
+    room.configure("mount.read_only = true")
+    room.agent.tell_to_reload()
+    room.agent.until_said("mounted: at .*read-only")
+    room.leaves()
+
+
+def test_a_faulty_configuration_leaves_the_rules_in_force(room: Room) -> None:
+    room.agent.start()
+    room.arrives()
+    room.configure("mount.read_onli = true")
+    room.agent.tell_to_reload()
+    room.agent.until_said("mount.read_onli: is not a key here; did you mean 'read_only'")
+    room.agent.until_said("the rules before stay in force")
+    room.is_mounted_still()
+    room.configure()
+    room.leaves()
+
+
+def test_a_watched_directory_tells_of_files_that_are_whole(tmp_path: Path) -> None:
+    blobs = tmp_path / "a" / "blobs"
+    watched = Directory(blobs)
+    try:
+        blobs.mkdir(parents=True)
+        assert None in watched.read()
+        assert watched.read() in ([], [None])
+        with (blobs / "one.bb").open("wb") as file:
+            file.write(b"half")
+            file.flush()
+            first = watched.read()
+        assert "one.bb" in [*first, *watched.read()]
+        (tmp_path / "two").write_bytes(b"")
+        (tmp_path / "two").rename(blobs / "two.bb")
+        assert watched.read() == ["two.bb"]
+        (blobs / "one.bb").unlink()
+        (blobs / "two.bb").unlink()
+        blobs.rmdir()
+        assert None in watched.read()
+    finally:
+        watched.close()

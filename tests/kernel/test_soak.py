@@ -1,0 +1,18 @@
+"""The soak's first fifty cycles, and a few damaged filesystems; `make soak` goes on for hours."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel.soak import Figures, soak
+
+
+@pytest.mark.timeout(1800)
+def test_fifty_cycles_with_faults_at_random_leave_nothing_and_lose_nothing(
+    udev_rule: None, nothing_left: None
+) -> None:
+    figures = Figures(seed=7)
+    soak(cycles=50, damaged=5, figures=figures, say=print)
+    assert figures.cycles == 50
+    assert figures.files_checked > 0
+    assert figures.damaged.total() == 10

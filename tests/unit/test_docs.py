@@ -1,0 +1,269 @@
+"""What README and docs tell people is true: commands run, options exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from caam_hotplug import cli
+from documented import NO_COMMANDS, PAGES, REPOSITORY, blocks
+
+BY_TESTS: Final = {
+    "tests/e2e/test_docs.py::test_the_quick_start_ends_in_a_mounted_medium": [
+        "ls -l /dev/caam-keygen",
+        "grep -A9 'tk(cbc(aes))' /proc/crypto",
+        "install -d -m 0700 -o root -g root /data/caam",
+        "caam-keygen create cartridge-01 ecb -s 16",
+        "ls -l /data/caam",
+        "sgdisk --zap-all --new=1:0:0 --change-name=1:cartridge-01 /dev/sdX",
+        "udevadm settle",
+        "DEV=/dev/sdX1",
+        "cat /data/caam/cartridge-01 | keyctl padd logon logkey: @s",
+        'dmsetup create making --table "0 $(blockdev --getsz $DEV) crypt capi:tk(cbc(aes))-plain '
+        ':36:logon:logkey: 0 $DEV 0 1 sector_size:512"',
+        "mkfs.ext4 -L cartridge-01 /dev/mapper/making",
+        "dmsetup remove making",
+        "keyctl clear @s",
+        "rm /data/caam/cartridge-01",
+        "apt install ./build/caam-hotplug_0.1.0_arm64.deb",
+        "caam-hotplug check /etc/caam-hotplug/agent.toml",
+        "caam-hotplug doctor",
+        "systemctl status caam-hotplug",
+        "journalctl -u caam-hotplug -o cat",
+        "ls /run/media/cartridge-01",
+    ],
+    "tests/e2e/test_docs.py::test_what_the_page_on_debugging_looks_at_can_be_looked_at": [
+        "caam-hotplug explain /dev/sdb1",
+        "udevadm info --query=property /dev/sdb1",
+        "lsblk -o NAME,SIZE,PARTLABEL,SERIAL,MOUNTPOINTS /dev/sdb",
+        "journalctl -u caam-hotplug -b -o cat",
+        "journalctl -u caam-hotplug -b LABEL=cartridge-01",
+        "udevadm trigger /dev/sdb1",
+        "journalctl -k -b -g 'caam|device-mapper|sd[a-z]'",
+        "dmsetup table",
+        "dmsetup info -c",
+        "dmsetup ls --tree",
+        "findmnt -R /run/media",
+        "grep caam-hotplug /proc/keys",
+    ],
+    "tests/e2e/test_docs.py::test_the_journals_questions_have_answers": [
+        "journalctl MESSAGE_ID=4d2a9b394c4e496a8514c481e22a25e3",
+        "journalctl MESSAGE_ID=ed926665d938401c82c932addd7ca5a0 -o json-pretty",
+        "journalctl -u caam-hotplug LABEL=cartridge-01",
+        "journalctl -u caam-hotplug VOLUME=9-1 -o cat",
+        "journalctl -u caam-hotplug -p warning -b",
+    ],
+    "tests/e2e/test_docs.py::test_a_second_board_opens_a_medium_that_was_enrolled_there": [
+        'caam-keygen create cartridge-01 ecb -t "sixteen byte key"',
+        "ls -l /data/caam/cartridge-01.bb",
+    ],
+    "tests/e2e/test_docs.py::test_a_medium_is_read_without_any_caam": [
+        '(umask 077; printf %s "sixteen byte key" > recovery.key)',
+        "stat -c %s recovery.key",
+        "cryptsetup open --type plain --cipher aes-cbc-plain --key-size 128 "
+        "--key-file recovery.key --readonly /dev/sdX1 recovered",
+        "mount -o ro,noload /dev/mapper/recovered /mnt",
+        "ls /mnt",
+        "umount /mnt",
+        "cryptsetup close recovered",
+        "shred -u recovery.key",
+    ],
+    "tests/e2e/test_upgrade_and_removal.py::test_what_make_has_installed_runs_as_it_is": [
+        "make install",
+        "systemd-sysusers",
+        "udevadm control --reload",
+        "systemctl daemon-reload",
+        "systemctl enable --now caam-hotplug",
+    ],
+    "tests/unit/test_cli.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
+        "caam-hotplug check agent.toml",
+    ],
+    "tests/unit/test_cli.py::test_a_file_that_run_would_refuse_is_valid_with_a_warning": [
+        "caam-hotplug check ~/agent.toml",
+    ],
+    "tests/unit/test_docs.py::test_a_target_of_make_is_one": [
+        "make check",
+        "make clean",
+        "make coverage",
+        "make deb",
+        "make demo",
+        "make fuzz",
+        "make soak",
+        "make test",
+        "make vm-shell",
+        "make wheel",
+    ],
+    "tests/unit/test_docs.py::test_a_test_that_is_to_be_run_is_there": [
+        "tests/run-all tests/e2e -k pulled",
+    ],
+}
+"""Which test runs a command of the docs, on the real thing or, where it says so, dry."""
+
+BY_NOBODY: Final = {
+    "tests/install/test_wheel.py does so elsewhere than in /opt": [
+        "python3 -m venv /opt/caam-hotplug",
+        "/opt/caam-hotplug/bin/pip install build/caam_hotplug-0.1.0-py3-none-any.whl",
+        "ln -s /opt/caam-hotplug/bin/caam-hotplug /usr/bin/caam-hotplug",
+    ],
+}
+"""Commands that no test can run, with the reason."""
+
+COMING: Final = {"provision.md"}
+"""Pages that are written beside these, and linked already."""
+
+EVERY: Final = [
+    (f"{block.page}:{block.line}", command)
+    for page in PAGES
+    for block in blocks(page)
+    if block.has_commands
+    for command in block.commands()
+]
+COVERED: Final = [
+    command
+    for listed in (BY_TESTS, BY_NOBODY)
+    for several in listed.values()
+    for command in several
+]
+INLINE: Final = [
+    (f"{page.name}: {text}", text)
+    for page in PAGES
+    for text in re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", page.read_text()))
+]
+
+
+@pytest.mark.parametrize(("where", "command"), EVERY)
+def test_a_command_is_run_by_a_test(where: str, command: str) -> None:
+    assert command in COVERED, f"{where}: say in tests/unit/test_docs.py which test runs it"
+
+
+def test_no_command_is_listed_that_no_page_has() -> None:
+    assert set(COVERED) - {command for _, command in EVERY} == set()
+    assert len(COVERED) == len(set(COVERED))
+    firsts = {
+        next((line.strip() for line in block.lines if line.strip()), "")
+        for page in PAGES
+        for block in blocks(page)
+    }
+    assert set(NO_COMMANDS) - firsts == set()
+
+
+@pytest.mark.parametrize("node", BY_TESTS)
+def test_a_test_that_runs_commands_is_there(node: str) -> None:
+    assert_is_there(node)
+
+
+def assert_is_there(node: str) -> None:
+    file, _, name = node.partition("::")
+    tree = ast.parse((REPOSITORY / file).read_text())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    assert name in {one.name for one in tree.body if isinstance(one, functions)}
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(re.split(r"[|;&>]", command)[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "command"), [(w, c) for w, c in EVERY if c.startswith("caam-hotplug ")]
+)
+def test_a_command_of_ours_has_the_options_that_are_shown(where: str, command: str) -> None:
+    try:
+        cli._parser().parse_args(words_of(command)[1:])
+    except SystemExit:
+        pytest.fail(f"{where}: {command}: no such command line")
+
+
+@pytest.mark.parametrize(
+    ("where", "text"), [(w, t) for w, t in INLINE if re.match(r"caam-hotplug [a-z]", t)]
+)
+def test_a_command_of_ours_in_a_sentence_is_one(where: str, text: str) -> None:
+    parser = cli._parser()
+    for word in words_of(text)[1:]:
+        nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not nested:
+            break
+        assert word in nested[0].choices, where
+        parser = nested[0].choices[word]
+
+
+MAKE = r"make ([a-z-]+)"
+SHOWN = [*(command for _, command in EVERY), *(text for _, text in INLINE)]
+
+
+@pytest.mark.parametrize(
+    "target", sorted({found[1] for text in SHOWN if (found := re.match(MAKE, text))})
+)
+def test_a_target_of_make_is_one(target: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+RUNNERS = r"(?:tests/run-all|\S*python -m pytest) (.*)"
+
+
+@pytest.mark.parametrize(
+    "arguments", sorted({found[1] for text in SHOWN if (found := re.match(RUNNERS, text))})
+)
+def test_a_test_that_is_to_be_run_is_there(arguments: str) -> None:
+    words = shlex.split(arguments)
+    wanted = words.pop(words.index("-k") + 1) if "-k" in words else ""
+    for place in (word for word in words if not word.startswith("-")):
+        if "::" in place:
+            assert_is_there(place)
+            continue
+        found = REPOSITORY / place
+        files = [found] if found.is_file() else list(found.rglob("test_*.py"))
+        assert any(wanted in file.read_text() for file in files), place
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_between_pages_lead_to_one(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+        linked = page.parent / target
+        assert linked.exists() or linked.name in COMING, target
+
+
+def test_every_page_is_in_the_list_of_pages() -> None:
+    listed = (REPOSITORY / "docs" / "README.md").read_text()
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in listed, page.name
+
+
+def test_the_picture_of_the_floors_is_in_the_order_of_the_floors() -> None:
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    floors = [
+        {module.strip().removeprefix("caam_hotplug.") for module in layer.split("|")}
+        for layer in contract["layers"]
+    ]
+    page = (REPOSITORY / "docs" / "how-it-works.md").read_text()
+    picture = page[page.index("┌") : page.index("└")]
+    at = -1
+    for floor in floors:
+        places = [
+            found.start()
+            for module in floor
+            if (found := re.search(rf"[│ ]{module}[ /│]", picture))
+        ]
+        assert len(places) == len(floor), floor
+        assert min(places) > at, floor
+        at = min(places)
+
+
+def test_an_example_of_rules_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for page in PAGES:
+        for number, block in enumerate(blocks(page)):
+            if block.language == "toml":
+                file = tmp_path / f"{number}.toml"
+                file.write_text("\n".join(block.lines))
+                assert cli.main(["check", str(file)]) == 0, capsys.readouterr().err
