@@ -297,7 +297,7 @@ async def test_watch_follows_over_a_crash_and_a_restart_that_adopts(
     told = await shown(guest, await path_of(guest))
     assert told["State"] == "mounted"
     assert told["MountPoint"] == POINT
-    await guest.sh("pkill -INT -f 'caam_hotplug.cli watch'")
+    await guest.sh("pkill -INT -f 'caam-hotplug watch'")
 
 
 @pytest.mark.parametrize("back", [True, False])
