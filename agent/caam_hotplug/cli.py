@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from caam_hotplug import __version__, names
+from caam_hotplug import __version__, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.operator import commands as operator
 
@@ -25,6 +25,8 @@ examples:
   caam-hotplug run --config /root/my.toml     in the foreground, for a try
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
+  caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
+  caam-hotplug key list                       the keys of this board
   caam-hotplug doctor                         why it does not work on this board
   caam-hotplug status                         the media and their states
   caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
@@ -34,15 +36,16 @@ examples:
 _DOCTOR: Final = """\
 Looks at everything the agent needs, one line each, with the remedy where something is amiss.
 It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
-its trial of the CAAM is a throwaway key over a volume in memory.
+its trial of the CAAM is a throwaway key over a volume in memory. docs/doctor.md explains every
+line. Colours are for a terminal only, and NO_COLOR takes them away.
 """
 _DOCTOR_EPILOG: Final = """\
 examples:
   sudo caam-hotplug doctor
   sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
 
-exit status: 0 all is well as far as it can be told; 3 warnings; 1 failures, or it could not look;
-2 wrong usage. NO_COLOR takes the colours away. docs/doctor.md explains every line.
+exit status: 0 all is well as far as it can be told; 1 failures, or it could not look;
+2 wrong usage; 3 warnings
 """
 
 
@@ -84,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
+    provision.add_to(commands, _add_config, _load_to_act)
+    keys.add_to(commands, _add_config, _load_to_act)
     _add_doctor(commands)
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")
@@ -120,6 +125,12 @@ def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
 
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
     return config.load(file, reader, required=parsed.config is not None)
+
+
+def _load_to_act(parsed: argparse.Namespace) -> config.Config:
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
+    return _load(parsed, files.RootsFiles())
 
 
 def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from caam_hotplug.board import Board
 from caam_hotplug.bus import Service
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.kernel import cbind, keyring, udev, watch
+from caam_hotplug.kernel import keyring, memory, udev, watch
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
@@ -31,7 +29,6 @@ from caam_hotplug.units import SystemdUnits
 
 log = logging.getLogger(__name__)
 
-_PR_SET_DUMPABLE = 4
 _FIXED = ("source", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
 """Keys of the configuration that are read at start only."""
 _BUS_WITHIN_S = 5.0
@@ -53,7 +50,7 @@ def run(load: Load) -> None:
     udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
-    _refuse_core_dumps()
+    memory.refuse_core_dumps()  # key bytes pass through this process
     # Before any thread exists, since threads inherit the session keyring of their maker.
     keyring.join_session_keyring()
     with asyncio.Runner() as runner:
@@ -243,13 +240,6 @@ async def _feed_watchdog(notifier: Notifier) -> None:
     while notifier.watchdog_s is not None:
         notifier.tell("WATCHDOG=1")
         await asyncio.sleep(notifier.watchdog_s / 2)
-
-
-def _refuse_core_dumps() -> None:
-    """Key bytes pass through this process; no dump of its memory is ever written."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
-    prctl(_PR_SET_DUMPABLE, 0)
 
 
 def _set_up_logging(level: str) -> None:

@@ -30,6 +30,10 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
+PROVISION_DM_UUID_PREFIX: Final = "CAAM-PROVISION-"
+"""Another than the agent's, which would adopt or sweep it; the disk's sequence number follows."""
+PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
+
 DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
 DOCTOR_DM_PREFIX: Final = "caam-doctor-"
 DOCTOR_KEY_PREFIX: Final = "caam-doctor:"

@@ -5,11 +5,18 @@
 #    source ~/.local/share/bash_completion/caam-hotplug
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_caam_hotplug_subparsers=(run check explain doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_key_subparsers=(create enroll list inspect)
+_shtab_caam_hotplug_subparsers=(run check explain provision key doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run_option_strings=(-h --help --config)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
 _shtab_caam_hotplug_explain_option_strings=(-h --help --config)
+_shtab_caam_hotplug_provision_option_strings=(-h --help --label --fs --cipher --sector-size --key-bytes --seal --recovery-key --rule --erase --config)
+_shtab_caam_hotplug_key_create_option_strings=(-h --help --key-bytes --seal --config)
+_shtab_caam_hotplug_key_enroll_option_strings=(-h --help --from --seal --config)
+_shtab_caam_hotplug_key_list_option_strings=(-h --help --json --config)
+_shtab_caam_hotplug_key_inspect_option_strings=(-h --help --json)
+_shtab_caam_hotplug_key_option_strings=(-h --help)
 _shtab_caam_hotplug_doctor_option_strings=(-h --help --json --config)
 _shtab_caam_hotplug_status_option_strings=(-h --help --all --json)
 _shtab_caam_hotplug_watch_option_strings=(-h --help --json)
@@ -24,13 +31,29 @@ _shtab_caam_hotplug_run___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_explain_pos_0_COMPGEN=_caam_hotplug_devices
 _shtab_caam_hotplug_explain___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_provision_pos_0_COMPGEN=_caam_hotplug_devices
+_shtab_caam_hotplug_provision___recovery_key_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_provision___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_key_create___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_key_enroll___from_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_key_enroll___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_key_list___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_key_inspect_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_doctor___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_eject_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_lock_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_unlock_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_retry_pos_0_COMPGEN=_caam_hotplug_volumes
 
-_shtab_caam_hotplug_pos_0_choices=(run check explain doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_provision___fs_choices=(ext4 xfs btrfs f2fs vfat exfat)
+_shtab_caam_hotplug_provision___sector_size_choices=(512 1024 2048 4096)
+_shtab_caam_hotplug_provision___key_bytes_choices=(16 32)
+_shtab_caam_hotplug_provision___seal_choices=(ecb ccm)
+_shtab_caam_hotplug_key_create___key_bytes_choices=(16 32)
+_shtab_caam_hotplug_key_create___seal_choices=(ecb ccm)
+_shtab_caam_hotplug_key_enroll___seal_choices=(ecb ccm)
+_shtab_caam_hotplug_key_pos_0_choices=(create enroll list inspect)
+_shtab_caam_hotplug_pos_0_choices=(run check explain provision key doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run__h_nargs=0
 _shtab_caam_hotplug_run___help_nargs=0
@@ -38,6 +61,22 @@ _shtab_caam_hotplug_check__h_nargs=0
 _shtab_caam_hotplug_check___help_nargs=0
 _shtab_caam_hotplug_explain__h_nargs=0
 _shtab_caam_hotplug_explain___help_nargs=0
+_shtab_caam_hotplug_provision__h_nargs=0
+_shtab_caam_hotplug_provision___help_nargs=0
+_shtab_caam_hotplug_provision___rule_nargs=0
+_shtab_caam_hotplug_key_create__h_nargs=0
+_shtab_caam_hotplug_key_create___help_nargs=0
+_shtab_caam_hotplug_key_enroll__h_nargs=0
+_shtab_caam_hotplug_key_enroll___help_nargs=0
+_shtab_caam_hotplug_key_list__h_nargs=0
+_shtab_caam_hotplug_key_list___help_nargs=0
+_shtab_caam_hotplug_key_list___json_nargs=0
+_shtab_caam_hotplug_key_inspect__h_nargs=0
+_shtab_caam_hotplug_key_inspect___help_nargs=0
+_shtab_caam_hotplug_key_inspect___json_nargs=0
+_shtab_caam_hotplug_key_pos_0_nargs=A...
+_shtab_caam_hotplug_key__h_nargs=0
+_shtab_caam_hotplug_key___help_nargs=0
 _shtab_caam_hotplug_doctor__h_nargs=0
 _shtab_caam_hotplug_doctor___help_nargs=0
 _shtab_caam_hotplug_doctor___json_nargs=0

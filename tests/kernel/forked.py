@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import Any, Final
 
 from caam_hotplug import daemon
 from caam_hotplug.config import Config
-from caam_hotplug.kernel import cbind, devmapper
+from caam_hotplug.kernel import cbind, devmapper, gpt
 
 DEADLINE_S: Final = 120
 
 _SYSCALLS: Final = {429: "move_mount", 430: "fsopen", 431: "fsconfig", 432: "fsmount"}
 _FUNCTIONS: Final = frozenset({"add_key", "keyctl_unlink", "umount2", "syncfs", "dm_task_run"})
+_METHODS: Final = ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir"))
 _TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 17: "dm message"}
 
 
@@ -79,7 +80,7 @@ class Agent:
         if self._pid == 0:
             os.environ["NOTIFY_SOCKET"] = self._manager.getsockname()
             os.environ["WATCHDOG_USEC"] = "1000000"
-            _be_the_agent(self._load, log, _Watch(told, go, stop))
+            _be_the_agent(self._load, log, Watch(told, go, stop))
         for end in (log, told, go):
             os.close(end)
         self.until_said("^ready: ")
@@ -213,7 +214,7 @@ class Agent:
         self._log = self._told = self._go = -1
 
 
-def _be_the_agent(load: Callable[[], Config], log: int, watch: _Watch) -> None:
+def _be_the_agent(load: Callable[[], Config], log: int, watch: Watch) -> None:
     """Never returns: what a test's process has to do at its end is not this one's to do."""
     code = 1
     try:
@@ -232,10 +233,20 @@ def _be_the_agent(load: Callable[[], Config], log: int, watch: _Watch) -> None:
         os._exit(code)
 
 
-class _Watch:
+class Watch:
     """Tells of each call that changes something, once the agent is ready, and stops it there."""
 
-    def __init__(self, told: int, go: int, stop: Stop | None) -> None:
+    def __init__(
+        self,
+        told: int,
+        go: int,
+        stop: Stop | None,
+        functions: frozenset[str] = _FUNCTIONS,
+        methods: Sequence[tuple[Any, str]] = _METHODS,
+    ) -> None:
+        """`functions`: those of C that change something; `methods`: those of Python's modules."""
+        self._functions = functions
+        self._methods = methods
         self._told = told
         self._go = go
         self._stop = stop
@@ -250,7 +261,7 @@ class _Watch:
             function = declare(soname, name, *more)
             if name == "dm_task_create":
                 return self._noting_kind(function)
-            return self._watched(name, function) if name in _FUNCTIONS else function
+            return self._watched(name, function) if name in self._functions else function
 
         def watched_syscall(number: int, *arguments: Any) -> int:
             result = syscall(number, *arguments)
@@ -260,7 +271,8 @@ class _Watch:
 
         cbind.declare, cbind.syscall = watched_declare, watched_syscall
         devmapper._loaded.clear()
-        for module, name in ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir")):
+        gpt._loaded.clear()
+        for module, name in self._methods:
             setattr(module, name, self._watched(name, getattr(module, name)))
 
     def _noting_kind(self, create: Callable[[int], int]) -> Callable[[int], int]:

@@ -11,9 +11,10 @@ import pytest
 
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError
 from caam_hotplug.kernel import caam
+from caam_hotplug.model import SecretBytes
 from caam_hotplug.names import BLOB_DIRECTORY, CAAM_DEVICE
 from fakes.contract import BLOB, created, description, found, target
-from kernel.real import RealWorld
+from kernel.real import KEY, RealWorld
 from kernel.witness import Board
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -74,15 +75,48 @@ def test_a_key_that_aes_does_not_know_is_refused_with_the_table(
     assert refused.value.errno == errno.EINVAL
 
 
-def load(world: RealWorld, mapping: str, name: str) -> None:
+def load(world: RealWorld, mapping: str, name: str, directory: Path = BLOB_DIRECTORY) -> None:
     host = world.host
-    with caam.import_blob(CAAM_DEVICE, caam.read_blob(BLOB_DIRECTORY, f"{name}.bb")) as key:
+    with caam.import_blob(CAAM_DEVICE, caam.read_blob(directory, f"{name}.bb")) as key:
         host.add_key(description(world), key)
         line = replace(target(world), key_bytes=len(key)).to_line()
     try:
         host.load_table(mapping, line, read_only=False)
     finally:
         host.unlink_key(description(world))
+
+
+@pytest.mark.parametrize(
+    ("seal", "size", "length"),
+    [("ecb", 16, 36), ("ecb", 32, 52), ("ccm", 16, 48), ("ccm", 32, 64)],
+)
+def test_a_key_of_every_kind_is_made_and_no_two_are_alike(
+    seal: caam.Seal, size: int, length: int
+) -> None:
+    blobs = [caam.create_blob(CAAM_DEVICE, seal, size) for _ in range(2)]
+    assert blobs[0] != blobs[1]
+    header = caam.header(blobs[0])
+    assert (header.seal, header.key_bytes, header.blob_bytes) == (seal, size, size + 48)
+    with caam.import_blob(CAAM_DEVICE, blobs[0]) as key:
+        assert len(key) == length
+
+
+def test_a_key_that_is_given_is_the_one_in_the_blob(world: RealWorld) -> None:
+    with SecretBytes(bytearray(KEY)) as given:
+        blob = caam.create_blob(CAAM_DEVICE, "ecb", given)
+        assert given.buffer == KEY
+    assert KEY not in blob
+    (world.host.blob_directory / "given.bb").write_bytes(blob)
+    with created(world) as mapping:
+        load(world, mapping, "given", world.host.blob_directory)
+        world.host.activate_mapping(mapping)
+        assert world.reads_as_written(found(world).node)
+
+
+def test_a_key_that_the_driver_does_not_make_is_refused_in_its_words() -> None:
+    with pytest.raises(CaamError, match=r"Invalid argument \(Invalid key size: .*\)$") as refused:
+        caam.create_blob(CAAM_DEVICE, "ecb", 15)
+    assert refused.value.errno == errno.EINVAL
 
 
 def test_a_blob_of_another_board_is_refused_and_its_own_is_taken_again(board: Board) -> None:

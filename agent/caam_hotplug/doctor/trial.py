@@ -8,7 +8,6 @@ memory. No file and no medium is touched. Names are doctor's own, so the agent m
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -30,11 +29,6 @@ from caam_hotplug.table import CryptTarget
 
 _CIPHER: Final = "capi:tk(cbc(aes))-plain"
 _KEY_BYTES: Final = 16
-
-_IOCTL_CREATE: Final = 0xC0384B00
-_KEYGEN: Final = struct.Struct("=BBHIQQQQIxxxxQ")
-"""The layout stands in kernel/caam.py."""
-_TAGGED_KEY_ROOM: Final = 20 + 64 + 12
 
 _LOOP_CONTROL: Final = Path("/dev/loop-control")
 _LOOP_CTL_GET_FREE: Final = 0x4C82
@@ -166,33 +160,7 @@ def _through_blob(device: Path, plain: SecretBytes) -> SecretBytes:
 
     Raises: CaamError; BlobRejectedError.
     """
-    return caam.import_blob(device, _sealed(device, plain))
-
-
-def _sealed(device: Path, plain: SecretBytes) -> bytes:
-    """The black blob of the key. Raises: CaamError. Source: kernel/caam.py."""
-    texts = [ctypes.create_string_buffer(text) for text in (b"ecb", b"-t")]
-    value = (ctypes.c_char * len(plain)).from_buffer(plain.buffer)
-    blob = ctypes.create_string_buffer(caam.BLOB_MAX_BYTES)
-    with SecretBytes(bytearray(_TAGGED_KEY_ROOM)) as black:
-        key = (ctypes.c_char * len(black)).from_buffer(black.buffer)
-        request = bytearray(
-            _KEYGEN.pack(
-                4, 3, len(plain), len(black), ctypes.addressof(texts[0]),
-                ctypes.addressof(texts[1]), ctypes.addressof(value), ctypes.addressof(key),
-                len(blob), ctypes.addressof(blob),
-            )
-        )  # fmt: skip
-        try:
-            file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(file, _IOCTL_CREATE, request)
-            finally:
-                os.close(file)
-        except OSError as error:
-            words = blob.value.decode(errors="replace").strip()
-            raise CaamError("create a key with", str(device), error.errno or 0, words) from error
-    return blob.raw[: _KEYGEN.unpack(request)[8]]
+    return caam.import_blob(device, caam.create_blob(device, "ecb", plain))
 
 
 @contextmanager

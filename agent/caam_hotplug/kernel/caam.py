@@ -1,12 +1,12 @@
-"""NXP's /dev/caam-keygen: a black blob becomes a tagged key of this boot.
+"""NXP's /dev/caam-keygen: a black blob is made, or becomes a tagged key of this boot.
 
     offset  field of the ioctl's struct, 56 bytes on 32- and 64-bit machines
     0       u8  key_enc_len, NUL included
     1       u8  key_mode_len, NUL included
-    2       u16 key_value_len
+    2       u16 key_value_len, without a NUL
     4       u32 black_key_len   in: room, out: length
     8       u64 pointers to key_enc, key_mode, key_value, black_key
-    40      u32 blob_len        in: length, and 4 bytes of padding
+    40      u32 blob_len        in: length or room, out: length; then 4 bytes of padding
     48      u64 pointer to blob
 
     offset  field of the tag header, in host order
@@ -27,21 +27,27 @@ import fcntl
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from caam_hotplug.errors import BlobError, BlobMissingError, BlobRejectedError, CaamError
 from caam_hotplug.kernel import paths
 from caam_hotplug.model import SecretBytes
 
 _KEYGEN: Final = struct.Struct("=BBHIQQQQIxxxxQ")
+_IOCTL_CREATE: Final = 0xC0384B00
 _IOCTL_IMPORT: Final = 0xC0384B01
 
 _TAG: Final = struct.Struct("=5I")
 _TAG_MAGIC: Final = 0x5461674F
 _BLOB_OVERHEAD: Final = 48
 _CCM_OVERHEAD: Final = 12
+_TYPE_CCM: Final = 1 << 3
 _KEY_BYTES: Final = range(16, 65)
+
+Seal = Literal["ecb", "ccm"]
+"""How the CAAM covers the black key in memory; a `ccm` key notices that it was changed."""
 
 BLOB_MAX_BYTES: Final = _TAG.size + _KEY_BYTES[-1] + _CCM_OVERHEAD + _BLOB_OVERHEAD
 """No blob is longer. Some kernels copy the length they are told into a fixed buffer, so nothing
@@ -89,6 +95,23 @@ def read_blob(directory: Path, name: str) -> bytes:
     return blob
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a blob says of itself; nothing of it is secret."""
+
+    type: int
+    seal: Seal
+    key_bytes: int
+    blob_bytes: int
+    """Without the tag header."""
+
+
+def header(blob: bytes) -> Header:
+    """The tag header of a blob that `read_blob` has taken."""
+    _, _, kind, red_bytes, object_bytes = _TAG.unpack_from(blob)
+    return Header(kind, "ccm" if kind & _TYPE_CCM else "ecb", red_bytes, object_bytes)
+
+
 def _fault(blob: bytes) -> str | None:
     if len(blob) < _TAG.size:
         return f"is cut short: {len(blob)} bytes, the tag header alone has {_TAG.size}"
@@ -126,19 +149,66 @@ def import_blob(device: Path, blob: bytes) -> SecretBytes:
             )
         )  # fmt: skip
         try:
-            file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            hint = "is the kernel's caam_keygen driver there?"
-            raise CaamError("open", str(device), error.errno or 0, hint) from error
-        try:
-            fcntl.ioctl(file, _IOCTL_IMPORT, request)
+            _ask(device, _IOCTL_IMPORT, request)
+        except CaamError:
+            raise
         except OSError as error:
             raise _refusal(device, error) from error
-        finally:
-            os.close(file)
         length = _KEYGEN.unpack(request)[3]
         del target
         return SecretBytes(black.buffer[:length])
+
+
+def create_blob(device: Path, seal: Seal, key: int | SecretBytes) -> bytes:
+    """A black blob of a new key of so many bytes, which nobody has seen, or of the key given.
+
+    A key that is given must not have a zero byte: the driver takes it as a text. Raises: CaamError
+    with the driver's own words. Blocks for a job of the CAAM.
+    """
+    covering = ctypes.create_string_buffer(seal.encode())
+    mode = ctypes.create_string_buffer(b"-s" if isinstance(key, int) else b"-t")
+    value = bytearray(str(key).encode()) if isinstance(key, int) else key.buffer
+    if 0 in value:
+        raise ValueError("a key that is given must not have a zero byte")
+    given = (ctypes.c_char * len(value)).from_buffer(value)
+    blob = ctypes.create_string_buffer(BLOB_MAX_BYTES)
+    with SecretBytes(bytearray(_TAGGED_KEY_MAX_BYTES)) as black:
+        target = (ctypes.c_char * len(black)).from_buffer(black.buffer)
+        request = bytearray(
+            _KEYGEN.pack(
+                len(covering), len(mode), len(given), len(black), ctypes.addressof(covering),
+                ctypes.addressof(mode), ctypes.addressof(given), ctypes.addressof(target),
+                len(blob), ctypes.addressof(blob),
+            )
+        )  # fmt: skip
+        try:
+            _ask(device, _IOCTL_CREATE, request)
+        except CaamError:
+            raise
+        except OSError as error:
+            words = blob.value.decode(errors="replace").strip()
+            told = words if words.isprintable() else ""
+            raise CaamError("create a key with", str(device), error.errno or 0, told) from error
+        finally:
+            del given, target
+    made = blob.raw[: _KEYGEN.unpack(request)[8]]
+    fault = _fault(made)
+    if fault is not None:
+        raise CaamError("create a key with", str(device), errno.EBADMSG, f"its blob {fault}")
+    return made
+
+
+def _ask(device: Path, request: int, struct: bytearray) -> None:
+    """The driver has answered. Raises: CaamError if it is not there; OSError from the ioctl."""
+    try:
+        file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        hint = "is the kernel's caam_keygen driver there?"
+        raise CaamError("open", str(device), error.errno or 0, hint) from error
+    try:
+        fcntl.ioctl(file, request, struct)
+    finally:
+        os.close(file)
 
 
 def _refusal(device: Path, error: OSError) -> BlobRejectedError | CaamError:

@@ -115,6 +115,26 @@ def probe(node: str, allowed: Sequence[str]) -> str | None:
         return _value(pr, "TYPE") if _found(pr, node) else None
 
 
+def recognised(node: str) -> str | None:
+    """What is known of that lies on the device, in words; None if nothing is.
+
+    All of libblkid's detectors look. Raises: KernelError. Blocks for I/O.
+    """
+    blkid = _blkid()
+    with _probing(node) as pr:
+        blkid.enable_superblocks(pr, 1)
+        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
+        blkid.enable_partitions(pr, 1)
+        result = int(blkid.safeprobe(pr))
+        if result == _AMBIVALENT:
+            return "signatures of more than one kind"
+        _require_read(result, node)
+        what, table = _value(pr, "TYPE"), _value(pr, "PTTYPE")
+        if what is not None:
+            return f"{what} (a filesystem, or a header)"
+        return None if table is None else f"a partition table ({table})"
+
+
 def identify(node: str) -> Identity:
     """What a volume says of itself: its entry in the partition table, a header such as LUKS.
 
@@ -164,10 +184,15 @@ def _found(pr: int, node: str) -> bool:
     A device that cannot be read must not pass for one with nothing on it.
     """
     result = int(_blkid().safeprobe(pr))
-    if result < 0 and result != _AMBIVALENT:
+    if result != _AMBIVALENT:
+        _require_read(result, node)
+    return result == 0
+
+
+def _require_read(result: int, node: str) -> None:
+    if result < 0:
         number = -result if result < -1 else ctypes.get_errno() or errno.EIO
         raise KernelError("probe", node, number)
-    return result == 0
 
 
 def _value(pr: int, name: str) -> str | None:

@@ -1,0 +1,190 @@
+"""Whole disks: one is held so that nobody seizes it half-made, and the system's own are known."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from caam_hotplug import names
+from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
+from caam_hotplug.kernel import filesystem, udev
+from caam_hotplug.model import DeviceNumber, Volume
+
+_SYS_BLOCK: Final = Path("/sys/class/block")
+_SYS_DEV: Final = Path("/sys/dev/block")
+_BLKRRPART: Final = 0x125F
+_PATIENCE_S: Final = 30.0
+"""How long others, such as a worker of udevd's, may hold the disk before it counts as theirs."""
+
+_SYSTEMS_OWN: Final = ("/", "/boot", "/boot/efi", "/usr", "/var", "/etc")
+
+
+def whole_disk(device: str) -> Volume:
+    """The disk at the node, or at what a link leads to.
+
+    Raises: HotplugError if it is a partition, a mapping, or no block device with a medium in it.
+    """
+    node = Path(device).resolve()
+    try:
+        status = node.stat()
+    except OSError as error:
+        raise HotplugError(f"look at {shown(device)}: {os.strerror(error.errno or 0)}") from error
+    if not stat.S_ISBLK(status.st_mode):
+        raise HotplugError(f"look at {shown(device)}: it is no block device")
+    number = DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
+    folder = (_SYS_DEV / str(number)).resolve()
+    if (folder / "partition").exists():
+        raise HotplugError(
+            f"look at {shown(device)}: it is a partition; name the whole medium, "
+            f"/dev/{folder.parent.name}"
+        )
+    found = udev.volume_at(folder.name, {}, "kernel")
+    if found is None or (folder / "dm").exists() or (folder / "md").exists():
+        raise HotplugError(f"look at {shown(device)}: it is no disk with a medium in it")
+    return found
+
+
+class Held:
+    """A disk that others keep their hands off, first to be looked at, then to be written to."""
+
+    def __init__(self, disk: Volume, lock: int) -> None:
+        self.disk = disk
+        self.reading = lock
+        """A descriptor to read by."""
+        self._writing = -1
+
+    def writing(self) -> int:
+        """A descriptor to write by, the same each time. What is written is on the medium at once.
+
+        Raises: KernelError.
+        """
+        if self._writing < 0:
+            flags = os.O_RDWR | os.O_DSYNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                self._writing = os.open(self.disk.node, flags)
+            except OSError as error:
+                raise KernelError("open", self.disk.node, error.errno or 0) from error
+        return self._writing
+
+    def close(self) -> None:
+        """The disk is let go; udevd hears of it if the disk could be written to.
+
+        It hears that by the close, tries to lock the disk, and reads its partitions anew: so the
+        lock goes first.
+        """
+        fcntl.flock(self.reading, fcntl.LOCK_UN)
+        os.close(self.reading)
+        if self._writing >= 0:
+            os.close(self._writing)
+
+
+@contextmanager
+def held(disk: Volume) -> Iterator[Held]:
+    """The disk is locked, so that udevd and what listens to it keep off until it is let go.
+
+    Raises: DeviceInUseError if others hold the disk so; KernelError; HotplugError if it is another
+    disk by now. Source: "Locking Block Device Access" of systemd.
+    """
+    try:
+        opened = os.open(disk.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("open", disk.node, error.errno or 0) from error
+    hold = Held(disk, opened)
+    try:
+        _lock(opened, disk)
+        if (
+            _number(os.fstat(opened).st_rdev) != disk.number
+            or udev.present_id(disk.name) != disk.id
+        ):
+            raise HotplugError(f"hold {disk.node}: its medium was changed meanwhile")
+        yield hold
+    finally:
+        hold.close()
+
+
+def _lock(opened: int, disk: Volume) -> None:
+    def late(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE_S)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+    except TimeoutError as error:
+        raise DeviceInUseError(
+            f"hold {disk.node}: another program has locked it for {_PATIENCE_S:g} s, such as "
+            "another `provision` or a partitioning tool"
+        ) from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_partitions(hold: Held) -> None:
+    """The kernel has the partitions that the disk's table says. Raises: KernelError.
+
+    Where udevd runs that is its work, once the disk is let go: read twice, the partitions would
+    come, go and come.
+    """
+    if names.UDEV_CONTROL.exists():
+        return
+    try:
+        fcntl.ioctl(hold.writing(), _BLKRRPART)
+    except OSError as error:
+        hint = "pull the medium and plug it again"
+        raise KernelError("read partitions of", hold.disk.node, error.errno or 0, hint) from error
+
+
+def diskseqs() -> set[int]:
+    """The sequence numbers of the disks that are there."""
+    found = (udev.present_id(disk.name) for disk in _SYS_BLOCK.iterdir())
+    return {which.diskseq for which in found if which is not None}
+
+
+def require_not_the_systems(disk: Volume, *more: Path) -> None:
+    """Raises: DeviceInUseError if the system, or one of the paths given, lies on the disk."""
+    for path in (*map(Path, _SYSTEMS_OWN), *more):
+        if disk.number in _disks_below(path):
+            raise DeviceInUseError(
+                f"use {disk.node}: it is the system's own disk: {shown(path)} lies on it"
+            )
+
+
+def _disks_below(path: Path) -> set[DeviceNumber]:
+    """The whole disks that the path's filesystem lies on, also beneath mappings and arrays."""
+    numbers: set[DeviceNumber] = set()
+    for existing in (path, *path.parents):
+        try:
+            numbers.add(_number(existing.stat().st_dev))
+            break
+        except FileNotFoundError:
+            continue
+    above = [m for m in filesystem.mounts() if Path(m.point) in {path, *path.parents}]
+    for mount in sorted(above, key=lambda mount: len(mount.point))[-1:]:
+        if mount.source.startswith("/dev/"):  # btrfs has a number of its own
+            with suppress(OSError):
+                numbers.add(_number(Path(mount.source).stat().st_rdev))
+    return {disk for number in numbers for disk in _beneath(number)}
+
+
+def _beneath(number: DeviceNumber) -> Iterator[DeviceNumber]:
+    folder = (_SYS_DEV / str(number)).resolve()
+    if (folder / "partition").exists():
+        folder = folder.parent
+    try:
+        yield DeviceNumber.from_text((folder / "dev").read_text())
+    except (OSError, ValueError):
+        return  # no block device: tmpfs and the like
+    for slave in folder.glob("slaves/*/dev"):
+        yield from _beneath(DeviceNumber.from_text(slave.read_text()))
+
+
+def _number(device: int) -> DeviceNumber:
+    return DeviceNumber(os.major(device), os.minor(device))

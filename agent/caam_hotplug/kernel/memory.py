@@ -1,0 +1,83 @@
+"""Memory that key bytes pass through: never in a core dump, never on swap, always overwritten."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from caam_hotplug.errors import KernelError
+from caam_hotplug.kernel import cbind
+from caam_hotplug.model import SecretBytes
+
+_PR_SET_DUMPABLE: Final = 4
+
+
+def refuse_core_dumps() -> None:
+    """No dump of this process's memory is ever written, and no debugger of others' reads it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+@contextmanager
+def locked(length: int) -> Iterator[SecretBytes]:
+    """A buffer of so many zeros that is never written to swap; overwritten on the way out.
+
+    Raises: KernelError if the kernel does not let it be locked. Source: mlock(2).
+    """
+    with SecretBytes(bytearray(length)) as secret:
+        view = (ctypes.c_char * length).from_buffer(secret.buffer)
+        address = ctypes.addressof(view)
+        _call("mlock", address, length)
+        try:
+            yield secret
+        finally:
+            secret.wipe()
+            del view  # or the buffer could not be let go
+            _call("munlock", address, length)
+
+
+@contextmanager
+def random_key(length: int) -> Iterator[SecretBytes]:
+    """A key of the kernel's random bytes without a zero among them, in a locked buffer.
+
+    The CAAM's driver takes a key that it is given as a text, which a zero byte would end. Raises:
+    KernelError. Source: getrandom(2).
+    """
+    with locked(length) as key:
+        view = (ctypes.c_char * length).from_buffer(key.buffer)
+        address = ctypes.addressof(view)
+        try:
+            _fill(address, length)
+            while (at := key.buffer.find(0)) >= 0:
+                _fill(address + at, 1)
+        finally:
+            del view
+        yield key
+
+
+def _fill(address: int, length: int) -> None:
+    getrandom = cbind.declare(
+        "libc.so.6", "getrandom", ctypes.c_ssize_t,
+        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint), cbind.minus_one_is_failure,
+    )  # fmt: skip
+    try:
+        done = getrandom(address, length, 0)  # up to 256 bytes come whole
+    except OSError as error:
+        raise KernelError("get", "random bytes", error.errno or 0) from error
+    if done != length:
+        raise KernelError("get", "random bytes", 0, f"{done} of {length} came")
+
+
+def _call(name: str, address: int, length: int) -> None:
+    function = cbind.declare(
+        "libc.so.6", name, ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t),
+        cbind.minus_one_is_failure,
+    )  # fmt: skip
+    try:
+        function(address, length)
+    except OSError as error:
+        raise KernelError("lock", "memory for a key", error.errno or 0) from error

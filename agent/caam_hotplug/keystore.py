@@ -1,0 +1,136 @@
+"""Blobs and recovery files where they are kept: written for good, read with care."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from caam_hotplug import recovery
+from caam_hotplug.errors import HotplugError, KernelError, shown
+from caam_hotplug.kernel import durable, memory
+from caam_hotplug.model import SecretBytes
+
+BLOB_MODE = 0o600
+_DIRECTORY_MODE = 0o700
+
+
+class Folder:
+    """The blob directory, with nobody else of ours at work in it."""
+
+    def __init__(self, path: Path, opened: int) -> None:
+        self.path = path
+        self._opened = opened
+
+    def file(self, name: str) -> Path:
+        """Where the blob of that name is, or would be."""
+        return self.path / f"{name}.bb"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a blob of that name, or anything else in its place."""
+        return durable.exists(self._opened, self.file(name).name)
+
+    def is_unsettled(self, name: str) -> bool:
+        """Whether its blob was made by a run that ended before any medium could rely on it."""
+        return durable.is_unsettled(self._opened, self.file(name).name)
+
+    def write(self, name: str, blob: bytes, *, settled: bool) -> None:
+        """The blob is there, on the disk. Raises: HotplugError if the name is taken; KernelError.
+
+        One that is not `settled` may be taken back by the next run, as nobody relies on it yet.
+        """
+        write = durable.write if settled else durable.write_unsettled
+        write(self._opened, self.file(name), blob, BLOB_MODE)
+
+    def settle(self, name: str) -> None:
+        """From now on a medium relies on the blob. Raises: KernelError."""
+        durable.settle(self._opened, self.file(name))
+
+    def discard_unsettled(self, name: str) -> None:
+        """A blob that nobody relies on is gone; any other stays. Raises: KernelError."""
+        durable.discard_unsettled(self._opened, self.file(name))
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[Folder]:
+    """The blob directory, made if it is missing.
+
+    Raises: UnsafePathError; HotplugError if another command is at work in it.
+    """
+    with (
+        durable.folder(path, mode=_DIRECTORY_MODE) as opened,
+        durable.alone_in(opened, path),
+    ):
+        yield Folder(path, opened)
+
+
+def require_new(name: str, folder: Folder) -> None:
+    """Raises: HotplugError if there is a blob of that name already."""
+    if folder.has(name):
+        raise HotplugError(
+            f"make a key {shown(name)}: {shown(folder.file(name))} exists, and whatever was "
+            "encrypted with it would be lost; choose another name"
+        )
+
+
+def write_recovery(path: Path, about: recovery.About, key: SecretBytes) -> None:
+    """The recovery file is there, on the disk, for its owner only.
+
+    Raises: HotplugError if there is a file of that name; KernelError.
+    """
+    head = recovery.head(about, path.name, len(key))
+    length = len(head) + recovery.key_line_length(len(key))
+    with memory.locked(length) as content, _parent(path) as parent:
+        content.buffer[: len(head)] = head
+        recovery.write_key_line(key, content.buffer, len(head))
+        durable.write(parent, path, content.buffer, 0o600)
+
+
+@contextmanager
+def _parent(path: Path) -> Iterator[int]:
+    try:
+        opened = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("open directory", shown(path.parent), error.errno or 0) from error
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def recovered(path: Path) -> Iterator[tuple[recovery.About, SecretBytes]]:
+    """What a recovery file says and its key, in locked buffers; overwritten on the way out.
+
+    Raises: RecoveryFileError; KernelError.
+    """
+    with _content(path) as content, memory.locked(recovery.KEY_MAX_BYTES) as room:
+        try:
+            about = recovery.read_about(content)
+            length = recovery.read_key(content, room)
+        except recovery.RecoveryFileError as error:
+            raise recovery.RecoveryFileError(f"read {shown(path)}: {error}") from error
+        with memory.locked(length) as key:
+            for at in range(length):  # a slice would be a copy
+                key.buffer[at] = room.buffer[at]
+            yield about, key
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[bytearray]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("read", shown(path), error.errno or 0) from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= recovery.MAX_BYTES:
+            raise recovery.RecoveryFileError(f"read {shown(path)}: it is no recovery file")
+        with memory.locked(status.st_size) as content:
+            if os.readv(file, [content.buffer]) != status.st_size:
+                raise recovery.RecoveryFileError(f"read {shown(path)}: it was cut short")
+            yield content.buffer
+    finally:
+        os.close(file)

@@ -1,0 +1,329 @@
+"""A medium is made: key, partition table, filesystem. Interrupted anywhere, a second run goes on.
+
+What has been done so far is read off the blob directory and the medium, in this order:
+
+    blob of the label           medium                       the next run
+    none, or not settled yet    as it was, or half a table   begins anew
+    there                       marked as ours, unfinished   goes on with that blob
+    there                       the label, and a filesystem  finds it made
+                                under the blob's key
+
+A blob is on the disk before the medium is touched. It is not settled (it has a second, temporary
+name) until the medium bears the mark; so one that is not settled can be taken back, and one that is
+settled is never touched again. The mark is a partition with a type of its own and a name that no
+rule admits; to write the label in its place is the last act.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4, uuid5
+
+from caam_hotplug import keystore, names, table
+from caam_hotplug.config import Config
+from caam_hotplug.errors import (
+    BlobError,
+    BlobRejectedError,
+    DmError,
+    HotplugError,
+    MappingBusyError,
+    shown,
+)
+from caam_hotplug.kernel import (
+    caam,
+    devmapper,
+    disks,
+    filesystem,
+    gpt,
+    keyring,
+    memory,
+    mkfs,
+    udev,
+    usage,
+)
+from caam_hotplug.model import SecretBytes, Volume
+from caam_hotplug.wish import LINUX_DATA, Wish, advice, require_sense, write_rule
+
+Tell = Callable[[str], None]
+"""Told of each step that begins."""
+
+MARK: Final = UUID("08852176-76a2-4897-9536-c3c5c588df44")
+"""The partition type of a medium that is not finished, and the namespace of its identifiers."""
+MARKED_NAME: Final = "(caam-hotplug: not finished)"
+"""A label with blanks and parentheses: no rule that uses labels admits it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The medium as it is now."""
+
+    partition: str
+    """Its device node, once the disk has been read anew."""
+    blob: Path
+    was_made_before: bool
+    notes: tuple[str, ...]
+    """What else there is to do, or to know."""
+
+
+class _Stage(Enum):
+    """How far the medium is."""
+
+    OTHERS = "others"
+    MARKED = "marked"
+    MADE = "made"
+
+
+def provision(wish: Wish, config: Config, tell: Tell) -> Made:
+    """The medium is labelled, encrypted under a blob of this board, and has a filesystem.
+
+    Raises: HotplugError, and then the medium is what it was, or one that the same call completes.
+    """
+    if os.geteuid() != 0:
+        raise HotplugError(f"provision {shown(wish.device)}: it needs to be root; use sudo")
+    udev.require_diskseq()
+    gpt.require_library()
+    memory.refuse_core_dumps()
+    keyring.join_session_keyring()
+    os.umask(0o022)
+    disk = disks.whole_disk(wish.device)
+    require_sense(wish, config, disk)
+    disks.require_not_the_systems(disk, config.blob_directory)
+    tell(f"looking at {disk.node}")
+    with disks.held(disk) as hold:
+        _remove_leftovers(disk)
+        usage.require_unused(disk)
+        stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label)
+        if stage is _Stage.OTHERS:
+            _require_blank(wish, disk)
+        _try_table(wish, disk)
+        with keystore.folder(config.blob_directory) as folder:
+            making = _Making(wish, hold, folder, tell)
+            was_made_before = stage is _Stage.MADE and making.is_made(entry)
+            if not was_made_before:
+                if stage is _Stage.MADE:  # but not under our blob
+                    _require_blank(wish, disk)
+                making.format(making.begun(entry if stage is _Stage.MARKED else None))
+            notes = [*write_rule(wish, config), *advice(wish, config, disk)]
+            making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
+        return Made(_partition_node(disk), folder.file(wish.label), was_made_before, tuple(notes))
+
+
+def _stage(entries: tuple[gpt.Entry, ...] | None, label: str) -> tuple[_Stage, gpt.Entry | None]:
+    """How far the medium is, by its partition table, and its one partition if it is ours."""
+    if entries is not None and len(entries) == 1:
+        identity = entries[0].identity
+        if (identity.type, identity.uuid) == (MARK, uuid5(MARK, label)):
+            return _Stage.MARKED, entries[0]
+        if (identity.type, identity.name) == (LINUX_DATA, label):
+            return _Stage.MADE, entries[0]
+    return _Stage.OTHERS, None
+
+
+def _require_blank(wish: Wish, disk: Volume) -> None:
+    found = filesystem.recognised(disk.node)
+    if found is not None and wish.erase is None:
+        raise HotplugError(
+            f"provision {disk.node}: it holds {found}; if all of it may be lost, say so with "
+            f"--erase {disk.name}"
+        )
+
+
+class _Making:
+    """The steps, once it is certain that they may be taken."""
+
+    def __init__(self, wish: Wish, hold: disks.Held, folder: keystore.Folder, tell: Tell) -> None:
+        self._wish = wish
+        self._hold = hold
+        self._disk = hold.disk
+        self._folder = folder
+        self._tell = tell
+
+    def is_made(self, entry: gpt.Entry | None) -> bool:
+        """Whether the filesystem lies on the partition, under the key of the label's blob."""
+        if entry is None or not self._folder.has(self._wish.label):
+            return False
+        try:
+            with self._mapped(entry) as node:
+                return filesystem.probe(node, [self._wish.filesystem]) is not None
+        except (BlobError, BlobRejectedError):
+            return False
+
+    def begun(self, marked: gpt.Entry | None) -> gpt.Entry:
+        """The medium is marked as one that is not finished, and its blob is settled.
+
+        Raises: HotplugError if there is a blob already, and the medium was not begun with it.
+        """
+        wish, folder = self._wish, self._folder
+        if marked is not None and folder.has(wish.label):
+            self._require_the_same()
+            folder.settle(wish.label)
+            return marked
+        if not folder.is_unsettled(wish.label):
+            keystore.require_new(wish.label, folder)
+        self._tell("making the key")
+        folder.discard_unsettled(wish.label)
+        with self._key() as key:
+            blob = caam.create_blob(names.CAAM_DEVICE, wish.seal, key)
+        folder.write(wish.label, blob, settled=False)
+        self._tell("writing the partition table")
+        mark = gpt.Identity(MARKED_NAME, MARK, uuid5(MARK, wish.label))
+        entry = gpt.make(self._hold.writing(), self._disk.node, mark)
+        folder.settle(wish.label)
+        return entry
+
+    @contextmanager
+    def _key(self) -> Iterator[int | SecretBytes]:
+        """The length of a key that only the CAAM will know, or the one of the recovery file."""
+        wish = self._wish
+        if wish.recovery_file is None:
+            yield wish.key_bytes
+        elif os.path.lexists(wish.recovery_file):
+            # Of a run that was interrupted. It is true of whatever its key is used for.
+            with self._recovered(wish.recovery_file) as key:
+                yield key
+        else:
+            with memory.random_key(wish.key_bytes) as key:
+                keystore.write_recovery(wish.recovery_file, wish.about, key)
+                yield key
+
+    @contextmanager
+    def _recovered(self, file: Path) -> Iterator[SecretBytes]:
+        wish = self._wish
+        with keystore.recovered(file) as (about, key):
+            if (about, len(key)) != (wish.about, wish.key_bytes):
+                raise HotplugError(
+                    f"write {shown(file)}: it exists, and is the recovery file of another medium "
+                    f"({about.label}, {about.cipher}, {about.sector_size}, {about.filesystem}, "
+                    f"{len(key)} bytes); it is not overwritten"
+                )
+            yield key
+
+    def _require_the_same(self) -> None:
+        """Raises: HotplugError if the medium was begun with other options."""
+        wish, file = self._wish, self._folder.file(self._wish.label)
+        header = caam.header(caam.read_blob(file.parent, file.name))
+        if (header.key_bytes, header.seal) != (wish.key_bytes, wish.seal):
+            raise HotplugError(
+                f"go on with {self._disk.node}: it was begun with --key-bytes {header.key_bytes} "
+                f"--seal {header.seal}; use the same, or remove {shown(file)} to begin anew"
+            )
+        if wish.recovery_file is None:
+            return
+        if not os.path.lexists(wish.recovery_file):
+            raise HotplugError(
+                f"go on with {self._disk.node}: it was begun without {shown(wish.recovery_file)}, "
+                f"and a blob does not tell its key; remove {shown(file)} to begin anew"
+            )
+        with self._recovered(wish.recovery_file):
+            pass
+
+    def format(self, entry: gpt.Entry) -> None:
+        """The filesystem is on the medium, under the key of the blob as it is stored."""
+        wish = self._wish
+        self._tell(f"making the filesystem ({wish.filesystem})")
+        with self._mapped(entry) as node:
+            mkfs.make(wish.filesystem, wish.label, node)
+            device = os.open(node, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.fsync(device)
+            finally:
+                os.close(device)
+            if filesystem.probe(node, [wish.filesystem]) is None:
+                raise HotplugError(
+                    f"provision {self._disk.node}: what was written does not read as "
+                    f"{wish.filesystem}; is the medium damaged?"
+                )
+
+    def finish(self, uuid: UUID) -> None:
+        """The medium has its label; the kernel has been told, or udevd will be.
+
+        One that had it before may have it in one copy of its table only.
+        """
+        self._tell("writing the label")
+        identity = gpt.Identity(self._wish.label, LINUX_DATA, uuid)
+        gpt.rename(self._hold.writing(), self._disk.node, identity)
+        disks.read_partitions(self._hold)
+
+    @contextmanager
+    def _mapped(self, entry: gpt.Entry) -> Iterator[str]:
+        """The device node of the partition's mapping.
+
+        The mapping lies on the whole disk: the kernel need not know the partition yet.
+        """
+        file = self._folder.file(self._wish.label)
+        blob = caam.read_blob(file.parent, file.name)
+        volume = replace(self._disk, size=entry.length)
+        with _mapping(self._disk) as name:
+            _load(name, self._wish, volume, entry.start, blob)
+            devmapper.resume(name)
+            mapping = devmapper.find(_dm_uuid(self._disk))
+            if mapping is None:
+                raise DmError("find mapping", name, errno.ENXIO)
+            yield mapping.node
+
+
+def _dm_uuid(disk: Volume) -> str:
+    return f"{names.PROVISION_DM_UUID_PREFIX}{disk.id.diskseq}"
+
+
+@contextmanager
+def _mapping(disk: Volume) -> Iterator[str]:
+    """A mapping without a table; gone on the way out, or as soon as its last user closes it.
+
+    Raises: MappingBusyError if somebody still has it open.
+    """
+    name = f"{names.PROVISION_DM_NAME_PREFIX}{disk.id.diskseq}"
+    try:
+        devmapper.create(name, _dm_uuid(disk))
+        yield name
+    finally:
+        if devmapper.find(_dm_uuid(disk)) is not None:  # else the name is that of another
+            devmapper.remove(name)
+    if devmapper.find(_dm_uuid(disk)) is not None:
+        hint = "another program has it open; the same command goes on once that has ended"
+        raise MappingBusyError("remove mapping", name, errno.EBUSY, hint)
+
+
+def _load(name: str, wish: Wish, volume: Volume, start: int, blob: bytes) -> None:
+    """The mapping has the table for the volume, which starts there on the disk, and its key."""
+    description = f"{names.KEY_PREFIX}provision-{volume.id.diskseq}"
+    with caam.import_blob(names.CAAM_DEVICE, blob) as key:
+        target = replace(
+            table.crypt_target(volume, wish.rule.crypt, len(key)),
+            key_description=f"logon:{description}",
+            offset=start,
+        )
+        try:
+            keyring.add_logon_key(description, key)
+            devmapper.load(name, target.to_line(), read_only=False)
+        finally:
+            keyring.unlink_logon_key(description)
+
+
+def _try_table(wish: Wish, disk: Volume) -> None:
+    """The kernel takes the cipher with such a key. Nothing is written, and the key is forgotten.
+
+    Raises: CaamError; DmError.
+    """
+    blob = caam.create_blob(names.CAAM_DEVICE, wish.seal, wish.key_bytes)
+    with _mapping(disk) as name:
+        _load(name, wish, disk, 0, blob)
+
+
+def _remove_leftovers(disk: Volume) -> None:
+    """No mapping is left of a run that was killed, on this disk or on one that has gone."""
+    there = disks.diskseqs() - {disk.id.diskseq}
+    for mapping in devmapper.ours(names.PROVISION_DM_UUID_PREFIX):
+        if mapping.uuid not in {f"{names.PROVISION_DM_UUID_PREFIX}{seq}" for seq in there}:
+            devmapper.remove(mapping.name)
+
+
+def _partition_node(disk: Volume) -> str:
+    return f"{disk.node}{'p' if disk.name[-1].isdigit() else ''}1"

@@ -1,0 +1,243 @@
+"""The command `provision`: its options, and what it says. What it does is in `making`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from caam_hotplug import names
+from caam_hotplug.errors import ConfigError, HotplugError, shown
+
+if TYPE_CHECKING:
+    from caam_hotplug import config
+    from caam_hotplug.rules import Rule
+
+CIPHER: Final = "capi:tk(cbc(aes))-plain"
+FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
+
+_EXAMPLES: Final = """\
+examples:
+  caam-hotplug provision /dev/sdb --label cartridge-01
+        a blank stick; the built-in rule opens it
+  caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb
+        whatever the stick held before is lost
+  caam-hotplug provision /dev/sdb --label cartridge-01 --recovery-key /root/cartridge-01.recovery
+        a PC without CAAM opens it too, with that file
+  caam-hotplug provision /dev/sdb --label archive --cipher 'capi:tk(cbc(aes))-plain64' \\
+        --sector-size 4096 --rule
+        more than 2 TiB, in sectors of 4096 bytes, and the rule that says so
+
+Interrupted anywhere, the medium is what it was, or the same command completes it.
+
+exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
+"""
+
+_RULE: Final = """\
+# Written by `caam-hotplug provision`: how the medium {label} is encrypted.
+
+[[rule]]
+name = "{label}"
+match = {{ partlabel = "{label}" }}
+
+[rule.crypt]
+cipher = "{cipher}"
+sector_size = {sector_size}
+
+[rule.mount]
+filesystems = ["{filesystem}"]
+"""
+
+
+def add_to(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_config: Callable[[argparse.ArgumentParser], None],
+    load: Callable[[argparse.Namespace], config.Config],
+) -> None:
+    """The command line knows `provision`."""
+    parser = commands.add_parser(
+        "provision",
+        help="make an encrypted medium of a whole disk, with a new key of this board",
+        description="Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a "
+        "partition of the label, a filesystem. What is on the disk is erased only if --erase "
+        "names the disk.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("device", metavar="DEVICE", help="the whole disk, such as /dev/sdb")
+    parser.add_argument(
+        "--label",
+        required=True,
+        metavar="NAME",
+        help="the partition's label, and the name of blob, mount point and rule",
+    )
+    parser.add_argument("--fs", choices=FILESYSTEMS, default="ext4", help="default: ext4")
+    parser.add_argument("--cipher", default=CIPHER, help=f"as a rule spells it; default: {CIPHER}")
+    parser.add_argument(
+        "--sector-size",
+        type=int,
+        choices=(512, 1024, 2048, 4096),
+        default=512,
+        help="how many bytes are encrypted as one; default: 512",
+    )
+    parser.add_argument(
+        "--key-bytes", type=int, choices=(16, 32), default=16, help="the key's length; default: 16"
+    )
+    parser.add_argument(
+        "--seal",
+        choices=("ecb", "ccm"),
+        default="ecb",
+        help="how the CAAM covers the key in memory; default: ecb",
+    )
+    parser.add_argument(
+        "--recovery-key",
+        type=Path,
+        metavar="FILE",
+        help="write the key there, with the command that opens the medium on any Linux PC",
+    )
+    parser.add_argument(
+        "--rule",
+        action="store_true",
+        help=f"write a rule for this label, LABEL.toml in {names.RULES_DIRECTORY}/",
+    )
+    parser.add_argument(
+        "--erase",
+        metavar="DISK",
+        help="the disk's own name, such as sdb: all that it holds may be lost",
+    )
+    add_config(parser)
+    parser.set_defaults(command=lambda parsed: _provision(parsed, load(parsed)))
+
+
+def rule_for(
+    label: str, *, filesystem: str = "ext4", cipher: str = CIPHER, sector_size: int = 512
+) -> tuple[Rule, str]:
+    """The rule that opens such a medium, and its drop-in's text.
+
+    Raises: HotplugError for a label or a cipher that no rule takes.
+    """
+    from caam_hotplug import config  # noqa: PLC0415
+
+    reason = names.why_unsafe(label)
+    if reason is not None:
+        raise HotplugError(f"use label {label!a}: {reason}")
+    # What would not be itself in a TOML text is no cipher either.
+    if not cipher.isprintable() or '"' in cipher or "\\" in cipher or not cipher.isascii():
+        raise HotplugError(f"use cipher {cipher!a}: expected one such as {CIPHER}")
+    text = _RULE.format(label=label, cipher=cipher, sector_size=sector_size, filesystem=filesystem)
+    try:
+        loaded = config.load(Path("/", label), _Text(text))
+    except ConfigError as error:
+        raise HotplugError(f"use cipher {cipher!a}: {error.faults[0].problem}") from error
+    return loaded.rule[0], text
+
+
+class _Text:
+    """One configuration file, of this text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def read(self, _file: Path) -> bytes:
+        return self._text.encode()
+
+    def names(self, _folder: Path) -> list[str]:
+        return []
+
+
+def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
+    # Libraries and their bindings take their time, and only this command needs them.
+    from caam_hotplug import making, wish  # noqa: PLC0415
+
+    rule, text = rule_for(
+        parsed.label, filesystem=parsed.fs, cipher=parsed.cipher, sector_size=parsed.sector_size
+    )
+    file = (names.CONFIG_FILE if parsed.config is None else parsed.config).absolute()
+    drop_in = file.parent / names.RULES_DIRECTORY / f"{parsed.label}.toml"
+    wished = wish.Wish(
+        device=parsed.device,
+        rule=rule,
+        rule_text=text,
+        key_bytes=parsed.key_bytes,
+        seal=parsed.seal,
+        recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
+        rule_file=drop_in if parsed.rule else None,
+        erase=parsed.erase,
+    )
+    with _interruptible(parsed.device), Progress(sys.stderr) as progress:
+        made = making.provision(wished, loaded, progress.tell)
+    how = "was made before; nothing was erased" if made.was_made_before else "is made"
+    print(f"{made.partition}: {parsed.label} {how}; its key is in {made.blob}")
+    if wished.recovery_file is not None:
+        file = shown(wished.recovery_file)
+        print(f"recovery key: {file}; keep it apart from the medium and the board")
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if parsed.rule:
+        print(f"note: {_tell_agent()}", file=sys.stderr)
+    return 0
+
+
+def _tell_agent() -> str:
+    """The running agent, if there is one, has read the new rule; in words, what came of that."""
+    try:
+        from caam_hotplug.operator import remote  # noqa: PLC0415  sdbus is an extra
+
+        async def reload(agent: remote.Remote) -> None:
+            await agent.reload()
+
+        remote.run("tell the agent of the rule", reload)
+    except (ImportError, HotplugError) as error:
+        return f"{error}; an agent reads the rule at its start, or by systemctl reload caam-hotplug"
+    return "the running agent has read the rule"
+
+
+class Progress:
+    """The step at hand, in one line that is overwritten, if somebody looks on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._shown = stream.isatty()
+        dim = self._shown and not os.environ.get("NO_COLOR")
+        self._on, self._off = ("\x1b[2m", "\x1b[0m") if dim else ("", "")
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def tell(self, step: str) -> None:
+        """This step has begun."""
+        if self._shown:
+            self._stream.write(f"\r\x1b[K{self._on}{step} ...{self._off}")
+            self._stream.flush()
+
+
+@contextmanager
+def _interruptible(device: str) -> Iterator[None]:
+    """A signal that ends the program lets it take back its mapping and key first."""
+
+    def interrupted(number: int, _frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise HotplugError(
+            f"provision {shown(device)}: interrupted by {signal.Signals(number).name}; "
+            "the same command goes on"
+        )
+
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, interrupted) for each in ends}
+    try:
+        yield
+    finally:
+        for each, action in before.items():
+            signal.signal(each, action)

@@ -1,0 +1,162 @@
+"""What is to be made of which medium, whether that makes sense, and the rule that opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from caam_hotplug import recovery, table
+from caam_hotplug.config import Config
+from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.kernel import caam, durable, files, mkfs, paths, udev
+from caam_hotplug.model import SECTOR_BYTES, DevType, Volume, VolumeId
+from caam_hotplug.rules import BUILT_IN, Admitted, Rule, decide
+
+LINUX_DATA: Final = UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
+"""The partition type of a medium that is made."""
+
+_MIB: Final = (1 << 20) // SECTOR_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is to be made of which medium."""
+
+    device: str
+    rule: Rule
+    """The drop-in's rule, whether or not it is to be written: its name is the medium's label."""
+    rule_text: str
+    key_bytes: int
+    seal: caam.Seal
+    recovery_file: Path | None = None
+    """Where the recovery file is to be."""
+    rule_file: Path | None = None
+    """Where the drop-in is to be."""
+    erase: str | None = None
+    """The kernel's name of the disk whose content may be lost."""
+
+    @property
+    def label(self) -> str:
+        """The partition's label, and the blob's name without its ending."""
+        return self.rule.name
+
+    @property
+    def filesystem(self) -> str:
+        """The one that is made."""
+        return self.rule.mount.filesystems[0]
+
+    @property
+    def about(self) -> recovery.About:
+        """What the recovery file says of the medium."""
+        crypt = self.rule.crypt
+        return recovery.About(self.label, crypt.cipher, crypt.sector_size, self.filesystem)
+
+
+def require_sense(wish: Wish, config: Config, disk: Volume) -> None:
+    """Raises: HotplugError for what can be told without a look at what the medium holds."""
+    what = f"provision {disk.node}"
+    if wish.erase is not None and wish.erase != disk.name:
+        raise HotplugError(
+            f"{what}: --erase names {shown(wish.erase)}, and this is {disk.name}; nothing was "
+            "erased"
+        )
+    if disk.read_only:
+        raise HotplugError(f"{what}: the medium is write-protected")
+    if wish.recovery_file is not None and recovery.plain_cipher(wish.rule.crypt.cipher) is None:
+        raise HotplugError(
+            f"{what}: a recovery key opens media of tagged keys, such as "
+            f"capi:tk(cbc(aes))-plain, not {wish.rule.crypt.cipher}"
+        )
+    table.crypt_target(disk, wish.rule.crypt, wish.key_bytes)  # whether its IVs would repeat
+    least = mkfs.least(wish.filesystem) + 2 * _MIB
+    if disk.size < least:
+        raise HotplugError(f"{what}: {wish.filesystem} needs {least // _MIB} MiB at least")
+    with suppress(FileNotFoundError), paths.directory(config.blob_directory):
+        pass
+    if wish.rule_file is not None:
+        _require_rule_writable(wish, config)
+    mkfs.program(wish.filesystem)
+
+
+def _require_rule_writable(wish: Wish, config: Config) -> None:
+    """Raises: HotplugError if the drop-in is another already, or its name is taken."""
+    if _has_rule(wish) or wish.rule_file is None:
+        return
+    if any(rule.name == wish.label for rule in config.rule):
+        raise HotplugError(
+            f"write {shown(wish.rule_file)}: there is a rule {wish.label!r} already; change that "
+            "one, and leave out --rule"
+        )
+
+
+def _has_rule(wish: Wish) -> bool:
+    """Whether the very drop-in is there. Raises: HotplugError if it is another."""
+    if wish.rule_file is None:
+        return False
+    try:
+        found = files.RootsFiles().read(wish.rule_file)
+    except FileNotFoundError:
+        return False
+    if found != wish.rule_text.encode():
+        raise HotplugError(
+            f"write {shown(wish.rule_file)}: it exists and says something else; it is not "
+            "overwritten"
+        )
+    return True
+
+
+def write_rule(wish: Wish, config: Config) -> Iterator[str]:
+    """The drop-in is there if it was wished for, and what it changes is said."""
+    if wish.rule_file is None:
+        return
+    if not _has_rule(wish):
+        with durable.folder(wish.rule_file.parent, mode=0o755, only_root=True) as opened:
+            durable.write(opened, wish.rule_file, wish.rule_text.encode(), 0o644)
+    yield f"the rule is in {shown(wish.rule_file)}"
+    if config.rule is BUILT_IN:
+        yield (
+            "it is the first rule of this board, so the built-in one no longer applies: other "
+            "media need rules of their own"
+        )
+
+
+def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
+    """What to do if the rules that are in force will not open the medium."""
+    if wish.rule_file is not None:
+        return
+    partition = replace(
+        _as_udev_has_it(disk, config),
+        id=VolumeId(disk.id.diskseq, 1),
+        devtype=DevType.PARTITION,
+        partlabel=wish.label,
+        parttype=str(LINUX_DATA),
+    )
+    remedy = "the same command with --rule writes one that does"
+    match decide(config.rule, partition):
+        case Admitted(rule=rule, blob=blob):
+            differs = [
+                *(["cipher"] if rule.crypt.cipher != wish.rule.crypt.cipher else []),
+                *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
+                *(["offset"] if rule.crypt.offset else []),
+                *(["iv_offset"] if rule.crypt.iv_offset else []),
+                *(["filesystems"] if wish.filesystem not in rule.mount.filesystems else []),
+                *(["blob"] if blob != f"{wish.label}.bb" else []),
+            ]
+            if differs:
+                yield (
+                    f"rule {rule.name!r} will not open it: the medium has another "
+                    f"{' and another '.join(differs)}; {remedy}"
+                )
+        case refused:
+            yield f"no rule admits it ({refused}); {remedy}"
+
+
+def _as_udev_has_it(disk: Volume, config: Config) -> Volume:
+    """The disk with what udev knows of it, such as its socket."""
+    source = udev.default_source() if config.source == "auto" else config.source
+    with closing(udev.Devices(source)) as devices:
+        return devices.volume(disk.node)

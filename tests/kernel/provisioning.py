@@ -1,0 +1,234 @@
+"""A workbench on which media are made: a disk, a blob directory, a configuration, and the command.
+
+The command runs in a process forked from the tests', as the agent does in `kernel/forked.py`, and
+can be killed after each of its calls. What it has made is looked at with the board's own tools.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import mmap
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from caam_hotplug import cli
+from caam_hotplug.kernel import devmapper, mkfs
+from fakes.contract import until
+from kernel import witness
+from kernel.cartridges import Cartridge
+from kernel.forked import Stop, Watch
+from kernel.witness import logon_key, run
+
+BENCH: Final = Path("/run/bench")
+LABEL: Final = "cartridge-05"
+CIPHER: Final = "capi:tk(cbc(aes))-plain"
+
+_FUNCTIONS: Final = frozenset(
+    {"add_key", "keyctl_unlink", "dm_task_run", "renameat2", "fdisk_write_disklabel"}
+)
+_METHODS: Final = (
+    (fcntl, "ioctl"), (os, "mkdir"), (os, "link"), (os, "unlink"), (os, "fsync"), (mkfs, "make"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How the command has ended: minus a signal's number if that ended it."""
+
+    status: int
+    out: str
+    err: str
+    calls: list[str]
+
+
+class Process:
+    """The command while it runs."""
+
+    def __init__(self, pid: int, told: list[int]) -> None:
+        self.pid = pid
+        self._told = told
+        self._ended = False
+
+    def ended(self) -> Done:
+        """It has ended, and udev has heard of it."""
+        texts = []
+        for end in self._told:
+            with open(end, "rb") as file:
+                texts.append(file.read().decode())
+        self._told = []
+        _, status = os.waitpid(self.pid, 0)
+        self._ended = True
+        run("udevadm", "settle")
+        out, err, calls = texts
+        return Done(os.waitstatus_to_exitcode(status), out, err, calls.splitlines())
+
+    def kill(self) -> None:
+        """Nothing of it is left."""
+        if not self._ended:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self._ended = True
+        for end in self._told:
+            os.close(end)
+
+
+class Bench:
+    """What a test does with the command and its medium."""
+
+    def __init__(self, medium: Cartridge, folder: Path) -> None:
+        self.medium = medium
+        self.folder = folder
+        self.blobs = folder / "blobs"
+        self.config = folder / "agent.toml"
+        self.config.write_text(f'blob_directory = "{self.blobs}"\nmount_root = "{folder}/media"\n')
+
+    @property
+    def node(self) -> str:
+        """The disk's device node."""
+        return f"/dev/{self.medium.disk.name}"
+
+    @property
+    def blob(self) -> Path:
+        """The blob of the label that tests use."""
+        return self.blobs / f"{LABEL}.bb"
+
+    def holds(self, content: bytes) -> None:
+        """The disk begins with these bytes, and has nothing but zeros after them."""
+        size = int((self.medium.disk / "size").read_text()) * 512
+        with open(self.node, "r+b", buffering=0) as disk:
+            disk.write(content.ljust(size, b"\0"))
+            os.fsync(disk)
+        run("udevadm", "settle")
+
+    def bytes(self) -> bytes:
+        """The disk's bytes, past every cache."""
+        size = int((self.medium.disk / "size").read_text()) * 512
+        file = os.open(self.node, os.O_RDONLY | os.O_DIRECT)
+        try:
+            with mmap.mmap(-1, size) as room:
+                assert os.preadv(file, [room], 0) == size
+                return room[:]
+        finally:
+            os.close(file)
+
+    def provision(self, *more: str, stop: Stop | None = None) -> Done:
+        """`provision` of the disk under the label has ended."""
+        return self.run("provision", self.node, "--label", LABEL, *more, stop=stop)
+
+    def run(self, *arguments: str, stop: Stop | None = None, user: int = 0) -> Done:
+        """The command has ended, and udev has heard of it."""
+        with self.started(*arguments, stop=stop, user=user) as process:
+            return process.ended()
+
+    @contextmanager
+    def started(
+        self, *arguments: str, stop: Stop | None = None, user: int = 0
+    ) -> Iterator[Process]:
+        """The command runs, as this user; it is killed on the way out if it still does."""
+        ends = [os.pipe() for _ in range(4)]  # output, errors, calls, go
+        gc.freeze()
+        pid = os.fork()
+        if pid == 0:
+            os.setresuid(user, user, user)
+            told = [end[1] for end in ends[:3]]
+            self._be_the_command(list(arguments), told, ends[3][0], stop)
+        for number, (reading, writing) in enumerate(ends):
+            os.close(reading if number == 3 else writing)
+        process = Process(pid, [end[0] for end in ends[:3]])
+        try:
+            yield process
+        finally:
+            os.close(ends[3][1])
+            process.kill()
+
+    def _be_the_command(
+        self, arguments: list[str], ends: list[int], go: int, stop: Stop | None
+    ) -> None:
+        code = 70
+        try:
+            out, err, told = ends
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            sys.settrace(None)
+            threading.settrace(None)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  for good
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            Watch(told, go, stop, _FUNCTIONS, _METHODS).install()
+            if arguments[:2] != ["key", "inspect"]:
+                arguments += ["--config", str(self.config)]
+            code = cli.main(arguments)
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 71
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The partitions, as sfdisk reads them off the disk."""
+        found = json.loads(run("sfdisk", "-J", self.node))["partitiontable"]
+        assert found["label"] == "gpt"
+        partitions: list[dict[str, Any]] = found["partitions"]
+        return partitions
+
+    def is_made(
+        self, *, cipher: str = CIPHER, sector_size: int = 512, filesystem: str = "ext4"
+    ) -> None:
+        """The medium has its label, and the filesystem under the key of its blob; no trace else."""
+        (partition,) = self.table()
+        assert partition["name"] == LABEL
+        assert partition["type"] == "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+        until(Path(self.medium.partition).exists)
+        assert self.filesystem(cipher=cipher, sector_size=sector_size) == filesystem
+        assert self.left() == []
+        assert [f.name for f in self.blobs.iterdir()] == [self.blob.name]
+
+    def filesystem(self, *, cipher: str = CIPHER, sector_size: int = 512) -> str:
+        """What lies on the partition under the key of the blob."""
+        partition = self.medium.partition
+        sectors = int(run("blockdev", "--getsz", partition))
+        with logon_key("witness:", witness.import_blob(self.blob.read_bytes()).key) as key:
+            options = f" 1 sector_size:{sector_size}" if sector_size != 512 else ""
+            table = f"0 {sectors} crypt {cipher} {key} 0 {partition} 0{options}"
+            run("dmsetup", "create", "witness", "--table", table)
+            try:
+                device = "/dev/mapper/witness"
+                return run("blkid", "-p", "-o", "value", "-s", "TYPE", device).strip()
+            finally:
+                run("dmsetup", "remove", "--retry", "witness")
+
+    def left(self) -> list[str]:
+        """Mappings of the command's, and keys, that are still there."""
+        mappings = [mapping.name for mapping in devmapper.ours("CAAM-PROVISION-")]
+        lines = Path("/proc/keys").read_text().splitlines()
+        keys = [line for line in lines if "caam-hotplug" in line and line.split()[2] != "0"]
+        return mappings + keys
+
+
+@contextmanager
+def bench_with(medium: Cartridge) -> Iterator[Bench]:
+    """A bench whose disk is blank; nothing is left on it afterwards."""
+    BENCH.mkdir(mode=0o755)
+    try:
+        made = Bench(medium, BENCH)
+        made.holds(b"")
+        yield made
+        made.holds(b"")
+        until(lambda: made.left() == [])
+    finally:
+        for mapping in devmapper.ours("CAAM-PROVISION-"):
+            devmapper.remove(mapping.name)
+        shutil.rmtree(BENCH)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug.errors import HotplugError, KernelError, UnsafePathError
+from caam_hotplug.kernel import durable
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[int]:
+    """A descriptor of the directory in which files are made."""
+    file = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield file
+    os.close(file)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_new_file_has_its_content_and_mode_whatever_the_umask(
+    opened: int, tmp_path: Path, mode: int
+) -> None:
+    before = os.umask(0o077)
+    try:
+        durable.write(opened, tmp_path / "new", b"content", mode)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").read_bytes() == b"content"
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == mode
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("write", [durable.write, durable.write_unsettled])
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_a_name_that_is_taken_stays_what_it_is(
+    opened: int, tmp_path: Path, write: object, kind: str
+) -> None:
+    taken = tmp_path / "taken"
+    match kind:
+        case "file":
+            taken.write_bytes(b"another's")
+        case "link":
+            taken.symlink_to("nowhere")
+        case _:
+            taken.mkdir()
+    before = taken.lstat()
+    with pytest.raises(HotplugError, match="taken: it exists, and is not overwritten"):
+        write(opened, taken, b"content", 0o600)  # type: ignore[operator]
+    assert taken.lstat() == before
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_what_a_killed_run_has_left_is_no_hindrance(opened: int, tmp_path: Path) -> None:
+    (tmp_path / ".new.new").write_bytes(b"half")
+    durable.write(opened, tmp_path / "new", b"whole", 0o600)
+    assert (tmp_path / "new").read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(opened: int, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"victim")
+    (tmp_path / ".new.new").symlink_to("victim")
+    durable.write(opened, tmp_path / "new", b"whole", 0o600)
+    assert (tmp_path / "victim").read_bytes() == b"victim"
+
+
+def test_a_file_is_unsettled_until_it_is_settled(opened: int, tmp_path: Path) -> None:
+    durable.write_unsettled(opened, tmp_path / "blob", b"blob", 0o600)
+    assert (tmp_path / "blob").read_bytes() == b"blob"
+    assert durable.is_unsettled(opened, "blob")
+    durable.settle(opened, tmp_path / "blob")
+    assert not durable.is_unsettled(opened, "blob")
+    assert os.listdir(tmp_path) == ["blob"]
+    durable.settle(opened, tmp_path / "blob")
+
+
+def test_only_an_unsettled_file_is_taken_back(opened: int, tmp_path: Path) -> None:
+    durable.write(opened, tmp_path / "kept", b"kept", 0o600)
+    (tmp_path / ".kept.new").write_bytes(b"another file")
+    durable.write_unsettled(opened, tmp_path / "blob", b"blob", 0o600)
+    durable.discard_unsettled(opened, tmp_path / "kept")
+    durable.discard_unsettled(opened, tmp_path / "blob")
+    durable.discard_unsettled(opened, tmp_path / "never")
+    assert not (tmp_path / "blob").exists()
+    assert (tmp_path / "kept").read_bytes() == b"kept"
+
+
+def test_a_file_that_was_taken_back_can_be_made_anew(opened: int, tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        durable.discard_unsettled(opened, tmp_path / "blob")
+        durable.write_unsettled(opened, tmp_path / "blob", content, 0o600)
+    durable.settle(opened, tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["blob"]
+
+
+def test_a_directory_without_room_is_told_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    opened = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    with pytest.raises(KernelError, match=r"^write /proc/new: "):
+        durable.write(opened, Path("/proc/new"), b"content", 0o600)
+    os.close(opened)
+
+
+def test_a_missing_folder_is_made_with_its_mode(tmp_path: Path) -> None:
+    with durable.folder(tmp_path / "data" / "caam", mode=0o700):
+        pass
+    assert stat.S_IMODE((tmp_path / "data" / "caam").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o755
+
+
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "caam").mkdir()
+    (tmp_path / "caam").chmod(0o777)
+    with (
+        pytest.raises(UnsafePathError, match="can be written by others"),
+        durable.folder(tmp_path / "caam", mode=0o700),
+    ):
+        pass
+
+
+def test_two_commands_do_not_make_keys_in_one_directory(opened: int, tmp_path: Path) -> None:
+    other = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with (
+            durable.alone_in(opened, tmp_path),
+            pytest.raises(HotplugError, match="another command is making a key there"),
+            durable.alone_in(other, tmp_path),
+        ):
+            pass
+        with durable.alone_in(other, tmp_path):
+            pass
+    finally:
+        os.close(other)

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caam_hotplug import config, names, provision
+from caam_hotplug.cli import main
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import files
+from caam_hotplug.provision import Progress, rule_for
+from caam_hotplug.rules import Crypt
+
+
+@pytest.fixture
+def file(roots_folder: Path) -> Path:
+    """A configuration whose blobs are beside it."""
+    file = roots_folder / "agent.toml"
+    file.write_text(f'blob_directory = "{roots_folder}/caam"\n')
+    return file
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said of a command that changes nothing."""
+    assert main(list(arguments)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    return shown.err.removeprefix("caam-hotplug: ").removesuffix("\n")
+
+
+def test_the_options_defaults_are_those_of_a_rule() -> None:
+    rule, _ = rule_for("cartridge-01")
+    assert rule.crypt == Crypt()
+    assert Crypt().cipher == provision.CIPHER
+
+
+@given(
+    label=st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._-]{0,35}\Z"),
+    filesystem=st.sampled_from(provision.FILESYSTEMS),
+    sector_size=st.sampled_from([512, 1024, 2048, 4096]),
+)
+def test_the_drop_in_is_a_rule_for_the_label_alone(
+    tmp_path_factory: pytest.TempPathFactory, label: str, filesystem: str, sector_size: int
+) -> None:
+    rule, text = rule_for(label, filesystem=filesystem, sector_size=sector_size)
+    folder = tmp_path_factory.mktemp("etc")
+    (folder / "rules.d").mkdir()
+    (folder / "rules.d" / f"{label}.toml").write_text(text)
+    loaded = config.load(folder / "agent.toml", files.AnyonesFiles(), required=False)
+    assert loaded.rule == (rule,)
+    assert (rule.name, rule.match.partlabel) == (label, label)
+    assert rule.mount.filesystems == (filesystem,)
+    assert rule.crypt.sector_size == sector_size
+
+
+@pytest.mark.parametrize("label", ["", "../x", ".x", "-x", "a b", "ä", "x" * 37, "a\nb"])
+def test_labels_that_rules_do_not_take_are_refused(
+    capsys: pytest.CaptureFixture[str], label: str
+) -> None:
+    words = refusal(capsys, "provision", "/dev/null", f"--label={label}")
+    assert words.startswith(f"use label {label!a}: it ")
+
+
+@pytest.mark.parametrize(
+    "cipher", ["", "a b", 'x"y', "x\\y", "aes\n", "aes-cbc-plain extra", "äes-cbc-plain"]
+)
+def test_what_is_no_cipher_is_refused(capsys: pytest.CaptureFixture[str], cipher: str) -> None:
+    words = refusal(capsys, "provision", "/dev/null", "--label", "x", f"--cipher={cipher}")
+    assert words.startswith(f"use cipher {cipher!a}: expected ")
+
+
+@given(st.text(max_size=40))
+def test_any_cipher_is_one_or_refused(cipher: str) -> None:
+    try:
+        rule, _ = rule_for("x", cipher=cipher)
+    except HotplugError:
+        return
+    assert rule.crypt.cipher == cipher
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["/dev/null"],
+        ["--label", "x"],
+        ["/dev/null", "--label", "x", "--fs", "ntfs"],
+        ["/dev/null", "--label", "x", "--sector-size", "8192"],
+        ["/dev/null", "--label", "x", "--key-bytes", "24"],
+        ["/dev/null", "--label", "x", "--seal", "gcm"],
+    ],
+)
+def test_wrong_usage_is_exit_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["provision", *arguments])
+    assert ended.value.code == 2
+    assert "usage: caam-hotplug provision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("/dev/null", "it is no block device"),
+        ("/no/such/device", "No such file or directory"),
+        ("/", "it is no block device"),
+    ],
+)
+def test_what_is_no_disk_is_refused(
+    capsys: pytest.CaptureFixture[str], file: Path, device: str, words: str
+) -> None:
+    said = refusal(capsys, "provision", device, "--label", "x", "--config", str(file))
+    assert said == f"look at {device}: {words}"
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_help_has_examples_and_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["provision"], ["key"], *(["key", v] for v in ("create", "enroll", "list"))):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        assert "example" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with Progress(file := io.StringIO()) as progress:
+        progress.tell("step")
+    assert file.getvalue() == ""
+    with Progress(terminal := Terminal()) as progress:
+        progress.tell("step")
+    assert terminal.getvalue() == "\r\x1b[K\x1b[2mstep ...\x1b[0m\r\x1b[K"
+
+
+def test_progress_has_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Progress(terminal := Terminal()) as progress:
+        progress.tell("step")
+    assert terminal.getvalue() == "\r\x1b[Kstep ...\r\x1b[K"
+
+
+def test_the_names_of_its_mappings_are_not_the_agents() -> None:
+    assert not names.PROVISION_DM_UUID_PREFIX.startswith(names.DM_UUID_PREFIX)
+    rule = (Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules").read_text()
+    (kept_off,) = [line for line in rule.splitlines() if names.DM_UUID_PREFIX in line]
+    assert f"|{names.PROVISION_DM_UUID_PREFIX}*" in kept_off

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caam_hotplug import keystore, recovery
+from caam_hotplug.errors import HotplugError, KernelError
+from caam_hotplug.kernel import memory
+from caam_hotplug.model import SecretBytes
+
+ABOUT = recovery.About("cartridge-01", "capi:tk(cbc(aes))-plain", 512, "ext4")
+KEY = bytes(range(1, 17))
+
+keys = st.sampled_from([16, 32]).flatmap(
+    lambda size: st.lists(st.integers(1, 255), min_size=size, max_size=size).map(bytes)
+)
+
+
+def written(key: bytes = KEY, about: recovery.About = ABOUT) -> bytearray:
+    """A recovery file's content."""
+    head = recovery.head(about, "the.recovery", len(key))
+    content = bytearray(len(head) + recovery.key_line_length(len(key)))
+    content[: len(head)] = head
+    recovery.write_key_line(SecretBytes(bytearray(key)), content, len(head))
+    return content
+
+
+def key_in(content: bytes) -> bytes:
+    room = SecretBytes(bytearray(recovery.KEY_MAX_BYTES))
+    return bytes(room.buffer[: recovery.read_key(bytearray(content), room)])
+
+
+@given(keys)
+def test_what_is_written_is_read_again_and_is_base64(key: bytes) -> None:
+    content = written(key)
+    assert recovery.read_about(content) == ABOUT
+    assert key_in(content) == key
+    assert content.endswith(b"\nkey = " + base64.b64encode(key) + b"\n")
+
+
+def test_the_file_says_how_to_open_the_medium_on_a_pc() -> None:
+    about = recovery.About("archive", "capi:tk(cbc(aes))-plain64", 4096, "ext4")
+    assert (
+        "sed -n 's/^key = //p' the.recovery | base64 -d | cryptsetup open --type plain "
+        "--cipher aes-cbc-plain64 --key-size 256 --hash plain --sector-size 4096 --key-file - "
+        "/dev/disk/by-partlabel/archive archive"
+    ) in written(KEY * 2, about).decode()
+
+
+def test_the_files_name_is_quoted_in_the_command() -> None:
+    assert "'my key; rm -rf x'" in recovery.command(ABOUT, "my key; rm -rf x", 16)
+
+
+@pytest.mark.parametrize(
+    ("cipher", "plain"),
+    [
+        ("capi:tk(cbc(aes))-plain", "aes-cbc-plain"),
+        ("capi:tk(cbc(aes))-plain64", "aes-cbc-plain64"),
+        ("capi:tk(cbc(aes))-essiv:sha256", "aes-cbc-essiv:sha256"),
+        ("aes-xts-plain64", None),
+        ("capi:cbc(aes)-plain", None),
+    ],
+)
+def test_only_ciphers_of_tagged_keys_have_one_for_a_pc(cipher: str, plain: str | None) -> None:
+    assert recovery.plain_cipher(cipher) == plain
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text.replace(b"key = ", b"kez = "), "it has no key"),
+        (lambda text: text.replace(b"key = A", b"key = *"), "not base64"),
+        (lambda text: text[:-5] + b"\n", "it has 15 bytes, not 16 or 32"),
+        (lambda text: text[:-1] + b"=\nAAAA", None),
+        (lambda text: text[:-3] + b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "not base64"),
+        (lambda text: text[:-25] + base64.b64encode(bytes(16)) + b"\n", "has a zero byte"),
+    ],
+)
+def test_a_damaged_key_is_told_without_a_word_of_it(damage: object, words: str | None) -> None:
+    content = damage(bytes(written()))  # type: ignore[operator]
+    if words is None:
+        assert key_in(content) == KEY
+        return
+    with pytest.raises(recovery.RecoveryFileError, match=words) as refused:
+        key_in(content)
+    assert base64.b64encode(KEY).decode()[:6] not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "lacks label"),
+        (b"label = x\n", "lacks label, cipher"),
+        (b"\x00\xff\n", "no `name = value`"),
+        (b"label = ../x\ncipher = c\nsector-size = 512\nfilesystem = ext4\n", "its label cannot"),
+        (b"label = x\ncipher = c\nsector-size = many\nfilesystem = ext4\n", "lacks label"),
+    ],
+)
+def test_what_is_no_recovery_file_is_refused(text: bytes, words: str) -> None:
+    with pytest.raises(recovery.RecoveryFileError, match=words):
+        recovery.read_about(bytearray(text))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_read_or_refused(content: bytes) -> None:
+    for read in (recovery.read_about, lambda b: key_in(bytes(b))):
+        with contextlib.suppress(recovery.RecoveryFileError):
+            read(bytearray(content))
+
+
+def test_a_recovery_file_is_its_owners_only_and_is_never_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "cartridge-01.recovery"
+    keystore.write_recovery(file, ABOUT, SecretBytes(bytearray(KEY)))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    content = file.read_bytes()
+    with pytest.raises(HotplugError, match="it exists, and is not overwritten"):
+        keystore.write_recovery(file, ABOUT, SecretBytes(bytearray(KEY[::-1])))
+    assert file.read_bytes() == content
+    with keystore.recovered(file) as (about, key):
+        assert (about, bytes(key.buffer)) == (ABOUT, KEY)
+    assert bytes(key.buffer) == bytes(16)
+
+
+@pytest.mark.parametrize("kind", ["missing", "fifo", "directory", "huge", "empty"])
+def test_what_cannot_be_a_recovery_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "file"
+    match kind:
+        case "fifo":
+            os.mkfifo(file)
+        case "directory":
+            file.mkdir()
+        case "huge":
+            file.write_bytes(bytes(recovery.MAX_BYTES + 1))
+        case "empty":
+            file.touch()
+    with (
+        pytest.raises((recovery.RecoveryFileError, KernelError), match=str(file)),
+        keystore.recovered(file),
+    ):
+        pass
+
+
+def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match=f"open directory {tmp_path}/none: No such file"):
+        keystore.write_recovery(tmp_path / "none" / "file", ABOUT, SecretBytes(bytearray(KEY)))
+
+
+def test_random_keys_have_no_zero_byte_and_are_overwritten() -> None:
+    seen = set()
+    for _ in range(64):
+        with memory.random_key(32) as key:
+            assert 0 not in key.buffer
+            seen.add(bytes(key.buffer))
+        assert bytes(key.buffer) == bytes(32)
+    assert len(seen) == 64
+
+
+def test_the_memory_of_a_key_is_locked() -> None:
+    with memory.locked(16):
+        held = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if "VmLck" in line
+        )
+        assert int(held.split()[1]) > 0
