@@ -90,9 +90,25 @@ def test_a_medium_that_was_begun_goes_on_only_with_the_same_options(bench: Bench
     file = str(bench.folder / "recovery")
     late = refused(bench, bench.node, "--label", LABEL, "--recovery-key", file)
     assert f"it was begun without {file}" in late
-    assert "it holds a partition table" in refused(bench, bench.node, "--label", "other")
+    other = refused(bench, bench.node, "--label", "other")
+    assert "a medium that is not finished, begun with another label or recovery file" in other
     assert bench.provision().status == 0
     bench.is_made()
+
+
+def test_a_medium_that_was_begun_with_a_recovery_file_goes_on_only_with_that(
+    bench: Bench, tmp_path: Path
+) -> None:
+    file, other = bench.folder / "recovery", tmp_path / "other"
+    first = bench.provision("--recovery-key", str(other), stop=Stop(8 + 3, kill_self))
+    assert (first.status, other.exists()) == (-signal.SIGKILL, True)
+    stop = Stop(BEGUN + len(RECOVERY_CALLS), kill_self)
+    assert bench.provision("--recovery-key", str(file), stop=stop).status == -signal.SIGKILL
+    for options in ((), ("--recovery-key", str(other))):
+        said = refused(bench, bench.node, "--label", LABEL, *options)
+        assert "begun with another label or recovery file" in said
+    assert bench.provision("--recovery-key", str(file)).status == 0
+    assert opened_on_a_pc(bench, file) == "ext4"
 
 
 def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew(bench: Bench) -> None:
