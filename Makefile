@@ -14,16 +14,17 @@ BED := PYTHONPATH=tests $(PYTHON) -m vm
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life and fuzz tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, fuzz and D-Bus tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
-	@echo "make man        writes docs/man and config/completions anew from --help and config/agent.toml"
+	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 
 # After a change of the command line or of config/agent.toml.
 man: $(VENV)/.installed
 	$(PYTHON) docs/generate.py
+	$(PYTHON) docs/generate_dbus.py
 
 setup: $(VENV)/.installed
 	@tests/vm/setup
@@ -44,7 +45,7 @@ lint: $(VENV)/.installed
 
 check: lint
 	@tests/vm/setup tools
-	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz tests/bus
 
 # Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed

@@ -1,4 +1,8 @@
-"""The command line `caam-hotplug`."""
+"""The command line `caam-hotplug`.
+
+What only one command uses is imported by that command: on a board's processor a module that nobody
+needs is felt.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from caam_hotplug import __version__, config, keys, names, provision
+from caam_hotplug import __version__, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.kernel import files
+from caam_hotplug.operator import commands as operator
+
+if TYPE_CHECKING:
+    from caam_hotplug import config
 
 _EXAMPLES = """\
 examples:
@@ -21,22 +28,24 @@ examples:
   caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
   caam-hotplug key list                       the keys of this board
   caam-hotplug doctor                         why it does not work on this board
+  caam-hotplug status                         the media and their states
+  caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
 
-exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
 """
 
 _DOCTOR: Final = """\
 Looks at everything the agent needs, one line each, with the remedy where something is amiss.
 It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
-its trial of the CAAM is a throwaway key over a volume in memory.
+its trial of the CAAM is a throwaway key over a volume in memory. docs/doctor.md explains every
+line. Colours are for a terminal only, and NO_COLOR takes them away.
 """
 _DOCTOR_EPILOG: Final = """\
 examples:
   sudo caam-hotplug doctor
   sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
 
-exit status: 0 all is well as far as it can be told; 3 warnings; 1 failures, or it could not look;
-2 wrong usage. NO_COLOR takes the colours away. docs/doctor.md explains every line.
+exit status: 0 all is well as far as it can be told; 1 failures, or it could not look;
+2 wrong usage; 3 warnings
 """
 
 
@@ -57,11 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
         description="Unlocks and mounts encrypted removable media with keys of the CAAM.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + operator.EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{names.PROGRAM} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # With `prog` given, argparse need not format a usage to find it out.
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, prog=names.PROGRAM
+    )
 
     run = commands.add_parser("run", help="run the agent in the foreground, as the service does")
     _add_config(run)
@@ -81,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")
     holders.set_defaults(command=_holders)
+    operator.add_commands(commands)
     return parser
 
 
@@ -108,16 +121,22 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
     """The configuration that was named, or else the installed one, which need not be there."""
+    from caam_hotplug import config  # noqa: PLC0415
+
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
     return config.load(file, reader, required=parsed.config is not None)
 
 
 def _load_to_act(parsed: argparse.Namespace) -> config.Config:
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
     return _load(parsed, files.RootsFiles())
 
 
 def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
     """What looks at a configuration that `run` would refuse for its owner or mode says so."""
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
     try:
         load(files.RootsFiles())
     except ConfigError as error:
@@ -126,13 +145,17 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from caam_hotplug import daemon  # noqa: PLC0415  asyncio is slow to import and only `run` uses it
+    from caam_hotplug import daemon  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
 
     daemon.run(lambda: _load(parsed, files.RootsFiles()))
     return 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
+    from caam_hotplug import config  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
+
     loaded = config.load(parsed.file, files.AnyonesFiles())
     _warn_of_strangers(lambda reader: config.load(parsed.file, reader))
     rules = ", ".join(rule.name for rule in loaded.rule) or "none"
@@ -141,7 +164,8 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _explain(parsed: argparse.Namespace) -> int:
-    from caam_hotplug import explain  # noqa: PLC0415  libudev is opened only to look at a device
+    from caam_hotplug import explain  # noqa: PLC0415
+    from caam_hotplug.kernel import files  # noqa: PLC0415
 
     loaded = _load(parsed, files.AnyonesFiles())
     _warn_of_strangers(lambda reader: _load(parsed, reader))

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from caam_hotplug import explain, journal
 from caam_hotplug.board import Board
+from caam_hotplug.bus import Service
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel import keyring, memory, udev, watch
@@ -24,11 +25,14 @@ from caam_hotplug.lifecycle.sweep import sweep
 from caam_hotplug.model import Entry
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
+from caam_hotplug.units import SystemdUnits
 
 log = logging.getLogger(__name__)
 
 _FIXED = ("source", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
 """Keys of the configuration that are read at start only."""
+_BUS_WITHIN_S = 5.0
+"""How long a start waits to be on the bus, so that who waits for it can ask it at once."""
 
 
 Load = Callable[[], Config]
@@ -72,7 +76,7 @@ async def _serve(config: Config, load: Load) -> None:
         dm_lane=new_lane("mappings"),
         claims=Claims(),
         publish=board.publish,
-        units=_NoUnits(),
+        units=SystemdUnits(),
     )
 
     def tell_status(_entry: Entry) -> None:
@@ -84,8 +88,9 @@ async def _serve(config: Config, load: Load) -> None:
     with ExitStack() as held:
         held.callback(devices.close)
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
-        async with Supervisor(around, left) as supervisor:
+        async with Service(board) as service, Supervisor(around, left) as supervisor:
             agent = Agent(config, load, supervisor, notifier)
+            service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = _Events(devices, supervisor)
             held.callback(events.end)
@@ -94,6 +99,7 @@ async def _serve(config: Config, load: Load) -> None:
             loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
             held.callback(loop.remove_reader, blobs)
             events.begin()
+            await service.tried(_BUS_WITHIN_S)
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
@@ -174,22 +180,9 @@ class Agent:
             log.warning("%s", notice)
         return notices
 
-    async def explain(self, device: str) -> str:
-        """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError."""
-        config = await asyncio.to_thread(self._load)
-        return await asyncio.to_thread(lambda: "\n".join(explain.explain(device, config)))
-
-
-class _NoUnits:
-    """Without a bus there is no service manager to talk to."""
-
-    def start(self, unit: str) -> None:
-        said = journal.event(journal.Event.HOOK, unit=unit)
-        log.warning("cannot start %s: there is no bus to the service manager", unit, extra=said)
-
-    async def finish(self, unit: str, within_s: float) -> None:
-        del within_s
-        self.start(unit)
+    def explain(self, device: str) -> str:
+        """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError. Any thread."""
+        return "\n".join(explain.explain(device, self._load()))
 
 
 class _Events:

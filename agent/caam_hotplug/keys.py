@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from caam_hotplug import config, names
+from caam_hotplug import names
 from caam_hotplug.errors import BlobError, HotplugError, shown
+
+if TYPE_CHECKING:
+    from caam_hotplug import config
 
 _EXAMPLES: Final = """\
 examples:
@@ -172,7 +174,7 @@ def _list(parsed: argparse.Namespace, loaded: config.Config) -> int:
         raise HotplugError(f"list {shown(directory)}: it needs to be root; use sudo") from error
     blobs = [_looked_at(directory, name) for name in files if not name.startswith(".")]
     if parsed.json:
-        print(json.dumps([asdict(blob) for blob in blobs], indent=2))
+        _print_json([asdict(blob) for blob in blobs])
     elif blobs:
         for line in _table(blobs):
             print(line)
@@ -212,7 +214,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
     file = parsed.file.absolute()
     header = caam.header(caam.read_blob(file.parent, file.name))
     if parsed.json:
-        print(json.dumps({"file": str(file), **asdict(header)}, indent=2))
+        _print_json({"file": str(file), **asdict(header)})
         return 0
     print(f"{shown(file)}: black blob")
     print(f"  type   {header.type:#x}")
@@ -220,3 +222,9 @@ def _inspect(parsed: argparse.Namespace) -> int:
     print(f"  key    {header.key_bytes} bytes")
     print(f"  blob   {header.blob_bytes} bytes, and a tag header of 20")
     return 0
+
+
+def _print_json(value: object) -> None:
+    import json  # noqa: PLC0415
+
+    print(json.dumps(value, indent=2))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from caam_hotplug.model import VolumeId
+if TYPE_CHECKING:
+    from caam_hotplug.model import VolumeId
 
 PROGRAM: Final = "caam-hotplug"
 
@@ -49,6 +50,14 @@ nobody writes into it while nothing is mounted there."""
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """A udev property: a board's rule that sets it to 0 keeps the agent off that device."""
 
+OPERATORS: Final = "caam-hotplug"
+"""The group whose members may ask for what root may, over D-Bus."""
+BUS_NAME: Final = "org.caamhotplug1"
+BUS_PATH: Final = "/org/caamhotplug1"
+BUS_MANAGER: Final = "org.caamhotplug1.Manager"
+BUS_VOLUME: Final = "org.caamhotplug1.Volume"
+BUS_ERROR_PREFIX: Final = "org.caamhotplug1.Error."
+
 NAME_MAX_LENGTH: Final = 36
 """GPT's own limit for a partition label, in UTF-16 units."""
 RENDERED_MAX_LENGTH: Final = 90
@@ -64,6 +73,8 @@ def dm_uuid(volume: VolumeId) -> str:
 
 def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
     """The volume that a DM-UUID names, or None if the mapping is not ours."""
+    from caam_hotplug.model import VolumeId  # noqa: PLC0415  a command that starts has no use for it
+
     if not uuid.startswith(DM_UUID_PREFIX):
         return None
     return VolumeId.from_text(uuid.removeprefix(DM_UUID_PREFIX))
@@ -77,6 +88,11 @@ def dm_name(volume: VolumeId, mount_name: str) -> str:
 def key_description(volume: VolumeId) -> str:
     """The description of the volume's logon key."""
     return f"{KEY_PREFIX}{volume}"
+
+
+def bus_path(volume: VolumeId) -> str:
+    """The D-Bus path of a volume's object; a hyphen may not stand in one."""
+    return f"{BUS_PATH}/volumes/{volume.diskseq}_{volume.partition}"
 
 
 def why_unsafe(name: str) -> str | None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from caam_hotplug import config, names
+from caam_hotplug import names
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 
 if TYPE_CHECKING:
+    from caam_hotplug import config
     from caam_hotplug.rules import Rule
 
 CIPHER: Final = "capi:tk(cbc(aes))-plain"
@@ -121,6 +122,8 @@ def rule_for(
 
     Raises: HotplugError for a label or a cipher that no rule takes.
     """
+    from caam_hotplug import config  # noqa: PLC0415
+
     reason = names.why_unsafe(label)
     if reason is not None:
         raise HotplugError(f"use label {label!a}: {reason}")

@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_caam_hotplug_key_subparsers=(create enroll list inspect)
-_shtab_caam_hotplug_subparsers=(run check explain provision key doctor)
+_shtab_caam_hotplug_subparsers=(run check explain provision key doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run_option_strings=(-h --help --config)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
@@ -18,6 +18,13 @@ _shtab_caam_hotplug_key_list_option_strings=(-h --help --json --config)
 _shtab_caam_hotplug_key_inspect_option_strings=(-h --help --json)
 _shtab_caam_hotplug_key_option_strings=(-h --help)
 _shtab_caam_hotplug_doctor_option_strings=(-h --help --json --config)
+_shtab_caam_hotplug_status_option_strings=(-h --help --all --json)
+_shtab_caam_hotplug_watch_option_strings=(-h --help --json)
+_shtab_caam_hotplug_eject_option_strings=(-h --help --no-power-off)
+_shtab_caam_hotplug_lock_option_strings=(-h --help)
+_shtab_caam_hotplug_unlock_option_strings=(-h --help)
+_shtab_caam_hotplug_retry_option_strings=(-h --help)
+_shtab_caam_hotplug_reload_option_strings=(-h --help)
 _shtab_caam_hotplug_option_strings=(-h --help --version)
 
 _shtab_caam_hotplug_run___config_COMPGEN=_shtab_compgen_files
@@ -33,6 +40,10 @@ _shtab_caam_hotplug_key_enroll___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_key_list___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_key_inspect_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_doctor___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_eject_pos_0_COMPGEN=_caam_hotplug_volumes
+_shtab_caam_hotplug_lock_pos_0_COMPGEN=_caam_hotplug_volumes
+_shtab_caam_hotplug_unlock_pos_0_COMPGEN=_caam_hotplug_volumes
+_shtab_caam_hotplug_retry_pos_0_COMPGEN=_caam_hotplug_volumes
 
 _shtab_caam_hotplug_provision___fs_choices=(ext4 xfs btrfs f2fs vfat exfat)
 _shtab_caam_hotplug_provision___sector_size_choices=(512 1024 2048 4096)
@@ -42,7 +53,7 @@ _shtab_caam_hotplug_key_create___key_bytes_choices=(16 32)
 _shtab_caam_hotplug_key_create___seal_choices=(ecb ccm)
 _shtab_caam_hotplug_key_enroll___seal_choices=(ecb ccm)
 _shtab_caam_hotplug_key_pos_0_choices=(create enroll list inspect)
-_shtab_caam_hotplug_pos_0_choices=(run check explain provision key doctor)
+_shtab_caam_hotplug_pos_0_choices=(run check explain provision key doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run__h_nargs=0
 _shtab_caam_hotplug_run___help_nargs=0
@@ -69,6 +80,24 @@ _shtab_caam_hotplug_key___help_nargs=0
 _shtab_caam_hotplug_doctor__h_nargs=0
 _shtab_caam_hotplug_doctor___help_nargs=0
 _shtab_caam_hotplug_doctor___json_nargs=0
+_shtab_caam_hotplug_status__h_nargs=0
+_shtab_caam_hotplug_status___help_nargs=0
+_shtab_caam_hotplug_status___all_nargs=0
+_shtab_caam_hotplug_status___json_nargs=0
+_shtab_caam_hotplug_watch__h_nargs=0
+_shtab_caam_hotplug_watch___help_nargs=0
+_shtab_caam_hotplug_watch___json_nargs=0
+_shtab_caam_hotplug_eject__h_nargs=0
+_shtab_caam_hotplug_eject___help_nargs=0
+_shtab_caam_hotplug_eject___no_power_off_nargs=0
+_shtab_caam_hotplug_lock__h_nargs=0
+_shtab_caam_hotplug_lock___help_nargs=0
+_shtab_caam_hotplug_unlock__h_nargs=0
+_shtab_caam_hotplug_unlock___help_nargs=0
+_shtab_caam_hotplug_retry__h_nargs=0
+_shtab_caam_hotplug_retry___help_nargs=0
+_shtab_caam_hotplug_reload__h_nargs=0
+_shtab_caam_hotplug_reload___help_nargs=0
 _shtab_caam_hotplug_pos_0_nargs=A...
 _shtab_caam_hotplug__h_nargs=0
 _shtab_caam_hotplug___help_nargs=0

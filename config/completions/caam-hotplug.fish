@@ -59,7 +59,7 @@ function _shtab_caam_hotplug_using
   test "$_shtab_caam_hotplug_cmdpath" = "$argv"
 end
 
-set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' doctor
+set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' doctor status watch eject lock unlock retry reload
 set -g _shtab_caam_hotplug_opts_with_value --cipher --config --erase --from --fs --key-bytes --label --recovery-key --seal --sector-size
 
 complete -c caam-hotplug -e
@@ -114,3 +114,25 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_ho
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l json -d 'one JSON object, for programs'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a status -d 'Show the media and their states.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -l all -d 'also those that no rule admits'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -l json -d 'all, for programs'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a watch -d 'Say what changes, a line each, until interrupted.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using watch' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using watch' -l json -d 'a JSON object on every line'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a eject -d 'Let a medium go, so that it can be pulled.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject' -l no-power-off -d 'leave the medium powered, and its light on'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a lock -d 'Unmount a medium and forget its key; it stays until it is unlocked.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using lock' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using lock; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a unlock -d 'Unlock and mount a medium that was locked or ejected.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a retry -d 'Try a medium again that is failed, waiting or in conflict.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using retry' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using retry; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a reload -d 'Have the agent read its configuration again.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using reload' -s h -l help -d 'show this help message and exit'

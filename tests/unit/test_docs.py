@@ -38,11 +38,13 @@ BY_TESTS: Final = {
         "install -D -m 0644 config/agent.toml /etc/caam-hotplug/agent.toml",
         "install -D -m 0644 -t /etc/systemd/system config/caam-hotplug*.service "
         "config/caam-hotplug*.socket",
+        "install -D -m 0644 -t /usr/share/dbus-1/system.d config/org.caamhotplug1.conf",
+        "groupadd --system caam-hotplug",
+        "systemctl reload dbus",
         "udevadm control --reload",
         "caam-hotplug check /etc/caam-hotplug/agent.toml",
         "systemctl daemon-reload",
         "systemctl enable --now caam-hotplug",
-        "caam-hotplug doctor",
         "systemctl status caam-hotplug",
         "journalctl -u caam-hotplug -o cat",
         "ls /run/media/cartridge-01",
@@ -82,6 +84,24 @@ BY_TESTS: Final = {
         "umount /mnt",
         "cryptsetup close recovered",
         "shred -u recovery.key",
+    ],
+    "tests/e2e/test_bus.py::test_a_busy_volume_is_not_ejected_and_its_holder_is_named": [
+        "caam-hotplug status",
+        "caam-hotplug eject cartridge-01",
+    ],
+    "tests/e2e/test_bus.py::test_what_the_page_on_the_bus_asks_is_answered": [
+        "busctl tree org.caamhotplug1",
+        "busctl introspect org.caamhotplug1 /org/caamhotplug1/volumes/9_1",
+        "busctl --timeout=600 call org.caamhotplug1 /org/caamhotplug1/volumes/9_1 "
+        "org.caamhotplug1.Volume Eject 'a{sv}' 1 power-off b false",
+        "timeout 60 busctl monitor org.caamhotplug1",
+        "timeout 60 gdbus monitor --system --dest org.caamhotplug1",
+        "gdbus call --system --dest org.caamhotplug1 --object-path /org/caamhotplug1 "
+        "--method org.caamhotplug1.Manager.Explain /dev/sdb1",
+    ],
+    "tests/e2e/test_doctor.py::test_a_healthy_board_is_called_so_while_the_agent_runs_and_nothing"
+    "_is_changed": [
+        "caam-hotplug doctor",
     ],
     "tests/e2e/test_provision.py::"
     "test_a_medium_made_beside_the_agent_is_mounted_and_opens_on_a_pc_and_a_second_board": [
@@ -127,7 +147,7 @@ BY_TESTS: Final = {
 BY_NOBODY: Final = {
     "it needs the network: the guest has none, and its agent comes from the tests": [
         "python3 -m venv /opt/caam-hotplug",
-        "/opt/caam-hotplug/bin/pip install .",
+        "/opt/caam-hotplug/bin/pip install '.[dbus]'",
         "ln -s /opt/caam-hotplug/bin/caam-hotplug /usr/bin/caam-hotplug",
     ],
 }

@@ -142,7 +142,8 @@ async def _install(guest: Guest, package: bytes) -> None:
     await guest.write("/tmp/agent.tar", package)
     await guest.sh(
         "tar -C / -xf /tmp/agent.tar && rm /tmp/agent.tar && "
-        "systemctl daemon-reload && udevadm control --reload"
+        "grep -q ^caam-hotplug: /etc/group || echo caam-hotplug:x:900: >>/etc/group; "
+        "systemctl daemon-reload && udevadm control --reload && systemctl reload dbus"
     )
 
 
@@ -151,6 +152,9 @@ def _package() -> bytes:
         {
             "usr/bin/caam-hotplug": _PROGRAM.encode(),
             "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
+            "usr/share/dbus-1/system.d/org.caamhotplug1.conf": _read(
+                "config/org.caamhotplug1.conf"
+            ),
             **{f"etc/systemd/system/{unit}": _read(f"config/{unit}") for unit in UNITS},
             **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
         }

@@ -1,0 +1,1 @@
+"""The commands that ask the running agent, over D-Bus."""

@@ -1,0 +1,1 @@
+"""The D-Bus service and the commands that ask it, over a real bus of their own."""

@@ -1,0 +1,136 @@
+"""Who is behind the service in these tests, in the words of its protocols."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.model import Entry, State, Volume, VolumeId
+from unit.volumes import STICK
+
+
+class FakeBoard:
+    """Publishes what a test says."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self._entries: dict[VolumeId, Entry] = {}
+        self._listeners: list[Callable[[Entry], None]] = []
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def listen(self, listener: Callable[[Entry], None]) -> None:
+        self._listeners.append(listener)
+
+    def publish(self, volume: Volume, state: State, reason: str = "", **more: Any) -> Entry:
+        """This is true of the volume."""
+        entry = Entry(volume, state, reason, **more)
+        self.counters[state.value] += 1
+        if state is State.GONE:
+            self._entries.pop(volume.id, None)
+        else:
+            self._entries[volume.id] = entry
+        for listener in self._listeners:
+            listener(entry)
+        return entry
+
+    def forget(self, volume: Volume) -> None:
+        """The volume is not listed any more, and nobody is told."""
+        del self._entries[volume.id]
+
+
+class FakeAgent:
+    """Does what is asked, or what a test has it do in its place."""
+
+    def __init__(self, board: FakeBoard) -> None:
+        self.board = board
+        self.asked: list[tuple[Any, ...]] = []
+        self.instead: Callable[[], Any] | None = None
+        """Called in place of the next act; an awaitable is awaited."""
+        self.notices: list[str] = []
+        self.thread: threading.Thread | None = None
+        """That in which the last explanation was made."""
+
+    async def _do(self, *what: Any) -> bool:
+        """Whether the act itself is left to do."""
+        self.asked.append(what)
+        if self.instead is None:
+            return True
+        instead, self.instead = self.instead, None
+        done = instead()
+        if asyncio.isfuture(done) or asyncio.iscoroutine(done):
+            await done
+        return False
+
+    def _entry(self, volume: VolumeId) -> Entry:
+        return next(entry for entry in self.board.entries() if entry.volume.id == volume)
+
+    async def lock(self, volume: VolumeId, by: str) -> None:
+        if await self._do("lock", volume, by):
+            self.board.publish(self._entry(volume).volume, State.LOCKED, "asked for")
+
+    async def eject(self, volume: VolumeId, by: str, *, power_off: bool = True) -> str:
+        if await self._do("eject", volume, by, power_off):
+            self.board.publish(self._entry(volume).volume, State.EJECTED, "asked for")
+        return "safe to remove"
+
+    async def unlock(self, volume: VolumeId, by: str) -> None:
+        if await self._do("unlock", volume, by):
+            mounted(self.board, self._entry(volume).volume)
+
+    async def retry(self, volume: VolumeId, by: str) -> None:
+        if await self._do("retry", volume, by):
+            mounted(self.board, self._entry(volume).volume)
+
+    async def reload(self, by: str) -> list[str]:
+        await self._do("reload", by)
+        return self.notices
+
+    def explain(self, device: str) -> str:
+        self.asked.append(("explain", device))
+        self.thread = threading.current_thread()
+        if self.instead is not None:
+            self.instead, instead = None, self.instead
+            instead()
+        return f"{device}: a device\n  rule 'a': no"
+
+
+def mounted(board: FakeBoard, volume: Volume = STICK, **more: Any) -> Entry:
+    """The volume is published as mounted."""
+    return board.publish(
+        volume,
+        State.MOUNTED,
+        f"at /run/media/{volume.partlabel}, read-write",
+        rule="sticks",
+        mount_point=f"/run/media/{volume.partlabel}",
+        mapping_node="/dev/dm-0",
+        mapping_name=f"caam-{volume.partlabel}-{volume.id}",
+        filesystem="ext4",
+        since=1_700_000_000.25,
+        steps={"import the blob": 0.5, "mount": 0.25},
+        **more,
+    )
+
+
+def again(**changes: Any) -> Volume:
+    """The same volume with other facts."""
+    return replace(STICK, **changes)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    """For `FakeAgent.instead`: the act fails like this."""
+
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+class StrangeError(HotplugError):
+    """A class that the table of names does not know."""

@@ -1,0 +1,173 @@
+"""Who may look and who may ask, by the bus's policy and by the service's own look at the sender."""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import logging
+import os
+import pwd
+import threading
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from bus.agents import FakeAgent, FakeBoard, mounted
+from bus.private import LAX_POLICY, POLICY, STRANGER, PrivateBus, begun, until
+from caam_hotplug import callers, names
+from caam_hotplug.bus import Service
+from caam_hotplug.model import State
+from unit.volumes import STICK
+
+PATH = names.bus_path(STICK.id)
+GROUP = "games"
+"""A group that every Debian has, in the place of ours."""
+READING = [
+    ("introspect", names.BUS_NAME, PATH),
+    ("tree", names.BUS_NAME),
+    ("get-property", names.BUS_NAME, PATH, names.BUS_VOLUME, "State"),
+    ("call", names.BUS_NAME, names.BUS_PATH, "org.freedesktop.DBus.ObjectManager",
+     "GetManagedObjects"),
+    ("call", names.BUS_NAME, PATH, "org.freedesktop.DBus.Peer", "Ping"),
+]  # fmt: skip
+CHANGING = [
+    ("call", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER, "Reload"),
+    ("call", names.BUS_NAME, PATH, names.BUS_VOLUME, "Lock"),
+    ("call", names.BUS_NAME, PATH, names.BUS_VOLUME, "Unlock"),
+    ("call", names.BUS_NAME, PATH, names.BUS_VOLUME, "Retry"),
+    ("call", names.BUS_NAME, PATH, names.BUS_VOLUME, "Eject", "a{sv}", "0"),
+]
+EXPLAINING = ("call", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER, "Explain", "s", "/dev/x")
+
+
+@pytest_asyncio.fixture
+async def guarded(
+    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+) -> AsyncIterator[PrivateBus]:
+    """The bus with our policy, whose group is one that there is, and the service on it."""
+    private_bus.start(POLICY.read_text().replace('group="caam-hotplug"', f'group="{GROUP}"'))
+    async with Service(board, group=GROUP) as service:
+        service.accept(agent, agent)
+        await service.tried(30)
+        mounted(board)
+        yield private_bus
+
+
+@pytest_asyncio.fixture
+async def lax(
+    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+) -> AsyncIterator[PrivateBus]:
+    """The service on a bus whose policy lets everyone call everything."""
+    private_bus.start(LAX_POLICY)
+    async with Service(board, group=GROUP) as service:
+        service.accept(agent, agent)
+        await service.tried(30)
+        mounted(board)
+        yield private_bus
+
+
+def gid() -> int:
+    return grp.getgrnam(GROUP).gr_gid
+
+
+@pytest.mark.parametrize("what", READING, ids=lambda what: what[-1])
+async def test_everyone_may_look(guarded: PrivateBus, what: tuple[str, ...]) -> None:
+    told = await guarded.busctl(*what, user=STRANGER)
+    assert (told.returncode, told.stderr) == (0, "")
+
+
+async def test_everyone_hears_what_changes(guarded: PrivateBus, board: FakeBoard) -> None:
+    monitor = await begun(
+        "stdbuf", "-oL", "gdbus", "monitor", "--address", guarded.address, "-d", names.BUS_NAME,
+        user=STRANGER,
+    )  # fmt: skip
+    await until(monitor, "is owned by")
+    heard = asyncio.create_task(until(monitor, "PropertiesChanged"))
+    number = 0
+    while not heard.done():  # it asks for signals only after it has said so
+        number += 1
+        board.publish(STICK, State.LOCKED, f"{number}")
+        await asyncio.sleep(0.05)
+    assert "'StateReason': <'" in await heard
+    monitor.kill()
+    await monitor.communicate()
+
+
+@pytest.mark.parametrize("what", [*CHANGING, EXPLAINING], ids=lambda what: what[4])
+async def test_a_stranger_may_not_ask(
+    guarded: PrivateBus, agent: FakeAgent, what: tuple[str, ...]
+) -> None:
+    told = await guarded.busctl(*what, user=STRANGER)
+    assert told.returncode != 0
+    assert "Access denied" in told.stderr or "Rejected send message" in told.stderr
+    assert agent.asked == []
+
+
+@pytest.mark.parametrize("what", [*CHANGING, EXPLAINING], ids=lambda what: what[4])
+async def test_root_and_members_of_the_group_may_ask(
+    guarded: PrivateBus, agent: FakeAgent, what: tuple[str, ...]
+) -> None:
+    assert (await guarded.busctl(*what)).returncode == 0
+    told = await guarded.busctl(*what, user=STRANGER, groups=(gid(),))
+    assert (told.returncode, told.stderr) == (0, "")
+    assert len(agent.asked) == 2
+    if what is not EXPLAINING:
+        assert agent.asked[1][-1 if what[4] != "Eject" else 2].startswith(
+            f"uid {STRANGER} (nobody), pid "
+        )
+
+
+@pytest.mark.parametrize("what", CHANGING, ids=lambda what: what[4])
+async def test_a_lax_policy_does_not_open_what_changes_something(
+    lax: PrivateBus, agent: FakeAgent, caplog: pytest.LogCaptureFixture, what: tuple[str, ...]
+) -> None:
+    told = await lax.busctl(*what, user=STRANGER)
+    assert told.returncode != 0
+    assert "Access denied" in told.stderr
+    assert agent.asked == []
+    [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert f"{what[4]} {what[2]}: refused to uid {STRANGER} (nobody), pid " in (record.getMessage())
+    assert (await lax.busctl(*what, user=STRANGER, groups=(gid(),))).returncode == 0
+
+
+async def test_a_group_that_is_not_there_has_no_members(
+    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+) -> None:
+    private_bus.start(LAX_POLICY)
+    mounted(board)
+    async with Service(board, group="no-such-group") as service:
+        service.accept(agent, agent)
+        await service.tried(30)
+        told = await private_bus.busctl(*CHANGING[1], user=STRANGER)
+        assert "Access denied" in told.stderr
+        assert (await private_bus.busctl(*CHANGING[1])).returncode == 0
+
+
+async def test_a_user_database_that_does_not_answer_lets_nobody_in_and_holds_up_nobody(
+    lax: PrivateBus, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+
+    def hang(_uid: int) -> pwd.struct_passwd:
+        answer.wait()
+        raise KeyError
+
+    monkeypatch.setattr(callers.pwd, "getpwuid", hang)
+    monkeypatch.setattr(callers, "_LOOK_UP_WITHIN_S", 0.5)
+    told = await lax.busctl(*CHANGING[1], user=STRANGER, groups=(gid(),))
+    assert f"look up user {STRANGER}: no answer within 0.5 s" in told.stderr
+    assert agent.asked == []
+    assert (await lax.busctl(*CHANGING[1])).returncode == 0  # root does not wait for it
+    answer.set()
+
+
+def test_a_member_is_known_by_the_senders_process_or_else_by_the_database() -> None:
+    mail = pwd.getpwnam("mail")
+    assert callers._is_member("mail", mail.pw_uid, None)
+    assert callers._user(54321) == "without a name"
+    assert callers._is_member("mail", STRANGER, [mail.pw_gid])
+    assert not callers._is_member("mail", mail.pw_uid, [])
+    assert not callers._is_member("mail", STRANGER, None)
+    assert not callers._is_member("no-such-group", mail.pw_uid, None)
+    assert os.getuid() == 0

@@ -1,0 +1,511 @@
+"""What the service shows and says, and what becomes of it when the bus goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import sdbus
+
+from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
+from bus.private import PrivateBus
+from caam_hotplug import names
+from caam_hotplug.bus import Service
+from caam_hotplug.connection import BUS, Connection
+from caam_hotplug.errors import CaamError, DmError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.model import Sectors, State, VolumeId
+from unit.volumes import STICK
+
+PATH = names.bus_path(STICK.id)
+OBJECTS = (names.BUS_NAME, names.BUS_PATH, "org.freedesktop.DBus.ObjectManager")
+VOLUME = (names.BUS_NAME, PATH, names.BUS_VOLUME)
+MANAGER = (names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER)
+HOSTILE = [
+    "\udcff\udc80",
+    "a\x00b",
+    "\x1b[2Jgone",
+    "two\nlines",
+    "\ufdd0\uffff\U0010ffff",
+    "\u202egnp.exe",
+    "'" * 36,
+    "%s{0}$(reboot)",
+]
+
+
+async def properties(client: Connection, path: str = PATH) -> dict[str, Any]:
+    target = (names.BUS_NAME, path, "org.freedesktop.DBus.Properties")
+    told = await client.call(target, "GetAll", "s", names.BUS_VOLUME)
+    return {name: value for name, (_, value) in told.items()}
+
+
+async def objects(client: Connection) -> dict[str, Any]:
+    told = await client.call(OBJECTS, "GetManagedObjects")
+    return {path: what[names.BUS_VOLUME] for path, what in told.items() if names.BUS_VOLUME in what}
+
+
+@asynccontextmanager
+async def signals(client: Connection) -> AsyncIterator[list[tuple[str, Any]]]:
+    """What the service signals meanwhile: the member's name, and its arguments after the path's."""
+    heard: list[tuple[str, Any]] = []
+    slots = [
+        await client.bus.match_signal_async(
+            names.BUS_NAME, None, None, member,
+            lambda m: heard.append((m.member or "", (m.path, *m.parse_to_tuple()))),
+        )
+        for member in ("PropertiesChanged", "InterfacesAdded", "InterfacesRemoved")
+    ]  # fmt: skip
+    yield heard
+    for slot in slots:
+        slot.close()
+
+
+async def test_a_volume_shows_all_that_is_true_of_it(client: Connection, board: FakeBoard) -> None:
+    mounted(board, again(partuuid="6f1c", size=Sectors(2**40)), read_only=True)
+    assert await properties(client) == {
+        "Label": "cartridge",
+        "PartUuid": "6f1c",
+        "Device": "/dev/sdb1",
+        "DiskSeq": 7,
+        "Partition": 1,
+        "Rule": "sticks",
+        "State": "mounted",
+        "StateReason": "at /run/media/cartridge, read-write",
+        "MountPoint": "/run/media/cartridge",
+        "MappingDevice": "/dev/dm-0",
+        "Filesystem": "ext4",
+        "Size": 2**49,
+        "ReadOnly": True,
+        "Since": 1_700_000_000_250_000,
+        "Steps": {"import the blob": 0.5, "mount": 0.25},
+    }
+
+
+async def test_the_manager_shows_version_and_counters(
+    bus: PrivateBus, service: Service, board: FakeBoard
+) -> None:
+    mounted(board)
+    mounted(board, again(id=VolumeId(2**64 - 1, 0)))
+    told = await bus.busctl(
+        "--json=short", "get-property", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER,
+        "Counters", "Version",
+    )  # fmt: skip
+    counters, version = told.stdout.splitlines()
+    assert json.loads(counters) == {"type": "a{st}", "data": {"mounted": 2}}
+    assert json.loads(version)["data"]
+    assert (await bus.busctl("tree", "--list", names.BUS_NAME)).stdout.split()[-2:] == [
+        "/org/caamhotplug1/volumes/18446744073709551615_0",
+        "/org/caamhotplug1/volumes/7_1",
+    ]
+
+
+async def test_what_was_true_before_there_was_a_bus_is_shown(
+    bus: PrivateBus, board: FakeBoard, nothing_left: None
+) -> None:
+    mounted(board)
+    async with Service(board) as service:
+        await service.tried(30)
+        client = Connection()
+        assert list(await objects(client)) == [PATH]
+        client.close()
+
+
+async def test_coming_changing_and_going_are_signalled_in_order_and_no_more_than_has_changed(
+    client: Connection, board: FakeBoard
+) -> None:
+    async with signals(client) as heard:
+        board.publish(STICK, State.UNLOCKING, "with a blob")
+        board.publish(STICK, State.UNLOCKING, "with a blob")
+        board.publish(STICK, State.MOUNTING, "with a blob")
+        mounted(board)
+        board.publish(STICK, State.GONE)
+        assert await objects(client) == {}  # and all that it sent before has come
+    assert [member for member, _ in heard] == [
+        "InterfacesAdded", "PropertiesChanged", "PropertiesChanged", "InterfacesRemoved",
+    ]  # fmt: skip
+    assert heard[0][1][1] == PATH
+    assert heard[0][1][2][names.BUS_VOLUME]["State"] == ("s", "unlocking")
+    assert heard[1][1] == (PATH, names.BUS_VOLUME, {"State": ("s", "mounting")}, [])
+    assert set(heard[2][1][2]) == {
+        "State", "StateReason", "MountPoint", "MappingDevice", "Filesystem", "Since", "Steps",
+        "Rule",
+    }  # fmt: skip
+    assert heard[3][1][1] == PATH
+    assert names.BUS_VOLUME in heard[3][1][2]
+
+
+async def test_a_property_that_is_asked_for_after_its_signal_has_at_least_that_value(
+    client: Connection, board: FakeBoard
+) -> None:
+    board.publish(STICK, State.UNLOCKING)
+    async with signals(client) as heard:
+        for n in range(50):
+            board.publish(STICK, State.UNLOCKING, f"{n}")
+            reply = await properties(client)
+            assert reply["StateReason"] == f"{n}"
+            assert heard[-1][1][2]["StateReason"] == ("s", f"{n}")
+
+
+async def test_a_volume_that_the_board_forgot_goes_with_the_next_news(
+    client: Connection, board: FakeBoard
+) -> None:
+    board.publish(STICK, State.REMOVED_UNSAFELY)
+    board.forget(STICK)
+    board.publish(again(id=VolumeId(8, 1)), State.UNLOCKING)
+    assert list(await objects(client)) == [names.bus_path(VolumeId(8, 1))]
+
+
+async def test_the_same_insertion_may_come_again(client: Connection, board: FakeBoard) -> None:
+    for _ in range(3):
+        mounted(board)
+        board.publish(STICK, State.GONE)
+    mounted(board)
+    assert (await properties(client))["State"] == "mounted"
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+async def test_what_a_medium_says_of_itself_is_shown_harmless(
+    bus: PrivateBus, service: Service, board: FakeBoard, text: str
+) -> None:
+    hostile = again(partlabel=text, partuuid=text, name=text)
+    board.publish(
+        hostile, State.FAILED, text, rule=text, mount_point=text, mapping_node=text,
+        filesystem=text, steps={text: 1.0},
+    )  # fmt: skip
+    told = await bus.busctl("--json=short", "call", *OBJECTS, "GetManagedObjects")
+    assert told.returncode == 0, told.stderr
+    label = json.loads(told.stdout)["data"][0][PATH][names.BUS_VOLUME]["Label"]["data"]
+    assert label.isprintable()
+    assert label == (text if text.isprintable() else ascii(text))
+    with_gdbus = await bus.gdbus(
+        "call", "-d", names.BUS_NAME, "-o", names.BUS_PATH, "-m", f"{OBJECTS[2]}.GetManagedObjects"
+    )
+    assert with_gdbus.returncode == 0, with_gdbus.stderr
+    assert (await bus.cli("status", "--all")).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"), [("Lock", "lock"), ("Unlock", "unlock"), ("Retry", "retry")]
+)
+async def test_a_request_is_passed_on_with_who_asked_and_its_signals_come_before_its_answer(
+    client: Connection, board: FakeBoard, agent: FakeAgent, method: str, asked: str
+) -> None:
+    board.publish(STICK, State.FAILED)
+    async with signals(client) as heard:
+        assert await client.call(VOLUME, method) is None
+        assert [member for member, _ in heard] == ["PropertiesChanged"]
+    [(name, volume, by)] = agent.asked
+    assert (name, volume) == (asked, STICK.id)
+    assert by.startswith("uid 0 (root), pid ")
+    assert ", :1." in by
+
+
+async def test_eject_takes_options_and_tells_the_outcome(
+    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+) -> None:
+    mounted(board)
+    eject = ("call", *VOLUME, "Eject", "a{sv}")
+    told = await bus.busctl(*eject, "0")
+    assert told.stdout == 's "safe to remove"\n'
+    told = await bus.busctl(*eject, "1", "power-off", "b", "false")
+    assert told.returncode == 0
+    assert [asked[3] for asked in agent.asked] == [True, False]
+    for options, why in (
+        (("1", "force", "b", "true"), "force is no option; there is 'power-off'"),
+        (("1", "power-off", "s", "yes"), "option 'power-off' is a boolean (b), not s"),
+    ):
+        told = await bus.busctl(*eject, *options)
+        assert told.returncode == 1
+        assert why in told.stderr
+    assert len(agent.asked) == 2
+
+
+async def test_reload_and_explain_are_passed_on(
+    bus: PrivateBus, service: Service, agent: FakeAgent
+) -> None:
+    agent.notices = ["blob_directory: at the next start", "a\x1b"]
+    told = await bus.gdbus(
+        "call", "-d", names.BUS_NAME, "-o", names.BUS_PATH, "-m", f"{names.BUS_MANAGER}.Reload"
+    )
+    assert told.stdout == "(['blob_directory: at the next start', \"'a\\\\x1b'\"],)\n"
+    assert agent.asked[0][1].startswith("uid 0 (root), pid ")
+    told = await bus.busctl("--json=short", "call", *MANAGER, "Explain", "s", "/dev/sdb1")
+    assert json.loads(told.stdout)["data"] == ["/dev/sdb1: a device\n  rule 'a': no"]
+    assert agent.thread is not threading.main_thread()
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "message"),
+    [
+        (RequestRefusedError("lock x: no"), "RequestRefused", "lock x: no"),
+        (CaamError("import", "x.bb", 5), "Caam", "import x.bb: Input/output error"),
+        (
+            DmError("load", "x", 22, "key size"),
+            "DeviceMapper",
+            "load x: Invalid argument (key size)",
+        ),
+        (VolumeBusyError("it", ("pid 4", "pid 5")), "VolumeBusy", "it is in use:\npid 4\npid 5"),
+        (OSError(5, "Input/output error"), "Failed", "[Errno 5] Input/output error"),
+        (ZeroDivisionError("x"), "Failed", "a defect of the agent; the journal has the details"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_failure_is_told_under_its_name_and_the_service_goes_on(
+    client: Connection,
+    board: FakeBoard,
+    agent: FakeAgent,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    name: str,
+    message: str,
+) -> None:
+    mounted(board)
+    agent.instead = raising(error)
+    with pytest.raises(sdbus.SdBusBaseError) as told:
+        await client.call(VOLUME, "Lock")
+    assert told.value.args == (f"org.caamhotplug1.Error.{name}", message)
+    logged = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert bool(logged) == isinstance(error, ZeroDivisionError)
+    assert await client.call(VOLUME, "Lock") is None
+
+
+async def test_requests_are_refused_until_somebody_takes_them(
+    bus: PrivateBus, board: FakeBoard, nothing_left: None
+) -> None:
+    mounted(board)
+    async with Service(board) as service:
+        await service.tried(30)
+        told = await bus.busctl("call", *VOLUME, "Lock")
+        assert "the agent is starting or stopping" in told.stderr
+        told = await bus.busctl("call", *MANAGER, "Explain", "s", "/dev/sdb1")
+        assert "the agent is starting or stopping" in told.stderr
+
+
+async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
+    client: Connection, board: FakeBoard, agent: FakeAgent
+) -> None:
+    mounted(board)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def refuse() -> None:
+        asked.set()
+        await go_on.wait()
+        raise RequestRefusedError("lock 'cartridge': its medium has gone")
+
+    agent.instead = refuse
+    call = client.begin(VOLUME, "Lock")
+    await asked.wait()
+    board.publish(STICK, State.GONE)
+    assert await objects(client) == {}
+    go_on.set()
+    with pytest.raises(sdbus.SdBusBaseError, match="its medium has gone"):
+        await call
+
+
+async def test_a_request_that_waits_holds_up_neither_reading_nor_other_requests(
+    client: Connection, board: FakeBoard, agent: FakeAgent
+) -> None:
+    mounted(board)
+    go_on = asyncio.Event()
+    agent.instead = go_on.wait  # type: ignore[assignment]
+    call = client.begin(VOLUME, "Eject", "a{sv}", {})
+    while not agent.asked:
+        await client.greet()
+    assert (await properties(client))["State"] == "mounted"
+    assert await client.call(MANAGER, "Reload") == []
+    go_on.set()
+    await call
+
+
+async def test_a_stop_does_not_wait_for_a_request_under_way(
+    bus: PrivateBus, board: FakeBoard, agent: FakeAgent, nothing_left: None
+) -> None:
+    mounted(board)
+    agent.instead = asyncio.Event().wait  # type: ignore[assignment]
+    client = Connection()
+    async with Service(board) as service:
+        service.accept(agent, agent)
+        await service.tried(30)
+        call = client.begin(VOLUME, "Lock")
+        while not agent.asked:
+            await client.greet()
+    with pytest.raises(sdbus.SdBusBaseError):
+        await asyncio.wait_for(call, 30)
+    client.close()
+
+
+async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
+    private_bus: PrivateBus,
+    board: FakeBoard,
+    caplog: pytest.LogCaptureFixture,
+    nothing_left: None,
+) -> None:
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    async with Service(board, look_again_s=0.001) as service:
+        await service.tried(30)
+        mounted(board)
+        await asyncio.sleep(0.05)
+    assert caplog.record_tuples == [
+        (
+            "caam_hotplug.bus",
+            logging.INFO,
+            "no system bus, and media are served without: connect to the system bus: "
+            "No such file or directory",
+        )
+    ]
+
+
+async def test_without_sdbus_it_is_said_once(
+    board: FakeBoard,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_left: None,
+) -> None:
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    for module in [m for m in sys.modules if m.startswith("caam_hotplug.") and "bus_" in m]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("caam_hotplug.bus_objects", raising=False)
+    monkeypatch.setitem(sys.modules, "sdbus", None)
+    async with Service(board) as service:
+        await service.tried(30)
+        mounted(board)
+    [message] = caplog.messages
+    assert message.startswith("no system bus, and media are served without: ")
+    assert "sdbus" in message
+    assert message.endswith("the extra `dbus` brings it")
+
+
+async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
+    bus: PrivateBus,
+    board: FakeBoard,
+    caplog: pytest.LogCaptureFixture,
+    nothing_left: None,
+) -> None:
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    mounted(board)
+    other = Connection()
+    await other.own(names.BUS_NAME)
+    async with Service(board, look_again_s=0.001) as service:
+        await service.tried(30)
+        assert caplog.messages[0].endswith(
+            "own org.caamhotplug1 on the system bus: another process has it"
+        )
+        other.close()
+        await on_bus(caplog)
+    assert len(caplog.messages) == 2
+
+
+async def test_a_policy_that_is_not_installed_is_said(
+    private_bus: PrivateBus,
+    board: FakeBoard,
+    caplog: pytest.LogCaptureFixture,
+    nothing_left: None,
+) -> None:
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    private_bus.start(policy="<busconfig/>")
+    async with Service(board, look_again_s=0.001) as service:
+        await service.tried(30)
+        await asyncio.sleep(0.05)
+    [message] = caplog.messages
+    assert "own org.caamhotplug1 on the system bus: " in message
+    assert "not allowed to own" in message
+
+
+async def on_bus(caplog: pytest.LogCaptureFixture, times: int = 1) -> None:
+    """The service has said so often that it is on the bus."""
+    async with asyncio.timeout(30):
+        while caplog.text.count("on the system bus as") < times:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_bus_that_goes_and_comes_back_finds_what_is_true_then(
+    bus: PrivateBus,
+    service: Service,
+    board: FakeBoard,
+    agent: FakeAgent,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    mounted(board)
+    for times in (1, 2, 3):
+        bus.stop()
+        async with asyncio.timeout(30):
+            while caplog.text.count("the system bus has gone") < times:
+                await asyncio.sleep(0.01)
+        board.publish(STICK, State.LOCKED, f"{times}")
+        bus.start()
+        await on_bus(caplog, times)
+        client = Connection()
+        assert (await properties(client))["StateReason"] == f"{times}"
+        await client.call(VOLUME, "Unlock")
+        assert (await properties(client))["State"] == "mounted"
+        client.close()
+    assert len(agent.asked) == 3
+
+
+async def test_news_while_the_bus_dies_reach_the_board_unharmed(
+    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.publish(STICK, State.UNLOCKING)
+    bus.stop()
+    for n in range(1000):  # the loop has not been told yet
+        board.publish(again(id=VolumeId(n, 1)), State.UNLOCKING, f"{n}")
+    assert len(board.entries()) == 1000
+    assert "a defect" not in caplog.text
+
+
+async def test_a_bus_that_answers_nobody_holds_up_nothing(
+    private_bus: PrivateBus,
+    board: FakeBoard,
+    caplog: pytest.LogCaptureFixture,
+    nothing_left: None,
+) -> None:
+    private_bus.start()
+    private_bus.hold()
+    async with Service(board) as service:
+        async with asyncio.timeout(10):
+            await service.tried(0.2)
+        mounted(board)
+    assert "a defect" not in caplog.text
+    private_bus.resume()
+
+
+async def test_a_bus_that_stops_reading_costs_no_more_than_itself(
+    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.publish(STICK, State.UNLOCKING)
+    bus.hold()
+    for n in range(20_000):
+        board.publish(STICK, State.UNLOCKING, f"{n:1000}")
+    bus.resume()
+    assert "a defect" not in caplog.text
+
+
+async def test_a_defect_in_showing_a_volume_costs_the_board_nothing(
+    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    board.publish(STICK, State.UNLOCKING, steps=None)
+    assert "a defect of the agent's D-Bus service" in caplog.text
+    mounted(board, again(id=VolumeId(8, 1)))
+    told = await bus.busctl("tree", "--list", names.BUS_NAME)
+    assert names.bus_path(VolumeId(8, 1)) in told.stdout
+
+
+async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
+    bus: PrivateBus, board: FakeBoard, nothing_left: None
+) -> None:
+    mounted(board)
+    client = Connection()
+    async with signals(client) as heard:
+        async with Service(board) as service:
+            await service.tried(30)
+        while await client.call(BUS, "NameHasOwner", "s", names.BUS_NAME):
+            pass
+    assert [member for member, _ in heard][-1:] == ["InterfacesRemoved"]
+    client.close()

@@ -1,0 +1,67 @@
+"""How quickly a command starts, by what it does not import, and what the service costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bus.private import REPOSITORY
+
+NOT_FOR_STATUS = {"msgspec", "pyudev", "tomllib", "ctypes", "rich", "caam_hotplug.config",
+                  "caam_hotplug.kernel", "caam_hotplug.lifecycle", "caam_hotplug.daemon",
+                  "caam_hotplug.supervisor", "caam_hotplug.bus"}  # fmt: skip
+NOT_FOR_HELP = NOT_FOR_STATUS | {"asyncio", "sdbus", "json"}
+
+
+def imported(script: str, *arguments: str) -> set[str]:
+    """The modules that are there after the script."""
+    script += "\nimport sys; print(*sys.modules, sep='\\n', file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={
+            "PYTHONPATH": str(REPOSITORY / "agent"),
+            "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nowhere",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stderr.splitlines())
+
+
+def test_status_imports_nothing_of_what_only_the_agent_needs() -> None:
+    after = imported(
+        "from caam_hotplug.operator import listing\nfrom caam_hotplug.cli import main\n"
+        "assert main(['status']) == 3"
+    )
+    assert "caam_hotplug.operator.remote" in after
+    assert after & NOT_FOR_STATUS == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eject", "--help"], ["--version"]], ids=str)
+def test_help_imports_neither_the_bus_nor_a_loop(arguments: list[str]) -> None:
+    after = imported(
+        "import sys\nfrom caam_hotplug.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass",
+        *arguments,
+    )
+    assert after & NOT_FOR_HELP == set()
+
+
+def test_the_agent_without_a_bus_has_not_imported_sdbus() -> None:
+    after = imported("import caam_hotplug.bus")
+    assert "sdbus" not in after
+
+
+def test_the_benchmark_of_the_start_can_be_run() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "benchmark.py"), "--json", "--times", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout).keys() == {"status_ratio", "sdbus_ms", "sdbus_kib"}
