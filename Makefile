@@ -9,17 +9,20 @@ TIMINGS := 12
 SEED :=
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint man check fuzz test coverage demo soak vm-shell clean
+.PHONY: help setup lint man check fuzz test coverage demo soak vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
-	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, fuzz and D-Bus tests"
+	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install, fuzz and D-Bus tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
+	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
+	@echo "make deb        a Debian package in build/; ARCH=arm64 for another architecture"
+	@echo "make wheel      a wheel in build/, for pip"
 
 # After a change of the command line or of config/agent.toml.
 man: $(VENV)/.installed
@@ -45,7 +48,7 @@ lint: $(VENV)/.installed
 
 check: lint
 	@tests/vm/setup tools
-	$(PYTHON) -m pytest -q tests/unit tests/life tests/fuzz tests/bus
+	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz tests/bus
 
 # Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed
@@ -65,6 +68,18 @@ soak: setup
 
 vm-shell: setup
 	@$(BED) shell
+
+# As the package is made from them, its parts are listed once.
+include config/install.mk
+
+deb: $(VENV)/.installed
+	@PYTHON=$(PYTHON) config/debian/make-deb build $(ARCH)
+	@ls build/caam-hotplug_*.deb
+
+wheel: $(VENV)/.installed
+	@rm -rf build/lib build/bdist.*
+	@$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w build .
+	@ls build/caam_hotplug-*.whl
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

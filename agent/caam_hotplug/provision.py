@@ -179,7 +179,23 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         print(f"recovery key: {file}; keep it apart from the medium and the board")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
+    if parsed.rule:
+        print(f"note: {_tell_agent()}", file=sys.stderr)
     return 0
+
+
+def _tell_agent() -> str:
+    """The running agent, if there is one, has read the new rule; in words, what came of that."""
+    try:
+        from caam_hotplug.operator import remote  # noqa: PLC0415  sdbus is an extra
+
+        async def reload(agent: remote.Remote) -> None:
+            await agent.reload()
+
+        remote.run("tell the agent of the rule", reload)
+    except (ImportError, HotplugError) as error:
+        return f"{error}; an agent reads the rule at its start, or by systemctl reload caam-hotplug"
+    return "the running agent has read the rule"
 
 
 class Progress:

@@ -117,7 +117,7 @@ def write_rule(wish: Wish, config: Config) -> Iterator[str]:
     if not _has_rule(wish):
         with durable.folder(wish.rule_file.parent, mode=0o755, only_root=True) as opened:
             durable.write(opened, wish.rule_file, wish.rule_text.encode(), 0o644)
-    yield f"the rule is in {shown(wish.rule_file)}; `caam-hotplug reload` makes the agent read it"
+    yield f"the rule is in {shown(wish.rule_file)}"
     if config.rule is BUILT_IN:
         yield (
             "it is the first rule of this board, so the built-in one no longer applies: other "

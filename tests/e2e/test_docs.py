@@ -6,7 +6,7 @@ from pathlib import Path
 
 from documented import commands
 from e2e.support import POINT, labelled
-from vm import media
+from vm import debian, media
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 from vm.media import OTPMK_A, OTPMK_B
@@ -27,7 +27,7 @@ async def test_the_quick_start_ends_in_a_mounted_medium(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await agent.stop()
-    await guest.sh("rm -rf /data/caam /etc/systemd/system/caam-hotplug.{service,socket}")
+    await guest.sh("rm -rf /data/caam; dpkg --purge caam-hotplug", timeout_s=120)
     blank = tmp_path / "blank.img"
     media.write_disk(blank, "as-bought", bytes(16 << 20))
     await guest.plug_usb(blank)
@@ -37,18 +37,20 @@ async def test_the_quick_start_ends_in_a_mounted_medium(
     await guest.sh(script(made))
     assert (await guest.sh("ls /data/caam")).stdout == "cartridge-01.bb\n"
     typed = commands(QUICK_START, "5. The agent")
-    installing = typed.index(next(one for one in typed if one.startswith("install ")))
-    assert "pip install" in typed[installing - 2]
-    await guest.sh("cd /src\n" + script(typed[installing:]))
+    assert typed.pop(0) == "make deb"
+    package = debian.package()
+    named = typed[0].replace("arm64", "amd64")
+    assert named == f"apt install ./build/{package.name}"
+    await guest.write(f"/root/build/{package.name}", package.read_bytes())
+    await guest.sh(
+        "cd /root\n" + script(["export DEBIAN_FRONTEND=noninteractive", named]), timeout_s=300
+    )
+    await guest.sh(script(typed[1:]))
     await guest.until_mounted(POINT)
     shown = await guest.sh(script(commands(QUICK_START, "6. Plug it in")))
     assert "1 mounted" in shown.stdout
     assert "lost+found" in shown.stdout
-    await agent.stop()
-    await guest.sh(
-        "systemctl disable caam-hotplug; rm /usr/lib/udev/rules.d/50-caam-hotplug.rules; "
-        "udevadm control --reload"
-    )
+    await guest.sh("rm -r /root/build")
 
 
 async def looked_at(guest: Guest, page: str) -> str:

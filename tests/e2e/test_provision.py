@@ -120,6 +120,21 @@ async def test_a_medium_of_other_choices_is_mounted_by_the_rule_that_was_written
     await keep_a_file(guest, "in large sectors")
 
 
+async def test_a_running_agent_reads_the_rule_of_a_medium_that_is_made(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(blank(tmp_path))
+    await guest.until("test -b /dev/sda")
+    done = await guest.run(
+        *("caam-hotplug", "provision", "/dev/sda", "--label", LABEL),
+        *("--cipher", "capi:tk(cbc(aes))-plain64", "--rule"),
+    )
+    assert "note: the running agent has read the rule\n" in done.stderr
+    await guest.until_mounted(POINT)
+    await keep_a_file(guest, "under the rule")
+
+
 UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"]
 
 

@@ -33,18 +33,9 @@ BY_TESTS: Final = {
         "dmsetup remove making",
         "keyctl clear @s",
         "rm /data/caam/cartridge-01",
-        "install -D -m 0644 rules/50-caam-hotplug.rules "
-        "/usr/lib/udev/rules.d/50-caam-hotplug.rules",
-        "install -D -m 0644 config/agent.toml /etc/caam-hotplug/agent.toml",
-        "install -D -m 0644 -t /etc/systemd/system config/caam-hotplug*.service "
-        "config/caam-hotplug*.socket",
-        "install -D -m 0644 -t /usr/share/dbus-1/system.d config/org.caamhotplug1.conf",
-        "groupadd --system caam-hotplug",
-        "systemctl reload dbus",
-        "udevadm control --reload",
+        "apt install ./build/caam-hotplug_0.1.0_arm64.deb",
         "caam-hotplug check /etc/caam-hotplug/agent.toml",
-        "systemctl daemon-reload",
-        "systemctl enable --now caam-hotplug",
+        "caam-hotplug doctor",
         "systemctl status caam-hotplug",
         "journalctl -u caam-hotplug -o cat",
         "ls /run/media/cartridge-01",
@@ -99,10 +90,6 @@ BY_TESTS: Final = {
         "gdbus call --system --dest org.caamhotplug1 --object-path /org/caamhotplug1 "
         "--method org.caamhotplug1.Manager.Explain /dev/sdb1",
     ],
-    "tests/e2e/test_doctor.py::test_a_healthy_board_is_called_so_while_the_agent_runs_and_nothing"
-    "_is_changed": [
-        "caam-hotplug doctor",
-    ],
     "tests/e2e/test_provision.py::"
     "test_a_medium_made_beside_the_agent_is_mounted_and_opens_on_a_pc_and_a_second_board": [
         "caam-hotplug provision /dev/sdb --label archive-01 "
@@ -122,6 +109,13 @@ BY_TESTS: Final = {
         "caam-hotplug provision /dev/sdb --label cartridge-01",
         "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb",
     ],
+    "tests/e2e/test_upgrade_and_removal.py::test_what_make_has_installed_runs_as_it_is": [
+        "make install",
+        "systemd-sysusers",
+        "udevadm control --reload",
+        "systemctl daemon-reload",
+        "systemctl enable --now caam-hotplug",
+    ],
     "tests/unit/test_cli.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
     ],
@@ -132,11 +126,13 @@ BY_TESTS: Final = {
         "make check",
         "make clean",
         "make coverage",
+        "make deb",
         "make demo",
         "make fuzz",
         "make soak",
         "make test",
         "make vm-shell",
+        "make wheel",
     ],
     "tests/unit/test_docs.py::test_a_test_that_is_to_be_run_is_there": [
         "tests/run-all tests/e2e -k pulled",
@@ -145,9 +141,9 @@ BY_TESTS: Final = {
 """Which test runs a command of the docs, on the real thing or, where it says so, dry."""
 
 BY_NOBODY: Final = {
-    "it needs the network: the guest has none, and its agent comes from the tests": [
+    "tests/install/test_wheel.py does so elsewhere than in /opt": [
         "python3 -m venv /opt/caam-hotplug",
-        "/opt/caam-hotplug/bin/pip install '.[dbus]'",
+        "/opt/caam-hotplug/bin/pip install build/caam_hotplug-0.1.0-py3-none-any.whl",
         "ln -s /opt/caam-hotplug/bin/caam-hotplug /usr/bin/caam-hotplug",
     ],
 }

@@ -83,7 +83,7 @@ def test_a_rule_is_written_once(config: Config, roots_folder: Path) -> None:
         require_sense(wish, config, disk)
         notes = list(write_rule(wish, config))
         assert file.read_text() == wish.rule_text
-    assert "caam-hotplug reload" in notes[0]
+        assert notes[0] == f"the rule is in {file}"
     assert "built-in one no longer applies" in notes[1]
     other, _ = wish_for(rule_file=file)
     assert "says something else; it is not overwritten" in refusal(other, disk, config)

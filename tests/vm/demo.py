@@ -8,7 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from vm import machine, media
+from vm import installed, machine, media
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 from vm.media import OTPMK_A, OTPMK_B
@@ -59,7 +59,7 @@ async def demo() -> int:
     """The main job from a blank stick to another board's refusal. Returns: the exit status."""
     stage = Stage()
     stage.say("Restoring a booted virtual machine: Debian, a real kernel, a simulated CAAM")
-    async with machine.restored() as guest:
+    async with machine.restored(installed.layer()) as guest:
         with tempfile.TemporaryDirectory() as scratch:
             await _make_and_use(stage, guest, Path(scratch) / "stick.img")
     stage.say("That was the main job.")
@@ -68,6 +68,7 @@ async def demo() -> int:
 
 async def _make_and_use(stage: Stage, guest: Guest, image: Path) -> None:
     stage.show((await guest.run("uname", "-srm")).stdout)
+    stage.show((await guest.run("dpkg-query", "-W", "caam-hotplug")).stdout)
     media.write_disk(image, "cartridge-07", bytes(16 << 20))
     stick = await guest.plug_usb(image)
     await guest.until("test -b /dev/disk/by-partlabel/cartridge-07")
@@ -82,7 +83,7 @@ async def _make_and_use(stage: Stage, guest: Guest, image: Path) -> None:
     await stage.command(guest, "ls -l /data/caam/cartridge-07*")
 
     stage.say("The agent starts as a systemd service, with no configuration at all")
-    agent = await InstalledAgent.into(guest)
+    agent = InstalledAgent(guest)
     await agent.start()
     await stage.command(guest, "systemctl status --no-pager -n 0 caam-hotplug | head -n 6")
 

@@ -23,13 +23,12 @@ CAAM_SIM: Final = HERE / "caam_sim"
 INSIDE: Final = HERE / "inside"
 
 GUEST_PACKAGES: Final = [
-    "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-keyutils", "dmsetup",
-    "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
+    "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-pyudev", "python3-keyutils",
+    "dmsetup", "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
     "e2fsprogs", "dosfstools", "exfatprogs", "fdisk", "gdisk", "kmod", "procps", "strace",
     "libglib2.0-bin",
 ]  # fmt: skip
 GUEST_PYTHON: Final = [
-    "pyudev>=0.24.1",
     "msgspec>=0.18",
     "sdbus>=0.14",
     "pytest>=8.2",

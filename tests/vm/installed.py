@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import py_compile
 import shlex
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import Final
 
-from vm import cache
+from vm import cache, debian
 from vm.guest import Guest
 from vm.machine import Layer
 
-REPOSITORY: Final = Path(__file__).resolve().parents[2]
-PACKAGE: Final = REPOSITORY / "agent" / "caam_hotplug"
 UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
-UNITS: Final = (
-    UNIT, SOCKET, "caam-hotplug-holders.socket", "caam-hotplug-holders@.service",
-)  # fmt: skip
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
@@ -28,8 +19,6 @@ NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestar
 
 _BLOBS: Final = "/data/caam"
 _BLOBS_AS_MADE: Final = "/var/lib/blobs-as-made"
-
-_PROGRAM: Final = '#!/bin/sh\nexec /usr/bin/python3 -m caam_hotplug.cli "$@"\n'
 
 
 class InstalledAgent:
@@ -41,12 +30,6 @@ class InstalledAgent:
         self._journal = ["journalctl", "-u", UNIT, "-o", "cat", "--no-pager"]
         if since:
             self._journal.append(f"--after-cursor={since}")
-
-    @classmethod
-    async def into(cls, guest: Guest) -> InstalledAgent:
-        """The agent's package, program, udev rule and unit are in place; it does not run yet."""
-        await _install(guest, _package())
-        return cls(guest)
 
     async def configure(self, toml: str) -> None:
         """The configuration that the next start reads."""
@@ -111,17 +94,24 @@ class InstalledAgent:
 
 
 def layer() -> Layer:
-    """A guest in which the agent is installed, and has run once."""
-    package = _package()
+    """A guest in which the agent's Debian package is installed, and the agent has run once."""
+    package = debian.package().read_bytes()
 
     async def prepare(guest: Guest) -> None:
         await guest.write(NO_RESTART, NEVER)
         await guest.sh(f"cp -a {_BLOBS} {_BLOBS_AS_MADE}")
-        await _install(guest, package)
-        await InstalledAgent(guest).start()
+        await install(guest, package)
+        await guest.run("systemctl", "is-active", UNIT)
         await InstalledAgent(guest).stop()
+        await guest.run("rm", "-r", "/etc/caam-hotplug")  # a test brings its own, or none
 
-    return Layer("agent", cache.key_of(package, Path(__file__)), prepare)
+    return Layer("agent", cache.key_of(debian.key(), Path(__file__)), prepare)
+
+
+async def install(guest: Guest, package: bytes) -> None:
+    """dpkg has installed this package, or upgraded to it, and the agent runs."""
+    await guest.write("/tmp/agent.deb", package)
+    await guest.sh("dpkg --install /tmp/agent.deb && rm /tmp/agent.deb", timeout_s=300)
 
 
 async def put_back(guest: Guest) -> None:
@@ -136,61 +126,3 @@ async def put_back(guest: Guest) -> None:
         f"rm -rf /etc/caam-hotplug /run/media/* {_BLOBS}; cp -a {_BLOBS_AS_MADE} {_BLOBS}; "
         f"udevadm settle; systemctl reset-failed {UNIT} 2>/dev/null || true"
     )
-
-
-async def _install(guest: Guest, package: bytes) -> None:
-    await guest.write("/tmp/agent.tar", package)
-    await guest.sh(
-        "tar -C / -xf /tmp/agent.tar && rm /tmp/agent.tar && "
-        "grep -q ^caam-hotplug: /etc/group || echo caam-hotplug:x:900: >>/etc/group; "
-        "systemctl daemon-reload && udevadm control --reload && systemctl reload dbus"
-    )
-
-
-def _package() -> bytes:
-    return _tar(
-        {
-            "usr/bin/caam-hotplug": _PROGRAM.encode(),
-            "etc/udev/rules.d/50-caam-hotplug.rules": _read("rules/50-caam-hotplug.rules"),
-            "usr/share/dbus-1/system.d/org.caamhotplug1.conf": _read(
-                "config/org.caamhotplug1.conf"
-            ),
-            **{f"etc/systemd/system/{unit}": _read(f"config/{unit}") for unit in UNITS},
-            **_compiled_package("usr/lib/python3/dist-packages/caam_hotplug"),
-        }
-    )
-
-
-def _read(path: str) -> bytes:
-    return (REPOSITORY / path).read_bytes()
-
-
-def _compiled_package(target: str) -> dict[str, bytes]:
-    """Sources and bytecode: compiling in the guest would take seconds at every start."""
-    files: dict[str, bytes] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in sorted(PACKAGE.rglob("*.py")):
-            name = source.relative_to(PACKAGE)
-            compiled = Path(scratch) / "compiled"
-            py_compile.compile(
-                str(source),
-                cfile=str(compiled),
-                dfile=f"/{target}/{name}",
-                doraise=True,
-                invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-            )
-            files[f"{target}/{name}"] = source.read_bytes()
-            cached = name.parent / "__pycache__" / f"{name.stem}.cpython-311.pyc"
-            files[f"{target}/{cached}"] = compiled.read_bytes()
-    return files
-
-
-def _tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            member.mode = 0o755 if name.startswith("usr/bin/") else 0o644
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()

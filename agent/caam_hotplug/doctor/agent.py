@@ -93,7 +93,7 @@ def blobs(site: Site) -> Iterator[Verdict]:
     if not found:
         yield warning(
             f"{folder} has none, so every medium waits",
-            "make a key and a medium; the README says how, under `On a board`",
+            "make a medium and its key: `caam-hotplug provision --help`",
         )
         return
     has_caam = site.at(names.CAAM_DEVICE).exists()
