@@ -76,6 +76,7 @@ class _Stage(Enum):
     """How far the medium is."""
 
     OTHERS = "others"
+    ANOTHER = "begun with another label or recovery file"
     MARKED = "marked"
     MADE = "made"
 
@@ -99,35 +100,56 @@ def provision(wish: Wish, config: Config, tell: Tell) -> Made:
     with disks.held(disk) as hold:
         _remove_leftovers(disk)
         usage.require_unused(disk)
-        stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label)
-        if stage is _Stage.OTHERS:
-            _require_blank(wish, disk)
+        stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, _identifier(wish))
+        if stage in {_Stage.OTHERS, _Stage.ANOTHER}:
+            _require_blank(wish, disk, stage)
         _try_table(wish, disk)
         with keystore.folder(config.blob_directory) as folder:
             making = _Making(wish, hold, folder, tell)
             was_made_before = stage is _Stage.MADE and making.is_made(entry)
             if not was_made_before:
                 if stage is _Stage.MADE:  # but not under our blob
-                    _require_blank(wish, disk)
+                    _require_blank(wish, disk, stage)
                 making.format(making.begun(entry if stage is _Stage.MARKED else None))
             notes = [*write_rule(wish, config), *advice(wish, config, disk)]
             making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
         return Made(_partition_node(disk), folder.file(wish.label), was_made_before, tuple(notes))
 
 
-def _stage(entries: tuple[gpt.Entry, ...] | None, label: str) -> tuple[_Stage, gpt.Entry | None]:
+def _identifier(wish: Wish) -> str | None:
+    """That of the recovery file, if a run before this one has written it."""
+    file = wish.recovery_file
+    if file is None or not os.path.lexists(file):
+        return None
+    with _recovered(wish, file) as (identifier, _):
+        return identifier
+
+
+def _mark(label: str, identifier: str | None) -> UUID:
+    """The identifier of a partition that is not finished: it says what it was begun with."""
+    return uuid5(MARK, label if identifier is None else f"{label} {identifier}")
+
+
+def _stage(
+    entries: tuple[gpt.Entry, ...] | None, label: str, identifier: str | None
+) -> tuple[_Stage, gpt.Entry | None]:
     """How far the medium is, by its partition table, and its one partition if it is ours."""
     if entries is not None and len(entries) == 1:
         identity = entries[0].identity
-        if (identity.type, identity.uuid) == (MARK, uuid5(MARK, label)):
+        ours = {_mark(label, None), _mark(label, identifier)}
+        if identity.type == MARK and identity.uuid in ours:
             return _Stage.MARKED, entries[0]
+        if identity.type == MARK:
+            return _Stage.ANOTHER, entries[0]
         if (identity.type, identity.name) == (LINUX_DATA, label):
             return _Stage.MADE, entries[0]
     return _Stage.OTHERS, None
 
 
-def _require_blank(wish: Wish, disk: Volume) -> None:
+def _require_blank(wish: Wish, disk: Volume, stage: _Stage) -> None:
     found = filesystem.recognised(disk.node)
+    if stage is _Stage.ANOTHER:
+        found = f"a medium that is not finished, {stage.value}"
     if found is not None and wish.erase is None:
         raise HotplugError(
             f"provision {disk.node}: it holds {found}; if all of it may be lost, say so with "
@@ -162,50 +184,40 @@ class _Making:
         """
         wish, folder = self._wish, self._folder
         if marked is not None and folder.has(wish.label):
-            self._require_the_same()
+            self._require_the_same(marked)
             folder.settle(wish.label)
             return marked
         if not folder.is_unsettled(wish.label):
             keystore.require_new(wish.label, folder)
         self._tell("making the key")
         folder.discard_unsettled(wish.label)
-        with self._key() as key:
+        with self._key() as (identifier, key):
             blob = caam.create_blob(names.CAAM_DEVICE, wish.seal, key)
         folder.write(wish.label, blob, settled=False)
         self._tell("writing the partition table")
-        mark = gpt.Identity(MARKED_NAME, MARK, uuid5(MARK, wish.label))
+        mark = gpt.Identity(MARKED_NAME, MARK, _mark(wish.label, identifier))
         entry = gpt.make(self._hold.writing(), self._disk.node, mark)
         folder.settle(wish.label)
         return entry
 
     @contextmanager
-    def _key(self) -> Iterator[int | SecretBytes]:
-        """The length of a key that only the CAAM will know, or the one of the recovery file."""
-        wish = self._wish
-        if wish.recovery_file is None:
-            yield wish.key_bytes
-        elif os.path.lexists(wish.recovery_file):
+    def _key(self) -> Iterator[tuple[str | None, int | SecretBytes]]:
+        """The length of a key that only the CAAM will know; or a recovery file's identifier, and
+        the key in it."""
+        wish, file = self._wish, self._wish.recovery_file
+        if file is None:
+            yield None, wish.key_bytes
+        elif os.path.lexists(file):
             # Of a run that was interrupted. It is true of whatever its key is used for.
-            with self._recovered(wish.recovery_file) as key:
-                yield key
+            with _recovered(wish, file) as (identifier, key):
+                yield identifier, key
         else:
+            identifier = str(uuid4())
             with memory.random_key(wish.key_bytes) as key:
-                keystore.write_recovery(wish.recovery_file, wish.about, key)
-                yield key
+                keystore.write_recovery(file, wish.about(identifier), key)
+                yield identifier, key
 
-    @contextmanager
-    def _recovered(self, file: Path) -> Iterator[SecretBytes]:
-        wish = self._wish
-        with keystore.recovered(file) as (about, key):
-            if (about, len(key)) != (wish.about, wish.key_bytes):
-                raise HotplugError(
-                    f"write {shown(file)}: it exists, and is the recovery file of another medium "
-                    f"({about.label}, {about.cipher}, {about.sector_size}, {about.filesystem}, "
-                    f"{len(key)} bytes); it is not overwritten"
-                )
-            yield key
-
-    def _require_the_same(self) -> None:
+    def _require_the_same(self, marked: gpt.Entry) -> None:
         """Raises: HotplugError if the medium was begun with other options."""
         wish, file = self._wish, self._folder.file(self._wish.label)
         header = caam.header(caam.read_blob(file.parent, file.name))
@@ -214,15 +226,11 @@ class _Making:
                 f"go on with {self._disk.node}: it was begun with --key-bytes {header.key_bytes} "
                 f"--seal {header.seal}; use the same, or remove {shown(file)} to begin anew"
             )
-        if wish.recovery_file is None:
-            return
-        if not os.path.lexists(wish.recovery_file):
+        if wish.recovery_file is not None and marked.identity.uuid == _mark(wish.label, None):
             raise HotplugError(
                 f"go on with {self._disk.node}: it was begun without {shown(wish.recovery_file)}, "
                 f"and a blob does not tell its key; remove {shown(file)} to begin anew"
             )
-        with self._recovered(wish.recovery_file):
-            pass
 
     def format(self, entry: gpt.Entry) -> None:
         """The filesystem is on the medium, under the key of the blob as it is stored."""
@@ -267,6 +275,19 @@ class _Making:
             if mapping is None:
                 raise DmError("find mapping", name, errno.ENXIO)
             yield mapping.node
+
+
+@contextmanager
+def _recovered(wish: Wish, file: Path) -> Iterator[tuple[str, SecretBytes]]:
+    """The identifier and the key of a recovery file. Raises: HotplugError if it is another's."""
+    with keystore.recovered(file) as (about, key):
+        if (about, len(key)) != (wish.about(about.id), wish.key_bytes):
+            raise HotplugError(
+                f"write {shown(file)}: it exists, and is the recovery file of another medium "
+                f"({about.label}, {about.cipher}, {about.sector_size}, {about.filesystem}, "
+                f"{len(key)} bytes); it is not overwritten"
+            )
+        yield about.id, key
 
 
 def _dm_uuid(disk: Volume) -> str:

@@ -47,6 +47,7 @@ label = {label}
 cipher = {cipher}
 sector-size = {sector_size}
 filesystem = {filesystem}
+id = {id}
 """
 
 
@@ -63,6 +64,8 @@ class About:
     """As a rule spells it, for a tagged key."""
     sector_size: int
     filesystem: str
+    id: str
+    """Of the file, at random: a medium that was begun with it says so until it is finished."""
 
 
 def plain_cipher(cipher: str) -> str | None:
@@ -88,6 +91,7 @@ def head(about: About, file: str, key_bytes: int) -> bytes:
         cipher=about.cipher,
         sector_size=about.sector_size,
         filesystem=about.filesystem,
+        id=about.id,
         command=command(about, file, key_bytes),
         file=shlex.quote(file),
     )
@@ -123,9 +127,10 @@ def read_about(content: bytearray) -> About:
             cipher=fields["cipher"],
             sector_size=int(fields["sector-size"]),
             filesystem=fields["filesystem"],
+            id=fields["id"],
         )
     except (KeyError, ValueError) as error:
-        missing = "it lacks label, cipher, sector-size or filesystem"
+        missing = "it lacks label, cipher, sector-size, filesystem or id"
         raise RecoveryFileError(f"it is no recovery file: {missing}") from error
     reason = names.why_unsafe(about.label)
     if reason is not None:

@@ -49,11 +49,12 @@ class Wish:
         """The one that is made."""
         return self.rule.mount.filesystems[0]
 
-    @property
-    def about(self) -> recovery.About:
-        """What the recovery file says of the medium."""
+    def about(self, identifier: str) -> recovery.About:
+        """What the recovery file of this identifier says of the medium."""
         crypt = self.rule.crypt
-        return recovery.About(self.label, crypt.cipher, crypt.sector_size, self.filesystem)
+        return recovery.About(
+            self.label, crypt.cipher, crypt.sector_size, self.filesystem, identifier
+        )
 
 
 def require_sense(wish: Wish, config: Config, disk: Volume) -> None:

@@ -27,6 +27,7 @@ from caam_hotplug.kernel import devmapper
 from kernel import real
 from kernel.agents import Room, room_of
 from kernel.cartridges import Cartridge, Faulty, cartridges
+from kernel.provisioning import Bench, bench_with
 from kernel.real import RealWorld
 from kernel.witness import loop_medium, run
 from vm.fixtures import LOOKED_AT, evidence
@@ -136,8 +137,10 @@ class GuestRun:
         if not all(map(self._is_through, self._selected)):
             self.seen = await evidence(guest)
         if folder := os.environ.get("COVERAGE_FROM_GUESTS"):
-            data = await guest.read(f"{COVERAGE_IN_GUEST}/.coverage")
-            (Path(folder) / f".coverage.guest.{os.getpid()}").write_bytes(data)
+            written = (await guest.sh(f"ls -A {COVERAGE_IN_GUEST}")).stdout.split()
+            for number, name in enumerate(written):
+                data = await guest.read(f"{COVERAGE_IN_GUEST}/{name}")
+                (Path(folder) / f".coverage.guest.{os.getpid()}.{number}").write_bytes(data)
         await self._held.aclose()
 
 
@@ -319,4 +322,20 @@ def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
 def faulty(media: list[Cartridge], nothing_left: None) -> Iterator[Faulty]:
     """A medium that can be made to fail, beside those of the room."""
     with Faulty("cartridge-03", media[0].contents) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def disk(udev_rule: None) -> Iterator[Cartridge]:
+    """A cartridge that is plugged, of which media are made."""
+    with cartridges(["cartridge-05"]) as (made,):
+        made.plug()
+        made.settle()
+        yield made
+
+
+@pytest.fixture
+def bench(disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
+    """A bench whose disk is blank."""
+    with bench_with(disk) as made:
         yield made

@@ -42,6 +42,48 @@ _METHODS: Final = (
 )  # fmt: skip
 
 
+CALLS: Final = (
+    # the table is tried with a key that nobody keeps
+    "ioctl", "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm remove",
+    # the blob
+    "mkdir", "fsync", "ioctl", "fsync", "link", "fsync",
+    # the mark, after which the blob is settled
+    "fdisk_write_disklabel", "unlink", "fsync",
+    # the filesystem, under the blob as it is stored
+    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume", "make", "fsync",
+    "dm remove",
+    # the label
+    "fdisk_write_disklabel",
+)  # fmt: skip
+"""Those that change something, in their order."""
+RECOVERY_CALLS = ("fsync", "renameat2", "fsync")
+"""With a recovery file, before the blob is made."""
+
+
+@contextmanager
+def _measured() -> Iterator[None]:
+    """What the command reaches is written to a file of its own, if the tests are measured."""
+    if "coverage" not in sys.modules:
+        yield
+        return
+    import coverage
+
+    measured = coverage.Coverage(
+        f"/var/tmp/coverage/.coverage.{os.getpid()}",
+        branch=True,
+        source_pkgs=["caam_hotplug"],
+        config_file=False,
+    )
+    # The package is in the tests' process already, which makes coverage doubt what it measures.
+    measured.set_option("run:disable_warnings", ["module-not-measured", "no-data-collected"])
+    measured.start()
+    try:
+        yield
+    finally:
+        measured.stop()
+        measured.save()
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """How the command has ended: minus a signal's number if that ended it."""
@@ -167,7 +209,8 @@ class Bench:
             Watch(told, go, stop, _FUNCTIONS, _METHODS).install()
             if arguments[:2] != ["key", "inspect"]:
                 arguments += ["--config", str(self.config)]
-            code = cli.main(arguments)
+            with _measured():
+                code = cli.main(arguments)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 71
         except BaseException:
@@ -232,3 +275,44 @@ def bench_with(medium: Cartridge) -> Iterator[Bench]:
         for mapping in devmapper.ours("CAAM-PROVISION-"):
             devmapper.remove(mapping.name)
         shutil.rmtree(BENCH)
+
+
+def opened_on_a_pc(bench: Bench, file: Path) -> str:
+    """What cryptsetup finds on the medium with the command that the recovery file has."""
+    (command,) = (
+        line.removeprefix("#").strip()
+        for line in file.read_text().splitlines()
+        if "cryptsetup open" in line
+    )
+    run("bash", "-c", f"set -e -o pipefail; cd {file.parent}; {command}")
+    try:
+        found = run("blkid", "-p", "-o", "value", "-s", "TYPE", f"/dev/mapper/{LABEL}").strip()
+        assert "tk(" not in run("dmsetup", "table", LABEL)
+        return found
+    finally:
+        run("cryptsetup", "close", LABEL)
+
+
+@contextmanager
+def unchanged(bench: Bench) -> Iterator[None]:
+    """The medium and the folders of the bench are what they were."""
+
+    def files() -> dict[str, tuple[int, bytes]]:
+        return {
+            str(path): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+            for path in bench.folder.rglob("*")
+        }
+
+    run("udevadm", "settle")
+    before = bench.bytes(), files()
+    yield
+    assert (bench.bytes(), files()) == before
+    assert bench.left() == []
+
+
+def refused(bench: Bench, *arguments: str, user: int = 0) -> str:
+    """What is said of a command that changes nothing, in one line."""
+    with unchanged(bench):
+        done = bench.run("provision", *arguments, user=user)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1), done
+    return done.err

@@ -96,7 +96,7 @@ def test_a_key_of_every_kind_is_made_and_no_two_are_alike(
     blobs = [caam.create_blob(CAAM_DEVICE, seal, size) for _ in range(2)]
     assert blobs[0] != blobs[1]
     header = caam.header(blobs[0])
-    assert (header.seal, header.key_bytes, header.blob_bytes) == (seal, size, size + 48)
+    assert (header.seal, header.key_bytes, header.blob_bytes) == (seal, size, size + 12 + 48)
     with caam.import_blob(CAAM_DEVICE, blobs[0]) as key:
         assert len(key) == length
 

@@ -1,4 +1,4 @@
-"""A medium is made, refused, or interrupted at any call and then completed. Runs in the guest."""
+"""A medium is made as it was asked for, or refused and then not changed. Runs in the guest."""
 
 from __future__ import annotations
 
@@ -7,57 +7,15 @@ import fcntl
 import json
 import os
 import re
-import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import disks, mkfs
-from fakes.contract import until
 from kernel import witness
-from kernel.cartridges import Cartridge, cartridges
-from kernel.forked import Stop, kill_self
-from kernel.provisioning import LABEL, Bench, bench_with
-from kernel.witness import Board, attempt, run
-
-CALLS = (
-    # the table is tried with a key that nobody keeps
-    "ioctl", "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm remove",
-    # the blob
-    "mkdir", "fsync", "ioctl", "fsync", "link", "fsync",
-    # the mark, after which the blob is settled
-    "fdisk_write_disklabel", "unlink", "fsync",
-    # the filesystem, under the blob as it is stored
-    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume", "make", "fsync",
-    "dm remove",
-    # the label
-    "fdisk_write_disklabel",
-)  # fmt: skip
-"""Those that change something, in their order."""
-RECOVERY_CALLS = ("fsync", "renameat2", "fsync")
-"""With a recovery file, before the blob is made."""
-
-
-@pytest.fixture(scope="module")
-def disk(udev_rule: None) -> Iterator[Cartridge]:
-    with cartridges([LABEL]) as (made,):
-        made.plug()
-        made.settle()
-        yield made
-
-
-@pytest.fixture
-def bench(disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
-    with bench_with(disk) as made:
-        yield made
-
-
-def numbered(calls: tuple[str, ...]) -> list[object]:
-    return [pytest.param(n, id=f"{n}-{call.replace(' ', '-')}") for n, call in enumerate(calls, 1)]
+from kernel.provisioning import CALLS, LABEL, Bench, opened_on_a_pc, refused
+from kernel.witness import Board, run
 
 
 def test_a_blank_medium_is_made_and_nothing_is_left_but_medium_and_blob(bench: Bench) -> None:
@@ -70,75 +28,6 @@ def test_a_blank_medium_is_made_and_nothing_is_left_but_medium_and_blob(bench: B
     assert oct(bench.blob.stat().st_mode) == oct(0o100600)
     assert oct(bench.blobs.stat().st_mode) == oct(0o40700)
     assert tuple(done.calls) == CALLS
-
-
-@pytest.mark.parametrize("call", numbered(CALLS))
-def test_killed_after_any_call_the_medium_is_as_it_was_or_has_its_key_and_is_completed(
-    bench: Bench, call: int
-) -> None:
-    before = bench.bytes()
-    assert bench.provision(stop=Stop(call, kill_self)).status == -signal.SIGKILL
-    changed = bench.bytes() != before
-    blob = bench.blob.read_bytes() if bench.blob.exists() else b""
-    assert blob or not changed
-    done = bench.provision()
-    assert (done.status, done.out.endswith(f"{bench.blob}\n")) == (0, True), done.err
-    bench.is_made()
-    if changed:
-        assert bench.blob.read_bytes() == blob
-
-
-@pytest.mark.parametrize("call", numbered(CALLS[:8] + RECOVERY_CALLS + CALLS[8:15]))
-def test_killed_after_any_call_that_makes_its_keys_the_recovery_key_stays_the_mediums(
-    bench: Bench, call: int
-) -> None:
-    file = bench.folder / "recovery"
-    first = bench.provision("--recovery-key", str(file), stop=Stop(call, kill_self))
-    assert first.status == -signal.SIGKILL
-    assert bench.provision("--recovery-key", str(file)).status == 0
-    bench.is_made()
-    assert opened_on_a_pc(bench, file) == "ext4"
-    assert not list(bench.folder.glob(".*"))
-
-
-@pytest.mark.parametrize("write", range(1, 12))
-def test_killed_between_any_two_writes_to_the_table_an_erased_medium_is_completed(
-    bench: Bench, write: int
-) -> None:
-    # Eleven: an old signature, and the five parts of a table twice.
-    run("mkfs.ext4", "-q", "-F", bench.node)
-    run("udevadm", "settle")
-    erase = ("--erase", bench.medium.disk.name)
-    command = ("caam-hotplug", "provision", bench.node, "--label", LABEL, *erase)
-    killed = traced(bench, f"inject=write:signal=KILL:when={write}", command)
-    assert killed.returncode in {-signal.SIGKILL, 137}, killed.stderr
-    done = bench.provision(*erase)
-    assert done.status == 0, done.err
-    bench.is_made()
-
-
-def traced(bench: Bench, inject: str, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """The command under strace, which acts at its writes to the disk."""
-    python = ("python3", "-m", "caam_hotplug.cli", *command[1:], "--config", str(bench.config))
-    environment = ("env", "PYTHONPATH=/src/agent", "PYTHONDONTWRITEBYTECODE=1")
-    strace = ("strace", "-f", "-qq", "-o", "/dev/null", "-P", bench.node, "-e", "trace=write")
-    return attempt(*environment, *strace, "-e", inject, *python)
-
-
-def opened_on_a_pc(bench: Bench, file: Path) -> str:
-    """What cryptsetup finds on the medium with the command that the recovery file has."""
-    (command,) = (
-        line.removeprefix("#").strip()
-        for line in file.read_text().splitlines()
-        if "cryptsetup open" in line
-    )
-    run("bash", "-c", f"set -e -o pipefail; cd {file.parent}; {command}")
-    try:
-        found = run("blkid", "-p", "-o", "value", "-s", "TYPE", f"/dev/mapper/{LABEL}").strip()
-        assert "tk(" not in run("dmsetup", "table", LABEL)
-        return found
-    finally:
-        run("cryptsetup", "close", LABEL)
 
 
 CHOICES = {
@@ -187,31 +76,6 @@ def test_a_medium_that_is_made_is_found_made_and_not_a_byte_is_changed(bench: Be
 
 
 # refusals: nothing is changed
-
-
-@contextmanager
-def unchanged(bench: Bench) -> Iterator[None]:
-    """The medium and the folders of the bench are what they were."""
-
-    def files() -> dict[str, tuple[int, bytes]]:
-        return {
-            str(path): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
-            for path in bench.folder.rglob("*")
-        }
-
-    run("udevadm", "settle")
-    before = bench.bytes(), files()
-    yield
-    assert (bench.bytes(), files()) == before
-    assert bench.left() == []
-
-
-def refused(bench: Bench, *arguments: str, user: int = 0) -> str:
-    """What is said of a command that changes nothing, in one line."""
-    with unchanged(bench):
-        done = bench.run("provision", *arguments, user=user)
-    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1), done
-    return done.err
 
 
 CONTENTS = {
@@ -376,29 +240,7 @@ def test_a_program_that_is_not_installed_is_named_with_its_package() -> None:
         mkfs.program("btrfs")
 
 
-# interrupted, and gone on with
-
-
-BEGUN = CALLS.index("unlink") + 1
-
-
-def test_a_medium_that_was_begun_goes_on_only_with_the_same_options(bench: Bench) -> None:
-    assert bench.provision(stop=Stop(BEGUN, kill_self)).status == -signal.SIGKILL
-    other = refused(bench, bench.node, "--label", LABEL, "--key-bytes", "32")
-    assert "it was begun with --key-bytes 16 --seal ecb" in other
-    file = str(bench.folder / "recovery")
-    late = refused(bench, bench.node, "--label", LABEL, "--recovery-key", file)
-    assert f"it was begun without {file}" in late
-    assert "it holds a partition table" in refused(bench, bench.node, "--label", "other")
-    assert bench.provision().status == 0
-    bench.is_made()
-
-
-def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew(bench: Bench) -> None:
-    assert bench.provision(stop=Stop(BEGUN, kill_self)).status == -signal.SIGKILL
-    bench.blob.unlink()
-    assert bench.provision().status == 0
-    bench.is_made()
+# gone on with
 
 
 def test_a_medium_that_lost_the_first_copy_of_its_table_gets_it_back(bench: Bench) -> None:
@@ -415,31 +257,6 @@ def test_a_label_under_another_key_counts_as_another_medium(bench: Bench) -> Non
     bench.blob.unlink()
     assert bench.run("key", "create", LABEL).status == 0
     assert "it holds a partition table (gpt)" in refused(bench, bench.node, "--label", LABEL)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_the_program_that_formats_ends_with_the_command(
-    bench: Bench, tmp_path: Path, number: signal.Signals
-) -> None:
-    slow = tmp_path / "mkfs"
-    slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 1000\n")
-    slow.chmod(0o755)
-    run("mount", "--bind", str(slow), "/usr/sbin/mkfs.ext4")
-    try:
-        with bench.started("provision", bench.node, "--label", LABEL) as process:
-            until((tmp_path / "started").exists)
-            os.kill(process.pid, number)
-            done = process.ended()
-    finally:
-        run("umount", "/usr/sbin/mkfs.ext4")
-    until(lambda: attempt("pgrep", "-x", "sleep").returncode != 0)
-    if number == signal.SIGKILL:
-        assert done.status == -number
-    else:
-        assert (done.status, bench.left()) == (1, [])
-        assert f"interrupted by {number.name}; the same command goes on" in done.err
-    assert bench.provision().status == 0
-    bench.is_made()
 
 
 def test_a_program_that_fails_is_told_with_its_words(bench: Bench, tmp_path: Path) -> None:

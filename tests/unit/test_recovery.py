@@ -15,7 +15,8 @@ from caam_hotplug.errors import HotplugError, KernelError
 from caam_hotplug.kernel import memory
 from caam_hotplug.model import SecretBytes
 
-ABOUT = recovery.About("cartridge-01", "capi:tk(cbc(aes))-plain", 512, "ext4")
+ID = "0b1f0e5c-7a2b-4f5e-9d51-6f0a4c1d7e93"
+ABOUT = recovery.About("cartridge-01", "capi:tk(cbc(aes))-plain", 512, "ext4", ID)
 KEY = bytes(range(1, 17))
 
 keys = st.sampled_from([16, 32]).flatmap(
@@ -46,7 +47,7 @@ def test_what_is_written_is_read_again_and_is_base64(key: bytes) -> None:
 
 
 def test_the_file_says_how_to_open_the_medium_on_a_pc() -> None:
-    about = recovery.About("archive", "capi:tk(cbc(aes))-plain64", 4096, "ext4")
+    about = recovery.About("archive", "capi:tk(cbc(aes))-plain64", 4096, "ext4", ID)
     assert (
         "sed -n 's/^key = //p' the.recovery | base64 -d | cryptsetup open --type plain "
         "--cipher aes-cbc-plain64 --key-size 256 --hash plain --sector-size 4096 --key-file - "
@@ -99,7 +100,10 @@ def test_a_damaged_key_is_told_without_a_word_of_it(damage: object, words: str |
         (b"", "lacks label"),
         (b"label = x\n", "lacks label, cipher"),
         (b"\x00\xff\n", "no `name = value`"),
-        (b"label = ../x\ncipher = c\nsector-size = 512\nfilesystem = ext4\n", "its label cannot"),
+        (
+            b"label = ../x\ncipher = c\nsector-size = 512\nfilesystem = ext4\nid = x\n",
+            "its label cannot",
+        ),
         (b"label = x\ncipher = c\nsector-size = many\nfilesystem = ext4\n", "lacks label"),
     ],
 )

@@ -41,7 +41,7 @@ _MAKERS: Final = {
     "f2fs": _Maker(("-q", "-f"), "-l", 512, Sectors(64 * _MIB), "f2fs-tools"),
     # FAT's labels are in capitals, so ours would not be itself.
     "vfat": _Maker((), "-n", 0, Sectors(_MIB), "dosfstools"),
-    "exfat": _Maker(("-q",), "-L", 11, Sectors(_MIB), "exfatprogs"),
+    "exfat": _Maker((), "-L", 11, Sectors(_MIB), "exfatprogs"),
 }
 
 

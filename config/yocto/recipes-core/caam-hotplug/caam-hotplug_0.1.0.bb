@@ -64,4 +64,5 @@ RDEPENDS:${PN} = " \
     util-linux-libblkid \
 "
 # Without D-Bus the agent does the rest of its job, as it does without device-mapper's udev rules.
-RRECOMMENDS:${PN} = "dbus lvm2-udevrules python3-sdbus"
+# Only `provision` needs libfdisk, and a program that makes filesystems.
+RRECOMMENDS:${PN} = "dbus e2fsprogs-mke2fs lvm2-udevrules python3-sdbus util-linux-libfdisk"
