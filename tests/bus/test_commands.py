@@ -315,7 +315,8 @@ async def watching(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]
     process = await begun(*program("watch", *arguments))
     yield process
     process.send_signal(signal.SIGINT)
-    _, stderr = await process.communicate()
+    async with asyncio.timeout(60):
+        _, stderr = await process.communicate()
     assert (process.returncode, stderr) == (0, b"")
 
 
