@@ -70,6 +70,11 @@ class Agent:
 
     def start(self, stop: Stop | None = None) -> None:
         """It runs and is ready."""
+        self.begin(stop)
+        self.until_said("^ready: ")
+
+    def begin(self, stop: Stop | None = None) -> None:
+        """It runs, and adopts what there is; it may not be ready yet."""
         self._end_of_pipes()
         self._log, log = os.pipe()
         self._told, told = os.pipe()
@@ -83,7 +88,6 @@ class Agent:
             _be_the_agent(self._load, log, Watch(told, go, stop))
         for end in (log, told, go):
             os.close(end)
-        self.until_said("^ready: ")
 
     @property
     def pid(self) -> int:

@@ -85,7 +85,7 @@ def test_an_agent_killed_while_it_adopts_a_medium_serves_it_after_its_next_start
     room.agent.start()
     room.arrives()
     room.agent.kill()
-    room.agent.start(Stop(call, kill_self))
+    room.agent.begin(Stop(call, kill_self))
     room.agent.until_killed()
     room.agent.start()
     room.is_served()
