@@ -21,7 +21,7 @@ from sdbus import (
 )
 from sdbus.sd_bus_internals import SdBusInterface, SdBusMessage
 
-from caam_hotplug import __version__, errors, names
+from caam_hotplug import __version__, errors, journal, names
 from caam_hotplug.callers import Callers, apart
 from caam_hotplug.connection import Connection, words
 from caam_hotplug.errors import HotplugError, RequestRefusedError, VolumeBusyError, shown
@@ -320,7 +320,11 @@ class Objects:
         """Who asks, in words. Raises: NotPermittedError if only others may ask for this."""
         caller = await self._callers.caller(sender or "")
         if not caller.is_operator:
-            log.warning("%s: refused to %s", subject, caller)
+            why = "only root and the operators may ask for it"
+            refused = journal.event(
+                journal.Event.REQUEST_REFUSED, request=subject, requested_by=caller, reason=why
+            )
+            log.warning("%s: refused to %s", subject, caller, extra=refused)
             raise NotPermittedError(
                 f"{subject}: only root and members of group {self._callers.group} may ask for it"
             )

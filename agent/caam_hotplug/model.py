@@ -198,6 +198,8 @@ class Holder:
     command: str
     holds: str
     """What of it, in words, such as `has /run/media/x/file open`."""
+    is_user: bool = True
+    """Whether it uses the filesystem, or only keeps a copy of the mount."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} ({shown(self.command)}) {shown(self.holds)}"

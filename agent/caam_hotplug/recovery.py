@@ -158,7 +158,7 @@ def read_key(content: bytearray, into: SecretBytes) -> int:
             length += 1
     if length not in {16, 32}:
         raise RecoveryFileError(f"its key is damaged: it has {length} bytes, not 16 or 32")
-    if 0 in into.buffer[:length]:
+    if into.buffer.find(0, 0, length) >= 0:  # a slice would be a copy that nobody overwrites
         raise RecoveryFileError("its key has a zero byte, which no CAAM takes")
     return length
 

@@ -11,7 +11,7 @@ from typing import Any, Final, assert_never
 from caam_hotplug import journal, names
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.lifecycle.leave import Reason
-from caam_hotplug.lifecycle.life import Life, Surroundings
+from caam_hotplug.lifecycle.life import Life, Rest, Surroundings
 from caam_hotplug.lifecycle.requests import Ask, Request
 from caam_hotplug.lifecycle.sweep import release_orphan
 from caam_hotplug.model import (
@@ -44,6 +44,9 @@ class Supervisor:
         self._lives: dict[VolumeId, Life] = {}
         self._at: dict[str, VolumeId] = {}
         self._next: dict[VolumeId, Volume] = {}
+        self._rested: dict[VolumeId, Rest] = {}
+        """What was let go on request, whose partition has gone for a moment and whose disk has not:
+        its partition table is read anew."""
         self._stopping = False
         self._tasks: dict[asyncio.Task[None], Callable[[], str]] = {}
 
@@ -104,8 +107,7 @@ class Supervisor:
     def blob_appeared(self, name: str | None) -> None:
         """Whoever waits for the blob of this file name looks again; everyone who waits if None."""
         for life in self._lives.values():
-            if name is None or life.waits_for(name):
-                life.look_again()
+            life.blob_appeared(name)
 
     async def lock(self, which: VolumeId, by: str) -> None:
         """Nothing of the volume is mounted or mapped. Raises: RequestRefusedError."""
@@ -180,6 +182,7 @@ class Supervisor:
         if which in self._lives:
             self._lives[which].leave.ask(Reason.GONE)
         if which.partition == 0:
+            self._rested = {v: r for v, r in self._rested.items() if v.diskseq != which.diskseq}
             # The kernel keeps the partitions of a reader's last medium, and says nothing of them,
             # while one is in use (bdev_disk_changed in block/partitions/core.c).
             for other in [n for n, at in self._at.items() if at.diskseq == which.diskseq]:
@@ -202,7 +205,8 @@ class Supervisor:
     def _begin(self, volume: Volume) -> None:
         inherits = volume.id in self._inherited
         self._inherited.discard(volume.id)
-        life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits)
+        rests = self._rested.pop(volume.id, None)
+        life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits, rests=rests)
         self._run(self._attend(life, volume.id), lambda: str(life.volume))
 
     async def _attend(self, life: Life, which: VolumeId) -> None:
@@ -218,6 +222,8 @@ class Supervisor:
                 life.publish_defect(State.REMOVED_UNSAFELY, words)
         finally:
             del self._lives[which]
+            if life.rests is not None and VolumeId(which.diskseq, 0) in self._at.values():
+                self._rested[which] = life.rests
         again = self._next.pop(which, None)
         if again is not None:
             self._begin(again)

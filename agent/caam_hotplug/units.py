@@ -93,8 +93,16 @@ async def _complete(link: Connection, unit: str) -> None:
     _slot = await link.bus.match_signal_async(_SYSTEMD, *_MANAGER[1:], "JobRemoved", removed)
     await link.call(_MANAGER, "Subscribe")
     job = await link.call(_MANAGER, "StartUnit", "ss", unit, _REPLACE)
-    while job not in ended:
-        news.clear()
-        await news.wait()
+    lost = asyncio.ensure_future(link.lost.wait())
+    try:
+        while job not in ended:
+            news.clear()
+            heard = asyncio.ensure_future(news.wait())
+            await asyncio.wait({heard, lost}, return_when=asyncio.FIRST_COMPLETED)
+            heard.cancel()
+            if lost.done():
+                raise HotplugError("the bus has gone")
+    finally:
+        lost.cancel()
     if ended[job] != "done":
         raise HotplugError(f"its start ended as {ended[job]!r}")

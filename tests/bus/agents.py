@@ -78,7 +78,7 @@ class FakeAgent:
     async def eject(self, volume: VolumeId, by: str, *, power_off: bool = True) -> str:
         if await self._do("eject", volume, by, power_off):
             self.board.publish(self._entry(volume).volume, State.EJECTED, "asked for")
-        return "safe to remove"
+        return f"{self._entry(volume).volume.partlabel}: safe to remove"
 
     async def unlock(self, volume: VolumeId, by: str) -> None:
         if await self._do("unlock", volume, by):

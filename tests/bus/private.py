@@ -125,7 +125,9 @@ async def run(
 async def begun(
     *command: str, user: int = 0, groups: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> asyncio.subprocess.Process:
-    """The command runs."""
+    """The command runs, and can be interrupted even if this process was told to ignore that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     who: dict[str, Any] = {}
     if user:
         who = {"user": user, "group": user, "extra_groups": groups}

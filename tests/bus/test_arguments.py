@@ -104,7 +104,7 @@ def test_any_options_of_eject_are_taken_or_refused_by_name(
         signature == "b" for signature, _ in given_options.values()
     )
     if valid:
-        assert ask(eject) == "safe to remove"
+        assert ask(eject) == "cartridge: safe to remove"
         assert agent.asked[0][3] is given_options.get("power-off", ("b", True))[1]
     else:
         with pytest.raises(sdbus.DbusInvalidArgsError):

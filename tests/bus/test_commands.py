@@ -199,9 +199,9 @@ async def test_who_holds_a_busy_volume_is_told_a_line_each(
 ) -> None:
     mounted(board)
     holders = ("pid 412 (cp) has /run/media/x/file open", "pid 9 (\x1bsh) runs in /run/media/x")
-    agent.instead = raising(VolumeBusyError("eject 'cartridge' (sdb1, 7-1): it", holders))
+    agent.instead = raising(VolumeBusyError("/run/media/cartridge", holders))
     assert refused(await bus.cli("eject", "cartridge")) == (
-        "caam-hotplug: eject 'cartridge' (sdb1, 7-1): it is in use:\n"
+        "caam-hotplug: eject cartridge: /run/media/cartridge is in use:\n"
         "  pid 412 (cp) has /run/media/x/file open\n"
         "  'pid 9 (\\x1bsh) runs in /run/media/x'\n"
     )
@@ -226,7 +226,7 @@ async def test_reload_tells_notes_or_every_mistake(
     faults = [ConfigFault(file, "rule", "is wrong"), ConfigFault(file, "", "is bad")]
     agent.instead = raising(ConfigError(faults))
     assert refused(await bus.cli("reload")) == (
-        f"caam-hotplug: {file}: rule: is wrong\n  {file}: is bad\n"
+        f"caam-hotplug: reload: {file}: rule: is wrong\n  {file}: is bad\n"
     )
 
 
@@ -315,7 +315,8 @@ async def watching(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]
     process = await begun(*program("watch", *arguments))
     yield process
     process.send_signal(signal.SIGINT)
-    _, stderr = await process.communicate()
+    async with asyncio.timeout(60):
+        _, stderr = await process.communicate()
     assert (process.returncode, stderr) == (0, b"")
 
 

@@ -212,7 +212,7 @@ async def test_eject_takes_options_and_tells_the_outcome(
     mounted(board)
     eject = ("call", *VOLUME, "Eject", "a{sv}")
     told = await bus.busctl(*eject, "0")
-    assert told.stdout == 's "safe to remove"\n'
+    assert told.stdout == 's "cartridge: safe to remove"\n'
     told = await bus.busctl(*eject, "1", "power-off", "b", "false")
     assert told.returncode == 0
     assert [asked[3] for asked in agent.asked] == [True, False]

@@ -125,7 +125,7 @@ blob[50] ^= 4
 open("foreign.bb", "wb").write(blob)
 X
 cp cartridge-01.bb strangers.bb; chown 1000:1000 strangers.bb; chmod 600 strangers.bb
-mv /etc/udev/rules.d/50-caam-hotplug.rules /root
+mv /usr/lib/udev/rules.d/50-caam-hotplug.rules /root
 echo 'ACTION=="add", SUBSYSTEM=="block", RUN+="/etc/udev/scripts/mount.sh"' \
   > /etc/udev/rules.d/automount.rules
 mkdir -p /etc/caam-hotplug
@@ -136,7 +136,7 @@ echo 'secret /dev/disk/by-partlabel/cartridge-01 none' > /etc/crypttab
 mount --make-private /run
 """
 FILES_MENDED = """
-mv /root/50-caam-hotplug.rules /etc/udev/rules.d
+mv /root/50-caam-hotplug.rules /usr/lib/udev/rules.d
 rm /etc/udev/rules.d/automount.rules /etc/systemd/system/udisks2.service /etc/crypttab
 : > /etc/fstab
 mount --make-shared /run
@@ -187,14 +187,14 @@ printf '[[rule]]\\nname = "x"\\ncrypt.cipher = "serpent-xts-plain64"\\n' \
   > /etc/caam-hotplug/agent.toml
 chown 1000 /etc/caam-hotplug/agent.toml
 chmod 777 /data
-mv /etc/udev/rules.d/50-caam-hotplug.rules /etc/udev/rules.d/95-caam-hotplug.rules
+mv /usr/lib/udev/rules.d/50-caam-hotplug.rules /usr/lib/udev/rules.d/95-caam-hotplug.rules
 systemctl mask -q --runtime udisks2.service
 echo 'this is no library' > /tmp/libblkid.so.1
 """
 NO_CAAM_MENDED = """
 modprobe caam_sim {chip}
 chmod 755 /data
-mv /etc/udev/rules.d/95-caam-hotplug.rules /etc/udev/rules.d/50-caam-hotplug.rules
+mv /usr/lib/udev/rules.d/95-caam-hotplug.rules /usr/lib/udev/rules.d/50-caam-hotplug.rules
 rm -f /run/systemd/system/udisks2.service /tmp/libblkid.so.1 /boot/config-*
 systemctl daemon-reload
 """
@@ -291,12 +291,12 @@ async def test_a_service_that_failed_a_socket_that_is_missing_and_no_udevd(
     await agent.configure("rule = 1\n")
     await guest.run("systemctl", "restart", UNIT, check=False)
     how = (
-        "mv /etc/systemd/system/caam-hotplug.socket /root; "
-        "mv /etc/systemd/system/caam-hotplug-holders.socket /root; systemctl daemon-reload; "
+        "mv /usr/lib/systemd/system/caam-hotplug.socket /root; "
+        "mv /usr/lib/systemd/system/caam-hotplug-holders.socket /root; systemctl daemon-reload; "
         "systemctl stop systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd"
     )
     mended = (
-        "mv /root/caam-hotplug*.socket /etc/systemd/system; "
+        "mv /root/caam-hotplug*.socket /usr/lib/systemd/system; "
         "systemctl daemon-reload; "
         "systemctl start systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd"
     )

@@ -12,11 +12,11 @@ UNITS = "/run/systemd/system"
 BEGIN = b"""[Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I)" >>/run/told'
+ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
 """
 END = b"""[Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I)" >>/run/told'
+ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
 ExecStart=/bin/systemctl stop --no-block begin@%i.service
 """
 RULE = """

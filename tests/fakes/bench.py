@@ -350,6 +350,7 @@ class Bench:
             "names of volumes": len(supervisor._at),
             "volumes that come next": len(supervisor._next),
             "inherited": len(supervisor._inherited),
+            "at rest": len(supervisor._rested),
             "claims": len(self._around.claims._queues),
             "tasks": len(asyncio.all_tasks(self._loop)),
         }

@@ -15,7 +15,7 @@ from typing import Final
 from kernel.cartridges import HELLO
 
 CLONE_NEWNS: Final = 0x20000
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 0x1000, 0x4000, 0x40000, 0x80000
 LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -107,5 +107,14 @@ def bind_elsewhere(point: Path) -> Iterator[None]:
     elsewhere = point.parent.parent / "elsewhere"
     elsewhere.mkdir()
     assert LIBC.mount(os.fsencode(point), os.fsencode(elsewhere), None, MS_BIND, None) == 0
+    yield
+    signal.pause()
+
+
+def be_confined_like_a_service(point: Path) -> Iterator[None]:
+    """Has a copy of the mount that goes with the host's, as services of systemd have."""
+    assert point.is_mount()
+    assert LIBC.unshare(CLONE_NEWNS) == 0
+    assert LIBC.mount(None, b"/", None, MS_REC | MS_SLAVE, None) == 0
     yield
     signal.pause()

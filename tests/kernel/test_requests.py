@@ -15,6 +15,7 @@ from caam_hotplug.model import Mapping
 from fakes.contract import until
 from kernel.agents import Room
 from kernel.holders import (
+    be_confined_like_a_service,
     be_inside,
     be_inside_in_a_namespace,
     hold_open,
@@ -57,18 +58,28 @@ def test_who_uses_a_volume_is_told_with_what_of_it(
 def test_those_who_use_a_volume_are_ended_and_nobody_else(room: Room) -> None:
     room.agent.start()
     room.arrives()
-    agent = room.agent.pid
-    pid = os.fork()
-    if pid == 0:
-        os.chdir(room.point())
-        signal.pause()
-    until(lambda: [holder.pid for holder in holders.find(only_mapping())] == [pid])
-    holders.end(only_mapping(), signal.SIGTERM, 60)
-    _, status = os.waitpid(pid, 0)
-    assert os.WTERMSIG(status) == signal.SIGTERM
-    assert holders.find(only_mapping()) == []
-    assert room.agent.pid == agent
+    others = (be_confined_like_a_service, pin_in_a_namespace)
+    with process(others[0], room.point()), process(others[1], room.point()):
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(room.point())
+            signal.pause()
+        until(lambda: [h.pid for h in holders.find(only_mapping()) if h.is_user] == [pid])
+        holders.end(only_mapping(), signal.SIGTERM, 60)
+        _, status = os.waitpid(pid, 0)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        (pins,) = holders.find(only_mapping())
+        assert not pins.is_user
     room.leaves()
+
+
+def test_a_copy_of_the_mount_that_goes_with_it_is_no_use_of_it(room: Room) -> None:
+    room.agent.start()
+    room.arrives()
+    with process(be_confined_like_a_service, room.point()):
+        assert holders.find(only_mapping()) == []
+        room.agent.stop()
+        room.has_nothing_already()
 
 
 def test_a_blob_that_comes_after_its_medium_unlocks_it(room: Room) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
-from caam_hotplug.model import State, Volume
+from caam_hotplug.model import DevType, State, Volume, VolumeId
 from caam_hotplug.rules import BUILT_IN, Action, MountWish, OnBusy, Rule, UnitTemplate
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -481,3 +481,115 @@ def test_a_stop_ends_with_the_unit_too(with_units: Bench) -> None:
     served(bench)
     bench.stop()
     assert bench.units.started == [(BEGIN, [POINT]), (END, [POINT])]
+
+
+def test_a_second_eject_of_what_is_still_held_open_is_refused_like_the_first() -> None:
+    bench = Bench((replace(RULE, on_busy=OnBusy.DETACH),))
+    bench.start()
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    for _ in range(2):
+        with pytest.raises(RequestRefusedError, match=r"is held open"):
+            bench.answer("eject", volume)
+        assert bench.state(volume) is State.FAILED
+    bench.kernel.let_go()
+    bench.answer("eject", volume)
+    assert bench.state(volume) is State.EJECTED
+    bench.stop()
+    bench.close()
+
+
+def wants_another_mount(bench: Bench) -> None:
+    """Other rules are in force, and the unit before an unmount takes its time."""
+    bench.units.takes_s = 5.0
+    assert bench._supervisor is not None
+    bench._supervisor.renew((replace(UNITS, mount=MountWish(read_only=True)),))
+    bench.wait(1)
+
+
+@pytest.mark.parametrize("verb", ["unlock", "retry"])
+@pytest.mark.parametrize("users", [0, 1])
+def test_who_asks_for_a_volume_while_other_rules_take_effect_gets_it(
+    with_units: Bench, verb: str, users: int
+) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.kernel.users["cartridge-01"] = users
+    wants_another_mount(bench)
+    assert bench.state(volume) is State.DETACHING
+    asked = bench.ask(verb, volume)
+    bench.wait(20)
+    assert asked.result() is None
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.mounts[0].read_only is (users == 0)
+    bench.kernel.users.clear()
+
+
+@pytest.mark.parametrize("after", range(30))
+@pytest.mark.parametrize("verb", [None, "retry"])
+def test_a_blob_that_appears_at_any_turn_of_an_arrival_is_noticed(
+    bench: Bench, after: int, verb: str | None
+) -> None:
+    bench.settle()
+    good = bench.kernel.blobs.pop("cartridge-01.bb", None)
+    volume = bench.insert()
+    if verb is not None:
+        bench.kernel.blobs.clear()
+        bench.settle()
+        bench.ask(verb, volume)
+    bench.kernel.blobs.clear()
+    bench.turns(after)
+    bench.blob("cartridge-01.bb")
+    assert good is None or good == bench.kernel.blobs["cartridge-01.bb"]
+    is_untouched(bench, volume)
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
+def test_after_a_defect_of_the_agent_nobody_waits_for_an_answer(bench: Bench, verb: str) -> None:
+    bench.kernel.faults.append(Fault("probe", RuntimeError("a defect")))
+    volume = bench.insert()
+    bench.settle()
+    with pytest.raises(RequestRefusedError, match="a defect of the agent"):
+        bench.answer(verb, volume)
+
+
+def test_who_waits_when_a_defect_ends_a_life_is_answered(bench: Bench) -> None:
+    bench.settle()
+    bench.kernel.faults.append(Fault("probe", RuntimeError("a defect")))
+    volume = bench.insert()
+    bench.turns(3)
+    with pytest.raises(RequestRefusedError, match="a defect of the agent"):
+        bench.answer("lock", volume)
+
+
+def test_an_ejected_medium_stays_so_when_its_partition_table_is_read_anew(bench: Bench) -> None:
+    disk = bench.kernel.insert("", "sda")
+    whole = replace(disk, id=VolumeId(disk.id.diskseq, 0), devtype=DevType.DISK, partlabel=None)
+    bench.kernel.media["sda"].volume = whole
+    bench.appear(whole)
+    volume = bench.insert(name="sda1")
+    inside = replace(volume, id=VolumeId(whole.id.diskseq, 1))
+    bench.yank("sda1")
+    bench.kernel.insert("cartridge-01", "sda1")
+    bench.kernel.media["sda1"].volume = inside
+    bench.appear(inside)
+    bench.settle()
+    bench.answer("eject", inside)
+    medium = bench.kernel.media["sda1"]
+    bench.yank("sda1")
+    bench.settle()
+    bench.kernel.media["sda1"] = medium
+    bench.appear(inside)
+    bench.settle()
+    assert bench.state(inside) is State.EJECTED
+    bench.yank("sda1")
+    bench.yank("sda")
+    bench.settle()
+    assert bench.memories()["at rest"] == 0
+
+
+def test_units_that_a_reload_brings_are_told_of_media_that_are_mounted(bench: Bench) -> None:
+    volume = served(bench)
+    bench.renew(UNITS)
+    bench.answer("lock", volume)
+    assert bench.units.started == [(END, [POINT])]

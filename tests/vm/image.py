@@ -174,6 +174,7 @@ def _bed_image(folder: Path, unpacked: Path, site: Path, version: str) -> None:
         _run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
         shutil.copytree(site, tree / "opt/site", ignore=shutil.ignore_patterns(".sizes"))
+        (tree / "opt/site").chmod(0o755)  # the cache is its owner's alone; the guest has others
         _install_bed(tree)
         _squash(tree, folder / "bed.squashfs")
         _initrd(folder / "initrd", source, Path(scratch) / "initrd")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -74,66 +75,83 @@ def answer(question: TextIO, to: TextIO) -> None:
         to.write(f"{json.dumps(asdict(holder))}\n")
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A mount of the mapping's, as a process has it."""
+
+    mount: Mount
+    groups: frozenset[int]
+    """The peer groups that it is in, or that it receives from (mount_namespaces(7))."""
+
+
 def look(number: DeviceNumber, name: str) -> list[Holder]:
     """Those that use a filesystem of the mapping, as far as this process may look into others.
+
+    A copy of the mount in another namespace is no use of it if it goes with the host's: so do those
+    of services that are confined by systemd, whose namespaces receive what the host's unmounts.
 
     Source: proc_pid_fd(5), proc_pid_cwd(5), proc_pid_maps(5), proc_pid_mountinfo(5).
     """
     sources = {f"/dev/dm-{number.minor}", f"/dev/mapper/{name}"}
 
-    def mounts(process: Path) -> list[Mount]:
+    def copies(process: Path) -> list[_Copy]:
         listed = _mounts(process)
-        return [mount for mount in listed if mount.number == number or mount.source in sources]
+        return [c for c in listed if c.mount.number == number or c.mount.source in sources]
 
-    here = {mount.identity for mount in mounts(_PROC / "1")}
+    here = copies(_PROC / "1")
+    groups = frozenset[int]().union(*(copy.groups for copy in here))
+    known = {copy.mount.identity for copy in here}
     found: list[Holder] = []
     for process in _PROC.glob("[0-9]*"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError, ValueError):  # it has ended, or has a mount of an unknown form
             if int(process.name) == os.getpid():
                 continue
-            held = _held(process, mounts(process), here)
+            there = copies(process)
+            if not there:
+                continue
+            pid = int(process.name)
             command = (process / "comm").read_text(errors="backslashreplace").strip()
-            found += [Holder(int(process.name), command, words) for words in held]
+            used = list(_uses(process, [copy.mount.point for copy in there]))
+            found += [Holder(pid, command, words) for words in used]
+            own = [c for c in there if c.mount.identity not in known and not c.groups & groups]
+            if own and not used:
+                words = f"has it mounted at {own[0].mount.point} in a mount namespace of its own"
+                found.append(Holder(pid, command, words, is_user=False))
     return found
 
 
 def end(mapping: Mapping, number: int, within_s: float) -> None:
     """Every user of the mapping has been sent the signal, and has ended or had its time.
 
+    Whoever only has a copy of the mount is not: it may be anybody, and would not let go of it.
     Source: pidfd_open(2), pidfd_send_signal(2): a process that ends meanwhile cannot be mistaken
     for another one of its number.
     """
     deadline = time.monotonic() + within_s
     waiting = select.poll()
-    opened: set[int] = set()
+    opened: dict[int, int] = {}
     try:
-        for pid in {holder.pid for holder in find(mapping)}:
+        for pid in _users(mapping):
             with suppress(ProcessLookupError):
-                opened.add(process := os.pidfd_open(pid))
-                if pid not in {holder.pid for holder in find(mapping)}:
-                    continue  # another process has this number now
-                signal.pidfd_send_signal(process, number)
-                waiting.register(process, select.POLLIN)
-        left = len(opened)
-        while left and (rest_s := deadline - time.monotonic()) > 0:
+                opened[pid] = os.pidfd_open(pid)
+        told = 0
+        for pid in _users(mapping):  # else another process has a number now
+            if pid in opened:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(opened[pid], number)
+                    waiting.register(opened[pid], select.POLLIN)
+                    told += 1
+        while told and (rest_s := deadline - time.monotonic()) > 0:
             for process, _ in waiting.poll(rest_s * 1000):
                 waiting.unregister(process)
-                left -= 1
+                told -= 1
     finally:
-        for process in opened:
+        for process in opened.values():
             os.close(process)
 
 
-def _held(process: Path, mounts: list[Mount], here: set[int]) -> Iterator[str]:
-    if not mounts:
-        return
-    points = [mount.point for mount in mounts]
-    said = False
-    for words in _uses(process, points):
-        said = True
-        yield words
-    if not said and not any(mount.identity in here for mount in mounts):
-        yield f"has it mounted at {points[0]} in a mount namespace of its own"
+def _users(mapping: Mapping) -> set[int]:
+    return {holder.pid for holder in find(mapping) if holder.is_user}
 
 
 def _uses(process: Path, points: list[str]) -> Iterator[str]:
@@ -163,9 +181,19 @@ def _lies_in(path: str, points: list[str]) -> bool:
     return any(path == point or path.startswith(f"{point.rstrip('/')}/") for point in points)
 
 
-def _mounts(process: Path) -> list[Mount]:
+_GROUPS: Final = re.compile(rb" (?:shared|master):([0-9]+)")
+
+
+def _mounts(process: Path) -> list[_Copy]:
+    """Raises: ValueError for a line of an unknown form."""
     try:
         lines = (process / "mountinfo").read_bytes().split(b"\n")
     except OSError:
         return []
-    return [filesystem.parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
+    return [_copy(line) for line in lines if line]
+
+
+def _copy(line: bytes) -> _Copy:
+    mount = filesystem.parse_mount(line.decode(errors="surrogateescape"))
+    optional = line.partition(b" - ")[0]  # a name has no blank in it: the kernel escapes them
+    return _Copy(mount, frozenset(map(int, _GROUPS.findall(optional))))

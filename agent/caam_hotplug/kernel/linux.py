@@ -165,7 +165,7 @@ class Linux:
 
     def power_off(self, volume: Volume) -> None:
         """The volume's disk is stopped and its USB port off. Raises: DeviceInUseError."""
-        power.off(volume.name)
+        power.off(volume)
 
     def flush(self, name: str, node: str) -> None:
         """What was written below the mount point, to the device `node`, is on the medium."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, KernelError
+from caam_hotplug.kernel import udev
+from caam_hotplug.model import Volume
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ _SG_IO: Final = 0x2285
 _SG_DXFER_NONE: Final = -1
 _START_STOP: Final = bytes([0x1B, 0, 0, 0, 0, 0])
 """START STOP UNIT with neither START nor LOEJ: stop (SBC-4, 5.25)."""
+_BUILT_IN: Final = {"fixed", "hardwired"}
 _TIMEOUT_MS: Final = 10_000
 
 
@@ -51,13 +54,15 @@ class _SgIo(ctypes.Structure):
     )
 
 
-def off(name: str) -> None:
-    """The disk of the block device is stopped and its USB port off, as far as they can be.
+def off(volume: Volume) -> None:
+    """The volume's disk is stopped and its USB port off, as far as they can be.
 
-    Raises: DeviceInUseError if somebody uses the disk or one of its partitions; KernelError.
-    Blocks for I/O. Source: sd(4), SBC-4; Documentation/ABI/testing/sysfs-bus-usb (`remove`).
+    A port stays on for a reader that is built in, or that has other disks: cards in other slots.
+    Raises: DeviceInUseError if somebody uses the disk or one of its partitions; KernelError (ENODEV
+    if another medium sits there by now). Blocks for I/O. Source: sd(4), SBC-4;
+    Documentation/ABI/testing/sysfs-bus-usb (`remove`).
     """
-    folder = (_SYS_BLOCK / name).resolve()
+    folder = (_SYS_BLOCK / volume.name).resolve()
     disk = folder.parent if (folder / "partition").exists() else folder
     node = f"/dev/{disk.name}"
     try:
@@ -69,6 +74,8 @@ def off(name: str) -> None:
             raise KernelError("power off", node, error.errno or 0) from error
         opened = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if udev.present_id(volume.name) != volume.id:
+            raise KernelError("power off", node, errno.ENODEV, "another medium sits there")
         os.fsync(opened)
         _stop(opened, node)
     finally:
@@ -95,12 +102,22 @@ def _stop(opened: int, node: str) -> None:
 
 
 def _switch_port_off(disk: Path) -> None:
-    """The USB device above the disk, if there is one, is disconnected."""
+    """The USB device above the disk, if there is one, is disconnected, and nothing else with it."""
     for above in disk.parents:
         remove = above / "remove"
         if (above / "busnum").exists() and remove.exists():
+            disks = [b for b in _SYS_BLOCK.iterdir() if b.resolve().parent.name == "block"]
+            others = [b for b in disks if above in b.resolve().parents and b.name != disk.name]
+            if others or _is_built_in(above):
+                return
             try:
                 remove.write_text("1")
             except OSError as error:
                 raise KernelError("switch off the port of", str(above), error.errno or 0) from error
             return
+
+
+def _is_built_in(device: Path) -> bool:
+    """Whether nobody can plug the USB device again: as the board's description has it."""
+    said = (device / "removable", device / "port" / "connect_type")
+    return any(file.exists() and file.read_text().strip() in _BUILT_IN for file in said)

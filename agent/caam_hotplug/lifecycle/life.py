@@ -54,21 +54,33 @@ class Surroundings:
 class Life:
     """One volume's life; `attend` is all of it. Synchronization: loop only."""
 
-    def __init__(self, around: Surroundings, volume: Volume, *, inherits: bool = False) -> None:
-        """`inherits`: an earlier run of the agent has left a mapping of this volume."""
+    def __init__(
+        self,
+        around: Surroundings,
+        volume: Volume,
+        *,
+        inherits: bool = False,
+        rests: Rest | None = None,
+    ) -> None:
+        """`inherits`: an earlier run of the agent has left a mapping of this volume.
+
+        `rests`: it was let go on request, and until another one nothing is done with it.
+        """
         self._around = around
         self._host = around.host
         self._inherits = inherits
         self._refuses = False
         self._news = False
         self._renewed = False
-        self._rests = False
-        """Whether it was let go on request: until another one, nothing is done with it."""
+        self._rests: Rest | None = rests
         self._request: Request | None = None
         self._end_is_told = False
         self._plan: Admitted | None = None
         """By which it is held; what is said of the volume meanwhile does not change it."""
+        self._is_broken = False
         self.standing = Standing(volume, around.publish)
+        if rests is not None:
+            self.standing.becomes(rests.state, rests.reason)
         self.leave = Leave()
         lane = around.new_lane(f"volume {volume.id}")
         self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self.standing.is_late)
@@ -91,10 +103,21 @@ class Life:
             self._news = True
         self.leave.stir()
 
-    def waits_for(self, blob: str) -> bool:
-        """Whether it waits for the blob of this file name."""
-        path = str(self._host.blob_directory / blob)
-        return self.standing.state is State.WAITING and self.standing.blob == path
+    def blob_appeared(self, blob: str | None) -> None:
+        """The blob of this file name is there, or any may be: it is looked for again.
+
+        Also if it is being looked for just now, and was perhaps not there yet.
+        """
+        path = None if blob is None else str(self._host.blob_directory / blob)
+        looks = self.standing.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
+        if looks and path in {None, self.standing.blob}:
+            self._news = True
+            self.leave.stir()
+
+    @property
+    def rests(self) -> Rest | None:
+        """As what it was let go on request, if it was."""
+        return self._rests
 
     def renew(self) -> None:
         """Other rules are in force."""
@@ -129,7 +152,9 @@ class Life:
     def _why_not(self, ask: Ask) -> str | None:
         """Why this cannot be asked now, or None if it can."""
         why = None
-        if self.leave.asked:
+        if self._is_broken:
+            why = "a defect of the agent ended its service; pull it, or restart the agent"
+        elif self.leave.asked:
             why = f"it is being let go: {self.leave.why}"
         elif self._request is not None:
             why = f"{self._request.ask.value} was asked for before and is not done yet"
@@ -160,7 +185,7 @@ class Life:
                 await self.leave.until(self._has_to_act)
             await self._leave_nothing_inherited()
         finally:
-            self._refuse_request(self.leave.why)
+            self._refuse_request(self.leave.why or "a defect of the agent; its journal says more")
         # A release that failed has said so; only a medium that is gone overrules it.
         if self.standing.state is State.REMOVED_UNSAFELY or self.leave.keeps:
             return
@@ -169,7 +194,7 @@ class Life:
 
     def _has_to_act(self) -> bool:
         changed = self._news or self._renewed
-        return self._request is not None or (changed and not self._rests)
+        return self._request is not None or (changed and self._rests is None)
 
     async def _answer(self) -> None:
         """A request that came while nothing was held has been answered, or sets out to be."""
@@ -177,22 +202,21 @@ class Life:
         if request is None or self.leave.asked:
             return
         if not request.lets_go:
-            if self._rests:
-                self._rests, self._news = False, True  # served next, and answered then
-            else:
+            if self._rests is not None:
+                self._rests, self._news = None, True  # served next, and answered then
+            elif not (self._news or self._renewed):  # else it is served once more before
                 self._refuse_request(self.standing.words)
-                self._news = self.standing.state is State.CONFLICT  # to stand in the queue again
-            return
-        if self._refuses:
+        elif self._refuses:
             self._refuse_request(self.standing.words)
-            return
-        try:
-            if self._inherits:
+        elif self._inherits:
+            try:
                 await self._release_inherited()
-        except ReleaseError as error:
-            self._inherits = True
-            self._publish_released_badly(str(error))
-            self._refuse_request(str(error))
+            except ReleaseError as error:
+                self._inherits = True
+                self._publish_released_badly(str(error))
+                self._refuse_request(str(error))
+            else:
+                await self._let_go_for(request)
         else:
             self._rest(request)
 
@@ -210,13 +234,15 @@ class Life:
 
     def _rest(self, request: Request) -> None:
         """The volume is as was asked: let go, and safe to pull."""
-        self._rests = True
         if request.ask is Ask.EJECT:
-            self.standing.becomes(State.EJECTED, "safe to remove")
+            self._rest_as(State.EJECTED, "safe to remove")
         elif self.standing.state is not State.EJECTED:
-            self.standing.becomes(State.LOCKED, request.words)
-        self._request = None
-        request.grant()
+            self._rest_as(State.LOCKED, request.words)
+        self._grant()
+
+    def _rest_as(self, state: State, reason: str) -> None:
+        self._rests = Rest(state, reason)
+        self.standing.becomes(state, reason)
 
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
@@ -289,17 +315,23 @@ class Life:
         name, claims, me = wish.plan.mount_name, self._around.claims, wish.volume.id
         facts = {"rule": wish.plan.rule.name, "blob": str(self._blob_of(wish))}
         with claims.queued(name, me, self.leave.stir):
-            if claims.owner(name) != me:
+            while claims.owner(name) != me:
                 point = self._host.mount_root / name
                 words = f"{point} belongs to volume {claims.owner(name)}"
                 self.standing.becomes(State.CONFLICT, words, **facts)
                 await self.leave.until(lambda: claims.owner(name) == me or self._is_called_away())
-            self.leave.check()
+                self.leave.check()
+                if self._request is not None and not self._request.lets_go:
+                    self._refuse_request(self.standing.words)  # and keeps its place in the queue
+                elif self._request is not None or self._is_to_be_another(wish):
+                    self._news = True
+                    return
             if wish.volume != self.volume:
                 self._news = True  # other facts were told while it waited, and may change all
-            elif claims.owner(name) == me:
-                self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
-                await self._unlock_and_mount(wish)
+                return
+            self.leave.check()
+            self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
+            await self._unlock_and_mount(wish)
 
     def _is_called_away(self) -> bool:
         return self._renewed or self._request is not None
@@ -343,9 +375,12 @@ class Life:
 
     def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
         self.standing.becomes(state, reason, steps=dict(self._steps.took), **facts)
-        request = self._request
-        if request is not None and not request.lets_go:
-            self._request = None
+        if self._request is not None and not self._request.lets_go:
+            self._grant()
+
+    def _grant(self) -> None:
+        request, self._request = self._request, None
+        if request is not None:
             request.grant()
 
     async def _until_let_go(self, wish: Wish, mapping: Mapping) -> Request | Renewal | None:
@@ -357,22 +392,27 @@ class Life:
             wanted: Request | Renewal
             if self._request is not None:
                 wanted = self._request
-            else:
-                self._renewed = False
-                if not self._is_to_be_another(wish):
+                if not wanted.lets_go:  # it came while other rules wanted it let go, in vain
+                    self._grant()
                     continue
+            elif self._is_to_be_another(wish):
                 wanted = Renewal()
+            else:
+                continue
             if await self._is_let_go(wish, mapping, wanted):
                 return wanted
 
     def _is_to_be_another(self, wish: Wish) -> bool:
-        """Whether the rules in force ask for something else than what is held."""
+        """Whether other rules are in force, and ask for something else than what is held."""
+        if not self._renewed:
+            return False
         match decide(self._around.rules, self.volume):
-            case Admitted() as plan:
-                if plan.makes_the_same(wish.plan):
-                    self._plan = plan
-                    self.standing.has(rule=plan.rule.name)
-                    return False
+            case Admitted() as plan if plan.makes_the_same(wish.plan):
+                self._renewed, self._plan = False, plan
+                self.standing.has(rule=plan.rule.name)
+                return False
+        # Whoever is told to let go looks at the rules anew; whoever is in use stays as he is.
+        self._renewed = False
         return True
 
     async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Renewal) -> bool:
@@ -416,24 +456,35 @@ class Life:
 
     def _tell_of_the_beginning(self, wish: Wish) -> None:
         self._end_is_told = False
-        if wish.plan.on_mount is not None:
-            self._around.units.start(wish.plan.on_mount)
+        unit = (self._plan or wish.plan).on_mount
+        if unit is not None:
+            self._around.units.start(unit)
 
     async def _tell_of_the_end(self, wish: Wish) -> None:
         """The rule's unit has done what it does before an unmount; without a medium none is due."""
-        unit, units = wish.plan.on_unmount, self._around.units
-        if unit is None or self._end_is_told or wish.plan.rule.action is Action.UNLOCK:
+        plan, units = self._plan or wish.plan, self._around.units
+        unit = plan.on_unmount
+        if unit is None or self._end_is_told or plan.rule.action is Action.UNLOCK:
             return
         self._end_is_told = True
         if self.leave.gone:
             units.start(unit)
         else:
-            await self.leave.unless_gone(units.finish(unit, wish.plan.rule.unit_within_s))
+            await self.leave.unless_gone(units.finish(unit, plan.rule.unit_within_s))
 
     def publish_defect(self, state: State, words: str) -> None:
         """The volume's state is this, since the agent itself is at fault."""
+        self._is_broken = True
         self.standing.holds_nothing()
         self.standing.becomes(state, words)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """How a volume was let go on request."""
+
+    state: State
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ async def _watch(asked: Remote, parsed: argparse.Namespace) -> None:
 async def _eject(asked: Remote, parsed: argparse.Namespace) -> None:
     volume = await asked.volume(parsed.which)
     options = {"power-off": ("b", not parsed.no_power_off)}
-    print(f"{volume.called}: {await asked.change(volume, 'Eject', 'a{sv}', options)}")
+    print(await asked.change(volume, "Eject", "a{sv}", options))
 
 
 async def _change(asked: Remote, parsed: argparse.Namespace) -> None:

@@ -146,6 +146,8 @@ def in_words(error: sdbus.SdBusBaseError, subject: str) -> HotplugError:
                 "use sudo, or have root add you to the group"
             )
         case _ if str(error.args[0]).startswith(names.BUS_ERROR_PREFIX):
-            return HotplugError("\n".join(shown(line) for line in words(error).split("\n")))
+            text = "\n".join(shown(line) for line in words(error).split("\n"))
+            operation = subject.split(" ", 1)[0]
+            return HotplugError(text if text.startswith(operation) else f"{subject}: {text}")
         case _:
             return HotplugError(f"{subject}: {shown(words(error))}")
