@@ -81,9 +81,11 @@ class _Stage(Enum):
     MADE = "made"
 
 
-def provision(wish: Wish, config: Config, tell: Tell) -> Made:
+def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str]) -> Made:
     """The medium is labelled, encrypted under a blob of this board, and has a filesystem.
 
+    `announce` has a running agent read a new rule, and says what came of that. It is called while
+    the medium has no label yet, or the agent would open it by the rules that it had before.
     Raises: HotplugError, and then the medium is what it was, or one that the same call completes.
     """
     if os.geteuid() != 0:
@@ -112,6 +114,8 @@ def provision(wish: Wish, config: Config, tell: Tell) -> Made:
                     _require_blank(wish, disk, stage)
                 making.format(making.begun(entry if stage is _Stage.MARKED else None))
             notes = [*write_rule(wish, config), *advice(wish, config, disk)]
+            if wish.rule_file is not None:
+                notes.append(announce())
             making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
         return Made(_partition_node(disk), folder.file(wish.label), was_made_before, tuple(notes))
 

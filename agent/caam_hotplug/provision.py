@@ -171,7 +171,7 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         erase=parsed.erase,
     )
     with _interruptible(parsed.device), Progress(sys.stderr) as progress:
-        made = making.provision(wished, loaded, progress.tell)
+        made = making.provision(wished, loaded, progress.tell, _tell_agent)
     how = "was made before; nothing was erased" if made.was_made_before else "is made"
     print(f"{made.partition}: {parsed.label} {how}; its key is in {made.blob}")
     if wished.recovery_file is not None:
@@ -179,8 +179,6 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         print(f"recovery key: {file}; keep it apart from the medium and the board")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
-    if parsed.rule:
-        print(f"note: {_tell_agent()}", file=sys.stderr)
     return 0
 
 

@@ -133,6 +133,9 @@ async def test_a_running_agent_reads_the_rule_of_a_medium_that_is_made(
     assert "note: the running agent has read the rule\n" in done.stderr
     await guest.until_mounted(POINT)
     await keep_a_file(guest, "under the rule")
+    said = await agent.journal()
+    assert said.index("reloaded: 1 rules") < said.index("unlocking: with")
+    assert said.count("mounted: at") == 1
 
 
 UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"]
