@@ -1,0 +1,50 @@
+"""What `explain` says of a device in the guest, and to whom it says that there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug import explain
+from caam_hotplug.config import Config
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.rules import BUILT_IN, Match, Rule
+from kernel.agents import Room
+
+ANY = Config(rule=(Rule(name="any", match=Match(partlabel="cartridge-*")),))
+
+
+def said(device: str, config: Config) -> str:
+    return "\n".join(explain.explain(device, config))
+
+
+def test_a_device_is_told_with_its_facts_and_the_rule_that_admits_it(room: Room) -> None:
+    with room.medium.disposable():
+        told = said(room.medium.partition, ANY)
+        assert f"{room.medium.partition}: partition on scsi" in told
+        assert "  partlabel  'cartridge-01'" in told
+        assert "rule 'any' admits it" in told
+        assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told
+        by_link = "/dev/disk/by-partlabel/cartridge-01"
+        assert said(by_link, ANY) == told
+
+
+def test_a_device_that_no_rule_admits_is_told_why(room: Room) -> None:
+    with room.medium.disposable():
+        told = said(room.medium.partition, Config(rule=BUILT_IN))
+        assert "no rule admits it; it is left untouched" in told
+        assert "rule 'built-in': bus is scsi, not usb, mmc" in told
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/no/such/device", "/etc/passwd"])
+def test_what_is_no_block_device_is_refused(path: str) -> None:
+    with pytest.raises(HotplugError, match=f"look at {path}: it is no block device"):
+        said(path, ANY)
+
+
+def test_the_kernels_own_source_tells_the_same_label(room: Room) -> None:
+    with room.medium.disposable():
+        told = said(room.medium.partition, Config(source="kernel", rule=ANY.rule))
+        assert "  partlabel  'cartridge-01'" in told
+        assert Path(room.medium.partition).is_block_device()
