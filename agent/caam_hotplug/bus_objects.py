@@ -382,8 +382,13 @@ class _Exported:
         return signal
 
     def remove(self) -> None:
-        """It is not there any more."""
+        """It is not there any more.
+
+        What sdbus calls is held by its interface, which Python's collector cannot look into: as
+        long as that and we hold each other, neither is freed.
+        """
         self.interface._stop_export()  # sdbus has no other way to take it away
+        del self.interface
 
     def _get(self, name: str, message: SdBusMessage) -> None:
         message.append_data(self._properties[name].signature, self._values()[name])

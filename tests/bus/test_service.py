@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import sys
@@ -509,3 +510,20 @@ async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
             pass
     assert [member for member, _ in heard][-1:] == ["InterfacesRemoved"]
     client.close()
+
+
+async def test_volumes_that_come_and_go_leave_no_object_behind(
+    service: Service, board: FakeBoard
+) -> None:
+    def come_and_go() -> None:
+        for state in (State.UNLOCKING, State.MOUNTED, State.GONE):
+            board.publish(STICK, state)
+
+    for _ in range(3):
+        come_and_go()
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(100):
+        come_and_go()
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100

@@ -13,6 +13,7 @@ from caam_hotplug.kernel import cbind
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
+_M_ARENA_MAX: Final = -8
 
 
 def refuse_core_dumps() -> None:
@@ -81,3 +82,15 @@ def _call(name: str, address: int, length: int) -> None:
         function(address, length)
     except OSError as error:
         raise KernelError("lock", "memory for a key", error.errno or 0) from error
+
+
+def share_one_heap() -> None:
+    """All threads allocate from one heap, and what they free is used again.
+
+    glibc gives threads heaps of their own, up to eight for each processor, and each keeps what its
+    largest moment needed. Every call of ours has a thread. Another C library has no such heaps.
+    Source: mallopt(3).
+    """
+    mallopt = getattr(cbind.library("libc.so.6"), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
