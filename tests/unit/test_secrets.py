@@ -144,16 +144,21 @@ def every_error() -> list[type[HotplugError]]:
     return found
 
 
+def what_is_told_of(kind: type[HotplugError]) -> str:
+    """All that is shown of an error of this kind, with a key in its arguments and around it."""
+    with pytest.raises(HotplugError) as caught, secret() as key:
+        error = kind.__new__(kind)
+        Exception.__init__(error, f"with {key}", key)
+        error.__dict__.update(operation="add", subject=str(key), detail=repr(key))
+        raise error
+    return f"{caught.value} {caught.value!r} {with_locals(caught.value)}"
+
+
 def test_an_error_that_is_raised_over_secret_bytes_does_not_show_them() -> None:
     for kind in every_error():
-        with pytest.raises(HotplugError) as caught, secret() as key:
-            error = kind.__new__(kind)
-            Exception.__init__(error, f"with {key}", key)
-            error.__dict__.update(operation="add", subject=str(key), detail=repr(key))
-            raise error
-        told = with_locals(caught.value)
+        told = what_is_told_of(kind)
         assert "<35 secret bytes>" in told
-        assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+        assert not shows_the_key(told)
 
 
 def of_driver(monkeypatch: pytest.MonkeyPatch, outcome: OSError | None) -> None:
