@@ -12,7 +12,7 @@ from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, KernelError
 from caam_hotplug.kernel import udev
-from caam_hotplug.model import Volume
+from caam_hotplug.model import Volume, VolumeId
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ def off(volume: Volume) -> None:
     if another medium sits there by now). Blocks for I/O. Source: sd(4), SBC-4;
     Documentation/ABI/testing/sysfs-bus-usb (`remove`).
     """
-    folder = (_SYS_BLOCK / volume.name).resolve()
-    disk = folder.parent if (folder / "partition").exists() else folder
+    disk = _disk_of(volume)
     node = f"/dev/{disk.name}"
     try:
         opened = os.open(node, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -74,13 +73,26 @@ def off(volume: Volume) -> None:
             raise KernelError("power off", node, error.errno or 0) from error
         opened = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if udev.present_id(volume.name) != volume.id:
+        if _disk_of(volume) != disk:
             raise KernelError("power off", node, errno.ENODEV, "another medium sits there")
         os.fsync(opened)
         _stop(opened, node)
+        # Before it is closed: then udevd has the kernel read the partitions anew.
+        _switch_port_off(disk)
     finally:
         os.close(opened)
-    _switch_port_off(disk)
+
+
+def _disk_of(volume: Volume) -> Path:
+    """The folder of the volume's disk in sysfs, whether or not its partition is there just now.
+
+    Raises: KernelError (ENODEV) if the disk has gone.
+    """
+    wanted = VolumeId(volume.id.diskseq, 0)
+    for disk in _SYS_BLOCK.iterdir():
+        if udev.present_id(disk.name) == wanted:
+            return disk.resolve()
+    raise KernelError("power off", volume.node, errno.ENODEV, "its disk has gone")
 
 
 def _stop(opened: int, node: str) -> None:
