@@ -32,6 +32,8 @@ async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T
         return work.result()
     except (HotplugError, OSError) as error:
         raise ReleaseError(f"could not let go: {error}") from error
+    finally:
+        del work  # its error has this frame
 
 
 class Lane:
@@ -63,10 +65,13 @@ class Lane:
                 cancelled = await _ended(call)
         finally:
             self._turn.release()
-        if cancelled:
-            call.exception()  # seen, so that asyncio does not report it as lost
-            raise asyncio.CancelledError
-        return call.result()
+        try:
+            if cancelled:
+                call.exception()  # seen, so that asyncio does not report it as lost
+                raise asyncio.CancelledError
+            return call.result()
+        finally:
+            del call  # its error has this frame
 
     @contextmanager
     def _said_when_late(self, late: Late, why: str) -> Iterator[None]:
@@ -93,19 +98,30 @@ class Lane:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def work() -> None:
-            try:
-                result = function()
-            except BaseException as error:  # noqa: BLE001  handed on, whatever it is
-                loop.call_soon_threadsafe(future.set_exception, error)
-            else:
-                loop.call_soon_threadsafe(future.set_result, result)
-
         try:
-            threading.Thread(target=work, name=self._name, daemon=True).start()
+            arguments = (function, loop, future)
+            threading.Thread(
+                target=_carry_out, args=arguments, name=self._name, daemon=True
+            ).start()
         except RuntimeError as error:  # pthread_create(3) knows no other error here
             raise KernelError("start a thread for", self._name, errno.EAGAIN) from error
         return future
+
+
+def _carry_out(
+    function: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]
+) -> None:
+    """The function has been called, and the loop is told what came of it."""
+    try:
+        result = function()
+    except BaseException as error:  # noqa: BLE001  handed on, whatever it is
+        loop.call_soon_threadsafe(future.set_exception, error)
+    else:
+        loop.call_soon_threadsafe(future.set_result, result)
+    finally:
+        # An error keeps this frame by its traceback. If this frame kept the future, which has the
+        # error, all that the three hold would be freed by Python's collector only, and late.
+        del future
 
 
 async def _ended(call: asyncio.Future[T]) -> bool:
