@@ -136,7 +136,11 @@ class Agent:
             assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
 
     def forget(self) -> None:
-        """What it has said so far does not count any more."""
+        """What it has said so far does not count any more.
+
+        The calls that it told of are read as well: it would wait for a reader of a full pipe.
+        """
+        assert self.calls is not None
         while self._read(time.monotonic()):
             pass
         self._looked_at = len(self.said)
