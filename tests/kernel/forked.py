@@ -97,9 +97,12 @@ class Agent:
     @property
     def calls(self) -> list[str]:
         """The calls since it was ready that changed something, in their order."""
+        self._note_calls()
+        return self._calls.decode().splitlines()
+
+    def _note_calls(self) -> None:
         while select.select([self._told], [], [], 0)[0] and (more := os.read(self._told, 65536)):
             self._calls += more
-        return self._calls.decode().splitlines()
 
     def until_called(self, count: int) -> None:
         """It has made so many calls. Raises: AssertionError after the deadline."""
@@ -140,7 +143,7 @@ class Agent:
 
         The calls that it told of are read as well: it would wait for a reader of a full pipe.
         """
-        assert self.calls is not None
+        self._note_calls()
         while self._read(time.monotonic()):
             pass
         self._looked_at = len(self.said)
