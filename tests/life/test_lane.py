@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import threading
+import weakref
+from contextlib import suppress
 
 import pytest
 
-from caam_hotplug.errors import KernelError
-from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.errors import HotplugError, KernelError
+from caam_hotplug.lifecycle.lane import Lane, to_the_end
 
 
 def unheard(_why: str | None) -> None:
@@ -66,3 +69,33 @@ async def test_who_is_cancelled_while_waiting_for_a_turn_does_not_call() -> None
     await third
     assert second.cancelled()
     assert called == ["third"]
+
+
+class Held:
+    """Something large that a call works with."""
+
+
+@pytest.mark.parametrize("by", ["itself", "a release"])
+async def test_what_a_failed_call_had_is_free_without_a_look_of_the_collector(by: str) -> None:
+    lane = Lane("volume 1-1", 10.0)
+    seen: list[weakref.ref[Held]] = []
+
+    def fail() -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        raise KernelError("mount", "/dev/dm-0", errno.EIO)
+
+    async def attempt() -> None:
+        await lane.run(fail, late=unheard)
+
+    gc.disable()
+    try:
+        with suppress(HotplugError):
+            await (attempt() if by == "itself" else to_the_end(attempt))
+        for thread in threading.enumerate():
+            if thread.name == "volume 1-1":
+                thread.join()
+        await asyncio.sleep(0)  # the loop lets go of what it called last
+        assert seen[0]() is None
+    finally:
+        gc.enable()
