@@ -25,7 +25,7 @@ from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
 from caam_hotplug.lifecycle.requests import Ask, Request
 from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted, who_uses
 from caam_hotplug.lifecycle.standing import Publish, Standing
-from caam_hotplug.lifecycle.steps import Steps
+from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
@@ -137,8 +137,8 @@ class Life:
         """What was asked has been done. Raises: RequestRefusedError."""
         why = self._why_not(request.ask)
         if why is not None:
-            fields = self._fields("request-refused", request, REASON=why)
-            log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=fields)
+            said = self._fields("request-refused", request, REASON=why)
+            log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=said)
             raise RequestRefusedError(f"{request.ask.value} {self.volume}: {why}")
         log.info("%s: %s", self.volume, request.words, extra=self._fields("requested", request))
         self._request = request
@@ -146,8 +146,8 @@ class Life:
         await request.answer
 
     def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
-        about = {"REQUEST": request.ask.value, "REQUESTED_BY": request.by, "VOLUME": self.volume}
-        return {"fields": {"EVENT": event, **about, **more}}
+        asked, by = request.ask.value, request.by
+        return fields(event, REQUEST=asked, REQUESTED_BY=by, VOLUME=self.volume, **more)
 
     def _why_not(self, ask: Ask) -> str | None:
         """Why this cannot be asked now, or None if it can."""
@@ -228,8 +228,8 @@ class Life:
     def _answer_no(self, error: RequestRefusedError) -> None:
         request, self._request = self._request, None
         if request is not None:
-            fields = self._fields("request-refused", request, REASON=str(error))
-            log.warning("%s: %s: refused: %s", self.volume, request.words, error, extra=fields)
+            said = self._fields("request-refused", request, REASON=str(error))
+            log.warning("%s: %s: refused: %s", self.volume, request.words, error, extra=said)
             request.refuse(error)
 
     def _rest(self, request: Request) -> None:

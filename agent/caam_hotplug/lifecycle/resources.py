@@ -29,7 +29,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import to_the_end
-from caam_hotplug.lifecycle.steps import Steps
+from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.model import Mapping, Mount, Volume, VolumeId
 from caam_hotplug.rules import Admitted, OnBusy
 from caam_hotplug.table import CryptTarget, crypt_target
@@ -38,11 +38,6 @@ log = logging.getLogger(__name__)
 
 SIGNAL_GRACE_S: Final = 5.0
 """How long users of a volume have to end after each signal, where the rule has them ended."""
-
-
-def _fields(event: str, **fields: object) -> dict[str, dict[str, object]]:
-    """What a record has for the journal beside its words."""
-    return {"fields": {"EVENT": event, **fields}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +100,7 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
                 "%s: adopting its mapping %s",
                 wish.volume,
                 existing.name,
-                extra=_fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
+                extra=fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
             )
             await steps.dm("keep the mapping", host.keep_mapping, existing.name)
         else:
@@ -175,7 +170,7 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
             "mapping %s is held open by others; it stays, %s, until they close it",
             left.name,
             fate,
-            extra=_fields("busy", MAPPING=left.name),
+            extra=fields("busy", MAPPING=left.name),
         )
 
 
@@ -205,7 +200,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
                 "%s: adopting its mount %s",
                 wish.volume,
                 found.point,
-                extra=_fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
+                extra=fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
             )
         else:
             kind = await steps.call("probe", host.probe, mapping.node, ask.filesystems)
@@ -257,7 +252,7 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
                 "%s: ending its users with %s",
                 wish.volume,
                 number.name,
-                extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+                extra=fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
             )
             grace = SIGNAL_GRACE_S
             await steps.call("end its users", host.end_holders, mapping, number, grace)
@@ -269,7 +264,7 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     log.warning(
         "%s is in use; detaching it from the tree",
         found.point,
-        extra=_fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
+        extra=fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
     )
     await steps.call("detach", host.unmount, name, lazily=True)
 
@@ -323,9 +318,7 @@ async def _unmount_or_detach(steps: Steps, name: str, mapping: Mapping) -> None:
     try:
         await steps.call("unmount", host.unmount, name)
     except MountError as error:
-        log.warning(
-            "%s; detaching it from the tree", error, extra=_fields("busy", MOUNT_POINT=name)
-        )
+        log.warning("%s; detaching it from the tree", error, extra=fields("busy", MOUNT_POINT=name))
         await steps.call("detach", host.unmount, name, lazily=True)
     if (left := _of(mapping, mounts_at(host, name))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")

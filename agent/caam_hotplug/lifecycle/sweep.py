@@ -17,7 +17,7 @@ from caam_hotplug.lifecycle.resources import (
     release_mapping,
     release_mount,
 )
-from caam_hotplug.lifecycle.steps import Steps
+from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.model import Mapping
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ async def release_orphan(
     Its medium may hang, so this happens beside the lives of the others, not before them.
     """
     volume = names.volume_of_dm_uuid(orphan.uuid)
-    fields = {"EVENT": "swept", "VOLUME": volume, "MAPPING": orphan.name}
-    log.warning("sweeping mapping %s: its medium has gone", orphan.name, extra={"fields": fields})
+    said = fields("swept", VOLUME=volume, MAPPING=orphan.name)
+    log.warning("sweeping mapping %s: its medium has gone", orphan.name, extra=said)
     try:
         with ExitStack() as claimed:
             if volume is not None:
