@@ -17,7 +17,7 @@ import sdbus
 
 from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
 from bus.private import PrivateBus
-from caam_hotplug import names
+from caam_hotplug import connection, names
 from caam_hotplug.bus import Service
 from caam_hotplug.connection import BUS, Connection
 from caam_hotplug.errors import CaamError, DmError, RequestRefusedError, VolumeBusyError
@@ -341,17 +341,36 @@ async def test_a_stop_does_not_wait_for_a_request_under_way(
     client.close()
 
 
+@pytest.fixture
+def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set when the service looks for a bus for the third time."""
+    event = asyncio.Event()
+    made = 0
+
+    class Counted(Connection):
+        def __init__(self) -> None:
+            nonlocal made
+            made += 1
+            if made == 3:
+                event.set()
+            super().__init__()
+
+    monkeypatch.setattr(connection, "Connection", Counted)
+    return event
+
+
 async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
     private_bus: PrivateBus,
     board: FakeBoard,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
+    tried_again: asyncio.Event,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
     async with Service(board, look_again_s=0.001) as service:
         await service.tried(30)
         mounted(board)
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(tried_again.wait(), 30)
     assert caplog.record_tuples == [
         (
             "caam_hotplug.bus",
@@ -402,17 +421,18 @@ async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
     assert len(caplog.messages) == 2
 
 
-async def test_a_policy_that_is_not_installed_is_said(
+async def test_a_policy_that_is_not_installed_is_said_once(
     private_bus: PrivateBus,
     board: FakeBoard,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
+    tried_again: asyncio.Event,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
     private_bus.start(policy="<busconfig/>")
     async with Service(board, look_again_s=0.001) as service:
         await service.tried(30)
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(tried_again.wait(), 30)
     [message] = caplog.messages
     assert "own org.caamhotplug1 on the system bus: " in message
     assert "not allowed to own" in message
