@@ -295,9 +295,10 @@ async def test_a_service_that_failed_a_socket_that_is_missing_and_no_udevd(
         "mv /usr/lib/systemd/system/caam-hotplug-holders.socket /root; systemctl daemon-reload; "
         "systemctl stop systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd"
     )
+    # A socket whose file was away at a reload has lost what it listened on.
     mended = (
         "mv /root/caam-hotplug*.socket /usr/lib/systemd/system; "
-        "systemctl daemon-reload; "
+        "systemctl daemon-reload; systemctl restart caam-hotplug-holders.socket; "
         "systemctl start systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd"
     )
     async with broken(guest, how, mended):
