@@ -50,7 +50,7 @@ check: lint
 	@tests/vm/setup tools
 	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz tests/bus
 
-# Longer than an hour. What is found stays in .hypothesis and is tried first the next time.
+# A quarter of an hour or more. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -q tests/fuzz
 
