@@ -78,12 +78,11 @@ async def broken(guest: Guest, how: str, mended: str) -> AsyncIterator[None]:
 
 
 def wholesome(guest: Guest) -> Any:
-    """The board is as README says: options told, blobs root's alone, the service starts at boot."""
+    """The board is as README says: options told, blobs root's alone."""
     return broken(
         guest,
-        f"mkdir -p /boot; cat > /boot/config-$(uname -r) <<X\n{OPTIONS}\nX\n"
-        f"chmod 700 /data/caam; systemctl enable -q {UNIT}",
-        f"rm /boot/config-*; systemctl disable -q {UNIT}",
+        f"mkdir -p /boot; cat > /boot/config-$(uname -r) <<X\n{OPTIONS}\nX\nchmod 700 /data/caam",
+        "rm /boot/config-*",
     )
 
 

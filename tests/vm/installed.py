@@ -12,6 +12,7 @@ from vm.machine import Layer
 
 UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
+HOLDERS_SOCKET: Final = "caam-hotplug-holders.socket"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
@@ -117,9 +118,12 @@ async def install(guest: Guest, package: bytes) -> None:
 async def put_back(guest: Guest) -> None:
     """Media, configuration, blobs and mount points are as they were in the saved guest.
 
-    Raises: AssertionError if the agent has left anything behind.
+    Raises: AssertionError if the agent has left anything behind, or a test has left its units
+        as the package does not install them.
     """
     assert await InstalledAgent(guest).leftovers() == []
+    await guest.run("systemctl", "is-enabled", UNIT)
+    await guest.run("systemctl", "is-active", HOLDERS_SOCKET)
     await guest.pull_all()
     await guest.until("! ls /sys/class/block | grep -E '^(sd|mmcblk)'")
     await guest.sh(
