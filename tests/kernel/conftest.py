@@ -261,7 +261,7 @@ def _command(selected: list[str], *, covered: bool) -> str:
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")
         command[1:1] = ["-m", "coverage", "run", *options]
     environment = "BED_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/src/agent:/src/tests"
-    return f"mkdir -p {COVERAGE_IN_GUEST}; cd /tmp; {environment} {shlex.join(command)}"
+    return f"mkdir -pm 1777 {COVERAGE_IN_GUEST}; cd /tmp; {environment} {shlex.join(command)}"
 
 
 @pytest.fixture(scope="session")
