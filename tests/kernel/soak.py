@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +41,10 @@ FILESYSTEMS: Final = {
 CALLS_OF_AN_ARRIVAL: Final = 10
 """Every filesystem's arrival takes as many calls or more."""
 WARM_UP: Final = 5
-"""Cycles after which an agent's memory is first looked at."""
+"""Cycles after which an agent's size is first looked at."""
+MEMORY_WARMS_UP: Final = 100
+"""Cycles, or a tenth of all if that is less, until it has had its busiest moments, which is when
+Python and libc have the memory that they keep from then on."""
 SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(11, 40)}
 """Which bytes; of vfat the boot sector's parameter block."""
 BEHIND_IT: Final = 8192
@@ -122,10 +125,12 @@ class Soak:
         """Of each medium, a file that is on it for certain, and its digest."""
         self._first: Size | None = None
         self._age = 0
+        self._memory_from = WARM_UP
 
     def cycles(self, count: int) -> None:
         """Media have been plugged and pulled so often. Raises: AssertionError."""
         begun = time.monotonic()
+        self._memory_from = max(WARM_UP, min(MEMORY_WARMS_UP, count // 10))
         self._start()
         actions = [
             self._in_order, self._in_order, self._pulled_at_a_call, self._held_open,
@@ -192,9 +197,13 @@ class Soak:
         with suppress(AssertionError):  # what is unlinked or at its end counts a little longer
             until(has_settled)
         assert not now.exceeds(first), f"{first} became {now}"
+        if self._age == self._memory_from:
+            self._first = replace(first, rss_kib=now.rss_kib)
+            return
         grown = now.rss_kib - first.rss_kib
-        self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
-        assert grown < RSS_GROWTH_KIB, f"{first} became {now}"
+        if self._age > self._memory_from:
+            self._figures.rss_growth_kib = max(self._figures.rss_growth_kib, grown)
+            assert grown < RSS_GROWTH_KIB, f"{first} became {now}"
 
     def _between_calls(self) -> None:
         """No call of the agent's is on its way back, and all that returned are noted."""

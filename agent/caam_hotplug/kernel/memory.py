@@ -13,7 +13,9 @@ from caam_hotplug.kernel import cbind
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
+_M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
+_LARGE: Final = 32 << 10
 
 
 def refuse_core_dumps() -> None:
@@ -85,12 +87,14 @@ def _call(name: str, address: int, length: int) -> None:
 
 
 def share_one_heap() -> None:
-    """All threads allocate from one heap, and what they free is used again.
+    """All threads allocate from one heap, and what they free is used again, or given back.
 
     glibc gives threads heaps of their own, up to eight for each processor, and each keeps what its
-    largest moment needed. Every call of ours has a thread. Another C library has no such heaps.
-    Source: mallopt(3).
+    largest moment needed. Every call of ours has a thread. Nor does glibc give back a large buffer
+    once it has seen one of that size freed, unless it is told what large is. Another C library has
+    no such heaps. Source: mallopt(3).
     """
     mallopt = getattr(cbind.library("libc.so.6"), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
