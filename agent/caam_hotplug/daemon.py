@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from caam_hotplug import explain, journal
@@ -95,10 +96,7 @@ async def _serve(config: Config, load: Load) -> None:
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = _Events(devices, supervisor)
             held.callback(events.end)
-            blobs = watch.Directory(config.blob_directory)
-            held.callback(blobs.close)
-            loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
-            held.callback(loop.remove_reader, blobs)
+            _watch_blobs(config.blob_directory, supervisor, held)
             events.begin()
             await service.tried(_BUS_WITHIN_S)
             began = journal.event(journal.Event.STARTED)
@@ -121,6 +119,23 @@ async def _serve(config: Config, load: Load) -> None:
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
+def _watch_blobs(directory: Path, supervisor: Supervisor, held: ExitStack) -> None:
+    """Blobs that appear are told of, if the kernel has a watch left for that."""
+    try:
+        blobs = watch.Directory(directory)
+    except OSError as error:
+        log.warning(
+            "cannot watch %s for new blobs: %s; ask for `retry` when one has come",
+            directory,
+            error.strerror,
+        )
+        return
+    loop = asyncio.get_running_loop()
+    held.callback(blobs.close)
+    loop.add_reader(blobs, _tell_of_blobs, blobs, supervisor)
+    held.callback(loop.remove_reader, blobs)
+
+
 def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
     for name in blobs.read():
         supervisor.blob_appeared(name)
@@ -137,6 +152,7 @@ class Agent:
         self._supervisor = supervisor
         self._notifier = notifier
         self._reloading: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
 
     def reload_soon(self) -> None:
         """Told by a signal, of which nobody waits for the outcome: the journal has it."""
@@ -158,9 +174,15 @@ class Agent:
         event = journal.Event
         asked = journal.event(event.REQUESTED, request="reload", requested_by=by)
         log.info("reload asked for by %s", shown(by), extra=asked)
+        async with self._turn:  # or an older reading of the files could come into force last
+            return await self._reload()
+
+    async def _reload(self) -> list[str]:
+        event = journal.Event
         self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = await asyncio.to_thread(self._load)
+            self._supervisor.renew(config.rule)
         except ConfigError as error:
             for fault in error.faults:
                 log.error("%s", fault, extra=journal.event(event.CONFIG_REFUSED, reason=fault))
@@ -170,7 +192,6 @@ class Agent:
         finally:
             self._notifier.tell("READY=1")
         logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
-        self._supervisor.renew(config.rule)
         log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
         notices = [
             f"{key} was changed and takes effect at the next start"

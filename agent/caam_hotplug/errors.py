@@ -91,13 +91,19 @@ class RequestRefusedError(HotplugError):
     """What was asked of a volume cannot be done as it is; the words say why and what to do."""
 
 
+_HOLDERS_TOLD = 32
+
+
 class VolumeBusyError(RequestRefusedError):
     """Somebody uses the volume, and its rule says that it is not taken from them."""
 
     def __init__(self, what: str, holders: tuple[str, ...]) -> None:
-        who = "; ".join(holders) or "by whom cannot be told from here"
+        told = holders[:_HOLDERS_TOLD]
+        if len(holders) > len(told):
+            told += (f"and {len(holders) - len(told)} more",)
+        who = "; ".join(told) or "by whom cannot be told from here"
         super().__init__(f"{what} is in use: {who}")
-        self.holders = holders
+        self.holders = told
         """Who, a text each."""
 
 

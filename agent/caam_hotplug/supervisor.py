@@ -115,6 +115,9 @@ class Supervisor:
 
     async def unlock(self, which: VolumeId, by: str) -> None:
         """The volume is mounted, or whatever its rule asks for. Raises: RequestRefusedError."""
+        for beside in self._beside(which):
+            if beside.standing.state is State.EJECTED:
+                beside.rest_instead(State.LOCKED, "another volume of its medium was unlocked")
         await self._ask(which, Ask.UNLOCK, by)
 
     async def retry(self, which: VolumeId, by: str) -> None:
@@ -125,19 +128,44 @@ class Supervisor:
         """The volume is let go with all others on its medium, which may be pulled; in words.
 
         With `power_off`, the medium is stopped and its port switched off, where the hardware can.
-        Raises: RequestRefusedError if one of them is in use; those let go before stay so.
+        Raises: RequestRefusedError if one of them is in use; those let go before stay so, and none
+        is said to be safe to remove.
         """
-        await self._ask(which, Ask.EJECT, by)
         life = self._life(which)
-        for other, beside in list(self._lives.items()):
-            if other.diskseq == which.diskseq and beside.standing.state not in _LET_GO:
-                await self._ask(other, Ask.EJECT, by)
+        if life.why_not(Ask.EJECT) is None:
+            for beside in self._beside(which):
+                if beside.standing.state not in _LET_GO:
+                    await self._ask(beside.volume.id, Ask.LOCK, by)
+        await self._ask(which, Ask.EJECT, by)
+        for beside in self._beside(which):
+            beside.rest_instead(State.EJECTED, "safe to remove")
         if power_off:
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._run(self._power_off(life, ended), lambda: f"{life.volume}: power off")
             try:
-                await life.power_off()
+                await ended
             except HotplugError as error:
                 raise RequestRefusedError(f"{life.volume} is ejected; {error}") from error
         return f"{life.volume.partlabel or life.volume.name}: safe to remove"
+
+    def _beside(self, which: VolumeId) -> list[Life]:
+        """The other volumes on the medium."""
+        lives = self._lives.items()
+        return [life for v, life in lives if v.diskseq == which.diskseq and v != which]
+
+    async def _power_off(self, life: Life, ended: asyncio.Future[None]) -> None:
+        """The medium is stopped, for whoever asked for it if he still waits."""
+        error: HotplugError | None = None
+        try:
+            await life.power_off()
+        except HotplugError as refusal:
+            error = refusal
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
 
     async def _ask(self, which: VolumeId, ask: Ask, by: str) -> None:
         await self._life(which).ask(Request(ask, by))
@@ -205,9 +233,18 @@ class Supervisor:
     def _begin(self, volume: Volume) -> None:
         inherits = volume.id in self._inherited
         self._inherited.discard(volume.id)
-        rests = self._rested.pop(volume.id, None)
+        rests = self._rested.pop(volume.id, None) or self._rests_since_before(volume)
         life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits, rests=rests)
         self._run(self._attend(life, volume.id), lambda: str(life.volume))
+
+    def _rests_since_before(self, volume: Volume) -> Rest | None:
+        """As what an earlier run of the agent has let it go on request, if it has."""
+        try:
+            state = State(self._around.host.remembered(volume))
+        except ValueError:
+            return None
+        words = "safe to remove" if state is State.EJECTED else "before the agent was started"
+        return Rest(state, words) if state in {State.EJECTED, State.LOCKED} else None
 
     async def _attend(self, life: Life, which: VolumeId) -> None:
         try:

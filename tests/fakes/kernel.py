@@ -102,6 +102,8 @@ class FakeMedium:
     key: bytes = KEY
     filesystem: str | None = "ext4"
     writes: int = 0
+    remembered: str = ""
+    """What the agent has said of its volume."""
 
 
 @dataclass
@@ -269,6 +271,16 @@ class FakeHost:
         self._step("identify", volume.name)
         object.__setattr__(volume, "identified", True)
         return volume
+
+    def remember(self, volume: Volume, state: str) -> None:
+        medium = self.kernel.media.get(volume.name)
+        if medium is not None and medium.volume.id == volume.id:
+            medium.remembered = state
+
+    def remembered(self, volume: Volume) -> str:
+        medium = self.kernel.media.get(volume.name)
+        same = medium is not None and medium.volume.id == volume.id
+        return medium.remembered if medium is not None and same else ""
 
     def require_unused(self, volume: Volume) -> None:
         self._step("require_unused", volume.name)

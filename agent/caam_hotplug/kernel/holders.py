@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 _PROC: Final = Path("/proc")
 _ANSWERS_WITHIN_S: Final = 30.0
 """A program has to start for the answer, on a slow processor."""
+_USES_TOLD: Final = 8
+"""Of one process."""
+_USE_LENGTH: Final = 300
 _END: Final = Holder(0, "", "")
 """What follows the last holder in an answer, which is else cut short."""
 _LINKS: Final = {
@@ -85,7 +89,7 @@ class _Copy:
 
 
 def look(number: DeviceNumber, name: str) -> list[Holder]:
-    """Those that use a filesystem of the mapping, as far as this process may look into others.
+    """Those that use the mapping or a filesystem of it, as far as this process may look at others.
 
     A copy of the mount in another namespace is no use of it if it goes with the host's: so do those
     of services that are confined by systemd, whose namespaces receive what the host's unmounts.
@@ -107,11 +111,11 @@ def look(number: DeviceNumber, name: str) -> list[Holder]:
             if int(process.name) == os.getpid():
                 continue
             there = copies(process)
-            if not there:
-                continue
             pid = int(process.name)
+            used = list(_few(_uses(process, [*sources, *(copy.mount.point for copy in there)])))
+            if not used and not there:
+                continue
             command = (process / "comm").read_text(errors="backslashreplace").strip()
-            used = list(_uses(process, [copy.mount.point for copy in there]))
             found += [Holder(pid, command, words) for words in used]
             own = [c for c in there if c.mount.identity not in known and not c.groups & groups]
             if own and not used:
@@ -154,14 +158,22 @@ def _users(mapping: Mapping) -> set[int]:
     return {holder.pid for holder in find(mapping) if holder.is_user}
 
 
+def _few(uses: Iterator[str]) -> Iterator[str]:
+    """The first uses, and how many more there are: a process can have as many as it likes."""
+    for use in islice(uses, _USES_TOLD):
+        yield use if len(use) <= _USE_LENGTH else f"{use[:_USE_LENGTH]}…"
+    more = sum(1 for _ in uses)
+    if more:
+        yield f"uses {more} more files there"
+
+
 def _uses(process: Path, points: list[str]) -> Iterator[str]:
     for name, words in _LINKS.items():
         if (path := _link(process / name)) is not None and _lies_in(path, points):
             yield words.format(path)
     with suppress(OSError):
-        for file in (process / "fd").iterdir():
-            if (path := _link(file)) is not None and _lies_in(path, points):
-                yield f"has {path} open"
+        opened = dict.fromkeys(map(_link, (process / "fd").iterdir()))
+        yield from (f"has {path} open" for path in opened if path and _lies_in(path, points))
     with suppress(OSError):
         lines = (process / "maps").read_text(errors="surrogateescape").splitlines()
         mapped = dict.fromkeys(

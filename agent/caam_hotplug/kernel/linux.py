@@ -15,6 +15,7 @@ from caam_hotplug.kernel import (
     filesystem,
     holders,
     keyring,
+    nodes,
     paths,
     power,
     udev,
@@ -64,6 +65,14 @@ class Linux:
             uuid=found.uuid,
             identified=True,
         )
+
+    def remember(self, volume: Volume, state: str) -> None:
+        """The volume is in this state until it leaves, whatever becomes of the agent; "": none."""
+        nodes.mark(volume, state)
+
+    def remembered(self, volume: Volume) -> str:
+        """The state that was said of it last, by any run of the agent; empty if none was."""
+        return nodes.marked(volume)
 
     def require_unused(self, volume: Volume) -> None:
         """Nothing else uses the volume. Raises: DeviceInUseError, which says who."""

@@ -74,6 +74,7 @@ class Directory:
     def _look(self) -> None:
         """The directory is watched, or as much of the way there as exists."""
         parts, count = self._path.parts, len(self._path.parts)
+        denied = 0
         while count:
             at = Path(*parts[:count])
             try:
@@ -81,12 +82,13 @@ class Directory:
             except OSError as error:
                 if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.EACCES}:
                     raise
+                denied = count if error.errno == errno.EACCES else denied
                 count -= 1
                 continue
             if self._watch not in {watch, -1}:
                 self._remove(self._fileno, self._watch)
             self._watch, self._watched = watch, count
-            if count == len(parts) or not Path(*parts[: count + 1]).is_dir():
+            if count + 1 in {denied, len(parts) + 1} or not Path(*parts[: count + 1]).is_dir():
                 return
             count += 1  # it came before its parent was watched
 

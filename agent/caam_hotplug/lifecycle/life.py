@@ -11,10 +11,13 @@ from typing import Any, ClassVar, Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
+    BlobError,
     BlobMissingError,
+    BlobRejectedError,
     ForeignMappingError,
     HotplugError,
     MountPointOccupiedError,
+    NoFilesystemError,
     ReleaseError,
     RequestRefusedError,
 )
@@ -29,10 +32,11 @@ from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
-from caam_hotplug.rules import Action, Admitted, OnStop, Refused, Rule, decide
+from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, decide
 
 log = logging.getLogger(__name__)
 
+_OF_THE_BLOB: Final = (BlobError, BlobRejectedError, NoFilesystemError)
 _LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
@@ -70,6 +74,7 @@ class Life:
         self._host = around.host
         self._inherits = inherits
         self._refuses = False
+        self._blob_is_at_fault = False
         self._news = False
         self._renewed = False
         self._rests: Rest | None = rests
@@ -106,11 +111,12 @@ class Life:
     def blob_appeared(self, blob: str | None) -> None:
         """The blob of this file name is there, or any may be: it is looked for again.
 
-        Also if it is being looked for just now, and was perhaps not there yet.
+        Also if it is being looked for just now, and was perhaps not there yet; or if it was not
+        taken, and was perhaps only half written.
         """
         path = None if blob is None else str(self._host.blob_directory / blob)
-        looks = self.standing.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
-        if looks and path in {None, self.standing.blob}:
+        waits = self.standing.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
+        if (waits or self._blob_is_at_fault) and path in {None, self.standing.blob}:
             self._news = True
             self.leave.stir()
 
@@ -126,7 +132,8 @@ class Life:
 
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
-        holds = self._inherits or self.standing.state in {State.MOUNTED, State.UNLOCKED}
+        held = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
+        holds = self._inherits or (self._plan is not None and self.standing.state in held)
         match self._plan or decide(self._around.rules, self.volume):
             case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
                 self.leave.ask(Reason.KEEP)
@@ -135,7 +142,7 @@ class Life:
 
     async def ask(self, request: Request) -> None:
         """What was asked has been done. Raises: RequestRefusedError."""
-        why = self._why_not(request.ask)
+        why = self.why_not(request.ask)
         if why is not None:
             said = self._fields("request-refused", request, REASON=why)
             log.warning("%s: %s: refused: %s", self.volume, request.words, why, extra=said)
@@ -149,7 +156,7 @@ class Life:
         asked, by = request.ask.value, request.by
         return fields(event, REQUEST=asked, REQUESTED_BY=by, VOLUME=self.volume, **more)
 
-    def _why_not(self, ask: Ask) -> str | None:
+    def why_not(self, ask: Ask) -> str | None:
         """Why this cannot be asked now, or None if it can."""
         why = None
         if self._is_broken:
@@ -204,6 +211,7 @@ class Life:
         if not request.lets_go:
             if self._rests is not None:
                 self._rests, self._news = None, True  # served next, and answered then
+                self._host.remember(self.volume, "")
             elif not (self._news or self._renewed):  # else it is served once more before
                 self._refuse_request(self.standing.words)
         elif self._refuses:
@@ -242,11 +250,17 @@ class Life:
 
     def _rest_as(self, state: State, reason: str) -> None:
         self._rests = Rest(state, reason)
+        self._host.remember(self.volume, state.value)
         self.standing.becomes(state, reason)
+
+    def rest_instead(self, state: State, reason: str) -> None:
+        """It was let go on request, and is in this state of rest now."""
+        if self._rests is not None and not self.leave.asked:
+            self._rest_as(state, reason)
 
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
-        self._refuses = False
+        self._refuses = self._blob_is_at_fault = False
         try:
             if not self.volume.identified:
                 identify = self._host.identify
@@ -276,6 +290,7 @@ class Life:
                 log.warning("%s: pulled meanwhile: %s", self.volume, error)
             else:
                 self._refuses = isinstance(error, ForeignMappingError)
+                self._blob_is_at_fault = isinstance(error, _OF_THE_BLOB)
                 self.standing.becomes(State.FAILED, str(error))
 
     def _publish_released_badly(self, words: str) -> None:
@@ -359,7 +374,7 @@ class Life:
                     self._tell_of_the_beginning(wish)
                 let_go_for = await self._until_let_go(wish, mapping)
                 if let_go_for is not None:
-                    unsafe = False  # it was flushed and unmounted before
+                    unsafe &= self.leave.gone  # else it was flushed and unmounted before
                 elif self.leave.keeps:
                     self._inherits = True  # should its medium leave before this life has ended
                 else:
@@ -419,10 +434,13 @@ class Life:
         state, reason = self.standing.state or State.MOUNTED, self.standing.reason
         self.standing.becomes(State.DETACHING, wanted.words)
         await self._tell_of_the_end(wish)
-        if self.leave.gone:
+        if self.leave.gone or self.leave.keeps:
             return False
         try:
-            await let_go(self._steps, wish, mapping, (self._plan or wish.plan).rule.on_busy)
+            on_busy = (self._plan or wish.plan).rule.on_busy
+            if isinstance(wanted, Renewal):
+                on_busy = OnBusy.REFUSE  # nobody has asked to take it from its users
+            await let_go(self._steps, wish, mapping, on_busy)
         except (HotplugError, OSError) as error:
             if not self.leave.asked:
                 self.standing.becomes(state, reason)
@@ -442,9 +460,16 @@ class Life:
     async def _let_go_for(self, wanted: Request | Renewal) -> None:
         """Whoever wanted it let go is told; what is still held by others has failed."""
         uuid = names.dm_uuid(self.volume.id)
-        left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
+        try:
+            left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
+        except (HotplugError, OSError) as error:  # it may be there
+            self._inherits = True
+            self.standing.becomes(State.FAILED, str(error))
+            self._refuse_request(str(error))
+            return
         if left is not None:
             self._inherits = True
+            self._news = False  # what is new was for the volume as it was held
             others = "; ".join(await who_uses(self._steps, left)) or "others"
             words = f"mapping {left.name} is held open: {others}; it goes when they close it"
             self.standing.becomes(State.FAILED, words)
@@ -456,9 +481,9 @@ class Life:
 
     def _tell_of_the_beginning(self, wish: Wish) -> None:
         self._end_is_told = False
-        unit = (self._plan or wish.plan).on_mount
-        if unit is not None:
-            self._around.units.start(unit)
+        plan = self._plan or wish.plan
+        if plan.on_mount is not None and plan.rule.action is Action.MOUNT:
+            self._around.units.start(plan.on_mount)
 
     async def _tell_of_the_end(self, wish: Wish) -> None:
         """The rule's unit has done what it does before an unmount; without a medium none is due."""

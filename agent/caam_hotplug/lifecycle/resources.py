@@ -237,25 +237,24 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     there = mounts_at(host, name)
     found = _of(mapping, there)
     if found is None:
-        live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
-        if live is not None and live.open_count and on_busy is not OnBusy.DETACH:
-            raise await _busy(steps, mapping.node, mapping)
-        return
+        signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
+        for number in (None, *signals):
+            if number is not None:
+                await _end_users(steps, wish, mapping, number)
+            live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+            if live is None or not live.open_count or on_busy is OnBusy.DETACH:
+                return
+        raise await _busy(steps, mapping.node, mapping)
     if there[-1] is not found:
         raise VolumeBusyError(found.point, (f"{shown(there[-1].source)} is mounted over it",))
-    if not found.read_only:
-        await steps.call("flush", host.flush, name, mapping.node)
+    if on_busy is OnBusy.REFUSE and _mounted_elsewhere(host, mapping):
+        raise await _busy(steps, found.point, mapping)  # an unmount here would not tell
     signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     for number in (None, *signals):
         if number is not None:
-            log.warning(
-                "%s: ending its users with %s",
-                wish.volume,
-                number.name,
-                extra=fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
-            )
-            grace = SIGNAL_GRACE_S
-            await steps.call("end its users", host.end_holders, mapping, number, grace)
+            await _end_users(steps, wish, mapping, number)
+        if not found.read_only:  # each time: what users write as they end is theirs too
+            await steps.call("flush", host.flush, name, mapping.node)
         with suppress(MountBusyError):
             await steps.call("unmount", host.unmount, name)
             return
@@ -269,6 +268,22 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     await steps.call("detach", host.unmount, name, lazily=True)
 
 
+async def _end_users(steps: Steps, wish: Wish, mapping: Mapping, number: signal.Signals) -> None:
+    log.warning(
+        "%s: ending its users with %s",
+        wish.volume,
+        number.name,
+        extra=fields("busy", VOLUME=wish.volume, MAPPING=mapping.name),
+    )
+    await steps.call("end its users", steps.host.end_holders, mapping, number, SIGNAL_GRACE_S)
+
+
+def _mounted_elsewhere(host: Host, mapping: Mapping) -> list[str]:
+    """Where others have mounted it, outside the mount root."""
+    points = (mount.point for mount in host.mounts() if is_of(mount, mapping))
+    return [point for point in points if Path(point).parent != host.mount_root]
+
+
 async def _busy(steps: Steps, what: str, mapping: Mapping) -> VolumeBusyError:
     return VolumeBusyError(what, await who_uses(steps, mapping))
 
@@ -277,8 +292,7 @@ async def who_uses(steps: Steps, mapping: Mapping) -> tuple[str, ...]:
     """Processes that use the mapping's filesystem, and places where it is mounted by others."""
     host = steps.host
     holders = await steps.call("look who uses it", host.holders, mapping)
-    mounts = (mount.point for mount in host.mounts() if is_of(mount, mapping))
-    points = [point for point in mounts if Path(point).parent != host.mount_root]
+    points = _mounted_elsewhere(host, mapping)
     return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))
 
 

@@ -62,7 +62,12 @@ class Standing:
             )  # fmt: skip
 
     def is_late(self, why: str | None) -> None:
-        """A step takes long, for this reason; None: it has ended after all."""
+        """A step takes long, for this reason; None: it has ended after all.
+
+        Of a volume that has left nothing more is said.
+        """
+        if self.state in {State.GONE, State.REMOVED_UNSAFELY}:
+            return
         self.is_stuck = why is not None
         if why is not None:
             now = self._entry or Entry(self.volume, State.STUCK)

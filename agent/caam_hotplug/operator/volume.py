@@ -84,11 +84,17 @@ def chosen(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
 
     Raises: HotplugError if none is meant, or more than one.
     """
-    matching = [key for key, volume in volumes.items() if volume.label == text != ""]
-    # What has left shares its label with the medium that came in its place.
-    matching = [key for key in matching if volumes[key].state != _LEFT] or matching
-    if not matching and "/" in text:
-        matching = _at(text, volumes)
+    # A path first: anybody can write a label that looks like one.
+    matching = _at(text, volumes) if "/" in text else []
+    if not matching:
+        matching = [key for key, volume in volumes.items() if volume.label == text != ""]
+        # What has left shares its label with the medium that came in its place, and so may media
+        # that are none of the agent's.
+        matching = (
+            [key for key in matching if volumes[key].state not in _NOT_OURS]
+            or [key for key in matching if volumes[key].state != _LEFT]
+            or matching
+        )
     match matching:
         case [one]:
             return one
