@@ -103,7 +103,7 @@ def _is_whole(folder: Path) -> bool:
     return record.exists() and record.read_text() == _sizes(folder)
 
 
-def _prune(name: str, keep: int = 4) -> None:
+def _prune(name: str, keep: int = 6) -> None:
     folders = [path for path in root().glob(f"{name}-*") if len(path.name) == len(name) + 17]
     by_age = sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)
     for folder in by_age[keep:]:

@@ -20,8 +20,11 @@ from vm import cache
 
 HERE: Final = Path(__file__).parent
 CAAM_SIM: Final = HERE / "caam_sim"
+MAINLINE: Final = HERE / "mainline"
 INSIDE: Final = HERE / "inside"
 
+DEFAULT_KERNEL: Final = "6.1"
+"""Debian 12's own; $KERNEL may name another series that Debian has for it, such as 6.12."""
 GUEST_PACKAGES: Final = [
     "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-pyudev", "python3-keyutils",
     "dmsetup", "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
@@ -35,6 +38,7 @@ GUEST_PYTHON: Final = [
     "pytest-asyncio>=1.0",
     "pytest-timeout>=2.3",
     "coverage>=7.4",
+    "cryptography>=42",
     "hypothesis>=6.100",
 ]
 MODULES: Final = [
@@ -47,6 +51,14 @@ MODULES: Final = [
     "libcrc32c", "algif_skcipher", "algif_hash",
 ]  # fmt: skip
 INITRD_MODULES: Final = ["virtio_pci", "virtio_blk", "squashfs", "overlay"]
+MAINLINE_SOURCES: Final = [
+    "security/keys/trusted-keys/trusted_core.c", "security/keys/trusted-keys/trusted_caam.c",
+    "security/keys/encrypted-keys/encrypted.c", "security/keys/encrypted-keys/encrypted.h",
+    "security/keys/encrypted-keys/masterkey_trusted.c",
+    "security/keys/encrypted-keys/ecryptfs_format.h",
+    "drivers/md/dm-crypt.c", "drivers/md/dm-audit.h",
+]  # fmt: skip
+"""Of Debian's kernel sources: what mainline's kernels have for the CAAM and Debian's lack."""
 MASKED_UNITS: Final = [
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
     "fstrim.timer", "systemd-tmpfiles-clean.timer", "e2scrub_reap.service",
@@ -92,11 +104,17 @@ def build() -> Image:
         _install_python,
         says="Fetching the guest's Python packages (once)",
     )
-    key = cache.key_of(version, release, " ".join(GUEST_PYTHON), code, CAAM_SIM, INSIDE)
+    sources = cache.built(
+        "sources",
+        cache.key_of(version, release, " ".join(MAINLINE_SOURCES)),
+        lambda folder: _unpack_sources(folder, version),
+        says="Fetching Debian's kernel sources (once; 140 MB)",
+    )
+    key = cache.key_of(version, release, " ".join(GUEST_PYTHON), code, CAAM_SIM, MAINLINE, INSIDE)
     bed = cache.built(
         "bed",
         key,
-        lambda folder: _bed_image(folder, unpacked, site, version),
+        lambda folder: _bed_image(folder, unpacked, site, sources, version),
         says="Building the simulated CAAM and the guest's own image",
     )
     vmlinuz = unpacked / "boot" / f"vmlinuz-{version}"
@@ -104,11 +122,13 @@ def build() -> Image:
 
 
 def kernel_version() -> str:
-    """Debian's current kernel, whose headers `setup` has installed."""
-    depends = _run("apt-cache", "depends", "linux-image-amd64")
+    """Debian's current kernel of the series in $KERNEL, whose headers `setup` has installed."""
+    series = os.environ.get("KERNEL") or DEFAULT_KERNEL
+    package = "linux-image-amd64" if series == DEFAULT_KERNEL else f"linux-image-{series}-amd64"
+    depends = _run("apt-cache", "depends", package)
     found = re.search(r"Depends: linux-image-(\d\S*)", depends)
     if found is None or not Path(f"/usr/src/linux-headers-{found[1]}").is_dir():
-        sys.exit("Debian's current kernel has no headers in /usr/src: run tests/vm/setup")
+        sys.exit(f"Debian's kernel {series} has no headers in /usr/src: run tests/vm/setup")
     return found[1]
 
 
@@ -128,6 +148,25 @@ def _unpack_kernel(folder: Path, version: str) -> None:
         _run("dpkg-deb", "-x", deb, folder)
     shutil.rmtree(folder / "usr")
     _run("depmod", "-b", folder, version)
+
+
+def _unpack_sources(folder: Path, version: str) -> None:
+    """MAINLINE_SOURCES as Debian's package of this very kernel has them, all in one folder."""
+    said = _run("apt-cache", "show", "--no-all-versions", f"linux-image-{version}")
+    (release,) = re.findall(r"^Version: (\S+)$", said, re.M)
+    series = ".".join(version.split(".")[:2])
+    tree = f"linux-source-{series}"
+    with tempfile.TemporaryDirectory() as scratch:
+        _run("apt-get", "-q=2", "download", f"{tree}={release}", cwd=scratch)
+        (deb,) = Path(scratch).glob("*.deb")
+        # The archive in the package is the whole kernel; it is unpacked on the fly, and in part.
+        unpack = (
+            f"dpkg-deb --fsys-tarfile '{deb}' | tar -xO ./usr/src/{tree}.tar.xz | "
+            f"tar -xJ -C '{scratch}' {' '.join(f'{tree}/{name}' for name in MAINLINE_SOURCES)}"
+        )
+        _run("bash", "-o", "pipefail", "-c", unpack)
+        for name in MAINLINE_SOURCES:
+            shutil.copy(Path(scratch) / tree / name, folder)
 
 
 def _base_image(folder: Path) -> None:
@@ -157,7 +196,7 @@ def _squash(tree: Path, image: Path) -> None:
          "-noappend", "-all-root")  # fmt: skip
 
 
-def _bed_image(folder: Path, unpacked: Path, site: Path, version: str) -> None:
+def _bed_image(folder: Path, unpacked: Path, site: Path, sources: Path, version: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         lib = tree / "usr/lib/modules" / version
@@ -169,7 +208,10 @@ def _bed_image(folder: Path, unpacked: Path, site: Path, version: str) -> None:
         for index in source.glob("modules.builtin*"):
             shutil.copy(index, lib)
         shutil.copy(source / "modules.order", lib)
-        _build_caam_sim(Path(scratch) / "caam_sim", version, lib, tree / "usr/local/bin")
+        caam_sim = Path(scratch) / "caam_sim"
+        _build_caam_sim(caam_sim, version, lib, tree / "usr/local/bin")
+        mainline = Path(scratch) / "mainline"
+        _build_mainline(mainline, version, sources, caam_sim, tree / "opt/mainline")
         (tree / "lib").symlink_to("usr/lib")
         _run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
@@ -206,6 +248,21 @@ def _build_caam_sim(work: Path, version: str, lib: Path, programs: Path) -> None
     shutil.copy(work / "caam-keygen", programs)
 
 
+def _build_mainline(work: Path, version: str, sources: Path, caam_sim: Path, modules: Path) -> None:
+    shutil.copytree(MAINLINE, work)
+    for name in MAINLINE_SOURCES:
+        shutil.copy(sources / Path(name).name, work)
+    headers = f"/usr/src/linux-headers-{version}"
+    symbols = f"KBUILD_EXTRA_SYMBOLS={caam_sim}/Module.symvers"
+    _run(
+        "make", "-C", headers, f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES=", symbols, "modules"
+    )  # fmt: skip
+    modules.mkdir(parents=True)
+    for module in work.glob("*.ko"):
+        _run("strip", "--strip-debug", module)
+        shutil.copy(module, modules)
+
+
 def _install_python(site: Path) -> None:
     _run(
         sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
@@ -221,6 +278,7 @@ def _install_bed(tree: Path) -> None:
     for folder in (lib, wanted, tree / "src", tree / "etc/modprobe.d"):
         folder.mkdir(parents=True)
     shutil.copy(INSIDE / "agent.py", lib)
+    shutil.copy(INSIDE / "board-kernel", tree / "usr/local/bin")
     shutil.copy(INSIDE / "bed-agent.service", units)
     (wanted / "bed-agent.service").symlink_to("../bed-agent.service")
     for unit in MASKED_UNITS:

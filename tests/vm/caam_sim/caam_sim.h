@@ -39,6 +39,7 @@ struct tag_header {
 #define TAG_TYPE_BLACK (1u << 0)
 #define TAG_TYPE_CCM (1u << 3)
 #define TAG_TYPE_ECB_KEY TAG_TYPE_BLACK
+#define TAG_TYPE_MEMORY (1u << 31)	/* in no header; what is sealed is no black key */
 #define TAG_TYPE_CCM_KEY (TAG_TYPE_BLACK | TAG_TYPE_CCM)
 
 #define KEY_MIN_BYTES 16
@@ -48,6 +49,7 @@ struct tag_header {
 #define CCM_OVERHEAD (CCM_NONCE_BYTES + CCM_MAC_BYTES)
 #define BLOB_KEY_BYTES 32
 #define BLOB_MAC_BYTES 16
+#define KEY_MODIFIER_BYTES 16
 #define BLOB_OVERHEAD (BLOB_KEY_BYTES + BLOB_MAC_BYTES)
 
 /* The blob of an object reserves room for the CCM overhead whatever the covering. */
@@ -58,6 +60,7 @@ struct tag_header {
 
 #ifdef __KERNEL__
 #define OTPMK_BYTES 32
+#define MEMORY_MAX_BYTES 512
 
 /* seal.c */
 int seal_init(const u8 otpmk[OTPMK_BYTES]);
@@ -68,6 +71,8 @@ int cover_key(u32 type, const u8 *red, u32 red_len, u8 *black);
 int uncover_key(u32 type, const u8 *black, u8 *red, u32 red_len);
 int seal_blob(u32 type, const u8 *red, u32 red_len, u8 *blob);
 int open_blob(u32 type, const u8 *blob, u8 *red, u32 red_len);
+int seal_memory(const u8 modifier[KEY_MODIFIER_BYTES], const u8 *red, u32 len, u8 *blob);
+int open_memory(const u8 modifier[KEY_MODIFIER_BYTES], const u8 *blob, u8 *red, u32 len);
 int check_tag(const struct tag_header *tag);
 
 /* tk.c */

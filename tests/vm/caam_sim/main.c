@@ -21,6 +21,10 @@ static bool secure = true;
 module_param(secure, bool, 0400);
 MODULE_PARM_DESC(secure, "A closed part; an open one seals under a key that all chips share");
 
+static bool keygen = true;
+module_param(keygen, bool, 0400);
+MODULE_PARM_DESC(keygen, "NXP's driver and ciphers; mainline has neither");
+
 /* A request's texts and objects, copied in, so that nothing is read twice from user space. */
 struct keygen_job {
 	struct keygen_cmd cmd;
@@ -315,7 +319,7 @@ static int __init caam_sim_init(void)
 	if (!err)
 		err = seal_init(key);
 	memzero_explicit(key, sizeof(key));
-	if (err)
+	if (err || !keygen)
 		return err;
 	err = tk_register();
 	if (err)
@@ -334,8 +338,10 @@ no_tk:
 
 static void __exit caam_sim_exit(void)
 {
-	misc_deregister(&keygen_device);
-	tk_unregister();
+	if (keygen) {
+		misc_deregister(&keygen_device);
+		tk_unregister();
+	}
 	seal_exit();
 }
 

@@ -180,52 +180,92 @@ int uncover_key(u32 type, const u8 *black, u8 *red, u32 red_len)
 }
 
 /* The hardware derives a blob key encryption key from the OTPMK, the key modifier and the kind. */
-static void derive_kek(u32 type, u8 kek[AES_KEYSIZE_256])
+static void derive_kek(const u8 modifier[KEY_MODIFIER_BYTES], u32 type, u8 kek[AES_KEYSIZE_256])
 {
-	static const u8 key_modifier[16];
-	u8 input[OTPMK_BYTES + sizeof(key_modifier) + sizeof(type)];
+	u8 input[OTPMK_BYTES + KEY_MODIFIER_BYTES + sizeof(type)];
 
 	memcpy(input, otpmk, OTPMK_BYTES);
-	memcpy(input + OTPMK_BYTES, key_modifier, sizeof(key_modifier));
-	memcpy(input + OTPMK_BYTES + sizeof(key_modifier), &type, sizeof(type));
+	memcpy(input + OTPMK_BYTES, modifier, KEY_MODIFIER_BYTES);
+	memcpy(input + OTPMK_BYTES + KEY_MODIFIER_BYTES, &type, sizeof(type));
 	sha256(input, sizeof(input), kek);
 	memzero_explicit(input, sizeof(input));
 }
 
-int seal_blob(u32 type, const u8 *red, u32 red_len, u8 *blob)
+/* In place: `sealed` has `len` bytes, and behind them room for the MAC. */
+static int seal(const u8 *modifier, u32 type, const u32 aad[2], u8 *wrapped, u8 *sealed, u32 len)
 {
 	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES];
-	const u32 aad[] = { type, red_len };
-	u8 *sealed = blob + BLOB_KEY_BYTES;
 	int err;
 
 	get_random_bytes(blob_key, sizeof(blob_key));
-	derive_kek(type, kek);
-	ecb(kek, blob_key, blob, BLOB_KEY_BYTES, true);
-	memset(sealed, 0, sealed_bytes(red_len));
-	memcpy(sealed, red, red_len);
-	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, sealed_bytes(red_len), BLOB_MAC_BYTES,
-			true);
+	derive_kek(modifier, type, kek);
+	ecb(kek, blob_key, wrapped, BLOB_KEY_BYTES, true);
+	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, len, BLOB_MAC_BYTES, true);
 	memzero_explicit(blob_key, sizeof(blob_key));
 	memzero_explicit(kek, sizeof(kek));
 	return err;
 }
 
+/* The inverse. */
+static int open(const u8 *modifier, u32 type, const u32 aad[2], const u8 *wrapped, u8 *sealed,
+		u32 len)
+{
+	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES];
+	int err;
+
+	derive_kek(modifier, type, kek);
+	ecb(kek, wrapped, blob_key, BLOB_KEY_BYTES, false);
+	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, len, BLOB_MAC_BYTES, false);
+	memzero_explicit(blob_key, sizeof(blob_key));
+	memzero_explicit(kek, sizeof(kek));
+	return err;
+}
+
+static const u8 no_modifier[KEY_MODIFIER_BYTES];
+
+int seal_blob(u32 type, const u8 *red, u32 red_len, u8 *blob)
+{
+	const u32 aad[] = { type, red_len };
+	u8 *sealed = blob + BLOB_KEY_BYTES;
+
+	memset(sealed, 0, sealed_bytes(red_len));
+	memcpy(sealed, red, red_len);
+	return seal(no_modifier, type, aad, blob, sealed, sealed_bytes(red_len));
+}
+
 int open_blob(u32 type, const u8 *blob, u8 *red, u32 red_len)
 {
-	u8 kek[AES_KEYSIZE_256], blob_key[BLOB_KEY_BYTES], sealed[BLOB_MAX_BYTES];
+	u8 sealed[BLOB_MAX_BYTES];
 	const u32 aad[] = { type, red_len };
 	int err;
 
-	derive_kek(type, kek);
-	ecb(kek, blob, blob_key, BLOB_KEY_BYTES, false);
 	memcpy(sealed, blob + BLOB_KEY_BYTES, sealed_bytes(red_len) + BLOB_MAC_BYTES);
-	err = ccm_crypt(blob_key, NULL, 0, aad, sealed, sealed_bytes(red_len), BLOB_MAC_BYTES,
-			false);
+	err = open(no_modifier, type, aad, blob, sealed, sealed_bytes(red_len));
 	if (!err)
 		memcpy(red, sealed, red_len);
 	memzero_explicit(sealed, sizeof(sealed));
-	memzero_explicit(blob_key, sizeof(blob_key));
-	memzero_explicit(kek, sizeof(kek));
+	return err;
+}
+
+/* The blob of memory is as long as what it holds and BLOB_OVERHEAD; it does not say its length. */
+int seal_memory(const u8 modifier[KEY_MODIFIER_BYTES], const u8 *red, u32 len, u8 *blob)
+{
+	const u32 aad[] = { TAG_TYPE_MEMORY, len };
+
+	memcpy(blob + BLOB_KEY_BYTES, red, len);
+	return seal(modifier, TAG_TYPE_MEMORY, aad, blob, blob + BLOB_KEY_BYTES, len);
+}
+
+int open_memory(const u8 modifier[KEY_MODIFIER_BYTES], const u8 *blob, u8 *red, u32 len)
+{
+	const u32 aad[] = { TAG_TYPE_MEMORY, len };
+	u8 sealed[MEMORY_MAX_BYTES + BLOB_MAC_BYTES];
+	int err;
+
+	memcpy(sealed, blob + BLOB_KEY_BYTES, len + BLOB_MAC_BYTES);
+	err = open(modifier, TAG_TYPE_MEMORY, aad, blob, sealed, len);
+	if (!err)
+		memcpy(red, sealed, len);
+	memzero_explicit(sealed, sizeof(sealed));
 	return err;
 }
