@@ -7,13 +7,16 @@ DAMAGED := 200
 STORMS := 10
 TIMINGS := 12
 SEED :=
+KERNEL ?= 6.1
+export KERNEL
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint man check fuzz test coverage demo soak vm-shell wheel deb clean
+.PHONY: help setup lint man check fuzz test smoke coverage demo soak vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
 	@echo "make test       all tests: unit, life, and the suite in the virtual machine"
+	@echo "make smoke      a few tests in the virtual machine: KERNEL=6.12 for another kernel of Debian's"
 	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install, fuzz and D-Bus tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
@@ -54,8 +57,13 @@ check: lint
 fuzz: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -q tests/fuzz
 
+# KERNEL=6.12 takes another series of Debian's than 6.1.
 test: setup
 	tests/run-all
+
+# The main job and the kernel's interfaces, on another kernel than the one that `test` takes.
+smoke: setup
+	tests/run-all -m smoke
 
 coverage: setup
 	tests/measure-coverage
@@ -65,6 +73,7 @@ demo: setup
 
 soak: setup
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
+	@$(BED) growth $(CYCLES)
 
 vm-shell: setup
 	@$(BED) shell

@@ -42,6 +42,7 @@ to do where that is known.
 | `VolumeBusy` | somebody uses it; the message has a line for each process |
 | `Configuration` | Reload found a mistake; a line each |
 | `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or none |
+| `MasterKey` | the trusted key that the blob is encrypted under is absent, or of another board |
 | `NoFilesystem` | nothing known lies under this key |
 | `DeviceInUse`, `ForeignMapping`, `MountPointOccupied` | something else is in the way |
 | `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | it would be unsafe |

@@ -81,6 +81,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.DeviceInUseError: f"{names.BUS_ERROR_PREFIX}DeviceInUse",
     errors.BlobError: f"{names.BUS_ERROR_PREFIX}Blob",
     errors.BlobMissingError: f"{names.BUS_ERROR_PREFIX}BlobMissing",
+    errors.MasterKeyError: f"{names.BUS_ERROR_PREFIX}MasterKey",
     errors.BlobRejectedError: f"{names.BUS_ERROR_PREFIX}BlobRejected",
     errors.NoFilesystemError: f"{names.BUS_ERROR_PREFIX}NoFilesystem",
     errors.ReleaseError: f"{names.BUS_ERROR_PREFIX}Release",

@@ -225,6 +225,7 @@ def _from_toml(wanted: type, value: Any) -> Any:
 
 
 _CIPHER: Final = re.compile(r"(capi:)?[a-z0-9()_,-]+-[a-z0-9]+(:[a-z0-9]+)?")
+_KEY_OPTIONS: Final = re.compile(r"([a-z0-9]+=[A-Za-z0-9:_-]+( [a-z0-9]+=[A-Za-z0-9:_-]+)*)?")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*")
 
 
@@ -233,7 +234,7 @@ def _check(at: str, value: Any) -> None:
     match at.rsplit(".", 1)[-1]:
         case "blob_directory" | "mount_root" if not _is_plain(value):
             raise ValueError(f"expected an absolute path without .., found {_found(str(value))}")
-        case "cipher" if not _CIPHER.fullmatch(value):
+        case "cipher" if value != "auto" and not _CIPHER.fullmatch(value):
             raise ValueError(
                 f"expected a cipher such as capi:tk(cbc(aes))-plain, found {_found(value)}"
             )
@@ -241,6 +242,12 @@ def _check(at: str, value: Any) -> None:
             raise ValueError(f"expected sectors from 0 on, found {_found(value)}")
         case "min_size" | "max_size" if value is not None and not 0 <= value < 1 << 64:
             raise ValueError(f"expected bytes from 0 on, found {_found(value)}")
+        case "length" if not (value == 0 or 16 <= value <= 128):
+            raise ValueError(f"expected bytes from 16 to 128, or 0, found {_found(value)}")
+        case "options" if isinstance(value, str) and not _KEY_OPTIONS.fullmatch(value):
+            raise ValueError(
+                f"expected options such as keyhandle=0x81000001, found {_found(value)}"
+            )
         case "filesystem_options":
             _check_options(value)
         case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:

@@ -79,6 +79,10 @@ class BlobRejectedError(HotplugError):
     """The CAAM refused the black blob: damaged, or sealed on another chip."""
 
 
+class MasterKeyError(HotplugError):
+    """The trusted key that others are encrypted under is missing, or of another board."""
+
+
 class NoFilesystemError(HotplugError):
     """Nothing known lies under this key: a wrong key, or a medium that was never formatted."""
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from caam_hotplug import names
+from caam_hotplug.blobs import KEY_TYPES
 from caam_hotplug.config import Config
 from caam_hotplug.kernel import udev
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.model import SECTOR_BYTES, Volume
 from caam_hotplug.rules import Action, Admitted, Refused, decide
+from caam_hotplug.table import cipher_for
 
 _FACTS = (
     "partlabel", "partuuid", "parttype", "label", "uuid", "serial", "vendor", "model", "path",
@@ -35,6 +37,20 @@ def explain(node: str, config: Config) -> Iterator[str]:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
 
 
+def _cipher(plan: Admitted) -> str:
+    """The cipher; where the blob decides, each that it may be."""
+    form = plan.rule.key.form
+    by_cipher: dict[str, list[str]] = {}
+    for made_by, kind in KEY_TYPES.items():
+        if form in {None, made_by}:
+            by_cipher.setdefault(cipher_for(plan.rule.crypt, kind), []).append(made_by)
+    if len(by_cipher) == 1:
+        return next(iter(by_cipher))
+    return ", or ".join(
+        f"{cipher} under a {' or '.join(forms)} key" for cipher, forms in by_cipher.items()
+    )
+
+
 def _facts(volume: Volume) -> Iterator[str]:
     size = volume.size * SECTOR_BYTES
     yield f"{volume.node}: {volume.devtype.value} on {volume.bus.value}, {size} bytes"
@@ -51,7 +67,7 @@ def _admitted(plan: Admitted, config: Config, volume: Volume) -> Iterator[str]:
     yield f"rule {plan.rule.name!r} admits it"
     yield f"  blob        {config.blob_directory / plan.blob}"
     yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"
-    yield f"  cipher      {plan.rule.crypt.cipher}"
+    yield f"  cipher      {_cipher(plan)}"
     if plan.rule.action is Action.MOUNT:
         options = ",".join(plan.rule.mount.options)
         yield f"  mount point {config.mount_root / plan.mount_name} ({options})"

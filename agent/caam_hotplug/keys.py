@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from caam_hotplug import names
+from caam_hotplug import names, provision
+from caam_hotplug.blobs import KEY_TYPES, Blob, Encrypted, Tagged, Trusted, backend_of
 from caam_hotplug.errors import BlobError, HotplugError, shown
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ examples:
 exit status: 0 done; 1 refused, failed, or (list) a blob is faulty; 2 wrong usage
 """
 _SUFFIX: Final = ".bb"
+_KINDS: Final = {Tagged: "black blob", Trusted: "trusted key", Encrypted: "encrypted key"}
 
 
 def add_to(
@@ -49,8 +51,7 @@ def add_to(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     create.add_argument("name", metavar="NAME", help="the blob is NAME.bb in the blob directory")
-    _add_key_bytes(create)
-    _add_seal(create)
+    provision.add_way(create)
     add_config(create)
     create.set_defaults(command=lambda parsed: _create(parsed, load(parsed)))
 
@@ -64,7 +65,7 @@ def add_to(
     enroll.add_argument(
         "--from", dest="file", type=Path, required=True, metavar="FILE", help="the recovery file"
     )
-    _add_seal(enroll)
+    provision.add_way(enroll)
     add_config(enroll)
     enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
 
@@ -87,19 +88,6 @@ def add_to(
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="for programs")
     inspect.set_defaults(command=_inspect)
-
-
-def _add_key_bytes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key-bytes", type=int, choices=(16, 32), default=16, help="default: 16")
-
-
-def _add_seal(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seal",
-        choices=("ecb", "ccm"),
-        default="ecb",
-        help="how the CAAM covers the key in memory; default: ecb",
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +113,28 @@ def _require_root(operation: str) -> None:
 
 
 def _create(parsed: argparse.Namespace, loaded: config.Config) -> int:
-    from caam_hotplug import keystore  # noqa: PLC0415  libraries, only needed here
-    from caam_hotplug.kernel import caam  # noqa: PLC0415
+    from caam_hotplug import keystore, sealing  # noqa: PLC0415  libraries, only needed here
 
     _require_name(parsed.name)
     _require_root(f"make a key {parsed.name}")
+    way, key_bytes = provision.way_of(parsed)
     with keystore.folder(loaded.blob_directory) as folder:
         keystore.require_new(parsed.name, folder)
-        blob = caam.create_blob(names.CAAM_DEVICE, parsed.seal, parsed.key_bytes)
+        blob = sealing.seal(way, key_bytes, folder.path)
         folder.write(parsed.name, blob, settled=True)
-        print(f"{folder.file(parsed.name)}: made; {parsed.key_bytes} bytes, {parsed.seal}")
+        how = way.seal if way.backend == "tagged" else way.backend
+        print(f"{folder.file(parsed.name)}: made; {key_bytes} bytes, {how}")
     return 0
 
 
 def _enroll(parsed: argparse.Namespace, loaded: config.Config) -> int:
-    from caam_hotplug import keystore, recovery  # noqa: PLC0415  libraries, only needed here
-    from caam_hotplug.kernel import caam, memory  # noqa: PLC0415
+    from caam_hotplug import keystore, recovery, sealing  # noqa: PLC0415  libraries, only needed here
+    from caam_hotplug.kernel import memory  # noqa: PLC0415
 
     _require_name(parsed.name)
     _require_root(f"enroll {parsed.name}")
+    way, _ = provision.way_of(parsed)
+    sealing.require_given(way)
     memory.refuse_core_dumps()
     with keystore.recovered(parsed.file) as (about, key):
         if about.label != parsed.name:
@@ -153,10 +144,10 @@ def _enroll(parsed: argparse.Namespace, loaded: config.Config) -> int:
             )
         with keystore.folder(loaded.blob_directory) as folder:
             keystore.require_new(parsed.name, folder)
-            blob = caam.create_blob(names.CAAM_DEVICE, parsed.seal, key)
+            blob = sealing.seal(way, key, folder.path)
             folder.write(parsed.name, blob, settled=True)
             print(f"{folder.file(parsed.name)}: made; this board opens {parsed.name} too")
-    for line in recovery.needs_rule(about):
+    for line in recovery.needs_rule(about, KEY_TYPES[way.backend]):
         print(line, file=sys.stderr)
     return 0
 
@@ -197,31 +188,46 @@ def _table(blobs: list[_Blob]) -> list[str]:
 
 
 def _looked_at(directory: Path, file: str) -> _Blob:
-    from caam_hotplug.kernel import caam  # noqa: PLC0415  only needed here
+    from caam_hotplug.kernel import sealed  # noqa: PLC0415  only needed here
 
     name = file.removesuffix(_SUFFIX)
     try:
-        header = caam.header(caam.read_blob(directory, file))
+        blob = sealed.read(directory, file)
     except BlobError as error:
         fault = str(error).removeprefix(f"read blob {directory / file}: ")
         return _Blob(name, fault=fault)
-    return _Blob(name, "black blob", header.seal, header.key_bytes)
+    return _Blob(name, _KINDS[type(blob)], getattr(blob, "seal", None), blob.key_bytes)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from caam_hotplug.kernel import caam  # noqa: PLC0415  only needed here
+    from caam_hotplug.kernel import sealed  # noqa: PLC0415  only needed here
 
     file = parsed.file.absolute()
-    header = caam.header(caam.read_blob(file.parent, file.name))
+    blob = sealed.read(file.parent, file.name)
+    facts = _facts(blob)
     if parsed.json:
-        _print_json({"file": str(file), **asdict(header)})
+        _print_json({"file": str(file), "backend": backend_of(blob), **facts})
         return 0
-    print(f"{shown(file)}: black blob")
-    print(f"  type   {header.type:#x}")
-    print(f"  seal   {header.seal}")
-    print(f"  key    {header.key_bytes} bytes")
-    print(f"  blob   {header.blob_bytes} bytes, and a tag header of 20")
+    print(f"{shown(file)}: {_KINDS[type(blob)]}")
+    for name, value in facts.items():
+        print(f"  {name:<10}  {'not told' if value is None else shown(value)}")
     return 0
+
+
+def _facts(blob: Blob) -> dict[str, int | str | None]:
+    """What a blob says of itself."""
+    match blob:
+        case Tagged():
+            return {
+                "type": blob.type,
+                "seal": blob.seal,
+                "key_bytes": blob.key_bytes,
+                "blob_bytes": blob.blob_bytes,
+            }
+        case Trusted():
+            return {"key_bytes": blob.key_bytes, "blob_bytes": len(blob.content)}
+        case Encrypted():
+            return {"format": blob.format, "master": blob.master, "key_bytes": blob.key_bytes}
 
 
 def _print_json(value: object) -> None:

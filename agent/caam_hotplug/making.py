@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4, uuid5
 
-from caam_hotplug import keystore, names, table
+from caam_hotplug import blobs, keystore, names, sealing, table
 from caam_hotplug.config import Config
 from caam_hotplug.errors import (
     BlobError,
@@ -37,7 +37,6 @@ from caam_hotplug.errors import (
     shown,
 )
 from caam_hotplug.kernel import (
-    caam,
     devmapper,
     disks,
     filesystem,
@@ -45,9 +44,12 @@ from caam_hotplug.kernel import (
     keyring,
     memory,
     mkfs,
+    sealed,
     udev,
     usage,
 )
+from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.lifecycle import backends
 from caam_hotplug.model import SecretBytes, Volume
 from caam_hotplug.wish import LINUX_DATA, Wish, advice, require_sense, write_rule
 
@@ -105,7 +107,7 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
         stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, _identifier(wish))
         if stage in {_Stage.OTHERS, _Stage.ANOTHER}:
             _require_blank(wish, disk, stage)
-        _try_table(wish, disk)
+        _try_table(wish, disk, config.blob_directory)
         with keystore.folder(config.blob_directory) as folder:
             making = _Making(wish, hold, folder, tell)
             was_made_before = stage is _Stage.MADE and making.is_made(entry)
@@ -196,7 +198,7 @@ class _Making:
         self._tell("making the key")
         folder.discard_unsettled(wish.label)
         with self._key() as (identifier, key):
-            blob = caam.create_blob(names.CAAM_DEVICE, wish.seal, key)
+            blob = sealing.seal(wish.way, key, folder.path)
         folder.write(wish.label, blob, settled=False)
         self._tell("writing the partition table")
         mark = gpt.Identity(MARKED_NAME, MARK, _mark(wish.label, identifier))
@@ -224,11 +226,11 @@ class _Making:
     def _require_the_same(self, marked: gpt.Entry) -> None:
         """Raises: HotplugError if the medium was begun with other options."""
         wish, file = self._wish, self._folder.file(self._wish.label)
-        header = caam.header(caam.read_blob(file.parent, file.name))
-        if (header.key_bytes, header.seal) != (wish.key_bytes, wish.seal):
+        begun, asked = _choices(_blob_in(file)), _wished(wish)
+        if begun != asked:
             raise HotplugError(
-                f"go on with {self._disk.node}: it was begun with --key-bytes {header.key_bytes} "
-                f"--seal {header.seal}; use the same, or remove {shown(file)} to begin anew"
+                f"go on with {self._disk.node}: it was begun with {begun}, not with {asked}; use "
+                f"the same, or remove {shown(file)} to begin anew"
             )
         if wish.recovery_file is not None and marked.identity.uuid == _mark(wish.label, None):
             raise HotplugError(
@@ -270,10 +272,17 @@ class _Making:
         The mapping lies on the whole disk: the kernel need not know the partition yet.
         """
         file = self._folder.file(self._wish.label)
-        blob = caam.read_blob(file.parent, file.name)
+        blob = _blob_in(file)
         volume = replace(self._disk, size=entry.length)
         with _mapping(self._disk) as name:
-            _load(name, self._wish, volume, entry.start, blob)
+            _load(
+                name,
+                self._wish,
+                volume,
+                blob,
+                start=entry.start,
+                directory=self._folder.path,
+            )
             devmapper.resume(name)
             mapping = devmapper.find(_dm_uuid(self._disk))
             if mapping is None:
@@ -292,6 +301,34 @@ def _recovered(wish: Wish, file: Path) -> Iterator[tuple[str, SecretBytes]]:
                 f"{len(key)} bytes); it is not overwritten"
             )
         yield about.id, key
+
+
+def _blob_in(file: Path) -> blobs.Blob:
+    """The blob in a file. Raises: BlobError."""
+    return sealed.read(file.parent, file.name)
+
+
+def _choices(blob: blobs.Blob) -> str:
+    """The options of the command that made it, as far as the blob tells them."""
+    options = f"--backend {blobs.backend_of(blob)} --key-bytes {blob.key_bytes}"
+    match blob:
+        case blobs.Tagged():
+            return f"{options} --seal {blob.seal}"
+        case blobs.Encrypted():
+            return f"{options} --master {blob.master}"
+    return options
+
+
+def _wished(wish: Wish) -> str:
+    """The same of what is wished for now."""
+    way = wish.way
+    options = f"--backend {way.backend} --key-bytes {wish.key_bytes}"
+    match way.backend:
+        case "tagged":
+            return f"{options} --seal {way.seal}"
+        case "encrypted":
+            return f"{options} --master {way.master}"
+    return options
 
 
 def _dm_uuid(disk: Volume) -> str:
@@ -316,30 +353,32 @@ def _mapping(disk: Volume) -> Iterator[str]:
         raise MappingBusyError("remove mapping", name, errno.EBUSY, hint)
 
 
-def _load(name: str, wish: Wish, volume: Volume, start: int, blob: bytes) -> None:
+def _load(
+    name: str, wish: Wish, volume: Volume, blob: blobs.Blob, *, start: int, directory: Path
+) -> None:
     """The mapping has the table for the volume, which starts there on the disk, and its key."""
     description = f"{names.KEY_PREFIX}provision-{volume.id.diskseq}"
-    with caam.import_blob(names.CAAM_DEVICE, blob) as key:
+    host = Linux(directory, names.MOUNT_ROOT)
+    try:
+        key = backends.load(host, blob, wish.rule.key, description)
         target = replace(
-            table.crypt_target(volume, wish.rule.crypt, len(key)),
-            key_description=f"logon:{description}",
+            table.crypt_target(volume, wish.rule.crypt, key),
+            key_description=f"{key.type}:{description}",
             offset=start,
         )
-        try:
-            keyring.add_logon_key(description, key)
-            devmapper.load(name, target.to_line(), read_only=False)
-        finally:
-            keyring.unlink_logon_key(description)
+        devmapper.load(name, target.to_line(), read_only=False)
+    finally:
+        keyring.unlink_key(description)
 
 
-def _try_table(wish: Wish, disk: Volume) -> None:
+def _try_table(wish: Wish, disk: Volume, directory: Path) -> None:
     """The kernel takes the cipher with such a key. Nothing is written, and the key is forgotten.
 
-    Raises: CaamError; DmError.
+    Raises: CaamError; KeyringError; DmError.
     """
-    blob = caam.create_blob(names.CAAM_DEVICE, wish.seal, wish.key_bytes)
+    blob = blobs.parse(sealing.seal(wish.way, wish.key_bytes, directory), wish.way.backend)
     with _mapping(disk) as name:
-        _load(name, wish, disk, 0, blob)
+        _load(name, wish, disk, blob, start=0, directory=directory)
 
 
 def _remove_leftovers(disk: Volume) -> None:

@@ -6,7 +6,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
-from typing import NewType, NoReturn
+from typing import Literal, NewType, NoReturn
 
 from caam_hotplug.errors import shown
 
@@ -15,6 +15,8 @@ Sectors = NewType("Sectors", int)
 SECTOR_BYTES = 512
 
 KeySerial = NewType("KeySerial", int)
+KeyType = Literal["logon", "trusted", "encrypted"]
+"""The kernel's type of a key that dm-crypt takes from a keyring (dm-crypt.rst)."""
 
 
 class Bus(Enum):
@@ -280,3 +282,12 @@ class SecretBytes:
     def wipe(self) -> None:
         """Overwrite the bytes in place."""
         self.buffer[:] = bytes(len(self.buffer))
+
+
+@dataclass(frozen=True, slots=True)
+class KeyReference:
+    """A key in a keyring, as a crypt table refers to it; not the key."""
+
+    type: KeyType
+    length: int
+    """The payload's, in bytes, which the table must say."""

@@ -13,13 +13,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from caam_hotplug import names
+from caam_hotplug.blobs import KEY_TYPES, Backend
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 
 if TYPE_CHECKING:
-    from caam_hotplug import config
+    from caam_hotplug import config, sealing
     from caam_hotplug.rules import Rule
 
-CIPHER: Final = "capi:tk(cbc(aes))-plain"
 FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
 
 _EXAMPLES: Final = """\
@@ -30,6 +30,8 @@ examples:
         whatever the stick held before is lost
   caam-hotplug provision /dev/sdb --label cartridge-01 --recovery-key /root/cartridge-01.recovery
         a PC without CAAM opens it too, with that file
+  caam-hotplug provision /dev/sdb --label cartridge-01 --backend encrypted --master board
+        a mainline kernel: the key is encrypted under the board's trusted key `board`
   caam-hotplug provision /dev/sdb --label archive --cipher 'capi:tk(cbc(aes))-plain64' \\
         --sector-size 4096 --rule
         more than 2 TiB, in sectors of 4096 bytes, and the rule that says so
@@ -45,6 +47,9 @@ _RULE: Final = """\
 [[rule]]
 name = "{label}"
 match = {{ partlabel = "{label}" }}
+
+[rule.key]
+backend = "{backend}"
 
 [rule.crypt]
 cipher = "{cipher}"
@@ -78,7 +83,12 @@ def add_to(
         help="the partition's label, and the name of blob, mount point and rule",
     )
     parser.add_argument("--fs", choices=FILESYSTEMS, default="ext4", help="default: ext4")
-    parser.add_argument("--cipher", default=CIPHER, help=f"as a rule spells it; default: {CIPHER}")
+    parser.add_argument(
+        "--cipher",
+        default="auto",
+        help="as a rule spells it; default: capi:tk(cbc(aes))-plain with a tagged key, "
+        "aes-xts-plain64 with any other",
+    )
     parser.add_argument(
         "--sector-size",
         type=int,
@@ -86,15 +96,7 @@ def add_to(
         default=512,
         help="how many bytes are encrypted as one; default: 512",
     )
-    parser.add_argument(
-        "--key-bytes", type=int, choices=(16, 32), default=16, help="the key's length; default: 16"
-    )
-    parser.add_argument(
-        "--seal",
-        choices=("ecb", "ccm"),
-        default="ecb",
-        help="how the CAAM covers the key in memory; default: ecb",
-    )
+    add_way(parser)
     parser.add_argument(
         "--recovery-key",
         type=Path,
@@ -115,22 +117,78 @@ def add_to(
     parser.set_defaults(command=lambda parsed: _provision(parsed, load(parsed)))
 
 
+def add_way(parser: argparse.ArgumentParser) -> None:
+    """The command knows how a key can be sealed."""
+    parser.add_argument(
+        "--backend",
+        choices=("auto", "tagged", "trusted", "encrypted"),
+        default="auto",
+        help="who seals the key: NXP's caam-keygen (tagged), the kernel's trusted keys, or a "
+        "trusted key of the board's (encrypted); default: tagged where NXP's driver is, else "
+        "trusted",
+    )
+    parser.add_argument(
+        "--key-bytes",
+        type=int,
+        choices=(16, 32, 64),
+        help="the key's length; default: 16 of a tagged key, 64 of any other",
+    )
+    parser.add_argument(
+        "--seal",
+        choices=("ecb", "ccm"),
+        default="ecb",
+        help="how the CAAM covers a tagged key in memory; default: ecb",
+    )
+    parser.add_argument(
+        "--master",
+        metavar="NAME",
+        default="master",
+        help="the trusted key that an encrypted one is under; default: master",
+    )
+
+
+def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
+    """How the key is to be sealed, and its length. Raises: HotplugError."""
+    from caam_hotplug import sealing  # noqa: PLC0415  libraries, only needed by some commands
+
+    backend = sealing.backend_here(parsed.backend)
+    reason = names.why_unsafe(parsed.master)
+    if reason is not None:
+        raise HotplugError(f"use master {parsed.master!a}: {reason}")
+    if backend != "tagged" and parsed.seal != "ecb":
+        raise HotplugError(f"use --seal {parsed.seal}: only tagged keys are covered in memory")
+    way = sealing.Way(backend=backend, seal=parsed.seal, master=parsed.master)
+    return way, parsed.key_bytes or sealing.KEY_BYTES[backend]
+
+
 def rule_for(
-    label: str, *, filesystem: str = "ext4", cipher: str = CIPHER, sector_size: int = 512
+    label: str,
+    *,
+    backend: Backend = "tagged",
+    filesystem: str = "ext4",
+    cipher: str = "auto",
+    sector_size: int = 512,
 ) -> tuple[Rule, str]:
     """The rule that opens such a medium, and its drop-in's text.
 
     Raises: HotplugError for a label or a cipher that no rule takes.
     """
     from caam_hotplug import config  # noqa: PLC0415
+    from caam_hotplug.table import CIPHERS  # noqa: PLC0415
 
     reason = names.why_unsafe(label)
     if reason is not None:
         raise HotplugError(f"use label {label!a}: {reason}")
     # What would not be itself in a TOML text is no cipher either.
     if not cipher.isprintable() or '"' in cipher or "\\" in cipher or not cipher.isascii():
-        raise HotplugError(f"use cipher {cipher!a}: expected one such as {CIPHER}")
-    text = _RULE.format(label=label, cipher=cipher, sector_size=sector_size, filesystem=filesystem)
+        raise HotplugError(f"use cipher {cipher!a}: expected one such as aes-xts-plain64")
+    text = _RULE.format(
+        label=label,
+        backend=backend,
+        cipher=CIPHERS[KEY_TYPES[backend]] if cipher == "auto" else cipher,
+        sector_size=sector_size,
+        filesystem=filesystem,
+    )
     try:
         loaded = config.load(Path("/", label), _Text(text))
     except ConfigError as error:
@@ -155,8 +213,13 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
     # Libraries and their bindings take their time, and only this command needs them.
     from caam_hotplug import making, wish  # noqa: PLC0415
 
+    way, key_bytes = way_of(parsed)
     rule, text = rule_for(
-        parsed.label, filesystem=parsed.fs, cipher=parsed.cipher, sector_size=parsed.sector_size
+        parsed.label,
+        backend=way.backend,
+        filesystem=parsed.fs,
+        cipher=parsed.cipher,
+        sector_size=parsed.sector_size,
     )
     file = (names.CONFIG_FILE if parsed.config is None else parsed.config).absolute()
     drop_in = file.parent / names.RULES_DIRECTORY / f"{parsed.label}.toml"
@@ -164,8 +227,8 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         device=parsed.device,
         rule=rule,
         rule_text=text,
-        key_bytes=parsed.key_bytes,
-        seal=parsed.seal,
+        key_bytes=key_bytes,
+        way=way,
         recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
         rule_file=drop_in if parsed.rule else None,
         erase=parsed.erase,

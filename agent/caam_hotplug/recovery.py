@@ -14,12 +14,14 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.model import SecretBytes
+from caam_hotplug.model import KeyType, SecretBytes
 from caam_hotplug.rules import Crypt
+from caam_hotplug.table import CIPHERS
 
 MAX_BYTES: Final = 16 << 10
 """Of a recovery file; one that we write has a tenth of it."""
-KEY_MAX_BYTES: Final = 32
+KEY_MAX_BYTES: Final = 64
+_KEY_BYTES: Final = (16, 32, 64)
 _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _KEY_LINE: Final = b"key = "
 _TAGGED: Final = re.compile(r"capi:tk\((?P<mode>[a-z0-9]+)\((?P<cipher>[a-z0-9]+)\)\)-(?P<iv>.+)")
@@ -61,7 +63,7 @@ class About:
 
     label: str
     cipher: str
-    """As a rule spells it, for a tagged key."""
+    """As a rule spells it."""
     sector_size: int
     filesystem: str
     id: str
@@ -69,9 +71,11 @@ class About:
 
 
 def plain_cipher(cipher: str) -> str | None:
-    """How cryptsetup spells the cipher of a tagged key for the key itself; None if it cannot."""
+    """How cryptsetup spells a rule's cipher for the key itself; None if it cannot."""
     found = _TAGGED.fullmatch(cipher)
-    return None if found is None else f"{found['cipher']}-{found['mode']}-{found['iv']}"
+    if found is not None:
+        return f"{found['cipher']}-{found['mode']}-{found['iv']}"
+    return None if cipher.startswith("capi:") else cipher
 
 
 def command(about: About, file: str, key_bytes: int) -> str:
@@ -116,7 +120,7 @@ def read_about(content: bytearray) -> About:
     for start, end in _lines(content):
         if content[start] in b"#\n" or content.startswith(_KEY_LINE, start):
             continue
-        line = content[start:end].decode(errors="replace")
+        line = content[start:end].removesuffix(b"\r").decode(errors="replace")
         found = _FIELD.fullmatch(line)
         if found is None:
             raise RecoveryFileError("it has a line that is no `name = value`")
@@ -150,14 +154,14 @@ def read_key(content: bytearray, into: SecretBytes) -> int:
             break
         value = _ALPHABET.find(code)
         if value < 0 or length == len(into):
-            raise RecoveryFileError("its key is damaged: it is not base64 of 16 or 32 bytes")
+            raise RecoveryFileError("its key is damaged: it is not base64 of 16, 32 or 64 bytes")
         held, bits = (held << 6 | value) & 0xFFFF, bits + 6
         if bits >= 8:
             bits -= 8
             into.buffer[length] = held >> bits & 0xFF
             length += 1
-    if length not in {16, 32}:
-        raise RecoveryFileError(f"its key is damaged: it has {length} bytes, not 16 or 32")
+    if length not in _KEY_BYTES:
+        raise RecoveryFileError(f"its key is damaged: it has {length} bytes, not 16, 32 or 64")
     if into.buffer.find(0, 0, length) >= 0:  # a slice would be a copy that nobody overwrites
         raise RecoveryFileError("its key has a zero byte, which no CAAM takes")
     return length
@@ -182,10 +186,9 @@ def _encoded(key: bytearray) -> Iterator[int]:
             yield _ALPHABET[group >> (18 - 6 * place) & 63] if place < there else ord("=")
 
 
-def needs_rule(about: About) -> Iterator[str]:
-    """What a board's rule must say to open the medium, beyond the defaults; nothing if nothing."""
-    crypt = Crypt()
-    if (about.cipher, about.sector_size) != (crypt.cipher, crypt.sector_size):
+def needs_rule(about: About, kind: KeyType) -> Iterator[str]:
+    """What a board's rule must say to open the medium with a key of that type, beyond defaults."""
+    if (about.cipher, about.sector_size) != (CIPHERS[kind], Crypt().sector_size):
         yield (
             f"note: its rule on this board must say cipher = {about.cipher!r} and "
             f"sector_size = {about.sector_size}; copy the first board's drop-in {about.label}.toml"

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, Final, Literal
 
 from caam_hotplug import names
+from caam_hotplug.blobs import Backend
 from caam_hotplug.model import SECTOR_BYTES, Bus, DevType, Volume
 
 Flag = Literal[
@@ -239,17 +240,28 @@ def _glob_failure(name: str, value: str | None, wanted: Globs) -> Iterator[str]:
 class KeySource:
     """Where the key comes from."""
 
-    backend: Literal["tagged"] = "tagged"
-    """`tagged`: NXP's /dev/caam-keygen and tagged keys."""
+    backend: Literal["auto", "tagged", "trusted", "encrypted"] = "auto"
+    """`tagged`: NXP's /dev/caam-keygen and tagged keys. `trusted`, `encrypted`: the kernel's key
+    types of those names. `auto`: whichever has made the blob."""
     blob: Template = BLOB_OF_LABEL
     """The blob's file name in the blob directory."""
+    length: int = 0
+    """In bytes, of a trusted key whose blob does not tell it, as no CAAM has sealed it; else 0."""
+    options: str = ""
+    """What a trust source needs beside the blob, such as `keyhandle=0x81000001` of a TPM."""
+
+    @property
+    def form(self) -> Backend | None:
+        """The form that its blob must have; None for any."""
+        return None if self.backend == "auto" else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crypt:
     """How the medium is encrypted; what no header says, a rule must."""
 
-    cipher: str = "capi:tk(cbc(aes))-plain"
+    cipher: str = "auto"
+    """`auto`: what suits the key, see `table.CIPHERS`."""
     sector_size: Literal[512, 1024, 2048, 4096] = 512
     offset: int = 0
     """Where the ciphertext starts on the volume, in 512-byte sectors."""

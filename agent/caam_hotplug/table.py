@@ -13,8 +13,23 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import UnsupportedVolumeError
-from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume, number
+from caam_hotplug.model import (
+    SECTOR_BYTES,
+    DeviceNumber,
+    KeyReference,
+    KeyType,
+    Sectors,
+    Volume,
+    number,
+)
 from caam_hotplug.rules import Crypt
+
+CIPHERS: Final[dict[KeyType, str]] = {
+    "logon": "capi:tk(cbc(aes))-plain",
+    "trusted": "aes-xts-plain64",
+    "encrypted": "aes-xts-plain64",
+}
+"""What `auto` means in a rule, by the type of the key."""
 
 _PLAIN_IV: Final = re.compile(r"-plain(be)?$")
 _IV_WRAPS_AT: Final = 1 << 32
@@ -84,11 +99,17 @@ class CryptTarget:
         )
 
 
-def crypt_target(volume: Volume, crypt: Crypt, key_bytes: int) -> CryptTarget:
-    """The target for a volume under a rule, with a logon key of `key_bytes`.
+def cipher_for(crypt: Crypt, kind: KeyType) -> str:
+    """The cipher of a rule's media whose keys have this type."""
+    return CIPHERS[kind] if crypt.cipher == "auto" else crypt.cipher
+
+
+def crypt_target(volume: Volume, crypt: Crypt, key: KeyReference) -> CryptTarget:
+    """The target for a volume under a rule, with such a key under the volume's description.
 
     Raises: UnsupportedVolumeError if the ciphertext would not fit or its IV would repeat.
     """
+    cipher = cipher_for(crypt, key.type)
     per_sector = crypt.sector_size // SECTOR_BYTES
     length = (volume.size - crypt.offset) // per_sector * per_sector
     if length <= 0:
@@ -96,9 +117,9 @@ def crypt_target(volume: Volume, crypt: Crypt, key_bytes: int) -> CryptTarget:
             f"map {volume.name}: it has {volume.size} sectors, the rule's offset is {crypt.offset}"
         )
     unit = per_sector if "iv_large_sectors" in crypt.flags else 1
-    if _PLAIN_IV.search(crypt.cipher) and (length + crypt.iv_offset) // unit > _IV_WRAPS_AT:
+    if _PLAIN_IV.search(cipher) and (length + crypt.iv_offset) // unit > _IV_WRAPS_AT:
         raise UnsupportedVolumeError(
-            f"map {volume.name}: {crypt.cipher} repeats its IV after 2^32 sectors and the volume "
+            f"map {volume.name}: {cipher} repeats its IV after 2^32 sectors and the volume "
             f"is larger; use plain64"
         )
     options: set[str] = set(crypt.flags)
@@ -106,9 +127,9 @@ def crypt_target(volume: Volume, crypt: Crypt, key_bytes: int) -> CryptTarget:
         options.add(f"sector_size:{crypt.sector_size}")
     return CryptTarget(
         length=Sectors(length),
-        cipher=crypt.cipher,
-        key_bytes=key_bytes,
-        key_description=f"logon:{names.key_description(volume.id)}",
+        cipher=cipher,
+        key_bytes=key.length,
+        key_description=f"{key.type}:{names.key_description(volume.id)}",
         iv_offset=crypt.iv_offset,
         device=volume.number,
         offset=crypt.offset,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from caam_hotplug import recovery, table
+from caam_hotplug import blobs, recovery, sealing, table
 from caam_hotplug.config import Config
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import caam, durable, files, mkfs, paths, udev
-from caam_hotplug.model import SECTOR_BYTES, DevType, Volume, VolumeId
+from caam_hotplug.kernel import durable, files, mkfs, paths, udev
+from caam_hotplug.model import SECTOR_BYTES, DevType, KeyReference, Volume, VolumeId
 from caam_hotplug.rules import BUILT_IN, Admitted, Rule, decide
 
 LINUX_DATA: Final = UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
@@ -31,7 +31,7 @@ class Wish:
     """The drop-in's rule, whether or not it is to be written: its name is the medium's label."""
     rule_text: str
     key_bytes: int
-    seal: caam.Seal
+    way: sealing.Way
     recovery_file: Path | None = None
     """Where the recovery file is to be."""
     rule_file: Path | None = None
@@ -49,11 +49,21 @@ class Wish:
         """The one that is made."""
         return self.rule.mount.filesystems[0]
 
+    @property
+    def key(self) -> KeyReference:
+        """The key as a table refers to it, but for the length, which is that of the plain key."""
+        return KeyReference(blobs.KEY_TYPES[self.way.backend], self.key_bytes)
+
+    @property
+    def cipher(self) -> str:
+        """How the medium is encrypted."""
+        return table.cipher_for(self.rule.crypt, self.key.type)
+
     def about(self, identifier: str) -> recovery.About:
         """What the recovery file of this identifier says of the medium."""
         crypt = self.rule.crypt
         return recovery.About(
-            self.label, crypt.cipher, crypt.sector_size, self.filesystem, identifier
+            self.label, self.cipher, crypt.sector_size, self.filesystem, identifier
         )
 
 
@@ -67,12 +77,24 @@ def require_sense(wish: Wish, config: Config, disk: Volume) -> None:
         )
     if disk.read_only:
         raise HotplugError(f"{what}: the medium is write-protected")
-    if wish.recovery_file is not None and recovery.plain_cipher(wish.rule.crypt.cipher) is None:
+    if wish.recovery_file is not None:
+        sealing.require_given(wish.way)
+        if not wish.recovery_file.name.isprintable():
+            raise HotplugError(
+                f"write {shown(wish.recovery_file)}: the file says its own name, and this one is "
+                "no text; choose another"
+            )
+    of_the_caam = wish.cipher.startswith("capi:tk(")
+    if wish.recovery_file is not None and (
+        recovery.plain_cipher(wish.cipher) is None
+        or (wish.way.backend == "tagged" and not of_the_caam)
+    ):
         raise HotplugError(
             f"{what}: a recovery key opens media of tagged keys, such as "
-            f"capi:tk(cbc(aes))-plain, not {wish.rule.crypt.cipher}"
+            f"capi:tk(cbc(aes))-plain, or of Linux's own ciphers, not {wish.cipher} "
+            f"with a {wish.way.backend} key"
         )
-    table.crypt_target(disk, wish.rule.crypt, wish.key_bytes)  # whether its IVs would repeat
+    table.crypt_target(disk, wish.rule.crypt, wish.key)  # whether its IVs would repeat
     least = mkfs.least(wish.filesystem) + 2 * _MIB
     if disk.size < least:
         raise HotplugError(f"{what}: {wish.filesystem} needs {least // _MIB} MiB at least")
@@ -140,7 +162,7 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
     match decide(config.rule, partition):
         case Admitted(rule=rule, blob=blob):
             differs = [
-                *(["cipher"] if rule.crypt.cipher != wish.rule.crypt.cipher else []),
+                *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
                 *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
                 *(["offset"] if rule.crypt.offset else []),
                 *(["iv_offset"] if rule.crypt.iv_offset else []),

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from vm import installed, machine, media
+from vm import boards, installed, machine, media
+from vm.boards import Board
 from vm.fixtures import passed, pytest_runtest_makereport
 from vm.guest import Guest
 from vm.installed import InstalledAgent
@@ -36,11 +37,16 @@ class Shared:
     def __init__(self) -> None:
         self._held = contextlib.AsyncExitStack()
         self._guest: Guest | None = None
+        self._kernel: installed.Kernel = "nxp"
 
-    async def guest(self) -> Guest:
-        """The one there is, or one restored now."""
+    async def guest(self, kernel: installed.Kernel) -> Guest:
+        """The one there is, if it has this kernel, or one restored now."""
+        if self._guest is not None and self._kernel != kernel:
+            await self.give_up()
         if self._guest is None:
-            self._guest = await self._held.enter_async_context(machine.restored(installed.layer()))
+            layer = installed.layer(kernel)
+            self._guest = await self._held.enter_async_context(machine.restored(layer))
+            self._kernel = kernel
         return self._guest
 
     async def give_up(self) -> None:
@@ -57,9 +63,13 @@ async def shared() -> AsyncIterator[Shared]:
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def guest(request: pytest.FixtureRequest, shared: Shared) -> AsyncIterator[Guest]:
-    """A guest as it was saved, with the agent installed in it."""
-    guest = await shared.guest()
+async def guest(
+    request: pytest.FixtureRequest, shared: Shared, board: Board
+) -> AsyncIterator[Guest]:
+    """A guest as it was saved, with the kernel and the blobs of the board, and the agent in it."""
+    guest = await shared.guest("nxp" if board.backend == "tagged" else "mainline")
+    for name, blob in board.blobs().items():
+        await guest.write(f"/data/caam/{name}", blob)
     yield guest
     if not await passed(request, guest):
         await shared.give_up()
@@ -83,10 +93,17 @@ async def agent(guest: Guest) -> AsyncIterator[InstalledAgent]:
     assert await agent.leftovers() == []
 
 
+@pytest.fixture(scope="package")
+def board(request: pytest.FixtureRequest) -> Board:
+    """The board that a test is for: NXP's unless the test's module names others."""
+    board: Board = getattr(request, "param", boards.TAGGED)
+    return board
+
+
 @pytest.fixture
-def medium(tmp_path: Path) -> Path:
+def medium(tmp_path: Path, board: Board) -> Path:
     """An encrypted medium labelled cartridge-01, large enough to pass for an SD card."""
-    return media.make_medium(tmp_path / "cartridge-01.img", total_mib=64)
+    return media.make_medium(tmp_path / "cartridge-01.img", total_mib=64, **board.medium)
 
 
-__all__ = ["agent", "guest", "medium", "pytest_runtest_makereport"]
+__all__ = ["agent", "board", "guest", "medium", "pytest_runtest_makereport"]

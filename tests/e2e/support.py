@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from vm import media
+import pytest
+
+from vm import boards, media
+from vm.boards import Board
 from vm.guest import Guest
 
 POINT: Final = "/run/media/cartridge-01"
 ANY_BUS: Final = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
 
 
-def labelled(folder: Path, label: str, **more: Any) -> Path:
+ON_EVERY_BOARD: Final = pytest.mark.parametrize(
+    "board", boards.BOARDS, ids=lambda board: board.backend, indirect=True, scope="package"
+)
+"""For a test that runs once on each kernel, with each way in which keys are sealed there."""
+
+
+def labelled(folder: Path, label: str, board: Board = boards.TAGGED, **more: Any) -> Path:
     """A medium of this label, under the test key, in a file of its own."""
     number = len(list(folder.glob("*.img")))
-    return media.make_medium(folder / f"{number}.img", label, **more)
+    return media.make_medium(folder / f"{number}.img", label, **{**board.medium, **more})
 
 
 async def blobs_up_to(guest: Guest, count: int) -> None:
@@ -26,17 +35,18 @@ async def blobs_up_to(guest: Guest, count: int) -> None:
     )
 
 
-async def slow_caam(guest: Guest, milliseconds: int) -> None:
+async def slow_caam(guest: Guest, milliseconds: int, board: Board = boards.TAGGED) -> None:
     """The running agent's imports take this long more, as if others kept the job rings busy.
 
-    strace holds the ioctl up in the agent's own threads; 0 lets it go.
+    strace holds the system call up in the agent's own threads; 0 lets it go.
     """
     if milliseconds == 0:
         await guest.sh("pkill strace || true; while pgrep strace; do :; done")
         return
+    path = "-P /dev/caam-keygen" if board.call == "ioctl" else ""
     pid = (await guest.sh("systemctl show -p MainPID --value caam-hotplug")).stdout.strip()
     await guest.sh(
-        f"strace -f -qq -p {pid} -P /dev/caam-keygen -o /dev/null -e trace=ioctl "
-        f"-e inject=ioctl:delay_enter={milliseconds * 1000} >/dev/null 2>&1 &\n"
+        f"strace -f -qq -p {pid} {path} -o /dev/null -e trace={board.call} "
+        f"-e inject={board.call}:delay_enter={milliseconds * 1000} >/dev/null 2>&1 &\n"
         f"until grep -q 'TracerPid:.*[1-9]' /proc/{pid}/status; do :; done"
     )

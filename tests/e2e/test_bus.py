@@ -115,6 +115,9 @@ async def test_a_medium_that_is_ejected_stays_so_until_it_is_unlocked_by_hand(
     await until_state(guest, "ejected")
     await guest.sh("udevadm trigger --settle --action=change /dev/sda1")
     await until_state(guest, "ejected")
+    await agent.start()  # once more, and nothing of it is written down but on the device's node
+    await until_state(guest, "ejected")
+    assert await agent.leftovers() == []
     assert "eject" in await agent.until_said("asked for by .*uid 0 .root., pid [0-9]+, :1")
     told = await cli(guest, "unlock", "/dev/sda1")
     assert told.stdout == f"cartridge-01: mounted: {POINT} (ext4)\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2e.support import POINT, labelled, slow_caam
+from e2e.support import ON_EVERY_BOARD, POINT, labelled, slow_caam
+from vm.boards import Board
 from vm.guest import Guest
 from vm.installed import NEVER, NO_RESTART, UNIT, InstalledAgent
 
@@ -13,8 +14,9 @@ i=0; while echo $i >> {POINT}/log && sync {POINT}/log; do i=$((i+1)); done >/dev
 """
 
 
+@ON_EVERY_BOARD
 async def test_a_mounted_medium_is_adopted_without_interruption(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.start()
     stick = await guest.plug_usb(medium)
@@ -32,12 +34,13 @@ async def test_a_mounted_medium_is_adopted_without_interruption(
     await agent.until_said("removed-unsafely")
 
 
+@ON_EVERY_BOARD
 async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_over(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await guest.sh(f"rm {NO_RESTART}; systemctl daemon-reload")
     await agent.start()
-    await slow_caam(guest, 5000)
+    await slow_caam(guest, 5000, board)
     await guest.plug_usb(medium)
     await agent.until_said("unlocking")
     await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
@@ -47,8 +50,9 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
     await guest.run("systemctl", "daemon-reload")
 
 
+@ON_EVERY_BOARD
 async def test_what_happens_between_a_crash_and_the_next_start_is_not_missed(
-    guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path, tmp_path: Path
 ) -> None:
     await guest.write(NO_RESTART, b"[Service]\nRestart=always\nRestartSec=5\n")
     await guest.sh("systemctl daemon-reload; cp /data/caam/cartridge-0{1,2}.bb")
@@ -57,15 +61,16 @@ async def test_what_happens_between_a_crash_and_the_next_start_is_not_missed(
     await guest.until_mounted(POINT)
     await guest.sh(f"systemctl kill -s KILL --kill-whom=main {UNIT}")
     await first.pull()
-    await guest.plug_usb(labelled(tmp_path, "cartridge-02"))
+    await guest.plug_usb(labelled(tmp_path, "cartridge-02", board))
     await guest.until_mounted("/run/media/cartridge-02")
     await guest.until_unmounted(POINT)
     await guest.write(NO_RESTART, NEVER)
     await guest.run("systemctl", "daemon-reload")
 
 
+@ON_EVERY_BOARD
 async def test_a_restart_with_keep_interrupts_no_writer_and_a_clean_stop_locks(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     rule = '[[rule]]\nname = "keep"\non_stop = "{}"\nmatch.partlabel = "cartridge-*"\n'
     await agent.configure(rule.format("keep"))

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from e2e.support import POINT, labelled
+from e2e.support import ON_EVERY_BOARD, POINT, labelled
 from vm import media
+from vm.boards import Board
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 
 ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLUG) = 1"
 
 
+@ON_EVERY_BOARD
 async def test_pulled_while_being_written_and_put_back(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.start()
     stick = await guest.plug_usb(medium)
@@ -33,13 +35,14 @@ async def test_pulled_while_being_written_and_put_back(
     await guest.until(ONE_MAPPING)
 
 
+@ON_EVERY_BOARD
 async def test_the_second_medium_of_a_label_mounts_when_the_first_leaves(
-    guest: Guest, agent: InstalledAgent, tmp_path: Path
+    guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await agent.start()
-    first = await guest.plug_usb(labelled(tmp_path, "cartridge-01", files={"n": b"first"}))
+    first = await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"first"}))
     await guest.until_mounted(POINT)
-    await guest.plug_usb(labelled(tmp_path, "cartridge-01", files={"n": b"second"}))
+    await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"second"}))
     said = await agent.until_said("conflict")
     assert "/run/media/cartridge-01 belongs to volume" in said
     assert await guest.read(f"{POINT}/n") == b"first"
@@ -48,8 +51,9 @@ async def test_the_second_medium_of_a_label_mounts_when_the_first_leaves(
     assert await guest.read(f"{POINT}/n") == b"second"
 
 
+@ON_EVERY_BOARD
 async def test_an_orderly_stop_leaves_the_medium_clean(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.start()
     stick = await guest.plug_usb(medium)
@@ -58,12 +62,13 @@ async def test_an_orderly_stop_leaves_the_medium_clean(
     await agent.stop()
     assert await agent.leftovers() == []
     await stick.pull()
-    plain = media.decrypt(media.partition_bytes(medium), media.KEY)
+    plain = media.decrypt(media.partition_bytes(medium), **board.medium)
     assert b"by a program\n" in plain
 
 
+@ON_EVERY_BOARD
 async def test_synthesized_events_change_nothing(
-    guest: Guest, agent: InstalledAgent, medium: Path
+    guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.start()
     await guest.plug_usb(medium)
@@ -77,7 +82,7 @@ async def test_synthesized_events_change_nothing(
     )
     # Another medium's arrival is behind all those events in the agent's queue.
     await guest.sh("cp /data/caam/cartridge-01.bb /data/caam/cartridge-02.bb")
-    await guest.plug_usb(media.make_medium(medium.with_name("b.img"), "cartridge-02"))
+    await guest.plug_usb(labelled(medium.parent, "cartridge-02", board))
     await guest.until_mounted("/run/media/cartridge-02")
     assert (await guest.sh(f"grep ' {POINT} ' /proc/self/mountinfo")).stdout == mounted.stdout
     journal = await agent.journal()
@@ -85,14 +90,15 @@ async def test_synthesized_events_change_nothing(
     assert "detaching" not in journal
 
 
+@ON_EVERY_BOARD
 @pytest.mark.timeout(1800)
 async def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(
-    guest: Guest, agent: InstalledAgent, tmp_path: Path
+    guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await guest.sh("cd /data/caam; for n in $(seq 100 131); do cp cartridge-01.bb c-$n.bb; done")
     await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "c-*"\n')
     await agent.start()
-    images = [labelled(tmp_path, f"c-{n}", size_mib=4) for n in range(100, 132)]
+    images = [labelled(tmp_path, f"c-{n}", board, size_mib=4) for n in range(100, 132)]
     usb = [await guest.plug_usb(image) for image in images[:16]]
     scsi = [await guest.plug_scsi(image) for image in images[16:]]
     await guest.until("test $(grep -c ' /run/media/c-' /proc/self/mountinfo) = 32", deadline_s=900)

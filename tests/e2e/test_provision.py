@@ -52,7 +52,7 @@ async def test_a_medium_made_beside_the_agent_is_mounted_and_opens_on_a_pc_and_a
     again = await guest.run("caam-hotplug", "provision", "/dev/sdb", "--label", "x", check=False)
     assert f"it is in use: mapping caam-{LABEL}-" in again.stderr
     assert LABEL in (await guest.sh(documented("key list"))).stdout
-    assert "16 bytes" in (await guest.sh(documented("key inspect"))).stdout
+    assert "key_bytes   16" in (await guest.sh(documented("key inspect"))).stdout
     assert "32 bytes" in (await guest.sh(documented("key create"))).stdout
     await agent.stop()
 

@@ -35,9 +35,9 @@ SAID = {
     "directory": "failed: read blob /data/caam/cartridge-directory.bb: is not a regular file",
     "symlink": "failed: read blob /data/caam/cartridge-symlink.bb: is a symbolic link",
     "huge": "failed: read blob /data/caam/cartridge-huge.bb: has 10485760 bytes, "
-    "a black blob at most 144",
-    "noise": "failed: read blob /data/caam/cartridge-noise.bb: is not a black blob of "
-    "caam-keygen (no tag header)",
+    "a blob at most 4096",
+    "noise": "failed: read blob /data/caam/cartridge-noise.bb: is no blob: neither one of "
+    "caam-keygen (no tag header), nor what keyctl pipe prints of a trusted or an encrypted key",
     "wrong": "failed: no known filesystem under this key (looked for ext4, xfs, btrfs, f2fs, "
     "vfat, exfat): /data/caam/cartridge-wrong.bb may belong to another medium",
 }
@@ -138,6 +138,19 @@ async def test_a_blob_directory_that_others_may_write_to_is_refused(
     said = await agent.until_said("failed")
     assert "open /data/caam: /data can be written by others than root" in said
     await guest.sh("chmod 755 /data")
+
+
+async def test_a_blob_directory_that_the_service_cannot_read_fails_its_media_and_no_more(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await guest.sh("chown 1000 /data/caam; chmod 700 /data/caam")
+    await agent.start()
+    await guest.plug_usb(medium)
+    said = await agent.until_said("'cartridge-01'.*failed")
+    assert "/data/caam belongs to user 1000" in said
+    await guest.sh("chown 0 /data/caam")
+    await guest.sh("caam-hotplug retry cartridge-01")
+    await guest.until_mounted("/run/media/cartridge-01")
 
 
 async def test_a_medium_without_encryption_is_not_mounted_by_mistake(

@@ -26,9 +26,18 @@ from caam_hotplug.errors import (
     MountError,
     MountPointOccupiedError,
 )
+from caam_hotplug.lifecycle import backends
 from caam_hotplug.lifecycle.host import Host
-from caam_hotplug.model import DeviceNumber, Mapping, Mount, Sectors, Volume, VolumeId
-from caam_hotplug.rules import Crypt
+from caam_hotplug.model import (
+    DeviceNumber,
+    KeyReference,
+    Mapping,
+    Mount,
+    Sectors,
+    Volume,
+    VolumeId,
+)
+from caam_hotplug.rules import Crypt, KeySource
 from caam_hotplug.table import CryptTarget, crypt_target
 
 BLOB: Final = "cartridge-01.bb"
@@ -109,7 +118,7 @@ def description(world: World) -> str:
 
 def target(world: World, key_bytes: int = 36, **changes: Any) -> CryptTarget:
     """The target that a life would make for the medium, but for the changes."""
-    return replace(crypt_target(world.volume, Crypt(), key_bytes), **changes)
+    return replace(crypt_target(world.volume, Crypt(), KeyReference("logon", key_bytes)), **changes)
 
 
 def is_gone(world: World) -> bool:
@@ -140,11 +149,9 @@ def created(world: World) -> Iterator[str]:
 def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
     """A blob's key is in the keyring; yields its length in bytes."""
     host = world.host
-    with host.import_blob(host.read_blob(blob)) as payload:
-        host.add_key(description(world), payload)
-        length = len(payload)
+    key = backends.load(host, host.read_blob(blob), KeySource(), description(world))
     try:
-        yield length
+        yield key.length
     finally:
         host.unlink_key(description(world))
 
@@ -514,6 +521,21 @@ def test_a_volume_is_present_while_it_is_the_same(world: World) -> None:
     assert not world.host.is_present(replace(world.volume, name="sdzz1"))
 
 
+def test_what_is_remembered_of_a_volume_is_of_this_insertion_alone(world: World) -> None:
+    later = replace(world.volume, id=replace(world.volume.id, diskseq=1 << 40))
+    assert world.host.remembered(world.volume) == ""
+    world.host.remember(world.volume, "ejected")
+    try:
+        assert world.host.remembered(world.volume) == "ejected"
+        assert world.host.remembered(later) == ""
+        world.host.remember(world.volume, "locked")
+        assert world.host.remembered(world.volume) == "locked"
+    finally:
+        world.host.remember(world.volume, "")
+    assert world.host.remembered(world.volume) == ""
+    world.host.remember(world.volume, "")
+
+
 def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
     with pytest.raises(BlobMissingError, match=r"no blob .*/no-such\.bb"):
         world.host.read_blob("no-such.bb")
@@ -521,14 +543,17 @@ def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
 
 def test_a_damaged_blob_is_refused_by_the_caam(world: World) -> None:
     with pytest.raises(BlobRejectedError):
-        world.host.import_blob(world.host.read_blob(DAMAGED_BLOB))
+        backends.load(
+            world.host, world.host.read_blob(DAMAGED_BLOB), KeySource(), description(world)
+        )
+    assert not world.host.has_key(description(world))
 
 
 def test_a_blob_becomes_a_key_of_the_length_that_its_table_names(world: World) -> None:
     lengths = []
     for blob in (BLOB, OTHER_BLOB):
-        with world.host.import_blob(world.host.read_blob(blob)) as payload:
-            lengths.append(len(payload))
+        with key_added(world, blob) as length:
+            lengths.append(length)
     assert lengths == [36, 48]
 
 
@@ -589,6 +614,7 @@ __all__ = [
     "test_poisoning_twice_is_no_error",
     "test_the_options_of_a_live_table_read_as_they_were_loaded",
     "test_what_is_not_there_is_not_mounted",
+    "test_what_is_remembered_of_a_volume_is_of_this_insertion_alone",
     "test_what_was_never_made_is_not_found_and_is_removed_without_a_word",
 ]
 assert set(__all__) == {name for name in globals() if name.startswith("test_")}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from caam_hotplug.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
@@ -38,6 +39,8 @@ from caam_hotplug.table import CryptTarget
 
 T = TypeVar("T")
 KEY = b"tagged key of thirty-six bytes......"
+SEALED_BYTES = 48
+"""What the CAAM adds to a key that it seals for the kernel."""
 
 
 class ProcessDiedError(BaseException):
@@ -112,6 +115,8 @@ class FakeKernel:
 
     media: dict[str, FakeMedium] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    backend: Backend = "tagged"
+    """What has made them."""
     mappings: dict[str, FakeMapping] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
     users: dict[str, int] = field(default_factory=dict)
@@ -289,11 +294,17 @@ class FakeHost:
             if target is not None and target.device == volume.number:
                 raise DeviceInUseError(f"use {volume.node}: mapping {mapping.name} lies on it")
 
-    def read_blob(self, name: str) -> bytes:
+    def read_blob(self, name: str, form: Backend | None = None) -> Blob:
         self._step("read_blob", name)
         if name not in self.kernel.blobs:
             raise BlobMissingError(f"no blob {self.blob_directory / name}")
-        return self.kernel.blobs[name]
+        content = self.kernel.blobs[name]
+        match form or self.kernel.backend:
+            case "trusted":
+                return Trusted(content + bytes(SEALED_BYTES))
+            case "encrypted":
+                return Encrypted(content, "default", "master", len(content))
+        return Tagged(content, 1, "ecb", len(content))
 
     def import_blob(self, blob: bytes) -> SecretBytes:
         self._step("import_blob", blob.decode())
@@ -304,6 +315,19 @@ class FakeHost:
     def add_key(self, description: str, payload: SecretBytes) -> None:
         self._step("add_key", description)
         self._keyring[description] = bytes(payload.buffer)
+
+    def load_trusted_key(self, description: str, blob: Trusted, options: str) -> None:
+        self._step("load_trusted_key", description)
+        self._load(description, blob.content[:-SEALED_BYTES])
+
+    def load_encrypted_key(self, description: str, blob: Encrypted, options: str) -> None:
+        self._step("load_encrypted_key", description)
+        self._load(description, blob.content)
+
+    def _load(self, description: str, key: bytes) -> None:
+        if key == b"foreign":
+            raise BlobRejectedError("the trust source refused the blob")
+        self._keyring[description] = key
 
     def has_key(self, description: str) -> bool:
         return description in self._keyring
@@ -349,7 +373,7 @@ class FakeHost:
         mapping = self._mapping(name, "load table of mapping")
         target = CryptTarget.from_line(line)
         assert target is not None
-        key = self._keyring.get(target.key_description.removeprefix("logon:"))
+        key = self._keyring.get(target.key_description.partition(":")[2])
         if key is None:
             raise DmError("load table of mapping", name, errno.ENOKEY)
         if len(key) != target.key_bytes:

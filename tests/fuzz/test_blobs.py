@@ -8,8 +8,9 @@ from typing import Final
 
 from hypothesis import strategies as st
 
+from caam_hotplug import blobs, names
 from caam_hotplug.errors import BlobError, BlobMissingError, CaamError, HotplugError
-from caam_hotplug.kernel import caam
+from caam_hotplug.kernel import caam, sealed
 from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
 
 FOLDER: Final = SCRATCH / "blobs"
@@ -39,7 +40,7 @@ contents = headed() | st.binary(max_size=200) | mutated(st.just(GOOD))
 
 
 def is_one(content: bytes) -> bool:
-    """Whether the bytes have a black blob's form, by the table in kernel/caam.py."""
+    """Whether the bytes have a black blob's form, by the table in blobs.py."""
     if not 20 <= len(content) <= 144:
         return False
     magic, version, _, red, length = struct.unpack_from("=5I", content)
@@ -47,22 +48,46 @@ def is_one(content: bytes) -> bool:
     return (magic, version) == (MAGIC, 0) and 16 <= red <= 64 and whole and length >= red + 48
 
 
-def read_or_refuse(directory: Path, name: str) -> bytes | None:
-    """The blob's bytes; None where it was refused with its path and nothing of its content."""
+def read_or_refuse(
+    directory: Path, name: str, wanted: blobs.Backend | None = None
+) -> blobs.Blob | None:
+    """The blob; None where it was refused with its path and nothing of its content."""
     try:
-        return caam.read_blob(directory, name)
+        return sealed.read(directory, name, wanted)
     except BlobError as error:
         path = directory / name
         assert str(error).startswith((f"read blob {path}: ", f"no blob {path}"))
         assert str(error).isprintable()
-        assert len(str(error)) < len(str(path)) + 120
+        assert len(str(error)) < len(str(path)) + 180
         return None
 
 
 @tries("blob: any content", content=contents)
 def test_a_file_is_taken_exactly_if_it_has_a_blobs_form(content: bytes) -> None:
     put(FOLDER / NAME, "file", content)
-    assert read_or_refuse(FOLDER, NAME) == (content if is_one(content) else None)
+    blob = read_or_refuse(FOLDER, NAME, "tagged")
+    assert (blob and blob.content) == (content if is_one(content) else None)
+
+
+UNDER_MASTER: Final = b"default trusted:kmk 64 " + b"5a" * 113
+of_the_kernel = st.binary(max_size=200).map(lambda raw: raw.hex().encode()) | st.just(UNDER_MASTER)
+texts = of_the_kernel | of_the_kernel.map(lambda text: text + b"\n") | mutated(of_the_kernel)
+
+
+@tries("blob: any content, in any form", content=contents | texts | st.binary(max_size=600))
+def test_whatever_is_taken_is_what_the_kernel_can_be_given(content: bytes) -> None:
+    put(FOLDER / NAME, "file", content)
+    match read_or_refuse(FOLDER, NAME):
+        case blobs.Tagged():
+            assert is_one(content)
+        case blobs.Trusted(content=raw):
+            assert 48 < len(raw) <= 512
+            assert raw == content or content.strip().lower() == raw.hex().encode()
+        case blobs.Encrypted() as blob:
+            assert blob.content == content.strip()
+            assert blob.content.isascii()
+            assert blob.content.count(b" ") == 3
+            assert names.why_unsafe(blob.master) is None
 
 
 @tries("blob: any kind of file, of any size", kind=KINDS, size=any_number)
@@ -81,7 +106,7 @@ def test_what_is_no_file_of_a_blobs_size_is_refused(kind: str, size: int) -> Non
 def test_a_name_that_no_template_gives_reads_nothing(name: str) -> None:
     put(FOLDER / NAME, "nothing")
     try:
-        caam.read_blob(FOLDER, name)
+        sealed.read(FOLDER, name)
     except (BlobError, BlobMissingError, ValueError) as error:
         assert str(error)
     else:
@@ -93,8 +118,8 @@ def test_what_reaches_the_driver_never_overflows_it(blob: bytes) -> None:
     try:
         caam.import_blob(DEVICE, blob)
     except CaamError as error:
-        assert len(blob) <= caam.BLOB_MAX_BYTES
+        assert len(blob) <= blobs.TAGGED_MAX_BYTES
         assert str(error) == f"import blob {DEVICE}: Inappropriate ioctl for device"
     except HotplugError as error:
-        assert len(blob) > caam.BLOB_MAX_BYTES
+        assert len(blob) > blobs.TAGGED_MAX_BYTES
         assert "a black blob has at most 144 bytes" in str(error)

@@ -17,6 +17,7 @@ from caam_hotplug import cli, config, names
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
 from caam_hotplug.kernel.files import AnyonesFiles
+from caam_hotplug.model import KeyReference
 from caam_hotplug.rules import Admitted, Crypt, KeySource, Match, MountWish, Refused, Rule, decide
 from caam_hotplug.table import CryptTarget, crypt_target
 from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
@@ -94,7 +95,7 @@ def assert_acts_within_bounds(rule: Rule) -> None:
             assert option.isprintable()
             assert option.partition("=")[0]
     try:
-        target = crypt_target(volume, rule.crypt, 36)
+        target = crypt_target(volume, rule.crypt, KeyReference("logon", 36))
     except UnsupportedVolumeError as error:
         assert str(error).startswith("map sdb1: ")
     else:

@@ -12,7 +12,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import UnsupportedVolumeError
 from caam_hotplug.kernel import udev
 from caam_hotplug.lifecycle.resources import Wish
-from caam_hotplug.model import SECTOR_BYTES, Bus, Volume
+from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
 from caam_hotplug.rules import (
     BUILT_IN,
     Action,
@@ -165,7 +165,7 @@ def assert_stays_within_bounds(volume: Volume, plan: Admitted) -> None:
     for root, name in ((names.MOUNT_ROOT, plan.mount_name), (names.BLOB_DIRECTORY, plan.blob)):
         assert Path(f"{root}/{name}").resolve().parent == root.resolve()
     try:
-        target = crypt_target(volume, plan.rule.crypt, 36)
+        target = crypt_target(volume, plan.rule.crypt, KeyReference("logon", 36))
     except UnsupportedVolumeError as error:
         assert str(error).isprintable()
     else:

@@ -49,7 +49,9 @@ SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(11, 40)}
 """Which bytes; of vfat the boot sector's parameter block."""
 BEHIND_IT: Final = 8192
 """Bytes from the start, in which lies what the superblock leads to."""
-RSS_GROWTH_KIB: Final = 1024
+RSS_GROWTH_KIB: Final = 2048
+"""Of an agent that is a copy of this process, with all its memory, and takes more a MiB at a time.
+How much the service itself grows is looked at by kernel.growth."""
 SECTOR: Final = 512
 STORM: Final = 64
 """Media at once."""

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from caam_hotplug import blobs
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError
-from caam_hotplug.kernel import caam
+from caam_hotplug.kernel import caam, sealed
 from caam_hotplug.model import SecretBytes
 from caam_hotplug.names import BLOB_DIRECTORY, CAAM_DEVICE
 from fakes.contract import BLOB, created, description, found, target
 from kernel.real import KEY, RealWorld
 from kernel.witness import Board
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("nothing_left")]
 
 FOREIGN = "0f" * 32
 MAGIC = bytes.fromhex("4f 67 61 54")
@@ -35,7 +36,8 @@ def board() -> Iterator[Board]:
 
 def imported(name: str) -> bytes:
     """The tagged key of a blob of the board's own."""
-    with caam.import_blob(CAAM_DEVICE, caam.read_blob(BLOB_DIRECTORY, f"{name}.bb")) as key:
+    blob = sealed.read(BLOB_DIRECTORY, f"{name}.bb")
+    with caam.import_blob(CAAM_DEVICE, blob.content) as key:
         return bytes(key.buffer)
 
 
@@ -77,7 +79,7 @@ def test_a_key_that_aes_does_not_know_is_refused_with_the_table(
 
 def load(world: RealWorld, mapping: str, name: str, directory: Path = BLOB_DIRECTORY) -> None:
     host = world.host
-    with caam.import_blob(CAAM_DEVICE, caam.read_blob(directory, f"{name}.bb")) as key:
+    with caam.import_blob(CAAM_DEVICE, sealed.read(directory, f"{name}.bb").content) as key:
         host.add_key(description(world), key)
         line = replace(target(world), key_bytes=len(key)).to_line()
     try:
@@ -91,13 +93,14 @@ def load(world: RealWorld, mapping: str, name: str, directory: Path = BLOB_DIREC
     [("ecb", 16, 36), ("ecb", 32, 52), ("ccm", 16, 48), ("ccm", 32, 64)],
 )
 def test_a_key_of_every_kind_is_made_and_no_two_are_alike(
-    seal: caam.Seal, size: int, length: int
+    seal: blobs.Seal, size: int, length: int
 ) -> None:
-    blobs = [caam.create_blob(CAAM_DEVICE, seal, size) for _ in range(2)]
-    assert blobs[0] != blobs[1]
-    header = caam.header(blobs[0])
-    assert (header.seal, header.key_bytes, header.blob_bytes) == (seal, size, size + 12 + 48)
-    with caam.import_blob(CAAM_DEVICE, blobs[0]) as key:
+    first, second = (caam.create_blob(CAAM_DEVICE, seal, size) for _ in range(2))
+    assert first != second
+    blob = blobs.parse(first)
+    assert isinstance(blob, blobs.Tagged)
+    assert (blob.seal, blob.key_bytes, blob.blob_bytes) == (seal, size, size + 12 + 48)
+    with caam.import_blob(CAAM_DEVICE, first) as key:
         assert len(key) == length
 
 
@@ -141,14 +144,14 @@ def test_bytes_that_are_no_blob_are_refused_for_their_form() -> None:
 
 
 def test_a_blob_with_any_byte_changed_is_refused(world: RealWorld) -> None:
-    blob = world.host.read_blob(BLOB)
+    blob = world.host.read_blob(BLOB).content
     for at in range(len(blob)):
         with pytest.raises(BlobRejectedError):
             caam.import_blob(CAAM_DEVICE, blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
 
 
 def test_a_board_without_the_driver_says_which(board: Board) -> None:
-    blob = caam.read_blob(BLOB_DIRECTORY, BLOB)
+    blob = sealed.read(BLOB_DIRECTORY, BLOB).content
     board.power_off()
     with pytest.raises(CaamError, match="is the kernel's caam_keygen driver there") as refused:
         caam.import_blob(CAAM_DEVICE, blob)
@@ -156,7 +159,7 @@ def test_a_board_without_the_driver_says_which(board: Board) -> None:
 
 
 def test_a_device_that_is_another_is_no_caam() -> None:
-    blob = caam.read_blob(BLOB_DIRECTORY, BLOB)
+    blob = sealed.read(BLOB_DIRECTORY, BLOB).content
     with pytest.raises(CaamError) as refused:
         caam.import_blob(Path("/dev/null"), blob)
     assert refused.value.errno == errno.ENOTTY

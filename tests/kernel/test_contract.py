@@ -5,4 +5,8 @@ Its fixture `world` is in conftest.py.
 
 from __future__ import annotations
 
+import pytest
+
 from fakes.contract import *  # noqa: F403  the suite
+
+pytestmark = pytest.mark.smoke

@@ -46,11 +46,11 @@ def in_a_thread(act: Callable[[], None]) -> None:
 
 @contextmanager
 def added(payload: SecretBytes) -> Iterator[int]:
-    serial = keyring.add_logon_key(DESCRIPTION, payload)
+    serial = keyring.add_key("logon", DESCRIPTION, payload)
     try:
         yield serial
     finally:
-        keyring.unlink_logon_key(DESCRIPTION)
+        keyring.unlink_key(DESCRIPTION)
 
 
 def session_keys() -> int:
@@ -66,15 +66,15 @@ def test_a_joined_session_keyring_is_empty_and_the_threads_that_follow_have_it()
 
     def joined() -> None:
         keyring.join_session_keyring()
-        seen.append(keyring.find_logon_key(DESCRIPTION))
+        seen.append(keyring.find_key("logon", DESCRIPTION))
         assert session_keys() == 0
-        serial = keyring.add_logon_key(DESCRIPTION, secret())
-        in_a_thread(lambda: seen.append(keyring.find_logon_key(DESCRIPTION)))
+        serial = keyring.add_key("logon", DESCRIPTION, secret())
+        in_a_thread(lambda: seen.append(keyring.find_key("logon", DESCRIPTION)))
         seen.append(serial)
 
     with added(secret()) as outer:
         in_a_thread(joined)
-        assert keyring.find_logon_key(DESCRIPTION) == outer
+        assert keyring.find_key("logon", DESCRIPTION) == outer
     nothing, in_thread, serial = seen
     assert nothing is None
     assert in_thread == serial != outer
@@ -83,7 +83,7 @@ def test_a_joined_session_keyring_is_empty_and_the_threads_that_follow_have_it()
 def test_a_key_of_the_same_description_is_replaced_in_place() -> None:
     with added(secret(36)) as first:
         before = session_keys()
-        assert keyring.add_logon_key(DESCRIPTION, secret(48)) == first
+        assert keyring.add_key("logon", DESCRIPTION, secret(48)) == first
         assert session_keys() == before
 
 
@@ -99,14 +99,14 @@ def test_a_key_over_the_quota_is_refused_with_the_reason() -> None:
     QUOTA.write_text("1")
     try:
         with pytest.raises(KeyringError) as refused:
-            keyring.add_logon_key(DESCRIPTION, secret())
+            keyring.add_key("logon", DESCRIPTION, secret())
     finally:
         QUOTA.write_text(before)
     assert refused.value.errno == errno.EDQUOT
     assert str(refused.value) == (
         "add key caam-hotplug:1-1: Disk quota exceeded (the user's key quota is used up)"
     )
-    assert keyring.find_logon_key(DESCRIPTION) is None
+    assert keyring.find_key("logon", DESCRIPTION) is None
 
 
 @pytest.mark.parametrize(
@@ -114,15 +114,15 @@ def test_a_key_over_the_quota_is_refused_with_the_reason() -> None:
 )
 def test_a_key_that_the_kernel_does_not_take_is_an_error(description: str, length: int) -> None:
     with pytest.raises(KeyringError) as refused:
-        keyring.add_logon_key(description, SecretBytes(bytearray(length)))
+        keyring.add_key("logon", description, SecretBytes(bytearray(length)))
     assert refused.value.errno == errno.EINVAL
 
 
 def test_a_revoked_key_is_as_good_as_none() -> None:
-    serial = keyring.add_logon_key(DESCRIPTION, secret())
+    serial = keyring.add_key("logon", DESCRIPTION, secret())
     run("keyctl", "revoke", str(serial))
-    assert keyring.find_logon_key(DESCRIPTION) is None
-    keyring.unlink_logon_key(DESCRIPTION)
+    assert keyring.find_key("logon", DESCRIPTION) is None
+    keyring.unlink_key(DESCRIPTION)
     run("keyctl", "unlink", str(serial), "@s")
 
 
@@ -132,7 +132,7 @@ def test_an_unlinked_key_is_gone_from_the_kernel() -> None:
     # The keyring lets go of it after a grace period (assoc_array_rcu_cleanup in
     # lib/assoc_array.c).
     until(lambda: attempt("keyctl", "describe", str(serial)).returncode != 0)
-    keyring.unlink_logon_key(DESCRIPTION)
+    keyring.unlink_key(DESCRIPTION)
 
 
 def test_a_key_can_be_wiped_by_its_owner_once_it_is_added() -> None:

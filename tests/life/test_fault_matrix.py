@@ -22,6 +22,7 @@ from typing import Final
 import pytest
 
 from caam_hotplug import names
+from caam_hotplug.blobs import Backend
 from caam_hotplug.errors import (
     BlobError,
     BlobMissingError,
@@ -33,6 +34,7 @@ from caam_hotplug.errors import (
     KernelError,
     KeyringError,
     MappingBusyError,
+    MasterKeyError,
     MountBusyError,
     MountError,
 )
@@ -72,6 +74,27 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.EKEYEXPIRED,
         errno.EACCES,
         errno.EINVAL,
+    ),
+    # add_key(2) again, and trusted_core.c: refused by the trust source (EBADMSG, EINVAL), none
+    # there, a job that failed.
+    "load_trusted_key": (
+        errno.EBADMSG,
+        errno.EINVAL,
+        errno.ENODEV,
+        errno.EIO,
+        errno.EDQUOT,
+        errno.ENOMEM,
+        errno.EKEYREVOKED,
+    ),
+    # encrypted.c: the master missing or another board's, the blob of another master, and the same.
+    "load_encrypted_key": (
+        errno.ENOENT,
+        errno.EBADMSG,
+        errno.EINVAL,
+        errno.ENODEV,
+        errno.EDQUOT,
+        errno.ENOMEM,
+        errno.EKEYREVOKED,
     ),
     # keyctl_search(3), keyctl_unlink(3). No such key is no error here (keyring.py).
     "unlink_key": (errno.EACCES, errno.ENOMEM, errno.EKEYREVOKED),
@@ -147,6 +170,7 @@ on the loop and cannot hang; lifecycle/resources.py says why."""
 HARMS: Final = {
     "flush", "unmount", "detach", "remove_mount_point", "poison_mapping", "remove_mapping",
 }  # fmt: skip
+LOADS: Final = {"load_trusted_key", "load_encrypted_key"}
 LISTS: Final = {"our_mappings", "our_mount_points"}
 """What the agent does before it serves anybody."""
 
@@ -163,7 +187,11 @@ def error_of(step: str, number: int) -> HotplugError:
             return BlobRejectedError("the CAAM refused the blob")
         case "import_blob", _:
             return CaamError(*words)
-        case "add_key" | "unlink_key", _:
+        case "load_encrypted_key", errno.ENOENT:
+            return MasterKeyError("load the master key master: no blob /data/caam/master.bb")
+        case "load_trusted_key" | "load_encrypted_key", errno.EBADMSG | errno.EINVAL:
+            return BlobRejectedError("the trust source refused the blob")
+        case "add_key" | "unlink_key" | "load_trusted_key" | "load_encrypted_key", _:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
@@ -255,10 +283,12 @@ class Moment:
     held: bool = False
     read_only: bool = False
     identified: bool = True
+    backend: Backend = "tagged"
 
     def scene(self, *, alone: bool = False) -> Scene:
         """Everything is as it is right before the moment."""
         bench = Bench()
+        bench.kernel.backend = self.backend
         bench.start()
         key = b"neighbour".ljust(36)
         neighbour = None if alone else bench.insert("neighbour", "sdb1", key=key)
@@ -335,6 +365,8 @@ def sweep(scene: Scene) -> None:
 MOMENTS: Final = (
     Moment("arrival", unheard_of, arrive, State.MOUNTED),
     Moment("arrival without udevd", unheard_of, arrive, State.MOUNTED, identified=False),
+    Moment("arrival with a trusted key", unheard_of, arrive, State.MOUNTED, backend="trusted"),
+    Moment("arrival with an encrypted key", unheard_of, arrive, State.MOUNTED, backend="encrypted"),
     Moment("recovery", half_made, start, State.MOUNTED),
     Moment("adoption", crashed, start, State.MOUNTED),
     Moment("adoption while in use", crashed, start, State.MOUNTED, held=True),
@@ -466,6 +498,7 @@ CALLS: Final[list[Call]] = [
     for alone in (False, True)
     for step, count in calls_of(moment, alone=alone).items()
     if moment.identified or step == "identify"  # the rest is as with udevd
+    if moment.backend == "tagged" or step in LOADS  # the rest is as with a tagged key
     for nth in range(count)
 ]
 THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # a test of its own

@@ -162,7 +162,10 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
         match.devtype = "disk"
         match.min_size = 4096
         match.max_size = "64 GiB"
-        key = { backend = "tagged", blob = "{serial}.bb" }
+        key.backend = "trusted"
+        key.blob = "{serial}.bb"
+        key.length = 64
+        key.options = "keyhandle=0x81000001"
         crypt.cipher = "capi:tk(cbc(aes))-plain64"
         crypt.sector_size = 4096
         crypt.offset = 2048
@@ -188,7 +191,12 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
             min_size=Bytes(4096),
             max_size=Bytes(2**36),
         ),
-        key=KeySource(blob=Template("{serial}.bb")),
+        key=KeySource(
+            backend="trusted",
+            blob=Template("{serial}.bb"),
+            length=64,
+            options="keyhandle=0x81000001",
+        ),
         crypt=Crypt(
             cipher="capi:tk(cbc(aes))-plain64",
             sector_size=4096,
@@ -276,7 +284,17 @@ def test_a_fault_of_the_file_is_told_with_what_was_expected(
         ("action = 'ignroe'",
          "action: expected mount, unlock, ignore; found 'ignroe'; did you mean 'ignore'?"),
         ("on_stop = 1", "on_stop: expected lock, keep; found 1"),
-        ("key.backend = 'trusted'", "key.backend: expected tagged; found 'trusted'"),
+        (
+            "key.backend = 'truste'",
+            "key.backend: expected auto, tagged, trusted, encrypted; found 'truste'; did you mean "
+            "'trusted'?",
+        ),
+        (
+            "key.options = 'keyhandle=0x81000001; rm'",
+            "key.options: expected options such as keyhandle=0x81000001, found "
+            "'keyhandle=0x81000001; rm'",
+        ),
+        ("key.length = 8", "key.length: expected bytes from 16 to 128, or 0, found 8"),
         (
             "key.blob = '../{partlabel}'",
             "key.blob: '../{partlabel}' names a path; expected one file name",

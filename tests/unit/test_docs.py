@@ -54,6 +54,16 @@ BY_TESTS: Final = {
         "grep /run/media /proc/self/mountinfo",
         "grep caam-hotplug /proc/keys",
     ],
+    "tests/e2e/test_mainline.py::test_a_medium_of_a_trusted_key_is_made_and_refused_elsewhere": [
+        "caam-hotplug provision /dev/sda --label archive-01",
+    ],
+    "tests/e2e/test_mainline.py::test_a_medium_under_a_master_opens_on_a_pc_and_a_second_board": [
+        "caam-hotplug key create board --backend trusted --key-bytes 64",
+        "caam-hotplug provision /dev/sda --label archive-01 --backend encrypted --master board "
+        "--recovery-key /root/archive-01.recovery",
+        "caam-hotplug key enroll archive-01 --from /root/archive-01.recovery --backend encrypted "
+        "--master board",
+    ],
     "tests/e2e/test_docs.py::test_the_journals_questions_have_answers": [
         "journalctl MESSAGE_ID=4d2a9b394c4e496a8514c481e22a25e3",
         "journalctl MESSAGE_ID=ed926665d938401c82c932addd7ca5a0 -o json-pretty",

@@ -336,7 +336,7 @@ def test_a_cipher_of_dm_crypt_has_a_name_in_the_crypto_api(cipher: str, name: st
 
 def test_a_missing_device_and_a_file_in_its_place_are_told_apart(board: Board) -> None:
     (missing,) = board.seen(chip.device)
-    assert missing.found == "/dev/caam-keygen is not there"
+    assert missing.found == "/dev/caam-keygen is not there, and there are no trusted keys either"
     board.has("/dev/caam-keygen")
     (file,) = board.seen(chip.device)
     assert file.found == "/dev/caam-keygen is a file, not a device"

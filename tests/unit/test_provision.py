@@ -14,6 +14,7 @@ from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import files
 from caam_hotplug.provision import Progress, rule_for
 from caam_hotplug.rules import Crypt
+from caam_hotplug.table import CIPHERS
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_the_options_defaults_are_those_of_a_rule() -> None:
     rule, _ = rule_for("cartridge-01")
-    assert rule.crypt == Crypt()
-    assert Crypt().cipher == provision.CIPHER
+    assert rule.crypt == Crypt(cipher=CIPHERS["logon"])
 
 
 @given(
@@ -102,6 +102,14 @@ def test_wrong_usage_is_exit_status_2(
         main(["provision", *arguments])
     assert ended.value.code == 2
     assert "usage: caam-hotplug provision" in capsys.readouterr().err
+
+
+def test_links_in_a_circle_are_no_disk(
+    capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    said = refusal(capsys, "provision", f"{tmp_path}/circle", "--label", "x", "--config", str(file))
+    assert said == f"look at {tmp_path}/circle: Too many levels of symbolic links"
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,20 @@ def test_the_files_name_is_quoted_in_the_command() -> None:
         ("capi:tk(cbc(aes))-plain", "aes-cbc-plain"),
         ("capi:tk(cbc(aes))-plain64", "aes-cbc-plain64"),
         ("capi:tk(cbc(aes))-essiv:sha256", "aes-cbc-essiv:sha256"),
-        ("aes-xts-plain64", None),
+        ("aes-xts-plain64", "aes-xts-plain64"),
         ("capi:cbc(aes)-plain", None),
     ],
 )
-def test_only_ciphers_of_tagged_keys_have_one_for_a_pc(cipher: str, plain: str | None) -> None:
+def test_a_cipher_has_the_one_that_a_pc_knows_unless_it_is_a_drivers_own(
+    cipher: str, plain: str | None
+) -> None:
     assert recovery.plain_cipher(cipher) == plain
+
+
+def test_a_file_that_went_through_windows_is_read() -> None:
+    content = bytearray(bytes(written()).replace(b"\n", b"\r\n"))
+    assert recovery.read_about(content) == recovery.read_about(bytearray(written()))
+    assert key_in(bytes(content)) == KEY
 
 
 @pytest.mark.parametrize(
@@ -78,9 +86,9 @@ def test_only_ciphers_of_tagged_keys_have_one_for_a_pc(cipher: str, plain: str |
     [
         (lambda text: text.replace(b"key = ", b"kez = "), "it has no key"),
         (lambda text: text.replace(b"key = A", b"key = *"), "not base64"),
-        (lambda text: text[:-5] + b"\n", "it has 15 bytes, not 16 or 32"),
+        (lambda text: text[:-5] + b"\n", "it has 15 bytes, not 16, 32 or 64"),
         (lambda text: text[:-1] + b"=\nAAAA", None),
-        (lambda text: text[:-3] + b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "not base64"),
+        (lambda text: text[:-3] + b"A" * 80, "not base64"),
         (lambda text: text[:-25] + base64.b64encode(bytes(16)) + b"\n", "has a zero byte"),
     ],
 )

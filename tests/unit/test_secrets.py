@@ -22,7 +22,7 @@ from caam_hotplug import errors
 from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
 from caam_hotplug.kernel import caam, keyring
 from caam_hotplug.lifecycle.resources import Wish
-from caam_hotplug.model import SecretBytes
+from caam_hotplug.model import KeyReference, SecretBytes
 from caam_hotplug.rules import BUILT_IN, Admitted, decide
 from caam_hotplug.table import crypt_target
 from unit.volumes import stick
@@ -130,7 +130,7 @@ def test_a_plan_and_its_target_are_made_without_the_key() -> None:
     plan = decide(BUILT_IN, stick())
     assert isinstance(plan, Admitted)
     wish = Wish(stick(), plan)
-    target = crypt_target(stick(), plan.rule.crypt, len(secret()))
+    target = crypt_target(stick(), plan.rule.crypt, KeyReference("logon", len(secret())))
     written = f"{wish!r} {target!r} {target.to_line()} {asdict(wish)} {pickle.dumps(target)!r}"
     assert ":35:logon:caam-hotplug:7-1" in written
     assert not shows_the_key(written)
@@ -198,7 +198,7 @@ def test_a_key_that_the_keyring_refuses_is_not_shown(
         assert bytes(key.buffer) == KEY
         # A logon key's description must have a prefix, so that no kernel takes this one.
         with pytest.raises(OSError) as caught:
-            keyring.add_logon_key("without-prefix", key)
+            keyring.add_key("logon", "without-prefix", key)
         told = with_locals(caught.value)
         assert "payload = <35 secret bytes>" in told
         assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caam_hotplug.errors import UnsupportedVolumeError
-from caam_hotplug.model import DeviceNumber, Sectors, VolumeId
+from caam_hotplug.model import DeviceNumber, KeyReference, Sectors, VolumeId
 from caam_hotplug.rules import Crypt
 from caam_hotplug.table import CryptTarget, crypt_target
 from unit.volumes import stick
@@ -27,7 +27,7 @@ TARGET = CryptTarget(
 
 
 def test_the_default_rules_line_is_that_of_nxps_procedure() -> None:
-    assert crypt_target(stick(), Crypt(), 36).to_line() == LINE
+    assert crypt_target(stick(), Crypt(), KeyReference("logon", 36)).to_line() == LINE
 
 
 def test_a_line_without_options_is_read() -> None:
@@ -103,7 +103,7 @@ def test_the_targets_parts_come_from_rule_volume_and_key() -> None:
         flags=("allow_discards", "iv_large_sectors"),
     )
     volume = stick(id=VolumeId(12, 3), number=DeviceNumber(179, 3), size=Sectors(10240))
-    assert crypt_target(volume, crypt, 52).to_line() == (
+    assert crypt_target(volume, crypt, KeyReference("logon", 52)).to_line() == (
         "0 8192 crypt capi:tk(cbc(aes))-plain64 :52:logon:caam-hotplug:12-3 8 179:3 2048 "
         "3 allow_discards iv_large_sectors sector_size:4096"
     )
@@ -111,7 +111,7 @@ def test_the_targets_parts_come_from_rule_volume_and_key() -> None:
 
 def test_sectors_that_do_not_fill_a_last_encrypted_one_stay_outside() -> None:
     volume = stick(size=Sectors(8 * 5 + 7))
-    assert crypt_target(volume, Crypt(sector_size=4096), 36).length == 40
+    assert crypt_target(volume, Crypt(sector_size=4096), KeyReference("logon", 36)).length == 40
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_volume_without_room_behind_the_offset_is_refused(
 ) -> None:
     crypt = Crypt(sector_size=sector_size, offset=offset)
     with pytest.raises(UnsupportedVolumeError) as caught:
-        crypt_target(stick(size=Sectors(size)), crypt, 36)
+        crypt_target(stick(size=Sectors(size)), crypt, KeyReference("logon", 36))
     assert str(caught.value) == f"map sdb1: it has {size} sectors, the rule's offset is {offset}"
 
 
@@ -130,9 +130,14 @@ LIMIT = 2**32
 
 
 def test_a_plain_iv_may_count_to_its_last_number() -> None:
-    assert crypt_target(stick(size=Sectors(LIMIT)), Crypt(), 36).length == LIMIT
+    assert (
+        crypt_target(stick(size=Sectors(LIMIT)), Crypt(), KeyReference("logon", 36)).length == LIMIT
+    )
     shifted = Crypt(iv_offset=1)
-    assert crypt_target(stick(size=Sectors(LIMIT - 1)), shifted, 36).length == LIMIT - 1
+    assert (
+        crypt_target(stick(size=Sectors(LIMIT - 1)), shifted, KeyReference("logon", 36)).length
+        == LIMIT - 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_a_plain_iv_may_count_to_its_last_number() -> None:
 )
 def test_a_volume_on_which_a_plain_iv_would_repeat_is_refused(size: int, crypt: Crypt) -> None:
     with pytest.raises(UnsupportedVolumeError, match=r"repeats its IV after 2\^32 .* use plain64$"):
-        crypt_target(stick(size=Sectors(size)), crypt, 36)
+        crypt_target(stick(size=Sectors(size)), crypt, KeyReference("logon", 36))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,10 @@ def test_a_volume_on_which_a_plain_iv_would_repeat_is_refused(size: int, crypt: 
     ],
 )
 def test_an_iv_that_does_not_repeat_has_no_such_limit(crypt: Crypt) -> None:
-    assert crypt_target(stick(size=Sectors(LIMIT + 8)), crypt, 36).length == LIMIT + 8
+    assert (
+        crypt_target(stick(size=Sectors(LIMIT + 8)), crypt, KeyReference("logon", 36)).length
+        == LIMIT + 8
+    )
 
 
 @given(
@@ -171,7 +179,7 @@ def test_a_target_never_reaches_beyond_its_volume(
 ) -> None:
     crypt = Crypt(offset=offset, sector_size=sector_size)
     try:
-        target = crypt_target(stick(size=Sectors(size)), crypt, 36)
+        target = crypt_target(stick(size=Sectors(size)), crypt, KeyReference("logon", 36))
     except UnsupportedVolumeError:
         assert size - offset < sector_size // 512
     else:

@@ -11,6 +11,7 @@ from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import mkfs
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 from caam_hotplug.provision import FILESYSTEMS, rule_for
+from caam_hotplug.sealing import Way
 from caam_hotplug.wish import Wish, require_sense, write_rule
 
 TIB = 1 << 31  # sectors
@@ -23,7 +24,9 @@ def wish_for(*, size: int = 1 << 24, **more: Any) -> tuple[Wish, Volume]:
     """What is to be made, and the disk."""
     choices = {k: more.pop(k) for k in ("filesystem", "cipher", "sector_size") if k in more}
     rule, text = rule_for("cartridge-01", **choices)
-    made = Wish(device="/dev/sdb", rule=rule, rule_text=text, key_bytes=16, seal="ecb")
+    made = Wish(
+        device="/dev/sdb", rule=rule, rule_text=text, key_bytes=16, way=Way(backend="tagged")
+    )
     return replace(made, **more), replace(DISK, size=Sectors(size))
 
 
@@ -68,6 +71,13 @@ def test_another_disks_name_erases_nothing(config: Config) -> None:
         words = refusal(*wish_for(erase=name), config)
         assert words.endswith("this is sdb; nothing was erased")
         assert words.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a\nb.recovery", "a\udcff.recovery"])
+def test_a_recovery_file_whose_name_it_could_not_say_is_refused(name: str, config: Config) -> None:
+    words = refusal(*wish_for(recovery_file=Path("/root", name)), config)
+    assert words.endswith("the file says its own name, and this one is no text; choose another")
+    assert words.isprintable()
 
 
 def test_a_rule_of_the_name_must_be_changed_by_hand(config: Config, roots_folder: Path) -> None:

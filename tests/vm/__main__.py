@@ -22,6 +22,8 @@ def main() -> int:
     running.add_argument("script")
     soaking = commands.add_parser("soak", help="media plugged and pulled for hours, with faults")
     soaking.add_argument("options", nargs="*", help="those of kernel.soak, after --")
+    growing = commands.add_parser("growth", help="whether the installed agent grows, by cycles")
+    growing.add_argument("cycles", type=int)
     options = parser.parse_args()
     match options.command:
         case "build":
@@ -31,6 +33,8 @@ def main() -> int:
             return asyncio.run(demo.demo())
         case "shell":
             return asyncio.run(_shell(options.usb))
+        case "growth":
+            return asyncio.run(soak.growth(options.cycles))
         case "soak":
             return asyncio.run(soak.soak(*options.options))
         case _:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from vm import cache, debian
 from vm.guest import Guest
 from vm.machine import Layer
+from vm.media import OTPMK_A
 
 UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
@@ -17,6 +18,9 @@ NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
 """What is in that file; after a kill no event starts it either."""
+
+Kernel = Literal["nxp", "mainline"]
+"""What the guest's kernel has for the CAAM; see inside/board-kernel."""
 
 _BLOBS: Final = "/data/caam"
 _BLOBS_AS_MADE: Final = "/var/lib/blobs-as-made"
@@ -94,19 +98,22 @@ class InstalledAgent:
         return found.stdout.splitlines()
 
 
-def layer() -> Layer:
+def layer(kernel: Kernel = "nxp") -> Layer:
     """A guest in which the agent's Debian package is installed, and the agent has run once."""
     package = debian.package().read_bytes()
 
     async def prepare(guest: Guest) -> None:
         await guest.write(NO_RESTART, NEVER)
+        if kernel == "mainline":
+            await guest.sh(f"rm {_BLOBS}/*; board-kernel mainline {OTPMK_A}", timeout_s=300)
         await guest.sh(f"cp -a {_BLOBS} {_BLOBS_AS_MADE}")
         await install(guest, package)
         await guest.run("systemctl", "is-active", UNIT)
         await InstalledAgent(guest).stop()
         await guest.run("rm", "-r", "/etc/caam-hotplug")  # a test brings its own, or none
 
-    return Layer("agent", cache.key_of(debian.key(), Path(__file__)), prepare)
+    name = "agent" if kernel == "nxp" else f"agent-{kernel}"
+    return Layer(name, cache.key_of(debian.key(), Path(__file__)), prepare)
 
 
 async def install(guest: Guest, package: bytes) -> None:

@@ -1,7 +1,7 @@
 """Makes media on the host, without privileges: GPT, plain dm-crypt, a filesystem with files.
 
-Ciphertext is what dm-crypt's `aes-cbc-plain` would write: every 512-byte sector on its own, its IV
-the sector's number in 32 bits, little endian, padded with zeros (dm-crypt.rst; dm-crypt.c).
+Ciphertext is what dm-crypt would write: every 512-byte sector on its own, its IV the sector's
+number, little endian, padded with zeros: 32 bits for `plain`, 64 for `plain64` (dm-crypt.rst).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import struct
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives import ciphers
+from cryptography.hazmat.primitives.ciphers import algorithms, modes
 
 SECTOR: Final = 512
 FIRST_LBA: Final = 2048
@@ -40,6 +42,7 @@ KEYS: Final = {
 KEY: Final = KEYS["cartridge-01"]
 
 Filesystem = Literal["ext4", "vfat"]
+Cipher = Literal["cbc-plain", "xts-plain64"]
 HELLO: Final = {"hello.txt": b"Encrypted data\n"}
 
 
@@ -48,6 +51,7 @@ def make_medium(
     partlabel: str = "cartridge-01",
     *,
     key: bytes | None = KEY,
+    cipher: Cipher = "cbc-plain",
     files: dict[str, bytes] | None = None,
     filesystem: Filesystem = "ext4",
     size_mib: int = 16,
@@ -58,17 +62,21 @@ def make_medium(
     `total_mib` pads the image: an SD card's is a power of two, 64 at least.
     """
     contents = tuple((HELLO if files is None else files).items())
-    write_disk(path, partlabel, _partition(contents, filesystem, size_mib, key), total_mib)
+    write_disk(path, partlabel, _partition(contents, filesystem, size_mib, key, cipher), total_mib)
     return path
 
 
 @functools.lru_cache(maxsize=8)
 def _partition(
-    files: tuple[tuple[str, bytes], ...], filesystem: Filesystem, size_mib: int, key: bytes | None
+    files: tuple[tuple[str, bytes], ...],
+    filesystem: Filesystem,
+    size_mib: int,
+    key: bytes | None,
+    cipher: Cipher,
 ) -> bytes:
     """The partition's bytes; kept, since making them takes half a second and writing them none."""
     plain = _filesystem(dict(files), filesystem, size_mib)
-    return plain if key is None else encrypt(plain, key)
+    return plain if key is None else encrypt(plain, key, cipher)
 
 
 def write_disk(path: Path, partlabel: str, partition: bytes, total_mib: int = 0) -> None:
@@ -84,26 +92,31 @@ def write_disk(path: Path, partlabel: str, partition: bytes, total_mib: int = 0)
         disk.write(partition)
 
 
-def encrypt(plain: bytes, key: bytes) -> bytes:
+def encrypt(plain: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
     """The ciphertext of a volume that starts with sector 0."""
-    cipher = algorithms.AES(key)
-    sectors = []
-    for number in range(len(plain) // SECTOR):
-        iv = struct.pack("<I12x", number & 0xFFFFFFFF)
-        encryptor = Cipher(cipher, modes.CBC(iv)).encryptor()
-        sectors.append(encryptor.update(plain[number * SECTOR : (number + 1) * SECTOR]))
-    return b"".join(sectors)
+    return b"".join(
+        ciphers.Cipher(algorithms.AES(key), mode).encryptor().update(sector)
+        for mode, sector in _sectors(plain, cipher)
+    )
 
 
-def decrypt(secret: bytes, key: bytes) -> bytes:
+def decrypt(secret: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
     """The inverse of `encrypt`."""
-    cipher = algorithms.AES(key)
-    sectors = []
-    for number in range(len(secret) // SECTOR):
-        iv = struct.pack("<I12x", number & 0xFFFFFFFF)
-        decryptor = Cipher(cipher, modes.CBC(iv)).decryptor()
-        sectors.append(decryptor.update(secret[number * SECTOR : (number + 1) * SECTOR]))
-    return b"".join(sectors)
+    return b"".join(
+        ciphers.Cipher(algorithms.AES(key), mode).decryptor().update(sector)
+        for mode, sector in _sectors(secret, cipher)
+    )
+
+
+def _sectors(text: bytes, cipher: Cipher) -> Iterator[tuple[modes.CBC | modes.XTS, bytes]]:
+    """Each sector, and the mode for it with its IV."""
+    for number in range(len(text) // SECTOR):
+        sector = text[number * SECTOR : (number + 1) * SECTOR]
+        match cipher:
+            case "cbc-plain":
+                yield modes.CBC(struct.pack("<I12x", number & 0xFFFFFFFF)), sector
+            case "xts-plain64":
+                yield modes.XTS(struct.pack("<Q8x", number)), sector
 
 
 def partition_bytes(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""`make soak`: the soak of tests/kernel in a guest, its progress and its figures here."""
+"""`make soak`: the soaks of tests/kernel in a guest, their progress and their figures here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Final
 
-from vm import machine
+from vm import installed, machine
 from vm.guest import Guest
 
 LOG: Final = "/var/tmp/soak"
@@ -17,19 +17,39 @@ DEADLINE_S: Final = 12 * 3600
 
 async def soak(*options: str) -> int:
     """The soak has run in a guest of its own, with these options. Returns: its exit status."""
-    command = (
-        "cd /tmp; mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; "
-        "udevadm control --reload; export PYTHONPATH=/src/agent:/src/tests; "
-        f"exec python3 -m kernel.soak {shlex.join(options)} >{LOG} 2>&1"
-    )
     async with machine.restored() as guest:
-        await guest.write(LOG, b"")
-        running = asyncio.create_task(guest.sh(command, check=False, timeout_s=DEADLINE_S))
-        read = 0
-        while not running.done():
-            await asyncio.wait({running}, timeout=LOOKED_AT_EVERY_S)
-            read += await _show(guest, read)
-        return (await running).returncode
+        await guest.sh(
+            "mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; "
+            "udevadm control --reload"
+        )
+        return await _shown(guest, f"kernel.soak {shlex.join(options)}")
+
+
+async def growth(cycles: int) -> int:
+    """Media came and went so often beside the installed agent. Returns: 1 if it has grown."""
+    async with machine.restored(installed.layer()) as guest:
+        agent = installed.InstalledAgent(guest)
+        await guest.sh(
+            "cd /data/caam; for n in 2 3 4; do cp cartridge-01.bb cartridge-0$n.bb; done"
+        )
+        await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "cartridge-*"\n')
+        await agent.start()
+        return await _shown(guest, f"kernel.growth {cycles}")
+
+
+async def _shown(guest: Guest, module: str) -> int:
+    """The module has run in the guest, and what it said was shown. Returns: its exit status."""
+    command = (
+        "cd /tmp; export PYTHONPATH=/src/agent:/src/tests PYTHONDONTWRITEBYTECODE=1; "
+        f"exec python3 -m {module} >{LOG} 2>&1"
+    )
+    await guest.write(LOG, b"")
+    running = asyncio.create_task(guest.sh(command, check=False, timeout_s=DEADLINE_S))
+    read = 0
+    while not running.done():
+        await asyncio.wait({running}, timeout=LOOKED_AT_EVERY_S)
+        read += await _show(guest, read)
+    return (await running).returncode
 
 
 async def _show(guest: Guest, read: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from caam_hotplug import config, names
+from caam_hotplug.blobs import Blob
 from caam_hotplug.doctor import systemd
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site, is_open_to_service
@@ -16,11 +17,18 @@ from caam_hotplug.errors import (
     BlobRejectedError,
     CaamError,
     ConfigError,
+    KeyringError,
+    MasterKeyError,
     UnsafePathError,
     shown,
 )
-from caam_hotplug.kernel import caam, files, paths
+from caam_hotplug.kernel import files, keyring, paths, sealed
+from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.lifecycle import backends
+from caam_hotplug.rules import KeySource
 
+_ANY_LENGTH: Final = 64
+"""Of a trusted key whose blob does not tell; it is loaded, and no table says it."""
 _BLOB: Final = ".bb"
 
 
@@ -96,7 +104,8 @@ def blobs(site: Site) -> Iterator[Verdict]:
             "make a medium and its key: `caam-hotplug provision --help`",
         )
         return
-    has_caam = site.at(names.CAAM_DEVICE).exists()
+    has_caam = site.seals_by() is not None
+    keyring.join_session_keyring()
     faulty = 0
     for name in found:
         verdict = _fault(site, name, tried=has_caam)
@@ -114,7 +123,7 @@ def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
     """What is wrong with a blob: its file, or, if it is tried, that this CAAM does not take it."""
     folder = site.at(site.config.blob_directory)
     try:
-        blob = caam.read_blob(folder, name)
+        blob = sealed.read(folder, name)
     except UnsafePathError:
         return unknown(f"{shown(name)} was not read: the directory is refused")
     except BlobError as error:
@@ -129,17 +138,20 @@ def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
     return _refusal(site, name, blob) if tried else None
 
 
-def _refusal(site: Site, name: str, blob: bytes) -> Verdict | None:
+def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
     """Why this CAAM does not take the blob. The key that it gives for it is wiped at once."""
+    host = Linux(site.at(site.config.blob_directory), site.config.mount_root)
+    description = f"{names.DOCTOR_KEY_PREFIX}{os.getpid()}"
     try:
-        caam.import_blob(site.at(names.CAAM_DEVICE), blob).wipe()
-    except BlobRejectedError as error:
+        backends.load(host, blob, KeySource(length=_ANY_LENGTH), description)
+        keyring.unlink_key(description)
+    except (BlobRejectedError, MasterKeyError) as error:
         return failure(
             f"{shown(name)}: {error}",
             "put back a backup of it; a blob of another board, or of this one before it was "
             "closed, is void here, and only a recovery key opens such a medium",
         )
-    except CaamError as error:
+    except (CaamError, KeyringError) as error:
         return failure(f"{shown(name)}: {error}", "see the lines of the CAAM")
     return None
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.blobs import KEY_TYPES
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site, is_open_to_service
+from caam_hotplug.table import cipher_for
 
 _DEVICE_TREE: Final = "/sys/firmware/devicetree/base"
 _JOB_RING: Final = "-job-ring"
@@ -75,10 +77,13 @@ def device(site: Site) -> Iterator[Verdict]:
     try:
         status = path.stat()
     except FileNotFoundError:
+        if site.seals_by() == "trusted":
+            yield ok("the kernel has trusted keys; no tagged ones, which only NXP's kernels have")
+            return
         yield failure(
-            f"{names.CAAM_DEVICE} is not there",
-            "use NXP's kernel (linux-imx) with its keygen driver; `dmesg | grep -i caam` says "
-            "whether the CAAM was found",
+            f"{names.CAAM_DEVICE} is not there, and there are no trusted keys either",
+            "use NXP's kernel (linux-imx) with its keygen driver, or a mainline one with "
+            "CONFIG_TRUSTED_KEYS_CAAM; `dmesg | grep -i caam` says whether the CAAM was found",
         )
         return
     if not stat.S_ISCHR(status.st_mode):
@@ -173,7 +178,9 @@ def of_the_caam(site: Site) -> Iterator[Verdict]:
     """The CAAM's algorithms are registered and have passed their self-tests."""
     found = [a for a in algorithms(site.text("/proc/crypto") or "") if "caam" in a.driver]
     untested = [a for a in found if a.selftest != "passed"]
-    if not found:
+    if not found and site.seals_by() == "trusted":
+        yield ok("the kernel has none of the CAAM; the ciphers of trusted keys need none")
+    elif not found:
         yield failure(
             "the kernel has none of the CAAM",
             "see the lines of the CAAM's device and job rings; build with "
@@ -191,7 +198,9 @@ def of_the_caam(site: Site) -> Iterator[Verdict]:
 
 def ciphers(site: Site) -> Iterator[Verdict]:
     """Every cipher that a rule names is there and has passed its self-test."""
-    for cipher in dict.fromkeys(rule.crypt.cipher for rule in site.config.rule):
+    here = site.seals_by() or "tagged"
+    kinds = [(rule.crypt, KEY_TYPES[rule.key.form or here]) for rule in site.config.rule]
+    for cipher in dict.fromkeys(cipher_for(crypt, kind) for crypt, kind in kinds):
         name = api_name(cipher)
         refused = _load(name)
         found = [a for a in algorithms(site.text("/proc/crypto") or "") if a.name == name]

@@ -67,15 +67,21 @@ def _says(file: str, line: str) -> Callable[[Site], bool]:
 
 def _options(site: Site) -> Iterator[_Option]:
     caam = _has(str(names.CAAM_DEVICE))
+    trusted = site.seals_by() == "trusted"
     yield _Option(("CONFIG_BLK_DEV_DM",), _has("/dev/mapper/control"))
     yield _Option(("CONFIG_DM_CRYPT",), _has("/sys/module/dm_crypt"))
     yield _Option(("CONFIG_KEYS",), _has("/proc/keys"))
     yield _Option(("CONFIG_TMPFS",), lambda site: "tmpfs" in site.filesystems())
     yield _Option(("CONFIG_DEVTMPFS",), lambda site: "devtmpfs" in site.filesystems())
-    yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM",), caam)
-    yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_JR",), caam)
-    yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_CRYPTO_API",), _says("/proc/crypto", "-aes-caam\n"))
-    yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_TK_API",), _says("/proc/crypto", ": tk(cbc(aes))\n"))
+    if trusted:
+        yield _Option(("CONFIG_TRUSTED_KEYS",), lambda _site: trusted)
+        yield _Option(("CONFIG_ENCRYPTED_KEYS",), _has("/proc/keys"))
+    else:
+        crypto = "/proc/crypto"
+        yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM",), caam)
+        yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_JR",), caam)
+        yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_CRYPTO_API",), _says(crypto, "-aes-caam\n"))
+        yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_TK_API",), _says(crypto, ": tk(cbc(aes))\n"))
     wanted = sorted({kind for rule in site.config.rule for kind in rule.mount.filesystems})
     if wanted:
         yield _Option(
@@ -167,10 +173,10 @@ def keys(site: Site) -> Iterator[Verdict]:
     try:
         keyring.join_session_keyring()
         with SecretBytes(bytearray(os.urandom(16))) as payload:
-            serial = keyring.add_logon_key(description, payload)
-        found = keyring.find_logon_key(description)
-        keyring.unlink_logon_key(description)
-        left = keyring.find_logon_key(description)
+            serial = keyring.add_key("logon", description, payload)
+        found = keyring.find_key("logon", description)
+        keyring.unlink_key(description)
+        left = keyring.find_key("logon", description)
     except KeyringError as error:
         yield failure(f"a key does not come to and from a keyring: {error}", _remedy(error))
         return

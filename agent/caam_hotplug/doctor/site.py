@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.blobs import Backend
 from caam_hotplug.config import Config
+from caam_hotplug.kernel import trusted
 
 UNIT_FOLDERS: Final = (
     "/etc/systemd/system", "/run/systemd/system", "/usr/local/lib/systemd/system",
@@ -78,6 +80,12 @@ class Site:
             for file in listed:
                 found.setdefault(file.name, file)
         return found
+
+    def seals_by(self) -> Backend | None:
+        """The way in which this board's kernel can seal keys; None if it has none."""
+        if self.at(names.CAAM_DEVICE).exists():
+            return "tagged"
+        return "trusted" if trusted.is_offered() else None
 
     def filesystems(self) -> set[str]:
         """Those that the running kernel has loaded."""

@@ -13,22 +13,25 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
-from caam_hotplug import names
+from caam_hotplug import blobs, names
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, HotplugError, KeyringError
-from caam_hotplug.kernel import caam, devmapper, keyring
-from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, SecretBytes, Sectors
-from caam_hotplug.table import CryptTarget
+from caam_hotplug.kernel import caam, devmapper, keyring, trusted
+from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, KeyReference, SecretBytes, Sectors
+from caam_hotplug.table import CIPHERS, CryptTarget
 
 _CIPHER: Final = "capi:tk(cbc(aes))-plain"
 _KEY_BYTES: Final = 16
+_TRUSTED_CIPHER: Final = CIPHERS["trusted"]
+_TRUSTED_BYTES: Final = 64
 
 _LOOP_CONTROL: Final = Path("/dev/loop-control")
 _LOOP_CTL_GET_FREE: Final = 0x4C82
@@ -51,14 +54,15 @@ _SOFTWARE: Final = ("cbc(aes-generic)", "cbc(aes)")
 
 def round_trip(site: Site) -> Iterator[Verdict]:
     """What the CAAM's key encrypts is what AES in software makes of the same key."""
-    if not site.at(names.CAAM_DEVICE).exists():
-        yield unknown("not tried: the CAAM's device is not there")
+    way = site.seals_by()
+    if way is None:
+        yield unknown("not tried: the CAAM's device is not there, nor are trusted keys")
         return
     swept = _sweep(site)
     if swept:
         yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
     try:
-        yield _tried(site)
+        yield _tried(site) if way == "tagged" else _tried_with_trusted_key()
     except BlobRejectedError as error:
         yield failure(
             f"the CAAM does not take back what it has just sealed: {error}",
@@ -120,7 +124,8 @@ def _tried(site: Site) -> Verdict:
                 f"loop device: {error.strerror}",
                 "load the kernel's module `loop`",
             )
-        node = held.enter_context(_mapped(memory, black))
+        add = partial(_add_tagged, black)
+        node = held.enter_context(_mapped(memory, _CIPHER, add))
         _write(node, _WRITTEN_AT, _TEXT)
         ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
         expected = _in_software(plain, _TEXT, _WRITTEN_AT)
@@ -141,6 +146,48 @@ def _tried(site: Site) -> Verdict:
                 "do not use this kernel for data; report it with `dmesg` and the kernel's version",
             )
     return ok(f"a throwaway key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
+
+
+def _add_tagged(black: SecretBytes, description: str) -> KeyReference:
+    keyring.add_key("logon", description, black)
+    return KeyReference("logon", len(black))
+
+
+def _tried_with_trusted_key() -> Verdict:
+    """Nobody but the kernel has the key, so that there is only its own ciphertext to look at."""
+    keyring.join_session_keyring()
+    sealed = trusted.seal_trusted(_TRUSTED_BYTES)
+    blob = cast(blobs.Trusted, blobs.parse(sealed, "trusted"))
+    add = partial(_add_trusted, blob)
+    with ExitStack() as held:
+        try:
+            memory = held.enter_context(_memory())
+        except OSError as error:
+            return unknown(
+                "the trust source seals a key; encryption was not tried, for want of a loop "
+                f"device: {error.strerror}",
+                "load the kernel's module `loop`",
+            )
+        with _mapped(memory, _TRUSTED_CIPHER, add) as node:
+            _write(node, _WRITTEN_AT, _TEXT)
+        ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
+        with _mapped(memory, _TRUSTED_CIPHER, add) as node:
+            read = _read(node, _WRITTEN_AT, len(_TEXT))
+    if ciphertext == _TEXT or read != _TEXT:
+        return failure(
+            f"what dm-crypt writes with `{_TRUSTED_CIPHER}` is not encrypted, or does not read "
+            "back under the same blob",
+            "do not use this kernel for data; report it with `dmesg` and the kernel's version",
+        )
+    return ok(
+        "a throwaway trusted key encrypts, and what it wrote reads back under its blob; nobody but "
+        "the kernel has it, so it could not be compared with other software"
+    )
+
+
+def _add_trusted(blob: blobs.Trusted, description: str) -> KeyReference:
+    trusted.load_trusted(description, blob)
+    return KeyReference("trusted", _TRUSTED_BYTES)
 
 
 def _without_software(node: str, ciphertext: bytes) -> Verdict:
@@ -210,28 +257,28 @@ def _loop_over(file: int) -> int:
 
 
 @contextmanager
-def _mapped(memory: _Memory, key: SecretBytes) -> Iterator[str]:
-    """The memory is mapped with the key; yields the mapping's node. Raises: HotplugError."""
+def _mapped(memory: _Memory, cipher: str, add: Callable[[str], KeyReference]) -> Iterator[str]:
+    """The memory is mapped with the key that is added; yields the node. Raises: HotplugError."""
     mine = str(os.getpid())
     uuid, name = names.DOCTOR_UUID_PREFIX + mine, names.DOCTOR_DM_PREFIX + mine
     description = names.DOCTOR_KEY_PREFIX + mine
-    target = CryptTarget(
-        length=_VOLUME,
-        cipher=_CIPHER,
-        key_bytes=len(key),
-        key_description=f"logon:{description}",
-        iv_offset=0,
-        device=memory.number,
-        offset=0,
-        options=frozenset(),
-    )
     with ExitStack() as held:
         held.callback(devmapper.remove, name)
         devmapper.create(name, uuid)
-        held.callback(keyring.unlink_logon_key, description)
-        keyring.add_logon_key(description, key)
+        held.callback(keyring.unlink_key, description)
+        key = add(description)
+        target = CryptTarget(
+            length=_VOLUME,
+            cipher=cipher,
+            key_bytes=key.length,
+            key_description=f"{key.type}:{description}",
+            iv_offset=0,
+            device=memory.number,
+            offset=0,
+            options=frozenset(),
+        )
         devmapper.load(name, target.to_line(), read_only=False)
-        keyring.unlink_logon_key(description)
+        keyring.unlink_key(description)
         devmapper.resume(name)
         mapping = devmapper.find(uuid)
         if mapping is None:

@@ -31,7 +31,7 @@ def whole_disk(device: str) -> Volume:
 
     Raises: HotplugError if it is a partition, a mapping, or no block device with a medium in it.
     """
-    node = Path(device).resolve()
+    node = Path(os.path.realpath(device))  # of links in a circle it says nothing, and stat() does
     try:
         status = node.stat()
     except OSError as error:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError, MountError
+from caam_hotplug.blobs import Backend, Blob, Encrypted, Trusted
+from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError, MountError
 from caam_hotplug.kernel import (
     caam,
     devmapper,
@@ -18,6 +20,8 @@ from caam_hotplug.kernel import (
     nodes,
     paths,
     power,
+    sealed,
+    trusted,
     udev,
     usage,
 )
@@ -78,9 +82,9 @@ class Linux:
         """Nothing else uses the volume. Raises: DeviceInUseError, which says who."""
         usage.require_unused(volume)
 
-    def read_blob(self, name: str) -> bytes:
-        """The black blob's bytes. Raises: BlobMissingError, BlobError."""
-        return caam.read_blob(self.blob_directory, name)
+    def read_blob(self, name: str, form: Backend | None = None) -> Blob:
+        """The blob, in this form or in any. Raises: BlobMissingError, BlobError."""
+        return sealed.read(self.blob_directory, name, form)
 
     def import_blob(self, blob: bytes) -> SecretBytes:
         """The blob's tagged key, for the caller to wipe. Raises: BlobRejectedError."""
@@ -88,15 +92,32 @@ class Linux:
 
     def add_key(self, description: str, payload: SecretBytes) -> None:
         """The logon key is in the agent's session keyring."""
-        keyring.add_logon_key(description, payload)
+        keyring.add_key("logon", description, payload)
+
+    def load_trusted_key(self, description: str, blob: Trusted, options: str) -> None:
+        """The trusted key is in the agent's session keyring. Raises: BlobRejectedError."""
+        trusted.load_trusted(description, blob, options)
+
+    def load_encrypted_key(self, description: str, blob: Encrypted, options: str) -> None:
+        """The encrypted key is in the agent's session keyring, and its master in none.
+
+        Raises: MasterKeyError for the master, whose blob has its name; BlobRejectedError.
+        """
+        name = f"{blob.master}.bb"
+        try:
+            master = cast(Trusted, sealed.read(self.blob_directory, name, "trusted"))
+        except BlobError as error:
+            raise MasterKeyError(f"load the master key {blob.master}: {error}") from error
+        trusted.load_encrypted(description, blob, master, options)
 
     def has_key(self, description: str) -> bool:
-        """Whether the agent's session keyring has the logon key."""
-        return keyring.find_logon_key(description) is not None
+        """Whether the agent's session keyring has a key of that description."""
+        found = (keyring.find_key(kind, description) for kind in keyring.KEY_TYPES)
+        return any(serial is not None for serial in found)
 
     def unlink_key(self, description: str) -> None:
-        """The logon key is not in the agent's session keyring."""
-        keyring.unlink_logon_key(description)
+        """No key of that description is in the agent's session keyring."""
+        keyring.unlink_key(description)
 
     def find_mapping(self, uuid: str) -> Mapping | None:
         """The mapping with this DM-UUID, or None."""

@@ -26,7 +26,14 @@ from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane, to_the_end
 from caam_hotplug.lifecycle.leave import Leave, LeaveRequestedError, Reason
 from caam_hotplug.lifecycle.requests import Ask, Request
-from caam_hotplug.lifecycle.resources import Wish, active_mapping, let_go, mounted, who_uses
+from caam_hotplug.lifecycle.resources import (
+    Wish,
+    active_mapping,
+    backend_that_made,
+    let_go,
+    mounted,
+    who_uses,
+)
 from caam_hotplug.lifecycle.standing import Publish, Standing
 from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.lifecycle.sweep import release_left_behind
@@ -360,10 +367,11 @@ class Life:
             async with AsyncExitStack() as held:
                 mapping = await held.enter_async_context(active_mapping(self._steps, wish))
                 live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
+                by = f", by its {backend_that_made(mapping)} key"
                 if wish.plan.rule.action is Action.UNLOCK:
-                    self._publish_served(State.UNLOCKED, f"as {mapping.name}", **live)
+                    self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
                 else:
-                    self.standing.becomes(State.MOUNTING, f"from {mapping.node}", **live)
+                    self.standing.becomes(State.MOUNTING, f"from {mapping.node}{by}", **live)
                     mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
                     unsafe = not mount.read_only
                     access = "read-only" if mount.read_only else "read-write"

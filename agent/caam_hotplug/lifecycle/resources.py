@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.blobs import KEY_TYPES, Backend
 from caam_hotplug.errors import (
     ForeignMappingError,
     MountBusyError,
@@ -27,10 +28,11 @@ from caam_hotplug.errors import (
     VolumeBusyError,
     shown,
 )
+from caam_hotplug.lifecycle import backends
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import to_the_end
 from caam_hotplug.lifecycle.steps import Steps, fields
-from caam_hotplug.model import Mapping, Mount, Volume, VolumeId
+from caam_hotplug.model import KeyReference, Mapping, Mount, Volume, VolumeId
 from caam_hotplug.rules import Admitted, OnBusy
 from caam_hotplug.table import CryptTarget, crypt_target
 
@@ -61,22 +63,19 @@ class Wish:
 
 
 @asynccontextmanager
-async def logon_key(steps: Steps, wish: Wish) -> AsyncIterator[int]:
-    """The volume's key is in the agent's session keyring; the value is its length in bytes.
+async def key_in_keyring(steps: Steps, wish: Wish) -> AsyncIterator[KeyReference]:
+    """The volume's key is in the agent's session keyring.
 
     dm-crypt copies the key when a table is loaded, so this scope ends right after that.
     """
-    host, description = steps.host, names.key_description(wish.volume.id)
-
-    def unseal(blob: bytes) -> int:
-        with host.import_blob(blob) as key:
-            host.add_key(description, key)
-            return len(key)
-
-    blob = await steps.call("read the blob", host.read_blob, wish.plan.blob)
+    host, plan = steps.host, wish.plan
+    description = names.key_description(wish.volume.id)
+    blob = await steps.call("read the blob", host.read_blob, plan.blob, plan.rule.key.form)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_key, steps, wish.volume.id)
-        yield await steps.call("import the blob", unseal, blob)
+        yield await steps.call(
+            "import the blob", backends.load, host, blob, plan.rule.key, description
+        )
 
 
 async def release_key(steps: Steps, volume: VolumeId) -> None:
@@ -122,8 +121,7 @@ def _as_wanted(existing: Mapping, wish: Wish) -> bool:
     if not existing.table:
         return False
     target = CryptTarget.from_line(existing.table[0])
-    wanted = crypt_target(wish.volume, wish.plan.rule.crypt, key_bytes=0)
-    if len(existing.table) == 1 and target is not None and target.does_the_same(wanted):
+    if len(existing.table) == 1 and target is not None and _is_wanted(target, wish):
         return True
     raise ForeignMappingError(
         f"mapping {existing.name} is not what rule {wish.plan.rule.name!r} asks for: "
@@ -131,18 +129,36 @@ def _as_wanted(existing: Mapping, wish: Wish) -> bool:
     )
 
 
+def _is_wanted(target: CryptTarget, wish: Wish) -> bool:
+    """Whether the rule asks for this very target, under a key of any type that it allows."""
+    rule = wish.plan.rule
+    forms = KEY_TYPES.values() if rule.key.form is None else [KEY_TYPES[rule.key.form]]
+    return any(
+        target.does_the_same(crypt_target(wish.volume, rule.crypt, KeyReference(kind, 0)))
+        for kind in forms
+        if target.key_description.startswith(f"{kind}:")
+    )
+
+
 async def _make_mapping(steps: Steps, wish: Wish) -> None:
     host, name = steps.host, wish.dm_name
     await steps.call("look who uses it", host.require_unused, wish.volume)
     steps.leave.check()
-    async with logon_key(steps, wish) as key_bytes:
+    async with key_in_keyring(steps, wish) as key:
         steps.leave.check()
-        line = crypt_target(wish.volume, wish.plan.rule.crypt, key_bytes).to_line()
+        line = crypt_target(wish.volume, wish.plan.rule.crypt, key).to_line()
         await steps.dm("create the mapping", host.create_mapping, name, wish.dm_uuid)
         steps.leave.check()
         read_only = wish.volume.read_only
         await steps.dm("load the table", host.load_table, name, line, read_only=read_only)
     await steps.dm("activate the mapping", host.activate_mapping, name)
+
+
+def backend_that_made(mapping: Mapping) -> Backend:
+    """The way in which the key of a live mapping of ours was sealed."""
+    target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
+    kind = "" if target is None else target.key_description.partition(":")[0]
+    return next((form for form, of_it in KEY_TYPES.items() if of_it == kind), "tagged")
 
 
 async def release_mapping(steps: Steps, uuid: str) -> None:
@@ -236,8 +252,8 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
     host, name = steps.host, wish.plan.mount_name
     there = mounts_at(host, name)
     found = _of(mapping, there)
+    signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     if found is None:
-        signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
         for number in (None, *signals):
             if number is not None:
                 await _end_users(steps, wish, mapping, number)
@@ -249,7 +265,6 @@ async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) ->
         raise VolumeBusyError(found.point, (f"{shown(there[-1].source)} is mounted over it",))
     if on_busy is OnBusy.REFUSE and _mounted_elsewhere(host, mapping):
         raise await _busy(steps, found.point, mapping)  # an unmount here would not tell
-    signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     for number in (None, *signals):
         if number is not None:
             await _end_users(steps, wish, mapping, number)

@@ -1,0 +1,173 @@
+"""The kernel's trusted keys, sealed by a trust source such as the CAAM, and keys under them.
+
+The kernel unseals; user space never has the key, only blobs that are worthless elsewhere. Source:
+trusted-encrypted.rst in the kernel's documentation; security/keys/trusted-keys/trusted_core.c and
+security/keys/encrypted-keys/encrypted.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from caam_hotplug.blobs import Encrypted, Trusted
+from caam_hotplug.errors import BlobRejectedError, HotplugError, KeyringError, MasterKeyError
+from caam_hotplug.kernel import keyring, memory
+from caam_hotplug.model import KeySerial, KeyType, SecretBytes
+
+_NEW: Final = "caam-hotplug:new"
+_DIGITS: Final = b"0123456789abcdef"
+_NO_TRUSTED_KEYS: Final = (
+    "the kernel has no trusted keys: it needs CONFIG_TRUSTED_KEYS with a trust source, such as "
+    "CONFIG_TRUSTED_KEYS_CAAM, and the source's hardware"
+)
+_NO_ENCRYPTED_KEYS: Final = "the kernel has no encrypted keys: it needs CONFIG_ENCRYPTED_KEYS"
+
+
+def load_trusted(description: str, blob: Trusted, options: str = "") -> None:
+    """The blob's key is in the session keyring, as one of type `trusted`.
+
+    `options` go to the trust source, such as `keyhandle=0x81000001` to a TPM. Raises:
+    BlobRejectedError if the source does not unseal the blob; KeyringError for anything else.
+    """
+    keyring.unlink_key(description)  # to add one of the same description is to update it: EPERM
+    _load_trusted(description, blob, options, keyring.KEY_SPEC_SESSION_KEYRING)
+
+
+def load_encrypted(description: str, blob: Encrypted, master: Trusted, options: str = "") -> None:
+    """The blob's key is in the session keyring, as one of type `encrypted`.
+
+    Its master was in a keyring of this thread alone, and is there no more: others may use masters
+    of the same description meanwhile. Raises: MasterKeyError if the trust source does not unseal
+    the master; BlobRejectedError if the blob is not of this master; KeyringError.
+    """
+    keyring.unlink_key(description)
+    with _loaded_master(blob.master, master, options):
+        try:
+            keyring.add_key("encrypted", description, b"load " + blob.content)
+        except KeyringError as error:
+            raise _refusal_of_encrypted(error, blob) from error
+
+
+def is_offered() -> bool:
+    """Whether the kernel has trusted keys, and their source is there."""
+    try:
+        keyring.add_key("trusted", _NEW, b"?", keyring.KEY_SPEC_THREAD_KEYRING)
+    except KeyringError as error:
+        return error.errno == errno.EINVAL  # of the request, which a key type has read
+    return True
+
+
+def seal_trusted(length: int, options: str = "") -> bytes:
+    """A new key of so many bytes that only the kernel has seen, sealed, in hex; in no keyring.
+
+    Raises: KeyringError. Source: keyctl_read(3).
+    """
+    with _in_own_keyring("trusted", _NEW, f"new {length} {options}".rstrip().encode()) as serial:
+        return keyring.read(serial, _NEW)
+
+
+def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: str = "") -> bytes:
+    """A new key of so many bytes, or the one given, encrypted under the master; in no keyring.
+
+    The result is a text that names the master. Raises: MasterKeyError; KeyringError.
+    """
+    length = key if isinstance(key, int) else len(key)
+    head = f"new default trusted:{name} {length}".encode()
+    with _loaded_master(name, master, options):
+        if isinstance(key, int):
+            with _in_own_keyring("encrypted", _NEW, head) as serial:
+                return keyring.read(serial, _NEW)
+        with memory.locked(len(head) + 1 + 2 * length) as request:
+            request.buffer[: len(head) + 1] = head + b" "
+            for at in range(length):  # a ready-made function would leave a copy
+                place = len(head) + 1 + 2 * at
+                request.buffer[place] = _DIGITS[key.buffer[at] >> 4]
+                request.buffer[place + 1] = _DIGITS[key.buffer[at] & 15]
+            with _in_own_keyring("encrypted", _NEW, request) as serial:
+                return keyring.read(serial, _NEW)
+
+
+@contextmanager
+def _loaded_master(name: str, master: Trusted, options: str) -> Iterator[None]:
+    """The master is in this thread's own keyring. Raises: MasterKeyError; KeyringError."""
+    own = keyring.KEY_SPEC_THREAD_KEYRING
+    try:
+        serial = _load_trusted(name, master, options, own)
+    except BlobRejectedError as error:
+        raise MasterKeyError(f"the master key {name} cannot be used: {error}") from error
+    try:
+        yield
+    finally:
+        keyring.unlink(serial, name, own)
+
+
+@contextmanager
+def _in_own_keyring(
+    kind: KeyType, description: str, request: bytes | SecretBytes
+) -> Iterator[KeySerial]:
+    own = keyring.KEY_SPEC_THREAD_KEYRING
+    try:
+        serial = keyring.add_key(kind, description, request, own)
+    except KeyringError as error:
+        raise _no_new_key(error, kind, given=isinstance(request, SecretBytes)) from error
+    try:
+        yield serial
+    finally:
+        keyring.unlink(serial, description, own)
+
+
+def _no_new_key(error: KeyringError, kind: KeyType, *, given: bool) -> HotplugError:
+    words: dict[tuple[KeyType, int | None], str] = {
+        ("trusted", errno.ENODEV): _NO_TRUSTED_KEYS,
+        ("trusted", errno.EINVAL): "a trusted key has 32 to 128 bytes; and see its options",
+        ("encrypted", errno.ENODEV): _NO_ENCRYPTED_KEYS,
+        ("encrypted", errno.EINVAL): (
+            "the kernel encrypts keys that it is given only with CONFIG_USER_DECRYPTED_DATA, from "
+            "Linux 6.0 on"
+            if given
+            else "an encrypted key has 20 to 4096 bytes"
+        ),
+    }
+    found = words.get((kind, error.errno))
+    if found is None:
+        return error
+    return KeyringError(f"make {kind} key", error.subject, error.errno or 0, found)
+
+
+def _load_trusted(description: str, blob: Trusted, options: str, keyring_id: int) -> KeySerial:
+    request = f"load {blob.content.hex()} {options}".rstrip().encode()
+    try:
+        return keyring.add_key("trusted", description, request, keyring_id)
+    except KeyringError as error:
+        raise _refusal_of_trusted(error) from error
+
+
+def _refusal_of_trusted(error: KeyringError) -> HotplugError:
+    match error.errno:
+        case errno.EBADMSG:
+            return BlobRejectedError(
+                "the trust source refused the blob: damaged, sealed on another chip, "
+                "or sealed in another security state of this one"
+            )
+        case errno.EINVAL:
+            return BlobRejectedError(
+                "the trust source refused the blob: it has no valid form, or needs other options"
+            )
+        case errno.ENODEV:
+            return KeyringError("add key", error.subject, errno.ENODEV, _NO_TRUSTED_KEYS)
+    return error
+
+
+def _refusal_of_encrypted(error: KeyringError, blob: Encrypted) -> HotplugError:
+    match error.errno:
+        case errno.EINVAL:
+            return BlobRejectedError(
+                f"the kernel refused the blob: damaged, or encrypted under another master key than "
+                f"this board's {blob.master}"
+            )
+        case errno.ENODEV | errno.EOPNOTSUPP:
+            return KeyringError("add key", error.subject, error.errno, _NO_ENCRYPTED_KEYS)
+    return error

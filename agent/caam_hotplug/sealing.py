@@ -1,0 +1,73 @@
+"""A key that a blob is made of: sealed by this board, in the way that its kernel has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, cast
+
+from caam_hotplug import blobs, names
+from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError
+from caam_hotplug.kernel import caam, sealed, trusted
+from caam_hotplug.model import SecretBytes
+
+KEY_BYTES: Final[dict[blobs.Backend, int]] = {"tagged": 16, "trusted": 64, "encrypted": 64}
+"""How long a key is unless it is said: as the cipher likes it that is used then."""
+
+MASTER: Final = "master"
+"""The master key's name unless it is said."""
+MASTER_KEY_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a key is to be sealed."""
+
+    backend: blobs.Backend
+    seal: blobs.Seal = "ecb"
+    """Of a tagged key."""
+    master: str = MASTER
+    """Of an encrypted key: the name of its master's blob without the ending."""
+    options: str = ""
+    """For the trust source."""
+
+
+def backend_here(wanted: Literal["auto"] | blobs.Backend) -> blobs.Backend:
+    """The one that is wanted; else NXP's, or the kernel's trusted keys where only they are."""
+    if wanted != "auto":
+        return wanted
+    return "trusted" if not names.CAAM_DEVICE.exists() and trusted.is_offered() else "tagged"
+
+
+def require_given(way: Way) -> None:
+    """A key can be given to be sealed, as a recovery key is. Raises: HotplugError."""
+    if way.backend == "trusted":
+        raise HotplugError(
+            "seal a recovery key: the kernel makes its trusted keys itself and shows them to "
+            "nobody; use --backend encrypted, or provision without a recovery key"
+        )
+
+
+def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:
+    """The blob's file of a new key of so many bytes that nobody has seen, or of the key given.
+
+    `directory` has the blob of the master. Raises: HotplugError; CaamError; KeyringError.
+    """
+    match way.backend:
+        case "tagged":
+            return caam.create_blob(names.CAAM_DEVICE, way.seal, key)
+        case "trusted":
+            if not isinstance(key, int):
+                require_given(way)
+            return trusted.seal_trusted(cast(int, key), way.options)
+    return trusted.seal_encrypted(key, _master(way.master, directory), way.master, way.options)
+
+
+def _master(name: str, directory: Path) -> blobs.Trusted:
+    try:
+        return cast(blobs.Trusted, sealed.read(directory, f"{name}.bb", "trusted"))
+    except BlobError as error:
+        raise MasterKeyError(
+            f"use the master key {name}: {error}; `caam-hotplug key create {name} --backend "
+            f"trusted --key-bytes {MASTER_KEY_BYTES}` makes one"
+        ) from error
