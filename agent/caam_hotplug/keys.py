@@ -203,7 +203,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
     from caam_hotplug.kernel import sealed  # noqa: PLC0415  only needed here
 
     file = parsed.file.absolute()
-    blob = sealed.read(file.parent, file.name)
+    blob = sealed.read_anyones(file)
     facts = _facts(blob)
     if parsed.json:
         _print_json({"file": str(file), "backend": backend_of(blob), **facts})

@@ -97,6 +97,16 @@ def test_a_blob_is_inspected_without_its_secrets(
     }  # fmt: skip
 
 
+def test_a_blob_is_inspected_wherever_it_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o777)
+    file = tmp_path / "copy.bb"
+    file.write_bytes(blob_of(9, 32))
+    assert main(["key", "inspect", str(file)]) == 0
+    assert capsys.readouterr().out.startswith(f"{file}: black blob\n")
+
+
 def test_what_is_no_blob_cannot_be_inspected(
     blobs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,11 +22,26 @@ def read(directory: Path, name: str, wanted: blobs.Backend | None = None) -> blo
     path = directory / name
     try:
         with paths.directory(directory) as parent:
-            file = os.open(
-                name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent
-            )
+            return _read(path, wanted, name, parent)
     except FileNotFoundError as error:
         raise BlobMissingError(f"no blob {path}") from error
+
+
+def read_anyones(path: Path) -> blobs.Blob:
+    """The blob in a file that is only looked at, whoever may write there. Raises: as `read`."""
+    try:
+        return _read(path, None, str(path), None)
+    except FileNotFoundError as error:
+        raise BlobMissingError(f"no blob {path}") from error
+
+
+def _read(path: Path, wanted: blobs.Backend | None, name: str, parent: int | None) -> blobs.Blob:
+    """Raises: FileNotFoundError; BlobError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         cause = (
             "is a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno or 0)
