@@ -70,6 +70,8 @@ class Made:
     """Its device node, once the disk has been read anew."""
     blob: Path
     was_made_before: bool
+    recovery_file: Path | None
+    """The one that this run wrote or used; None if it did neither."""
     notes: tuple[str, ...]
     """What else there is to do, or to know."""
 
@@ -111,15 +113,24 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
         with keystore.folder(config.blob_directory) as folder:
             making = _Making(wish, hold, folder, tell)
             was_made_before = stage is _Stage.MADE and making.is_made(entry)
-            if not was_made_before:
+            if was_made_before:
+                notes = [*making.require_made_so()]
+            else:
+                notes = []
                 if stage is _Stage.MADE:  # but not under our blob
                     _require_blank(wish, disk, stage)
                 making.format(making.begun(entry if stage is _Stage.MARKED else None))
-            notes = [*write_rule(wish, config), *advice(wish, config, disk)]
+            notes += [*write_rule(wish, config), *advice(wish, config, disk)]
             if wish.rule_file is not None:
                 notes.append(announce())
             making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
-        return Made(_partition_node(disk), folder.file(wish.label), was_made_before, tuple(notes))
+        return Made(
+            partition=_partition_node(disk),
+            blob=folder.file(wish.label),
+            was_made_before=was_made_before,
+            recovery_file=None if was_made_before else wish.recovery_file,
+            notes=tuple(notes),
+        )
 
 
 def _identifier(wish: Wish) -> str | None:
@@ -183,6 +194,24 @@ class _Making:
         except (BlobError, BlobRejectedError):
             return False
 
+    def require_made_so(self) -> Iterator[str]:
+        """What cannot be told of a medium that was made before.
+
+        Raises: HotplugError if it was made with other options, or there is no recovery file.
+        """
+        wish, what = self._wish, f"provision {self._disk.node}"
+        self._require_choices(what, "made", "use the same")
+        file = wish.recovery_file
+        if file is None:
+            return
+        if not os.path.lexists(file):
+            raise HotplugError(
+                f"{what}: it was made before, {shown(file)} is not there, and a blob does not tell "
+                "its key; leave out --recovery-key, or make it anew under another label, with "
+                f"--erase {self._disk.name}"
+            )
+        yield f"{shown(file)} was there before; whether its key is the medium's was not checked"
+
     def begun(self, marked: gpt.Entry | None) -> gpt.Entry:
         """The medium is marked as one that is not finished, and its blob is settled.
 
@@ -226,17 +255,20 @@ class _Making:
     def _require_the_same(self, marked: gpt.Entry) -> None:
         """Raises: HotplugError if the medium was begun with other options."""
         wish, file = self._wish, self._folder.file(self._wish.label)
-        begun, asked = _choices(_blob_in(file)), _wished(wish)
-        if begun != asked:
-            raise HotplugError(
-                f"go on with {self._disk.node}: it was begun with {begun}, not with {asked}; use "
-                f"the same, or remove {shown(file)} to begin anew"
-            )
+        anew = f"remove {shown(file)} to begin anew"
+        self._require_choices(f"go on with {self._disk.node}", "begun", f"use the same, or {anew}")
         if wish.recovery_file is not None and marked.identity.uuid == _mark(wish.label, None):
             raise HotplugError(
                 f"go on with {self._disk.node}: it was begun without {shown(wish.recovery_file)}, "
-                f"and a blob does not tell its key; remove {shown(file)} to begin anew"
+                f"and a blob does not tell its key; {anew}"
             )
+
+    def _require_choices(self, what: str, done: str, remedy: str) -> None:
+        """Raises: HotplugError if the blob was made with other options."""
+        blob = _blob_in(self._folder.file(self._wish.label))
+        before, asked = _choices(blob), _wished(self._wish, blob)
+        if before != asked:
+            raise HotplugError(f"{what}: it was {done} with {before}, not with {asked}; {remedy}")
 
     def format(self, entry: gpt.Entry) -> None:
         """The filesystem is on the medium, under the key of the blob as it is stored."""
@@ -310,25 +342,29 @@ def _blob_in(file: Path) -> blobs.Blob:
 
 def _choices(blob: blobs.Blob) -> str:
     """The options of the command that made it, as far as the blob tells them."""
-    options = f"--backend {blobs.backend_of(blob)} --key-bytes {blob.key_bytes}"
+    backend = blobs.backend_of(blob)
     match blob:
         case blobs.Tagged():
-            return f"{options} --seal {blob.seal}"
+            return _options(backend, blob.key_bytes, f"--seal {blob.seal}")
         case blobs.Encrypted():
-            return f"{options} --master {blob.master}"
-    return options
+            return _options(backend, blob.key_bytes, f"--master {blob.master}")
+    return _options(backend, blob.key_bytes)
 
 
-def _wished(wish: Wish) -> str:
-    """The same of what is wished for now."""
-    way = wish.way
-    options = f"--backend {way.backend} --key-bytes {wish.key_bytes}"
+def _wished(wish: Wish, blob: blobs.Blob) -> str:
+    """The same of what is wished for now, without a length that the blob does not tell."""
+    way, key_bytes = wish.way, None if blob.key_bytes is None else wish.key_bytes
     match way.backend:
         case "tagged":
-            return f"{options} --seal {way.seal}"
+            return _options(way.backend, key_bytes, f"--seal {way.seal}")
         case "encrypted":
-            return f"{options} --master {way.master}"
-    return options
+            return _options(way.backend, key_bytes, f"--master {way.master}")
+    return _options(way.backend, key_bytes)
+
+
+def _options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
+    length = [] if key_bytes is None else [f"--key-bytes {key_bytes}"]
+    return " ".join([f"--backend {backend}", *length, *more])
 
 
 def _dm_uuid(disk: Volume) -> str:

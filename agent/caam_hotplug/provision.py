@@ -237,9 +237,9 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         made = making.provision(wished, loaded, progress.tell, _tell_agent)
     how = "was made before; nothing was erased" if made.was_made_before else "is made"
     print(f"{made.partition}: {parsed.label} {how}; its key is in {made.blob}")
-    if wished.recovery_file is not None:
-        file = shown(wished.recovery_file)
-        print(f"recovery key: {file}; keep it apart from the medium and the board")
+    if made.recovery_file is not None:
+        kept = shown(made.recovery_file)
+        print(f"recovery key: {kept}; keep it apart from the medium and the board")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     return 0

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from unit.workshop import Workshop, prepared
+
 settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("unit")
 
@@ -22,3 +24,9 @@ def roots_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="caam-hotplug-test-", dir="/run") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
+
+
+@pytest.fixture
+def workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Where media are made of images."""
+    return prepared(roots_folder, monkeypatch)
