@@ -137,6 +137,12 @@ def _enroll(parsed: argparse.Namespace, loaded: config.Config) -> int:
     sealing.require_given(way)
     memory.refuse_core_dumps()
     with keystore.recovered(parsed.file) as (about, key):
+        if keystore.is_open_to_others(parsed.file):
+            print(
+                f"note: others than root can read {shown(parsed.file)}, and with it the medium; "
+                "delete it once it is enrolled, or make it root's with mode 600",
+                file=sys.stderr,
+            )
         if about.label != parsed.name:
             raise HotplugError(
                 f"enroll {parsed.name}: {shown(parsed.file)} is the recovery file of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def require_new(name: str, folder: Folder) -> None:
 
 
 def write_recovery(path: Path, about: recovery.About, key: SecretBytes) -> None:
-    """The recovery file is there, on the disk, for its owner only.
+    """The recovery file is there, on the disk, for its owner only; it is to be settled yet.
 
     Raises: HotplugError if there is a file of that name; KernelError.
     """
@@ -85,7 +86,25 @@ def write_recovery(path: Path, about: recovery.About, key: SecretBytes) -> None:
     with memory.locked(length) as content, _parent(path) as parent:
         content.buffer[: len(head)] = head
         recovery.write_key_line(key, content.buffer, len(head))
-        durable.write(parent, path, content.buffer, 0o600)
+        durable.write_unsettled(parent, path, content.buffer, 0o600)
+
+
+def is_recovery_unsettled(path: Path) -> bool:
+    """Whether a run wrote it that ended before a medium relied on its key. Raises: KernelError."""
+    with _parent(path) as parent:
+        return durable.is_unsettled(parent, path.name)
+
+
+def settle_recovery(path: Path) -> None:
+    """From now on a medium relies on its key. Raises: KernelError."""
+    with _parent(path) as parent:
+        if durable.is_unsettled(parent, path.name):
+            durable.settle(parent, path)
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether others than root can read the file, or could have written it. Raises: OSError."""
+    return _is_others(path.stat())
 
 
 @contextmanager
@@ -101,12 +120,18 @@ def _parent(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def recovered(path: Path) -> Iterator[tuple[recovery.About, SecretBytes]]:
+def recovered(
+    path: Path, *, only_roots: bool = False
+) -> Iterator[tuple[recovery.About, SecretBytes]]:
     """What a recovery file says and its key, in locked buffers; overwritten on the way out.
 
-    Raises: RecoveryFileError; KernelError.
+    With `only_roots`, a file that others than root can read, or could have put there, is refused,
+    and a link is not followed. Raises: RecoveryFileError; KernelError.
     """
-    with _content(path) as content, memory.locked(recovery.KEY_MAX_BYTES) as room:
+    with (
+        _content(path, only_roots=only_roots) as content,
+        memory.locked(recovery.KEY_MAX_BYTES) as room,
+    ):
         try:
             about = recovery.read_about(content)
             length = recovery.read_key(content, room)
@@ -118,16 +143,30 @@ def recovered(path: Path) -> Iterator[tuple[recovery.About, SecretBytes]]:
             yield about, key
 
 
+def _is_others(status: os.stat_result) -> bool:
+    return status.st_uid != 0 or bool(status.st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
 @contextmanager
-def _content(path: Path) -> Iterator[bytearray]:
+def _content(path: Path, *, only_roots: bool) -> Iterator[bytearray]:
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if only_roots else 0)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = os.open(path, flags)
     except OSError as error:
+        if only_roots and error.errno == errno.ELOOP:
+            raise recovery.RecoveryFileError(
+                f"read {shown(path)}: it is a symbolic link; name the file itself"
+            ) from error
         raise KernelError("read", shown(path), error.errno or 0) from error
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= recovery.MAX_BYTES:
             raise recovery.RecoveryFileError(f"read {shown(path)}: it is no recovery file")
+        if only_roots and _is_others(status):
+            raise recovery.RecoveryFileError(
+                f"read {shown(path)}: it exists, and others than root can read it or could have "
+                "written it, so that its key is not used; name another file"
+            )
         with memory.locked(status.st_size) as content:
             if os.readv(file, [content.buffer]) != status.st_size:
                 raise recovery.RecoveryFileError(f"read {shown(path)}: it was cut short")

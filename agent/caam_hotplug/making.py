@@ -12,6 +12,9 @@ A blob is on the disk before the medium is touched. It is not settled (it has a 
 name) until the medium bears the mark; so one that is not settled can be taken back, and one that is
 settled is never touched again. The mark is a partition with a type of its own and a name that no
 rule admits; to write the label in its place is the last act.
+
+A recovery file is written before the blob, and is not settled until the medium bears the mark. So
+one that is there is of a run that was interrupted, and its key is used, or it is left alone.
 """
 
 from __future__ import annotations
@@ -114,13 +117,12 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
             making = _Making(wish, hold, folder, tell)
             was_made_before = stage is _Stage.MADE and making.is_made(entry)
             if was_made_before:
-                notes = [*making.require_made_so()]
+                making.require_made_so()
             else:
-                notes = []
                 if stage is _Stage.MADE:  # but not under our blob
                     _require_blank(wish, disk, stage)
                 making.format(making.begun(entry if stage is _Stage.MARKED else None))
-            notes += [*write_rule(wish, config), *advice(wish, config, disk)]
+            notes = [*making.notes, *write_rule(wish, config), *advice(wish, config, disk)]
             if wish.rule_file is not None:
                 notes.append(announce())
             making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
@@ -183,6 +185,8 @@ class _Making:
         self._disk = hold.disk
         self._folder = folder
         self._tell = tell
+        self.notes: list[str] = []
+        """What the user is to know of what was found."""
 
     def is_made(self, entry: gpt.Entry | None) -> bool:
         """Whether the filesystem lies on the partition, under the key of the label's blob."""
@@ -194,11 +198,8 @@ class _Making:
         except (BlobError, BlobRejectedError):
             return False
 
-    def require_made_so(self) -> Iterator[str]:
-        """What cannot be told of a medium that was made before.
-
-        Raises: HotplugError if it was made with other options, or there is no recovery file.
-        """
+    def require_made_so(self) -> None:
+        """Raises: HotplugError if it was made with other options, or there is no recovery file."""
         wish, what = self._wish, f"provision {self._disk.node}"
         self._require_choices(what, "made", "use the same")
         file = wish.recovery_file
@@ -210,7 +211,9 @@ class _Making:
                 "its key; leave out --recovery-key, or make it anew under another label, with "
                 f"--erase {self._disk.name}"
             )
-        yield f"{shown(file)} was there before; whether its key is the medium's was not checked"
+        self.notes.append(
+            f"{shown(file)} was there before; whether its key is the medium's was not checked"
+        )
 
     def begun(self, marked: gpt.Entry | None) -> gpt.Entry:
         """The medium is marked as one that is not finished, and its blob is settled.
@@ -220,10 +223,11 @@ class _Making:
         wish, folder = self._wish, self._folder
         if marked is not None and folder.has(wish.label):
             self._require_the_same(marked)
-            folder.settle(wish.label)
+            self._settle()
             return marked
         if not folder.is_unsettled(wish.label):
             keystore.require_new(wish.label, folder)
+        self._require_recovery_unsettled()
         self._tell("making the key")
         folder.discard_unsettled(wish.label)
         with self._key() as (identifier, key):
@@ -232,8 +236,24 @@ class _Making:
         self._tell("writing the partition table")
         mark = gpt.Identity(MARKED_NAME, MARK, _mark(wish.label, identifier))
         entry = gpt.make(self._hold.writing(), self._disk.node, mark)
-        folder.settle(wish.label)
+        self._settle()
         return entry
+
+    def _settle(self) -> None:
+        """The medium relies on its blob, and on its recovery file if it has one."""
+        self._folder.settle(self._wish.label)
+        if self._wish.recovery_file is not None:
+            keystore.settle_recovery(self._wish.recovery_file)
+
+    def _require_recovery_unsettled(self) -> None:
+        """Raises: HotplugError if there is a recovery file of no run that was interrupted."""
+        file = self._wish.recovery_file
+        if file is None or not os.path.lexists(file) or keystore.is_recovery_unsettled(file):
+            return
+        raise HotplugError(
+            f"write {shown(file)}: it exists, and is not of a run that was interrupted; it is not "
+            "overwritten, and its key is not used again: name another file"
+        )
 
     @contextmanager
     def _key(self) -> Iterator[tuple[str | None, int | SecretBytes]]:
@@ -243,7 +263,8 @@ class _Making:
         if file is None:
             yield None, wish.key_bytes
         elif os.path.lexists(file):
-            # Of a run that was interrupted. It is true of whatever its key is used for.
+            # What it says is true of whatever its key is used for.
+            self.notes.append(f"the key is that in {shown(file)}, of a run that was interrupted")
             with _recovered(wish, file) as (identifier, key):
                 yield identifier, key
         else:
@@ -325,7 +346,7 @@ class _Making:
 @contextmanager
 def _recovered(wish: Wish, file: Path) -> Iterator[tuple[str, SecretBytes]]:
     """The identifier and the key of a recovery file. Raises: HotplugError if it is another's."""
-    with keystore.recovered(file) as (about, key):
+    with keystore.recovered(file, only_roots=True) as (about, key):
         if (about, len(key)) != (wish.about(about.id), wish.key_bytes):
             raise HotplugError(
                 f"write {shown(file)}: it exists, and is the recovery file of another medium "

@@ -56,8 +56,10 @@ CALLS: Final = (
     "fdisk_write_disklabel",
 )  # fmt: skip
 """Those that change something, in their order."""
-RECOVERY_CALLS = ("fsync", "renameat2", "fsync")
+RECOVERY_CALLS = ("fsync", "link", "fsync")
 """With a recovery file, before the blob is made."""
+RECOVERY_SETTLED = ("unlink", "fsync")
+"""And after the blob is settled."""
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from kernel.provisioning import (
     CALLS,
     LABEL,
     RECOVERY_CALLS,
+    RECOVERY_SETTLED,
     Bench,
     opened_on_a_pc,
     refused,
@@ -42,7 +43,11 @@ def test_killed_after_any_call_the_medium_is_as_it_was_or_has_its_key_and_is_com
         assert bench.blob.read_bytes() == blob
 
 
-@pytest.mark.parametrize("call", numbered(CALLS[:8] + RECOVERY_CALLS + CALLS[8:15]))
+KEYS = CALLS[:9] + RECOVERY_CALLS + CALLS[9:16] + RECOVERY_SETTLED
+"""Until the medium relies on its keys."""
+
+
+@pytest.mark.parametrize("call", numbered(KEYS))
 def test_killed_after_any_call_that_makes_its_keys_the_recovery_key_stays_the_mediums(
     bench: Bench, call: int
 ) -> None:
@@ -100,7 +105,7 @@ def test_a_medium_that_was_begun_with_a_recovery_file_goes_on_only_with_that(
     bench: Bench, tmp_path: Path
 ) -> None:
     file, other = bench.folder / "recovery", tmp_path / "other"
-    first = bench.provision("--recovery-key", str(other), stop=Stop(8 + 3, kill_self))
+    first = bench.provision("--recovery-key", str(other), stop=Stop(9 + 2, kill_self))
     assert (first.status, other.exists()) == (-signal.SIGKILL, True)
     stop = Stop(BEGUN + len(RECOVERY_CALLS), kill_self)
     assert bench.provision("--recovery-key", str(file), stop=stop).status == -signal.SIGKILL

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from caam_hotplug import recovery
 from caam_hotplug.cli import main
+from caam_hotplug.kernel import caam, memory
+from caam_hotplug.table import CIPHERS
 
 MAGIC = 0x5461674F
 
@@ -150,6 +153,27 @@ def test_a_blob_directory_that_others_may_write_to_is_refused(
     assert status(blobs, "create", "spare") == 1
     assert "can be written by others than root" in capsys.readouterr().err
     assert os.listdir(blobs) == []
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o600, 0), (0o640, 0), (0o604, 0), (0o600, 1000)])
+def test_a_recovery_file_that_others_can_read_is_enrolled_with_a_word_about_that(
+    blobs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+    owner: int,
+) -> None:
+    monkeypatch.setattr(caam, "create_blob", lambda *_: blob_of(1, 16))
+    monkeypatch.setattr(memory, "refuse_core_dumps", lambda: None)
+    about = recovery.About("spare", CIPHERS["logon"], 512, "ext4", "an-id")
+    file = blobs.parent / "spare.recovery"
+    file.write_bytes(recovery.head(about, file.name, 16) + b"key = MDEyMzQ1Njc4OWFiY2RlZg==\n")
+    file.chmod(mode)
+    os.chown(file, owner, 0)
+    assert status(blobs, "enroll", "spare", "--from", str(file)) == 0
+    said = capsys.readouterr().err
+    closed = (mode, owner) == (0o600, 0)
+    assert said.startswith(f"note: others than root can read {file}") is not closed
 
 
 @pytest.mark.parametrize("arguments", [[], ["make"], ["create"], ["enroll", "x"], ["inspect"]])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import os
 from pathlib import Path
 
 import pytest
 
+from caam_hotplug import keystore, recovery, sealing
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import durable, gpt, mkfs
 from caam_hotplug.sealing import Way
-from unit.workshop import Workshop
+from unit.workshop import LABEL, Workshop
 
 
 def refusal(workshop: Workshop, medium: Path, **more: object) -> str:
@@ -54,3 +57,84 @@ def test_a_medium_that_was_made_is_not_taken_for_one_of_other_options(
     workshop.make(medium := workshop.medium())
     said = refusal(workshop, medium, **more)
     assert "it was made with --backend tagged --key-bytes 16 --seal ecb, not with " in said
+
+
+class PowerCutError(Exception):
+    """The run ends here, with nothing taken back."""
+
+
+def cut(*_arguments: object, **_more: object) -> None:
+    raise PowerCutError
+
+
+def cut_at(
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[object, str],
+    workshop: Workshop,
+    medium: Path,
+    **more: object,
+) -> None:
+    """The command is cut where this function is called."""
+    with monkeypatch.context() as cutting, pytest.raises(PowerCutError):
+        cutting.setattr(*where, cut)
+        workshop.make(medium, **more)
+
+
+CUTS = {
+    "the key is in its file": (sealing, "seal"),
+    "the blob is there": (gpt, "make"),
+    "the medium is marked": (durable, "settle"),
+    "the blob is settled": (keystore, "settle_recovery"),
+    "the filesystem is made": (mkfs, "make"),
+    "the label is written": (gpt, "rename"),
+}
+
+
+@pytest.mark.parametrize("when", CUTS)
+def test_cut_as_soon_as_anything_is_done_the_same_command_completes_it_with_its_recovery_key(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, CUTS[when], workshop, medium, recovery_file=file)
+    written = file.read_bytes()
+    made = workshop.make(medium, recovery_file=file)
+    assert (made.recovery_file, file.read_bytes()) == (file, written)
+    assert base64.b64decode(file.read_text().rpartition("key = ")[2]) == workshop.key()
+    used = f"the key is that in {file}, of a run that was interrupted"
+    assert (used in made.notes) is (when in {"the key is in its file", "the blob is there"})
+    assert {p.name for p in workshop.folder.iterdir() if p.name.startswith(".")} == set()
+    assert [p.name for p in workshop.blobs.iterdir()] == [workshop.blob.name]
+
+
+def planted(workshop: Workshop, file: Path) -> None:
+    """A recovery file of the label that somebody has put there, who knows the key."""
+    about = recovery.About(LABEL, "capi:tk(cbc(aes))-plain", 512, "ext4", "planted")
+    head = recovery.head(about, file.name, 16)
+    file.write_bytes(head + b"key = " + base64.b64encode(b"0123456789abcdef") + b"\n")
+    file.chmod(0o600)
+    workshop.blobs.mkdir(mode=0o700)
+
+
+def test_the_key_of_a_file_that_no_run_has_left_is_not_used(workshop: Workshop) -> None:
+    planted(workshop, workshop.recovery)
+    said = refusal(workshop, workshop.medium(), recovery_file=workshop.recovery)
+    assert f"write {workshop.recovery}: it exists, and is not of a run that was" in said
+
+
+@pytest.mark.parametrize("fault", ["owner", "mode", "link"])
+def test_a_recovery_file_that_is_not_roots_alone_is_refused_however_it_came(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+    if fault == "owner":
+        os.chown(file, 1000, 0)
+    elif fault == "mode":
+        file.chmod(0o640)
+    else:
+        file.rename(workshop.folder / "elsewhere")
+        file.symlink_to("elsewhere")
+    said = refusal(workshop, medium, recovery_file=file)
+    words = "it is a symbolic link; name" if fault == "link" else "others than root can read it"
+    assert f"read {file}: " in said
+    assert words in said

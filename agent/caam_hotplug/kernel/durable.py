@@ -80,7 +80,7 @@ def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> Non
         os.fsync(opened)
 
 
-def write_unsettled(opened: int, path: Path, content: bytes, mode: int) -> None:
+def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
     """As write, and its temporary name leads to it as well until it is settled.
 
     A file with both names was made by a run that has not settled it: nobody relies on it yet.
