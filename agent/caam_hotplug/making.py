@@ -4,14 +4,15 @@ What has been done so far is read off the blob directory and the medium, in this
 
     blob of the label           medium                       the next run
     none, or not settled yet    as it was, or half a table   begins anew
-    there                       marked as ours, unfinished   goes on with that blob
+    there                       marked for that very blob    goes on with it
     there                       the label, and a filesystem  finds it made
                                 under the blob's key
 
 A blob is on the disk before the medium is touched. It is not settled (it has a second, temporary
 name) until the medium bears the mark; so one that is not settled can be taken back, and one that is
 settled is never touched again. The mark is a partition with a type of its own and a name that no
-rule admits; to write the label in its place is the last act.
+rule admits, and says by its identifier which label, blob and recovery file the medium was begun
+with; to write the label in its place is the last act.
 
 A recovery file is written before the blob, and is not settled until the medium bears the mark. So
 one that is there is of a run that was interrupted, and its key is used, or it is left alone.
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4, uuid5
@@ -83,7 +85,7 @@ class _Stage(Enum):
     """How far the medium is."""
 
     OTHERS = "others"
-    ANOTHER = "begun with another label or recovery file"
+    ANOTHER = "begun with another label, key or recovery file"
     MARKED = "marked"
     MADE = "made"
 
@@ -109,7 +111,8 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
     with disks.held(disk) as hold:
         _remove_leftovers(disk)
         usage.require_unused(disk)
-        stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, _identifier(wish))
+        marks = _marks(wish.label, _identifier(wish), config.blob_directory)
+        stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, marks)
         if stage in {_Stage.OTHERS, _Stage.ANOTHER}:
             _require_blank(wish, disk, stage)
         _try_table(wish, disk, config.blob_directory)
@@ -144,22 +147,29 @@ def _identifier(wish: Wish) -> str | None:
         return identifier
 
 
-def _mark(label: str, identifier: str | None) -> UUID:
+def _mark(label: str, identifier: str | None, blob: blobs.Blob) -> UUID:
     """The identifier of a partition that is not finished: it says what it was begun with."""
-    return uuid5(MARK, label if identifier is None else f"{label} {identifier}")
+    file = [] if identifier is None else [identifier]
+    return uuid5(MARK, " ".join([label, *file, sha256(blob.content).hexdigest()]))
+
+
+def _marks(label: str, identifier: str | None, directory: Path) -> frozenset[UUID]:
+    """Those of a medium that was begun with the label's blob, if there is one to go on with."""
+    try:
+        blob = _blob_in(directory / f"{label}.bb")
+    except BlobError:  # it is told of when a key is made
+        return frozenset()
+    return frozenset({_mark(label, None, blob), _mark(label, identifier, blob)})
 
 
 def _stage(
-    entries: tuple[gpt.Entry, ...] | None, label: str, identifier: str | None
+    entries: tuple[gpt.Entry, ...] | None, label: str, marks: frozenset[UUID]
 ) -> tuple[_Stage, gpt.Entry | None]:
     """How far the medium is, by its partition table, and its one partition if it is ours."""
     if entries is not None and len(entries) == 1:
         identity = entries[0].identity
-        ours = {_mark(label, None), _mark(label, identifier)}
-        if identity.type == MARK and identity.uuid in ours:
-            return _Stage.MARKED, entries[0]
         if identity.type == MARK:
-            return _Stage.ANOTHER, entries[0]
+            return (_Stage.MARKED if identity.uuid in marks else _Stage.ANOTHER), entries[0]
         if (identity.type, identity.name) == (LINUX_DATA, label):
             return _Stage.MADE, entries[0]
     return _Stage.OTHERS, None
@@ -218,10 +228,11 @@ class _Making:
     def begun(self, marked: gpt.Entry | None) -> gpt.Entry:
         """The medium is marked as one that is not finished, and its blob is settled.
 
-        Raises: HotplugError if there is a blob already, and the medium was not begun with it.
+        Raises: HotplugError if there is a blob already, and the medium was not begun with it, or
+        with other options; BlobError.
         """
         wish, folder = self._wish, self._folder
-        if marked is not None and folder.has(wish.label):
+        if marked is not None:
             self._require_the_same(marked)
             self._settle()
             return marked
@@ -234,7 +245,8 @@ class _Making:
             blob = sealing.seal(wish.way, key, folder.path)
         folder.write(wish.label, blob, settled=False)
         self._tell("writing the partition table")
-        mark = gpt.Identity(MARKED_NAME, MARK, _mark(wish.label, identifier))
+        begun = _mark(wish.label, identifier, _blob_in(folder.file(wish.label)))
+        mark = gpt.Identity(MARKED_NAME, MARK, begun)
         entry = gpt.make(self._hold.writing(), self._disk.node, mark)
         self._settle()
         return entry
@@ -274,11 +286,17 @@ class _Making:
                 yield identifier, key
 
     def _require_the_same(self, marked: gpt.Entry) -> None:
-        """Raises: HotplugError if the medium was begun with other options."""
+        """Raises: HotplugError if the medium was begun with another key, or other options."""
         wish, file = self._wish, self._folder.file(self._wish.label)
-        anew = f"remove {shown(file)} to begin anew"
+        if marked.identity.uuid not in _marks(wish.label, _identifier(wish), self._folder.path):
+            # Only now nobody else is at work in the folder.
+            raise HotplugError(
+                f"go on with {self._disk.node}: its key was replaced meanwhile; try again"
+            )
+        anew = f"remove {shown(file)} and add --erase {self._disk.name} to begin anew"
         self._require_choices(f"go on with {self._disk.node}", "begun", f"use the same, or {anew}")
-        if wish.recovery_file is not None and marked.identity.uuid == _mark(wish.label, None):
+        without = _mark(wish.label, None, _blob_in(file))
+        if wish.recovery_file is not None and marked.identity.uuid == without:
             raise HotplugError(
                 f"go on with {self._disk.node}: it was begun without {shown(wish.recovery_file)}, "
                 f"and a blob does not tell its key; {anew}"

@@ -96,7 +96,7 @@ def test_a_medium_that_was_begun_goes_on_only_with_the_same_options(bench: Bench
     late = refused(bench, bench.node, "--label", LABEL, "--recovery-key", file)
     assert f"it was begun without {file}" in late
     other = refused(bench, bench.node, "--label", "other")
-    assert "a medium that is not finished, begun with another label or recovery file" in other
+    assert "a medium that is not finished, begun with another label, key or recovery file" in other
     assert bench.provision().status == 0
     bench.is_made()
 
@@ -111,15 +111,19 @@ def test_a_medium_that_was_begun_with_a_recovery_file_goes_on_only_with_that(
     assert bench.provision("--recovery-key", str(file), stop=stop).status == -signal.SIGKILL
     for options in ((), ("--recovery-key", str(other))):
         said = refused(bench, bench.node, "--label", LABEL, *options)
-        assert "begun with another label or recovery file" in said
+        assert "begun with another label, key or recovery file" in said
     assert bench.provision("--recovery-key", str(file)).status == 0
     assert opened_on_a_pc(bench, file) == "ext4"
 
 
-def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew(bench: Bench) -> None:
+def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew_if_it_may_be_erased(
+    bench: Bench,
+) -> None:
     assert bench.provision(stop=Stop(BEGUN, kill_self)).status == -signal.SIGKILL
     bench.blob.unlink()
-    assert bench.provision().status == 0
+    said = refused(bench, bench.node, "--label", LABEL)
+    assert "a medium that is not finished, begun with another label, key or recovery file" in said
+    assert bench.provision("--erase", bench.medium.disk.name).status == 0
     bench.is_made()
 
 

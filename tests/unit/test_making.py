@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug import keystore, recovery, sealing
+from caam_hotplug import keystore, making, recovery, sealing
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import durable, gpt, mkfs
 from caam_hotplug.sealing import Way
-from unit.workshop import LABEL, Workshop
+from unit.workshop import LABEL, Workshop, disk_of
 
 
 def refusal(workshop: Workshop, medium: Path, **more: object) -> str:
@@ -138,3 +138,63 @@ def test_a_recovery_file_that_is_not_roots_alone_is_refused_however_it_came(
     words = "it is a symbolic link; name" if fault == "link" else "others than root can read it"
     assert f"read {file}: " in said
     assert words in said
+
+
+def test_a_medium_that_was_begun_goes_on_with_its_own_blob_only(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium("begun.img")
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    workshop.blob.unlink()
+    workshop.make(workshop.medium("another.img"))
+    said = refusal(workshop, begun)
+    assert "a medium that is not finished, begun with another label, key or recovery file" in said
+
+
+def test_a_medium_that_was_begun_with_a_recovery_file_goes_on_with_its_own_blob_only(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, file = workshop.medium("begun.img"), workshop.recovery
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun, recovery_file=file)
+    workshop.blob.unlink()
+    workshop.make(workshop.medium("another.img"))
+    assert "begun with another label, key" in refusal(workshop, begun, recovery_file=file)
+
+
+def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew_if_it_may_be_erased(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    workshop.blob.unlink()
+    assert "a medium that is not finished" in refusal(workshop, begun)
+    workshop.make(begun, erase=disk_of(begun).name)
+    assert workshop.identity(begun).name == LABEL
+
+
+def test_a_medium_that_was_begun_says_with_which_options(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    anew = f"remove {workshop.blob} and add --erase {disk_of(begun).name} to begin anew"
+    said = refusal(workshop, begun, key_bytes=32)
+    assert "it was begun with --backend tagged --key-bytes 16 --seal ecb, not with" in said
+    assert said.endswith(anew)
+    said = refusal(workshop, begun, recovery_file=workshop.recovery)
+    assert f"it was begun without {workshop.recovery}" in said
+    assert said.endswith(anew)
+
+
+def test_a_blob_that_is_replaced_after_the_medium_was_looked_at_is_not_used(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    other = bytearray(workshop.blob.read_bytes())
+    other[30] ^= 1
+    monkeypatch.setattr(making, "_try_table", lambda *_: workshop.blob.write_bytes(other))
+    before = begun.read_bytes()
+    with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
+        workshop.make(begun)
+    assert begun.read_bytes() == before
