@@ -338,7 +338,7 @@ class _Making:
 
     @contextmanager
     def _mapped(self, entry: gpt.Entry) -> Iterator[str]:
-        """The device node of the partition's mapping.
+        """The device node of the partition's mapping. Raises: HotplugError for another medium.
 
         The mapping lies on the whole disk: the kernel need not know the partition yet.
         """
@@ -354,6 +354,9 @@ class _Making:
                 start=entry.start,
                 directory=self._folder.path,
             )
+            # The table has the disk open by now: should the medium change, it does not lead to
+            # the next one.
+            self._hold.require_same(self._hold.reading)
             devmapper.resume(name)
             mapping = devmapper.find(_dm_uuid(self._disk))
             if mapping is None:

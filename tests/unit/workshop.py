@@ -97,9 +97,16 @@ def disk_of(medium: Path) -> Volume:
     )
 
 
+class _Held(disks.Held):
+    """An image, which has neither device number nor medium."""
+
+    def require_same(self, opened: int) -> None:
+        assert opened >= 0
+
+
 @contextmanager
 def _held(disk: Volume) -> Iterator[disks.Held]:
-    hold = disks.Held(disk, os.open(disk.node, os.O_RDONLY))
+    hold = _Held(disk, os.open(disk.node, os.O_RDONLY))
     try:
         yield hold
     finally:

@@ -63,7 +63,7 @@ class Held:
     def writing(self) -> int:
         """A descriptor to write by, the same each time. What is written is on the medium at once.
 
-        Raises: KernelError.
+        Raises: KernelError; HotplugError if it is another medium by now.
         """
         if self._writing < 0:
             flags = os.O_RDWR | os.O_DSYNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -71,7 +71,20 @@ class Held:
                 self._writing = os.open(self.disk.node, flags)
             except OSError as error:
                 raise KernelError("open", self.disk.node, error.errno or 0) from error
+        self.require_same(self._writing)
         return self._writing
+
+    def require_same(self, opened: int) -> None:
+        """What is open is the disk, and the medium in it is the one that was found.
+
+        The node's name is the next disk's as soon as this one has gone. Raises: HotplugError.
+        """
+        number = _number(os.fstat(opened).st_rdev)
+        if number != self.disk.number or udev.present_id(self.disk.name) != self.disk.id:
+            raise HotplugError(
+                f"hold {self.disk.node}: its medium was changed meanwhile; nothing was written to "
+                "the one that is there now"
+            )
 
     def close(self) -> None:
         """The disk is let go; udevd hears of it if the disk could be written to.
@@ -99,11 +112,7 @@ def held(disk: Volume) -> Iterator[Held]:
     hold = Held(disk, opened)
     try:
         _lock(opened, disk)
-        if (
-            _number(os.fstat(opened).st_rdev) != disk.number
-            or udev.present_id(disk.name) != disk.id
-        ):
-            raise HotplugError(f"hold {disk.node}: its medium was changed meanwhile")
+        hold.require_same(opened)
         yield hold
     finally:
         hold.close()
