@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from caam_hotplug import config, sealing
     from caam_hotplug.rules import Rule
 
+_RELOAD_WITHIN_S: Final = 60.0
+"""Longer than an agent takes that is well; the medium is locked meanwhile."""
 FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
 
 _EXAMPLES: Final = """\
@@ -251,7 +253,7 @@ def _tell_agent() -> str:
         from caam_hotplug.operator import remote  # noqa: PLC0415  sdbus is an extra
 
         async def reload(agent: remote.Remote) -> None:
-            await agent.reload()
+            await agent.reload(_RELOAD_WITHIN_S)
 
         remote.run("tell the agent of the rule", reload)
     except (ImportError, HotplugError) as error:
@@ -283,22 +285,31 @@ class Progress:
             self._stream.flush()
 
 
+class _InterruptionError(KeyboardInterrupt):
+    """A signal that is to end the program. No error of a step's, so that no step goes on after it,
+    and asyncio lets it through."""
+
+
 @contextmanager
 def _interruptible(device: str) -> Iterator[None]:
-    """A signal that ends the program lets it take back its mapping and key first."""
+    """A signal that ends the program lets it take back its mapping and key first.
+
+    Raises: HotplugError then.
+    """
 
     def interrupted(number: int, _frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
-        raise HotplugError(
-            f"provision {shown(device)}: interrupted by {signal.Signals(number).name}; "
-            "the same command goes on"
-        )
+        raise _InterruptionError(signal.Signals(number).name)
 
     ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {each: signal.signal(each, interrupted) for each in ends}
     try:
         yield
+    except _InterruptionError as error:
+        raise HotplugError(
+            f"provision {shown(device)}: interrupted by {error}; the same command goes on"
+        ) from error
     finally:
         for each, action in before.items():
             signal.signal(each, action)

@@ -20,7 +20,7 @@ from caam_hotplug import names
 from caam_hotplug.bus import Service
 from caam_hotplug.errors import ConfigError, ConfigFault, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import Sectors, State, VolumeId
-from caam_hotplug.operator import listing
+from caam_hotplug.operator import listing, remote
 from caam_hotplug.operator.volume import ShownVolume
 from unit.volumes import STICK
 
@@ -244,6 +244,21 @@ async def test_a_request_may_take_longer_than_a_bus_call_usually_may(
         await asyncio.wait_for(waiting.wait(), 1.5)
     go_on.set()
     assert (await waiting.communicate())[0] == b"cartridge: safe to remove\n"
+
+
+async def test_a_reload_that_is_not_answered_in_time_is_given_up(
+    bus: PrivateBus, service: Service, agent: FakeAgent
+) -> None:
+    go_on = asyncio.Event()
+    agent.instead = go_on.wait  # type: ignore[assignment]
+
+    async def reload(asked: remote.Remote) -> None:
+        await asked.reload(0.5)
+
+    with pytest.raises(remote.NotRunningError, match="tell of the rule: the agent ended, or said"):
+        await asyncio.to_thread(remote.run, "tell of the rule", reload)
+    assert [asked[0] for asked in agent.asked] == ["reload"]
+    go_on.set()
 
 
 @pytest.mark.parametrize("command", [["status"], ["eject", "x"], ["reload"]], ids=lambda c: c[0])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from caam_hotplug import config, names, provision
 from caam_hotplug.cli import main
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import files
+from caam_hotplug.operator import remote
 from caam_hotplug.provision import Progress, rule_for
 from caam_hotplug.rules import Crypt
 from caam_hotplug.table import CIPHERS
@@ -163,3 +166,25 @@ def test_the_names_of_its_mappings_are_not_the_agents() -> None:
     rule = (Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules").read_text()
     (kept_off,) = [line for line in rule.splitlines() if names.DM_UUID_PREFIX in line]
     assert f"|{names.PROVISION_DM_UUID_PREFIX}*" in kept_off
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_agent_is_told_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+
+    def never_answered(_what: str, _work: object) -> None:
+        async def waiting() -> None:
+            asyncio.get_running_loop().call_soon(os.kill, os.getpid(), number)
+            await asyncio.sleep(60)
+
+        asyncio.run(waiting())
+
+    monkeypatch.setattr(remote, "run", never_answered)
+    with (
+        pytest.raises(HotplugError, match=f"/dev/sdb: interrupted by {number.name}; the same"),
+        provision._interruptible("/dev/sdb"),
+    ):
+        provision._tell_agent()
+    assert signal.getsignal(number) is before

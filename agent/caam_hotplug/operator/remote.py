@@ -82,9 +82,13 @@ class Remote:
         target = (names.BUS_NAME, volume.path, names.BUS_VOLUME)
         return await self._call(f"{self.what} {volume.called}", target, method, *arguments)
 
-    async def reload(self) -> list[str]:
-        """What the agent notes about its new configuration."""
-        self.connection.bus.method_call_timeout_usec = _FOR_EVER_US
+    async def reload(self, within_s: float | None = None) -> list[str]:
+        """What the agent notes about its new configuration.
+
+        Raises: NotRunningError if it has said nothing within that time, if one is given.
+        """
+        patience_us = _FOR_EVER_US if within_s is None else int(within_s * 1_000_000)
+        self.connection.bus.method_call_timeout_usec = patience_us
         return list(await self._call(self.what, MANAGER, "Reload"))
 
     async def _by_path(self) -> dict[str, ShownVolume]:
