@@ -10,8 +10,8 @@ What has been done so far is read off the blob directory and the medium, in this
 
 A blob is on the disk before the medium is touched. It is not settled (it has a second, temporary
 name) until the medium bears the mark; so one that is not settled can be taken back, and one that is
-settled is never touched again. The mark is a partition with a type of its own and a name that no
-rule admits, and says by its identifier which label, blob and recovery file the medium was begun
+settled is never touched again. The mark is a partition with a type of its own, which no rule
+admits, and says by its identifier which label, blob and recovery file the medium was begun
 with; to write the label in its place is the last act.
 
 A recovery file is written before the blob, and is not settled until the medium bears the mark. So
@@ -61,10 +61,10 @@ from caam_hotplug.wish import LINUX_DATA, Wish, advice, require_sense, write_rul
 Tell = Callable[[str], None]
 """Told of each step that begins."""
 
-MARK: Final = UUID("08852176-76a2-4897-9536-c3c5c588df44")
+MARK: Final = UUID(names.UNFINISHED_TYPE)
 """The partition type of a medium that is not finished, and the namespace of its identifiers."""
 MARKED_NAME: Final = "(caam-hotplug: not finished)"
-"""A label with blanks and parentheses: no rule that uses labels admits it."""
+"""A label for people, with blanks and parentheses; by the type no rule admits it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,9 @@ PROVISION_DM_UUID_PREFIX: Final = "CAAM-PROVISION-"
 """Another than the agent's, which would adopt or sweep it; the disk's sequence number follows."""
 PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
 
+UNFINISHED_TYPE: Final = "08852176-76a2-4897-9536-c3c5c588df44"
+"""The partition type of a medium that `provision` has begun and not finished."""
+
 DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
 DOCTOR_DM_PREFIX: Final = "caam-doctor-"
 DOCTOR_KEY_PREFIX: Final = "caam-doctor:"

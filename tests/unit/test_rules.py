@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -246,6 +247,17 @@ def test_the_built_in_rule_leaves_everything_else_untouched(
 def test_a_device_that_the_board_keeps_us_off_meets_no_rule() -> None:
     refused = decide((Rule(name="all"),), stick(opted_out=True))
     assert str(refused) == "udev's property CAAM_HOTPLUG is 0"
+
+
+@pytest.mark.parametrize("as_written", [str.lower, str.upper])
+def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
+    as_written: Callable[[str], str],
+) -> None:
+    by_serial = KeySource(blob=Template("{serial}.bb"))
+    rule = Rule(name="by serial", key=by_serial, mount=MountWish(name=Template("{serial}")))
+    begun = stick(serial="ABC", parttype=as_written("08852176-76a2-4897-9536-c3c5c588df44"))
+    refused = decide((rule,), begun)
+    assert str(refused) == "it is not finished; run the same `provision` again"
 
 
 def test_an_ignoring_rule_keeps_later_rules_from_the_volume() -> None:
