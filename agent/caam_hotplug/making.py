@@ -56,7 +56,14 @@ from caam_hotplug.kernel import (
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle import backends
 from caam_hotplug.model import SecretBytes, Volume
-from caam_hotplug.wish import LINUX_DATA, Wish, advice, require_sense, write_rule
+from caam_hotplug.wish import (
+    LINUX_DATA,
+    Wish,
+    advice,
+    require_rule_decides,
+    require_sense,
+    write_rule,
+)
 
 Tell = Callable[[str], None]
 """Told of each step that begins."""
@@ -115,6 +122,7 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
         stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, marks)
         if stage in {_Stage.OTHERS, _Stage.ANOTHER}:
             _require_blank(wish, disk, stage)
+        require_rule_decides(wish, config, disk)
         _try_table(wish, disk, config.blob_directory)
         with keystore.folder(config.blob_directory) as folder:
             making = _Making(wish, hold, folder, tell)

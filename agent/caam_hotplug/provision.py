@@ -233,6 +233,7 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         way=way,
         recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
         rule_file=drop_in if parsed.rule else None,
+        config_file=file,
         erase=parsed.erase,
     )
     with _interruptible(parsed.device), Progress(sys.stderr) as progress:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from caam_hotplug import blobs, recovery, sealing, table
-from caam_hotplug.config import Config
+from caam_hotplug import blobs, names, recovery, sealing, table
+from caam_hotplug.config import Config, load
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.kernel import durable, files, mkfs, paths, udev
 from caam_hotplug.model import SECTOR_BYTES, DevType, KeyReference, Volume, VolumeId
-from caam_hotplug.rules import BUILT_IN, Admitted, Rule, decide
+from caam_hotplug.rules import BUILT_IN, Admitted, Refused, Rule, decide
 
 LINUX_DATA: Final = UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
 """The partition type of a medium that is made."""
@@ -36,6 +36,8 @@ class Wish:
     """Where the recovery file is to be."""
     rule_file: Path | None = None
     """Where the drop-in is to be."""
+    config_file: Path = names.CONFIG_FILE
+    """The configuration that the drop-in is read with."""
     erase: str | None = None
     """The kernel's name of the disk whose content may be lost."""
 
@@ -147,28 +149,53 @@ def write_rule(wish: Wish, config: Config) -> Iterator[str]:
         )
 
 
+def require_rule_decides(wish: Wish, config: Config, disk: Volume) -> None:
+    """Raises: HotplugError if the drop-in that is wished for would not open the medium.
+
+    Another rule may be asked before it: drop-ins are asked in the order of their names.
+    """
+    if wish.rule_file is None:
+        return
+    rules = load(wish.config_file, _WithDropIn(wish.rule_file, wish.rule_text), required=False).rule
+    match decide(rules, _partition_of(wish, config, disk)):
+        case Admitted(rule=rule, blob=blob):
+            differs = _differences(wish, rule, blob)
+            why = f"would not open the medium, which has another {' and another '.join(differs)}"
+        case Refused(reasons=((name, matches),)) if name:
+            rule, differs, why = next(r for r in rules if r.name == name), [name], matches
+        case _:  # udev keeps the agent off the disk, whatever a rule says
+            return
+    if differs:
+        raise HotplugError(
+            f"write {shown(wish.rule_file)}: rule {rule.name!r} is asked before it and {why}; "
+            "narrow that rule, or put it into a drop-in whose name sorts after this one"
+        )
+
+
+class _WithDropIn:
+    """The configuration's files as they will be with the drop-in among them."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        self._file = file
+        self._text = text
+        self._there = files.RootsFiles()
+
+    def read(self, file: Path) -> bytes:
+        return self._text.encode() if file == self._file else self._there.read(file)
+
+    def names(self, folder: Path) -> list[str]:
+        found = self._there.names(folder)
+        return [*{*found, self._file.name}] if folder == self._file.parent else found
+
+
 def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
     """What to do if the rules that are in force will not open the medium."""
     if wish.rule_file is not None:
         return
-    partition = replace(
-        _as_udev_has_it(disk, config),
-        id=VolumeId(disk.id.diskseq, 1),
-        devtype=DevType.PARTITION,
-        partlabel=wish.label,
-        parttype=str(LINUX_DATA),
-    )
     remedy = "the same command with --rule writes one that does"
-    match decide(config.rule, partition):
+    match decide(config.rule, _partition_of(wish, config, disk)):
         case Admitted(rule=rule, blob=blob):
-            differs = [
-                *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
-                *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
-                *(["offset"] if rule.crypt.offset else []),
-                *(["iv_offset"] if rule.crypt.iv_offset else []),
-                *(["filesystems"] if wish.filesystem not in rule.mount.filesystems else []),
-                *(["blob"] if blob != f"{wish.label}.bb" else []),
-            ]
+            differs = _differences(wish, rule, blob)
             if differs:
                 yield (
                     f"rule {rule.name!r} will not open it: the medium has another "
@@ -176,6 +203,29 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
                 )
         case refused:
             yield f"no rule admits it ({refused}); {remedy}"
+
+
+def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
+    """In which of its keys the rule is not one for the medium."""
+    return [
+        *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
+        *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
+        *(["offset"] if rule.crypt.offset else []),
+        *(["iv_offset"] if rule.crypt.iv_offset else []),
+        *(["filesystems"] if wish.filesystem not in rule.mount.filesystems else []),
+        *(["blob"] if blob != f"{wish.label}.bb" else []),
+    ]
+
+
+def _partition_of(wish: Wish, config: Config, disk: Volume) -> Volume:
+    """The partition as the agent will see it."""
+    return replace(
+        _as_udev_has_it(disk, config),
+        id=VolumeId(disk.id.diskseq, 1),
+        devtype=DevType.PARTITION,
+        partlabel=wish.label,
+        parttype=str(LINUX_DATA),
+    )
 
 
 def _as_udev_has_it(disk: Volume, config: Config) -> Volume:

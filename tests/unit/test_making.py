@@ -198,3 +198,36 @@ def test_a_blob_that_is_replaced_after_the_medium_was_looked_at_is_not_used(
     with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
         workshop.make(begun)
     assert begun.read_bytes() == before
+
+
+ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
+DECIDING = {
+    "cipher": ("and would not open the medium, which has another cipher;", ALL),
+    "blob": ("which has another blob;", ALL + 'key = { blob = "all.bb" }\n'),
+    "ignore": ("and matches, and its action is ignore;", ALL + 'action = "ignore"\n'),
+}
+PLAIN64 = "capi:tk(cbc(aes))-plain64"
+
+
+@pytest.mark.parametrize("why", DECIDING)
+def test_a_rule_that_would_never_decide_is_not_written(workshop: Workshop, why: str) -> None:
+    words, text = DECIDING[why]
+    cipher = {"cipher": PLAIN64} if why == "cipher" else {}
+    workshop.drop_in("10-all.toml", text)
+    file = workshop.drop_in(f"{LABEL}.toml")
+    said = refusal(workshop, workshop.medium(), rule_file=file, **cipher)
+    assert said.startswith(f"write {file}: rule 'others' is asked before it ")
+    assert words in said
+
+
+def test_a_rule_that_is_asked_first_or_opens_the_medium_too_is_no_hindrance(
+    workshop: Workshop,
+) -> None:
+    file = workshop.drop_in(f"{LABEL}.toml")
+    workshop.drop_in("x-all.toml", ALL)
+    workshop.make(workshop.medium(), rule_file=file, cipher=PLAIN64)
+    assert PLAIN64 in file.read_text()
+    workshop.drop_in("10-all.toml", ALL.replace("others", "all"))
+    same = workshop.drop_in("plain.toml")
+    workshop.make(workshop.medium("other.img"), rule_file=same, label="plain")
+    assert same.exists()

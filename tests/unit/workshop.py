@@ -61,10 +61,19 @@ class Workshop:
             device=str(medium),
             rule=rule,
             rule_text=text,
+            config_file=self.config_file,
             **{"key_bytes": 16, "way": Way(backend="tagged"), **more},
         )
         loaded = config.load(self.config_file, files.RootsFiles())
         return making.provision(wished, loaded, self.steps.append, self.announce)
+
+    def drop_in(self, name: str, text: str = "") -> Path:
+        """A file of that name among the rules, which is there if it has a text."""
+        file = self.folder / "rules.d" / name
+        if text:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+        return file
 
     def announce(self) -> str:
         """What is done when a rule was written."""
