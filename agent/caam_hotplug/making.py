@@ -97,7 +97,7 @@ class _Stage(Enum):
     MADE = "made"
 
 
-def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str]) -> Made:
+def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], list[str]]) -> Made:
     """The medium is labelled, encrypted under a blob of this board, and has a filesystem.
 
     `announce` has a running agent read a new rule, and says what came of that. It is called while
@@ -135,7 +135,7 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], str
                 making.format(making.begun(entry if stage is _Stage.MARKED else None))
             notes = [*making.notes, *write_rule(wish, config), *advice(wish, config, disk)]
             if wish.rule_file is not None:
-                notes.append(announce())
+                notes += announce()
             making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
         return Made(
             partition=_partition_node(disk),

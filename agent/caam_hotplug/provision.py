@@ -237,7 +237,7 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         erase=parsed.erase,
     )
     with _interruptible(parsed.device), Progress(sys.stderr) as progress:
-        made = making.provision(wished, loaded, progress.tell, _tell_agent)
+        made = making.provision(wished, loaded, progress.tell, _announcing(file))
     how = "was made before; nothing was erased" if made.was_made_before else "is made"
     print(f"{made.partition}: {parsed.label} {how}; its key is in {made.blob}")
     if made.recovery_file is not None:
@@ -248,18 +248,32 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
     return 0
 
 
-def _tell_agent() -> str:
+def _announcing(file: Path) -> Callable[[], list[str]]:
+    """Has the agent read a new rule of this configuration; in words, what came of that."""
+    if file == names.CONFIG_FILE:
+        return _tell_agent
+    # Who runs with another file is not to be found out: the bus has one agent.
+    return lambda: [
+        f"an agent that runs with --config {shown(file)} reads the rule at its start, or by "
+        f"{names.PROGRAM} reload; the installed one does not"
+    ]
+
+
+def _tell_agent() -> list[str]:
     """The running agent, if there is one, has read the new rule; in words, what came of that."""
+    notices: list[str] = []
     try:
         from caam_hotplug.operator import remote  # noqa: PLC0415  sdbus is an extra
 
         async def reload(agent: remote.Remote) -> None:
-            await agent.reload(_RELOAD_WITHIN_S)
+            notices.extend(await agent.reload(_RELOAD_WITHIN_S))
 
         remote.run("tell the agent of the rule", reload)
     except (ImportError, HotplugError) as error:
-        return f"{error}; an agent reads the rule at its start, or by systemctl reload caam-hotplug"
-    return "the running agent has read the rule"
+        return [
+            f"{error}; an agent reads the rule at its start, or by systemctl reload caam-hotplug"
+        ]
+    return ["the running agent has read the rule", *notices]
 
 
 class Progress:

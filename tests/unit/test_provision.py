@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import signal
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,34 @@ def test_a_signal_while_the_agent_is_told_ends_the_command(
     ):
         provision._tell_agent()
     assert signal.getsignal(number) is before
+
+
+class Agent:
+    """Stands for the running agent, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.reloads = 0
+
+    def run(self, _what: str, work: Callable[[Agent], Coroutine[None, None, None]]) -> None:
+        asyncio.run(work(self))
+
+    async def reload(self, _within_s: float) -> list[str]:
+        self.reloads += 1
+        return ["blob_directory: at the next start"]
+
+
+def test_what_the_agent_notes_about_the_new_rule_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "run", Agent().run)
+    assert provision._announcing(names.CONFIG_FILE)() == [
+        "the running agent has read the rule",
+        "blob_directory: at the next start",
+    ]
+
+
+def test_the_installed_agent_is_not_said_to_have_read_anothers_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote, "run", (agent := Agent()).run)
+    (note,) = provision._announcing(Path("/root/my.toml"))()
+    assert note.startswith("an agent that runs with --config /root/my.toml reads the rule at its")
+    assert agent.reloads == 0

@@ -75,9 +75,9 @@ class Workshop:
             file.write_text(text)
         return file
 
-    def announce(self) -> str:
+    def announce(self) -> list[str]:
         """What is done when a rule was written."""
-        return "announced"
+        return ["announced"]
 
     def identity(self, medium: Path) -> gpt.Identity:
         """What the medium's one partition says of itself."""
