@@ -9,9 +9,13 @@ SYSCONFDIR = /etc
 BINDIR = $(PREFIX)/bin
 HOMEDIR = $(PREFIX)/lib/caam-hotplug
 DATADIR = $(PREFIX)/share
-UNITDIR = $(PREFIX)/lib/systemd/system
-SYSUSERSDIR = $(PREFIX)/lib/sysusers.d
-UDEVDIR = $(PREFIX)/lib/udev/rules.d
+# Whoever reads these looks in places of its own: systemd and udevd below /usr, /usr/local and /etc,
+# dbus-daemon below /usr and /etc only.
+SYSTEMDIR = $(if $(filter /usr /usr/local,$(PREFIX)),$(PREFIX)/lib,$(SYSCONFDIR))
+UNITDIR = $(SYSTEMDIR)/systemd/system
+SYSUSERSDIR = $(SYSTEMDIR)/sysusers.d
+UDEVDIR = $(SYSTEMDIR)/udev/rules.d
+DBUSDIR = $(if $(filter /usr,$(PREFIX)),$(DATADIR),$(SYSCONFDIR))/dbus-1/system.d
 # It must sort before device-mapper's own: 55-dm.rules on Debian, 10-dm.rules elsewhere.
 UDEV_RULE = 50-caam-hotplug.rules
 ZSHDIR = $(DATADIR)/zsh/site-functions
@@ -30,7 +34,7 @@ FILES = \
   $(call as,$(UDEVDIR)/$(UDEV_RULE),rules/50-caam-hotplug.rules) \
   $(call as,$(SYSUSERSDIR)/caam-hotplug.conf,config/sysusers.conf) \
   $(call into,$(DATADIR)/caam-hotplug,config/agent.toml) \
-  $(call into,$(DATADIR)/dbus-1/system.d,config/org.*.conf) \
+  $(call into,$(DBUSDIR),config/org.*.conf) \
   $(call into,$(DATADIR)/dbus-1/system-services,config/org.*.service) \
   $(call into,$(DATADIR)/dbus-1/interfaces,config/org.*.xml) \
   $(call into,$(DATADIR)/polkit-1/actions,config/org.*.policy) \

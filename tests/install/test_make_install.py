@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from install.tree import AGENT, REPOSITORY, copied_to, files_below, version
 
 HOME: Final = "usr/lib/caam-hotplug"
@@ -86,6 +88,29 @@ def test_under_another_prefix_the_service_starts_the_program_there(tmp_path: Pat
     unit = (tmp_path / "usr/local/lib/systemd/system/caam-hotplug.service").read_text()
     assert "ExecStart=/usr/local/bin/caam-hotplug run" in unit
     assert "/usr/bin/" not in unit
+
+
+READ_BY_OTHERS: Final = {
+    "/usr": ("usr/lib", "usr/share"),
+    "/usr/local": ("usr/local/lib", "etc"),
+    "/opt/caam": ("etc", "etc"),
+}
+"""Where systemd and udevd, and dbus-daemon, look for what is installed below such a prefix."""
+
+
+@pytest.mark.parametrize("prefix", READ_BY_OTHERS)
+def test_what_others_read_is_where_they_look_for_it(tmp_path: Path, prefix: str) -> None:
+    make("install", tmp_path, f"PREFIX={prefix}")
+    system, bus = READ_BY_OTHERS[prefix]
+    assert files_below(tmp_path) >= {
+        f"{system}/systemd/system/caam-hotplug.service",
+        f"{system}/systemd/system/caam-hotplug.socket",
+        f"{system}/sysusers.d/caam-hotplug.conf",
+        f"{system}/udev/rules.d/50-caam-hotplug.rules",
+        f"{bus}/dbus-1/system.d/org.caamhotplug1.conf",
+    }
+    make("uninstall", tmp_path, f"PREFIX={prefix}")
+    assert files_below(tmp_path) == {CONFIGURATION}
 
 
 def test_an_installation_leaves_a_configuration_alone(tmp_path: Path) -> None:
