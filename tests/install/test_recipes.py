@@ -20,6 +20,7 @@ OURS: Final = LAYER / f"recipes-core/caam-hotplug/caam-hotplug_{version()}.bb"
 PACKAGES: Final = {
     "python3-asyncio": {"asyncio", "concurrent"},
     "python3-compression": {"gzip"},
+    "python3-crypt": {"hashlib"},
     "python3-ctypes": {"ctypes"},
     "python3-datetime": {"datetime"},
     "python3-difflib": {"difflib"},

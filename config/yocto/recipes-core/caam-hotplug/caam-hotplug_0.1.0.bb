@@ -47,6 +47,7 @@ RDEPENDS:${PN} = " \
     python3-asyncio \
     python3-compression \
     python3-core \
+    python3-crypt \
     python3-ctypes \
     python3-difflib \
     python3-fcntl \
