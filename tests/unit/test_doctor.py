@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -602,6 +603,23 @@ def test_every_fault_of_the_configuration_is_a_line(roots_folder: Path) -> None:
     faults = list(agent.configuration(site))
     assert [v.status for v in faults] == [Status.FAILURE] * 2
     assert f"{file}: mount_rot: is not a key here" in faults[1].found
+
+
+def test_with_a_faulty_configuration_nothing_is_said_of_what_it_configures(
+    roots_folder: Path,
+) -> None:
+    file = roots_folder / "agent.toml"
+    file.write_text('blob_directory = "/srv/keys"\nmount_rot = "/media"\n')
+    site = replace(examination._site(file), root=roots_folder)
+    told = [(f.check, f.verdict) for f in examination.findings(site)]
+    unknown = {check for check, v in told if v.found == "the configuration cannot be read, see its "
+               "line" and v.status is Status.UNKNOWN and not v.remedy}  # fmt: skip
+    assert unknown == {
+        "ciphers", "blob-directory", "blobs", "mount-root", "udevd", "udev-rule",
+        "mount-propagation", "fixed-tables",
+    }  # fmt: skip
+    assert [check for check, v in told if "/data/caam" in f"{v.found}{v.remedy}"] == []
+    assert "configuration" in {check for check, v in told if v.status is Status.FAILURE}
 
 
 def test_a_configuration_that_was_named_must_be_there(roots_folder: Path) -> None:

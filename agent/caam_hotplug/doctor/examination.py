@@ -26,6 +26,8 @@ class Check:
     """For programs; it does not change."""
     subject: str
     look: Callable[[Site], Iterator[Verdict]]
+    of_what_is_configured: bool = False
+    """Whether it looks where the configuration says; without one that would be elsewhere."""
 
 
 CHECKS: Final = (
@@ -38,25 +40,36 @@ CHECKS: Final = (
     Check("caam-job-rings", "CAAM job rings", chip.job_rings),
     Check("caam-state", "CAAM state", chip.security_state),
     Check("caam-algorithms", "CAAM algorithms", chip.of_the_caam),
-    Check("ciphers", "cipher", chip.ciphers),
+    Check("ciphers", "cipher", chip.ciphers, of_what_is_configured=True),
     Check("known-answer", "known answer", trial.round_trip),
     Check("configuration", "configuration", agent.configuration),
-    Check("blob-directory", "blob directory", agent.blob_directory),
-    Check("blobs", "blobs", agent.blobs),
-    Check("mount-root", "mount root", agent.mount_root),
-    Check("udevd", "udevd", surroundings.udevd),
-    Check("udev-rule", "udev rule", surroundings.udev_rule),
-    Check("mount-propagation", "mount propagation", surroundings.propagation),
+    Check("blob-directory", "blob directory", agent.blob_directory, of_what_is_configured=True),
+    Check("blobs", "blobs", agent.blobs, of_what_is_configured=True),
+    Check("mount-root", "mount root", agent.mount_root, of_what_is_configured=True),
+    Check("udevd", "udevd", surroundings.udevd, of_what_is_configured=True),
+    Check("udev-rule", "udev rule", surroundings.udev_rule, of_what_is_configured=True),
+    Check(
+        "mount-propagation",
+        "mount propagation",
+        surroundings.propagation,
+        of_what_is_configured=True,
+    ),
     Check("automounters", "other automounters", surroundings.automounters),
-    Check("fixed-tables", "fstab, crypttab", surroundings.fixed_tables),
+    Check("fixed-tables", "fstab, crypttab", surroundings.fixed_tables, of_what_is_configured=True),
     Check("service", "service", agent.service),
     Check("sockets", "sockets", agent.sockets),
 )
 
 
+_NOT_CONFIGURED: Final = "the configuration cannot be read, see its line"
+
+
 def findings(site: Site) -> Iterator[Finding]:
     """What every check has found, as it is found."""
     for check in CHECKS:
+        if check.of_what_is_configured and site.config_faulty:
+            yield Finding(check.name, check.subject, unknown(_NOT_CONFIGURED))
+            continue
         try:
             for verdict in check.look(site):
                 yield Finding(check.name, check.subject, verdict)
@@ -93,12 +106,14 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def _site(file: Path | None) -> Site:
-    """The site, with the configuration as far as it can be read, whoever could have written it."""
+    """The site, with its configuration if that can be read, whoever could have written it."""
     where = names.CONFIG_FILE if file is None else file.absolute()
-    loaded = config.Config()
-    with suppress(ConfigError):  # the check of the configuration names its faults
-        loaded = config.load(where, files.AnyonesFiles(), required=file is not None)
-    return Site(loaded, where, file is not None)
+    required = file is not None
+    try:
+        loaded = config.load(where, files.AnyonesFiles(), required=required)
+    except ConfigError:  # the check of the configuration names its faults
+        return Site(config.Config(), where, required, config_faulty=True)
+    return Site(loaded, where, required)
 
 
 def page_for(out: TextIO) -> report.Page:

@@ -83,7 +83,7 @@ def _options(site: Site) -> Iterator[_Option]:
         yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_CRYPTO_API",), _says(crypto, "-aes-caam\n"))
         yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM_TK_API",), _says(crypto, ": tk(cbc(aes))\n"))
     wanted = sorted({kind for rule in site.config.rule for kind in rule.mount.filesystems})
-    if wanted:
+    if wanted and not site.config_faulty:
         yield _Option(
             tuple(f"CONFIG_{kind.upper()}_FS" for kind in wanted),
             lambda site: not site.filesystems().isdisjoint(wanted),

@@ -41,9 +41,11 @@ class Site:
     """Where doctor looks."""
 
     config: Config
-    """What is configured, as far as it can be read."""
+    """What is configured; the defaults if that cannot be read."""
     config_file: Path = names.CONFIG_FILE
     config_required: bool = False
+    config_faulty: bool = False
+    """Whether it cannot be read: then nobody knows where things should be."""
     root: Path = Path("/")
     release: str = field(default_factory=lambda: os.uname().release)
     """The running kernel's."""
