@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -51,6 +52,45 @@ def test_a_name_that_is_taken_stays_what_it_is(
         write(opened, taken, b"content", 0o600)  # type: ignore[operator]
     assert taken.lstat() == before
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def fat(file: int, _mode: int) -> None:
+    """What becomes of a mode there (fat_sanitize_mode of the kernel)."""
+    os.chmod(file, 0o755)
+
+
+def squashed(file: int, mode: int) -> None:
+    """What becomes of root on some network filesystems."""
+    os.chmod(file, mode)
+    os.chown(file, 65534, 65534)
+
+
+@pytest.mark.parametrize("write", [durable.write, durable.write_unsettled])
+@pytest.mark.parametrize("kept", [fat, squashed])
+def test_a_secret_is_not_written_where_others_could_read_it(
+    opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: object, kept: object
+) -> None:
+    monkeypatch.setattr(os, "fchmod", kept)
+    with pytest.raises(HotplugError, match=r"secret: the filesystem there keeps no owners and mod"):
+        write(opened, tmp_path / "secret", b"secret", 0o600)  # type: ignore[operator]
+    assert os.listdir(tmp_path) == []
+    durable.write(opened, tmp_path / "rule", b"no secret", 0o644)
+    assert os.listdir(tmp_path) == ["rule"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.EPERM, "has no hard links"), (errno.EIO, "Input/output error")]
+)
+def test_where_there_are_no_second_names_nothing_unsettled_is_left(
+    opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def link(*_names: str, **_folders: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(HotplugError, match=words):
+        durable.write_unsettled(opened, tmp_path / "blob", b"blob", 0o600)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_a_killed_run_has_left_is_no_hindrance(opened: int, tmp_path: Path) -> None:

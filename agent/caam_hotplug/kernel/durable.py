@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.kernel import cbind, paths
 
 _RENAME_NOREPLACE: Final = 1
+_FOR_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -72,10 +74,11 @@ def exists(opened: int, name: str) -> bool:
 def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
     """The new file has this content, on the disk. `path` is in the open directory.
 
-    Raises: HotplugError if the name is taken; KernelError.
+    Raises: HotplugError if the name is taken, or if the mode is to keep it from others and the
+    filesystem knows no modes; KernelError.
     """
     with _naming("write", path):
-        _write_temporary(opened, path.name, content, mode)
+        _write_temporary(opened, path, content, mode)
         _rename(opened, path)
         os.fsync(opened)
 
@@ -84,14 +87,23 @@ def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: i
     """As write, and its temporary name leads to it as well until it is settled.
 
     A file with both names was made by a run that has not settled it: nobody relies on it yet.
+    Raises: as write; HotplugError if the filesystem has no hard links.
     """
     with _naming("write", path):
-        _write_temporary(opened, path.name, content, mode)
+        _write_temporary(opened, path, content, mode)
         try:
             os.link(temporary(path.name), path.name, src_dir_fd=opened, dst_dir_fd=opened)
-        except FileExistsError as error:
+        except OSError as error:
             os.unlink(temporary(path.name), dir_fd=opened)
-            raise _taken(path) from error
+            if error.errno == errno.EEXIST:
+                raise _taken(path) from error
+            if error.errno == errno.EPERM:  # link(2)
+                raise HotplugError(
+                    f"write {shown(path)}: the filesystem there has no hard links, by which a run "
+                    "that is interrupted is known; write it to another place, such as /root, and "
+                    "move it"
+                ) from error
+            raise
         os.fsync(opened)
 
 
@@ -121,12 +133,15 @@ def discard_unsettled(opened: int, path: Path) -> None:
             os.fsync(opened)
 
 
-def _write_temporary(opened: int, name: str, content: bytes | bytearray, mode: int) -> None:
+def _write_temporary(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
+    name = temporary(path.name)
     with suppress(FileNotFoundError):  # left by a run that was killed
-        os.unlink(temporary(name), dir_fd=opened)
-    file = os.open(temporary(name), _NEW, 0o600, dir_fd=opened)
+        os.unlink(name, dir_fd=opened)
+    file = os.open(name, _NEW, 0o600, dir_fd=opened)
     try:
         os.fchmod(file, mode)
+        if not mode & _FOR_OTHERS:
+            _require_kept_from_others(file, path)
         written = 0
         with memoryview(content) as view:
             while written < len(view):
@@ -134,10 +149,20 @@ def _write_temporary(opened: int, name: str, content: bytes | bytearray, mode: i
         os.fsync(file)
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary(name), dir_fd=opened)
+            os.unlink(name, dir_fd=opened)
         raise
     finally:
         os.close(file)
+
+
+def _require_kept_from_others(file: int, path: Path) -> None:
+    """Raises: HotplugError if others can read the file, since its mode was not taken, as by FAT."""
+    status = os.fstat(file)
+    if status.st_mode & _FOR_OTHERS or status.st_uid != os.geteuid():
+        raise HotplugError(
+            f"write {shown(path)}: the filesystem there keeps no owners and modes, so others could "
+            "read it; write it to another place, such as /root, and move it"
+        )
 
 
 def _rename(opened: int, path: Path) -> None:
