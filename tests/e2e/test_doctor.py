@@ -128,7 +128,7 @@ mv /usr/lib/udev/rules.d/50-caam-hotplug.rules /root
 echo 'ACTION=="add", SUBSYSTEM=="block", RUN+="/etc/udev/scripts/mount.sh"' \
   > /etc/udev/rules.d/automount.rules
 mkdir -p /etc/caam-hotplug
-echo 'mount_rot = "/media"' > /etc/caam-hotplug/agent.toml
+echo 'log_level = "info"' > /etc/caam-hotplug/agent.toml; chmod go+w /etc/caam-hotplug/agent.toml
 echo '[Unit]' > /etc/systemd/system/udisks2.service
 echo 'PARTLABEL=cartridge-01 /mnt ext4 noauto 0 0' > /etc/fstab
 echo 'secret /dev/disk/by-partlabel/cartridge-01 none' > /etc/crypttab
@@ -157,8 +157,9 @@ async def test_what_is_wrong_in_files_and_mounts_is_named_line_by_line(guest: Gu
         "fixed-tables": "warning",
         "service": "warning",
     }
-    assert report.one("configuration")[1].endswith(
-        "/etc/caam-hotplug/agent.toml: mount_rot: is not a key here; did you mean 'mount_root'?"
+    assert (
+        "/etc/caam-hotplug/agent.toml: can be written by others than root"
+        in report.one("configuration")[1]
     )
     assert "mode 0755" in report.one("blob-directory")[1]
     damaged, foreign, strangers, others = report.of("blobs")
@@ -228,6 +229,19 @@ async def test_a_board_without_caam_cipher_and_library_is_told_so(guest: Guest) 
     assert report.one("automounters")[0] == "ok"
 
 
+async def test_with_a_mistake_in_the_configuration_nothing_is_said_of_what_it_configures(
+    guest: Guest, agent: InstalledAgent
+) -> None:
+    await agent.configure('mount_rot = "/media"\n')
+    report = await examined(guest)
+    assert report.status == 1
+    assert report.one("configuration")[1].endswith(
+        "/etc/caam-hotplug/agent.toml: mount_rot: is not a key here; did you mean 'mount_root'?"
+    )
+    for check in ("blob-directory", "blobs", "mount-root", "udevd", "udev-rule", "fixed-tables"):
+        assert report.one(check) == ("unknown", "the configuration cannot be read, see its line")
+
+
 NO_KERNEL = """
 echo 'install dm-crypt /bin/false' > /etc/modprobe.d/no-crypt.conf
 modprobe -r dm_crypt
@@ -290,8 +304,10 @@ async def test_a_service_that_mounts_for_itself_alone_is_found_out(
 async def test_a_service_that_failed_a_socket_that_is_missing_and_no_udevd(
     guest: Guest, agent: InstalledAgent
 ) -> None:
-    await agent.configure("rule = 1\n")
-    await guest.run("systemctl", "restart", UNIT, check=False)
+    await agent.configure('log_level = "info"\n')
+    await guest.sh(
+        f"chmod go+w /etc/caam-hotplug/agent.toml; systemctl restart {UNIT}", check=False
+    )
     how = (
         "mv /usr/lib/systemd/system/caam-hotplug.socket /root; "
         "mv /usr/lib/systemd/system/caam-hotplug-holders.socket /root; systemctl daemon-reload; "
