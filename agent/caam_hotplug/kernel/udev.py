@@ -183,10 +183,13 @@ class Devices:
     def volume(self, node: str) -> Volume:
         """The volume at a device node, for people who ask about it.
 
-        Raises: HotplugError if it is no block device.
+        Raises: HotplugError if it is not there, or no block device.
         """
         try:
+            Path(node).stat()
             device = pyudev.Devices.from_device_file(self._context, os.path.realpath(node))
+        except FileNotFoundError as error:
+            raise HotplugError(f"look at {node}: {error.strerror}") from error
         except (pyudev.DeviceNotFoundError, OSError, ValueError) as error:
             raise HotplugError(f"look at {node}: it is no block device") from error
         if _NEVER_MEDIA.match(device.sys_name):
