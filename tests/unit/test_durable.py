@@ -151,6 +151,17 @@ def test_a_missing_folder_is_made_with_its_mode(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o755
 
 
+def test_every_folder_that_is_made_is_on_the_disk_before_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}"))
+    )
+    with durable.folder(tmp_path / "srv" / "data" / "caam", mode=0o700):
+        assert synced == [str(tmp_path), str(tmp_path / "srv"), str(tmp_path / "srv" / "data")]
+
+
 def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "caam").mkdir()
     (tmp_path / "caam").chmod(0o777)

@@ -22,8 +22,9 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
 
     Every component must be a directory of root's that nobody else may write to (a sticky one
     such as /tmp may be written to: there nobody moves what is not theirs).
-    With `create`, missing components are made with mode 0755. With `only_root`, a sticky one
-    will not do either: there anybody can put what is not there yet, such as a drop-in.
+    With `create`, missing components are made with mode 0755, and are on the disk then. With
+    `only_root`, a sticky one will not do either: there anybody can put what is not there yet,
+    such as a drop-in.
 
     Raises: UnsafePathError naming the component; OSError; ValueError for a relative path.
     """
@@ -38,6 +39,7 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
             if create:
                 with suppress(FileExistsError):
                     os.mkdir(component, 0o755, dir_fd=here)
+                    os.fsync(here)  # which has the name
             try:
                 below = os.open(component, _OPEN, dir_fd=here)
             except NotADirectoryError as error:
