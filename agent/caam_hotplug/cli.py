@@ -7,10 +7,13 @@ needs is felt.
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from caam_hotplug import __version__, keys, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
@@ -33,6 +36,9 @@ examples:
 
 """
 
+_ENDED_BY_SIGPIPE: Final = 128 + 13
+"""As a shell has it of a program that the signal has ended."""
+
 _DOCTOR: Final = """\
 Looks at everything the agent needs, one line each, with the remedy where something is amiss.
 It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
@@ -53,13 +59,66 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; the return value is the exit status."""
     parsed = _parser().parse_args(arguments)
     try:
-        return int(parsed.command(parsed))
+        with redirect_stdout(_Answer(sys.stdout)) as answer:
+            status = int(parsed.command(parsed))
+            answer.flush()
+    except BrokenPipeError:  # whoever read has had enough
+        _write_no_more()
+        return _ENDED_BY_SIGPIPE
+    except _UnwrittenError as error:
+        _write_no_more()
+        print(f"{names.PROGRAM}: {error}", file=sys.stderr)
     except ConfigError as error:
         for fault in error.faults:
             print(fault, file=sys.stderr)
     except (HotplugError, OSError) as error:
         print(f"{names.PROGRAM}: {error}", file=sys.stderr)
+    else:
+        return status
     return 1
+
+
+class _UnwrittenError(Exception):
+    """The answer could not be written, as on a disk that is full. No error of what was asked."""
+
+
+class _Answer(io.TextIOBase):
+    """Standard output, whose errors say what they are about."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._stream.flush()
+
+    def close(self) -> None:
+        """It stays open for Python's end."""
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _UnwrittenError(f"write the answer: {error.strerror}") from error
+
+
+def _write_no_more() -> None:
+    """Python does not complain again when it flushes standard output at its end."""
+    with suppress(OSError, ValueError):  # what stands for it in a test has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

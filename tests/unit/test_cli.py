@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +190,31 @@ def test_wrong_usage_is_exit_status_2(
 ) -> None:
     assert exit_status(arguments) == 2
     assert "usage: caam-hotplug" in capsys.readouterr().err
+
+
+def answered(out: int, *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of the program, which writes its answer there."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "agent")}
+    done = subprocess.run(
+        [sys.executable, "-m", "caam_hotplug.cli", *arguments],
+        check=False, stdout=out, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_whoever_reads_no_further_is_not_complained_to(file: Path) -> None:
+    file.write_text("rule = []\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        status, said = answered(writing, "check", str(file))
+    finally:
+        os.close(writing)
+    assert (status, said) == (128 + signal.SIGPIPE, "")
+
+
+def test_an_answer_that_cannot_be_written_is_told(file: Path) -> None:
+    file.write_text("rule = []\n")
+    with Path("/dev/full").open("wb") as full:
+        status, said = answered(full.fileno(), "check", str(file))
+    assert (status, said) == (1, "caam-hotplug: write the answer: No space left on device\n")
