@@ -67,6 +67,15 @@ def test_a_rule_is_written_once_and_says_what_the_medium_has(bench: Bench) -> No
     assert (other.status, "says something else" in other.err) == (1, True)
 
 
+def test_a_medium_that_is_made_is_not_taken_for_one_of_other_options(bench: Bench) -> None:
+    assert bench.provision().status == 0
+    file = str(bench.folder / "recovery")
+    said = refused(bench, bench.node, "--label", LABEL, "--recovery-key", file)
+    assert f"it was made before, {file} is not there, and a blob does not tell its key" in said
+    said = refused(bench, bench.node, "--label", LABEL, "--key-bytes", "32", "--seal", "ccm")
+    assert "it was made with --backend tagged --key-bytes 16 --seal ecb, not with" in said
+
+
 def test_a_medium_that_is_made_is_found_made_and_not_a_byte_is_changed(bench: Bench) -> None:
     assert bench.provision().status == 0
     before = bench.bytes()
@@ -176,20 +185,21 @@ def test_a_blob_of_the_label_is_never_replaced(bench: Bench) -> None:
     assert f"{bench.blob} exists, and whatever was encrypted with it would be lost" in said
 
 
-@pytest.mark.parametrize("content", [b"a letter", b"another", b""])
+@pytest.mark.parametrize("content", [b"a letter", b"another", b"of a medium that is made", b""])
 def test_a_file_in_the_place_of_the_recovery_file_is_not_overwritten(
     bench: Bench, content: bytes
 ) -> None:
     file = bench.folder / "recovery"
     bench.blobs.mkdir(mode=0o700)
-    if content == b"another":
+    options = ("--label", LABEL)
+    if content in {b"another", b"of a medium that is made"}:
         assert bench.provision("--recovery-key", str(file)).status == 0
         bench.holds(b"")
         bench.blob.unlink()
-        options = ("--label", LABEL, "--key-bytes", "32")
+        if content == b"another":
+            options += ("--key-bytes", "32")
     else:
         file.write_bytes(content)
-        options = ("--label", LABEL)
     said = refused(bench, bench.node, *options, "--recovery-key", str(file))
     assert str(file) in said
 

@@ -91,7 +91,7 @@ BEGUN = CALLS.index("unlink") + 1
 def test_a_medium_that_was_begun_goes_on_only_with_the_same_options(bench: Bench) -> None:
     assert bench.provision(stop=Stop(BEGUN, kill_self)).status == -signal.SIGKILL
     other = refused(bench, bench.node, "--label", LABEL, "--key-bytes", "32")
-    assert "it was begun with --key-bytes 16 --seal ecb" in other
+    assert "it was begun with --backend tagged --key-bytes 16 --seal ecb" in other
     file = str(bench.folder / "recovery")
     late = refused(bench, bench.node, "--label", LABEL, "--recovery-key", file)
     assert f"it was begun without {file}" in late

@@ -79,7 +79,12 @@ def test_a_secret_is_not_written_where_others_could_read_it(
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.EPERM, "has no hard links"), (errno.EIO, "Input/output error")]
+    ("number", "words"),
+    [
+        (errno.EPERM, "has no hard links"),
+        (errno.EOPNOTSUPP, "has no hard links"),
+        (errno.EIO, "Input/output error"),
+    ],
 )
 def test_where_there_are_no_second_names_nothing_unsettled_is_left(
     opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str

@@ -97,7 +97,7 @@ def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: i
             os.unlink(temporary(path.name), dir_fd=opened)
             if error.errno == errno.EEXIST:
                 raise _taken(path) from error
-            if error.errno == errno.EPERM:  # link(2)
+            if error.errno in {errno.EPERM, errno.EOPNOTSUPP}:  # link(2)
                 raise HotplugError(
                     f"write {shown(path)}: the filesystem there has no hard links, by which a run "
                     "that is interrupted is known; write it to another place, such as /root, and "
