@@ -36,6 +36,7 @@ examples:
 
 """
 
+_ENDED_BY_SIGINT: Final = 128 + 2
 _ENDED_BY_SIGPIPE: Final = 128 + 13
 """As a shell has it of a program that the signal has ended."""
 
@@ -73,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(fault, file=sys.stderr)
     except (HotplugError, OSError) as error:
         print(f"{names.PROGRAM}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"{names.PROGRAM}: interrupted", file=sys.stderr)
+        return _ENDED_BY_SIGINT
     else:
         return status
     return 1

@@ -72,8 +72,8 @@ def add_to(
         "provision",
         help="make an encrypted medium of a whole disk, with a new key of this board",
         description="Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a "
-        "partition of the label, a filesystem. What is on the disk is erased only if --erase "
-        "names the disk.",
+        "partition of the label, a filesystem. What the disk is seen to hold is erased only if "
+        "--erase names the disk; raw data look like none.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
