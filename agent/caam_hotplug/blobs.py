@@ -138,7 +138,7 @@ def parse(content: bytes, wanted: Backend | None = None) -> Blob:
 
 def _parsed(content: bytes, wanted: Backend | None) -> Blob:
     text = content.strip()
-    if _has_tag(content) and wanted != "trusted":
+    if _has_tag(content) if wanted != "trusted" else _is_tagged(content):
         return _tagged(content)
     if text.startswith(_ENCRYPTED_FORMATS):
         return _encrypted(text)
@@ -150,7 +150,7 @@ def _parsed(content: bytes, wanted: Backend | None) -> Blob:
         return _tagged(content)
     raise BlobError(
         "is no blob: neither one of caam-keygen (no tag header), nor what keyctl pipe prints of a "
-        "trusted or an encrypted key"
+        "trusted or an encrypted key; a raw one of a trusted key needs backend = 'trusted'"
     )
 
 
@@ -160,6 +160,14 @@ def _has_tag(content: bytes) -> bool:
         return False
     magic, _, _, _, object_bytes = _TAG.unpack_from(content)
     return bool(magic == _TAG_MAGIC or _TAG.size + object_bytes == len(content))
+
+
+def _is_tagged(content: bytes) -> bool:
+    """Whether it is one for certain: raw bytes would have to be alike in twelve of their bytes."""
+    if len(content) < _TAG.size:
+        return False
+    magic, version, _, _, object_bytes = _TAG.unpack_from(content)
+    return bool(magic == _TAG_MAGIC and version == 0 and _TAG.size + object_bytes == len(content))
 
 
 def _tagged(content: bytes) -> Tagged:

@@ -17,7 +17,7 @@ from caam_hotplug.board import Board
 from caam_hotplug.bus import Service
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.kernel import keyring, memory, udev, watch
+from caam_hotplug.kernel import keyring, memory, trusted, udev, watch
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
@@ -90,6 +90,8 @@ async def _serve(config: Config, load: Load) -> None:
     with ExitStack() as held:
         held.callback(devices.close)
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
+        # A key's type must be loaded before the key.
+        await around.dm_lane.run(trusted.is_offered, late=lambda _why: None)
         async with Service(board) as service, Supervisor(around, left) as supervisor:
             agent = Agent(config, load, supervisor, notifier)
             service.accept(supervisor, agent)

@@ -148,6 +148,7 @@ def _enroll(parsed: argparse.Namespace, loaded: config.Config) -> int:
                 f"enroll {parsed.name}: {shown(parsed.file)} is the recovery file of "
                 f"{about.label}, and the blob must have that name"
             )
+        sealing.require_fit(way, about.cipher, len(key))
         with keystore.folder(loaded.blob_directory) as folder:
             keystore.require_new(parsed.name, folder)
             blob = sealing.seal(way, key, folder.path)

@@ -50,10 +50,7 @@ _RULE: Final = """\
 name = "{label}"
 match = {{ partlabel = "{label}" }}
 
-[rule.key]
-backend = "{backend}"
-
-[rule.crypt]
+{key}[rule.crypt]
 cipher = "{cipher}"
 sector_size = {sector_size}
 
@@ -186,7 +183,7 @@ def rule_for(
         raise HotplugError(f"use cipher {cipher!a}: expected one such as aes-xts-plain64")
     text = _RULE.format(
         label=label,
-        backend=backend,
+        key="" if backend == "tagged" else f'[rule.key]\nbackend = "{backend}"\n\n',
         cipher=CIPHERS[KEY_TYPES[backend]] if cipher == "auto" else cipher,
         sector_size=sector_size,
         filesystem=filesystem,

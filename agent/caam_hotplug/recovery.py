@@ -188,8 +188,9 @@ def _encoded(key: bytearray) -> Iterator[int]:
 
 def needs_rule(about: About, kind: KeyType) -> Iterator[str]:
     """What a board's rule must say to open the medium with a key of that type, beyond defaults."""
-    if (about.cipher, about.sector_size) != (CIPHERS[kind], Crypt().sector_size):
+    cipher = about.cipher if kind == "logon" else plain_cipher(about.cipher)
+    if (cipher, about.sector_size) != (CIPHERS[kind], Crypt().sector_size):
         yield (
-            f"note: its rule on this board must say cipher = {about.cipher!r} and "
-            f"sector_size = {about.sector_size}; copy the first board's drop-in {about.label}.toml"
+            f"note: its rule on this board must say cipher = {cipher!r} and "
+            f"sector_size = {about.sector_size}"
         )

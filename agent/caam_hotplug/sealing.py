@@ -17,6 +17,8 @@ KEY_BYTES: Final[dict[blobs.Backend, int]] = {"tagged": 16, "trusted": 64, "encr
 MASTER: Final = "master"
 """The master key's name unless it is said."""
 MASTER_KEY_BYTES: Final = 64
+_LEAST_ENCRYPTED: Final = 20
+"""MIN_DATA_SIZE of the kernel's encrypted.c."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +50,30 @@ def require_given(way: Way) -> None:
         )
 
 
+def require_fit(way: Way, cipher: str, length: int) -> None:
+    """A key of that length, of a medium with that cipher, can be used when it is sealed this way.
+
+    Raises: HotplugError.
+    """
+    if way.backend == "tagged" and not cipher.startswith("capi:tk("):
+        raise HotplugError(
+            f"seal a key for {cipher}: a tagged key works with the CAAM's ciphers alone, such as "
+            "capi:tk(cbc(aes))-plain; use --backend encrypted on a mainline kernel"
+        )
+    if way.backend == "encrypted" and length < _LEAST_ENCRYPTED:
+        raise HotplugError(
+            f"seal a key of {length} bytes: the kernel encrypts keys of {_LEAST_ENCRYPTED} bytes "
+            "and more; this medium opens with a tagged key or on a PC"
+        )
+
+
 def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:
     """The blob's file of a new key of so many bytes that nobody has seen, or of the key given.
 
     `directory` has the blob of the master. Raises: HotplugError; CaamError; KeyringError.
     """
+    if way.backend != "tagged":
+        trusted.is_offered(blobs.KEY_TYPES[way.backend])  # and loaded
     match way.backend:
         case "tagged":
             return caam.create_blob(names.CAAM_DEVICE, way.seal, key)

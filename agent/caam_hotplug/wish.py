@@ -208,6 +208,7 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
 def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
     """In which of its keys the rule is not one for the medium."""
     return [
+        *(["backend"] if rule.key.form not in {None, wish.way.backend} else []),
         *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
         *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
         *(["offset"] if rule.crypt.offset else []),

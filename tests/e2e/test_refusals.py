@@ -37,7 +37,8 @@ SAID = {
     "huge": "failed: read blob /data/caam/cartridge-huge.bb: has 10485760 bytes, "
     "a blob at most 4096",
     "noise": "failed: read blob /data/caam/cartridge-noise.bb: is no blob: neither one of "
-    "caam-keygen (no tag header), nor what keyctl pipe prints of a trusted or an encrypted key",
+    "caam-keygen (no tag header), nor what keyctl pipe prints of a trusted or an encrypted key; a "
+    "raw one of a trusted key needs backend = 'trusted'",
     "wrong": "failed: no known filesystem under this key (looked for ext4, xfs, btrfs, f2fs, "
     "vfat, exfat): /data/caam/cartridge-wrong.bb may belong to another medium",
 }

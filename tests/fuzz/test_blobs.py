@@ -58,7 +58,7 @@ def read_or_refuse(
         path = directory / name
         assert str(error).startswith((f"read blob {path}: ", f"no blob {path}"))
         assert str(error).isprintable()
-        assert len(str(error)) < len(str(path)) + 180
+        assert len(str(error)) < len(str(path)) + 240
         return None
 
 

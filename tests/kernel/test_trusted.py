@@ -29,6 +29,8 @@ def otpmk() -> Iterator[str]:
     """The board's master key; its kernel is mainline's, and NXP's again afterwards."""
     chip = (PARAMETERS / "otpmk").read_text().strip()
     run("board-kernel", "mainline", chip)
+    assert trusted.is_offered()  # and loads what it was asked for
+    assert trusted.is_offered("encrypted")
     yield chip
     run("board-kernel", "nxp", chip)
 

@@ -34,7 +34,7 @@ def blob_of(
 GOOD = blob_of(payload=bytes(range(64)))
 NO_BLOB = (
     "is no blob: neither one of caam-keygen (no tag header), nor what keyctl pipe prints of a "
-    "trusted or an encrypted key"
+    "trusted or an encrypted key; a raw one of a trusted key needs backend = 'trusted'"
 )
 
 
@@ -208,7 +208,7 @@ def test_any_bytes_are_a_trusted_keys_blob_where_the_rule_says_so(tmp_path: Path
     tpm = bytes(range(200))
     assert taken(tmp_path, tpm, "trusted") == Trusted(tpm)
     assert Trusted(tpm).key_bytes is None
-    assert taken(tmp_path, GOOD, "trusted") == Trusted(GOOD)
+    assert taken(tmp_path, GOOD[:-1], "trusted") == Trusted(GOOD[:-1])
 
 
 def test_an_encrypted_keys_text_names_its_master_and_its_length(tmp_path: Path) -> None:
@@ -223,6 +223,7 @@ def test_an_encrypted_keys_text_names_its_master_and_its_length(tmp_path: Path) 
             "tagged",
             "is a trusted key's blob, and the rule asks for 'tagged'",
         ),
+        (GOOD, "trusted", "is a tagged key's blob, and the rule asks for 'trusted'"),
         (GOOD, "encrypted", "is a tagged key's blob, and the rule asks for 'encrypted'"),
         (SEALED, None, NO_BLOB),
         (SEALED.hex().encode()[:-1], None, "is cut short: 159 hex digits, half a byte too few"),

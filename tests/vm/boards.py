@@ -68,6 +68,7 @@ TRUSTED: Final = Board(
     "xts-plain64",
     "aes-xts-plain64 :64:trusted:",
     """
+    modprobe dm-crypt
     keyctl add trusted card "new 64" @s
     keyctl pipe $(keyctl search @s trusted card) > /data/caam/cartridge-07.bb
     dmsetup create card --table "0 $(blockdev --getsz /dev/sda1) \
@@ -82,6 +83,7 @@ ENCRYPTED: Final = Board(
     "xts-plain64",
     "aes-xts-plain64 :64:encrypted:",
     """
+    modprobe dm-crypt
     keyctl add trusted master "load $(cat /data/caam/master.bb)" @s
     keyctl add encrypted card "new default trusted:master 64" @s
     keyctl pipe $(keyctl search @s encrypted card) > /data/caam/cartridge-07.bb

@@ -172,7 +172,7 @@ class Guest:
     async def cold_boot_caam(self, otpmk: str, *, secure: bool = True) -> None:
         """The CAAM is that of a board with this master key, and has forgotten its black keys."""
         await self.sh(
-            f"if [ -e /sys/module/trusted ]; then board-kernel mainline {otpmk}; exit; fi\n"
+            f"if [ -e /opt/mainline/in-use ]; then board-kernel mainline {otpmk}; exit; fi\n"
             f"rmmod caam_sim; modprobe caam_sim otpmk={otpmk} secure={int(secure)}"
         )
 

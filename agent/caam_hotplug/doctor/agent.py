@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from caam_hotplug import config, names
-from caam_hotplug.blobs import Blob
+from caam_hotplug.blobs import Blob, Trusted
 from caam_hotplug.doctor import systemd
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site, is_open_to_service
@@ -123,7 +124,7 @@ def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
     """What is wrong with a blob: its file, or, if it is tried, that this CAAM does not take it."""
     folder = site.at(site.config.blob_directory)
     try:
-        blob = sealed.read(folder, name)
+        blob = _read(site, folder, name)
     except UnsafePathError:
         return unknown(f"{shown(name)} was not read: the directory is refused")
     except BlobError as error:
@@ -138,8 +139,20 @@ def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
     return _refusal(site, name, blob) if tried else None
 
 
+def _read(site: Site, folder: Path, name: str) -> Blob:
+    """The blob; raw if it has no form and a rule takes such. Raises: BlobError."""
+    try:
+        return sealed.read(folder, name)
+    except BlobError:
+        if all(rule.key.form != "trusted" for rule in site.config.rule):
+            raise
+        return sealed.read(folder, name, "trusted")
+
+
 def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
-    """Why this CAAM does not take the blob. The key that it gives for it is wiped at once."""
+    """Why this CAAM does not take the blob. The key that it gives for it is gone at once."""
+    if isinstance(blob, Trusted) and any(rule.key.options for rule in site.config.rule):
+        return unknown(f"{name} was not tried: rules have options for its trust source")
     host = Linux(site.at(site.config.blob_directory), site.config.mount_root)
     description = f"{names.DOCTOR_KEY_PREFIX}{os.getpid()}"
     try:

@@ -77,11 +77,13 @@ def device(site: Site) -> Iterator[Verdict]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        if site.seals_by() == "trusted":
+        needed = any(rule.key.form == "tagged" for rule in site.config.rule)
+        if site.seals_by() == "trusted" and not needed:
             yield ok("the kernel has trusted keys; no tagged ones, which only NXP's kernels have")
             return
         yield failure(
-            f"{names.CAAM_DEVICE} is not there, and there are no trusted keys either",
+            f"{names.CAAM_DEVICE} is not there, "
+            + ("and a rule asks for it" if needed else "and there are no trusted keys either"),
             "use NXP's kernel (linux-imx) with its keygen driver, or a mainline one with "
             "CONFIG_TRUSTED_KEYS_CAAM; `dmesg | grep -i caam` says whether the CAAM was found",
         )

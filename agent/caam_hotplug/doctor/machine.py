@@ -16,6 +16,7 @@ from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site
 from caam_hotplug.errors import DmError, KeyringError
 from caam_hotplug.kernel import devmapper, keyring
+from caam_hotplug.kernel import trusted as keys_of
 from caam_hotplug.model import SecretBytes
 
 _NEEDED_RELEASE: Final = (5, 15)
@@ -75,7 +76,7 @@ def _options(site: Site) -> Iterator[_Option]:
     yield _Option(("CONFIG_DEVTMPFS",), lambda site: "devtmpfs" in site.filesystems())
     if trusted:
         yield _Option(("CONFIG_TRUSTED_KEYS",), lambda _site: trusted)
-        yield _Option(("CONFIG_ENCRYPTED_KEYS",), _has("/proc/keys"))
+        yield _Option(("CONFIG_ENCRYPTED_KEYS",), lambda _site: keys_of.is_offered("encrypted"))
     else:
         crypto = "/proc/crypto"
         yield _Option(("CONFIG_CRYPTO_DEV_FSL_CAAM",), caam)

@@ -55,6 +55,7 @@ _SOFTWARE: Final = ("cbc(aes-generic)", "cbc(aes)")
 def round_trip(site: Site) -> Iterator[Verdict]:
     """What the CAAM's key encrypts is what AES in software makes of the same key."""
     way = site.seals_by()
+    cipher = _CIPHER if way == "tagged" else _TRUSTED_CIPHER
     if way is None:
         yield unknown("not tried: the CAAM's device is not there, nor are trusted keys")
         return
@@ -77,7 +78,7 @@ def round_trip(site: Site) -> Iterator[Verdict]:
     except DmError as error:
         yield failure(
             f"dm-crypt does not take the CAAM's key: {error}",
-            f"it is `{_CIPHER}` that is refused; see the lines of the ciphers and of "
+            f"it is `{cipher}` that is refused; see the lines of the ciphers and of "
             "device-mapper, and `dmesg | grep crypt`",
         )
 

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from caam_hotplug.blobs import Encrypted, Trusted
-from caam_hotplug.errors import BlobRejectedError, HotplugError, KeyringError, MasterKeyError
-from caam_hotplug.kernel import keyring, memory
+from caam_hotplug.errors import (
+    BlobRejectedError,
+    DmError,
+    HotplugError,
+    KeyringError,
+    MasterKeyError,
+)
+from caam_hotplug.kernel import devmapper, keyring, memory
 from caam_hotplug.model import KeySerial, KeyType, SecretBytes
 
 _NEW: Final = "caam-hotplug:new"
 _DIGITS: Final = b"0123456789abcdef"
 _NO_TRUSTED_KEYS: Final = (
-    "the kernel has no trusted keys: it needs CONFIG_TRUSTED_KEYS with a trust source, such as "
+    "the kernel has no trusted keys: it needs CONFIG_TRUSTED_KEYS, loaded, with a source such as "
     "CONFIG_TRUSTED_KEYS_CAAM, and the source's hardware"
 )
 _NO_ENCRYPTED_KEYS: Final = "the kernel has no encrypted keys: it needs CONFIG_ENCRYPTED_KEYS"
@@ -51,10 +57,21 @@ def load_encrypted(description: str, blob: Encrypted, master: Trusted, options: 
             raise _refusal_of_encrypted(error, blob) from error
 
 
-def is_offered() -> bool:
-    """Whether the kernel has trusted keys, and their source is there."""
+def is_offered(kind: KeyType = "trusted") -> bool:
+    """Whether the kernel has keys of this type, which are loaded if they are modules.
+
+    Nothing loads a module for add_key(2), and dm-crypt's module needs those of the key types that
+    it was built for. Lane: that of mappings.
+    """
+    if not _has(kind):
+        with suppress(DmError):
+            devmapper.target_version("crypt")
+    return _has(kind)
+
+
+def _has(kind: KeyType) -> bool:
     try:
-        keyring.add_key("trusted", _NEW, b"?", keyring.KEY_SPEC_THREAD_KEYRING)
+        keyring.add_key(kind, _NEW, b"?", keyring.KEY_SPEC_THREAD_KEYRING)
     except KeyringError as error:
         return error.errno == errno.EINVAL  # of the request, which a key type has read
     return True

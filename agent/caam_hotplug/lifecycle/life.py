@@ -16,6 +16,7 @@ from caam_hotplug.errors import (
     BlobRejectedError,
     ForeignMappingError,
     HotplugError,
+    MasterKeyError,
     MountPointOccupiedError,
     NoFilesystemError,
     ReleaseError,
@@ -43,7 +44,7 @@ from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, 
 
 log = logging.getLogger(__name__)
 
-_OF_THE_BLOB: Final = (BlobError, BlobRejectedError, NoFilesystemError)
+_OF_THE_BLOB: Final = (BlobError, BlobRejectedError, MasterKeyError, NoFilesystemError)
 _LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
