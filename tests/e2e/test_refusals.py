@@ -148,7 +148,8 @@ async def test_a_blob_directory_that_the_service_cannot_read_fails_its_media_and
     await agent.start()
     await guest.plug_usb(medium)
     said = await agent.until_said("'cartridge-01'.*failed")
-    assert "/data/caam belongs to user 1000" in said
+    assert "/data/caam belongs to user 1000 with mode 0700, and cannot be opened" in said
+    assert "chown root /data/caam" in said
     await guest.sh("chown 0 /data/caam")
     await guest.sh("caam-hotplug retry cartridge-01")
     await guest.until_mounted("/run/media/cartridge-01")

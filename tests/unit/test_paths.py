@@ -249,3 +249,24 @@ def test_only_directories_of_our_mode_are_ours(tmp_path: Path) -> None:
 
 def test_a_mount_root_that_is_not_there_has_no_mount_points_of_ours(tmp_path: Path) -> None:
     assert paths.our_mount_points(tmp_path / "media") == []
+
+
+def test_a_directory_that_may_not_be_opened_is_told_with_its_owner_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "caam").mkdir(mode=0o700)
+    os.chown(tmp_path / "caam", 1000, -1)
+    opens = os.open
+
+    def without_the_right(path: object, *rest: object, **more: object) -> int:
+        if path == "caam":
+            raise PermissionError(13, "Permission denied")
+        return opens(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", without_the_right)
+    with pytest.raises(UnsafePathError) as refused, paths.directory(tmp_path / "caam"):
+        pass
+    assert str(refused.value) == (
+        f"open {tmp_path}/caam: {tmp_path}/caam belongs to user 1000 with mode 0700, and cannot be "
+        f"opened; chown root {tmp_path}/caam; chmod u+rx {tmp_path}/caam"
+    )

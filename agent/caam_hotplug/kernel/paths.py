@@ -49,6 +49,15 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
                     "is not a directory but a link or a file",
                     "name a path without links",
                 ) from error
+            except PermissionError as error:  # root's, without the right to pass over modes
+                status = os.stat(component, dir_fd=here, follow_symlinks=False)
+                whose = f"user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
+                raise UnsafePathError(
+                    path,
+                    walked,
+                    f"belongs to {whose}, and cannot be opened",
+                    f"chown root {shown(walked)}; chmod u+rx {shown(walked)}",
+                ) from error
             os.close(here)
             here = below
             require_roots(here, walked, path, only_root=only_root)
