@@ -44,7 +44,7 @@ def cycle(media: list[Cartridge], source: random.Random) -> None:
             until((MOUNT_ROOT / medium.label).is_mount)
     for medium in some:
         medium.pull()
-    until(lambda: not any(MOUNT_ROOT.iterdir()))
+    until(lambda: not list(MOUNT_ROOT.glob("*")))
 
 
 def main() -> int:
