@@ -55,7 +55,7 @@ _ENCRYPTED: Final = re.compile(
     r"(?P<format>default|enc32) (?P<master>\S+) (?P<length>\d{1,4}) (?P<sealed>(?:[0-9a-fA-F]{2})+)"
 )
 _ENCRYPTED_FORMATS: Final = (b"default ", b"enc32 ", b"ecryptfs ")
-_ENCRYPTED_KEY_BYTES: Final = range(20, 129)
+ENCRYPTED_KEY_BYTES: Final = range(20, 129)
 """From MIN_DATA_SIZE of encrypted.c to the longest that dm-crypt takes for a cipher of Linux's."""
 
 
@@ -223,6 +223,6 @@ def _encrypted(text: bytes) -> Encrypted:
     if reason is not None:
         raise BlobError(f"names a master {master!a} that cannot be a file's name: {reason}")
     length = int(found["length"])
-    if length not in _ENCRYPTED_KEY_BYTES:
+    if length not in ENCRYPTED_KEY_BYTES:
         raise BlobError(f"names a key of {length} bytes, expected 20 to 128")
     return Encrypted(text, found["format"], master, length)

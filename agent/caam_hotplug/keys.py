@@ -65,7 +65,7 @@ def add_to(
     enroll.add_argument(
         "--from", dest="file", type=Path, required=True, metavar="FILE", help="the recovery file"
     )
-    provision.add_way(enroll)
+    provision.add_way(enroll, makes_key=False)
     add_config(enroll)
     enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
 

@@ -116,8 +116,8 @@ def add_to(
     parser.set_defaults(command=lambda parsed: _provision(parsed, load(parsed)))
 
 
-def add_way(parser: argparse.ArgumentParser) -> None:
-    """The command knows how a key can be sealed."""
+def add_way(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
+    """The command knows how a key can be sealed, and of what length one is that it makes."""
     parser.add_argument(
         "--backend",
         choices=("auto", "tagged", "trusted", "encrypted"),
@@ -126,12 +126,13 @@ def add_way(parser: argparse.ArgumentParser) -> None:
         "trusted key of the board's (encrypted); default: tagged where NXP's driver is, else "
         "trusted",
     )
-    parser.add_argument(
-        "--key-bytes",
-        type=int,
-        choices=(16, 32, 64),
-        help="the key's length; default: 16 of a tagged key, 64 of any other",
-    )
+    if makes_key:
+        parser.add_argument(
+            "--key-bytes",
+            type=int,
+            choices=(16, 32, 64),
+            help="the key's length; default: 16 of a tagged key, 64 of any other",
+        )
     parser.add_argument(
         "--seal",
         choices=("ecb", "ccm"),
@@ -156,8 +157,11 @@ def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
         raise HotplugError(f"use master {parsed.master!a}: {reason}")
     if backend != "tagged" and parsed.seal != "ecb":
         raise HotplugError(f"use --seal {parsed.seal}: only tagged keys are covered in memory")
+    key_bytes = getattr(parsed, "key_bytes", None) or sealing.KEY_BYTES[backend]
+    if backend == "tagged" and key_bytes not in {16, 32}:
+        raise HotplugError(f"use --key-bytes {key_bytes}: a tagged key for AES has 16 or 32")
     way = sealing.Way(backend=backend, seal=parsed.seal, master=parsed.master)
-    return way, parsed.key_bytes or sealing.KEY_BYTES[backend]
+    return way, key_bytes
 
 
 def rule_for(

@@ -17,8 +17,6 @@ KEY_BYTES: Final[dict[blobs.Backend, int]] = {"tagged": 16, "trusted": 64, "encr
 MASTER: Final = "master"
 """The master key's name unless it is said."""
 MASTER_KEY_BYTES: Final = 64
-_LEAST_ENCRYPTED: Final = 20
-"""MIN_DATA_SIZE of the kernel's encrypted.c."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +28,6 @@ class Way:
     """Of a tagged key."""
     master: str = MASTER
     """Of an encrypted key: the name of its master's blob without the ending."""
-    options: str = ""
-    """For the trust source."""
 
 
 def backend_here(wanted: Literal["auto"] | blobs.Backend) -> blobs.Backend:
@@ -60,10 +56,11 @@ def require_fit(way: Way, cipher: str, length: int) -> None:
             f"seal a key for {cipher}: a tagged key works with the CAAM's ciphers alone, such as "
             "capi:tk(cbc(aes))-plain; use --backend encrypted on a mainline kernel"
         )
-    if way.backend == "encrypted" and length < _LEAST_ENCRYPTED:
+    if way.backend == "encrypted" and length not in blobs.ENCRYPTED_KEY_BYTES:
         raise HotplugError(
-            f"seal a key of {length} bytes: the kernel encrypts keys of {_LEAST_ENCRYPTED} bytes "
-            "and more; this medium opens with a tagged key or on a PC"
+            f"seal a key of {length} bytes: the kernel encrypts keys of "
+            f"{blobs.ENCRYPTED_KEY_BYTES[0]} bytes and more; this medium opens with a tagged "
+            "key or on a PC"
         )
 
 
@@ -80,8 +77,8 @@ def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:
         case "trusted":
             if not isinstance(key, int):
                 require_given(way)
-            return trusted.seal_trusted(cast(int, key), way.options)
-    return trusted.seal_encrypted(key, _master(way.master, directory), way.master, way.options)
+            return trusted.seal_trusted(cast(int, key))
+    return trusted.seal_encrypted(key, _master(way.master, directory), way.master)
 
 
 def _master(name: str, directory: Path) -> blobs.Trusted:

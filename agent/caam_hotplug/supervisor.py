@@ -155,10 +155,10 @@ class Supervisor:
 
     async def _power_off(self, life: Life, ended: asyncio.Future[None]) -> None:
         """The medium is stopped, for whoever asked for it if he still waits."""
-        error: HotplugError | None = None
+        error: Exception | None = None
         try:
             await life.power_off()
-        except HotplugError as refusal:
+        except Exception as refusal:  # noqa: BLE001  a defect too is for him, and for no other volume
             error = refusal
         if ended.done():
             return

@@ -105,7 +105,6 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caa
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l from -xka "(__fish_complete_path (commandline -ct))" -d 'the recovery file'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l backend -xka "auto tagged trusted encrypted" -d 'who seals the key: NXP'"'"'s caam-keygen (tagged), the kernel'"'"'s trusted keys, or a trusted key of the board'"'"'s (encrypted); default: tagged where NXP'"'"'s driver is, else trusted'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l key-bytes -xka "16 32 64" -d 'the key'"'"'s length; default: 16 of a tagged key, 64 of any other'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l seal -xka "ecb ccm" -d 'how the CAAM covers a tagged key in memory; default: ecb'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l master -x -d 'the trusted key that an encrypted one is under; default: master'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'

@@ -277,3 +277,13 @@ def test_who_holds_a_volume_that_is_only_unlocked_is_ended_where_the_rule_says_s
     assert bench.units.started == []
     bench.cancel()
     bench.close()
+
+
+def test_a_defect_in_a_power_off_costs_no_other_volume_its_service(bench: Bench) -> None:
+    volume = served(bench)
+    bench.kernel.faults.append(Fault("power_off", ZeroDivisionError("a defect")))
+    with pytest.raises(ZeroDivisionError):
+        bench.answer("eject", volume)
+    other = bench.insert("cartridge-02", "sdb1")
+    bench.settle()
+    assert bench.state(other) is State.MOUNTED

@@ -184,3 +184,11 @@ def test_wrong_usage_is_exit_status_2(
         main(["key", *arguments])
     assert ended.value.code == 2
     assert "usage: caam-hotplug key" in capsys.readouterr().err
+
+
+def test_a_tagged_key_that_no_cipher_could_use_is_not_made(
+    blobs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(blobs, "create", "spare", "--key-bytes", "64") == 1
+    assert "a tagged key for AES has 16 or 32" in capsys.readouterr().err
+    assert os.listdir(blobs) == []

@@ -77,23 +77,23 @@ def _has(kind: KeyType) -> bool:
     return True
 
 
-def seal_trusted(length: int, options: str = "") -> bytes:
+def seal_trusted(length: int) -> bytes:
     """A new key of so many bytes that only the kernel has seen, sealed, in hex; in no keyring.
 
     Raises: KeyringError. Source: keyctl_read(3).
     """
-    with _in_own_keyring("trusted", _NEW, f"new {length} {options}".rstrip().encode()) as serial:
+    with _in_own_keyring("trusted", _NEW, f"new {length}".encode()) as serial:
         return keyring.read(serial, _NEW)
 
 
-def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: str = "") -> bytes:
+def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str) -> bytes:
     """A new key of so many bytes, or the one given, encrypted under the master; in no keyring.
 
     The result is a text that names the master. Raises: MasterKeyError; KeyringError.
     """
     length = key if isinstance(key, int) else len(key)
     head = f"new default trusted:{name} {length}".encode()
-    with _loaded_master(name, master, options):
+    with _loaded_master(name, master):
         if isinstance(key, int):
             with _in_own_keyring("encrypted", _NEW, head) as serial:
                 return keyring.read(serial, _NEW)
@@ -108,7 +108,7 @@ def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: 
 
 
 @contextmanager
-def _loaded_master(name: str, master: Trusted, options: str) -> Iterator[None]:
+def _loaded_master(name: str, master: Trusted, options: str = "") -> Iterator[None]:
     """The master is in this thread's own keyring. Raises: MasterKeyError; KeyringError."""
     own = keyring.KEY_SPEC_THREAD_KEYRING
     try:
@@ -139,7 +139,7 @@ def _in_own_keyring(
 def _no_new_key(error: KeyringError, kind: KeyType, *, given: bool) -> HotplugError:
     words: dict[tuple[KeyType, int | None], str] = {
         ("trusted", errno.ENODEV): _NO_TRUSTED_KEYS,
-        ("trusted", errno.EINVAL): "a trusted key has 32 to 128 bytes; and see its options",
+        ("trusted", errno.EINVAL): "a trusted key has 32 to 128 bytes",
         ("encrypted", errno.ENODEV): _NO_ENCRYPTED_KEYS,
         ("encrypted", errno.EINVAL): (
             "the kernel encrypts keys that it is given only with CONFIG_USER_DECRYPTED_DATA, from "
