@@ -172,7 +172,8 @@ class Guest:
     async def cold_boot_caam(self, otpmk: str, *, secure: bool = True) -> None:
         """The CAAM is that of a board with this master key, and has forgotten its black keys."""
         await self.sh(
-            f"if [ -e /opt/mainline/in-use ]; then board-kernel mainline {otpmk}; exit; fi\n"
+            f"in_use=/opt/mainline/in-use\n"
+            f"if [ -e $in_use ]; then board-kernel $(cat $in_use) {otpmk}; exit; fi\n"
             f"rmmod caam_sim; modprobe caam_sim otpmk={otpmk} secure={int(secure)}"
         )
 
