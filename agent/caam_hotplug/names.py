@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -37,10 +38,37 @@ PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
 UNFINISHED_TYPE: Final = "08852176-76a2-4897-9536-c3c5c588df44"
 """The partition type of a medium that `provision` has begun and not finished."""
 
-DOCTOR_UUID_PREFIX: Final = "CAAM-DOCTOR-"
-DOCTOR_DM_PREFIX: Final = "caam-doctor-"
-DOCTOR_KEY_PREFIX: Final = "caam-doctor:"
-"""What `doctor` makes for a trial; its process's number follows. None of it is a volume's."""
+
+@dataclass(frozen=True, slots=True)
+class Throwaway:
+    """Prefixes of what is made for a trial; its process's number follows. None is a volume's."""
+
+    program: str
+
+    @property
+    def uuid(self) -> str:
+        """Of the DM-UUID; the udev rule has it, too."""
+        return f"CAAM-{self.program.upper()}-"
+
+    @property
+    def dm_name(self) -> str:
+        """Of the mapping's name."""
+        return f"caam-{self.program}-"
+
+    @property
+    def key(self) -> str:
+        """Of the key's description."""
+        return f"caam-{self.program}:"
+
+    @property
+    def memory(self) -> str:
+        """Whole: of the memory below the mapping."""
+        return f"caam-{self.program}"
+
+
+DOCTOR: Final = Throwaway("doctor")
+BENCH: Final = Throwaway("bench")
+"""Of measurements, such as tests/bench/throughput.py."""
 
 SERVICE_UNIT: Final = f"{PROGRAM}.service"
 SOCKET_UNIT: Final = f"{PROGRAM}.socket"

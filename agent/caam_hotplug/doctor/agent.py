@@ -154,7 +154,7 @@ def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
     if isinstance(blob, Trusted) and any(rule.key.options for rule in site.config.rule):
         return unknown(f"{name} was not tried: rules have options for its trust source")
     host = Linux(site.at(site.config.blob_directory), site.config.mount_root)
-    description = f"{names.DOCTOR_KEY_PREFIX}{os.getpid()}"
+    description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
         backends.load(host, blob, KeySource(length=_ANY_LENGTH), description)
         keyring.unlink_key(description)

@@ -170,7 +170,7 @@ def device_mapper(_site: Site) -> Iterator[Verdict]:
 
 def keys(site: Site) -> Iterator[Verdict]:
     """A logon key can be added to a session keyring, found there and unlinked again."""
-    description = f"{names.DOCTOR_KEY_PREFIX}{os.getpid()}"
+    description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
         keyring.join_session_keyring()
         with SecretBytes(bytearray(os.urandom(16))) as payload:

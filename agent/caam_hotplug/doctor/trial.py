@@ -8,38 +8,30 @@ memory. No file and no medium is touched. Names are doctor's own, so the agent m
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, cast
 
 from caam_hotplug import blobs, names
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
 from caam_hotplug.doctor.site import Site
-from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, HotplugError, KeyringError
-from caam_hotplug.kernel import caam, devmapper, keyring, trusted
-from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, KeyReference, SecretBytes, Sectors
-from caam_hotplug.table import CIPHERS, CryptTarget
+from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, KeyringError
+from caam_hotplug.kernel import caam, keyring, throwaway, trusted
+from caam_hotplug.kernel.loop import over_memory
+from caam_hotplug.kernel.throwaway import Encryption
+from caam_hotplug.model import SECTOR_BYTES, SecretBytes, Sectors
+from caam_hotplug.table import CIPHERS
 
 _CIPHER: Final = "capi:tk(cbc(aes))-plain"
 _KEY_BYTES: Final = 16
 _TRUSTED_CIPHER: Final = CIPHERS["trusted"]
 _TRUSTED_BYTES: Final = 64
 
-_LOOP_CONTROL: Final = Path("/dev/loop-control")
-_LOOP_CTL_GET_FREE: Final = 0x4C82
-_LOOP_CONFIGURE: Final = 0x4C0A
-_LO_FLAGS_AUTOCLEAR: Final = 4
-_LOOP_CONFIG: Final = struct.Struct("=II5Q4I64s64s32s2Q8Q")
-"""struct loop_config of linux/loop.h: file, block size, struct loop_info64, eight reserved."""
-_FREE_LOOP_TRIES: Final = 16
 _BLKFLSBUF: Final = 0x1261
 
 _VOLUME: Final = Sectors(128)
@@ -59,7 +51,7 @@ def round_trip(site: Site) -> Iterator[Verdict]:
     if way is None:
         yield unknown("not tried: the CAAM's device is not there, nor are trusted keys")
         return
-    swept = _sweep(site)
+    swept = throwaway.sweep(names.DOCTOR, site.at("/proc"))
     if swept:
         yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
     try:
@@ -89,26 +81,6 @@ def round_trip(site: Site) -> Iterator[Verdict]:
         )
 
 
-def _sweep(site: Site) -> list[str]:
-    """No mapping of a doctor that runs no more is left. Returns the names of those there were."""
-    swept = []
-    with contextlib.suppress(DmError):  # where there is no device-mapper, none was left
-        for mapping in devmapper.ours(names.DOCTOR_UUID_PREFIX):
-            pid = mapping.uuid.removeprefix(names.DOCTOR_UUID_PREFIX)
-            if not site.at(f"/proc/{pid}").exists():
-                devmapper.remove(mapping.name)
-                swept.append(mapping.name)
-    return swept
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """A loop device over memory: its number, and the memory's file."""
-
-    number: DeviceNumber
-    file: int
-
-
 def _tried(site: Site) -> Verdict:
     keyring.join_session_keyring()
     with ExitStack() as held:
@@ -118,15 +90,15 @@ def _tried(site: Site) -> Verdict:
         )
         black = held.enter_context(_through_blob(site.at(names.CAAM_DEVICE), plain))
         try:
-            memory = held.enter_context(_memory())
+            memory = held.enter_context(over_memory(names.DOCTOR.memory, _VOLUME))
         except OSError as error:
             return unknown(
                 "the CAAM seals a key and takes it back; encryption was not tried, for want of a "
                 f"loop device: {error.strerror}",
                 "load the kernel's module `loop`",
             )
-        add = partial(_add_tagged, black)
-        node = held.enter_context(_mapped(memory, _CIPHER, add))
+        how = Encryption(_CIPHER, throwaway.logon_key(black))
+        node = held.enter_context(throwaway.mapped(names.DOCTOR, memory, how))
         _write(node, _WRITTEN_AT, _TEXT)
         ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
         expected = _in_software(plain, _TEXT, _WRITTEN_AT)
@@ -149,30 +121,25 @@ def _tried(site: Site) -> Verdict:
     return ok(f"a throwaway key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
 
 
-def _add_tagged(black: SecretBytes, description: str) -> KeyReference:
-    keyring.add_key("logon", description, black)
-    return KeyReference("logon", len(black))
-
-
 def _tried_with_trusted_key() -> Verdict:
     """Nobody but the kernel has the key, so that there is only its own ciphertext to look at."""
     keyring.join_session_keyring()
     sealed = trusted.seal_trusted(_TRUSTED_BYTES)
     blob = cast(blobs.Trusted, blobs.parse(sealed, "trusted"))
-    add = partial(_add_trusted, blob)
+    how = Encryption(_TRUSTED_CIPHER, throwaway.trusted_key(blob, _TRUSTED_BYTES))
     with ExitStack() as held:
         try:
-            memory = held.enter_context(_memory())
+            memory = held.enter_context(over_memory(names.DOCTOR.memory, _VOLUME))
         except OSError as error:
             return unknown(
                 "the trust source seals a key; encryption was not tried, for want of a loop "
                 f"device: {error.strerror}",
                 "load the kernel's module `loop`",
             )
-        with _mapped(memory, _TRUSTED_CIPHER, add) as node:
+        with throwaway.mapped(names.DOCTOR, memory, how) as node:
             _write(node, _WRITTEN_AT, _TEXT)
         ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
-        with _mapped(memory, _TRUSTED_CIPHER, add) as node:
+        with throwaway.mapped(names.DOCTOR, memory, how) as node:
             read = _read(node, _WRITTEN_AT, len(_TEXT))
     if ciphertext == _TEXT or read != _TEXT:
         return failure(
@@ -184,11 +151,6 @@ def _tried_with_trusted_key() -> Verdict:
         "a throwaway trusted key encrypts, and what it wrote reads back under its blob; nobody but "
         "the kernel has it, so it could not be compared with other software"
     )
-
-
-def _add_trusted(blob: blobs.Trusted, description: str) -> KeyReference:
-    trusted.load_trusted(description, blob)
-    return KeyReference("trusted", _TRUSTED_BYTES)
 
 
 def _without_software(node: str, ciphertext: bytes) -> Verdict:
@@ -209,82 +171,6 @@ def _through_blob(device: Path, plain: SecretBytes) -> SecretBytes:
     Raises: CaamError; BlobRejectedError.
     """
     return caam.import_blob(device, caam.create_blob(device, "ecb", plain))
-
-
-@contextmanager
-def _memory() -> Iterator[_Memory]:
-    """A loop device over some memory; it goes with its last user. Raises: OSError."""
-    memory = os.memfd_create("caam-doctor", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(memory, _VOLUME * SECTOR_BYTES)
-        loop = _loop_over(memory)
-        try:
-            yield _Memory(_number(loop), memory)
-        finally:
-            os.close(loop)
-    finally:
-        os.close(memory)
-
-
-def _number(device: int) -> DeviceNumber:
-    status = os.fstat(device)
-    return DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
-
-
-def _loop_over(file: int) -> int:
-    """A free loop device, opened, with the file below it. Raises: OSError. Source: loop(4)."""
-    wanted = bytearray(
-        _LOOP_CONFIG.pack(
-            file, 0, 0, 0, 0, 0, 0, 0, 0, 0, _LO_FLAGS_AUTOCLEAR, b"caam-doctor", b"", b"", 0, 0,
-            *(0,) * 8,
-        )
-    )  # fmt: skip
-    control = os.open(_LOOP_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        for _ in range(_FREE_LOOP_TRIES):
-            which = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            loop = os.open(f"/dev/loop{which}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(loop, _LOOP_CONFIGURE, wanted)
-            except OSError as error:
-                os.close(loop)
-                if error.errno != errno.EBUSY:  # another was quicker
-                    raise
-            else:
-                return loop
-    finally:
-        os.close(control)
-    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-
-@contextmanager
-def _mapped(memory: _Memory, cipher: str, add: Callable[[str], KeyReference]) -> Iterator[str]:
-    """The memory is mapped with the key that is added; yields the node. Raises: HotplugError."""
-    mine = str(os.getpid())
-    uuid, name = names.DOCTOR_UUID_PREFIX + mine, names.DOCTOR_DM_PREFIX + mine
-    description = names.DOCTOR_KEY_PREFIX + mine
-    with ExitStack() as held:
-        held.callback(devmapper.remove, name)
-        devmapper.create(name, uuid)
-        held.callback(keyring.unlink_key, description)
-        key = add(description)
-        target = CryptTarget(
-            length=_VOLUME,
-            cipher=cipher,
-            key_bytes=key.length,
-            key_description=f"{key.type}:{description}",
-            iv_offset=0,
-            device=memory.number,
-            offset=0,
-            options=frozenset(),
-        )
-        devmapper.load(name, target.to_line(), read_only=False)
-        keyring.unlink_key(description)
-        devmapper.resume(name)
-        mapping = devmapper.find(uuid)
-        if mapping is None:
-            raise HotplugError(f"look at mapping {name}: it has gone")
-        yield mapping.node
 
 
 def _write(node: str, at: Sectors, text: bytes) -> None:
