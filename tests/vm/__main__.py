@@ -24,6 +24,8 @@ def main() -> int:
     soaking.add_argument("options", nargs="*", help="those of kernel.soak, after --")
     growing = commands.add_parser("growth", help="whether the installed agent grows, by cycles")
     growing.add_argument("cycles", type=int)
+    throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
+    throughput.add_argument("options", nargs="*", help="those of bench/throughput.py, after --")
     options = parser.parse_args()
     match options.command:
         case "build":
@@ -37,6 +39,8 @@ def main() -> int:
             return asyncio.run(soak.growth(options.cycles))
         case "soak":
             return asyncio.run(soak.soak(*options.options))
+        case "throughput":
+            return asyncio.run(soak.throughput(*options.options))
         case _:
             return asyncio.run(_run(options.script, options.usb))
 

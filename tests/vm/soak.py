@@ -1,4 +1,4 @@
-"""`make soak`: the soaks of tests/kernel in a guest, their progress and their figures here."""
+"""`make soak`, `make throughput`: long runs in a guest, their progress and figures here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shlex
 import sys
 from typing import Final
 
-from vm import installed, machine
+from vm import installed, machine, media
 from vm.guest import Guest
 
 LOG: Final = "/var/tmp/soak"
+UDEV_RULE: Final = (
+    "mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; udevadm control --reload"
+)
 LOOKED_AT_EVERY_S: Final = 5
 DEADLINE_S: Final = 12 * 3600
 
@@ -18,11 +21,8 @@ DEADLINE_S: Final = 12 * 3600
 async def soak(*options: str) -> int:
     """The soak has run in a guest of its own, with these options. Returns: its exit status."""
     async with machine.restored() as guest:
-        await guest.sh(
-            "mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; "
-            "udevadm control --reload"
-        )
-        return await _shown(guest, f"kernel.soak {shlex.join(options)}")
+        await guest.sh(UDEV_RULE)
+        return await _shown(guest, f"-m kernel.soak {shlex.join(options)}")
 
 
 async def growth(cycles: int) -> int:
@@ -34,14 +34,21 @@ async def growth(cycles: int) -> int:
         )
         await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "cartridge-*"\n')
         await agent.start()
-        return await _shown(guest, f"kernel.growth {cycles}")
+        return await _shown(guest, f"-m kernel.growth {cycles}")
 
 
-async def _shown(guest: Guest, module: str) -> int:
-    """The module has run in the guest, and what it said was shown. Returns: its exit status."""
+async def throughput(*options: str) -> int:
+    """It was measured in a guest whose kernel has both kinds of keys. Returns: its exit status."""
+    async with machine.restored() as guest:
+        await guest.sh(f"{UDEV_RULE}; board-kernel both {media.OTPMK_A}")
+        return await _shown(guest, f"/src/tests/bench/throughput.py {shlex.join(options)}")
+
+
+async def _shown(guest: Guest, program: str) -> int:
+    """Python has run it in the guest, and what it said was shown. Returns: its exit status."""
     command = (
         "cd /tmp; export PYTHONPATH=/src/agent:/src/tests PYTHONDONTWRITEBYTECODE=1; "
-        f"exec python3 -m {module} >{LOG} 2>&1"
+        f"exec python3 {program} >{LOG} 2>&1"
     )
     await guest.write(LOG, b"")
     running = asyncio.create_task(guest.sh(command, check=False, timeout_s=DEADLINE_S))

@@ -1,0 +1,161 @@
+"""The script that measures dm-crypt on boards, run as there; what it measures is not asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from caam_hotplug import names
+from caam_hotplug.kernel import devmapper
+from fakes.contract import until
+from kernel.witness import PARAMETERS, Board, run
+
+SCRIPT: Final = "/src/tests/bench/throughput.py"
+QUICK: Final = ("--rounds", "1", "--size", "1", "--reads", "2")
+ENDLESS: Final = ("--rounds", "1000000", "--size", "1", "--reads", "2")
+NOBODY: Final = 65534
+
+pytestmark = pytest.mark.usefixtures("udev_rule", "nothing_left")
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[None]:
+    """The kernel has tagged keys and trusted ones; it is NXP's again afterwards."""
+    chip = (PARAMETERS / "otpmk").read_text().strip()
+    run("board-kernel", "both", chip)
+    yield
+    run("board-kernel", "nxp", chip)
+
+
+def script() -> Any:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def measured(*options: str, user: int = 0) -> subprocess.CompletedProcess[str]:
+    """The script has ended."""
+    command = [sys.executable, SCRIPT, *options]
+    return subprocess.run(command, capture_output=True, text=True, user=user, timeout=300)
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that it has said."""
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def mappings() -> list[str]:
+    """Those of measurements, whoever made them."""
+    return [mapping.name for mapping in devmapper.ours(names.BENCH.uuid)]
+
+
+def test_who_is_not_root_is_told_so_in_a_line() -> None:
+    assert refusal(measured(*QUICK, user=NOBODY)) == (
+        "throughput.py: measure dm-crypt: only root makes mappings; run it with sudo"
+    )
+
+
+def test_a_volume_that_memory_has_no_room_for_is_not_made() -> None:
+    line = refusal(measured("--size", "100000"))
+    assert line.startswith("throughput.py: make a volume of 100000 MiB in memory: only ")
+    assert "; use --size " in line
+
+
+def test_where_no_key_can_be_sealed_it_says_what_is_missing_of_each_kind() -> None:
+    board = Board()
+    board.power_off()
+    try:
+        line = refusal(measured(*QUICK))
+    finally:
+        board.restore()
+    assert line.startswith("throughput.py: seal a key: this kernel does it in no way; tagged: open")
+    assert "trusted: make trusted key " in line
+    assert line.endswith("`caam-hotplug doctor` says what is missing")
+
+
+def test_a_kernel_with_one_kind_of_keys_is_measured_with_that(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with said.open("w") as file, started(file) as process:
+        until(lambda: "warming up" in said.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    left_out, *_ = said.read_text().splitlines()
+    assert left_out.startswith("throughput.py: trusted keys are left out: make trusted key ")
+    assert "it needs CONFIG_TRUSTED_KEYS" in left_out
+
+
+def test_every_combination_has_figures_in_one_run(both: None) -> None:
+    done = measured(*QUICK, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "warming up\nround 1 of 1\n"
+    report, module = json.loads(done.stdout), script()
+    bare, *rows = report["rows"]
+    kinds = ("software", "tagged", "trusted")
+    assert bare["key"] == "bare"
+    assert [(row["key"], row["sector_size"], tuple(row["flags"])) for row in rows] == list(
+        itertools.product(kinds, module.SECTOR_SIZES, module.FLAGS)
+    )
+    for row, column in itertools.product(report["rows"], module.COLUMNS):
+        assert 0 < row[column]["min"] <= row[column]["median"] <= row[column]["max"], row
+    assert [rows[0][column]["ratio"] for column in module.COLUMNS] == [1, 1, 1]
+    drivers = {row["key"]: row["driver"] for row in rows}
+    assert drivers["tagged"] == "tk-cbc-aes-caam"
+    assert "caam" not in drivers["software"]
+    assert drivers["trusted"].startswith("xts")
+    assert report["left_out"] == {}
+    assert len(module.table(report).splitlines()) == 3 + 3 * len(kinds) + 3 + len(report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupted_run_leaves_nothing_not_even_what_a_killed_one_has_left(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    (left,) = killed()
+    said = tmp_path / "said"
+    with said.open("w") as file, started(file) as process:
+        until(lambda: len(set(mappings()) - {left}) == 1)
+        process.send_signal(number)
+        assert process.wait(120) == status
+    first, *_ = said.read_text().splitlines()
+    assert first == f"throughput.py: a killed run had left {left}; removed"
+    assert mappings() == []
+
+
+def started(file: Any) -> subprocess.Popen[bytes]:
+    """The script, which goes on until it is ended."""
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *ENDLESS], stdout=subprocess.DEVNULL, stderr=file
+    )
+
+
+def killed() -> list[str]:
+    """The mappings that a run has left that was killed while it had one."""
+    with started(subprocess.DEVNULL) as process:
+
+        def is_held_with_a_mapping() -> bool:
+            process.send_signal(signal.SIGSTOP)
+            if not mappings():
+                process.send_signal(signal.SIGCONT)
+            return bool(mappings())
+
+        until(is_held_with_a_mapping)
+        process.kill()
+    return mappings()
