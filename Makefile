@@ -6,12 +6,13 @@ CYCLES := 1000
 DAMAGED := 200
 STORMS := 10
 TIMINGS := 12
+ROUNDS := 7
 SEED :=
 KERNEL ?= 6.1
 export KERNEL
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint man check fuzz test smoke coverage demo soak vm-shell wheel deb clean
+.PHONY: help setup lint man check fuzz test smoke coverage demo soak throughput vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
@@ -21,6 +22,7 @@ help:
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
+	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; five minutes: ROUNDS=7"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
@@ -74,6 +76,10 @@ demo: setup
 soak: setup
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
+
+# Only ratios mean anything there; tests/bench/throughput.py takes the figures on a board.
+throughput: setup
+	@$(BED) throughput -- --rounds $(ROUNDS)
 
 vm-shell: setup
 	@$(BED) shell

@@ -126,6 +126,9 @@ BY_TESTS: Final = {
         "systemctl daemon-reload",
         "systemctl enable --now caam-hotplug",
     ],
+    "tests/kernel/test_throughput.py::test_every_combination_has_figures_in_one_run": [
+        "python3 throughput.py --json > board.json",
+    ],
     "tests/unit/test_cli.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
     ],
@@ -141,6 +144,7 @@ BY_TESTS: Final = {
         "make fuzz",
         "make soak",
         "make test",
+        "make throughput",
         "make vm-shell",
         "make wheel",
     ],
@@ -151,6 +155,9 @@ BY_TESTS: Final = {
 """Which test runs a command of the docs, on the real thing or, where it says so, dry."""
 
 BY_NOBODY: Final = {
+    "it takes a second machine": [
+        "scp tests/bench/throughput.py root@board:",
+    ],
     "tests/install/test_wheel.py does so elsewhere than in /opt": [
         "python3 -m venv /opt/caam-hotplug",
         "/opt/caam-hotplug/bin/pip install build/caam_hotplug-0.1.0-py3-none-any.whl",

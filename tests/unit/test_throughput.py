@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -108,3 +110,16 @@ def test_the_table_has_medians_spread_and_ratios_and_says_what_failed(script: Mo
     assert "tagged: capi:tk(cbc(aes))-plain, by tk-cbc-aes-caam" in lines
     assert lines[-2].split() == ["512", "none", *["123", "(61.7-247)", "x0.50"] * 3]
     assert lines[-1].split() == ["4096", "same_cpu_crypt", "failed:", "no", "such", "thing"]
+
+
+def test_where_the_package_is_not_installed_it_says_what_to_do(tmp_path: Path) -> None:
+    copied = tmp_path / "here" / "and" / "there.py"
+    copied.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, copied)
+    # Without the site's packages, among which it is on the machine of who works on it.
+    command = [sys.executable, "-I", "-S", str(copied), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("throughput.py: import caam_hotplug: No module named")
+    assert "; install caam-hotplug of this script's version, or run it with PYTHONPATH=" in line
