@@ -22,7 +22,7 @@ help:
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
-	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; five minutes: ROUNDS=7"
+	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"

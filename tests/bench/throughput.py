@@ -146,7 +146,8 @@ def main() -> int:
     """The figures are on standard output, in whole or not at all. Returns: the exit status."""
     settings, as_json = _arguments()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _ended)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _ended)
     try:
         report = _measured(settings)
     except HotplugError as error:
@@ -192,10 +193,9 @@ def _arguments() -> tuple[Settings, bool]:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)
 
 
 # -- what there is ---------------------------------------------------------------------------------
