@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -69,6 +70,14 @@ async def blank(guest: Guest, folder: Path) -> Path:
     await guest.plug_usb(image)
     await guest.until("test -b /dev/sda")
     return image
+
+
+async def findings(guest: Guest) -> dict[str, dict[str, str]]:
+    """What doctor says of a board where nothing is amiss."""
+    examined = await guest.sh("caam-hotplug doctor --json", check=False, timeout_s=120)
+    found = json.loads(examined.stdout)["findings"]
+    assert [f for f in found if f["status"] == "failure"] == []
+    return {f["check"]: f for f in found}
 
 
 async def test_a_medium_is_made_outlives_the_power_and_is_refused_with_another_tpm(
@@ -144,3 +153,26 @@ async def test_a_master_of_the_tpms_serves_media_without_a_rule(
     )
     assert done.stderr == ""
     await guest.until_mounted(MADE)
+
+
+async def test_doctor_calls_a_board_with_a_tpm_healthy_and_tries_it_once_a_rule_has_its_options(
+    guest: Guest, tpm: None, agent: InstalledAgent
+) -> None:
+    await agent.start()
+    await guest.sh(documented("key create"))
+    found = await findings(guest)
+    assert found["known-answer"]["status"] == "unknown"
+    assert found["known-answer"]["found"] == (
+        "not tried: the trust source needs options, as a TPM does, and no rule has any"
+    )
+    assert found["blobs"]["found"].startswith("1 of 1")
+    await agent.configure(BY_HAND)
+    found = await findings(guest)
+    assert found["known-answer"]["found"].startswith("a throwaway trusted key encrypts")
+    assert found["blobs"]["found"].startswith("1 of 1")
+    await agent.configure(BY_HAND.replace("0x81000001", "0x81000001 pcrlock=16"))
+    found = await findings(guest)
+    assert found["known-answer"]["found"] == (
+        "not tried: rules have options that would change the trust source, or that serve once"
+    )
+    assert found["blobs"]["status"] == "unknown"
