@@ -31,8 +31,8 @@ _NO_TRUSTED_KEYS: Final = (
     "CONFIG_TRUSTED_KEYS_CAAM, and the source's hardware"
 )
 _OPTIONS_WRONG: Final = (
-    "its options are wrong, such as a key handle or a password; of a TPM, the kernel's log has the "
-    "error"
+    "its options are wrong, such as a key handle or a password; a TPM may also be locked, and the "
+    "kernel's log has its error"
 )
 _NO_ENCRYPTED_KEYS: Final = "the kernel has no encrypted keys: it needs CONFIG_ENCRYPTED_KEYS"
 
