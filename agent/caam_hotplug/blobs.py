@@ -49,7 +49,7 @@ handed to caam-keygen."""
 
 _TRUSTED_MAX_BYTES: Final = 512
 """MAX_BLOB_SIZE of keys/trusted-type.h."""
-_TRUSTED_KEY_BYTES: Final = range(32, 129)
+TRUSTED_KEY_BYTES: Final = range(32, 129)
 """MIN_KEY_SIZE to MAX_KEY_SIZE of keys/trusted-type.h."""
 _ENCRYPTED: Final = re.compile(
     r"(?P<format>default|enc32) (?P<master>\S+) (?P<length>\d{1,4}) (?P<sealed>(?:[0-9a-fA-F]{2})+)"
@@ -89,7 +89,7 @@ class Trusted:
         A blob of another source may happen to have a length that fits.
         """
         length = len(self.content) - _BLOB_OVERHEAD
-        return length if length in _TRUSTED_KEY_BYTES else None
+        return length if length in TRUSTED_KEY_BYTES else None
 
 
 @dataclass(frozen=True, slots=True)

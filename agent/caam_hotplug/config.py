@@ -229,6 +229,12 @@ _KEY_OPTIONS: Final = re.compile(r"([a-z0-9]+=[A-Za-z0-9:_-]+( [a-z0-9]+=[A-Za-z
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*")
 
 
+def require_key_options(text: str) -> None:
+    """Raises: ValueError, with what was expected, for what no trust source could take."""
+    if not _KEY_OPTIONS.fullmatch(text):
+        raise ValueError(f"expected options such as keyhandle=0x81000001, found {_found(text)}")
+
+
 def _check(at: str, value: Any) -> None:
     """What a type cannot say. Raises: ValueError with what was expected."""
     match at.rsplit(".", 1)[-1]:
@@ -244,10 +250,8 @@ def _check(at: str, value: Any) -> None:
             raise ValueError(f"expected bytes from 0 on, found {_found(value)}")
         case "length" if not (value == 0 or 16 <= value <= 128):
             raise ValueError(f"expected bytes from 16 to 128, or 0, found {_found(value)}")
-        case "options" if isinstance(value, str) and not _KEY_OPTIONS.fullmatch(value):
-            raise ValueError(
-                f"expected options such as keyhandle=0x81000001, found {_found(value)}"
-            )
+        case "options" if isinstance(value, str):
+            require_key_options(value)
         case "filesystem_options":
             _check_options(value)
         case _ if value == () and at.rsplit(".", 1)[-1] not in {"options", "flags"}:

@@ -34,6 +34,8 @@ examples:
         a PC without CAAM opens it too, with that file
   caam-hotplug provision /dev/sdb --label cartridge-01 --backend encrypted --master board
         a mainline kernel: the key is encrypted under the board's trusted key `board`
+  caam-hotplug provision /dev/sdb --label cartridge-01 --key-options keyhandle=0x81000001 --rule
+        a TPM seals the key, under its storage key of that handle
   caam-hotplug provision /dev/sdb --label archive --cipher 'capi:tk(cbc(aes))-plain64' \\
         --sector-size 4096 --rule
         more than 2 TiB, in sectors of 4096 bytes, and the rule that says so
@@ -145,22 +147,37 @@ def add_way(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
         default="master",
         help="the trusted key that an encrypted one is under; default: master",
     )
+    parser.add_argument(
+        "--key-options",
+        metavar="TEXT",
+        default="",
+        help="what the trust source needs, as key.options of a rule says it, such as "
+        "keyhandle=0x81000001 of a TPM; the CAAM needs nothing",
+    )
 
 
 def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
     """How the key is to be sealed, and its length. Raises: HotplugError."""
-    from caam_hotplug import sealing  # noqa: PLC0415  libraries, only needed by some commands
+    from caam_hotplug import config, sealing  # noqa: PLC0415  only needed by some commands
 
+    try:
+        config.require_key_options(parsed.key_options)
+    except ValueError as error:
+        raise HotplugError(f"use --key-options: {error}") from error
     backend = sealing.backend_here(parsed.backend)
     reason = names.why_unsafe(parsed.master)
     if reason is not None:
         raise HotplugError(f"use master {parsed.master!a}: {reason}")
     if backend != "tagged" and parsed.seal != "ecb":
         raise HotplugError(f"use --seal {parsed.seal}: only tagged keys are covered in memory")
+    if backend == "tagged" and parsed.key_options:
+        raise HotplugError("use --key-options: the CAAM needs none for a tagged key")
     key_bytes = getattr(parsed, "key_bytes", None) or sealing.KEY_BYTES[backend]
     if backend == "tagged" and key_bytes not in {16, 32}:
         raise HotplugError(f"use --key-bytes {key_bytes}: a tagged key for AES has 16 or 32")
-    way = sealing.Way(backend=backend, seal=parsed.seal, master=parsed.master)
+    way = sealing.Way(
+        backend=backend, seal=parsed.seal, master=parsed.master, options=parsed.key_options
+    )
     return way, key_bytes
 
 
@@ -168,6 +185,8 @@ def rule_for(
     label: str,
     *,
     backend: Backend = "tagged",
+    key_bytes: int = 0,
+    key_options: str = "",
     filesystem: str = "ext4",
     cipher: str = "auto",
     sector_size: int = 512,
@@ -187,7 +206,7 @@ def rule_for(
         raise HotplugError(f"use cipher {cipher!a}: expected one such as aes-xts-plain64")
     text = _RULE.format(
         label=label,
-        key="" if backend == "tagged" else f'[rule.key]\nbackend = "{backend}"\n\n',
+        key="" if backend == "tagged" else _of_key(backend, key_bytes, key_options),
         cipher=CIPHERS[KEY_TYPES[backend]] if cipher == "auto" else cipher,
         sector_size=sector_size,
         filesystem=filesystem,
@@ -197,6 +216,16 @@ def rule_for(
     except ConfigError as error:
         raise HotplugError(f"use cipher {cipher!a}: {error.faults[0].problem}") from error
     return loaded.rule[0], text
+
+
+def _of_key(backend: Backend, key_bytes: int, options: str) -> str:
+    """A rule's table of the key. The length is said of a trusted one: not every blob tells it."""
+    lines = [f'backend = "{backend}"']
+    if options:
+        lines.append(f'options = "{options}"')
+    if backend == "trusted" and key_bytes:
+        lines.append(f"length = {key_bytes}")
+    return "\n".join(["[rule.key]", *lines, "", ""])
 
 
 class _Text:
@@ -220,6 +249,8 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
     rule, text = rule_for(
         parsed.label,
         backend=way.backend,
+        key_bytes=key_bytes,
+        key_options=way.options,
         filesystem=parsed.fs,
         cipher=parsed.cipher,
         sector_size=parsed.sector_size,

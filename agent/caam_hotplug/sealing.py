@@ -28,6 +28,9 @@ class Way:
     """Of a tagged key."""
     master: str = MASTER
     """Of an encrypted key: the name of its master's blob without the ending."""
+    options: str = ""
+    """What the trust source needs for a trusted key or a master, such as
+    `keyhandle=0x81000001` of a TPM."""
 
 
 def backend_here(wanted: Literal["auto"] | blobs.Backend) -> blobs.Backend:
@@ -77,8 +80,9 @@ def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:
         case "trusted":
             if not isinstance(key, int):
                 require_given(way)
-            return trusted.seal_trusted(cast(int, key))
-    return trusted.seal_encrypted(key, _master(way.master, directory), way.master)
+            return trusted.seal_trusted(cast(int, key), way.options)
+    master = _master(way.master, directory)
+    return trusted.seal_encrypted(key, master, way.master, way.options)
 
 
 def _master(name: str, directory: Path) -> blobs.Trusted:

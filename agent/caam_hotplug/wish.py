@@ -209,6 +209,8 @@ def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
     """In which of its keys the rule is not one for the medium."""
     return [
         *(["backend"] if rule.key.form not in {None, wish.way.backend} else []),
+        *(["key.length"] if not _has_length(wish, rule) else []),
+        *(["key.options"] if _needed(rule.key.options) != _needed(wish.way.options) else []),
         *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
         *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
         *(["offset"] if rule.crypt.offset else []),
@@ -216,6 +218,18 @@ def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
         *(["filesystems"] if wish.filesystem not in rule.mount.filesystems else []),
         *(["blob"] if blob != f"{wish.label}.bb" else []),
     ]
+
+
+def _has_length(wish: Wish, rule: Rule) -> bool:
+    """Whether the rule says the key's length, or need not: the CAAM's blobs tell it."""
+    if wish.way.backend != "trusted" or rule.key.length == wish.key_bytes:
+        return True
+    return not rule.key.length and not wish.way.options
+
+
+def _needed(options: str) -> set[str]:
+    """What is needed to open a blob again; that a TPM has sealed names its key's handle itself."""
+    return {option for option in options.split() if not option.startswith("keyhandle=")}
 
 
 def _partition_of(wish: Wish, config: Config, disk: Volume) -> Volume:

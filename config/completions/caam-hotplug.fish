@@ -60,7 +60,7 @@ function _shtab_caam_hotplug_using
 end
 
 set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' doctor status watch eject lock unlock retry reload
-set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --label --master --recovery-key --seal --sector-size
+set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size
 
 complete -c caam-hotplug -e
 complete -c caam-hotplug -f
@@ -87,6 +87,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l backend -xk
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l key-bytes -xka "16 32 64" -d 'the key'"'"'s length; default: 16 of a tagged key, 64 of any other'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l seal -xka "ecb ccm" -d 'how the CAAM covers a tagged key in memory; default: ecb'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l master -x -d 'the trusted key that an encrypted one is under; default: master'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l key-options -x -d 'what the trust source needs, as key.options of a rule says it, such as keyhandle=0x81000001 of a TPM; the CAAM needs nothing'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l recovery-key -xka "(__fish_complete_path (commandline -ct))" -d 'write the key there, with the command that opens the medium on any Linux PC'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l rule -d 'write a rule for this label, LABEL.toml in rules.d/'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l erase -x -d 'the disk'"'"'s own name, such as sdb: all that it holds may be lost'
@@ -100,6 +101,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l backend -x
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l key-bytes -xka "16 32 64" -d 'the key'"'"'s length; default: 16 of a tagged key, 64 of any other'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l seal -xka "ecb ccm" -d 'how the CAAM covers a tagged key in memory; default: ecb'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l master -x -d 'the trusted key that an encrypted one is under; default: master'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l key-options -x -d 'what the trust source needs, as key.options of a rule says it, such as keyhandle=0x81000001 of a TPM; the CAAM needs nothing'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caam_hotplug_npos -eq 0' -a enroll -d 'seal the key of a recovery file for this board, so that it opens the medium too'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -s h -l help -d 'show this help message and exit'
@@ -107,6 +109,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l from -xka 
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l backend -xka "auto tagged trusted encrypted" -d 'who seals the key: NXP'"'"'s caam-keygen (tagged), the kernel'"'"'s trusted keys, or a trusted key of the board'"'"'s (encrypted); default: tagged where NXP'"'"'s driver is, else trusted'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l seal -xka "ecb ccm" -d 'how the CAAM covers a tagged key in memory; default: ecb'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l master -x -d 'the trusted key that an encrypted one is under; default: master'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l key-options -x -d 'what the trust source needs, as key.options of a rule says it, such as keyhandle=0x81000001 of a TPM; the CAAM needs nothing'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key enroll' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caam_hotplug_npos -eq 0' -a list -d 'list the blobs of this board'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key list' -s h -l help -d 'show this help message and exit'

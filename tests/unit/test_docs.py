@@ -64,6 +64,17 @@ BY_TESTS: Final = {
         "caam-hotplug key enroll archive-01 --from /root/archive-01.recovery --backend encrypted "
         "--master board",
     ],
+    "tests/e2e/test_tpm.py::"
+    "test_a_medium_is_made_outlives_the_power_and_is_refused_with_another_tpm": [
+        "tpm2_createprimary -C o -G ecc256 -a 'fixedtpm|fixedparent|sensitivedataorigin|"
+        "userwithauth|noda|restricted|decrypt' -c /run/storage-key",
+        "tpm2_evictcontrol -C o -c /run/storage-key 0x81000001",
+        "caam-hotplug provision /dev/sda --label archive-02 --backend trusted "
+        "--key-options keyhandle=0x81000001 --rule",
+    ],
+    "tests/e2e/test_tpm.py::test_a_master_of_the_tpms_serves_media_without_a_rule": [
+        "caam-hotplug key create board --backend trusted --key-options keyhandle=0x81000001",
+    ],
     "tests/e2e/test_docs.py::test_the_journals_questions_have_answers": [
         "journalctl MESSAGE_ID=4d2a9b394c4e496a8514c481e22a25e3",
         "journalctl MESSAGE_ID=ed926665d938401c82c932addd7ca5a0 -o json-pretty",

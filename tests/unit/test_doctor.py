@@ -18,8 +18,8 @@ from caam_hotplug.cli import main
 from caam_hotplug.config import Config
 from caam_hotplug.doctor import agent, chip, examination, machine, report, surroundings, trial
 from caam_hotplug.doctor.finding import Finding, Status, Verdict, failure, ok, unknown, warning
-from caam_hotplug.doctor.site import Site, is_open_to_service
-from caam_hotplug.rules import Crypt, Match, Rule
+from caam_hotplug.doctor.site import Site, is_harmless, is_open_to_service
+from caam_hotplug.rules import Crypt, KeySource, Match, Rule
 
 RELEASE: Final = "6.6.52-lts-next"
 RULE: Final = (Path(__file__).parents[2] / "rules/50-caam-hotplug.rules").read_text()
@@ -403,6 +403,23 @@ def test_the_fuse_of_an_unknown_part_is_not_guessed(board: Board) -> None:
 
 def test_without_a_caam_nothing_is_tried(board: Board) -> None:
     assert board.status(trial.round_trip) is Status.UNKNOWN
+
+
+def test_a_trust_source_is_tried_with_the_options_that_rules_agree_on(board: Board) -> None:
+    def agreed(*options: str) -> str | None:
+        rules = tuple(Rule(name=f"{n}", key=KeySource(options=o)) for n, o in enumerate(options))
+        return board.site(Config(rule=rules)).trust_options()
+
+    assert agreed() == ""
+    assert agreed("", "keyhandle=1", "keyhandle=1") == "keyhandle=1"
+    assert agreed("keyhandle=1", "keyhandle=2") is None
+
+
+def test_options_that_change_a_trust_source_are_not_tried() -> None:
+    assert is_harmless("")
+    assert is_harmless("keyhandle=0x81000001 blobauth=x")
+    assert not is_harmless("keyhandle=0x81000001 pcrlock=16")
+    assert not is_harmless("policyhandle=1")
 
 
 # What is around.

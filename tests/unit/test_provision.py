@@ -62,6 +62,34 @@ def test_the_drop_in_is_a_rule_for_the_label_alone(
     assert rule.crypt.sector_size == sector_size
 
 
+def test_the_drop_in_says_of_a_trusted_key_what_its_blob_may_not_tell() -> None:
+    rule, text = rule_for(
+        "x", backend="trusted", key_bytes=64, key_options="keyhandle=0x81000001 migratable=0"
+    )
+    assert (rule.key.backend, rule.key.length) == ("trusted", 64)
+    assert rule.key.options == "keyhandle=0x81000001 migratable=0"
+    assert "\n\n[rule.crypt]\n" in text
+    under, _ = rule_for("x", backend="encrypted", key_bytes=64, key_options="keyhandle=1")
+    assert (under.key.length, under.key.options) == (0, "keyhandle=1")
+    assert "[rule.key]" not in rule_for("x", key_bytes=16)[1]
+
+
+@pytest.mark.parametrize("command", [["provision", "/dev/null", "--label"], ["key", "create"]])
+@pytest.mark.parametrize("options", ["keyhandle", "a=b\nc=d", 'a="b"', " a=b", "a=b  c=d"])
+def test_what_are_no_options_of_a_trust_source_is_refused(
+    capsys: pytest.CaptureFixture[str], command: list[str], options: str
+) -> None:
+    words = refusal(capsys, *command, "x", "--backend=trusted", f"--key-options={options}")
+    assert words.startswith("use --key-options: expected options such as keyhandle=0x81000001")
+
+
+def test_a_tagged_key_has_no_trust_source_to_be_told_anything(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = refusal(capsys, "key", "create", "x", "--backend=tagged", "--key-options=keyhandle=1")
+    assert words == "use --key-options: the CAAM needs none for a tagged key"
+
+
 @pytest.mark.parametrize("label", ["", "../x", ".x", "-x", "a b", "ä", "x" * 37, "a\nb"])
 def test_labels_that_rules_do_not_take_are_refused(
     capsys: pytest.CaptureFixture[str], label: str

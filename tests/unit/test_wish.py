@@ -11,8 +11,9 @@ from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import mkfs
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 from caam_hotplug.provision import FILESYSTEMS, rule_for
+from caam_hotplug.rules import KeySource, Rule
 from caam_hotplug.sealing import Way
-from caam_hotplug.wish import Wish, require_sense, write_rule
+from caam_hotplug.wish import Wish, _differences, require_sense, write_rule
 
 TIB = 1 << 31  # sectors
 DISK = Volume(
@@ -97,6 +98,32 @@ def test_a_rule_is_written_once(config: Config, roots_folder: Path) -> None:
     assert "built-in one no longer applies" in notes[1]
     other, _ = wish_for(rule_file=file)
     assert "says something else; it is not overwritten" in refusal(other, disk, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "differs"),
+    [
+        (KeySource(length=64, options="keyhandle=1 blobauth=x"), []),
+        (KeySource(length=64, options="blobauth=x"), []),
+        (KeySource(length=64, options="blobauth=y"), ["key.options"]),
+        (KeySource(options="blobauth=x"), ["key.length"]),
+        (KeySource(length=32, options="blobauth=x"), ["key.length"]),
+        (KeySource(), ["key.length", "key.options"]),
+    ],
+)
+def test_a_rule_that_does_not_say_what_a_tpms_key_needs_is_not_one_for_it(
+    key: KeySource, differs: list[str]
+) -> None:
+    way = Way(backend="trusted", options="keyhandle=1 blobauth=x")
+    wish, _ = wish_for(way=way, key_bytes=64, cipher="aes-xts-plain64")
+    assert _differences(wish, Rule(name="x", key=key), "cartridge-01.bb") == differs
+
+
+@pytest.mark.parametrize(("length", "differs"), [(0, []), (64, []), (32, ["key.length"])])
+def test_of_the_caams_keys_a_rule_need_not_say_the_length(length: int, differs: list[str]) -> None:
+    wish, _ = wish_for(way=Way(backend="trusted"), key_bytes=64, cipher="aes-xts-plain64")
+    rule = Rule(name="x", key=KeySource(length=length))
+    assert _differences(wish, rule, "cartridge-01.bb") == differs
 
 
 def test_a_folder_of_rules_that_others_may_write_to_is_refused(

@@ -29,7 +29,7 @@ GUEST_PACKAGES: Final = [
     "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-pyudev", "python3-keyutils",
     "dmsetup", "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
     "e2fsprogs", "dosfstools", "exfatprogs", "fdisk", "gdisk", "kmod", "procps", "strace",
-    "libglib2.0-bin",
+    "libglib2.0-bin", "swtpm", "tpm2-tools",
 ]  # fmt: skip
 GUEST_PYTHON: Final = [
     "msgspec>=0.18",
@@ -48,17 +48,20 @@ MODULES: Final = [
     "dm-flakey", "dm-delay", "dm-zero", "xhci-pci", "usb-storage", "uas", "sd_mod", "sdhci-pci",
     "mmc_block", "scsi_debug", "cbc", "ecb", "ccm", "ctr", "xts", "essiv", "aes_generic",
     "aesni-intel", "sha256_generic", "sha256_ssse3", "crc32c_generic", "crc32c-intel",
-    "libcrc32c", "algif_skcipher", "algif_hash",
+    "libcrc32c", "algif_skcipher", "algif_hash", "tpm_vtpm_proxy",
 ]  # fmt: skip
 INITRD_MODULES: Final = ["virtio_pci", "virtio_blk", "squashfs", "overlay"]
 MAINLINE_SOURCES: Final = [
     "security/keys/trusted-keys/trusted_core.c", "security/keys/trusted-keys/trusted_caam.c",
+    "security/keys/trusted-keys/trusted_tpm1.c", "security/keys/trusted-keys/trusted_tpm2.c",
+    "security/keys/trusted-keys/tpm2key.asn1", "scripts/asn1_compiler.c", "lib/asn1_encoder.c",
     "security/keys/encrypted-keys/encrypted.c", "security/keys/encrypted-keys/encrypted.h",
     "security/keys/encrypted-keys/masterkey_trusted.c",
     "security/keys/encrypted-keys/ecryptfs_format.h",
     "drivers/md/dm-crypt.c", "drivers/md/dm-audit.h",
 ]  # fmt: skip
-"""Of Debian's kernel sources: what mainline's kernels have for the CAAM and Debian's lack."""
+"""Of Debian's kernel sources: what mainline's kernels have for the CAAM and a TPM, and Debian's
+lack."""
 MASKED_UNITS: Final = [
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
     "fstrim.timer", "systemd-tmpfiles-clean.timer", "e2scrub_reap.service",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import config, names
-from caam_hotplug.blobs import Blob, Trusted
+from caam_hotplug.blobs import Blob, Tagged
 from caam_hotplug.doctor import systemd
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
-from caam_hotplug.doctor.site import Site, is_open_to_service
+from caam_hotplug.doctor.site import NOT_HARMLESS, Site, is_harmless, is_open_to_service
 from caam_hotplug.errors import (
     BlobError,
     BlobRejectedError,
@@ -92,7 +92,7 @@ def mount_root(site: Site) -> Iterator[Verdict]:
 
 
 def blobs(site: Site) -> Iterator[Verdict]:
-    """Every blob has the form of one, the service may read it, and this CAAM takes it."""
+    """Every blob has the form of one, the service may read it, and this board takes it."""
     folder = site.at(site.config.blob_directory)
     try:
         found = sorted(file.name for file in folder.iterdir() if file.name.endswith(_BLOB))
@@ -114,14 +114,14 @@ def blobs(site: Site) -> Iterator[Verdict]:
             faulty += 1
             yield verdict
     if faulty < len(found):
-        fine = "have the form of one and are taken by this CAAM" if has_caam else (
+        fine = "have the form of one and are taken by this board" if has_caam else (
             "have the form of one; whether this CAAM takes them was not tried, for want of it"
         )  # fmt: skip
         yield ok(f"{len(found) - faulty} of {len(found)} in {folder} {fine}")
 
 
 def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
-    """What is wrong with a blob: its file, or, if it is tried, that this CAAM does not take it."""
+    """What is wrong with a blob: its file, or, if it is tried, that this board does not take it."""
     folder = site.at(site.config.blob_directory)
     try:
         blob = _read(site, folder, name)
@@ -150,13 +150,16 @@ def _read(site: Site, folder: Path, name: str) -> Blob:
 
 
 def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
-    """Why this CAAM does not take the blob. The key that it gives for it is gone at once."""
-    if isinstance(blob, Trusted) and any(rule.key.options for rule in site.config.rule):
-        return unknown(f"{name} was not tried: rules have options for its trust source")
+    """Why this board does not take the blob. The key that comes of it is gone at once."""
+    options = "" if isinstance(blob, Tagged) else site.trust_options()
+    if options is None:
+        return unknown(f"{name} was not tried: rules have different options for its trust source")
+    if not is_harmless(options):
+        return unknown(f"{name} was not tried: {NOT_HARMLESS}")
     host = Linux(site.at(site.config.blob_directory), site.config.mount_root)
     description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
-        backends.load(host, blob, KeySource(length=_ANY_LENGTH), description)
+        backends.load(host, blob, KeySource(length=_ANY_LENGTH, options=options), description)
         keyring.unlink_key(description)
     except (BlobRejectedError, MasterKeyError) as error:
         return failure(

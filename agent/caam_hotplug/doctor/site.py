@@ -89,9 +89,24 @@ class Site:
             return "tagged"
         return "trusted" if trusted.is_offered() else None
 
+    def trust_options(self) -> str | None:
+        """What rules have for the trust source; None if not all that have any have the same."""
+        found = {rule.key.options for rule in self.config.rule} - {""}
+        return None if len(found) > 1 else "".join(found)
+
     def filesystems(self) -> set[str]:
         """Those that the running kernel has loaded."""
         return {line.split()[-1] for line in (self.text("/proc/filesystems") or "").splitlines()}
+
+
+_HARMLESS: Final = frozenset({"blobauth", "hash", "keyauth", "keyhandle", "migratable"})
+NOT_HARMLESS: Final = "rules have options that would change the trust source, or that serve once"
+"""Such as pcrlock and policyhandle of a TPM."""
+
+
+def is_harmless(options: str) -> bool:
+    """Whether a trust source is as it was after a trial with these (trusted-encrypted.rst)."""
+    return {option.partition("=")[0] for option in options.split()} <= _HARMLESS
 
 
 def is_masked(file: Path) -> bool:

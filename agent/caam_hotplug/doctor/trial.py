@@ -8,6 +8,7 @@ memory. No file and no medium is touched. Names are doctor's own, so the agent m
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Final, cast
 
 from caam_hotplug import blobs, names
 from caam_hotplug.doctor.finding import Verdict, failure, ok, unknown, warning
-from caam_hotplug.doctor.site import Site
+from caam_hotplug.doctor.site import NOT_HARMLESS, Site, is_harmless
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, KeyringError
 from caam_hotplug.kernel import caam, keyring, throwaway, trusted
 from caam_hotplug.kernel.loop import over_memory
@@ -54,22 +55,27 @@ def round_trip(site: Site) -> Iterator[Verdict]:
     swept = throwaway.sweep(names.DOCTOR, site.at("/proc"))
     if swept:
         yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
+    sealer = "the CAAM" if way == "tagged" else "the trust source"
     try:
-        yield _tried(site) if way == "tagged" else _tried_with_trusted_key()
+        yield _tried(site) if way == "tagged" else _tried_with_trusted_key(site)
     except BlobRejectedError as error:
         yield failure(
-            f"the CAAM does not take back what it has just sealed: {error}",
-            "the CAAM or its driver is at fault: `dmesg | grep -i caam`",
+            f"{sealer} does not take back what it has just sealed: {error}",
+            f"{sealer} or its driver is at fault: `dmesg | grep -i -e caam -e trusted -e tpm`",
         )
     except CaamError as error:
         yield failure(
             f"the CAAM makes no key: {error}", "`dmesg | grep -i caam` has the job's error"
         )
     except KeyringError as error:
-        yield failure(f"the key does not come to the keyring: {error}", "see the line of the keys")
+        of_options = way == "trusted" and error.errno in {errno.EINVAL, errno.EPERM}
+        yield failure(
+            f"the key does not come to the keyring: {error}",
+            "mend key.options in the rules" if of_options else "see the line of the keys",
+        )
     except DmError as error:
         yield failure(
-            f"dm-crypt does not take the CAAM's key: {error}",
+            f"dm-crypt does not take {sealer}'s key: {error}",
             f"it is `{cipher}` that is refused; see the lines of the ciphers and of "
             "device-mapper, and `dmesg | grep crypt`",
         )
@@ -121,12 +127,25 @@ def _tried(site: Site) -> Verdict:
     return ok(f"a throwaway key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
 
 
-def _tried_with_trusted_key() -> Verdict:
+def _tried_with_trusted_key(site: Site) -> Verdict:
     """Nobody but the kernel has the key, so that there is only its own ciphertext to look at."""
+    options = site.trust_options()
+    if options is None:
+        return unknown("not tried: rules have different options for the trust source")
+    if not is_harmless(options):
+        return unknown(f"not tried: {NOT_HARMLESS}")
     keyring.join_session_keyring()
-    sealed = trusted.seal_trusted(_TRUSTED_BYTES)
+    try:
+        sealed = trusted.seal_trusted(_TRUSTED_BYTES, options)
+    except KeyringError as error:
+        if error.errno != errno.EINVAL or options:
+            raise
+        return unknown(
+            "not tried: the trust source needs options, as a TPM does, and no rule has any",
+            'say them in a rule, such as key.options = "keyhandle=0x81000001"',
+        )
     blob = cast(blobs.Trusted, blobs.parse(sealed, "trusted"))
-    how = Encryption(_TRUSTED_CIPHER, throwaway.trusted_key(blob, _TRUSTED_BYTES))
+    how = Encryption(_TRUSTED_CIPHER, throwaway.trusted_key(blob, _TRUSTED_BYTES, options))
     with ExitStack() as held:
         try:
             memory = held.enter_context(over_memory(names.DOCTOR.memory, _VOLUME))

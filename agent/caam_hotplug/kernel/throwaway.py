@@ -44,11 +44,11 @@ def logon_key(payload: SecretBytes) -> AddKey:
     return add
 
 
-def trusted_key(blob: Trusted, length: int) -> AddKey:
-    """For a key of so many bytes that only the kernel has."""
+def trusted_key(blob: Trusted, length: int, options: str = "") -> AddKey:
+    """For a key of so many bytes that only the kernel has; `options` are for its trust source."""
 
     def add(description: str) -> KeyReference:
-        trusted.load_trusted(description, blob)
+        trusted.load_trusted(description, blob, options)
         return KeyReference("trusted", length)
 
     return add

@@ -8,11 +8,12 @@ security/keys/encrypted-keys/encrypted.c.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Final
 
-from caam_hotplug.blobs import Encrypted, Trusted
+from caam_hotplug.blobs import TRUSTED_KEY_BYTES, Encrypted, Trusted
 from caam_hotplug.errors import (
     BlobRejectedError,
     DmError,
@@ -28,6 +29,10 @@ _DIGITS: Final = b"0123456789abcdef"
 _NO_TRUSTED_KEYS: Final = (
     "the kernel has no trusted keys: it needs CONFIG_TRUSTED_KEYS, loaded, with a source such as "
     "CONFIG_TRUSTED_KEYS_CAAM, and the source's hardware"
+)
+_OPTIONS_WRONG: Final = (
+    "its options are wrong, such as a key handle or a password; a TPM may also be locked, and the "
+    "kernel's log has its error"
 )
 _NO_ENCRYPTED_KEYS: Final = "the kernel has no encrypted keys: it needs CONFIG_ENCRYPTED_KEYS"
 
@@ -77,25 +82,29 @@ def _has(kind: KeyType) -> bool:
     return True
 
 
-def seal_trusted(length: int) -> bytes:
+def seal_trusted(length: int, options: str = "") -> bytes:
     """A new key of so many bytes that only the kernel has seen, sealed, in hex; in no keyring.
 
-    Raises: KeyringError. Source: keyctl_read(3).
+    Raises: KeyringError, EINVAL or EPERM if the trust source needs other options. Source:
+    keyctl_read(3).
     """
-    with _in_own_keyring("trusted", _NEW, f"new {length}".encode()) as serial:
+    request = f"new {length} {options}".rstrip().encode()
+    refusal = partial(_no_new_trusted, length=length, options=options)
+    with _in_own_keyring("trusted", request, refusal) as serial:
         return keyring.read(serial, _NEW)
 
 
-def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str) -> bytes:
+def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: str = "") -> bytes:
     """A new key of so many bytes, or the one given, encrypted under the master; in no keyring.
 
-    The result is a text that names the master. Raises: MasterKeyError; KeyringError.
+    `options` are the master's. The result is a text that names the master. Raises: MasterKeyError;
+    KeyringError.
     """
     length = key if isinstance(key, int) else len(key)
     head = f"new default trusted:{name} {length}".encode()
-    with _loaded_master(name, master):
+    with _loaded_master(name, master, options):
         if isinstance(key, int):
-            with _in_own_keyring("encrypted", _NEW, head) as serial:
+            with _in_own_keyring("encrypted", head, _no_new_encrypted) as serial:
                 return keyring.read(serial, _NEW)
         with memory.locked(len(head) + 1 + 2 * length) as request:
             request.buffer[: len(head) + 1] = head + b" "
@@ -103,7 +112,7 @@ def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str) -> bytes:
                 place = len(head) + 1 + 2 * at
                 request.buffer[place] = _DIGITS[key.buffer[at] >> 4]
                 request.buffer[place + 1] = _DIGITS[key.buffer[at] & 15]
-            with _in_own_keyring("encrypted", _NEW, request) as serial:
+            with _in_own_keyring("encrypted", request, _no_given_encrypted) as serial:
                 return keyring.read(serial, _NEW)
 
 
@@ -123,35 +132,55 @@ def _loaded_master(name: str, master: Trusted, options: str = "") -> Iterator[No
 
 @contextmanager
 def _in_own_keyring(
-    kind: KeyType, description: str, request: bytes | SecretBytes
+    kind: KeyType, request: bytes | SecretBytes, refusal: Callable[[int], str | None]
 ) -> Iterator[KeySerial]:
+    """The new key is in this thread's own keyring. Raises: KeyringError, in the refusal's words."""
     own = keyring.KEY_SPEC_THREAD_KEYRING
     try:
-        serial = keyring.add_key(kind, description, request, own)
+        serial = keyring.add_key(kind, _NEW, request, own)
     except KeyringError as error:
-        raise _no_new_key(error, kind, given=isinstance(request, SecretBytes)) from error
+        words = refusal(error.errno or 0)
+        if words is None:
+            raise
+        raise KeyringError(f"make {kind} key", _NEW, error.errno or 0, words) from error
     try:
         yield serial
     finally:
-        keyring.unlink(serial, description, own)
+        keyring.unlink(serial, _NEW, own)
 
 
-def _no_new_key(error: KeyringError, kind: KeyType, *, given: bool) -> HotplugError:
-    words: dict[tuple[KeyType, int | None], str] = {
-        ("trusted", errno.ENODEV): _NO_TRUSTED_KEYS,
-        ("trusted", errno.EINVAL): "a trusted key has 32 to 128 bytes",
-        ("encrypted", errno.ENODEV): _NO_ENCRYPTED_KEYS,
-        ("encrypted", errno.EINVAL): (
+def _no_new_trusted(number: int, *, length: int, options: str) -> str | None:
+    """No option is repeated: it may be a password."""
+    match number:
+        case errno.ENODEV:
+            return _NO_TRUSTED_KEYS
+        case errno.EINVAL if length not in TRUSTED_KEY_BYTES:
+            return f"a trusted key has {TRUSTED_KEY_BYTES[0]} to {TRUSTED_KEY_BYTES[-1]} bytes"
+        case errno.EINVAL if options:
+            return "the trust source knows no such options, or needs others beside them"
+        case errno.EINVAL:
+            return "the trust source needs options, such as keyhandle=0x81000001 of a TPM"
+        case errno.EPERM:
+            return f"the trust source refused: {_OPTIONS_WRONG}"
+    return None
+
+
+def _no_new_encrypted(number: int) -> str | None:
+    match number:
+        case errno.ENODEV:
+            return _NO_ENCRYPTED_KEYS
+        case errno.EINVAL:
+            return "an encrypted key has 20 to 4096 bytes"
+    return None
+
+
+def _no_given_encrypted(number: int) -> str | None:
+    if number == errno.EINVAL:
+        return (
             "the kernel encrypts keys that it is given only with CONFIG_USER_DECRYPTED_DATA, from "
             "Linux 6.0 on"
-            if given
-            else "an encrypted key has 20 to 4096 bytes"
-        ),
-    }
-    found = words.get((kind, error.errno))
-    if found is None:
-        return error
-    return KeyringError(f"make {kind} key", error.subject, error.errno or 0, found)
+        )
+    return _no_new_encrypted(number)
 
 
 def _load_trusted(description: str, blob: Trusted, options: str, keyring_id: int) -> KeySerial:
@@ -169,7 +198,12 @@ def _refusal_of_trusted(error: KeyringError) -> HotplugError:
                 "the trust source refused the blob: damaged, sealed on another chip, "
                 "or sealed in another security state of this one"
             )
-        case errno.EINVAL:
+        case errno.EPERM:  # whatever it is that a TPM objects to
+            return BlobRejectedError(
+                "the trust source refused the blob: damaged, sealed by another chip, or "
+                f"{_OPTIONS_WRONG}"
+            )
+        case errno.EINVAL | errno.E2BIG:
             return BlobRejectedError(
                 "the trust source refused the blob: it has no valid form, or needs other options"
             )

@@ -14,7 +14,7 @@ static u8 no_state;
 
 struct caam_blob_priv *caam_blob_gen_init(void)
 {
-	return (struct caam_blob_priv *)&no_state;
+	return caam_present() ? (struct caam_blob_priv *)&no_state : ERR_PTR(-ENODEV);
 }
 EXPORT_SYMBOL(caam_blob_gen_init);
 

@@ -62,6 +62,9 @@ struct tag_header {
 #define OTPMK_BYTES 32
 #define MEMORY_MAX_BYTES 512
 
+/* main.c */
+bool caam_present(void);
+
 /* seal.c */
 int seal_init(const u8 otpmk[OTPMK_BYTES]);
 void seal_exit(void);
