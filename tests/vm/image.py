@@ -107,6 +107,12 @@ def build() -> Image:
         _install_python,
         says="Fetching the guest's Python packages (once)",
     )
+    headers = cache.built(
+        "headers",
+        cache.key_of(version, release),
+        lambda folder: _fetch_headers(folder, version),
+        says="Fetching the kernel's headers (once; 17 MB)",
+    )
     sources = cache.built(
         "sources",
         cache.key_of(version, release, " ".join(MAINLINE_SOURCES)),
@@ -117,7 +123,7 @@ def build() -> Image:
     bed = cache.built(
         "bed",
         key,
-        lambda folder: _bed_image(folder, unpacked, site, sources, version),
+        lambda folder: _bed_image(folder, unpacked, site, _Sources(headers, sources), version),
         says="Building the simulated CAAM and the guest's own image",
     )
     vmlinuz = unpacked / "boot" / f"vmlinuz-{version}"
@@ -125,13 +131,13 @@ def build() -> Image:
 
 
 def kernel_version() -> str:
-    """Debian's current kernel of the series in $KERNEL, whose headers `setup` has installed."""
+    """Debian's current kernel of the series in $KERNEL, of which `setup` has the package lists."""
     series = os.environ.get("KERNEL") or DEFAULT_KERNEL
     package = "linux-image-amd64" if series == DEFAULT_KERNEL else f"linux-image-{series}-amd64"
     depends = _run("apt-cache", "depends", package)
     found = re.search(r"Depends: linux-image-(\d\S*)", depends)
-    if found is None or not Path(f"/usr/src/linux-headers-{found[1]}").is_dir():
-        sys.exit(f"Debian's kernel {series} has no headers in /usr/src: run tests/vm/setup")
+    if found is None:
+        sys.exit(f"Debian has no kernel {series}, or no package lists are here: run tests/vm/setup")
     return found[1]
 
 
@@ -154,6 +160,26 @@ def _unpack_kernel(folder: Path, version: str) -> None:
     for start in range(0, len(packed), 500):
         _run("xz", "-d", "-T0", *packed[start : start + 500])
     _run("depmod", "-b", folder, version)
+
+
+def _fetch_headers(folder: Path, version: str) -> None:
+    """The packages that modules are built with, as they are.
+
+    To install them would bring the whole kernel, and its hooks: they depend on it.
+    """
+    said = _run("apt-cache", "depends", f"linux-headers-{version}")
+    needed = re.findall(r"Depends: (linux-headers-\S+-common|linux-kbuild-\S+)", said)
+    _run("apt-get", "-q=2", "download", f"linux-headers-{version}", *needed, cwd=folder)
+
+
+def _unpack_headers(packages: Path, folder: Path, version: str) -> Path:
+    """Where the kernel's own build of a module begins."""
+    for deb in packages.glob("*.deb"):
+        _run("dpkg-deb", "-x", deb, folder)
+    build = folder / "usr/src" / f"linux-headers-{version}"
+    makefile = build / "Makefile"
+    makefile.write_text(makefile.read_text().replace("/usr/src/", "../"))
+    return build
 
 
 def _unpack_sources(folder: Path, version: str) -> None:
@@ -202,7 +228,17 @@ def _squash(tree: Path, image: Path) -> None:
          "-noappend", "-all-root")  # fmt: skip
 
 
-def _bed_image(folder: Path, unpacked: Path, site: Path, sources: Path, version: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Of what modules are built."""
+
+    headers: Path
+    """The kernel's packages of them."""
+    mainline: Path
+    """The files of MAINLINE_SOURCES."""
+
+
+def _bed_image(folder: Path, unpacked: Path, site: Path, sources: _Sources, version: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         lib = tree / "usr/lib/modules" / version
@@ -214,10 +250,14 @@ def _bed_image(folder: Path, unpacked: Path, site: Path, sources: Path, version:
         for index in source.glob("modules.builtin*"):
             shutil.copy(index, lib)
         shutil.copy(source / "modules.order", lib)
+        build = _unpack_headers(sources.headers, Path(scratch) / "headers", version)
         caam_sim = Path(scratch) / "caam_sim"
-        _build_caam_sim(caam_sim, version, lib, tree / "usr/local/bin")
+        _build_caam_sim(caam_sim, build, lib, tree / "usr/local/bin")
         mainline = Path(scratch) / "mainline"
-        _build_mainline(mainline, version, sources, caam_sim, tree / "opt/mainline")
+        shutil.copytree(MAINLINE, mainline)
+        for name in MAINLINE_SOURCES:
+            shutil.copy(sources.mainline / Path(name).name, mainline)
+        _build_mainline(mainline, build, caam_sim, tree / "opt/mainline")
         (tree / "lib").symlink_to("usr/lib")
         _run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
@@ -244,9 +284,9 @@ def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
     return list(ordered)
 
 
-def _build_caam_sim(work: Path, version: str, lib: Path, programs: Path) -> None:
+def _build_caam_sim(work: Path, build: Path, lib: Path, programs: Path) -> None:
     shutil.copytree(CAAM_SIM, work)
-    _run("make", "-C", work, f"KERNEL={version}", "modules", "caam-keygen")
+    _run("make", "-C", work, f"HEADERS={build}", "modules", "caam-keygen")
     _run("strip", "--strip-debug", work / "caam_sim.ko")
     (lib / "updates").mkdir(parents=True)
     shutil.copy(work / "caam_sim.ko", lib / "updates")
@@ -254,14 +294,10 @@ def _build_caam_sim(work: Path, version: str, lib: Path, programs: Path) -> None
     shutil.copy(work / "caam-keygen", programs)
 
 
-def _build_mainline(work: Path, version: str, sources: Path, caam_sim: Path, modules: Path) -> None:
-    shutil.copytree(MAINLINE, work)
-    for name in MAINLINE_SOURCES:
-        shutil.copy(sources / Path(name).name, work)
-    headers = f"/usr/src/linux-headers-{version}"
+def _build_mainline(work: Path, build: Path, caam_sim: Path, modules: Path) -> None:
     symbols = f"KBUILD_EXTRA_SYMBOLS={caam_sim}/Module.symvers"
     _run(
-        "make", "-C", headers, f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES=", symbols, "modules"
+        "make", "-C", build, f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES=", symbols, "modules"
     )  # fmt: skip
     modules.mkdir(parents=True)
     for module in work.glob("*.ko"):
