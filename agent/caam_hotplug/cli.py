@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from caam_hotplug import __version__, keys, names, provision
+from caam_hotplug import __version__, keys, migrate, names, provision
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.operator import commands as operator
 
@@ -30,6 +30,7 @@ examples:
   caam-hotplug explain /dev/sdb1              which rule, or why none
   caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
   caam-hotplug key list                       the keys of this board
+  caam-hotplug migrate cartridge-01 --to trusted    to a key of another kind, where it is
   caam-hotplug doctor                         why it does not work on this board
   caam-hotplug status                         the media and their states
   caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
@@ -152,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(command=_explain)
     provision.add_to(commands, _add_config, _load_to_act)
     keys.add_to(commands, _add_config, _load_to_act)
+    migrate.add_to(commands, _add_config, _load_to_act)
     _add_doctor(commands)
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")

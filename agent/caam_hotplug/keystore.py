@@ -23,7 +23,8 @@ class Folder:
 
     def __init__(self, path: Path, opened: int) -> None:
         self.path = path
-        self._opened = opened
+        self.opened = opened
+        """A descriptor of it."""
 
     def file(self, name: str) -> Path:
         """Where the blob of that name is, or would be."""
@@ -31,11 +32,11 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is a blob of that name, or anything else in its place."""
-        return durable.exists(self._opened, self.file(name).name)
+        return durable.exists(self.opened, self.file(name).name)
 
     def is_unsettled(self, name: str) -> bool:
         """Whether its blob was made by a run that ended before any medium could rely on it."""
-        return durable.is_unsettled(self._opened, self.file(name).name)
+        return durable.is_unsettled(self.opened, self.file(name).name)
 
     def write(self, name: str, blob: bytes, *, settled: bool) -> None:
         """The blob is there, on the disk. Raises: HotplugError if the name is taken; KernelError.
@@ -43,15 +44,15 @@ class Folder:
         One that is not `settled` may be taken back by the next run, as nobody relies on it yet.
         """
         write = durable.write if settled else durable.write_unsettled
-        write(self._opened, self.file(name), blob, BLOB_MODE)
+        write(self.opened, self.file(name), blob, BLOB_MODE)
 
     def settle(self, name: str) -> None:
         """From now on a medium relies on the blob. Raises: KernelError."""
-        durable.settle(self._opened, self.file(name))
+        durable.settle(self.opened, self.file(name))
 
     def discard_unsettled(self, name: str) -> None:
         """A blob that nobody relies on is gone; any other stays. Raises: KernelError."""
-        durable.discard_unsettled(self._opened, self.file(name))
+        durable.discard_unsettled(self.opened, self.file(name))
 
 
 @contextmanager

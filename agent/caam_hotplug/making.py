@@ -20,7 +20,6 @@ one that is there is of a run that was interrupted, and its key is used, or it i
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,18 +30,15 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4, uuid5
 
-from caam_hotplug import blobs, keystore, names, sealing, table
+from caam_hotplug import blobs, keystore, names, scratch, sealing
 from caam_hotplug.config import Config
 from caam_hotplug.errors import (
     BlobError,
     BlobRejectedError,
-    DmError,
     HotplugError,
-    MappingBusyError,
     shown,
 )
 from caam_hotplug.kernel import (
-    devmapper,
     disks,
     filesystem,
     gpt,
@@ -53,9 +49,7 @@ from caam_hotplug.kernel import (
     udev,
     usage,
 )
-from caam_hotplug.kernel.linux import Linux
-from caam_hotplug.lifecycle import backends
-from caam_hotplug.model import SecretBytes, Volume
+from caam_hotplug.model import SecretBytes, Sectors, Volume
 from caam_hotplug.wish import (
     LINUX_DATA,
     Wish,
@@ -116,7 +110,7 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], lis
     disks.require_not_the_systems(disk, config.blob_directory)
     tell(f"looking at {disk.node}")
     with disks.held(disk) as hold:
-        _remove_leftovers(disk)
+        scratch.remove_leftovers(disk)
         usage.require_unused(disk)
         marks = _marks(wish.label, _identifier(wish), config.blob_directory)
         stage, entry = _stage(gpt.read(hold.reading, disk.node), wish.label, marks)
@@ -126,17 +120,20 @@ def provision(wish: Wish, config: Config, tell: Tell, announce: Callable[[], lis
         _try_table(wish, disk, config.blob_directory)
         with keystore.folder(config.blob_directory) as folder:
             making = _Making(wish, hold, folder, tell)
-            was_made_before = stage is _Stage.MADE and making.is_made(entry)
-            if was_made_before:
+            was_made_before = entry is not None and stage is _Stage.MADE and making.is_made(entry)
+            if entry and was_made_before:
                 making.require_made_so()
+                partition, uuid = entry, entry.identity.uuid
             else:
                 if stage is _Stage.MADE:  # but not under our blob
                     _require_blank(wish, disk, stage)
-                making.format(making.begun(entry if stage is _Stage.MARKED else None))
+                partition = making.begun(entry if stage is _Stage.MARKED else None)
+                uuid = uuid4()
+                making.format(partition)
             notes = [*making.notes, *write_rule(wish, config), *advice(wish, config, disk)]
             if wish.rule_file is not None:
                 notes += announce()
-            making.finish(entry.identity.uuid if entry and was_made_before else uuid4())
+            making.finish(partition.number, uuid)
         return Made(
             partition=_partition_node(disk),
             blob=folder.file(wish.label),
@@ -206,9 +203,9 @@ class _Making:
         self.notes: list[str] = []
         """What the user is to know of what was found."""
 
-    def is_made(self, entry: gpt.Entry | None) -> bool:
+    def is_made(self, entry: gpt.Entry) -> bool:
         """Whether the filesystem lies on the partition, under the key of the label's blob."""
-        if entry is None or not self._folder.has(self._wish.label):
+        if not self._folder.has(self._wish.label):
             return False
         try:
             with self._mapped(entry) as node:
@@ -334,14 +331,14 @@ class _Making:
                     f"{wish.filesystem}; is the medium damaged?"
                 )
 
-    def finish(self, uuid: UUID) -> None:
+    def finish(self, number: int, uuid: UUID) -> None:
         """The medium has its label; the kernel has been told, or udevd will be.
 
         One that had it before may have it in one copy of its table only.
         """
         self._tell("writing the label")
         identity = gpt.Identity(self._wish.label, LINUX_DATA, uuid)
-        gpt.rename(self._hold.writing(), self._disk.node, identity)
+        gpt.rename(self._hold.writing(), self._disk.node, number, identity)
         disks.read_partitions(self._hold)
 
     @contextmanager
@@ -353,23 +350,17 @@ class _Making:
         file = self._folder.file(self._wish.label)
         blob = _blob_in(file)
         volume = replace(self._disk, size=entry.length)
-        with _mapping(self._disk) as name:
-            _load(
+        with scratch.mapping(self._disk, "provision") as name:
+            scratch.load(
                 name,
-                self._wish,
                 volume,
+                self._wish.rule.key,
+                self._wish.rule.crypt,
                 blob,
                 start=entry.start,
                 directory=self._folder.path,
             )
-            # The table has the disk open by now: should the medium change, it does not lead to
-            # the next one.
-            self._hold.require_same(self._hold.reading)
-            devmapper.resume(name)
-            mapping = devmapper.find(_dm_uuid(self._disk))
-            if mapping is None:
-                raise DmError("find mapping", name, errno.ENXIO)
-            yield mapping.node
+            yield scratch.activate(name, self._hold, "provision").node
 
 
 @contextmanager
@@ -417,62 +408,15 @@ def _options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
     return " ".join([f"--backend {backend}", *length, *more])
 
 
-def _dm_uuid(disk: Volume) -> str:
-    return f"{names.PROVISION_DM_UUID_PREFIX}{disk.id.diskseq}"
-
-
-@contextmanager
-def _mapping(disk: Volume) -> Iterator[str]:
-    """A mapping without a table; gone on the way out, or as soon as its last user closes it.
-
-    Raises: MappingBusyError if somebody still has it open.
-    """
-    name = f"{names.PROVISION_DM_NAME_PREFIX}{disk.id.diskseq}"
-    try:
-        devmapper.create(name, _dm_uuid(disk))
-        yield name
-    finally:
-        if devmapper.find(_dm_uuid(disk)) is not None:  # else the name is that of another
-            devmapper.remove(name)
-    if devmapper.find(_dm_uuid(disk)) is not None:
-        hint = "another program has it open; the same command goes on once that has ended"
-        raise MappingBusyError("remove mapping", name, errno.EBUSY, hint)
-
-
-def _load(
-    name: str, wish: Wish, volume: Volume, blob: blobs.Blob, *, start: int, directory: Path
-) -> None:
-    """The mapping has the table for the volume, which starts there on the disk, and its key."""
-    description = f"{names.KEY_PREFIX}provision-{volume.id.diskseq}"
-    host = Linux(directory, names.MOUNT_ROOT)
-    try:
-        key = backends.load(host, blob, wish.rule.key, description)
-        target = replace(
-            table.crypt_target(volume, wish.rule.crypt, key),
-            key_description=f"{key.type}:{description}",
-            offset=start,
-        )
-        devmapper.load(name, target.to_line(), read_only=False)
-    finally:
-        keyring.unlink_key(description)
-
-
 def _try_table(wish: Wish, disk: Volume, directory: Path) -> None:
     """The kernel takes the cipher with such a key. Nothing is written, and the key is forgotten.
 
     Raises: CaamError; KeyringError; DmError.
     """
     blob = blobs.parse(sealing.seal(wish.way, wish.key_bytes, directory), wish.way.backend)
-    with _mapping(disk) as name:
-        _load(name, wish, disk, blob, start=0, directory=directory)
-
-
-def _remove_leftovers(disk: Volume) -> None:
-    """No mapping is left of a run that was killed, on this disk or on one that has gone."""
-    there = disks.diskseqs() - {disk.id.diskseq}
-    for mapping in devmapper.ours(names.PROVISION_DM_UUID_PREFIX):
-        if mapping.uuid not in {f"{names.PROVISION_DM_UUID_PREFIX}{seq}" for seq in there}:
-            devmapper.remove(mapping.name)
+    with scratch.mapping(disk, "provision") as name:
+        key, crypt = wish.rule.key, wish.rule.crypt
+        scratch.load(name, disk, key, crypt, blob, start=Sectors(0), directory=directory)
 
 
 def _partition_node(disk: Volume) -> str:

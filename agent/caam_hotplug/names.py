@@ -31,12 +31,11 @@ DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
 """A logon key's description must start with a prefix and a colon (keyrings(7))."""
 
-PROVISION_DM_UUID_PREFIX: Final = "CAAM-PROVISION-"
-"""Another than the agent's, which would adopt or sweep it; the disk's sequence number follows."""
-PROVISION_DM_NAME_PREFIX: Final = "caam-provision-"
+COMMAND_DM_UUID_PREFIX: Final = "CAAM-COMMAND-"
+"""Of what a command makes for itself; the agent would adopt or sweep what has its own prefix."""
 
 UNFINISHED_TYPE: Final = "08852176-76a2-4897-9536-c3c5c588df44"
-"""The partition type of a medium that `provision` has begun and not finished."""
+"""The partition type of a medium that `provision` or `migrate` has begun and not finished."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,11 @@ def add_way(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
         "trusted key of the board's (encrypted); default: tagged where NXP's driver is, else "
         "trusted",
     )
+    add_key_options(parser, makes_key=makes_key)
+
+
+def add_key_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
+    """The command knows what can be said of a key, whoever seals it."""
     if makes_key:
         parser.add_argument(
             "--key-bytes",
@@ -268,7 +273,7 @@ def _provision(parsed: argparse.Namespace, loaded: config.Config) -> int:
         config_file=file,
         erase=parsed.erase,
     )
-    with _interruptible(parsed.device), Progress(sys.stderr) as progress:
+    with interruptible(f"provision {shown(parsed.device)}"), Progress(sys.stderr) as progress:
         made = making.provision(wished, loaded, progress.tell, _announcing(file))
     how = "was made before; nothing was erased" if made.was_made_before else "is made"
     print(f"{made.partition}: {parsed.label} {how}; its key is in {made.blob}")
@@ -313,21 +318,22 @@ class Progress:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._shown = stream.isatty()
-        dim = self._shown and not os.environ.get("NO_COLOR")
+        self.is_shown = stream.isatty()
+        """Whether anybody looks on."""
+        dim = self.is_shown and not os.environ.get("NO_COLOR")
         self._on, self._off = ("\x1b[2m", "\x1b[0m") if dim else ("", "")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._shown:
+        if self.is_shown:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
 
     def tell(self, step: str) -> None:
         """This step has begun."""
-        if self._shown:
+        if self.is_shown:
             self._stream.write(f"\r\x1b[K{self._on}{step} ...{self._off}")
             self._stream.flush()
 
@@ -338,7 +344,7 @@ class _InterruptionError(KeyboardInterrupt):
 
 
 @contextmanager
-def _interruptible(device: str) -> Iterator[None]:
+def interruptible(what: str) -> Iterator[None]:
     """A signal that ends the program lets it take back its mapping and key first.
 
     Raises: HotplugError then.
@@ -354,9 +360,7 @@ def _interruptible(device: str) -> Iterator[None]:
     try:
         yield
     except _InterruptionError as error:
-        raise HotplugError(
-            f"provision {shown(device)}: interrupted by {error}; the same command goes on"
-        ) from error
+        raise HotplugError(f"{what}: interrupted by {error}; the same command goes on") from error
     finally:
         for each, action in before.items():
             signal.signal(each, action)

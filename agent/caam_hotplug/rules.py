@@ -361,7 +361,7 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused:
     if volume.opted_out:
         return Refused((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:
-        return Refused((("", "it is not finished; run the same `provision` again"),))
+        return Refused((("", "it is not finished; run the same `provision` or `migrate` again"),))
     reasons: list[tuple[str, str]] = []
     for rule in rules:
         failure = next(rule.match.failures(volume), None)

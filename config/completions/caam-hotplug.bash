@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_caam_hotplug_key_subparsers=(create enroll list inspect)
-_shtab_caam_hotplug_subparsers=(run check explain provision key doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_subparsers=(run check explain provision key migrate doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run_option_strings=(-h --help --config)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
@@ -17,6 +17,7 @@ _shtab_caam_hotplug_key_enroll_option_strings=(-h --help --from --backend --seal
 _shtab_caam_hotplug_key_list_option_strings=(-h --help --json --config)
 _shtab_caam_hotplug_key_inspect_option_strings=(-h --help --json)
 _shtab_caam_hotplug_key_option_strings=(-h --help)
+_shtab_caam_hotplug_migrate_option_strings=(-h --help --to --key-bytes --seal --master --config)
 _shtab_caam_hotplug_doctor_option_strings=(-h --help --json --config)
 _shtab_caam_hotplug_status_option_strings=(-h --help --all --json)
 _shtab_caam_hotplug_watch_option_strings=(-h --help --json)
@@ -39,6 +40,8 @@ _shtab_caam_hotplug_key_enroll___from_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_key_enroll___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_key_list___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_key_inspect_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_migrate_pos_0_COMPGEN=_caam_hotplug_volumes
+_shtab_caam_hotplug_migrate___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_doctor___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_eject_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_lock_pos_0_COMPGEN=_caam_hotplug_volumes
@@ -56,7 +59,10 @@ _shtab_caam_hotplug_key_create___seal_choices=(ecb ccm)
 _shtab_caam_hotplug_key_enroll___backend_choices=(auto tagged trusted encrypted)
 _shtab_caam_hotplug_key_enroll___seal_choices=(ecb ccm)
 _shtab_caam_hotplug_key_pos_0_choices=(create enroll list inspect)
-_shtab_caam_hotplug_pos_0_choices=(run check explain provision key doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_migrate___to_choices=(trusted encrypted tagged)
+_shtab_caam_hotplug_migrate___key_bytes_choices=(16 32 64)
+_shtab_caam_hotplug_migrate___seal_choices=(ecb ccm)
+_shtab_caam_hotplug_pos_0_choices=(run check explain provision key migrate doctor status watch eject lock unlock retry reload)
 
 _shtab_caam_hotplug_run__h_nargs=0
 _shtab_caam_hotplug_run___help_nargs=0
@@ -80,6 +86,8 @@ _shtab_caam_hotplug_key_inspect___json_nargs=0
 _shtab_caam_hotplug_key_pos_0_nargs=A...
 _shtab_caam_hotplug_key__h_nargs=0
 _shtab_caam_hotplug_key___help_nargs=0
+_shtab_caam_hotplug_migrate__h_nargs=0
+_shtab_caam_hotplug_migrate___help_nargs=0
 _shtab_caam_hotplug_doctor__h_nargs=0
 _shtab_caam_hotplug_doctor___help_nargs=0
 _shtab_caam_hotplug_doctor___json_nargs=0

@@ -39,6 +39,7 @@ _FUNCTIONS: Final = frozenset(
 )
 _METHODS: Final = (
     (fcntl, "ioctl"), (os, "mkdir"), (os, "link"), (os, "unlink"), (os, "fsync"), (mkfs, "make"),
+    (os, "pwritev"), (os, "fdatasync"),
 )  # fmt: skip
 
 
@@ -257,26 +258,26 @@ class Bench:
 
     def left(self) -> list[str]:
         """Mappings of the command's, and keys, that are still there."""
-        mappings = [mapping.name for mapping in devmapper.ours("CAAM-PROVISION-")]
+        mappings = [mapping.name for mapping in devmapper.ours("CAAM-COMMAND-")]
         lines = Path("/proc/keys").read_text().splitlines()
         keys = [line for line in lines if "caam-hotplug" in line and line.split()[2] != "0"]
         return mappings + keys
 
 
 @contextmanager
-def bench_with(medium: Cartridge) -> Iterator[Bench]:
+def bench_with(medium: Cartridge, folder: Path = BENCH) -> Iterator[Bench]:
     """A bench whose disk is blank; nothing is left on it afterwards."""
-    BENCH.mkdir(mode=0o755)
+    folder.mkdir(mode=0o755)
     try:
-        made = Bench(medium, BENCH)
+        made = Bench(medium, folder)
         made.holds(b"")
         yield made
         made.holds(b"")
         until(lambda: made.left() == [])
     finally:
-        for mapping in devmapper.ours("CAAM-PROVISION-"):
+        for mapping in devmapper.ours("CAAM-COMMAND-"):
             devmapper.remove(mapping.name)
-        shutil.rmtree(BENCH)
+        shutil.rmtree(folder)
 
 
 def opened_on_a_pc(bench: Bench, file: Path) -> str:

@@ -75,6 +75,13 @@ BY_TESTS: Final = {
     "tests/e2e/test_tpm.py::test_a_master_of_the_tpms_serves_media_without_a_rule": [
         "caam-hotplug key create board --backend trusted --key-options keyhandle=0x81000001",
     ],
+    "tests/e2e/test_migrate.py::test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key": [
+        "caam-hotplug lock archive-01",
+        "caam-hotplug migrate archive-01 --to trusted",
+        "caam-hotplug unlock archive-01",
+        "caam-hotplug migrate archive-01 --to encrypted --master board",
+        "caam-hotplug migrate archive-01 --to tagged",
+    ],
     "tests/e2e/test_docs.py::test_the_journals_questions_have_answers": [
         "journalctl MESSAGE_ID=4d2a9b394c4e496a8514c481e22a25e3",
         "journalctl MESSAGE_ID=ed926665d938401c82c932addd7ca5a0 -o json-pretty",

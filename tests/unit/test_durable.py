@@ -190,3 +190,23 @@ def test_two_commands_do_not_make_keys_in_one_directory(opened: int, tmp_path: P
             pass
     finally:
         os.close(other)
+
+
+def test_a_file_that_is_moved_has_its_new_name_and_takes_nobody_elses(
+    opened: int, tmp_path: Path
+) -> None:
+    (tmp_path / "old").write_bytes(b"content")
+    (tmp_path / "taken").write_bytes(b"another's")
+    with pytest.raises(HotplugError, match="taken: it exists, and is not overwritten"):
+        durable.move(opened, tmp_path / "old", "taken")
+    durable.move(opened, tmp_path / "old", "new")
+    assert (tmp_path / "new").read_bytes() == b"content"
+    assert (tmp_path / "taken").read_bytes() == b"another's"
+    assert sorted(os.listdir(tmp_path)) == ["new", "taken"]
+
+
+def test_a_file_that_is_not_there_is_neither_moved_nor_removed(opened: int, tmp_path: Path) -> None:
+    with pytest.raises(KernelError, match=r"rename .*none: No such file"):
+        durable.move(opened, tmp_path / "none", "new")
+    with pytest.raises(KernelError, match=r"remove .*none: No such file"):
+        durable.remove(opened, tmp_path / "none")

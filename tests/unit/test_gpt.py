@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -47,7 +48,7 @@ class Disk:
         return gpt.make(self.file, str(self.path), identity)
 
     def rename(self, identity: gpt.Identity = LABELLED) -> None:
-        gpt.rename(self.file, str(self.path), identity)
+        gpt.rename(self.file, str(self.path), 1, identity)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_reading_a_table_leaves_every_byte_as_it_was(disk: Disk) -> None:
 def test_to_rename_changes_names_and_nothing_of_the_place(disk: Disk) -> None:
     made = disk.make()
     disk.rename()
-    assert disk.read() == (gpt.Entry(LABELLED, made.start, made.length),)
+    assert disk.read() == (gpt.Entry(1, LABELLED, made.start, made.length),)
 
 
 @pytest.mark.parametrize("written", range(len(PARTS) + 1))
@@ -116,21 +117,30 @@ def test_signatures_of_what_was_there_are_gone(disk: Disk) -> None:
     assert os.pread(disk.file, 10, 4096 - 10) == bytes(10)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_a_disk_without_exactly_one_partition_is_not_renamed(tmp_path: Path, count: int) -> None:
+def test_of_two_partitions_the_one_that_is_meant_is_renamed(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     media.write_disk(path, "first", bytes(MIB))
-    if count == 2:
-        with path.open("r+b") as file:
-            add_a_second(file.fileno(), path.stat().st_size)
-    else:
-        path.write_bytes(bytes(SIZE))
+    with path.open("r+b") as file:
+        add_a_second(file.fileno(), path.stat().st_size)
+        first, second = gpt.read(file.fileno(), str(path)) or ()
+        gpt.rename(file.fileno(), str(path), second.number, LABELLED)
+        assert gpt.read(file.fileno(), str(path)) == (first, replace(second, identity=LABELLED))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_partition_that_is_not_there_is_not_renamed(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "disk.img"
+    media.write_disk(path, "first", bytes(MIB))
     before = path.read_bytes()
-    file = os.open(path, os.O_RDWR)
-    with pytest.raises(KernelError, match="it has not one"):
-        gpt.rename(file, str(path), LABELLED)
-    os.close(file)
+    with path.open("r+b") as file, pytest.raises(KernelError, match="it has none"):
+        gpt.rename(file.fileno(), str(path), number, LABELLED)
     assert path.read_bytes() == before
+
+
+def test_on_a_disk_without_a_table_nothing_is_renamed(disk: Disk) -> None:
+    with pytest.raises(KernelError, match="it has none"):
+        disk.rename()
+    assert disk.path.read_bytes() == bytes(SIZE)
 
 
 def add_a_second(file: int, size: int) -> None:

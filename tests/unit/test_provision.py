@@ -191,10 +191,10 @@ def test_progress_has_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyP
 
 
 def test_the_names_of_its_mappings_are_not_the_agents() -> None:
-    assert not names.PROVISION_DM_UUID_PREFIX.startswith(names.DM_UUID_PREFIX)
+    assert not names.COMMAND_DM_UUID_PREFIX.startswith(names.DM_UUID_PREFIX)
     rule = (Path(__file__).parents[2] / "rules" / "50-caam-hotplug.rules").read_text()
     (kept_off,) = [line for line in rule.splitlines() if names.DM_UUID_PREFIX in line]
-    assert f"|{names.PROVISION_DM_UUID_PREFIX}*" in kept_off
+    assert f"|{names.COMMAND_DM_UUID_PREFIX}*" in kept_off
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -213,7 +213,7 @@ def test_a_signal_while_the_agent_is_told_ends_the_command(
     monkeypatch.setattr(remote, "run", never_answered)
     with (
         pytest.raises(HotplugError, match=f"/dev/sdb: interrupted by {number.name}; the same"),
-        provision._interruptible("/dev/sdb"),
+        provision.interruptible("provision /dev/sdb"),
     ):
         provision._tell_agent()
     assert signal.getsignal(number) is before

@@ -257,7 +257,7 @@ def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
     rule = Rule(name="by serial", key=by_serial, mount=MountWish(name=Template("{serial}")))
     begun = stick(serial="ABC", parttype=as_written("08852176-76a2-4897-9536-c3c5c588df44"))
     refused = decide((rule,), begun)
-    assert str(refused) == "it is not finished; run the same `provision` again"
+    assert str(refused) == "it is not finished; run the same `provision` or `migrate` again"
 
 
 def test_an_ignoring_rule_keeps_later_rules_from_the_volume() -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from caam_hotplug import config, making, provision, wish
+from caam_hotplug import config, making, provision, scratch, wish
 from caam_hotplug.kernel import caam, disks, files, gpt, keyring, memory, sealed, udev, usage
 from caam_hotplug.model import (
     Bus,
@@ -154,7 +154,7 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
         (usage, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
-        (keyring, "join_session_keyring"), (making, "_remove_leftovers"), (making, "_try_table"),
+        (keyring, "join_session_keyring"), (scratch, "remove_leftovers"), (making, "_try_table"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, nothing)
     return Workshop(folder)

@@ -51,6 +51,22 @@ def whole_disk(device: str) -> Volume:
     return found
 
 
+def disk_of(volume: Volume) -> Volume:
+    """The disk that a partition is on. Raises: HotplugError if it has gone."""
+    return whole_disk(f"/dev/{(_SYS_BLOCK / volume.name).resolve().parent.name}")
+
+
+def logical_block(disk: Volume) -> int:
+    """In which units the disk is read and written, in bytes. Raises: HotplugError if it has gone.
+
+    Source: queue/logical_block_size in Documentation/ABI/stable/sysfs-block.
+    """
+    try:
+        return int((_SYS_BLOCK / disk.name / "queue/logical_block_size").read_text())
+    except OSError as error:
+        raise HotplugError(f"look at {disk.node}: {os.strerror(error.errno or 0)}") from error
+
+
 class Held:
     """A disk that others keep their hands off, first to be looked at, then to be written to."""
 

@@ -79,7 +79,11 @@ def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> Non
     """
     with _naming("write", path):
         _write_temporary(opened, path, content, mode)
-        _rename(opened, path)
+        try:
+            _rename(opened, temporary(path.name), path)
+        except BaseException:
+            os.unlink(temporary(path.name), dir_fd=opened)
+            raise
         os.fsync(opened)
 
 
@@ -165,18 +169,31 @@ def _require_kept_from_others(file: int, path: Path) -> None:
         )
 
 
-def _rename(opened: int, path: Path) -> None:
-    """Source: renameat2(2); FAT, which has no hard links, knows it too."""
+def move(opened: int, path: Path, name: str) -> None:
+    """The file has this name in the same directory. Raises: HotplugError if the name is taken;
+    KernelError."""
+    with _naming("rename", path):
+        _rename(opened, path.name, path.with_name(name))
+        os.fsync(opened)
+
+
+def remove(opened: int, path: Path) -> None:
+    """The file is gone. Raises: KernelError."""
+    with _naming("remove", path):
+        os.unlink(path.name, dir_fd=opened)
+        os.fsync(opened)
+
+
+def _rename(opened: int, name: str, path: Path) -> None:
+    """The file has the path's name. Source: renameat2(2); FAT, without hard links, knows it too."""
     renameat2 = cbind.declare(
         "libc.so.6", "renameat2", ctypes.c_int,
         (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint),
         cbind.minus_one_is_failure,
     )  # fmt: skip
-    old, new = os.fsencode(temporary(path.name)), os.fsencode(path.name)
     try:
-        renameat2(opened, old, opened, new, _RENAME_NOREPLACE)
+        renameat2(opened, os.fsencode(name), opened, os.fsencode(path.name), _RENAME_NOREPLACE)
     except OSError as error:
-        os.unlink(old, dir_fd=opened)
         if error.errno == errno.EEXIST:
             raise _taken(path) from error
         raise

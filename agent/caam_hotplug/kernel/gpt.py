@@ -1,4 +1,4 @@
-"""The partition table of a whole disk, through libfdisk: read, made anew, its one entry renamed.
+"""The partition table of a whole disk, through libfdisk: read, made anew, an entry of it renamed.
 
 The disk is handed over as an open descriptor, which belongs to the caller. It is to be open with
 O_DSYNC: then what libfdisk writes reaches the medium in the order in which it is written. That is
@@ -40,6 +40,8 @@ class Identity:
 class Entry:
     """One partition, as the table has it."""
 
+    number: int
+    """As in the name of its device node, from 1 on."""
     identity: Identity
     start: Sectors
     length: Sectors
@@ -124,7 +126,7 @@ def read(disk: int, node: str) -> tuple[Entry, ...] | None:
     KernelError. Blocks for I/O.
     """
     with _opened(disk, node, read_only=True) as context:
-        return tuple(entry for _, entry in _entries(context, node)) if _has_gpt(context) else None
+        return tuple(_entries(context, node)) if _has_gpt(context) else None
 
 
 def make(disk: int, node: str, identity: Identity) -> Entry:
@@ -149,23 +151,23 @@ def make(disk: int, node: str, identity: Identity) -> Entry:
             number = ctypes.c_size_t()
             added = lib.add(context, wanted, ctypes.byref(number))
             _check(added, "add a partition to", node)
-        (made,) = (entry for _, entry in _entries(context, node))
+        (made,) = _entries(context, node)
         _check(lib.write(context), "write partition table of", node)
     return made
 
 
-def rename(disk: int, node: str, identity: Identity) -> None:
-    """The disk's only partition says this of itself; both copies of the table are whole.
+def rename(disk: int, node: str, number: int, identity: Identity) -> None:
+    """The disk's partition of this number says this of itself; both copies of the table are whole.
 
-    Raises: KernelError, also if there is not one partition. Blocks for I/O.
+    Raises: KernelError, also if there is no such partition. Blocks for I/O.
     """
     lib = _library()
     with _opened(disk, node, read_only=False) as context:
-        numbers = [number for number, _ in _entries(context, node)] if _has_gpt(context) else []
-        if len(numbers) != 1:
-            raise KernelError("rename the partition of", node, errno.ENXIO, "it has not one")
+        numbers = {entry.number for entry in _entries(context, node)} if _has_gpt(context) else {}
+        if number not in numbers:
+            raise KernelError(f"rename partition {number} of", node, errno.ENXIO, "it has none")
         with _partition(context, identity) as wanted:
-            _check(lib.set(context, numbers[0], wanted), "rename the partition of", node)
+            _check(lib.set(context, number - 1, wanted), f"rename partition {number} of", node)
         _check(lib.write(context), "write partition table of", node)
 
 
@@ -196,7 +198,7 @@ def _has_gpt(context: int) -> bool:
     return bool(lib.has_label(context)) and lib.label_name(lib.label(context, None)) == _GPT
 
 
-def _entries(context: int, node: str) -> Iterator[tuple[int, Entry]]:
+def _entries(context: int, node: str) -> Iterator[Entry]:
     lib = _library()
     table = ctypes.c_void_p()
     _check(lib.partitions(context, ctypes.byref(table)), "read partition table of", node)
@@ -210,7 +212,8 @@ def _entries(context: int, node: str) -> Iterator[tuple[int, Entry]]:
                 uuid=UUID(lib.uuid(found).decode()),
             )
             start, length = lib.start(found) * unit, lib.length(found) * unit
-            yield lib.number(found), Entry(identity, Sectors(start), Sectors(length))
+            number = lib.number(found) + 1  # libfdisk counts from 0
+            yield Entry(number, identity, Sectors(start), Sectors(length))
     finally:
         lib.unref_table(table)
 

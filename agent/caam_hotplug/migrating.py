@@ -1,0 +1,493 @@
+"""A medium goes to a key of another kind. Interrupted anywhere, a second run goes on.
+
+What has been done so far is read off the journal, a file beside the blobs, and the medium:
+
+    journal                         medium                      the next run
+    none, or without any record     as it was                   begins
+    there                           marked as it says           goes on
+    there, with its last record     as it was                   ends it
+
+The journal is on the board's disk before the medium is touched. The first that is done to that is
+the mark, by which no rule admits it, here or elsewhere: a partition type of its own, and an
+identifier that only this journal has. Then its bytes go from key to key (`reencryption`). The last
+three acts are to put the new blob in the place of the old one, which is kept under another name, to
+give the partition back what it said of itself, and to remove the journal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+from caam_hotplug import blobs, keystore, migration, names, reencryption, scratch, sealing, table
+from caam_hotplug.config import Config
+from caam_hotplug.errors import (
+    BlobMissingError,
+    DeviceInUseError,
+    HotplugError,
+    KernelError,
+    UnsupportedVolumeError,
+    shown,
+)
+from caam_hotplug.kernel import (
+    disks,
+    durable,
+    filesystem,
+    gpt,
+    keyring,
+    memory,
+    sealed,
+    udev,
+    usage,
+)
+from caam_hotplug.kernel.blocks import Blocks
+from caam_hotplug.model import SECTOR_BYTES, DevType, Mapping, Volume
+from caam_hotplug.rules import Admitted, Rule, decide
+
+MARK: Final = UUID(names.UNFINISHED_TYPE)
+MARKED_NAME: Final = "(caam-hotplug: migrating)"
+"""A label for people, with blanks and parentheses; by the type no rule admits it."""
+_FORGETFUL: Final = {"tmpfs", "ramfs"}
+"""Filesystems whose files a power cut takes away."""
+_DIRECT: Final = os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
+
+Tell = Callable[[str], None]
+"""Told of each step that begins."""
+Count = Callable[[int, int], None]
+"""Told how many bytes of how many are under the new key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """Which medium is to go to which kind of key."""
+
+    volume: str
+    """Its label, or its partition's device node."""
+    way: sealing.Way
+    key_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """The medium as it is now."""
+
+    node: str
+    label: str
+    blob: Path
+    kept: Path | None
+    """Where its old blob is; None if the medium had a key of that kind before."""
+
+
+def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
+    """The medium is under a new key, sealed in the way that is wished for, and so is its blob.
+
+    Raises: HotplugError, and then the medium is what it was, or one that the same call completes.
+    """
+    if os.geteuid() != 0:
+        raise HotplugError(f"migrate {shown(wish.volume)}: it needs to be root; use sudo")
+    udev.require_diskseq()
+    gpt.require_library()
+    memory.refuse_core_dumps()
+    keyring.join_session_keyring()
+    os.umask(0o022)
+    directory = config.blob_directory
+    _require_lasting(directory)
+    volume = _volume(wish.volume, config)
+    disk = disks.disk_of(volume)
+    disks.require_not_the_systems(disk, directory)
+    tell(f"looking at {volume.node}")
+    with disks.held(disk) as hold:
+        scratch.remove_leftovers(disk)
+        _require_unused(disk, volume)
+        partition = _Partition(hold, volume)
+        head = begun = _begun(partition, directory)
+        rule, blob = _admitted(partition, head, config)
+        if head is None:
+            old = sealed.read(directory, blob, rule.key.form)
+            if blobs.backend_of(old) == wish.way.backend:
+                return Migrated(volume.node, partition.label, directory / blob, None)
+            head = _planned(wish, partition, rule, (blob, old), directory)
+        _require_as_planned(wish, rule, blob, head)
+        with _mapped(partition, rule, head, directory) as (before, after):
+            if begun is None:
+                _require_filesystem(before, rule, head, f"its {head.before} key")
+                with keystore.folder(directory) as folder:
+                    migration.create(folder.opened, directory, head)
+            with migration.opened(directory, head) as journal:
+                partition.says(gpt.Identity(MARKED_NAME, MARK, head.mark))
+                tell("moving")
+                _move(partition, rule, (before, after), journal, count)
+            _require_filesystem(after, rule, head, "its new key")
+            tell("putting the new blob in its place")
+            kept = _swap_blobs(directory, head)
+            partition.says(head.identity)
+            with keystore.folder(directory) as folder:
+                migration.remove(folder.opened, directory, head)
+        disks.read_partitions(hold)
+        return Migrated(volume.node, head.name, directory / blob, kept)
+
+
+class _Partition:
+    """The one that is migrated, on a disk that is held."""
+
+    def __init__(self, hold: disks.Held, volume: Volume) -> None:
+        """Raises: HotplugError if it cannot be marked as one that is not finished."""
+        self.hold = hold
+        self.volume = volume
+        entries = gpt.read(hold.reading, hold.disk.node)
+        if entries is None:
+            raise HotplugError(
+                f"migrate {volume.node}: its disk has no GPT, so that it cannot be marked while it "
+                "is under two keys; make a new medium, and copy the files"
+            )
+        found = [entry for entry in entries if entry.number == volume.id.partition]
+        if not found:
+            raise HotplugError(
+                f"migrate {volume.node}: the disk's table has no partition {volume.id.partition} "
+                "any more; plug it anew"
+            )
+        self.entry = found[0]
+
+    @property
+    def label(self) -> str:
+        """What it says of itself on the medium."""
+        return self.entry.identity.name
+
+    @property
+    def mark(self) -> UUID | None:
+        """By which its journal is found, if it is marked."""
+        identity = self.entry.identity
+        return identity.uuid if identity.type == MARK else None
+
+    @property
+    def on_disk(self) -> Volume:
+        """The partition, to be mapped on the whole disk from its start on."""
+        return replace(self.hold.disk, size=self.entry.length)
+
+    def says(self, identity: gpt.Identity) -> None:
+        """It says this of itself, on the medium."""
+        gpt.rename(self.hold.writing(), self.hold.disk.node, self.entry.number, identity)
+
+
+def _require_lasting(directory: Path) -> None:
+    """Raises: HotplugError if what is written there does not outlive a power cut."""
+    above = {str(directory), *map(str, directory.parents)}
+    found = [mount for mount in filesystem.mounts() if mount.point in above]
+    for mount in sorted(found, key=lambda mount: (len(mount.point), mount.identity))[-1:]:
+        if mount.filesystem in _FORGETFUL:
+            raise HotplugError(
+                f"write the journal to {shown(directory)}: that is on {mount.filesystem}, which a "
+                "power cut empties; the blob directory must be on a disk"
+            )
+
+
+def _volume(text: str, config: Config) -> Volume:
+    """The partition that is meant. Raises: HotplugError if none is, or more than one."""
+    source = udev.default_source() if config.source == "auto" else config.source
+    with closing(udev.Devices(source)) as devices:
+        if "/" in text:
+            return _partition_at(text, devices)
+        marks = {
+            str(head.mark) for head in migration.heads(config.blob_directory) if head.name == text
+        }
+        there = [event.volume for event in devices.present()]
+    found = [
+        volume
+        for volume in map(_identified, there)
+        if volume.devtype is DevType.PARTITION
+        and (volume.partlabel == text or volume.partuuid in marks)
+    ]
+    match found:
+        case [volume]:
+            return volume
+        case []:
+            raise HotplugError(
+                f"migrate {shown(text)}: no partition has this label; is the medium plugged in?"
+            )
+        case _:
+            nodes = ", ".join(sorted(volume.node for volume in found))
+            raise HotplugError(
+                f"migrate {shown(text)}: {len(found)} partitions have this label; name the "
+                f"device: {nodes}"
+            )
+
+
+def _partition_at(node: str, devices: udev.Devices) -> Volume:
+    found = devices.volume(node)
+    if found.devtype is not DevType.PARTITION:
+        raise HotplugError(
+            f"migrate {shown(node)}: it is a whole disk; only a partition can be marked while it "
+            "is under two keys: name that"
+        )
+    return found
+
+
+def _identified(volume: Volume) -> Volume:
+    if not volume.identified and volume.devtype is DevType.PARTITION:
+        with suppress(KernelError):  # a medium that cannot be read is not the one that is meant
+            found = filesystem.identify(volume.node)
+            return replace(volume, partlabel=found.partlabel, partuuid=found.partuuid)
+    return volume
+
+
+def _require_unused(disk: Volume, volume: Volume) -> None:
+    try:
+        usage.require_unused(disk)
+    except DeviceInUseError as error:
+        raise DeviceInUseError(
+            f"migrate {volume.node}: {error}; if the agent has it, let it go with "
+            f"`{names.PROGRAM} lock {volume.node}`"
+        ) from error
+
+
+def _begun(partition: _Partition, directory: Path) -> migration.Head | None:
+    """The migration that is to be gone on with, or None if there is none.
+
+    Raises: HotplugError if the medium and the board's journals contradict each other.
+    """
+    heads = list(migration.heads(directory))
+    node = partition.volume.node
+    if partition.mark is not None:
+        found = [head for head in heads if head.mark == partition.mark]
+        if not found:
+            raise HotplugError(
+                f"migrate {node}: it is not finished, and no journal in {shown(directory)} is of "
+                "it; go on on the board where it was begun, or with `provision` if that began it"
+            )
+        return found[0]
+    found = [head for head in heads if head.uuid == partition.entry.identity.uuid]
+    if not found:
+        return None
+    with migration.opened(directory, found[0]) as begun:
+        records = begun.journal.records()
+    if not records:  # it was cut before the medium was touched
+        with keystore.folder(directory) as folder:
+            migration.remove(folder.opened, directory, found[0])
+        return None
+    if records[0].content:
+        raise HotplugError(
+            f"migrate {node}: {shown(migration.file(directory, found[0]))} says that part of it is "
+            "under a new key, and it is not marked so; is it a copy that was made before? Remove "
+            "that file if the medium that it is of is lost"
+        )
+    return found[0]
+
+
+def _admitted(
+    partition: _Partition, head: migration.Head | None, config: Config
+) -> tuple[Rule, str]:
+    """The rule that opens the medium, and the blob by that rule. Raises: HotplugError."""
+    identity = partition.entry.identity if head is None else head.identity
+    volume = replace(
+        partition.volume,
+        partlabel=identity.name,
+        partuuid=str(identity.uuid),
+        parttype=str(identity.type),
+        identified=True,
+    )
+    match decide(config.rule, volume):
+        case Admitted(rule=rule, blob=blob):
+            return rule, blob
+        case refused:
+            raise HotplugError(
+                f"migrate {volume.node}: how it is encrypted is for a rule to say, and no rule "
+                f"admits it ({refused})"
+            )
+
+
+def _planned(
+    wish: Wish,
+    partition: _Partition,
+    rule: Rule,
+    found: tuple[str, blobs.Blob],
+    directory: Path,
+) -> migration.Head:
+    """What is to be done, with a new key. Nothing is written. Raises: HotplugError."""
+    blob, old = found
+    what, before, after = f"migrate {partition.label}", blobs.backend_of(old), wish.way.backend
+    if partition.hold.disk.read_only:
+        raise HotplugError(f"{what}: the medium is write-protected")
+    _require_rule_opens(rule, after, what)
+    _require_aligned(partition, rule, what)
+    with suppress(BlobMissingError):
+        sealed.read(directory, f"{blob}.{before}")
+        raise HotplugError(
+            f"{what}: {shown(directory / blob)}.{before} is there, where its old blob is to be "
+            "kept; move that away"
+        )
+    if any(head.blob == blob for head in migration.heads(directory)):
+        raise HotplugError(
+            f"{what}: another medium with blob {shown(blob)} is not finished; finish "
+            f"that one first, or remove {shown(directory)}/.{shown(blob)}.migration if it is lost"
+        )
+    identity = partition.entry.identity
+    return migration.Head(
+        mark=uuid4(),
+        name=identity.name,
+        type=identity.type,
+        uuid=identity.uuid,
+        blob=blob,
+        before=before,
+        after=after,
+        old_blob=old.content,
+        new_blob=sealing.seal(wish.way, wish.key_bytes, directory),
+        how=_how(rule, before, after),
+    )
+
+
+def _require_rule_opens(rule: Rule, after: blobs.Backend, what: str) -> None:
+    """Raises: HotplugError if the rule would not open the medium with its new key."""
+    if "{" not in rule.key.blob.text:
+        raise HotplugError(
+            f"{what}: rule {rule.name!r} opens all its media with {rule.key.blob.text}, and only "
+            "one of them would have the new key; give each a blob of its own first"
+        )
+    cipher = table.cipher_for(rule.crypt, blobs.KEY_TYPES[after])
+    if rule.key.form not in {None, after} or cipher.startswith("capi:tk(") != (after == "tagged"):
+        raise HotplugError(
+            f"{what}: rule {rule.name!r} would not open it with a {after} key; let it say "
+            'backend = "auto" and cipher = "auto", so that media of both kinds are opened'
+        )
+
+
+def _require_aligned(partition: _Partition, rule: Rule, what: str) -> None:
+    """Raises: HotplugError if the disk's own blocks are not of both ciphers' sectors."""
+    unit = disks.logical_block(partition.hold.disk)
+    start = (partition.entry.start + rule.crypt.offset) * SECTOR_BYTES
+    if start % unit or partition.entry.length * SECTOR_BYTES % unit:
+        raise HotplugError(
+            f"{what}: its encrypted sectors do not begin and end with blocks of the disk, which "
+            f"have {unit} bytes: a power cut could tear what was not being written"
+        )
+
+
+def _how(rule: Rule, before: blobs.Backend, after: blobs.Backend) -> str:
+    crypt = rule.crypt
+    ciphers = " to ".join(
+        table.cipher_for(crypt, blobs.KEY_TYPES[backend]) for backend in (before, after)
+    )
+    flags = ",".join(sorted(crypt.flags))
+    return (
+        f"{ciphers}, sector_size {crypt.sector_size}, offset {crypt.offset}, "
+        f"iv_offset {crypt.iv_offset}, flags [{flags}]"
+    )
+
+
+def _require_as_planned(wish: Wish, rule: Rule, blob: str, head: migration.Head) -> None:
+    """Raises: HotplugError if it was begun with another wish, or by another rule."""
+    what = f"go on with {shown(head.name)}"
+    if wish.way.backend != head.after:
+        raise HotplugError(f"{what}: it was begun with --to {head.after}; go on with that")
+    how = _how(rule, head.before, head.after)
+    if (how, blob) != (head.how, head.blob):
+        raise HotplugError(
+            f"{what}: rule {rule.name!r} says something else than when it was begun, which was "
+            f"{head.how}, blob {shown(head.blob)}, and is {how}, blob {shown(blob)}; put the rule "
+            "back as it was until the medium is finished"
+        )
+
+
+@contextmanager
+def _mapped(
+    partition: _Partition, rule: Rule, head: migration.Head, directory: Path
+) -> Iterator[tuple[Mapping, Mapping]]:
+    """The partition through its old key and through its new one. Raises: HotplugError."""
+    hold = partition.hold
+    with (
+        scratch.mapping(hold.disk, "migrate-from") as before,
+        scratch.mapping(hold.disk, "migrate-to") as after,
+    ):
+        for name, content, backend in (
+            (before, head.old_blob, head.before),
+            (after, head.new_blob, head.after),
+        ):
+            scratch.load(
+                name,
+                partition.on_disk,
+                rule.key,
+                rule.crypt,
+                blobs.parse(content, backend),
+                start=partition.entry.start,
+                directory=directory,
+            )
+        yield (
+            scratch.activate(before, hold, "migrate-from"),
+            scratch.activate(after, hold, "migrate-to"),
+        )
+
+
+def _require_filesystem(mapping: Mapping, rule: Rule, head: migration.Head, which: str) -> None:
+    """Raises: HotplugError if no filesystem that the rule allows is there: the key is not its."""
+    if filesystem.probe(mapping.node, rule.mount.filesystems) is None:
+        raise HotplugError(
+            f"migrate {shown(head.name)}: through {which} it has no filesystem that rule "
+            f"{rule.name!r} allows, so nothing more is written to it"
+        )
+
+
+def _move(
+    partition: _Partition,
+    rule: Rule,
+    mappings: tuple[Mapping, Mapping],
+    begun: migration.Migration,
+    count: Count,
+) -> None:
+    """Every byte is under the new key. Raises: HotplugError; KernelError."""
+    before, after = mappings
+    target = table.CryptTarget.from_line(before.table[0])
+    if target is None:
+        raise UnsupportedVolumeError(f"migrate {partition.label}: its mapping was replaced")
+    disk, length = partition.hold.disk, target.length * SECTOR_BYTES
+    start = (partition.entry.start + rule.crypt.offset) * SECTOR_BYTES
+    with (
+        _opened(disk.node, os.O_RDWR) as raw,
+        _opened(before.node, os.O_RDONLY) as old,
+        _opened(after.node, os.O_RDWR) as new,
+    ):
+        partition.hold.require_same(raw)
+        medium = reencryption.Medium(
+            Blocks(raw, disk.node, start), Blocks(old, before.node), Blocks(new, after.node), length
+        )
+        reencryption.reencrypt(medium, begun.journal, lambda done: count(done, length))
+
+
+@contextmanager
+def _opened(node: str, how: int) -> Iterator[int]:
+    try:
+        file = os.open(node, how | _DIRECT)
+    except OSError as error:
+        raise KernelError("open", node, error.errno or 0) from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _swap_blobs(directory: Path, head: migration.Head) -> Path:
+    """The new blob is where the old one was, which is kept: its path.
+
+    Raises: HotplugError if something else is in either place; KernelError.
+    """
+    file, kept = directory / head.blob, directory / f"{head.blob}.{head.before}"
+    old = blobs.parse(head.old_blob, head.before)
+    new = blobs.parse(head.new_blob, head.after)
+    with keystore.folder(directory) as folder:
+        there = None
+        with suppress(BlobMissingError):
+            there = sealed.read(directory, head.blob)
+        if there == old:
+            durable.move(folder.opened, file, kept.name)
+            there = None
+        if there is None:
+            durable.write(folder.opened, file, head.new_blob, keystore.BLOB_MODE)
+        elif there != new:
+            raise HotplugError(
+                f"write {shown(file)}: it was replaced meanwhile; move it away and go on with the "
+                "same command"
+            )
+    return kept

@@ -1,0 +1,150 @@
+"""The journal of a medium that goes to another key: a file beside the blobs, until it has gone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+from uuid import UUID
+
+import msgspec
+
+from caam_hotplug import names
+from caam_hotplug.blobs import Backend
+from caam_hotplug.errors import HotplugError, KernelError, shown
+from caam_hotplug.kernel import durable, paths
+from caam_hotplug.kernel.blocks import Blocks
+from caam_hotplug.kernel.gpt import Identity
+from caam_hotplug.reencryption import JOURNAL_BYTES, Journal
+
+_HEAD_BYTES: Final = 16 << 10
+_SUFFIX: Final = ".migration"
+_OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is migrated, and how it was and will be; it never changes. Nothing of it is secret."""
+
+    version: Literal[1] = 1
+    mark: UUID
+    """The identifier that the partition bears meanwhile."""
+    name: str
+    type: UUID
+    uuid: UUID
+    """What the partition said of itself before, and will again."""
+    blob: str
+    """The name of the blob's file, which has the old blob until all is under the new key."""
+    before: Backend
+    after: Backend
+    old_blob: bytes
+    new_blob: bytes
+    how: str
+    """By which settings of its rule the medium is encrypted, before and afterwards."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the partition says of itself when it is finished."""
+        return Identity(self.name, self.type, self.uuid)
+
+
+class Migration:
+    """One that was begun, with its journal open."""
+
+    def __init__(self, path: Path, file: int, head: Head) -> None:
+        self.path = path
+        self.head = head
+        self.journal = Journal(Blocks(file, shown(path), _HEAD_BYTES))
+
+
+def _file_of(blob: str) -> str:
+    return f".{blob}{_SUFFIX}"
+
+
+def create(opened: int, directory: Path, head: Head) -> None:
+    """The journal is on the board's disk, with room for all that will be written to it.
+
+    `opened` is the blob directory. Raises: HotplugError if there is one already; KernelError.
+    """
+    content = msgspec.json.encode(head)
+    if len(content) > _HEAD_BYTES:
+        raise HotplugError(f"migrate {shown(head.name)}: its names and blobs are too long")
+    path = directory / _file_of(head.blob)
+    durable.write(opened, path, content.ljust(_HEAD_BYTES + JOURNAL_BYTES, b"\0"), 0o600)
+
+
+def remove(opened: int, directory: Path, head: Head) -> None:
+    """The journal is gone. Raises: KernelError."""
+    durable.remove(opened, directory / _file_of(head.blob))
+
+
+def file(directory: Path, head: Head) -> Path:
+    """Where the journal is."""
+    return directory / _file_of(head.blob)
+
+
+@contextmanager
+def opened(directory: Path, head: Head) -> Iterator[Migration]:
+    """The migration, which no other process goes on with meanwhile.
+
+    Raises: HotplugError if one does, or if the journal was taken away; KernelError.
+    """
+    with _opened(directory, _file_of(head.blob)) as found:
+        if found is None or found.head != head:
+            path = shown(directory / _file_of(head.blob))
+            raise HotplugError(f"go on by {path}: it was taken away; try again")
+        yield found
+
+
+def heads(directory: Path) -> Iterator[Head]:
+    """Every migration that was begun on this board and has not ended.
+
+    Raises: HotplugError for a file that is no journal; UnsafePathError; KernelError.
+    """
+    try:
+        with paths.directory(directory) as parent:
+            listed = sorted(os.listdir(parent))
+    except FileNotFoundError:
+        return
+    for name in listed:
+        if name.endswith(_SUFFIX):
+            with _opened(directory, name, shared=True) as found:
+                if found is not None:
+                    yield found.head
+
+
+@contextmanager
+def _opened(directory: Path, name: str, *, shared: bool = False) -> Iterator[Migration | None]:
+    path = directory / name
+    try:
+        with paths.directory(directory) as parent:
+            file = os.open(name, _OPEN, dir_fd=parent)
+    except FileNotFoundError:
+        yield None
+        return
+    except OSError as error:
+        raise KernelError("open", shown(path), error.errno or 0) from error
+    try:
+        try:
+            if not shared:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HotplugError(f"go on by {shown(path)}: another `migrate` does already") from error
+        yield Migration(path, file, _head(file, path))
+    finally:
+        os.close(file)
+
+
+def _head(file: int, path: Path) -> Head:
+    try:
+        content = os.pread(file, _HEAD_BYTES, 0)
+        return msgspec.json.decode(content.rstrip(b"\0"), type=Head)
+    except OSError as error:
+        raise KernelError("read", shown(path), error.errno or errno.EIO) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise HotplugError(
+            f"read {shown(path)}: it is no journal of this version of {names.PROGRAM}: {error}"
+        ) from error

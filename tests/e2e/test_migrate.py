@@ -1,0 +1,101 @@
+"""Media that go to other keys beside the agent, which lets them go before and mounts them after."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from documented import commands
+from vm.guest import Guest
+from vm.installed import InstalledAgent
+from vm.media import OTPMK_A
+
+LABEL = "archive-01"
+POINT = f"/run/media/{LABEL}"
+
+
+def documented(words: str) -> str:
+    """The command of docs/migrate.md with these words. Raises: ValueError if not one has them."""
+    (command,) = [each for each in commands("docs/migrate.md") if f" {words}" in each]
+    return command
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def archive(guest: Guest, agent: InstalledAgent, tmp_path: Path) -> AsyncIterator[None]:
+    """On a board with NXP's keys and mainline's: a medium with a file, mounted by the agent."""
+    await agent.stop()
+    await guest.sh(f"board-kernel both {OTPMK_A}", timeout_s=120)
+    await agent.start()
+    with (tmp_path / "archive.img").open("wb") as file:
+        file.truncate(32 << 20)
+    await guest.plug_usb(tmp_path / "archive.img")
+    await guest.until("test -b /dev/sda")
+    await guest.run("caam-hotplug", "provision", "/dev/sda", "--label", LABEL)
+    await guest.until_mounted(POINT)
+    await guest.sh(f"seq 500000 > {POINT}/kept; sync -f {POINT}/kept")
+    yield
+    await agent.stop()
+    await guest.sh(f"board-kernel nxp {OTPMK_A}", timeout_s=120)
+
+
+async def is_whole(guest: Guest) -> None:
+    """The medium is mounted, with what was on it."""
+    await guest.until_mounted(POINT)
+    await guest.sh(f"seq 500000 | cmp - {POINT}/kept")
+
+
+@pytest.mark.usefixtures("archive")
+async def test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key(
+    guest: Guest, agent: InstalledAgent
+) -> None:
+    busy = await guest.sh(documented("--to trusted"), check=False)
+    assert busy.returncode == 1
+    assert f"caam-{LABEL}-" in busy.stderr
+    assert "let it go with `caam-hotplug lock /dev/sda1`" in busy.stderr
+    await guest.sh(documented("lock archive-01"))
+    done = await guest.sh(documented("--to trusted"), timeout_s=300)
+    assert done.stdout.startswith(f"/dev/sda1: {LABEL} is under a trusted key")
+    assert "stays so until `caam-hotplug unlock archive-01`" in done.stderr
+    await guest.sh(documented("unlock archive-01"))
+    await is_whole(guest)
+    assert "by its trusted key" in await agent.journal()
+    await guest.run("caam-hotplug", "key", "create", "board", "--backend", "trusted")
+    for to, how in (("encrypted", "encrypted key"), ("tagged", "tagged key")):
+        await guest.sh(documented("lock archive-01"))
+        await guest.sh(documented(f"--to {to}"), timeout_s=300)
+        await guest.sh(documented("unlock archive-01"))
+        await is_whole(guest)
+        assert f"by its {how}" in await agent.journal()
+    kept = await guest.sh("cd /data/caam; ls -A | grep archive")
+    assert kept.stdout.split() == [
+        f"{LABEL}.bb", f"{LABEL}.bb.encrypted", f"{LABEL}.bb.tagged", f"{LABEL}.bb.trusted",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("archive")
+async def test_a_medium_that_is_half_moved_is_left_alone_until_the_same_command_has_ended_it(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await guest.sh(documented("lock archive-01"))
+    command = documented("--to trusted")
+    await guest.sh(
+        f"{command} 2>/tmp/said & until grep -q moving /tmp/said; do :; done; kill -KILL %1; wait"
+    )
+    await guest.pull_all()
+    await guest.until("! test -e /sys/class/block/sda1")
+    await guest.plug_usb(tmp_path / "archive.img")
+    marked = "lsblk -nrpo NAME,PARTLABEL | sed -n 's/ .caam-hotplug.*migrating.*//p'"
+    await guest.until(f'test -n "$({marked})"')
+    told = await guest.sh(f"udevadm settle; caam-hotplug explain $({marked})")
+    assert "it is not finished; run the same `provision` or `migrate` again" in told.stdout
+    await agent.stop()
+    await agent.start()
+    shown = await guest.run("caam-hotplug", "status", "--all")
+    assert POINT not in shown.stdout
+    done = await guest.sh(command, timeout_s=300)
+    assert f"{LABEL} is under a trusted key" in done.stdout
+    await is_whole(guest)
+    await guest.run("rm", "/tmp/said")

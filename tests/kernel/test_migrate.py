@@ -1,0 +1,351 @@
+"""Media that go from NXP's keys to mainline's, and all that is on them, whatever happens."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from caam_hotplug.kernel import trusted
+from kernel import witness
+from kernel.cartridges import Cartridge
+from kernel.forked import Stop, kill_self
+from kernel.provisioning import LABEL, Bench, Done, bench_with, unchanged
+from kernel.witness import PARAMETERS, run
+
+FOLDER: Final = Path("/opt/migration")
+"""Not on a tmpfs, where no journal would outlive a power cut."""
+RULE: Final = '[[rule]]\nname = "all"\nmatch = { partlabel = "?*" }\n'
+JOURNAL: Final = f".{LABEL}.bb.migration"
+MASTER: Final = "board"
+
+CUTS: Final = 10
+"""Of each of the media that are cut at random."""
+MEDIA: Final = 5
+
+BEGIN: Final = (
+    # the new key, which is sealed and forgotten
+    "add_key", "keyctl_unlink",
+    # the medium through its old key, and through the new one
+    "dm create", "dm create",
+    "ioctl", "add_key", "dm load", "keyctl_unlink", "add_key", "dm load", "keyctl_unlink",
+    "dm resume", "dm resume",
+    # the journal, the mark
+    "fsync", "renameat2", "fsync", "fdisk_write_disklabel",
+)  # fmt: skip
+PIECE: Final = ("pwritev", "fdatasync", "pwritev", "fdatasync")
+"""In the journal as it was, on the medium under the new key."""
+PIECES: Final = 6
+END: Final = (
+    # the last record, that there is no piece any more
+    "pwritev", "fdatasync",
+    # the old blob's other name, the new blob
+    "renameat2", "fsync", "fsync", "renameat2", "fsync",
+    # the label, the journal
+    "fdisk_write_disklabel", "unlink", "fsync",
+    "dm remove", "dm remove",
+)  # fmt: skip
+CALLS: Final = BEGIN + PIECES * PIECE + END
+"""Those that change something, in their order."""
+HALF: Final = len(BEGIN) + 3 * len(PIECE)
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[None]:
+    """The kernel has NXP's keys and mainline's."""
+    chip = (PARAMETERS / "otpmk").read_text().strip()
+    run("board-kernel", "both", chip)
+    assert trusted.is_offered()
+    assert trusted.is_offered("encrypted")
+    yield
+    run("board-kernel", "nxp", chip)
+
+
+@pytest.fixture
+def bench(both: None, disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
+    """A bench with a medium under a tagged key, filled with what is like nothing else."""
+    with bench_with(disk, FOLDER) as made:
+        made.config.write_text(f"{made.config.read_text()}{RULE}")
+        assert made.provision().status == 0
+        with mapped(made) as device:
+            filled = random.Random(0).randbytes(4 << 20)
+            with open(device, "r+b", buffering=0) as file:
+                file.seek(1 << 20)  # the filesystem's own place is before that
+                file.write(filled)
+                os.fsync(file)
+        yield made
+
+
+@contextmanager
+def mapped(bench: Bench) -> Iterator[str]:
+    """The partition under the key of its blob, through the board's own tools."""
+    partition, blob = bench.medium.partition, bench.blob.read_bytes()
+    sectors = run("blockdev", "--getsz", partition).strip()
+    with key_of(bench, blob) as cipher_and_key:
+        table = f"0 {sectors} crypt {cipher_and_key} 0 {partition} 0"
+        run("dmsetup", "create", "witness", "--table", table)
+    try:
+        yield "/dev/mapper/witness"
+    finally:
+        run("dmsetup", "remove", "--retry", "witness")
+
+
+@contextmanager
+def key_of(bench: Bench, blob: bytes) -> Iterator[str]:
+    """The blob's key in the session keyring; yields cipher and key as a table spells them."""
+    if blob.startswith(b"OgaT"):
+        with witness.logon_key("witness:", witness.import_blob(blob).key) as key:
+            yield f"capi:tk(cbc(aes))-plain {key}"
+    elif blob.startswith(b"default"):
+        master = (bench.blobs / f"{MASTER}.bb").read_bytes()
+        with added("trusted", MASTER, master), added("encrypted", "witness", blob):
+            yield "aes-xts-plain64 :64:encrypted:witness"
+    else:
+        with added("trusted", "witness", blob):
+            yield "aes-xts-plain64 :64:trusted:witness"
+
+
+@contextmanager
+def added(kind: str, name: str, blob: bytes) -> Iterator[None]:
+    serial = run("keyctl", "add", kind, name, f"load {blob.decode()}", "@s").strip()
+    try:
+        yield
+    finally:
+        run("keyctl", "unlink", serial, "@s")
+
+
+def plain(bench: Bench) -> bytes:
+    """All that is on the partition, under the key of its blob."""
+    with mapped(bench) as device:
+        return Path(device).read_bytes()
+
+
+def migrate(bench: Bench, *more: str, to: str = "trusted", stop: Stop | None = None) -> Done:
+    """`migrate` of the medium has ended."""
+    return bench.run("migrate", LABEL, "--to", to, *more, stop=stop)
+
+
+def files(bench: Bench) -> set[str]:
+    """What the blob directory holds."""
+    return {path.name for path in bench.blobs.iterdir()}
+
+
+def refused(bench: Bench, *arguments: str, user: int = 0) -> str:
+    """What is said of a command that changes nothing, in one line."""
+    with unchanged(bench):
+        done = bench.run("migrate", *arguments, user=user)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1), done
+    return done.err
+
+
+def half_moved(bench: Bench) -> None:
+    """The medium is marked, and a part of it is under the new key."""
+    assert migrate(bench, stop=Stop(HALF, kill_self)).status == -signal.SIGKILL
+    (partition,) = bench.table()
+    assert partition["name"] == "(caam-hotplug: migrating)"
+
+
+def test_a_medium_goes_to_a_trusted_key_with_every_byte(bench: Bench) -> None:
+    before, table, old = plain(bench), bench.table(), bench.blob.read_bytes()
+    done = migrate(bench)
+    assert done.status == 0, done.err
+    assert tuple(done.calls) == CALLS
+    assert done.out == (
+        f"{bench.medium.partition}: {LABEL} is under a trusted key; it is in {bench.blob}\n"
+        f"its old blob is kept as {bench.blob}.tagged\n"
+    )
+    assert "moving: 100 % of 6 MB" in done.err
+    assert bench.blob.read_bytes() != old
+    assert plain(bench) == before
+    assert bench.table() == table
+    assert files(bench) == {bench.blob.name, f"{bench.blob.name}.tagged"}
+    assert (bench.blobs / f"{bench.blob.name}.tagged").read_bytes() == old
+    assert bench.left() == []
+    with unchanged(bench):
+        again = migrate(bench)
+    assert (again.status, again.err) == (0, "")
+    assert again.out == f"{bench.medium.partition}: {LABEL} has a trusted key already\n"
+
+
+def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key(bench: Bench) -> None:
+    before = plain(bench)
+    made = bench.run("key", "create", MASTER, "--backend", "trusted", "--key-bytes", "64")
+    assert made.status == 0, made.err
+    there = bench.run("migrate", bench.medium.partition, "--to", "encrypted", "--master", MASTER)
+    assert there.status == 0, there.err
+    assert bench.blob.read_bytes().startswith(b"default trusted:board 64 ")
+    assert plain(bench) == before
+    (bench.blobs / f"{bench.blob.name}.tagged").unlink()
+    assert migrate(bench, to="tagged").status == 0
+    assert bench.blob.read_bytes().startswith(b"OgaT")
+    assert plain(bench) == before
+
+
+class Torn:
+    """The write to a medium or a journal in which the power is cut: a part of it, and a ruin."""
+
+    def __init__(self, at: int, chance: random.Random) -> None:
+        self._left = at
+        self._chance = chance
+        self._write = os.pwritev
+
+    def write(self, file: int, buffers: Sequence[mmap.mmap], offset: int) -> int:
+        """In the place of os.pwritev."""
+        self._left -= 1
+        if self._left >= 0:
+            return self._write(file, buffers, offset)
+        (whole,) = buffers
+        sectors = self._chance.randrange(len(whole) // 512)
+        with mmap.mmap(-1, (sectors + 1) * 512) as part:
+            part[: sectors * 512] = whole[: sectors * 512]
+            part[sectors * 512 :] = self._chance.randbytes(512)
+            self._write(file, [part], offset)
+        kill_self()
+        raise AssertionError("it lives")
+
+
+@pytest.mark.parametrize("seed", range(MEDIA))
+def test_cut_at_random_points_again_and_again_a_medium_keeps_every_byte(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    before, chance = plain(bench), random.Random(seed)
+    to, cuts = "trusted", 0
+    while cuts < CUTS:
+        with monkeypatch.context() as power:
+            stop = None
+            if chance.randrange(2):
+                power.setattr(os, "pwritev", Torn(chance.randrange(12), chance).write)
+            else:
+                stop = Stop(chance.randrange(1, len(CALLS)), kill_self)
+            done = migrate(bench, to=to, stop=stop)
+        if done.status == 0:
+            assert plain(bench) == before
+            (
+                bench.blobs / f"{bench.blob.name}.{'tagged' if to == 'trusted' else 'trusted'}"
+            ).unlink()
+            to = "tagged" if to == "trusted" else "trusted"
+        else:
+            assert done.status == -signal.SIGKILL, done.err
+            cuts += 1
+    assert migrate(bench, to=to).status == 0
+    assert plain(bench) == before
+    assert JOURNAL not in files(bench)
+
+
+def test_killed_after_any_of_its_last_calls_a_migration_is_ended_by_the_next_run(
+    bench: Bench,
+) -> None:
+    before = plain(bench)
+    for last in range(len(END)):
+        stop = Stop(len(CALLS) - last, kill_self)
+        assert migrate(bench, stop=stop).status == -signal.SIGKILL
+        done_to(bench, "trusted")
+        assert plain(bench) == before
+        done_to(bench, "tagged")
+
+
+def done_to(bench: Bench, to: str) -> Done:
+    """The medium is under such a key, and its old blob is not in the way of the next migration."""
+    done = migrate(bench, to=to)
+    assert done.status == 0, done.err
+    for kept in bench.blobs.glob("*.bb.*"):
+        kept.unlink()
+    assert files(bench) == {bench.blob.name}
+    return done
+
+
+def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> None:
+    disk, to = bench.medium.disk.name, ("--to", "trusted")
+    assert "it is a whole disk" in refused(bench, bench.node, *to)
+    assert "no partition has this label" in refused(bench, "other", *to)
+    assert "it needs to be root" in refused(bench, LABEL, *to, user=65534)
+    with mapped(bench):
+        assert "mapping witness lies on it" in refused(bench, LABEL, *to)
+    kept = bench.blobs / f"{bench.blob.name}.tagged"
+    kept.write_bytes(bench.blob.read_bytes())
+    assert f"{kept} is there" in refused(bench, LABEL, *to)
+    kept.unlink()
+    assert "use the master key board: " in refused(
+        bench, LABEL, "--to", "encrypted", "--master", MASTER
+    )
+    right = bench.blob.read_bytes()
+    bench.blob.write_bytes(witness.create().blob)
+    assert "through its tagged key it has no filesystem" in refused(bench, LABEL, *to)
+    bench.blob.write_bytes(right)
+    run("sfdisk", "--part-type", f"/dev/{disk}", "1", "BC13C2FF-59E6-4262-A352-B275FD6F7172")
+    run("udevadm", "settle")
+    assert migrate(bench).status == 0  # of whatever type it is
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ('match = { partlabel = "other" }', "no rule admits it"),
+        ('action = "ignore"', "no rule admits it"),
+        ('key = { backend = "tagged" }', "would not open it with a trusted key"),
+        ('crypt = { cipher = "capi:tk(cbc(aes))-plain" }', "would not open it with a trusted key"),
+        (f'key = {{ blob = "{LABEL}.bb" }}', "opens all its media with"),
+        ("crypt = { offset = 1 }", "through its tagged key it has no filesystem"),
+    ],
+)
+def test_a_rule_that_would_not_open_the_medium_afterwards_is_told(
+    bench: Bench, rule: str, said: str
+) -> None:
+    whole = bench.config.read_text()
+    bench.config.write_text(f"{whole.partition('match')[0]}{rule}\n")
+    assert said in refused(bench, LABEL, "--to", "trusted")
+    bench.config.write_text(whole)
+
+
+def test_a_journal_that_a_power_cut_takes_away_is_none(bench: Bench, tmp_path: Path) -> None:
+    forgetful = Path("/run/forgetful")
+    forgetful.mkdir(mode=0o700)
+    (forgetful / bench.blob.name).write_bytes(bench.blob.read_bytes())
+    bench.config.write_text(bench.config.read_text().replace(str(bench.blobs), str(forgetful)))
+    said = refused(bench, LABEL, "--to", "trusted")
+    assert "write the journal to /run/forgetful: that is on tmpfs" in said
+    (forgetful / bench.blob.name).unlink()
+    forgetful.rmdir()
+
+
+def test_a_disk_without_gpt_is_refused(bench: Bench) -> None:
+    run("sfdisk", "-q", "--label", "dos", bench.node, stdin=b"2048,4MiB,83\n")
+    run("udevadm", "settle")
+    assert "its disk has no GPT" in refused(bench, bench.medium.partition, "--to", "trusted")
+
+
+def test_what_is_half_moved_is_gone_on_with_as_it_was_begun_or_not_at_all(bench: Bench) -> None:
+    before = plain(bench)
+    half_moved(bench)
+    trusted_key = ("--to", "trusted")
+    assert "it was begun with --to trusted" in refused(bench, LABEL, "--to", "tagged")
+    whole = bench.config.read_text()
+    bench.config.write_text(f"{whole}crypt = {{ sector_size = 4096 }}\n")
+    assert "says something else than when it was begun" in refused(bench, LABEL, *trusted_key)
+    bench.config.write_text(whole)
+    with unchanged(bench):
+        said = bench.provision().err
+    assert "a medium that is not finished" in said
+    journal = bench.blobs / JOURNAL
+    journal.rename(bench.folder / "aside")
+    assert "no journal in" in refused(bench, bench.medium.partition, *trusted_key)
+    (bench.folder / "aside").rename(journal)
+    assert bench.run("migrate", bench.medium.partition, *trusted_key).status == 0
+    assert plain(bench) == before
+
+
+def test_a_copy_from_before_is_not_taken_for_the_medium_that_is_half_moved(bench: Bench) -> None:
+    copy = bench.bytes()
+    half_moved(bench)
+    half = bench.bytes()
+    bench.holds(copy)
+    assert "is it a copy that was made before?" in refused(bench, LABEL, "--to", "trusted")
+    bench.holds(half)
+    assert migrate(bench).status == 0
