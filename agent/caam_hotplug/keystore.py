@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from caam_hotplug import recovery
 from caam_hotplug.errors import HotplugError, KernelError, shown
@@ -101,6 +102,50 @@ def settle_recovery(path: Path) -> None:
     with _parent(path) as parent:
         if durable.is_unsettled(parent, path.name):
             durable.settle(parent, path)
+
+
+def require_recovery_unsettled(path: Path) -> None:
+    """Raises: HotplugError if there is a recovery file of no run that was interrupted."""
+    if os.path.lexists(path) and not is_recovery_unsettled(path):
+        raise HotplugError(
+            f"write {shown(path)}: it exists, and is not of a run that was interrupted; it is not "
+            "overwritten, and its key is not used again: name another file"
+        )
+
+
+@contextmanager
+def recovery_key(
+    path: Path, about: Callable[[str], recovery.About], length: int
+) -> Iterator[tuple[str, SecretBytes, bool]]:
+    """Identifier and key of the recovery file, and whether an interrupted run has left it.
+
+    One is written if there is none. `about` says what a file of an identifier is to say. Raises:
+    HotplugError if it is another's, or of no run that was interrupted.
+    """
+    if os.path.lexists(path):
+        require_recovery_unsettled(path)
+        with recovered_for(path, about, length) as (identifier, key):
+            yield identifier, key, True
+        return
+    identifier = str(uuid4())
+    with memory.random_key(length) as key:
+        write_recovery(path, about(identifier), key)
+        yield identifier, key, False
+
+
+@contextmanager
+def recovered_for(
+    path: Path, about: Callable[[str], recovery.About], length: int
+) -> Iterator[tuple[str, SecretBytes]]:
+    """Identifier and key of a recovery file that is there. Raises: HotplugError if another's."""
+    with recovered(path, only_roots=True) as (found, key):
+        if (found, len(key)) != (about(found.id), length):
+            raise HotplugError(
+                f"write {shown(path)}: it exists, and is the recovery file of another medium "
+                f"({found.label}, {found.cipher}, {found.sector_size}, {found.filesystem}, "
+                f"{len(key)} bytes); it is not overwritten"
+            )
+        yield found.id, key
 
 
 def is_open_to_others(path: Path) -> bool:

@@ -148,7 +148,7 @@ def _identifier(wish: Wish) -> str | None:
     file = wish.recovery_file
     if file is None or not os.path.lexists(file):
         return None
-    with _recovered(wish, file) as (identifier, _):
+    with keystore.recovered_for(file, wish.about, wish.key_bytes) as (identifier, _):
         return identifier
 
 
@@ -243,7 +243,8 @@ class _Making:
             return marked
         if not folder.is_unsettled(wish.label):
             keystore.require_new(wish.label, folder)
-        self._require_recovery_unsettled()
+        if wish.recovery_file is not None:
+            keystore.require_recovery_unsettled(wish.recovery_file)
         self._tell("making the key")
         folder.discard_unsettled(wish.label)
         with self._key() as (identifier, key):
@@ -262,16 +263,6 @@ class _Making:
         if self._wish.recovery_file is not None:
             keystore.settle_recovery(self._wish.recovery_file)
 
-    def _require_recovery_unsettled(self) -> None:
-        """Raises: HotplugError if there is a recovery file of no run that was interrupted."""
-        file = self._wish.recovery_file
-        if file is None or not os.path.lexists(file) or keystore.is_recovery_unsettled(file):
-            return
-        raise HotplugError(
-            f"write {shown(file)}: it exists, and is not of a run that was interrupted; it is not "
-            "overwritten, and its key is not used again: name another file"
-        )
-
     @contextmanager
     def _key(self) -> Iterator[tuple[str | None, int | SecretBytes]]:
         """The length of a key that only the CAAM will know; or a recovery file's identifier, and
@@ -279,16 +270,13 @@ class _Making:
         wish, file = self._wish, self._wish.recovery_file
         if file is None:
             yield None, wish.key_bytes
-        elif os.path.lexists(file):
-            # What it says is true of whatever its key is used for.
-            self.notes.append(f"the key is that in {shown(file)}, of a run that was interrupted")
-            with _recovered(wish, file) as (identifier, key):
-                yield identifier, key
-        else:
-            identifier = str(uuid4())
-            with memory.random_key(wish.key_bytes) as key:
-                keystore.write_recovery(file, wish.about(identifier), key)
-                yield identifier, key
+            return
+        with keystore.recovery_key(file, wish.about, wish.key_bytes) as (identifier, key, was_left):
+            if was_left:  # what it says is true of whatever its key is used for
+                self.notes.append(
+                    f"the key is that in {shown(file)}, of a run that was interrupted"
+                )
+            yield identifier, key
 
     def _require_the_same(self, marked: gpt.Entry) -> None:
         """Raises: HotplugError if the medium was begun with another key, or other options."""
@@ -361,19 +349,6 @@ class _Making:
                 directory=self._folder.path,
             )
             yield scratch.activate(name, self._hold, "provision").node
-
-
-@contextmanager
-def _recovered(wish: Wish, file: Path) -> Iterator[tuple[str, SecretBytes]]:
-    """The identifier and the key of a recovery file. Raises: HotplugError if it is another's."""
-    with keystore.recovered(file, only_roots=True) as (about, key):
-        if (about, len(key)) != (wish.about(about.id), wish.key_bytes):
-            raise HotplugError(
-                f"write {shown(file)}: it exists, and is the recovery file of another medium "
-                f"({about.label}, {about.cipher}, {about.sector_size}, {about.filesystem}, "
-                f"{len(key)} bytes); it is not overwritten"
-            )
-        yield about.id, key
 
 
 def _blob_in(file: Path) -> blobs.Blob:

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from caam_hotplug import provision
@@ -29,8 +30,8 @@ examples:
   caam-hotplug migrate archive-01 --to trusted
   caam-hotplug unlock archive-01
         the medium of that label; its rule must leave backend and cipher to the blob
-  caam-hotplug migrate /dev/sdb1 --to encrypted --master board
-        its key encrypted under the board's trusted key `board`
+  caam-hotplug migrate /dev/sdb1 --to encrypted --master board --recovery-key /root/new.recovery
+        its key encrypted under the board's trusted key `board`, and in that file
 
 The old blob is kept beside the new one, as archive-01.bb.tagged. Recovery files of the old key,
 and blobs of other boards, do not open the medium any more.
@@ -65,7 +66,14 @@ def add_to(
         help="who seals the new key: the kernel's trusted keys, a trusted key of the board's "
         "(encrypted), or NXP's caam-keygen (tagged)",
     )
-    provision.add_key_options(parser)
+    provision.add_key_choices(parser)
+    parser.add_argument(
+        "--recovery-key",
+        type=Path,
+        metavar="FILE",
+        help="write the new key there, with the command that opens the medium on any Linux PC; not "
+        "of a trusted key, which the kernel shows to nobody",
+    )
     add_config(parser)
     parser.set_defaults(command=lambda parsed: _migrate(parsed, load(parsed)))
 
@@ -74,7 +82,12 @@ def _migrate(parsed: argparse.Namespace, loaded: config.Config) -> int:
     from caam_hotplug import migrating  # noqa: PLC0415  libraries, only needed here
 
     way, key_bytes = provision.way_of(parsed)
-    wish = migrating.Wish(volume=parsed.volume, way=way, key_bytes=key_bytes)
+    wish = migrating.Wish(
+        volume=parsed.volume,
+        way=way,
+        key_bytes=key_bytes,
+        recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
+    )
     what = f"migrate {shown(parsed.volume)}"
     with provision.interruptible(what), provision.Progress(sys.stderr) as progress:
         done = migrating.migrate(wish, loaded, progress.tell, _Pace(progress).reached)
@@ -83,6 +96,8 @@ def _migrate(parsed: argparse.Namespace, loaded: config.Config) -> int:
         return 0
     print(f"{done.node}: {shown(done.label)} is under a {way.backend} key; it is in {done.blob}")
     print(f"its old blob is kept as {shown(done.kept)}")
+    if done.recovery_file is not None:
+        print(f"recovery key: {shown(done.recovery_file)}; keep it apart from medium and board")
     print(
         f"note: what was locked stays so until `caam-hotplug unlock {shown(done.label)}`\n"
         "note: recovery files of its old key and blobs of other boards do not open it any more",

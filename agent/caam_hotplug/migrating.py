@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
 
-from caam_hotplug import blobs, keystore, migration, names, reencryption, scratch, sealing, table
+from caam_hotplug import (
+    blobs,
+    keystore,
+    migration,
+    names,
+    recovery,
+    reencryption,
+    scratch,
+    sealing,
+    table,
+)
 from caam_hotplug.config import Config
 from caam_hotplug.errors import (
     BlobMissingError,
@@ -69,7 +79,10 @@ class Wish:
     volume: str
     """Its label, or its partition's device node."""
     way: sealing.Way
+    """But for the options of a trust source, which its rule says."""
     key_bytes: int
+    recovery_file: Path | None = None
+    """Where that of the new key is to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,7 @@ class Migrated:
     blob: Path
     kept: Path | None
     """Where its old blob is; None if the medium had a key of that kind before."""
+    recovery_file: Path | None
 
 
 def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
@@ -105,31 +119,36 @@ def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
         scratch.remove_leftovers(disk)
         _require_unused(disk, volume)
         partition = _Partition(hold, volume)
-        head = begun = _begun(partition, directory)
-        rule, blob = _admitted(partition, head, config)
-        if head is None:
+        begun = _begun(partition, directory)
+        rule, blob = _admitted(partition, begun, config)
+        if begun is None:
             old = sealed.read(directory, blob, rule.key.form)
             if blobs.backend_of(old) == wish.way.backend:
-                return Migrated(volume.node, partition.label, directory / blob, None)
-            head = _planned(wish, partition, rule, (blob, old), directory)
-        _require_as_planned(wish, rule, blob, head)
-        with _mapped(partition, rule, head, directory) as (before, after):
-            if begun is None:
-                _require_filesystem(before, rule, head, f"its {head.before} key")
+                return Migrated(volume.node, partition.label, directory / blob, None, None)
+            _require_sense(wish, partition, rule, (blob, old), directory)
+        else:
+            _require_as_begun(wish, rule, blob, begun)
+            old = blobs.parse(begun.old_blob, begun.before)
+        with _through(partition, rule, old, "migrate-from", directory) as before:
+            head = begun or _planned(wish, partition, rule, (blob, old), (before, directory))
+            new = blobs.parse(head.new_blob, head.after)
+            with _through(partition, rule, new, "migrate-to", directory) as after:
+                if begun is None:
+                    with keystore.folder(directory) as folder:
+                        migration.create(folder.opened, directory, head)
+                with migration.opened(directory, head) as journal:
+                    _mark(partition, head)
+                    tell("moving")
+                    _move(partition, rule, (before, after), journal, count)
+                _filesystem(after, rule, f"migrate {shown(head.name)}", "its new key")
+                tell("putting the new blob in its place")
+                kept = _swap_blobs(directory, head)
+                partition.says(head.identity)
                 with keystore.folder(directory) as folder:
-                    migration.create(folder.opened, directory, head)
-            with migration.opened(directory, head) as journal:
-                partition.says(gpt.Identity(MARKED_NAME, MARK, head.mark))
-                tell("moving")
-                _move(partition, rule, (before, after), journal, count)
-            _require_filesystem(after, rule, head, "its new key")
-            tell("putting the new blob in its place")
-            kept = _swap_blobs(directory, head)
-            partition.says(head.identity)
-            with keystore.folder(directory) as folder:
-                migration.remove(folder.opened, directory, head)
+                    migration.remove(folder.opened, directory, head)
         disks.read_partitions(hold)
-        return Migrated(volume.node, head.name, directory / blob, kept)
+        recovery_file = None if head.recovery_file is None else Path(head.recovery_file)
+        return Migrated(volume.node, head.name, directory / blob, kept, recovery_file)
 
 
 class _Partition:
@@ -300,32 +319,85 @@ def _admitted(
             )
 
 
-def _planned(
+def _require_sense(
     wish: Wish,
     partition: _Partition,
     rule: Rule,
     found: tuple[str, blobs.Blob],
     directory: Path,
-) -> migration.Head:
-    """What is to be done, with a new key. Nothing is written. Raises: HotplugError."""
+) -> None:
+    """Raises: HotplugError for what can be told before the medium is looked into."""
     blob, old = found
-    what, before, after = f"migrate {partition.label}", blobs.backend_of(old), wish.way.backend
+    what, before = f"migrate {partition.label}", blobs.backend_of(old)
     if partition.hold.disk.read_only:
         raise HotplugError(f"{what}: the medium is write-protected")
-    _require_rule_opens(rule, after, what)
+    _require_rule_opens(rule, wish, what)
     _require_aligned(partition, rule, what)
+    _require_recoverable(wish, partition.label, rule)
     with suppress(BlobMissingError):
         sealed.read(directory, f"{blob}.{before}")
         raise HotplugError(
             f"{what}: {shown(directory / blob)}.{before} is there, where its old blob is to be "
             "kept; move that away"
         )
-    if any(head.blob == blob for head in migration.heads(directory)):
+    for head in migration.heads(directory):
+        if head.blob == blob:
+            raise HotplugError(
+                f"{what}: another medium with blob {shown(blob)} is not finished; finish that one "
+                f"first, or remove {shown(migration.file(directory, head))} if it is lost"
+            )
+    sealing.require_master(wish.way, directory)
+
+
+def _require_recoverable(wish: Wish, label: str, rule: Rule) -> None:
+    """Raises: HotplugError if the new key cannot be in the recovery file that is wished for."""
+    file, crypt = wish.recovery_file, rule.crypt
+    if file is None:
+        return
+    sealing.require_given(wish.way)
+    if not file.name.isprintable():
         raise HotplugError(
-            f"{what}: another medium with blob {shown(blob)} is not finished; finish "
-            f"that one first, or remove {shown(directory)}/.{shown(blob)}.migration if it is lost"
+            f"write {shown(file)}: the file says its own name, and this one is no text; choose "
+            "another"
         )
-    identity = partition.entry.identity
+    why = names.why_unsafe(label)
+    if why is not None:
+        raise HotplugError(f"write {shown(file)}: its medium's label cannot be in it: {why}")
+    cipher = table.cipher_for(crypt, blobs.KEY_TYPES[wish.way.backend])
+    moved = crypt.offset or crypt.iv_offset or "iv_large_sectors" in crypt.flags
+    if moved or recovery.plain_cipher(cipher) is None:
+        raise HotplugError(
+            f"write {shown(file)}: a recovery file knows no offset, iv_offset or iv_large_sectors, "
+            f"nor any cipher but Linux's own and their like, and rule {rule.name!r} does"
+        )
+    keystore.require_recovery_unsettled(file)
+
+
+def _planned(
+    wish: Wish,
+    partition: _Partition,
+    rule: Rule,
+    found: tuple[str, blobs.Blob],
+    where: tuple[Mapping, Path],
+) -> migration.Head:
+    """What is to be done, with a new key, which is in the recovery file if one is wished for.
+
+    Raises: HotplugError.
+    """
+    (blob, old), (mapping, directory) = found, where
+    identity, before, after = partition.entry.identity, blobs.backend_of(old), wish.way.backend
+    kind = _filesystem(mapping, rule, f"migrate {shown(identity.name)}", f"its {before} key")
+    cipher = table.cipher_for(rule.crypt, blobs.KEY_TYPES[after])
+    way = replace(wish.way, options=rule.key.options if after != "tagged" else "")
+
+    def about(identifier: str) -> recovery.About:
+        return recovery.About(identity.name, cipher, rule.crypt.sector_size, kind, identifier)
+
+    if wish.recovery_file is None:
+        new = sealing.seal(way, wish.key_bytes, directory)
+    else:
+        with keystore.recovery_key(wish.recovery_file, about, wish.key_bytes) as (_, key, _):
+            new = sealing.seal(way, key, directory)
     return migration.Head(
         mark=uuid4(),
         name=identity.name,
@@ -335,13 +407,15 @@ def _planned(
         before=before,
         after=after,
         old_blob=old.content,
-        new_blob=sealing.seal(wish.way, wish.key_bytes, directory),
+        new_blob=new,
         how=_how(rule, before, after),
+        recovery_file=None if wish.recovery_file is None else str(wish.recovery_file),
     )
 
 
-def _require_rule_opens(rule: Rule, after: blobs.Backend, what: str) -> None:
+def _require_rule_opens(rule: Rule, wish: Wish, what: str) -> None:
     """Raises: HotplugError if the rule would not open the medium with its new key."""
+    after = wish.way.backend
     if "{" not in rule.key.blob.text:
         raise HotplugError(
             f"{what}: rule {rule.name!r} opens all its media with {rule.key.blob.text}, and only "
@@ -352,6 +426,11 @@ def _require_rule_opens(rule: Rule, after: blobs.Backend, what: str) -> None:
         raise HotplugError(
             f"{what}: rule {rule.name!r} would not open it with a {after} key; let it say "
             'backend = "auto" and cipher = "auto", so that media of both kinds are opened'
+        )
+    if after == "trusted" and rule.key.length not in {0, wish.key_bytes}:
+        raise HotplugError(
+            f"{what}: rule {rule.name!r} says that a trusted key has {rule.key.length} bytes; say "
+            f"--key-bytes {rule.key.length}"
         )
 
 
@@ -378,56 +457,63 @@ def _how(rule: Rule, before: blobs.Backend, after: blobs.Backend) -> str:
     )
 
 
-def _require_as_planned(wish: Wish, rule: Rule, blob: str, head: migration.Head) -> None:
+def _require_as_begun(wish: Wish, rule: Rule, blob: str, begun: migration.Head) -> None:
     """Raises: HotplugError if it was begun with another wish, or by another rule."""
-    what = f"go on with {shown(head.name)}"
-    if wish.way.backend != head.after:
-        raise HotplugError(f"{what}: it was begun with --to {head.after}; go on with that")
-    how = _how(rule, head.before, head.after)
-    if (how, blob) != (head.how, head.blob):
+    what = f"go on with {shown(begun.name)}"
+    if wish.way.backend != begun.after:
+        raise HotplugError(f"{what}: it was begun with --to {begun.after}; go on with that")
+    if wish.recovery_file is not None and str(wish.recovery_file) != begun.recovery_file:
+        other = begun.recovery_file
+        file = "without a recovery key" if other is None else f"with --recovery-key {shown(other)}"
+        raise HotplugError(f"{what}: it was begun {file}; go on so")
+    how = _how(rule, begun.before, begun.after)
+    if (how, blob) != (begun.how, begun.blob):
         raise HotplugError(
             f"{what}: rule {rule.name!r} says something else than when it was begun, which was "
-            f"{head.how}, blob {shown(head.blob)}, and is {how}, blob {shown(blob)}; put the rule "
-            "back as it was until the medium is finished"
+            f"{begun.how}, blob {shown(begun.blob)}, and is {how}, blob {shown(blob)}; put the "
+            "rule back as it was until the medium is finished"
         )
 
 
 @contextmanager
-def _mapped(
-    partition: _Partition, rule: Rule, head: migration.Head, directory: Path
-) -> Iterator[tuple[Mapping, Mapping]]:
-    """The partition through its old key and through its new one. Raises: HotplugError."""
+def _through(
+    partition: _Partition,
+    rule: Rule,
+    blob: blobs.Blob,
+    purpose: scratch.Purpose,
+    directory: Path,
+) -> Iterator[Mapping]:
+    """The partition through the blob's key. Raises: HotplugError."""
     hold = partition.hold
-    with (
-        scratch.mapping(hold.disk, "migrate-from") as before,
-        scratch.mapping(hold.disk, "migrate-to") as after,
-    ):
-        for name, content, backend in (
-            (before, head.old_blob, head.before),
-            (after, head.new_blob, head.after),
-        ):
-            scratch.load(
-                name,
-                partition.on_disk,
-                rule.key,
-                rule.crypt,
-                blobs.parse(content, backend),
-                start=partition.entry.start,
-                directory=directory,
-            )
-        yield (
-            scratch.activate(before, hold, "migrate-from"),
-            scratch.activate(after, hold, "migrate-to"),
+    with scratch.mapping(hold.disk, purpose) as name:
+        scratch.load(
+            name,
+            partition.on_disk,
+            rule.key,
+            rule.crypt,
+            blob,
+            start=partition.entry.start,
+            directory=directory,
         )
+        yield scratch.activate(name, hold, purpose)
 
 
-def _require_filesystem(mapping: Mapping, rule: Rule, head: migration.Head, which: str) -> None:
-    """Raises: HotplugError if no filesystem that the rule allows is there: the key is not its."""
-    if filesystem.probe(mapping.node, rule.mount.filesystems) is None:
+def _filesystem(mapping: Mapping, rule: Rule, what: str, which: str) -> str:
+    """The one on the medium. Raises: HotplugError if the rule allows none: the key is not its."""
+    found = filesystem.probe(mapping.node, rule.mount.filesystems)
+    if found is None:
         raise HotplugError(
-            f"migrate {shown(head.name)}: through {which} it has no filesystem that rule "
-            f"{rule.name!r} allows, so nothing more is written to it"
+            f"{what}: through {which} it has no filesystem that rule {rule.name!r} allows, so "
+            "nothing more is written to it"
         )
+    return found
+
+
+def _mark(partition: _Partition, head: migration.Head) -> None:
+    """No rule admits the medium, and its recovery file is one that something relies on."""
+    partition.says(gpt.Identity(MARKED_NAME, MARK, head.mark))
+    if head.recovery_file is not None and os.path.lexists(head.recovery_file):
+        keystore.settle_recovery(Path(head.recovery_file))
 
 
 def _move(

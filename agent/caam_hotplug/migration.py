@@ -44,6 +44,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     new_blob: bytes
     how: str
     """By which settings of its rule the medium is encrypted, before and afterwards."""
+    recovery_file: str | None
+    """That of the new key."""
 
     @property
     def identity(self) -> Identity:

@@ -128,11 +128,18 @@ def add_way(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
         "trusted key of the board's (encrypted); default: tagged where NXP's driver is, else "
         "trusted",
     )
-    add_key_options(parser, makes_key=makes_key)
+    add_key_choices(parser, makes_key=makes_key)
+    parser.add_argument(
+        "--key-options",
+        metavar="TEXT",
+        default="",
+        help="what the trust source needs, as key.options of a rule says it, such as "
+        "keyhandle=0x81000001 of a TPM; the CAAM needs nothing",
+    )
 
 
-def add_key_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
-    """The command knows what can be said of a key, whoever seals it."""
+def add_key_choices(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
+    """The command knows what can be said of a key that its rule does not say."""
     if makes_key:
         parser.add_argument(
             "--key-bytes",
@@ -152,21 +159,15 @@ def add_key_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) 
         default="master",
         help="the trusted key that an encrypted one is under; default: master",
     )
-    parser.add_argument(
-        "--key-options",
-        metavar="TEXT",
-        default="",
-        help="what the trust source needs, as key.options of a rule says it, such as "
-        "keyhandle=0x81000001 of a TPM; the CAAM needs nothing",
-    )
 
 
 def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
     """How the key is to be sealed, and its length. Raises: HotplugError."""
     from caam_hotplug import config, sealing  # noqa: PLC0415  only needed by some commands
 
+    options = getattr(parsed, "key_options", "")
     try:
-        config.require_key_options(parsed.key_options)
+        config.require_key_options(options)
     except ValueError as error:
         raise HotplugError(f"use --key-options: {error}") from error
     backend = sealing.backend_here(parsed.backend)
@@ -175,14 +176,12 @@ def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
         raise HotplugError(f"use master {parsed.master!a}: {reason}")
     if backend != "tagged" and parsed.seal != "ecb":
         raise HotplugError(f"use --seal {parsed.seal}: only tagged keys are covered in memory")
-    if backend == "tagged" and parsed.key_options:
+    if backend == "tagged" and options:
         raise HotplugError("use --key-options: the CAAM needs none for a tagged key")
     key_bytes = getattr(parsed, "key_bytes", None) or sealing.KEY_BYTES[backend]
     if backend == "tagged" and key_bytes not in {16, 32}:
         raise HotplugError(f"use --key-bytes {key_bytes}: a tagged key for AES has 16 or 32")
-    way = sealing.Way(
-        backend=backend, seal=parsed.seal, master=parsed.master, options=parsed.key_options
-    )
+    way = sealing.Way(backend=backend, seal=parsed.seal, master=parsed.master, options=options)
     return way, key_bytes
 
 

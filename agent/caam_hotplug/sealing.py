@@ -45,7 +45,7 @@ def require_given(way: Way) -> None:
     if way.backend == "trusted":
         raise HotplugError(
             "seal a recovery key: the kernel makes its trusted keys itself and shows them to "
-            "nobody; use --backend encrypted, or provision without a recovery key"
+            "nobody; take an encrypted key, which has a master, or no recovery key"
         )
 
 
@@ -65,6 +65,12 @@ def require_fit(way: Way, cipher: str, length: int) -> None:
             f"{blobs.ENCRYPTED_KEY_BYTES[0]} bytes and more; this medium opens with a tagged "
             "key or on a PC"
         )
+
+
+def require_master(way: Way, directory: Path) -> None:
+    """The blob of the master that the way needs is there. Raises: MasterKeyError."""
+    if way.backend == "encrypted":
+        _master(way.master, directory)
 
 
 def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:

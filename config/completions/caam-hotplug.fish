@@ -59,8 +59,8 @@ function _shtab_caam_hotplug_using
   test "$_shtab_caam_hotplug_cmdpath" = "$argv"
 end
 
-set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' doctor status watch eject lock unlock retry reload
-set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size
+set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' migrate doctor status watch eject lock unlock retry reload
+set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size --to
 
 complete -c caam-hotplug -e
 complete -c caam-hotplug -f
@@ -125,6 +125,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l to -xka "trus
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l key-bytes -xka "16 32 64" -d 'the key'"'"'s length; default: 16 of a tagged key, 64 of any other'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l seal -xka "ecb ccm" -d 'how the CAAM covers a tagged key in memory; default: ecb'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l master -x -d 'the trusted key that an encrypted one is under; default: master'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l recovery-key -xka "(__fish_complete_path (commandline -ct))" -d 'write the new key there, with the command that opens the medium on any Linux PC; not of a trusted key, which the kernel shows to nobody'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using migrate; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'the partition'"'"'s label, or its device such as /dev/sdb1'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a doctor -d 'Looks at everything the agent needs, one line each, with the remedy where something is amiss.'

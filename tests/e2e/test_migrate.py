@@ -69,6 +69,7 @@ async def test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key(
         await guest.sh(documented("unlock archive-01"))
         await is_whole(guest)
         assert f"by its {how}" in await agent.journal()
+    await guest.run("rm", "/root/archive-01.recovery")
     kept = await guest.sh("cd /data/caam; ls -A | grep archive")
     assert kept.stdout.split() == [
         f"{LABEL}.bb", f"{LABEL}.bb.encrypted", f"{LABEL}.bb.tagged", f"{LABEL}.bb.trusted",

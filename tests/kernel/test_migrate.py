@@ -17,7 +17,7 @@ from caam_hotplug.kernel import trusted
 from kernel import witness
 from kernel.cartridges import Cartridge
 from kernel.forked import Stop, kill_self
-from kernel.provisioning import LABEL, Bench, Done, bench_with, unchanged
+from kernel.provisioning import LABEL, Bench, Done, bench_with, opened_on_a_pc, unchanged
 from kernel.witness import PARAMETERS, run
 
 FOLDER: Final = Path("/opt/migration")
@@ -31,12 +31,12 @@ CUTS: Final = 10
 MEDIA: Final = 5
 
 BEGIN: Final = (
+    # the medium through its old key
+    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume",
     # the new key, which is sealed and forgotten
     "add_key", "keyctl_unlink",
-    # the medium through its old key, and through the new one
-    "dm create", "dm create",
-    "ioctl", "add_key", "dm load", "keyctl_unlink", "add_key", "dm load", "keyctl_unlink",
-    "dm resume", "dm resume",
+    # the medium through that
+    "dm create", "add_key", "dm load", "keyctl_unlink", "dm resume",
     # the journal, the mark
     "fsync", "renameat2", "fsync", "fdisk_write_disklabel",
 )  # fmt: skip
@@ -174,18 +174,54 @@ def test_a_medium_goes_to_a_trusted_key_with_every_byte(bench: Bench) -> None:
     assert again.out == f"{bench.medium.partition}: {LABEL} has a trusted key already\n"
 
 
-def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key(bench: Bench) -> None:
-    before = plain(bench)
+def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key_each_with_a_recovery_key(
+    bench: Bench,
+) -> None:
+    before, file, other = plain(bench), bench.folder / "recovery", bench.folder / "other"
+    to_master = ("--to", "encrypted", "--master", MASTER, "--recovery-key", str(file))
+    assert "use the master key board: " in refused(bench, LABEL, *to_master)
     made = bench.run("key", "create", MASTER, "--backend", "trusted", "--key-bytes", "64")
     assert made.status == 0, made.err
-    there = bench.run("migrate", bench.medium.partition, "--to", "encrypted", "--master", MASTER)
+    there = bench.run("migrate", bench.medium.partition, *to_master)
     assert there.status == 0, there.err
+    assert f"recovery key: {file}; keep it apart" in there.out
     assert bench.blob.read_bytes().startswith(b"default trusted:board 64 ")
     assert plain(bench) == before
-    (bench.blobs / f"{bench.blob.name}.tagged").unlink()
-    assert migrate(bench, to="tagged").status == 0
+    assert opened_on_a_pc(bench, file) == "ext4"
+    back = migrate(bench, "--recovery-key", str(other), to="tagged")
+    assert back.status == 0, back.err
     assert bench.blob.read_bytes().startswith(b"OgaT")
     assert plain(bench) == before
+    assert opened_on_a_pc(bench, other) == "ext4"
+    assert not list(bench.folder.glob(".*"))
+
+
+RECOVERED_BEGIN: Final = BEGIN.index("add_key", 3) + len(("fsync", "link", "fsync"))
+"""The calls after which a recovery file is there, and nothing that relies on it."""
+
+
+def test_killed_with_a_recovery_file_only_the_next_run_uses_its_key_and_later_ones_only_with_it(
+    bench: Bench,
+) -> None:
+    file, other = bench.folder / "recovery", bench.folder / "other"
+    with_file = ("--recovery-key", str(file))
+    made = bench.run("key", "create", MASTER, "--backend", "trusted", "--key-bytes", "64")
+    assert made.status == 0, made.err
+    to_master = ("--to", "encrypted", "--master", MASTER)
+    stop = Stop(RECOVERED_BEGIN, kill_self)
+    killed = bench.run("migrate", LABEL, *to_master, *with_file, stop=stop)
+    assert (killed.status, file.exists()) == (-signal.SIGKILL, True)
+    written = file.read_bytes()
+    stop = Stop(HALF, kill_self)
+    killed = bench.run("migrate", LABEL, *to_master, *with_file, stop=stop)
+    assert killed.status == -signal.SIGKILL
+    assert f"begun with --recovery-key {file}" in refused(
+        bench, LABEL, *to_master, "--recovery-key", str(other)
+    )
+    assert bench.run("migrate", LABEL, *to_master).status == 0
+    assert file.read_bytes() == written
+    assert opened_on_a_pc(bench, file) == "ext4"
+    assert not list(bench.folder.glob(".*"))
 
 
 class Torn:
@@ -272,9 +308,8 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> Non
     kept.write_bytes(bench.blob.read_bytes())
     assert f"{kept} is there" in refused(bench, LABEL, *to)
     kept.unlink()
-    assert "use the master key board: " in refused(
-        bench, LABEL, "--to", "encrypted", "--master", MASTER
-    )
+    recovery = str(bench.folder / "recovery")
+    assert "shows them to nobody" in refused(bench, LABEL, *to, "--recovery-key", recovery)
     right = bench.blob.read_bytes()
     bench.blob.write_bytes(witness.create().blob)
     assert "through its tagged key it has no filesystem" in refused(bench, LABEL, *to)
@@ -326,6 +361,8 @@ def test_what_is_half_moved_is_gone_on_with_as_it_was_begun_or_not_at_all(bench:
     half_moved(bench)
     trusted_key = ("--to", "trusted")
     assert "it was begun with --to trusted" in refused(bench, LABEL, "--to", "tagged")
+    late = refused(bench, LABEL, "--to", "trusted", "--recovery-key", str(bench.folder / "late"))
+    assert "it was begun without a recovery key" in late
     whole = bench.config.read_text()
     bench.config.write_text(f"{whole}crypt = {{ sector_size = 4096 }}\n")
     assert "says something else than when it was begun" in refused(bench, LABEL, *trusted_key)

@@ -79,7 +79,8 @@ BY_TESTS: Final = {
         "caam-hotplug lock archive-01",
         "caam-hotplug migrate archive-01 --to trusted",
         "caam-hotplug unlock archive-01",
-        "caam-hotplug migrate archive-01 --to encrypted --master board",
+        "caam-hotplug migrate archive-01 --to encrypted --master board "
+        "--recovery-key /root/archive-01.recovery",
         "caam-hotplug migrate archive-01 --to tagged",
     ],
     "tests/e2e/test_docs.py::test_the_journals_questions_have_answers": [

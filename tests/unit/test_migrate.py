@@ -30,6 +30,7 @@ HEAD = Head(
     old_blob=b"\0old",
     new_blob=b"new\xff",
     how="one cipher to another",
+    recovery_file=None,
 )
 
 
