@@ -6,8 +6,9 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -19,7 +20,7 @@ from caam_hotplug.kernel import filesystem
 from caam_hotplug.model import Mapping
 from fakes.contract import POINT, mapped, mounted, mounts_there, until
 from kernel.real import RealWorld
-from kernel.witness import loop_medium, run
+from kernel.witness import Medium, loop_medium, run
 
 T = TypeVar("T")
 PARTUUID = "11111111-2222-3333-4444-555555555555"
@@ -197,3 +198,28 @@ def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
     assert (volume.partlabel, volume.partuuid, volume.parttype, volume.identified) == (
         label, PARTUUID, LINUX_DATA, True,
     )  # fmt: skip
+
+
+@contextmanager
+def encrypted(medium: Medium, sector_size: int) -> Iterator[str]:
+    """The medium through dm-crypt, in sectors of this size; yields the mapping's device."""
+    options = f" 1 sector_size:{sector_size}" if sector_size != 512 else ""
+    table = f"0 {medium.sectors} crypt aes-xts-plain64 {'5a' * 64} 0 {medium.device} 0{options}"
+    run("dmsetup", "create", "witness", "--table", table)
+    try:
+        yield "/dev/mapper/witness"
+    finally:
+        run("dmsetup", "remove", "--retry", "witness")
+
+
+@pytest.mark.parametrize(("made", "opened"), [(4096, 512), (512, 4096)])
+@pytest.mark.parametrize("fat", [12, 16, 32])
+def test_a_vfat_that_is_decrypted_in_other_sectors_than_it_was_made_in_is_none(
+    nothing_left: None, fat: int, made: int, opened: int
+) -> None:
+    with loop_medium((4 if fat == 12 else 80) << 20) as medium:
+        with encrypted(medium, made) as device:
+            run("mkfs.vfat", "-F", str(fat), device)
+            assert filesystem.probe(device, ["vfat"]) == "vfat"
+        with encrypted(medium, opened) as device:
+            assert filesystem.probe(device, ["vfat"]) is None

@@ -7,6 +7,8 @@ import errno
 import fcntl
 import os
 import re
+import struct
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 _MNT_DETACH: Final = 2
 _BLKFLSBUF: Final = 0x1261
+_BLKSSZGET: Final = 0x1268
+_LEAST_BLOCK: Final = 512
 _UMOUNT_NOFOLLOW: Final = 8
 
 
@@ -112,7 +116,46 @@ def probe(node: str, allowed: Sequence[str]) -> str | None:
         blkid.enable_superblocks(pr, 1)
         blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
         blkid.superblocks_only(pr, _BLKID_FLTR_ONLYIN, wanted)
-        return _value(pr, "TYPE") if _found(pr, node) else None
+        found = _value(pr, "TYPE") if _found(pr, node) else None
+    return None if found == "vfat" and not _has_fat(node) else found
+
+
+def _has_fat(node: str) -> bool:
+    """Whether the file allocation table of a vfat is one, and not noise.
+
+    With another sector_size than the medium was made with, the first 512 bytes of each sector
+    still come out right, and the rest does not. Of a small vfat the kernel checks no more than
+    libblkid does, and would mount that. Every table begins with two entries of ones, but for the
+    media descriptor in the first byte. If the filesystem's sectors are larger than the device's,
+    as they are when it was made in larger ones, its two tables are compared as well. Source:
+    Microsoft's FAT specification (fatgen103), BPB, FAT[0] and FAT[1].
+    """
+    try:
+        with Path(node).open("rb", buffering=0) as device:
+            boot = device.read(_LEAST_BLOCK)
+            sector, reserved, count, short = struct.unpack_from("<H x H B 5x H", boot, 11)
+            (long,) = struct.unpack_from("<I", boot, 36)
+            first = sector * reserved
+            device.seek(first)
+            begins_so = device.read(3)[1:] == b"\xff\xff"
+            if sector <= _logical_block(device.fileno()) or count < 2:
+                return begins_so
+            copies = []
+            for at in (first, first + (short or long) * sector):
+                device.seek(at + _LEAST_BLOCK)
+                copies.append(device.read(_LEAST_BLOCK))
+            return begins_so and copies[0] == copies[1]
+    except (OSError, struct.error) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        raise KernelError("read", node, number or errno.EIO) from error
+
+
+def _logical_block(device: int) -> int:
+    """In bytes; of what is no device, the least. Source: BLKSSZGET, ioctl_list(2)."""
+    try:
+        return int.from_bytes(fcntl.ioctl(device, _BLKSSZGET, bytes(4)), sys.byteorder)
+    except OSError:
+        return _LEAST_BLOCK
 
 
 def recognised(node: str) -> str | None:
