@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S: Final = 30.0
+_LOOK_AGAIN_S: Final = 10.0
 
 
 class Board(Protocol):

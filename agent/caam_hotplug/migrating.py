@@ -62,8 +62,6 @@ from caam_hotplug.rules import Admitted, Rule, decide
 MARK: Final = UUID(names.UNFINISHED_TYPE)
 MARKED_NAME: Final = "(caam-hotplug: migrating)"
 """A label for people, with blanks and parentheses; by the type no rule admits it."""
-_FORGETFUL: Final = {"tmpfs", "ramfs"}
-"""Filesystems whose files a power cut takes away."""
 _DIRECT: Final = os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Tell = Callable[[str], None]
@@ -114,6 +112,7 @@ def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
     volume = _volume(wish.volume, config)
     disk = disks.disk_of(volume)
     disks.require_not_the_systems(disk, directory)
+    what = f"migrate {volume.node}"
     tell(f"looking at {volume.node}")
     with disks.held(disk) as hold:
         scratch.remove_leftovers(disk)
@@ -124,28 +123,29 @@ def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
         if begun is None:
             old = sealed.read(directory, blob, rule.key.form)
             if blobs.backend_of(old) == wish.way.backend:
-                return Migrated(volume.node, partition.label, directory / blob, None, None)
+                return _found_so(partition, rule, (blob, old), directory)
             _require_sense(wish, partition, rule, (blob, old), directory)
         else:
-            _require_as_begun(wish, rule, blob, begun)
+            _require_as_begun(wish, partition, (rule, blob), begun)
             old = blobs.parse(begun.old_blob, begun.before)
         with _through(partition, rule, old, "migrate-from", directory) as before:
-            head = begun or _planned(wish, partition, rule, (blob, old), (before, directory))
+            if begun is None:
+                kind = _filesystem(before, rule, f"{what}: through its key")
+                _require_all_read(partition, tell)
+                head = _planned(wish, partition, rule, (blob, old, kind), directory)
+            else:
+                head = begun
             new = blobs.parse(head.new_blob, head.after)
             with _through(partition, rule, new, "migrate-to", directory) as after:
                 if begun is None:
                     with keystore.folder(directory) as folder:
                         migration.create(folder.opened, directory, head)
                 with migration.opened(directory, head) as journal:
-                    _mark(partition, head)
-                    tell("moving")
-                    _move(partition, rule, (before, after), journal, count)
-                _filesystem(after, rule, f"migrate {shown(head.name)}", "its new key")
-                tell("putting the new blob in its place")
-                kept = _swap_blobs(directory, head)
-                partition.says(head.identity)
-                with keystore.folder(directory) as folder:
-                    migration.remove(folder.opened, directory, head)
+                    _moved(partition, rule, (before, after), journal, count)
+                    kept = _swap_blobs(directory, head)
+                    partition.says(head.identity)
+                    with keystore.folder(directory) as folder:
+                        migration.remove(folder.opened, directory, head)
         disks.read_partitions(hold)
         recovery_file = None if head.recovery_file is None else Path(head.recovery_file)
         return Migrated(volume.node, head.name, directory / blob, kept, recovery_file)
@@ -188,6 +188,10 @@ class _Partition:
         """The partition, to be mapped on the whole disk from its start on."""
         return replace(self.hold.disk, size=self.entry.length)
 
+    def start(self, rule: Rule) -> int:
+        """Where its encrypted data begins on the disk, in bytes."""
+        return (self.entry.start + rule.crypt.offset) * SECTOR_BYTES
+
     def says(self, identity: gpt.Identity) -> None:
         """It says this of itself, on the medium."""
         gpt.rename(self.hold.writing(), self.hold.disk.node, self.entry.number, identity)
@@ -195,14 +199,12 @@ class _Partition:
 
 def _require_lasting(directory: Path) -> None:
     """Raises: HotplugError if what is written there does not outlive a power cut."""
-    above = {str(directory), *map(str, directory.parents)}
-    found = [mount for mount in filesystem.mounts() if mount.point in above]
-    for mount in sorted(found, key=lambda mount: (len(mount.point), mount.identity))[-1:]:
-        if mount.filesystem in _FORGETFUL:
-            raise HotplugError(
-                f"write the journal to {shown(directory)}: that is on {mount.filesystem}, which a "
-                "power cut empties; the blob directory must be on a disk"
-            )
+    why = filesystem.why_forgetful(directory)
+    if why is not None:
+        raise HotplugError(
+            f"write the journal to {shown(directory)}: {why}, and a power cut would take it away; "
+            "the blob directory must be on a disk: mount one there"
+        )
 
 
 def _volume(text: str, config: Config) -> Volume:
@@ -276,25 +278,41 @@ def _begun(partition: _Partition, directory: Path) -> migration.Head | None:
         if not found:
             raise HotplugError(
                 f"migrate {node}: it is not finished, and no journal in {shown(directory)} is of "
-                "it; go on on the board where it was begun, or with `provision` if that began it"
+                "it; go on on the board where it was begun, or with `provision` if that began it. "
+                "If nothing of it was moved yet, its old label and partition type bring it back"
             )
         return found[0]
     found = [head for head in heads if head.uuid == partition.entry.identity.uuid]
     if not found:
         return None
     with migration.opened(directory, found[0]) as begun:
-        records = begun.journal.records()
-    if not records:  # it was cut before the medium was touched
-        with keystore.folder(directory) as folder:
-            migration.remove(folder.opened, directory, found[0])
-        return None
-    if records[0].content:
+        last = begun.journal.records()[0]
+        if last.position == 0 and not last.content:  # it was cut before the medium was touched
+            with keystore.folder(directory) as folder:
+                migration.remove(folder.opened, directory, found[0])
+            return None
+    if last.content:
         raise HotplugError(
             f"migrate {node}: {shown(migration.file(directory, found[0]))} says that part of it is "
             "under a new key, and it is not marked so; is it a copy that was made before? Remove "
             "that file if the medium that it is of is lost"
         )
     return found[0]
+
+
+def _found_so(
+    partition: _Partition, rule: Rule, found: tuple[str, blobs.Blob], directory: Path
+) -> Migrated:
+    """The medium is under such a key already. Raises: HotplugError if only its blob is."""
+    blob, key = found
+    with _through(partition, rule, key, "migrate-from", directory) as mapping:
+        _filesystem(
+            mapping,
+            rule,
+            f"migrate {partition.volume.node}: {shown(directory / blob)} is a "
+            f"{blobs.backend_of(key)} key's already, and through that",
+        )
+    return Migrated(partition.volume.node, partition.label, directory / blob, None, None)
 
 
 def _admitted(
@@ -328,7 +346,7 @@ def _require_sense(
 ) -> None:
     """Raises: HotplugError for what can be told before the medium is looked into."""
     blob, old = found
-    what, before = f"migrate {partition.label}", blobs.backend_of(old)
+    what, before = f"migrate {shown(partition.label)}", blobs.backend_of(old)
     if partition.hold.disk.read_only:
         raise HotplugError(f"{what}: the medium is write-protected")
     _require_rule_opens(rule, wish, what)
@@ -377,21 +395,21 @@ def _planned(
     wish: Wish,
     partition: _Partition,
     rule: Rule,
-    found: tuple[str, blobs.Blob],
-    where: tuple[Mapping, Path],
+    found: tuple[str, blobs.Blob, str],
+    directory: Path,
 ) -> migration.Head:
     """What is to be done, with a new key, which is in the recovery file if one is wished for.
 
-    Raises: HotplugError.
+    `found`: its blob's file, its blob, its filesystem. Raises: HotplugError.
     """
-    (blob, old), (mapping, directory) = found, where
-    identity, before, after = partition.entry.identity, blobs.backend_of(old), wish.way.backend
-    kind = _filesystem(mapping, rule, f"migrate {shown(identity.name)}", f"its {before} key")
+    blob, old, kind = found
+    entry, before, after = partition.entry, blobs.backend_of(old), wish.way.backend
     cipher = table.cipher_for(rule.crypt, blobs.KEY_TYPES[after])
     way = replace(wish.way, options=rule.key.options if after != "tagged" else "")
 
     def about(identifier: str) -> recovery.About:
-        return recovery.About(identity.name, cipher, rule.crypt.sector_size, kind, identifier)
+        size = rule.crypt.sector_size
+        return recovery.About(entry.identity.name, cipher, size, kind, identifier)
 
     if wish.recovery_file is None:
         new = sealing.seal(way, wish.key_bytes, directory)
@@ -400,9 +418,11 @@ def _planned(
             new = sealing.seal(way, key, directory)
     return migration.Head(
         mark=uuid4(),
-        name=identity.name,
-        type=identity.type,
-        uuid=identity.uuid,
+        name=entry.identity.name,
+        type=entry.identity.type,
+        uuid=entry.identity.uuid,
+        start=entry.start,
+        length=entry.length,
         blob=blob,
         before=before,
         after=after,
@@ -435,14 +455,25 @@ def _require_rule_opens(rule: Rule, wish: Wish, what: str) -> None:
 
 
 def _require_aligned(partition: _Partition, rule: Rule, what: str) -> None:
-    """Raises: HotplugError if the disk's own blocks are not of both ciphers' sectors."""
-    unit = disks.logical_block(partition.hold.disk)
-    start = (partition.entry.start + rule.crypt.offset) * SECTOR_BYTES
-    if start % unit or partition.entry.length * SECTOR_BYTES % unit:
+    """Raises: HotplugError if encrypted sectors do not begin where blocks of the disk do."""
+    unit = max(disks.logical_block(partition.hold.disk), rule.crypt.sector_size)
+    start = partition.start(rule)
+    if start % unit:
         raise HotplugError(
-            f"{what}: its encrypted sectors do not begin and end with blocks of the disk, which "
-            f"have {unit} bytes: a power cut could tear what was not being written"
+            f"{what}: its encrypted data begins at byte {start} of the disk, which is no multiple "
+            f"of {unit}: a power cut could tear what was not being written"
         )
+
+
+def _require_all_read(partition: _Partition, tell: Tell) -> None:
+    """Every byte can be read: else the medium would be stuck amid its keys. Raises: KernelError."""
+    disk, length = partition.hold.disk, partition.entry.length * SECTOR_BYTES
+    with _opened(disk.node, os.O_RDONLY) as raw:
+        partition.hold.require_same(raw)
+        blocks = Blocks(raw, disk.node, partition.entry.start * SECTOR_BYTES)
+        for position in range(0, length, reencryption.PIECE_BYTES):
+            tell(f"reading all of it once: {100 * position // length} %")
+            blocks.read(position, min(reencryption.PIECE_BYTES, length - position))
 
 
 def _how(rule: Rule, before: blobs.Backend, after: blobs.Backend) -> str:
@@ -457,9 +488,16 @@ def _how(rule: Rule, before: blobs.Backend, after: blobs.Backend) -> str:
     )
 
 
-def _require_as_begun(wish: Wish, rule: Rule, blob: str, begun: migration.Head) -> None:
-    """Raises: HotplugError if it was begun with another wish, or by another rule."""
-    what = f"go on with {shown(begun.name)}"
+def _require_as_begun(
+    wish: Wish, partition: _Partition, by: tuple[Rule, str], begun: migration.Head
+) -> None:
+    """Raises: HotplugError if it was begun with another wish, by another rule, or elsewhere."""
+    what, (rule, blob) = f"go on with {shown(begun.name)}", by
+    if (partition.entry.start, partition.entry.length) != (begun.start, begun.length):
+        raise HotplugError(
+            f"{what}: the partition was moved or resized; put it back to {begun.length} sectors "
+            f"from sector {begun.start} on"
+        )
     if wish.way.backend != begun.after:
         raise HotplugError(f"{what}: it was begun with --to {begun.after}; go on with that")
     if wish.recovery_file is not None and str(wish.recovery_file) != begun.recovery_file:
@@ -498,22 +536,39 @@ def _through(
         yield scratch.activate(name, hold, purpose)
 
 
-def _filesystem(mapping: Mapping, rule: Rule, what: str, which: str) -> str:
-    """The one on the medium. Raises: HotplugError if the rule allows none: the key is not its."""
+def _filesystem(mapping: Mapping, rule: Rule, through: str) -> str:
+    """The one on the medium, which the kernel reads.
+
+    Raises: HotplugError, MountError if there is none: key or settings are not the medium's. What
+    a probe finds may be right in what it looks at alone.
+    """
     found = filesystem.probe(mapping.node, rule.mount.filesystems)
     if found is None:
         raise HotplugError(
-            f"{what}: through {which} it has no filesystem that rule {rule.name!r} allows, so "
-            "nothing more is written to it"
+            f"{through} it has no filesystem that rule {rule.name!r} allows, so nothing more is "
+            "written to it"
         )
+    filesystem.require_readable(mapping.node, found)
     return found
 
 
-def _mark(partition: _Partition, head: migration.Head) -> None:
-    """No rule admits the medium, and its recovery file is one that something relies on."""
-    partition.says(gpt.Identity(MARKED_NAME, MARK, head.mark))
-    if head.recovery_file is not None and os.path.lexists(head.recovery_file):
-        keystore.settle_recovery(Path(head.recovery_file))
+def _moved(
+    partition: _Partition,
+    rule: Rule,
+    mappings: tuple[Mapping, Mapping],
+    begun: migration.Migration,
+    count: Count,
+) -> None:
+    """All is under the new key, and so is a filesystem. Raises: HotplugError."""
+    head = begun.head
+    last = begun.journal.records()[0]
+    is_moved = not last.content and last.position > 0
+    if partition.mark is not None or not is_moved:
+        partition.says(gpt.Identity(MARKED_NAME, MARK, head.mark))
+        if head.recovery_file is not None and os.path.lexists(head.recovery_file):
+            keystore.settle_recovery(Path(head.recovery_file))
+        _move(partition, rule, mappings, begun, count)
+    _filesystem(mappings[1], rule, f"migrate {shown(head.name)}: through its new key")
 
 
 def _move(
@@ -527,19 +582,29 @@ def _move(
     before, after = mappings
     target = table.CryptTarget.from_line(before.table[0])
     if target is None:
-        raise UnsupportedVolumeError(f"migrate {partition.label}: its mapping was replaced")
-    disk, length = partition.hold.disk, target.length * SECTOR_BYTES
-    start = (partition.entry.start + rule.crypt.offset) * SECTOR_BYTES
+        raise UnsupportedVolumeError(
+            f"migrate {partition.volume.node}: its mapping was replaced meanwhile"
+        )
+    hold, start = partition.hold, partition.start(rule)
+    node, length = hold.disk.node, target.length * SECTOR_BYTES
     with (
-        _opened(disk.node, os.O_RDWR) as raw,
+        _opened(node, os.O_RDWR) as raw,
         _opened(before.node, os.O_RDONLY) as old,
         _opened(after.node, os.O_RDWR) as new,
     ):
-        partition.hold.require_same(raw)
+
+        def reached(position: int) -> None:
+            hold.require_same(raw)  # a card may have been changed in its reader
+            count(position, length)
+
         medium = reencryption.Medium(
-            Blocks(raw, disk.node, start), Blocks(old, before.node), Blocks(new, after.node), length
+            Blocks(raw, node, start),
+            Blocks(old, before.node),
+            Blocks(new, after.node),
+            start,
+            length,
         )
-        reencryption.reencrypt(medium, begun.journal, lambda done: count(done, length))
+        reencryption.reencrypt(medium, begun.journal, reached)
 
 
 @contextmanager

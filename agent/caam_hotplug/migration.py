@@ -19,7 +19,7 @@ from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.kernel import durable, paths
 from caam_hotplug.kernel.blocks import Blocks
 from caam_hotplug.kernel.gpt import Identity
-from caam_hotplug.reencryption import JOURNAL_BYTES, Journal
+from caam_hotplug.reencryption import Journal, beginning
 
 _HEAD_BYTES: Final = 16 << 10
 _SUFFIX: Final = ".migration"
@@ -36,6 +36,9 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     type: UUID
     uuid: UUID
     """What the partition said of itself before, and will again."""
+    start: int
+    length: int
+    """Where it lies on its disk, in 512-byte sectors."""
     blob: str
     """The name of the blob's file, which has the old blob until all is under the new key."""
     before: Backend
@@ -75,7 +78,7 @@ def create(opened: int, directory: Path, head: Head) -> None:
     if len(content) > _HEAD_BYTES:
         raise HotplugError(f"migrate {shown(head.name)}: its names and blobs are too long")
     path = directory / _file_of(head.blob)
-    durable.write(opened, path, content.ljust(_HEAD_BYTES + JOURNAL_BYTES, b"\0"), 0o600)
+    durable.write(opened, path, content.ljust(_HEAD_BYTES, b"\0") + beginning(), 0o600)
 
 
 def remove(opened: int, directory: Path, head: Head) -> None:
@@ -135,7 +138,10 @@ def _opened(directory: Path, name: str, *, shared: bool = False) -> Iterator[Mig
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise HotplugError(f"go on by {shown(path)}: another `migrate` does already") from error
-        yield Migration(path, file, _head(file, path))
+        if os.fstat(file).st_nlink == 0:  # another `migrate` has ended it meanwhile
+            yield None
+        else:
+            yield Migration(path, file, _head(file, path))
     finally:
         os.close(file)
 
@@ -148,5 +154,6 @@ def _head(file: int, path: Path) -> Head:
         raise KernelError("read", shown(path), error.errno or errno.EIO) from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise HotplugError(
-            f"read {shown(path)}: it is no journal of this version of {names.PROGRAM}: {error}"
+            f"read {shown(path)}: it is no journal of this version of {names.PROGRAM} ({error}); "
+            "if no medium needs it, move it away"
         ) from error

@@ -44,6 +44,9 @@ class Medium:
     """Decrypted with the key that they were written with."""
     new: Blocks
     """Decrypted with the key that they are to have."""
+    start: int
+    """Where it begins on its disk: pieces end where those of the disk do, so that a block of the
+    disk's own, which it may tear as a whole, is not of two pieces."""
     length: int
 
 
@@ -55,28 +58,32 @@ class Record:
     position: int
     """All before it is under the new key, on the medium."""
     content: bytes
-    """Empty if there is no piece any more: all is done."""
+    """Empty if nothing is touched: at the beginning, and when all is done."""
 
 
 class Journal:
-    """The records of the last two pieces, of which the last may be torn."""
+    """The records of the last two pieces, of which one may be torn."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
 
     def records(self) -> list[Record]:
-        """Those that are whole, the last one first. Raises: KernelError."""
+        """Those that are whole, one or two, the last one first.
+
+        Raises: KernelError; HotplugError if there is none, so that nobody can say how far it is.
+        """
         found = [self._in_slot(slot) for slot in (0, 1)]
         whole = [record for record in found if record is not None]
+        if not whole:
+            raise HotplugError(
+                "read the journal: it is damaged, and what of the medium is under which key cannot "
+                "be told; look for a backup of the blob directory, and keep the medium as it is"
+            )
         return sorted(whole, key=lambda record: -record.number)
 
     def note(self, record: Record) -> None:
         """The record is on the board's disk, in place of the last but one. Raises: KernelError."""
-        head = _RECORD.pack(
-            _MAGIC, record.number, record.position, len(record.content), _checksum(record)
-        )
-        at = record.number % 2 * _SLOT_BYTES
-        self._blocks.write(at, head.ljust(_HEAD_BYTES, b"\0") + record.content)
+        self._blocks.write(record.number % 2 * _SLOT_BYTES, _packed(record))
         self._blocks.flush()
 
     def _in_slot(self, slot: int) -> Record | None:
@@ -90,6 +97,18 @@ class Journal:
         return record if _checksum(record) == checksum else None
 
 
+def beginning() -> bytes:
+    """The journal of a medium of which nothing is touched yet."""
+    return _packed(Record(0, 0, b"")).ljust(JOURNAL_BYTES, b"\0")
+
+
+def _packed(record: Record) -> bytes:
+    head = _RECORD.pack(
+        _MAGIC, record.number, record.position, len(record.content), _checksum(record)
+    )
+    return head.ljust(_HEAD_BYTES, b"\0") + record.content
+
+
 def _checksum(record: Record) -> bytes:
     placed = struct.pack("<QQQ", record.number, record.position, len(record.content))
     return sha256(placed + record.content).digest()
@@ -98,30 +117,33 @@ def _checksum(record: Record) -> bytes:
 def reencrypt(medium: Medium, journal: Journal, tell: Callable[[int], None]) -> None:
     """All of the medium is under the new key; an earlier run that was cut is gone on with.
 
-    `tell` is told of each position that is reached. Raises: KernelError, and HotplugError if what
-    was written does not read back, or the medium is not the one that the journal is of; the same
-    call goes on then.
+    `tell` is told of each position that is reached, before anything is written there. Raises:
+    KernelError, and HotplugError if what was written does not read back, or the medium is not the
+    one that the journal is of; the same call goes on then.
     """
-    records = journal.records()
-    number, position = 0, 0
-    if records:
-        _put_back(medium, *records)
-        number, position = records[0].number, records[0].position
+    last, *before = journal.records()
+    tell(last.position)
+    _put_back(medium, last, *before)
+    # A piece is noted once more under its number: the record before it is whole until that is.
+    number = last.number if last.content else last.number + 1
+    position = last.position
     while position < medium.length:
         tell(position)
-        length = min(PIECE_BYTES, medium.length - position)
-        number += 1
+        length = min(
+            PIECE_BYTES - (medium.start + position) % PIECE_BYTES, medium.length - position
+        )
         journal.note(Record(number, position, medium.raw.read(position, length)))
         plain = medium.old.read(position, length)
         medium.new.write(position, plain)
         medium.new.flush()
         if medium.new.read(position, length) != plain:
             raise HotplugError(
-                f"write to the medium at byte {position}: it does not read back as it was "
-                "written; is the medium damaged?"
+                f"write to the medium at byte {medium.start + position}: it does not read back as "
+                "it was written; is the medium damaged?"
             )
         position += length
-    journal.note(Record(number + 1, medium.length, b""))
+        number += 1
+    journal.note(Record(number, medium.length, b""))
     tell(medium.length)
 
 
@@ -141,5 +163,6 @@ def _put_back(medium: Medium, last: Record, before: Record | None = None) -> Non
             "made earlier?"
         )
     if last.content:
-        # It stays in the journal until it is flushed under the new key: no need to flush it here.
         medium.raw.write(last.position, last.content)
+        # Should its record be torn when it is noted once more, the one before it is gone on with.
+        medium.raw.flush()

@@ -90,7 +90,6 @@ async def test_synthesized_events_change_nothing(
     assert "detaching" not in journal
 
 
-@ON_EVERY_BOARD
 @pytest.mark.timeout(1800)
 async def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path

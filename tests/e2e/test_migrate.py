@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from documented import commands
+from vm import installed, machine
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 from vm.media import OTPMK_A
@@ -28,6 +30,11 @@ async def archive(guest: Guest, agent: InstalledAgent, tmp_path: Path) -> AsyncI
     """On a board with NXP's keys and mainline's: a medium with a file, mounted by the agent."""
     await agent.stop()
     await guest.sh(f"board-kernel both {OTPMK_A}", timeout_s=120)
+    # The guest's own files would not outlive a power cut, so that no journal may be among them.
+    await guest.sh(
+        "truncate -s 32M /var/tmp/store; mkfs.ext4 -q /var/tmp/store; "
+        "mount -o loop /var/tmp/store /data/caam; chmod 700 /data/caam"
+    )
     await agent.start()
     with (tmp_path / "archive.img").open("wb") as file:
         file.truncate(32 << 20)
@@ -38,6 +45,7 @@ async def archive(guest: Guest, agent: InstalledAgent, tmp_path: Path) -> AsyncI
     await guest.sh(f"seq 500000 > {POINT}/kept; sync -f {POINT}/kept")
     yield
     await agent.stop()
+    await guest.sh("umount /data/caam; rm /var/tmp/store")
     await guest.sh(f"board-kernel nxp {OTPMK_A}", timeout_s=120)
 
 
@@ -70,7 +78,7 @@ async def test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key(
         await is_whole(guest)
         assert f"by its {how}" in await agent.journal()
     await guest.run("rm", "/root/archive-01.recovery")
-    kept = await guest.sh("cd /data/caam; ls -A | grep archive")
+    kept = await guest.sh("cd /data/caam; ls -A | grep archive | sort")
     assert kept.stdout.split() == [
         f"{LABEL}.bb", f"{LABEL}.bb.encrypted", f"{LABEL}.bb.tagged", f"{LABEL}.bb.trusted",
     ]  # fmt: skip
@@ -100,3 +108,44 @@ async def test_a_medium_that_is_half_moved_is_left_alone_until_the_same_command_
     assert f"{LABEL} is under a trusted key" in done.stdout
     await is_whole(guest)
     await guest.run("rm", "/tmp/said")
+
+
+async def test_after_a_power_cut_amid_a_piece_the_same_command_moves_the_rest(
+    tmp_path: Path,
+) -> None:
+    """The power is cut when QEMU is killed: what the guest has not synced is lost."""
+    store, stick = tmp_path / "store.img", tmp_path / "archive.img"
+    for file, mib in ((store, 32), (stick, 16)):
+        with file.open("wb") as opened:
+            opened.truncate(mib << 20)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", store], check=True)
+    command = f"caam-hotplug migrate {LABEL} --to trusted"
+    async with machine.restored(installed.layer()) as guest:
+        await board_with(guest, store, stick)
+        await guest.run("caam-hotplug", "provision", "/dev/sdb", "--label", LABEL)
+        agent = InstalledAgent(guest)
+        await agent.start()
+        await guest.until_mounted(POINT)
+        await guest.sh(f"seq 500000 > {POINT}/kept")
+        await agent.stop()
+        calls = "pwritev,pwritev2"
+        cut = f"strace -f -qq -o /dev/null -e trace={calls} -e inject={calls}:signal=KILL:when=10"
+        assert (await guest.sh(f"{cut} {command}", check=False)).returncode in {137, -9}
+    async with machine.restored(installed.layer()) as guest:
+        await board_with(guest, store, stick)
+        done = await guest.sh(command, timeout_s=300)
+        assert f"{LABEL} is under a trusted key" in done.stdout
+        agent = InstalledAgent(guest)
+        await agent.start()
+        await is_whole(guest)
+        await agent.stop()
+
+
+async def board_with(guest: Guest, store: Path, stick: Path) -> None:
+    """It has both kinds of keys; its blobs are on /dev/sda, the medium is /dev/sdb."""
+    await guest.sh(f"board-kernel both {OTPMK_A}", timeout_s=120)
+    await guest.plug_scsi(store)
+    await guest.until("test -b /dev/sda")
+    await guest.sh("mount /dev/sda /data/caam; chmod 700 /data/caam")
+    await guest.plug_usb(stick)
+    await guest.until("test -b /dev/sdb")

@@ -49,12 +49,12 @@ CALLS: Final = (
     # the blob
     "mkdir", "fsync", "ioctl", "fsync", "link", "fsync",
     # the mark, after which the blob is settled
-    "fdisk_write_disklabel", "unlink", "fsync",
+    "ioctl", "fdisk_write_disklabel", "unlink", "fsync",
     # the filesystem, under the blob as it is stored
     "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume", "make", "fsync",
     "dm remove",
     # the label
-    "fdisk_write_disklabel",
+    "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
 """Those that change something, in their order."""
 RECOVERY_CALLS = ("fsync", "link", "fsync")

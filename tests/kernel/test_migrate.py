@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import random
@@ -18,10 +19,10 @@ from kernel import witness
 from kernel.cartridges import Cartridge
 from kernel.forked import Stop, kill_self
 from kernel.provisioning import LABEL, Bench, Done, bench_with, opened_on_a_pc, unchanged
-from kernel.witness import PARAMETERS, run
+from kernel.witness import PARAMETERS, loop_medium, run
 
-FOLDER: Final = Path("/opt/migration")
-"""Not on a tmpfs, where no journal would outlive a power cut."""
+DISK: Final = Path("/opt/board")
+"""Where a disk of the board's is mounted: the guest's own files would not outlive a power cut."""
 RULE: Final = '[[rule]]\nname = "all"\nmatch = { partlabel = "?*" }\n'
 JOURNAL: Final = f".{LABEL}.bb.migration"
 MASTER: Final = "board"
@@ -30,26 +31,28 @@ CUTS: Final = 10
 """Of each of the media that are cut at random."""
 MEDIA: Final = 5
 
+READ: Final = ("fsopen", *["fsconfig"] * 4)
+"""The filesystem is read, and nothing is written."""
 BEGIN: Final = (
     # the medium through its old key
-    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume",
+    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume", *READ,
     # the new key, which is sealed and forgotten
     "add_key", "keyctl_unlink",
     # the medium through that
     "dm create", "add_key", "dm load", "keyctl_unlink", "dm resume",
     # the journal, the mark
-    "fsync", "renameat2", "fsync", "fdisk_write_disklabel",
+    "fsync", "renameat2", "fsync", "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
 PIECE: Final = ("pwritev", "fdatasync", "pwritev", "fdatasync")
 """In the journal as it was, on the medium under the new key."""
 PIECES: Final = 6
 END: Final = (
     # the last record, that there is no piece any more
-    "pwritev", "fdatasync",
+    "pwritev", "fdatasync", *READ,
     # the old blob's other name, the new blob
     "renameat2", "fsync", "fsync", "renameat2", "fsync",
     # the label, the journal
-    "fdisk_write_disklabel", "unlink", "fsync",
+    "ioctl", "fdisk_write_disklabel", "unlink", "fsync",
     "dm remove", "dm remove",
 )  # fmt: skip
 CALLS: Final = BEGIN + PIECES * PIECE + END
@@ -68,10 +71,22 @@ def both() -> Iterator[None]:
     run("board-kernel", "nxp", chip)
 
 
+@pytest.fixture(scope="module")
+def boards_disk() -> Iterator[Path]:
+    """A filesystem on a disk of the board's own."""
+    with loop_medium(48 << 20) as medium:
+        run("mkfs.ext4", "-q", medium.device)
+        DISK.mkdir()
+        run("mount", medium.device, str(DISK))
+        yield DISK
+        run("umount", str(DISK))
+        DISK.rmdir()
+
+
 @pytest.fixture
-def bench(both: None, disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
+def bench(both: None, boards_disk: Path, disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
     """A bench with a medium under a tagged key, filled with what is like nothing else."""
-    with bench_with(disk, FOLDER) as made:
+    with bench_with(disk, boards_disk / "bench") as made:
         made.config.write_text(f"{made.config.read_text()}{RULE}")
         assert made.provision().status == 0
         with mapped(made) as device:
@@ -84,12 +99,14 @@ def bench(both: None, disk: Cartridge, nothing_left: None) -> Iterator[Bench]:
 
 
 @contextmanager
-def mapped(bench: Bench) -> Iterator[str]:
+def mapped(bench: Bench, sector_size: int = 512, offset: int = 0) -> Iterator[str]:
     """The partition under the key of its blob, through the board's own tools."""
     partition, blob = bench.medium.partition, bench.blob.read_bytes()
-    sectors = run("blockdev", "--getsz", partition).strip()
+    unit = sector_size // 512
+    sectors = (int(run("blockdev", "--getsz", partition)) - offset) // unit * unit
+    options = f" 1 sector_size:{sector_size}" if unit > 1 else ""
     with key_of(bench, blob) as cipher_and_key:
-        table = f"0 {sectors} crypt {cipher_and_key} 0 {partition} 0"
+        table = f"0 {sectors} crypt {cipher_and_key} 0 {partition} {offset}{options}"
         run("dmsetup", "create", "witness", "--table", table)
     try:
         yield "/dev/mapper/witness"
@@ -121,9 +138,9 @@ def added(kind: str, name: str, blob: bytes) -> Iterator[None]:
         run("keyctl", "unlink", serial, "@s")
 
 
-def plain(bench: Bench) -> bytes:
+def plain(bench: Bench, sector_size: int = 512, offset: int = 0) -> bytes:
     """All that is on the partition, under the key of its blob."""
-    with mapped(bench) as device:
+    with mapped(bench, sector_size, offset) as device:
         return Path(device).read_bytes()
 
 
@@ -196,7 +213,7 @@ def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key_each_wit
     assert not list(bench.folder.glob(".*"))
 
 
-RECOVERED_BEGIN: Final = BEGIN.index("add_key", 3) + len(("fsync", "link", "fsync"))
+RECOVERED_BEGIN: Final = BEGIN.index("fsopen") + len(READ) + len(("fsync", "link", "fsync"))
 """The calls after which a recovery file is there, and nothing that relies on it."""
 
 
@@ -278,13 +295,15 @@ def test_cut_at_random_points_again_and_again_a_medium_keeps_every_byte(
 def test_killed_after_any_of_its_last_calls_a_migration_is_ended_by_the_next_run(
     bench: Bench,
 ) -> None:
-    before = plain(bench)
-    for last in range(len(END)):
-        stop = Stop(len(CALLS) - last, kill_self)
-        assert migrate(bench, stop=stop).status == -signal.SIGKILL
-        done_to(bench, "trusted")
+    before, ways = plain(bench), ("trusted", "tagged")
+    calls = {to: len(done_to(bench, to).calls) for to in ways}
+    changes = [n for n, name in enumerate(reversed(END)) if name not in {*READ, "ioctl"}]
+    for count, last in enumerate(changes):
+        to = ways[count % 2]
+        stop = Stop(calls[to] - last, kill_self)
+        assert migrate(bench, to=to, stop=stop).status == -signal.SIGKILL
+        done_to(bench, to)
         assert plain(bench) == before
-        done_to(bench, "tagged")
 
 
 def done_to(bench: Bench, to: str) -> Done:
@@ -312,7 +331,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> Non
     assert "shows them to nobody" in refused(bench, LABEL, *to, "--recovery-key", recovery)
     right = bench.blob.read_bytes()
     bench.blob.write_bytes(witness.create().blob)
-    assert "through its tagged key it has no filesystem" in refused(bench, LABEL, *to)
+    assert "through its key it has no filesystem" in refused(bench, LABEL, *to)
     bench.blob.write_bytes(right)
     run("sfdisk", "--part-type", f"/dev/{disk}", "1", "BC13C2FF-59E6-4262-A352-B275FD6F7172")
     run("udevadm", "settle")
@@ -327,7 +346,9 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> Non
         ('key = { backend = "tagged" }', "would not open it with a trusted key"),
         ('crypt = { cipher = "capi:tk(cbc(aes))-plain" }', "would not open it with a trusted key"),
         (f'key = {{ blob = "{LABEL}.bb" }}', "opens all its media with"),
-        ("crypt = { offset = 1 }", "through its tagged key it has no filesystem"),
+        ("crypt = { offset = 1 }", "through its key it has no filesystem"),
+        ("crypt = { sector_size = 4096 }", "mount /dev/dm-"),
+        ("crypt = { iv_offset = 1 }", "mount /dev/dm-"),
     ],
 )
 def test_a_rule_that_would_not_open_the_medium_afterwards_is_told(
@@ -350,6 +371,70 @@ def test_a_journal_that_a_power_cut_takes_away_is_none(bench: Bench, tmp_path: P
     forgetful.rmdir()
 
 
+def test_where_an_overlay_keeps_a_journal_cannot_be_told(bench: Bench) -> None:
+    hidden = Path("/opt/hidden")
+    hidden.mkdir(mode=0o700)
+    (hidden / bench.blob.name).write_bytes(bench.blob.read_bytes())
+    bench.config.write_text(bench.config.read_text().replace(str(bench.blobs), str(hidden)))
+    said = refused(bench, LABEL, "--to", "trusted")
+    assert "that is on an overlay, and where that writes cannot be seen" in said
+    (hidden / bench.blob.name).unlink()
+    hidden.rmdir()
+
+
+LAST: Final = (8 << 20) // 512 - 34
+"""The disk's last sector before the second copy of its table."""
+
+
+@pytest.mark.parametrize(
+    ("start", "offset", "sector_size"),
+    [(34, 0, 512), (2048, 16, 512), (2048, 0, 4096)],
+    ids=["between the tables", "from an offset on", "in large sectors"],
+)
+def test_a_medium_of_any_place_and_sectors_keeps_every_byte_up_to_the_tables(
+    bench: Bench, start: int, offset: int, sector_size: int
+) -> None:
+    bench.holds(b"")
+    layout = f"label: gpt\nfirst-lba: 34\nstart={start}, size={LAST - start + 1}, name={LABEL}\n"
+    run("sfdisk", "-q", bench.node, stdin=layout.encode())
+    run("udevadm", "settle")
+    crypt = f"crypt = {{ offset = {offset}, sector_size = {sector_size} }}\n"
+    bench.config.write_text(f"{bench.config.read_text()}{crypt}")
+    with mapped(bench, sector_size, offset) as device:
+        run("mkfs.ext4", "-q", "-b", str(max(1024, sector_size)), device)
+        with open(device, "r+b", buffering=0) as file:
+            file.seek(-(64 << 10), os.SEEK_END)  # in the only group's free blocks
+            file.write(random.Random(0).randbytes(64 << 10))
+            os.fsync(file)
+    before, table = plain(bench, sector_size, offset), bench.table()
+    done = migrate(bench)
+    assert done.status == 0, done.err
+    assert plain(bench, sector_size, offset) == before
+    assert bench.table() == table
+
+
+def test_encrypted_sectors_that_lie_across_blocks_are_refused(bench: Bench) -> None:
+    bench.config.write_text(
+        f"{bench.config.read_text()}crypt = {{ offset = 1, sector_size = 4096 }}\n"
+    )
+    assert "which is no multiple of 4096" in refused(bench, LABEL, "--to", "trusted")
+
+
+def test_a_medium_with_a_sector_that_cannot_be_read_is_refused_before_it_is_touched(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = os.preadv
+
+    def failing(file: int, buffers: Sequence[mmap.mmap], offset: int) -> int:
+        if offset == (5 << 20):
+            raise OSError(errno.EIO, "")
+        return read(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    said = refused(bench, LABEL, "--to", "trusted")
+    assert f"read {bench.node}: Input/output error (at byte {5 << 20})" in said
+
+
 def test_a_disk_without_gpt_is_refused(bench: Bench) -> None:
     run("sfdisk", "-q", "--label", "dos", bench.node, stdin=b"2048,4MiB,83\n")
     run("udevadm", "settle")
@@ -370,6 +455,11 @@ def test_what_is_half_moved_is_gone_on_with_as_it_was_begun_or_not_at_all(bench:
     with unchanged(bench):
         said = bench.provision().err
     assert "a medium that is not finished" in said
+    run("sfdisk", "-q", "-N1", "--no-reread", bench.node, stdin=b",4MiB\n")
+    run("udevadm", "settle")
+    assert "was moved or resized" in refused(bench, bench.medium.partition, *trusted_key)
+    run("sfdisk", "-q", "-N1", "--no-reread", bench.node, stdin=b",6MiB\n")
+    run("udevadm", "settle")
     journal = bench.blobs / JOURNAL
     journal.rename(bench.folder / "aside")
     assert "no journal in" in refused(bench, bench.medium.partition, *trusted_key)
@@ -386,3 +476,6 @@ def test_a_copy_from_before_is_not_taken_for_the_medium_that_is_half_moved(bench
     assert "is it a copy that was made before?" in refused(bench, LABEL, "--to", "trusted")
     bench.holds(half)
     assert migrate(bench).status == 0
+    bench.holds(copy)
+    said = refused(bench, LABEL, "--to", "trusted")
+    assert f"{bench.blob} is a trusted key's already, and through that it has no filesystem" in said

@@ -43,7 +43,7 @@ def test_killed_after_any_call_the_medium_is_as_it_was_or_has_its_key_and_is_com
         assert bench.blob.read_bytes() == blob
 
 
-KEYS = CALLS[:9] + RECOVERY_CALLS + CALLS[9:16] + RECOVERY_SETTLED
+KEYS = CALLS[:9] + RECOVERY_CALLS + CALLS[9:17] + RECOVERY_SETTLED
 """Until the medium relies on its keys."""
 
 

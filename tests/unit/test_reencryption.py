@@ -20,8 +20,13 @@ PIECE = 8 * SECTOR
 SLOT = 4096 + PIECE
 LENGTH = 4 * PIECE + 3 * SECTOR
 PLAIN = random.Random(1).randbytes(LENGTH)
-WHOLE = 40
-"""More calls than the whole takes: no cut."""
+ENDS = [end * SECTOR for end in (5, 13, 21, 29, 35)]
+"""Of the pieces: the first is shorter, for where the medium begins on its disk."""
+START = 3 * SECTOR
+CALLS = 4 * len(ENDS) + 2
+"""Of the whole: a record and a piece, each with a flush, and the last record."""
+WHOLE = CALLS + 2
+"""With what puts a piece back."""
 
 
 class PowerCutError(Exception):
@@ -105,12 +110,12 @@ class Board:
         self.disk = Storage(b"")
         self.old, self.new = Through(self.disk, b"old"), Through(self.disk, b"new")
         self.disk = self.old.disk = self.new.disk = Storage(self.old.crypt(0, PLAIN))
-        self.journal = Storage(bytes(2 * SLOT))
+        self.journal = Storage(reencryption.beginning())
         self.reached: list[int] = []
 
     @property
     def medium(self) -> Medium:
-        return Medium(self.disk, self.old, self.new, LENGTH)
+        return Medium(self.disk, self.old, self.new, START, LENGTH)
 
     def run(self, power: Power) -> None:
         """The program runs until it is done or the power is cut."""
@@ -123,8 +128,8 @@ class Board:
 
     def every_sector_opens(self) -> None:
         """With the old key, or the new one; the piece in flight by the journal."""
-        records = Journal(self.journal).records()
-        position, content = (records[0].position, records[0].content) if records else (0, b"")
+        last = Journal(self.journal).records()[0]
+        position, content = last.position, last.content
         assert self.new.read(0, position) == PLAIN[:position]
         end = position + len(content)
         assert self.old.crypt(position, content) == PLAIN[position:end]
@@ -136,13 +141,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of a few sectors."""
     monkeypatch.setattr(reencryption, "PIECE_BYTES", PIECE)
     monkeypatch.setattr(reencryption, "_SLOT_BYTES", SLOT)
+    monkeypatch.setattr(reencryption, "JOURNAL_BYTES", 2 * SLOT)
 
 
 def test_all_of_a_medium_is_under_the_new_key_and_each_position_was_told_of() -> None:
     board = Board()
-    board.run(Power(WHOLE, random.Random(0)))
+    board.run(Power(CALLS, random.Random(0)))
     assert board.new.read(0, LENGTH) == PLAIN
-    assert board.reached == [0, PIECE, 2 * PIECE, 3 * PIECE, 4 * PIECE, LENGTH]
+    assert board.reached == [0, 0, *ENDS]
 
 
 def test_what_is_done_is_not_done_again() -> None:
@@ -153,7 +159,7 @@ def test_what_is_done_is_not_done_again() -> None:
     assert board.disk.safe == before
 
 
-@pytest.mark.parametrize("calls", range(WHOLE))
+@pytest.mark.parametrize("calls", range(CALLS))
 def test_cut_at_any_call_every_sector_opens_and_a_second_run_completes_the_medium(
     calls: int,
 ) -> None:
@@ -211,3 +217,47 @@ def test_a_medium_that_fails_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) ->
     board.disk.lose_power()
     board.run(Power(WHOLE, random.Random(0)))
     assert board.new.read(0, LENGTH) == PLAIN
+
+
+@pytest.mark.parametrize("fault", ["both", "one of one"])
+def test_a_journal_that_is_damaged_is_not_taken_for_one_of_an_untouched_medium(fault: str) -> None:
+    board, chance = Board(), random.Random(0)
+    board.run(Power(6 if fault == "both" else 0, chance))
+    before = bytes(board.disk.safe)
+    for slot in (0, SLOT):
+        board.journal.cached[slot + 20] ^= 1
+    with pytest.raises(HotplugError, match="read the journal: it is damaged"):
+        board.run(Power(WHOLE, chance))
+    assert board.disk.safe == before
+
+
+def test_a_record_that_was_never_written_is_written_again_before_the_one_before_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Linux has it: a page that could not be synced stays, and counts as clean."""
+    for seed in range(40):
+        board, chance = Board(), random.Random(seed)
+
+        def failing(journal: Storage = board.journal) -> None:
+            raise KernelError("sync", "journal", 5)
+
+        board.run(Power(4, chance))  # the first piece is done
+        with monkeypatch.context() as broken:
+            broken.setattr(board.journal, "flush", failing)
+            with pytest.raises(KernelError):
+                board.run(Power(WHOLE, chance))
+        board.run(Power(chance.randrange(CALLS), chance))
+        board.every_sector_opens()
+        board.run(Power(WHOLE, chance))
+        assert board.new.read(0, LENGTH) == PLAIN
+
+
+def test_an_earlier_copy_is_noticed_after_a_run_that_was_cut_again() -> None:
+    board, chance = Board(), random.Random(0)
+    copy = bytes(board.disk.safe)
+    board.run(Power(6, chance))
+    board.run(Power(4, chance))  # the second piece is put back and noted once more
+    board.disk.safe[:] = board.disk.cached[:] = copy
+    with pytest.raises(HotplugError, match="is it a copy that was made earlier"):
+        board.run(Power(WHOLE, chance))
+    assert board.disk.safe == copy

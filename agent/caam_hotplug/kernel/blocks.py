@@ -52,4 +52,5 @@ class Blocks:
             raise KernelError("sync", self._subject, error.errno or 0) from error
 
     def _failed(self, operation: str, position: int, number: int | None) -> KernelError:
-        return KernelError(operation, self._subject, number or 0, f"at byte {position}")
+        place = f"at byte {self._start + position}"
+        return KernelError(operation, self._subject, number or 0, place)

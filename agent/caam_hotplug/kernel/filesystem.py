@@ -47,6 +47,16 @@ _MOUNT_ATTRS: Final = {
     "nosymfollow": 0x200000,
 }
 
+_WITHOUT_REPLAY: Final[dict[str, tuple[str, ...]]] = {
+    "ext4": ("noload",),
+    "xfs": ("norecovery", "nouuid"),
+    "btrfs": ("rescue=nologreplay",),
+    "f2fs": ("norecovery",),
+}
+
+_FORGETFUL: Final = {"tmpfs", "ramfs"}
+_UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
+
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 _MNT_DETACH: Final = 2
@@ -262,6 +272,28 @@ def mount(
     Source: fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
     """
     attributes = sum(_MOUNT_ATTRS[option] for option in set(options))
+    attributes |= _MOUNT_ATTR_RDONLY if read_only else 0
+    with _superblock(node, kind, filesystem_options, read_only=read_only) as context:
+        mounted = _call(context, "mount", node, _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+        try:
+            flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+            _call(context, "attach", node, _SYS_MOVE_MOUNT, mounted, b"", target, b"", flags)
+        finally:
+            os.close(mounted)
+
+
+def require_readable(node: str, kind: str) -> None:
+    """The kernel reads the filesystem, and writes nothing, not even what its journal has left.
+
+    Raises: MountError. Blocks for I/O. Source: ext4(5), xfs(5), btrfs(5), f2fs.rst.
+    """
+    with _superblock(node, kind, _WITHOUT_REPLAY.get(kind, ()), read_only=True):
+        pass
+
+
+@contextmanager
+def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool) -> Iterator[int]:
+    """The context of a filesystem that the kernel has read, to be mounted. Raises: MountError."""
     try:
         context = cbind.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
     except OSError as error:
@@ -269,19 +301,13 @@ def mount(
         raise MountError("mount", f"{node} ({kind})", error.errno or 0, hint) from error
     try:
         _configure(context, "source", node, node)
-        for option in filesystem_options:
+        for option in options:
             key, _, value = option.partition("=")
             _configure(context, key, value or None, node)
         if read_only:
             _configure(context, "ro", None, node)
-            attributes |= _MOUNT_ATTR_RDONLY
         _call(context, "mount", node, _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        mounted = _call(context, "mount", node, _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
-        try:
-            flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-            _call(context, "attach", node, _SYS_MOVE_MOUNT, mounted, b"", target, b"", flags)
-        finally:
-            os.close(mounted)
+        yield context
     finally:
         os.close(context)
 
@@ -381,6 +407,30 @@ def mounts() -> list[Mount]:
         return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
     except ValueError as error:
         raise MountError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
+
+
+def why_forgetful(path: Path) -> str | None:
+    """Why files there do not outlive a power cut, or None if they do, as far as can be told.
+
+    Of an overlay that is for its upper directory to say, which may be hidden since. Raises:
+    MountError. Source: proc_pid_mountinfo(5), overlayfs.rst.
+    """
+    above = {str(path), *map(str, path.parents)}
+    found = []
+    for line in _MOUNTINFO.read_bytes().split(b"\n"):
+        text = line.decode(errors="surrogateescape")
+        if text and parse_mount(text).point in above:
+            found.append(text)
+    nearest = max(found, key=lambda text: len(parse_mount(text).point), default="")
+    kind = parse_mount(nearest).filesystem if nearest else ""
+    if kind in _FORGETFUL:
+        return f"that is on {kind}"
+    if kind == "overlay":
+        upper = _UPPER.search(nearest.rpartition(" ")[2])
+        if upper is None or not Path(upper[1]).is_dir():
+            return "that is on an overlay, and where that writes cannot be seen"
+        return why_forgetful(Path(upper[1]))
+    return None
 
 
 def parse_mount(line: str) -> Mount:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -25,6 +26,7 @@ from caam_hotplug.model import SECTOR_BYTES, Sectors
 _LIBFDISK: Final = "libfdisk.so.1"
 _GPT: Final = b"gpt"
 _LEAST_BYTES: Final = 3 << 20
+_BLKFLSBUF: Final = 0x1261
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,8 @@ def rename(disk: int, node: str, number: int, identity: Identity) -> None:
 @contextmanager
 def _opened(disk: int, node: str, *, read_only: bool) -> Iterator[int]:
     lib = _library()
+    if not read_only:
+        _forget_cached(disk)
     context = lib.new_context()
     if not context:
         raise KernelError("read partition table of", node, errno.ENOMEM)
@@ -185,6 +189,17 @@ def _opened(disk: int, node: str, *, read_only: bool) -> Iterator[int]:
     finally:
         lib.deassign(context, 1)
         lib.unref_context(context)
+
+
+def _forget_cached(disk: int) -> None:
+    """What the disk's own cache has of it is not written back with the table.
+
+    The cache has whole blocks, mostly of 4096 bytes, and the first and last of a table may be those
+    of a partition too, which a mapping over the disk writes to below the cache. Source:
+    set_init_blocksize in block/bdev.c; BLKFLSBUF in include/uapi/linux/fs.h.
+    """
+    with suppress(OSError):  # ENOTTY of what is no device
+        fcntl.ioctl(disk, _BLKFLSBUF)
 
 
 def _check(result: int, operation: str, node: str) -> None:

@@ -54,6 +54,7 @@ RDEPENDS:${PN} = " \
     python3-io \
     python3-json \
     python3-logging \
+    python3-mmap \
     python3-msgspec \
     python3-netclient \
     python3-pyudev \
