@@ -232,7 +232,11 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*")
 def require_key_options(text: str) -> None:
     """Raises: ValueError, with what was expected, for what no trust source could take."""
     if not _KEY_OPTIONS.fullmatch(text):
-        raise ValueError(f"expected options such as keyhandle=0x81000001, found {_found(text)}")
+        # Not repeated: one of them may be a password.
+        raise ValueError(
+            "expected options such as keyhandle=0x81000001, with values of A-Z a-z 0-9 : _ - and "
+            "one space between two of them"
+        )
 
 
 def _check(at: str, value: Any) -> None:

@@ -12,7 +12,7 @@ from uuid import UUID
 from caam_hotplug import blobs, names, recovery, sealing, table
 from caam_hotplug.config import Config, load
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import durable, files, mkfs, paths, udev
+from caam_hotplug.kernel import durable, files, mkfs, paths, sealed, udev
 from caam_hotplug.model import SECTOR_BYTES, DevType, KeyReference, Volume, VolumeId
 from caam_hotplug.rules import BUILT_IN, Admitted, Refused, Rule, decide
 
@@ -140,7 +140,8 @@ def write_rule(wish: Wish, config: Config) -> Iterator[str]:
         return
     if not _has_rule(wish):
         with durable.folder(wish.rule_file.parent, mode=0o755, only_root=True) as opened:
-            durable.write(opened, wish.rule_file, wish.rule_text.encode(), 0o644)
+            mode = 0o600 if wish.way.options else 0o644  # one of them may be a password
+            durable.write(opened, wish.rule_file, wish.rule_text.encode(), mode)
     yield f"the rule is in {shown(wish.rule_file)}"
     if config.rule is BUILT_IN:
         yield (
@@ -195,7 +196,8 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
     remedy = "the same command with --rule writes one that does"
     match decide(config.rule, _partition_of(wish, config, disk)):
         case Admitted(rule=rule, blob=blob):
-            differs = _differences(wish, rule, blob)
+            made = sealed.read(config.blob_directory, f"{wish.label}.bb", wish.way.backend)
+            differs = _differences(wish, rule, blob, made)
             if differs:
                 yield (
                     f"rule {rule.name!r} will not open it: the medium has another "
@@ -205,11 +207,11 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
             yield f"no rule admits it ({refused}); {remedy}"
 
 
-def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
-    """In which of its keys the rule is not one for the medium."""
+def _differences(wish: Wish, rule: Rule, blob: str, made: blobs.Blob | None = None) -> list[str]:
+    """In which of its keys the rule is not one for the medium, whose blob may be made already."""
     return [
         *(["backend"] if rule.key.form not in {None, wish.way.backend} else []),
-        *(["key.length"] if not _has_length(wish, rule) else []),
+        *(["key.length"] if not _has_length(wish, rule, made) else []),
         *(["key.options"] if _needed(rule.key.options) != _needed(wish.way.options) else []),
         *(["cipher"] if table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
         *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
@@ -220,11 +222,15 @@ def _differences(wish: Wish, rule: Rule, blob: str) -> list[str]:
     ]
 
 
-def _has_length(wish: Wish, rule: Rule) -> bool:
-    """Whether the rule says the key's length, or need not: the CAAM's blobs tell it."""
+def _has_length(wish: Wish, rule: Rule, made: blobs.Blob | None) -> bool:
+    """Whether the rule says the key's length, or need not: the CAAM's blobs tell it.
+
+    Before there is a blob, a source that needs no options passes for the CAAM.
+    """
     if wish.way.backend != "trusted" or rule.key.length == wish.key_bytes:
         return True
-    return not rule.key.length and not wish.way.options
+    told = wish.key_bytes if made is None else made.key_bytes
+    return not rule.key.length and not wish.way.options and told == wish.key_bytes
 
 
 def _needed(options: str) -> set[str]:

@@ -205,7 +205,7 @@ def _measured(settings: Settings) -> dict[str, Any]:
     """Raises: HotplugError."""
     _require_root()
     _require_crypt()
-    _require_memory(settings.size_bytes)
+    _require_memory(settings)
     memory.refuse_core_dumps()
     if swept := throwaway.sweep(names.BENCH):
         print(f"{PROGRAM}: a killed run had left {', '.join(swept)}; removed", file=sys.stderr)
@@ -236,7 +236,13 @@ def _require_crypt() -> None:
         )
 
 
-def _require_memory(size_bytes: int) -> None:
+def _in_flight(settings: Settings) -> int:
+    """No more than a volume of this size has use for."""
+    return min(settings.in_flight, settings.size_bytes // BLOCK)
+
+
+def _require_memory(settings: Settings) -> None:
+    size_bytes = settings.size_bytes + _in_flight(settings) * BLOCK
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(facts["MemAvailable"].split()[0]) * 1024
     if free < 2 * size_bytes:
@@ -347,7 +353,7 @@ class Bench:
         self._made = 0
         self._memory: Memory
         self._pattern = os.urandom(BLOCK)
-        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(settings.in_flight)]
+        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(_in_flight(settings))]
         """Pages of their own, as O_DIRECT wants them."""
         places = range(0, settings.size_bytes, SMALL)
         self._places = random.Random(0).choices(places, k=settings.reads)
@@ -449,7 +455,7 @@ class Bench:
         for buffer in self._buffers:
             buffer[:] = bytes(BLOCK)
         read = self._sequential(file, os.preadv)
-        if any(buffer[:] != self._pattern for buffer in self._working()):
+        if any(buffer[:] != self._pattern for buffer in self._buffers):
             raise BenchError("read what was written: it is not the same")
         return {
             "write_mb_s": self._settings.size_bytes / written / 1e6,
@@ -457,13 +463,9 @@ class Bench:
             "read_4k_us": self._small_reads(file) * 1e6,
         }
 
-    def _working(self) -> list[mmap.mmap]:
-        """The buffers that a volume of this size has use for."""
-        return self._buffers[: self._settings.size_bytes // BLOCK]
-
     def _sequential(self, file: int, transfer: Callable[[int, list[mmap.mmap], int], int]) -> float:
         """How long it took for the whole volume, in seconds. Raises: OSError."""
-        working = self._working()
+        working = self._buffers
         step = len(working) * BLOCK
 
         def run(which: int) -> None:

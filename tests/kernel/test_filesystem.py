@@ -200,11 +200,14 @@ def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
     )  # fmt: skip
 
 
+CIPHERS: Final = {"xts": f"aes-xts-plain64 {'5a' * 64}", "cbc": f"aes-cbc-plain64 {'5a' * 16}"}
+
+
 @contextmanager
-def encrypted(medium: Medium, sector_size: int) -> Iterator[str]:
+def encrypted(medium: Medium, sector_size: int, cipher: str) -> Iterator[str]:
     """The medium through dm-crypt, in sectors of this size; yields the mapping's device."""
     options = f" 1 sector_size:{sector_size}" if sector_size != 512 else ""
-    table = f"0 {medium.sectors} crypt aes-xts-plain64 {'5a' * 64} 0 {medium.device} 0{options}"
+    table = f"0 {medium.sectors} crypt {CIPHERS[cipher]} 0 {medium.device} 0{options}"
     run("dmsetup", "create", "witness", "--table", table)
     try:
         yield "/dev/mapper/witness"
@@ -212,14 +215,28 @@ def encrypted(medium: Medium, sector_size: int) -> Iterator[str]:
         run("dmsetup", "remove", "--retry", "witness")
 
 
-@pytest.mark.parametrize(("made", "opened"), [(4096, 512), (512, 4096)])
+@pytest.mark.parametrize("cipher", CIPHERS)
+@pytest.mark.parametrize(
+    ("made", "opened", "sector"), [(4096, 512, 4096), (512, 4096, 512), (512, 4096, 4096)]
+)
 @pytest.mark.parametrize("fat", [12, 16, 32])
 def test_a_vfat_that_is_decrypted_in_other_sectors_than_it_was_made_in_is_none(
-    nothing_left: None, fat: int, made: int, opened: int
+    nothing_left: None, fat: int, made: int, opened: int, sector: int, cipher: str
 ) -> None:
     with loop_medium((4 if fat == 12 else 80) << 20) as medium:
-        with encrypted(medium, made) as device:
-            run("mkfs.vfat", "-F", str(fat), device)
+        with encrypted(medium, made, cipher) as device:
+            run("mkfs.vfat", "-F", str(fat), "-S", str(sector), device)
             assert filesystem.probe(device, ["vfat"]) == "vfat"
-        with encrypted(medium, opened) as device:
+        with encrypted(medium, opened, cipher) as device:
             assert filesystem.probe(device, ["vfat"]) is None
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_a_vfat_whose_tables_a_pull_has_left_unlike_is_one(nothing_left: None, tables: int) -> None:
+    with loop_medium(80 << 20) as medium:
+        run("mkfs.vfat", "-F", "16", "-S", "4096", "-f", str(tables), "-R", "2", medium.device)
+        with open(medium.device, "r+b", buffering=0) as file:
+            file.seek(2 * 4096 + 1024)
+            file.write(bytes([0xFF] * 512))  # in the first table only
+            os.fsync(file.fileno())
+        assert filesystem.probe(medium.device, ["vfat"]) == "vfat"

@@ -148,14 +148,17 @@ def started(file: Any) -> subprocess.Popen[bytes]:
 
 def killed() -> list[str]:
     """The mappings that a run has left that was killed while it had one."""
-    with started(subprocess.DEVNULL) as process:
+    found: list[str] = []
+    while not found:  # a call that removes the last one is not interrupted by the stop
+        with started(subprocess.DEVNULL) as process:
 
-        def is_held_with_a_mapping() -> bool:
-            process.send_signal(signal.SIGSTOP)
-            if not mappings():
-                process.send_signal(signal.SIGCONT)
-            return bool(mappings())
+            def is_held_with_a_mapping(process: subprocess.Popen[bytes] = process) -> bool:
+                process.send_signal(signal.SIGSTOP)
+                if not mappings():
+                    process.send_signal(signal.SIGCONT)
+                return bool(mappings())
 
-        until(is_held_with_a_mapping)
-        process.kill()
-    return mappings()
+            until(is_held_with_a_mapping)
+            process.kill()
+        found = mappings()
+    return found

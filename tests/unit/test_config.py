@@ -290,9 +290,9 @@ def test_a_fault_of_the_file_is_told_with_what_was_expected(
             "'trusted'?",
         ),
         (
-            "key.options = 'keyhandle=0x81000001; rm'",
-            "key.options: expected options such as keyhandle=0x81000001, found "
-            "'keyhandle=0x81000001; rm'",
+            "key.options = 'blobauth=sword.fish'",  # which is not repeated
+            "key.options: expected options such as keyhandle=0x81000001, with values of "
+            "A-Z a-z 0-9 : _ - and one space between two of them",
         ),
         ("key.length = 8", "key.length: expected bytes from 16 to 128, or 0, found 8"),
         (

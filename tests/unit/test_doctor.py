@@ -415,9 +415,10 @@ def test_a_trust_source_is_tried_with_the_options_that_rules_agree_on(board: Boa
     assert agreed("keyhandle=1", "keyhandle=2") is None
 
 
-def test_options_that_change_a_trust_source_are_not_tried() -> None:
+def test_options_that_change_a_trust_source_or_are_a_guess_at_it_are_not_tried() -> None:
     assert is_harmless("")
-    assert is_harmless("keyhandle=0x81000001 blobauth=x")
+    assert is_harmless("keyhandle=0x81000001 hash=sha256")
+    assert not is_harmless("keyhandle=0x81000001 blobauth=x")
     assert not is_harmless("keyhandle=0x81000001 pcrlock=16")
     assert not is_harmless("policyhandle=1")
 

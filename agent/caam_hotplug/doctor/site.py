@@ -89,6 +89,10 @@ class Site:
             return "tagged"
         return "trusted" if trusted.is_offered() else None
 
+    def has_tpm(self) -> bool:
+        """Whether the kernel has a TPM. Source: sysfs-class-tpm in the kernel's ABI."""
+        return any(self.at("/sys/class/tpm").glob("tpm[0-9]*"))
+
     def trust_options(self) -> str | None:
         """What rules have for the trust source; None if not all that have any have the same."""
         found = {rule.key.options for rule in self.config.rule} - {""}
@@ -99,9 +103,11 @@ class Site:
         return {line.split()[-1] for line in (self.text("/proc/filesystems") or "").splitlines()}
 
 
-_HARMLESS: Final = frozenset({"blobauth", "hash", "keyauth", "keyhandle", "migratable"})
-NOT_HARMLESS: Final = "rules have options that would change the trust source, or that serve once"
-"""Such as pcrlock and policyhandle of a TPM."""
+_HARMLESS: Final = frozenset({"hash", "keyhandle", "migratable"})
+NOT_HARMLESS: Final = (
+    "rules have options that would change the trust source, or that serve once, or a password"
+)
+"""Such as pcrlock and policyhandle of a TPM; a wrong password is a guess, and a few lock a TPM."""
 
 
 def is_harmless(options: str) -> bool:

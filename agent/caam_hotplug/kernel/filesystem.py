@@ -8,7 +8,6 @@ import fcntl
 import os
 import re
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,8 +60,9 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 _MNT_DETACH: Final = 2
 _BLKFLSBUF: Final = 0x1261
-_BLKSSZGET: Final = 0x1268
-_LEAST_BLOCK: Final = 512
+_PIECE: Final = 512
+_LARGEST_SECTOR: Final = 4096
+"""Of dm-crypt."""
 _UMOUNT_NOFOLLOW: Final = 8
 
 
@@ -131,41 +131,42 @@ def probe(node: str, allowed: Sequence[str]) -> str | None:
 
 
 def _has_fat(node: str) -> bool:
-    """Whether the file allocation table of a vfat is one, and not noise.
+    """Whether the file allocation tables of a vfat are such, and not noise.
 
-    With another sector_size than the medium was made with, the first 512 bytes of each sector
-    still come out right, and the rest does not. Of a small vfat the kernel checks no more than
-    libblkid does, and would mount that. Every table begins with two entries of ones, but for the
-    media descriptor in the first byte. If the filesystem's sectors are larger than the device's,
-    as they are when it was made in larger ones, its two tables are compared as well. Source:
-    Microsoft's FAT specification (fatgen103), BPB, FAT[0] and FAT[1].
+    With another sector_size than the medium was made with, the first 512 bytes of each larger
+    sector still come out right, and the rest does not, or not quite (with CBC, the first 16 bytes
+    of each 512). Of a small vfat the kernel checks no more than libblkid does, and would mount
+    that. Every table begins with a media descriptor filled up with ones, and a mark of an end. Two
+    tables are alike but for what a pull in between has left: what differs everywhere, save for
+    where it comes out right anyway, is noise. One table alone that begins well is taken for one.
+    Source: Microsoft's FAT specification (fatgen103), BPB, FAT[0] and FAT[1].
     """
     try:
         with Path(node).open("rb", buffering=0) as device:
-            boot = device.read(_LEAST_BLOCK)
+            boot = device.read(_PIECE)
             sector, reserved, count, short = struct.unpack_from("<H x H B 5x H", boot, 11)
             (long,) = struct.unpack_from("<I", boot, 36)
-            first = sector * reserved
-            device.seek(first)
-            begins_so = device.read(3)[1:] == b"\xff\xff"
-            if sector <= _logical_block(device.fileno()) or count < 2:
-                return begins_so
-            copies = []
-            for at in (first, first + (short or long) * sector):
-                device.seek(at + _LEAST_BLOCK)
-                copies.append(device.read(_LEAST_BLOCK))
-            return begins_so and copies[0] == copies[1]
+            first, length = sector * reserved, (short or long) * sector
+            tables = []
+            for at in (first, first + length)[:count]:
+                device.seek(at)
+                tables.append((at, device.read(min(length, _LARGEST_SECTOR))))
     except (OSError, struct.error) as error:
         number = error.errno if isinstance(error, OSError) else None
         raise KernelError("read", node, number or errno.EIO) from error
+    if not tables or not _begins_as_fat(tables[0][1]):
+        return False
+    telling = [
+        [table[start : start + _PIECE] for _, table in tables]
+        for start in range(0, min(len(table) for _, table in tables), _PIECE)
+        if all((at + start) % _LARGEST_SECTOR for at, _ in tables)
+    ]
+    return len(telling) < 2 or any(len(set(pieces)) == 1 for pieces in telling)
 
 
-def _logical_block(device: int) -> int:
-    """In bytes; of what is no device, the least. Source: BLKSSZGET, ioctl_list(2)."""
-    try:
-        return int.from_bytes(fcntl.ioctl(device, _BLKSSZGET, bytes(4)), sys.byteorder)
-    except OSError:
-        return _LEAST_BLOCK
+def _begins_as_fat(table: bytes) -> bool:
+    """FAT[0] and FAT[1] of 12 bits, 16 or 32: the last bits of the second may be any."""
+    return len(table) > 2 and table[0] & table[2] & 0xF0 == 0xF0 and table[1] & 0x0F == 0x0F
 
 
 def recognised(node: str) -> str | None:

@@ -64,7 +64,7 @@ def mapped(whose: Throwaway, memory: Memory, how: Encryption, count: int = 0) ->
     mine = f"{os.getpid()}-{count}" if count else str(os.getpid())
     uuid, name, description = whose.uuid + mine, whose.dm_name + mine, whose.key + mine
     with ExitStack() as held:
-        held.callback(devmapper.remove, name)
+        held.callback(_remove, uuid, name)
         devmapper.create(name, uuid)
         held.callback(keyring.unlink_key, description)
         key = how.add_key(description)
@@ -85,6 +85,11 @@ def mapped(whose: Throwaway, memory: Memory, how: Encryption, count: int = 0) ->
         if mapping is None:
             raise DmError("find mapping", name, errno.ENXIO)
         yield mapping.node
+
+
+def _remove(uuid: str, name: str) -> None:
+    if devmapper.find(uuid) is not None:  # else the name is that of another
+        devmapper.remove(name)
 
 
 def sweep(whose: Throwaway, processes: Path = Path("/proc")) -> list[str]:

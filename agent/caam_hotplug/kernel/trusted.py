@@ -159,7 +159,10 @@ def _no_new_trusted(number: int, *, length: int, options: str) -> str | None:
         case errno.EINVAL if options:
             return "the trust source knows no such options, or needs others beside them"
         case errno.EINVAL:
-            return "the trust source needs options, such as keyhandle=0x81000001 of a TPM"
+            return (
+                "a TPM needs options, such as keyhandle=0x81000001; of the CAAM a job has failed, "
+                "and the kernel's log has its error"
+            )
         case errno.EPERM:
             return f"the trust source refused: {_OPTIONS_WRONG}"
     return None
