@@ -138,6 +138,11 @@ class Agent:
                     return self.said[index]
             assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
 
+    def until_said_ever(self, pattern: str) -> str:
+        """The first matching line since its start. Raises: AssertionError after the deadline."""
+        self._looked_at = 0
+        return self.until_said(pattern)
+
     def forget(self) -> None:
         """What it has said so far does not count any more.
 

@@ -37,7 +37,7 @@ def test_ten_restarts_interrupt_no_writer_on_a_kept_medium(room: Room) -> None:
             else:
                 room.agent.kill()
             room.agent.start()
-            room.agent.until_said("adopting its mount")
+            room.agent.until_said_ever("adopting its mount")  # before it is ready, or after
             room.is_served()
             until_grown(log)
     log.unlink()
@@ -63,7 +63,7 @@ def test_a_kept_medium_is_locked_by_an_agent_whose_rule_says_so(room: Room) -> N
     room.agent.stop()
     room.configure('on_stop = "lock"')
     room.agent.start()
-    room.agent.until_said("adopting its mount")
+    room.agent.until_said_ever("adopting its mount")  # before it is ready, or after
     room.is_served()
     room.agent.stop()
     room.has_nothing_already()

@@ -62,6 +62,7 @@ class _Told:
 
     def agent(self, event: str, words: str) -> None:
         """This has happened to the agent."""
+        self._last.clear()  # whatever it says of a volume next is news
         if self._as_json:
             self._object({"event": event})
         else:
