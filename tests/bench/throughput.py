@@ -242,13 +242,13 @@ def _in_flight(settings: Settings) -> int:
 
 
 def _require_memory(settings: Settings) -> None:
-    size_bytes = settings.size_bytes + _in_flight(settings) * BLOCK
+    size, buffers = settings.size_bytes // MIB, _in_flight(settings)
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    if free < 2 * size_bytes:
+    free = int(facts["MemAvailable"].split()[0]) * 1024 // MIB
+    if free < 2 * (size + buffers):
         raise BenchError(
-            f"make a volume of {size_bytes // MIB} MiB in memory: only {free // MIB} MiB are free, "
-            f"and half of them shall stay so; use --size {max(1, free // MIB // 2)}"
+            f"make a volume of {size} MiB in memory: only {free} MiB are free, and half of them "
+            f"shall stay so; use --size {max(1, free // 2 - buffers)}"
         )
 
 

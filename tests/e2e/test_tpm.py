@@ -88,7 +88,9 @@ async def test_a_medium_is_made_outlives_the_power_and_is_refused_with_another_t
     without = documented("provision").replace(" --key-options keyhandle=0x81000001", "")
     refused = await guest.sh(without, check=False)
     assert refused.returncode == 1
-    assert "the trust source needs options, such as keyhandle=0x81000001 of a TPM" in refused.stderr
+    assert (
+        "a TPM needs options, such as keyhandle=0x81000001; of the CAAM a job has" in refused.stderr
+    )
     await guest.sh(f"test ! -e {DROP_IN} -a ! -e /data/caam/{LABEL}.bb")
     done = await guest.sh(documented("provision"))
     assert done.stdout.startswith(f"/dev/sda1: {LABEL} is made")
@@ -173,6 +175,7 @@ async def test_doctor_calls_a_board_with_a_tpm_healthy_and_tries_it_once_a_rule_
     await agent.configure(BY_HAND.replace("0x81000001", "0x81000001 pcrlock=16"))
     found = await findings(guest)
     assert found["known-answer"]["found"] == (
-        "not tried: rules have options that would change the trust source, or that serve once"
+        "not tried: rules have options that would change the trust source, or that serve once, "
+        "or a password"
     )
     assert found["blobs"]["status"] == "unknown"

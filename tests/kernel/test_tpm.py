@@ -156,7 +156,11 @@ def test_a_wrong_password_is_told_of_without_being_repeated() -> None:
 @pytest.mark.parametrize(
     ("options", "number", "words"),
     [
-        ("", errno.EINVAL, "the trust source needs options, such as keyhandle=0x81000001 of a TPM"),
+        (
+            "",
+            errno.EINVAL,
+            "a TPM needs options, such as keyhandle=0x81000001; of the CAAM a job has",
+        ),
         ("keyhandle=blue", errno.EINVAL, "the trust source knows no such options"),
         ("keyhandle=0x81000002", errno.EPERM, "its options are wrong, such as a key handle"),
     ],
