@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The limit: what the kernel and udev take when whoever serves a medium takes next to nothing.
+ *
+ *   limit LABEL BLOB MOUNT_POINT
+ *
+ * It waits for udev's event of a partition with this GPT label, makes the kernel calls that the
+ * agent makes, and spawns nothing: the blob becomes a tagged key, the key a logon key, that a
+ * mapping, and its ext4 is mounted. When the kernel tells that the partition has gone, mount,
+ * mapping and mount point go. It serves one medium, trusts it, and gives up at the first error:
+ * it is to be measured against, not to be used.
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/dm-ioctl.h>
+#include <linux/keyctl.h>
+#include <linux/netlink.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+/* The prefixes are those of measurements: the udev rule keeps udev from opening such a mapping. */
+#define DM_NAME_OF_OURS "caam-bench-limit"
+#define DM_UUID_OF_OURS "CAAM-BENCH-limit"
+#define KEY_OF_OURS "caam-bench:limit"
+
+#define GROUP_KERNEL 1 /* groups of kobject-uevent: device-monitor.c in systemd */
+#define GROUP_UDEV 2
+#define EVENT_MAX_BYTES 8192
+#define TAGGED_KEY_MAX_BYTES (20 + 64 + 12) /* tag header, key, overhead of ccm */
+#define TAGGED_BLOB_MAX_BYTES (TAGGED_KEY_MAX_BYTES + 48)
+
+/* NXP's ABI: linux-imx, drivers/crypto/caam/caamkeygen.c */
+struct keygen_cmd {
+	uint8_t key_enc_len, key_mode_len;
+	uint16_t key_value_len;
+	uint32_t black_key_len; /* in: room, out: length */
+	uint64_t key_enc, key_mode, key_value, black_key;
+	uint32_t blob_len;
+	uint64_t blob;
+};
+#define KEYGEN_IOCTL_IMPORT _IOWR('K', 1, struct keygen_cmd)
+
+/* What precedes the properties in a message of udev's: sd-device's device-monitor.c */
+struct udev_header {
+	char prefix[8]; /* "libudev" */
+	uint32_t magic; /* big endian */
+	uint32_t header_size;
+	uint32_t properties_off;
+	uint32_t properties_len;
+};
+#define UDEV_MAGIC 0xfeedcafe
+
+static struct {
+	struct dm_ioctl head;
+	struct dm_target_spec target;
+	char parameters[512];
+} dm;
+
+static const char *label, *blob_file, *mount_point;
+static char served[64]; /* the partition's name, or "" */
+
+__attribute__((format(printf, 1, 2))) static void die(const char *what, ...)
+{
+	int error = errno;
+	va_list arguments;
+
+	va_start(arguments, what);
+	fputs("limit: ", stderr);
+	vfprintf(stderr, what, arguments);
+	fprintf(stderr, ": %s\n", strerror(error));
+	exit(1);
+}
+
+static int listen_to(unsigned int group)
+{
+	struct sockaddr_nl address = { .nl_family = AF_NETLINK, .nl_groups = group };
+	int room = 16 << 20;
+	int listener = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT);
+
+	if (listener < 0 || setsockopt(listener, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof(room)) ||
+	    bind(listener, (struct sockaddr *)&address, sizeof(address)))
+		die("listen to group %u", group);
+	return listener;
+}
+
+/* The value of a property in KEY=VALUE texts that each end with a NUL, or "". */
+static const char *property(const char *at, const char *end, const char *key)
+{
+	size_t len = strlen(key);
+
+	for (; at < end; at += strlen(at) + 1)
+		if (!strncmp(at, key, len) && at[len] == '=')
+			return at + len + 1;
+	return "";
+}
+
+static size_t read_file(const char *path, void *buffer, size_t room)
+{
+	int file = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t len = file < 0 ? -1 : read(file, buffer, room);
+
+	if (len < 0)
+		die("read %s", path);
+	close(file);
+	return len;
+}
+
+static unsigned long long sectors_of(const char *name)
+{
+	char path[128], text[32] = {};
+
+	snprintf(path, sizeof(path), "/sys/class/block/%s/size", name);
+	read_file(path, text, sizeof(text) - 1);
+	return strtoull(text, NULL, 10);
+}
+
+static uint32_t import_key(char key[TAGGED_KEY_MAX_BYTES])
+{
+	char blob[TAGGED_BLOB_MAX_BYTES];
+	struct keygen_cmd cmd = {
+		.black_key_len = TAGGED_KEY_MAX_BYTES,
+		.black_key = (uintptr_t)key,
+		.blob_len = read_file(blob_file, blob, sizeof(blob)),
+		.blob = (uintptr_t)blob,
+	};
+	int device = open("/dev/caam-keygen", O_RDWR | O_CLOEXEC);
+
+	if (device < 0 || ioctl(device, KEYGEN_IOCTL_IMPORT, &cmd))
+		die("import %s", blob_file);
+	close(device);
+	return cmd.black_key_len;
+}
+
+static void dm_call(unsigned long request, uint32_t flags, uint32_t targets)
+{
+	static int control = -1;
+
+	if (control < 0)
+		control = open("/dev/mapper/control", O_RDWR | O_CLOEXEC);
+	dm.head = (struct dm_ioctl){
+		.version = { 4, 0, 0 }, /* the least that is needed: ctl_ioctl in dm-ioctl.c */
+		.data_size = sizeof(dm),
+		.data_start = offsetof(typeof(dm), target),
+		.target_count = targets,
+		.flags = flags,
+		.name = DM_NAME_OF_OURS,
+	};
+	if (request == DM_DEV_CREATE)
+		strcpy(dm.head.uuid, DM_UUID_OF_OURS);
+	if (control < 0 || ioctl(control, request, &dm))
+		die("device-mapper's call %lu", request & 0xff);
+}
+
+/* Returns the minor number of the live mapping. */
+static unsigned int map(const char *name, const char *major, const char *minor_of_it)
+{
+	char key[TAGGED_KEY_MAX_BYTES];
+	uint32_t len = import_key(key);
+	long serial = syscall(SYS_add_key, "logon", KEY_OF_OURS, key, (size_t)len,
+			      KEY_SPEC_SESSION_KEYRING);
+	unsigned int number;
+
+	explicit_bzero(key, sizeof(key));
+	if (serial < 0)
+		die("add the key");
+	dm_call(DM_DEV_CREATE, 0, 0);
+	dm.target = (struct dm_target_spec){ .length = sectors_of(name), .target_type = "crypt" };
+	snprintf(dm.parameters, sizeof(dm.parameters),
+		 "capi:tk(cbc(aes))-plain :%u:logon:" KEY_OF_OURS " 0 %s:%s 0", len, major,
+		 minor_of_it);
+	dm_call(DM_TABLE_LOAD, DM_SECURE_DATA_FLAG, 1);
+	/* dm-crypt has its copy: crypt_set_keyring_key in dm-crypt.c */
+	if (syscall(SYS_keyctl, KEYCTL_UNLINK, serial, KEY_SPEC_SESSION_KEYRING))
+		die("unlink the key");
+	dm_call(DM_DEV_SUSPEND, 0, 0); /* without DM_SUSPEND_FLAG it resumes */
+	number = minor(dm.head.dev);
+	return number;
+}
+
+static void arrive(const char *at, const char *end)
+{
+	const char *name = strrchr(property(at, end, "DEVNAME"), '/');
+	char node[32];
+
+	if (served[0] || !name)
+		return;
+	snprintf(served, sizeof(served), "%s", name + 1);
+	snprintf(node, sizeof(node), "/dev/dm-%u",
+		 map(served, property(at, end, "MAJOR"), property(at, end, "MINOR")));
+	if (mkdir(mount_point, 0500) && errno != EEXIST)
+		die("make %s", mount_point);
+	if (mount(node, mount_point, "ext4", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
+		die("mount %s", mount_point);
+}
+
+static void depart(void)
+{
+	if (umount2(mount_point, UMOUNT_NOFOLLOW))
+		die("unmount %s", mount_point);
+	dm_call(DM_DEV_REMOVE, DM_DEFERRED_REMOVE, 0);
+	if (rmdir(mount_point))
+		die("remove %s", mount_point);
+	served[0] = '\0';
+}
+
+static void told_by_udev(const char *event, const char *end)
+{
+	const struct udev_header *header = (const void *)event;
+	const char *at;
+
+	if (end - event < (ptrdiff_t)sizeof(*header) || strcmp(header->prefix, "libudev") ||
+	    header->magic != htonl(UDEV_MAGIC) || header->properties_off > end - event)
+		return;
+	at = event + header->properties_off;
+	if (!strcmp(property(at, end, "ACTION"), "add") &&
+	    !strcmp(property(at, end, "DEVTYPE"), "partition") &&
+	    !strcmp(property(at, end, "ID_PART_ENTRY_NAME"), label))
+		arrive(at, end);
+}
+
+static void told_by_kernel(const char *event, const char *end)
+{
+	if (served[0] && !strcmp(property(event, end, "ACTION"), "remove") &&
+	    !strcmp(property(event, end, "SUBSYSTEM"), "block") &&
+	    !strcmp(property(event, end, "DEVNAME"), served))
+		depart();
+}
+
+static void hear(int listener, void (*told)(const char *event, const char *end))
+{
+	_Alignas(struct udev_header) char event[EVENT_MAX_BYTES + 1];
+	ssize_t len = recv(listener, event, EVENT_MAX_BYTES, 0);
+
+	if (len < 0)
+		die("hear of devices");
+	event[len] = '\0';
+	told(event, event + len);
+}
+
+/* The service manager knows that no event from now on is missed: sd_notify(3). */
+static void say_ready(void)
+{
+	struct sockaddr_un manager = { .sun_family = AF_UNIX };
+	const char *path = getenv("NOTIFY_SOCKET");
+	int outlet;
+
+	if (!path || strlen(path) >= sizeof(manager.sun_path))
+		return;
+	strcpy(manager.sun_path, path);
+	if (manager.sun_path[0] == '@')
+		manager.sun_path[0] = '\0';
+	outlet = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	if (outlet < 0 || sendto(outlet, "READY=1", 7, 0, (struct sockaddr *)&manager,
+				 offsetof(struct sockaddr_un, sun_path) + strlen(path)) < 0)
+		die("say ready");
+	close(outlet);
+}
+
+int main(int argc, char **argv)
+{
+	struct pollfd heard[2] = { { .events = POLLIN }, { .events = POLLIN } };
+
+	if (argc != 4) {
+		fputs("usage: limit LABEL BLOB MOUNT_POINT\n", stderr);
+		return 2;
+	}
+	label = argv[1];
+	blob_file = argv[2];
+	mount_point = argv[3];
+	heard[0].fd = listen_to(GROUP_KERNEL);
+	heard[1].fd = listen_to(GROUP_UDEV);
+	say_ready();
+	for (;;) {
+		if (poll(heard, 2, -1) < 0)
+			die("wait");
+		if (heard[0].revents)
+			hear(heard[0].fd, told_by_kernel);
+		if (heard[1].revents)
+			hear(heard[1].fd, told_by_udev);
+	}
+}
