@@ -8,11 +8,12 @@ STORMS := 10
 TIMINGS := 12
 ROUNDS := 7
 SEED :=
+SYSTEMS := L,agent,P
 KERNEL ?= 6.1
 export KERNEL
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint man check fuzz test smoke coverage demo soak throughput vm-shell wheel deb clean
+.PHONY: help setup lint man check fuzz test smoke coverage demo soak throughput bench vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
@@ -23,6 +24,7 @@ help:
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
+	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent,P CYCLES=12"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
@@ -80,6 +82,11 @@ soak: setup
 # Only ratios mean anything there; tests/bench/throughput.py takes the figures on a board.
 throughput: setup
 	@$(BED) throughput -- --rounds $(ROUNDS)
+
+# Absolute times are those of an emulated processor; docs/performance.md says what can be compared.
+bench: CYCLES := 12
+bench: setup
+	@$(BED) bench -- --systems $(SYSTEMS) --cycles $(CYCLES)
 
 vm-shell: setup
 	@$(BED) shell

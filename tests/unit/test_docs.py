@@ -155,6 +155,8 @@ BY_TESTS: Final = {
         "caam-hotplug check ~/agent.toml",
     ],
     "tests/unit/test_docs.py::test_a_target_of_make_is_one": [
+        "make bench",
+        "make bench SYSTEMS=agent,L",
         "make check",
         "make clean",
         "make coverage",

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from vm import demo, installed, machine, soak, terminal
+from vm import bench, demo, installed, machine, soak, terminal
 
 
 def main() -> int:
@@ -26,11 +26,15 @@ def main() -> int:
     growing.add_argument("cycles", type=int)
     throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
     throughput.add_argument("options", nargs="*", help="those of bench/throughput.py, after --")
+    benching = commands.add_parser("bench", help="the agent beside other ways to serve a medium")
+    benching.add_argument("options", nargs="*", help="those of bench/cycles.py, after --")
     options = parser.parse_args()
     match options.command:
         case "build":
             print(machine.saved(installed.layer()).folder)
             return 0
+        case "bench":
+            return asyncio.run(bench.bench(*options.options))
         case "demo":
             return asyncio.run(demo.demo())
         case "shell":

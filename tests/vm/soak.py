@@ -22,7 +22,7 @@ async def soak(*options: str) -> int:
     """The soak has run in a guest of its own, with these options. Returns: its exit status."""
     async with machine.restored() as guest:
         await guest.sh(UDEV_RULE)
-        return await _shown(guest, f"-m kernel.soak {shlex.join(options)}")
+        return await shown(guest, f"-m kernel.soak {shlex.join(options)}")
 
 
 async def growth(cycles: int) -> int:
@@ -34,17 +34,17 @@ async def growth(cycles: int) -> int:
         )
         await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "cartridge-*"\n')
         await agent.start()
-        return await _shown(guest, f"-m kernel.growth {cycles}")
+        return await shown(guest, f"-m kernel.growth {cycles}")
 
 
 async def throughput(*options: str) -> int:
     """It was measured in a guest whose kernel has both kinds of keys. Returns: its exit status."""
     async with machine.restored() as guest:
         await guest.sh(f"{UDEV_RULE}; board-kernel both {media.OTPMK_A}")
-        return await _shown(guest, f"/src/tests/bench/throughput.py {shlex.join(options)}")
+        return await shown(guest, f"/src/tests/bench/throughput.py {shlex.join(options)}")
 
 
-async def _shown(guest: Guest, program: str) -> int:
+async def shown(guest: Guest, program: str) -> int:
     """Python has run it in the guest, and what it said was shown. Returns: its exit status."""
     command = (
         "cd /tmp; export PYTHONPATH=/src/agent:/src/tests PYTHONDONTWRITEBYTECODE=1; "

@@ -1,0 +1,66 @@
+"""P: what one writes first. A loop over pyudev that runs the board's tools, one after the other.
+
+python3 naive.py LABEL MOUNT_POINT
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pyudev
+
+
+def run(*command: str, stdin: bytes | None = None) -> str:
+    """What the program printed."""
+    done = subprocess.run(command, input=stdin, check=True, stdout=subprocess.PIPE)
+    return done.stdout.decode()
+
+
+def arrive(label: str, point: str, node: str) -> None:
+    """The medium is mounted."""
+    black = f"/data/caam/{label}"
+    run("caam-keygen", "import", f"{black}.bb", label)
+    with open(black, "rb") as file:
+        run("keyctl", "padd", "logon", "logkey:", "@s", stdin=file.read())
+    os.unlink(black)
+    sectors = run("blockdev", "--getsz", node).strip()
+    table = f"0 {sectors} crypt capi:tk(cbc(aes))-plain :36:logon:logkey: 0 {node} 0"
+    run("dmsetup", "create", label, "--table", table)
+    run("keyctl", "clear", "@s")
+    os.makedirs(point, exist_ok=True)
+    run("mount", "-o", "nosuid,nodev,noexec", f"/dev/mapper/{label}", point)
+
+
+def depart(label: str, point: str) -> None:
+    """Nothing of the medium is left."""
+    run("umount", point)
+    run("dmsetup", "remove", "--retry", label)
+    os.rmdir(point)
+
+
+def say_ready() -> None:
+    """The service manager knows that no event from now on is missed: sd_notify(3)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outlet:
+        outlet.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
+
+
+def main() -> None:
+    """Serves the medium until it is killed."""
+    label, point = sys.argv[1:]
+    monitor = pyudev.Monitor.from_netlink(pyudev.Context())
+    monitor.filter_by("block", "partition")
+    monitor.start()
+    say_ready()
+    for device in iter(monitor.poll, None):
+        if device.properties.get("ID_PART_ENTRY_NAME") == label:
+            if device.action == "add":
+                arrive(label, point, device.device_node)
+            elif device.action == "remove":
+                depart(label, point)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""When a medium was told of, mounted, and gone: seen from beside, on the monotonic clock.
+
+What is announced is waited for: the kernel's events, udev's, and changes of the mount table. The
+end of a mapping, of its key and of the mount point is looked for again and again, since the event
+of a mapping's removal precedes its end (dev_remove in drivers/md/dm-ioctl.c), and keys have none.
+"""
+
+from __future__ import annotations
+
+import gc
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+DEADLINE_S: Final = 60
+LOOKED_FOR_EVERY_S: Final = 0.002
+KERNEL_GROUP: Final = 1
+UDEV_GROUP: Final = 2
+NETLINK_KOBJECT_UEVENT: Final = 15
+"""Of linux/netlink.h; Python has no name for it."""
+SO_RCVBUFFORCE: Final = 33
+UDEV_QUEUE: Final = Path("/run/udev/queue")
+"""There while udevd has events to handle (udev_queue_get_queue_is_empty in libudev)."""
+BLOCKS: Final = Path("/sys/class/block")
+
+GONE: Final = ("unmounted", "mapping gone", "key gone", "directory gone")
+"""The moments after which nothing is left."""
+
+
+class NothingHappenedError(Exception):
+    """What was waited for has not come."""
+
+
+def properties(event: bytes) -> dict[str, str]:
+    """Those of an event, the kernel's or udev's; what precedes them has no equals sign of ours."""
+    texts = (text.partition(b"=") for text in event.split(b"\0"))
+    return {
+        key.decode(errors="replace"): value.decode(errors="replace")
+        for key, equals, value in texts
+        if equals
+    }
+
+
+def mount_points(mountinfo: bytes) -> set[str]:
+    """Where something is mounted."""
+    return {line.split()[4].decode(errors="replace") for line in mountinfo.splitlines()}
+
+
+def logon_keys(listed: bytes) -> int:
+    """How many there are in any keyring, by /proc/keys.
+
+    One whose usage count is 0 is none: the kernel's collector has yet to take it away
+    (security/keys/gc.c).
+    """
+    lines = (line.split() for line in listed.splitlines())
+    return sum(fields[7] == b"logon" and fields[2] != b"0" for fields in lines)
+
+
+class Watcher:
+    """Sees one medium come and go; no other may meanwhile."""
+
+    def __init__(self, point: Path) -> None:
+        """`point`: where the medium is to be mounted."""
+        self._point = point
+        self._seen: dict[str, float] = {}
+        self._sockets = {"kernel": _listener(KERNEL_GROUP), "udev": _listener(UDEV_GROUP)}
+        self._mountinfo = open("/proc/self/mountinfo", "rb")  # noqa: SIM115  closed in close()
+        self._poll = select.poll()
+        for listener in self._sockets.values():
+            self._poll.register(listener, select.POLLIN)
+        self._poll.register(self._mountinfo, select.POLLPRI | select.POLLERR)
+        self._is_mounted = False
+        self._look_at_mounts(time.monotonic())
+
+    def close(self) -> None:
+        """Nothing is listened to any more."""
+        for listener in self._sockets.values():
+            listener.close()
+        self._mountinfo.close()
+
+    def arrival(self, plug: Callable[[], None]) -> dict[str, float]:
+        """When the medium was plugged, told of by the kernel and by udev, and mounted.
+
+        Raises: NothingHappenedError.
+        """
+        return self._watched(plug, "plugged", ("kernel add", "udev add", "mounted"))
+
+    def departure(self, pull: Callable[[], None]) -> dict[str, float]:
+        """When the kernel told of the removal, and when mount, mapping, key and directory went.
+
+        Raises: NothingHappenedError.
+        """
+        return self._watched(pull, "pulled", ("kernel remove", *GONE))
+
+    def settle(self) -> None:
+        """udevd has nothing more to do. Raises: NothingHappenedError."""
+        end = time.monotonic() + DEADLINE_S
+        while UDEV_QUEUE.exists():
+            if time.monotonic() > end:
+                raise NothingHappenedError(f"udevd is busy after {DEADLINE_S} s")
+            self._wait(0.02)
+
+    def _watched(
+        self, act: Callable[[], None], begun: str, awaited: tuple[str, ...]
+    ) -> dict[str, float]:
+        self._wait(0)
+        self._seen = {}
+        with _undisturbed(act) as started:
+            self._seen[begun] = started
+            while missing := [moment for moment in awaited if moment not in self._seen]:
+                if time.monotonic() > started + DEADLINE_S:
+                    raise NothingHappenedError(
+                        f"not seen within {DEADLINE_S} s: {', '.join(missing)}"
+                    )
+                if "kernel remove" in self._seen:
+                    self._wait(LOOKED_FOR_EVERY_S)
+                    self._look_for_the_end()
+                else:
+                    self._wait(1)
+        return self._seen
+
+    def _wait(self, timeout_s: float) -> None:
+        """What has been announced is noted; something, or the time is over."""
+        for fileno, _ in self._poll.poll(timeout_s * 1000):
+            if fileno == self._mountinfo.fileno():
+                self._look_at_mounts(time.monotonic())
+        for source, listener in self._sockets.items():
+            while True:
+                try:
+                    event = listener.recv(65536)
+                except BlockingIOError:
+                    break
+                self._note(source, time.monotonic(), properties(event))
+
+    def _note(self, source: str, now: float, event: dict[str, str]) -> None:
+        if event.get("SUBSYSTEM") == "block" and event.get("DEVTYPE") == "partition":
+            self._seen.setdefault(f"{source} {event.get('ACTION')}", now)
+
+    def _look_at_mounts(self, now: float) -> None:
+        self._mountinfo.seek(0)
+        is_mounted = str(self._point) in mount_points(self._mountinfo.read())
+        if is_mounted != self._is_mounted:
+            self._seen.setdefault("mounted" if is_mounted else "unmounted", now)
+        self._is_mounted = is_mounted
+
+    def _look_for_the_end(self) -> None:
+        """Each is looked for until it is found, in the order in which they can go."""
+        if "mapping gone" not in self._seen:
+            if any(BLOCKS.glob("dm-*")):
+                return
+            self._seen["mapping gone"] = time.monotonic()
+        if "key gone" not in self._seen and not logon_keys(Path("/proc/keys").read_bytes()):
+            self._seen["key gone"] = time.monotonic()
+        if "directory gone" not in self._seen and not self._point.exists():
+            self._seen["directory gone"] = time.monotonic()
+
+
+def _listener(group: int) -> socket.socket:
+    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT)
+    listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+    listener.bind((0, group))
+    listener.setblocking(False)
+    return listener
+
+
+@contextmanager
+def _undisturbed(act: Callable[[], None]) -> Iterator[float]:
+    """It is done in a thread, since the kernel takes its time over it; yields when it began."""
+    acting = threading.Thread(target=act)
+    gc.disable()
+    try:
+        started = time.monotonic()
+        acting.start()
+        yield started
+        acting.join()
+    finally:
+        gc.enable()
