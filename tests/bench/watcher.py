@@ -126,9 +126,7 @@ class Watcher:
 
     def _wait(self, timeout_s: float) -> None:
         """What has been announced is noted; something, or the time is over."""
-        for fileno, _ in self._poll.poll(timeout_s * 1000):
-            if fileno == self._mountinfo.fileno():
-                self._look_at_mounts(time.monotonic())
+        ready = {fileno for fileno, _ in self._poll.poll(timeout_s * 1000)}
         for source, listener in self._sockets.items():
             while True:
                 try:
@@ -136,6 +134,9 @@ class Watcher:
                 except BlockingIOError:
                     break
                 self._note(source, time.monotonic(), properties(event))
+        # After the events, which are what mounts and unmounts follow.
+        if self._mountinfo.fileno() in ready:
+            self._look_at_mounts(time.monotonic())
 
     def _note(self, source: str, now: float, event: dict[str, str]) -> None:
         if event.get("SUBSYSTEM") == "block" and event.get("DEVTYPE") == "partition":
