@@ -3,7 +3,7 @@
 What has been done so far is read off the journal, a file beside the blobs, and the medium:
 
     journal                         medium                      the next run
-    none, or without any record     as it was                   begins
+    none, or with the first record  as it was                   begins
     there                           marked as it says           goes on
     there, with its last record     as it was                   ends it
 

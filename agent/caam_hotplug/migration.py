@@ -59,14 +59,9 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Migration:
     """One that was begun, with its journal open."""
 
-    def __init__(self, path: Path, file: int, head: Head) -> None:
-        self.path = path
+    def __init__(self, head: Head, blocks: Blocks) -> None:
         self.head = head
-        self.journal = Journal(Blocks(file, shown(path), _HEAD_BYTES))
-
-
-def _file_of(blob: str) -> str:
-    return f".{blob}{_SUFFIX}"
+        self.journal = Journal(blocks)
 
 
 def create(opened: int, directory: Path, head: Head) -> None:
@@ -77,31 +72,38 @@ def create(opened: int, directory: Path, head: Head) -> None:
     content = msgspec.json.encode(head)
     if len(content) > _HEAD_BYTES:
         raise HotplugError(f"migrate {shown(head.name)}: its names and blobs are too long")
-    path = directory / _file_of(head.blob)
+    path = file(directory, head)
     durable.write(opened, path, content.ljust(_HEAD_BYTES, b"\0") + beginning(), 0o600)
 
 
 def remove(opened: int, directory: Path, head: Head) -> None:
     """The journal is gone. Raises: KernelError."""
-    durable.remove(opened, directory / _file_of(head.blob))
+    durable.remove(opened, file(directory, head))
 
 
 def file(directory: Path, head: Head) -> Path:
     """Where the journal is."""
-    return directory / _file_of(head.blob)
+    return directory / f".{head.blob}{_SUFFIX}"
 
 
 @contextmanager
 def opened(directory: Path, head: Head) -> Iterator[Migration]:
-    """The migration, which no other process goes on with meanwhile.
+    """The migration, which no other process goes on with meanwhile, as it is on the board's disk.
 
     Raises: HotplugError if one does, or if the journal was taken away; KernelError.
     """
-    with _opened(directory, _file_of(head.blob)) as found:
-        if found is None or found.head != head:
-            path = shown(directory / _file_of(head.blob))
-            raise HotplugError(f"go on by {path}: it was taken away; try again")
-        yield found
+    path = file(directory, head)
+    with _opened(path) as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HotplugError(f"go on by {shown(path)}: another `migrate` does already") from error
+        # Another one may have ended it between the two calls.
+        if os.fstat(journal).st_nlink == 0 or _head(journal, path) != head:
+            raise HotplugError(f"go on by {shown(path)}: it was replaced meanwhile; try again")
+        blocks = Blocks(journal, shown(path), _HEAD_BYTES)
+        blocks.refresh()
+        yield Migration(head, blocks)
 
 
 def heads(directory: Path) -> Iterator[Head]:
@@ -116,39 +118,27 @@ def heads(directory: Path) -> Iterator[Head]:
         return
     for name in listed:
         if name.endswith(_SUFFIX):
-            with _opened(directory, name, shared=True) as found:
-                if found is not None:
-                    yield found.head
+            with _opened(directory / name) as journal:
+                found = _head(journal, directory / name)
+            yield found
 
 
 @contextmanager
-def _opened(directory: Path, name: str, *, shared: bool = False) -> Iterator[Migration | None]:
-    path = directory / name
+def _opened(path: Path) -> Iterator[int]:
     try:
-        with paths.directory(directory) as parent:
-            file = os.open(name, _OPEN, dir_fd=parent)
-    except FileNotFoundError:
-        yield None
-        return
+        with paths.directory(path.parent) as parent:
+            opened = os.open(path.name, _OPEN, dir_fd=parent)
     except OSError as error:
         raise KernelError("open", shown(path), error.errno or 0) from error
     try:
-        try:
-            if not shared:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise HotplugError(f"go on by {shown(path)}: another `migrate` does already") from error
-        if os.fstat(file).st_nlink == 0:  # another `migrate` has ended it meanwhile
-            yield None
-        else:
-            yield Migration(path, file, _head(file, path))
+        yield opened
     finally:
-        os.close(file)
+        os.close(opened)
 
 
-def _head(file: int, path: Path) -> Head:
+def _head(journal: int, path: Path) -> Head:
     try:
-        content = os.pread(file, _HEAD_BYTES, 0)
+        content = os.pread(journal, _HEAD_BYTES, 0)
         return msgspec.json.decode(content.rstrip(b"\0"), type=Head)
     except OSError as error:
         raise KernelError("read", shown(path), error.errno or errno.EIO) from error

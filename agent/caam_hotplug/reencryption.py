@@ -68,7 +68,7 @@ class Journal:
         self._blocks = blocks
 
     def records(self) -> list[Record]:
-        """Those that are whole, one or two, the last one first.
+        """Those that are whole, one or two, the last one first; one always is, on the board's disk.
 
         Raises: KernelError; HotplugError if there is none, so that nobody can say how far it is.
         """
@@ -122,36 +122,40 @@ def reencrypt(medium: Medium, journal: Journal, tell: Callable[[int], None]) -> 
     one that the journal is of; the same call goes on then.
     """
     last, *before = journal.records()
-    tell(last.position)
-    _put_back(medium, last, *before)
-    # A piece is noted once more under its number: the record before it is whole until that is.
-    number = last.number if last.content else last.number + 1
-    position = last.position
+    number, position = last.number, last.position
+    tell(position)
+    _require_as_far(medium, last, *before)
+    if last.content:
+        medium.raw.write(position, last.content)
+        position += _move(medium, position, len(last.content))
     while position < medium.length:
         tell(position)
-        length = min(
-            PIECE_BYTES - (medium.start + position) % PIECE_BYTES, medium.length - position
-        )
-        journal.note(Record(number, position, medium.raw.read(position, length)))
-        plain = medium.old.read(position, length)
-        medium.new.write(position, plain)
-        medium.new.flush()
-        if medium.new.read(position, length) != plain:
-            raise HotplugError(
-                f"write to the medium at byte {medium.start + position}: it does not read back as "
-                "it was written; is the medium damaged?"
-            )
-        position += length
+        rest_of_block = PIECE_BYTES - (medium.start + position) % PIECE_BYTES
+        length = min(rest_of_block, medium.length - position)
         number += 1
-    journal.note(Record(number, medium.length, b""))
+        journal.note(Record(number, position, medium.raw.read(position, length)))
+        position += _move(medium, position, length)
+    journal.note(Record(number + 1, medium.length, b""))
     tell(medium.length)
 
 
-def _put_back(medium: Medium, last: Record, before: Record | None = None) -> None:
-    """The piece in flight is as it was before it was touched.
+def _move(medium: Medium, position: int, length: int) -> int:
+    """The piece, which is in the journal, is under the new key. Returns: its length."""
+    plain = medium.old.read(position, length)
+    medium.new.write(position, plain)
+    medium.new.flush()
+    if medium.new.read(position, length) != plain:
+        raise HotplugError(
+            f"write to the medium at byte {medium.start + position}: it does not read back as it "
+            "was written; is the medium damaged?"
+        )
+    return length
 
-    Raises: HotplugError if the piece before it was not touched yet, as on an earlier copy of the
-    medium: who went on there would leave that piece under the old key, and all else under the new.
+
+def _require_as_far(medium: Medium, last: Record, before: Record | None = None) -> None:
+    """Raises: HotplugError if the piece before the last was not touched yet, as on an earlier copy.
+
+    Who went on there would leave that piece under the old key, and all else under the new.
     """
     if (
         before is not None
@@ -162,7 +166,3 @@ def _put_back(medium: Medium, last: Record, before: Record | None = None) -> Non
             "go on with the medium: it is not as far as the journal says; is it a copy that was "
             "made earlier?"
         )
-    if last.content:
-        medium.raw.write(last.position, last.content)
-        # Should its record be torn when it is noted once more, the one before it is gone on with.
-        medium.raw.flush()

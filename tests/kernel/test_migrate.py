@@ -41,7 +41,7 @@ BEGIN: Final = (
     # the medium through that
     "dm create", "add_key", "dm load", "keyctl_unlink", "dm resume",
     # the journal, the mark
-    "fsync", "renameat2", "fsync", "ioctl", "fdisk_write_disklabel",
+    "fsync", "renameat2", "fsync", "fdatasync", "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
 PIECE: Final = ("pwritev", "fdatasync", "pwritev", "fdatasync")
 """In the journal as it was, on the medium under the new key."""

@@ -134,7 +134,7 @@ def test_a_journal_that_was_replaced_is_not_gone_on_with(blobs: tuple[int, Path]
     opened, directory = blobs
     migration.create(opened, directory, msgspec.structs.replace(HEAD, mark=uuid4()))
     with (
-        pytest.raises(HotplugError, match="it was taken away"),
+        pytest.raises(HotplugError, match="it was replaced meanwhile"),
         migration.opened(directory, HEAD),
     ):
         raise AssertionError("it was opened")

@@ -51,6 +51,15 @@ class Blocks:
         except OSError as error:
             raise KernelError("sync", self._subject, error.errno or 0) from error
 
+    def refresh(self) -> None:
+        """What is read next is what is on the medium. Raises: KernelError.
+
+        A page that could not be synced stays in the cache and counts as clean: who reads it there
+        takes for stored what is not. Source: posix_fadvise(2); fsync(2).
+        """
+        self.flush()
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def _failed(self, operation: str, position: int, number: int | None) -> KernelError:
         place = f"at byte {self._start + position}"
         return KernelError(operation, self._subject, number or 0, place)
