@@ -44,7 +44,8 @@ to do where that is known.
 | `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or none |
 | `MasterKey` | the trusted key that the blob is encrypted under is absent, or of another board |
 | `NoFilesystem` | nothing known lies under this key |
-| `DeviceInUse`, `ForeignMapping`, `MountPointOccupied` | something else is in the way |
+| `DeviceInUse`, `DeviceLocked` | something else uses it |
+| `ForeignMapping`, `MountPointOccupied` | something else is in the way |
 | `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | it would be unsafe |
 | `Release` | something could not be let go |
 | `MappingBusy`, `MountBusy` | the kernel says that it is in use |

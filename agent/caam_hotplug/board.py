@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from caam_hotplug import journal
+from caam_hotplug import journal, trace
 from caam_hotplug.model import Entry, State, VolumeId
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,11 @@ class Board:
             self.counters[state.value] += 1
             said = f"{state.value}: {entry.reason}" if entry.reason else state.value
             extra = journal.published(entry)
-            log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
+            with trace.span(f"log {state.value}"):
+                log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
         for listener in self._listeners:
-            listener(entry)
+            with trace.span(f"tell {state.value}"):
+                listener(entry)
 
     def summary(self) -> str:
         """How many volumes are in which state, for the service's status line."""

@@ -79,6 +79,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.UnfitFileError: f"{names.BUS_ERROR_PREFIX}UnfitFile",
     errors.UnsupportedVolumeError: f"{names.BUS_ERROR_PREFIX}UnsupportedVolume",
     errors.DeviceInUseError: f"{names.BUS_ERROR_PREFIX}DeviceInUse",
+    errors.DeviceLockedError: f"{names.BUS_ERROR_PREFIX}DeviceLocked",
     errors.BlobError: f"{names.BUS_ERROR_PREFIX}Blob",
     errors.BlobMissingError: f"{names.BUS_ERROR_PREFIX}BlobMissing",
     errors.MasterKeyError: f"{names.BUS_ERROR_PREFIX}MasterKey",

@@ -11,11 +11,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
-from caam_hotplug import __version__, keys, migrate, names, provision
+from caam_hotplug import __version__, keys, migrate, names, provision, trace
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.operator import commands as operator
 
@@ -141,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the agent in the foreground, as the service does")
     _add_config(run)
+    run.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write there what takes how long, for Perfetto or chrome://tracing",
+    )
     run.set_defaults(command=_run)
 
     check = commands.add_parser("check", help="say what is wrong in a configuration file")
@@ -210,10 +216,11 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from caam_hotplug import daemon  # noqa: PLC0415
-    from caam_hotplug.kernel import files  # noqa: PLC0415
+    with nullcontext() if parsed.trace is None else trace.written_to(parsed.trace):
+        from caam_hotplug import daemon  # noqa: PLC0415
+        from caam_hotplug.kernel import files  # noqa: PLC0415
 
-    daemon.run(lambda: _load(parsed, files.RootsFiles()))
+        daemon.run(lambda: _load(parsed, files.RootsFiles()))
     return 0
 
 

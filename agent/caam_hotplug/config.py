@@ -36,6 +36,9 @@ class Config:
 
     source: Literal["auto", "udev", "kernel"] = "auto"
     """Who tells of devices; `auto` is udev where udevd runs, else the kernel."""
+    await_udev: bool = False
+    """Whether every medium waits until udev has told of it, even if its rule asks for nothing that
+    only udev knows."""
     blob_directory: Path = names.BLOB_DIRECTORY
     mount_root: Path = names.MOUNT_ROOT
     log_level: Literal["debug", "info", "warning", "error"] = "info"

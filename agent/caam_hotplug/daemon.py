@@ -12,12 +12,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from caam_hotplug import explain, journal
+from caam_hotplug import explain, journal, trace
 from caam_hotplug.board import Board
 from caam_hotplug.bus import Service
 from caam_hotplug.config import Config
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.kernel import keyring, memory, trusted, udev, watch
+from caam_hotplug.kernel import keyring, memory, trusted, udev, volumes, watch
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
@@ -30,7 +30,7 @@ from caam_hotplug.units import SystemdUnits
 
 log = logging.getLogger(__name__)
 
-_FIXED = ("source", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
+_FIXED = ("source", "await_udev", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
 """Keys of the configuration that are read at start only."""
 _BUS_WITHIN_S = 5.0
 """How long a start waits to be on the bus, so that who waits for it can ask it at once."""
@@ -86,7 +86,7 @@ async def _serve(config: Config, load: Load) -> None:
 
     board.listen(tell_status)
     # Subscribed from here on: what is enumerated below is complete.
-    devices = udev.Devices(source, udev.handed_sockets())
+    devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
         held.callback(devices.close)
         left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
@@ -104,6 +104,7 @@ async def _serve(config: Config, load: Load) -> None:
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
+            devices.look_at_rules(anew=True)
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()
@@ -220,21 +221,26 @@ class _Events:
 
     def begin(self) -> None:
         """All that is present has been told of, and what happens will be."""
-        self._supervisor.start(self._devices.present(), udev.there())
+        self._supervisor.start(self._devices.present(), volumes.there())
         for fileno in self._devices.filenos():
             self._loop.add_reader(fileno, self._read)
+        for fileno in self._devices.filenos_of_rules():
+            self._loop.add_reader(fileno, self._devices.look_at_rules)
         self._set_alarm()
 
     def end(self) -> None:
         """Nobody listens to the devices any more."""
-        for fileno in self._devices.filenos():
+        for fileno in [*self._devices.filenos(), *self._devices.filenos_of_rules()]:
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
             self._alarm.cancel()
 
     def _read(self) -> None:
-        for event in self._devices.read():
-            self._supervisor.take(event, self._devices.present())
+        with trace.span("read events"):
+            events = self._devices.read()
+        for event in events:
+            with trace.span(f"take {type(event).__name__}"):
+                self._supervisor.take(event, self._devices.present())
         self._set_alarm()
 
     def _look(self) -> None:

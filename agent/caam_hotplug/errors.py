@@ -67,6 +67,10 @@ class DeviceInUseError(HotplugError):
     """Something else uses the volume; who, is in the words."""
 
 
+class DeviceLockedError(DeviceInUseError):
+    """A program has the whole disk to itself, and udev waits for its end as well."""
+
+
 class BlobError(HotplugError):
     """The black blob's file cannot be taken: its kind, size or form."""
 

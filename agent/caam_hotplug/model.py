@@ -129,6 +129,8 @@ class Volume:
     """A udev rule of the board keeps the agent off this device."""
     identified: bool = True
     """False where no udevd told label and identifiers, so that they must be probed."""
+    awaits_udev: bool = False
+    """The kernel has told of it and udev has yet to: what only udev knows is None until then."""
 
     @property
     def node(self) -> str:
@@ -148,6 +150,13 @@ class Appeared:
 
 
 @dataclass(frozen=True, slots=True)
+class Announced:
+    """The volume is present, and all that is known of it is what the kernel has told."""
+
+    volume: Volume
+
+
+@dataclass(frozen=True, slots=True)
 class Disappeared:
     """No device sits at this kernel name any more."""
 
@@ -159,7 +168,7 @@ class EventsLost:
     """The kernel dropped events: only a look at all of sysfs tells what is true."""
 
 
-Event = Appeared | Disappeared | EventsLost
+Event = Appeared | Announced | Disappeared | EventsLost
 
 
 @dataclass(frozen=True, slots=True)

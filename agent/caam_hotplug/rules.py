@@ -115,6 +115,11 @@ class Template:
     def __hash__(self) -> int:
         return hash(self.text)
 
+    @property
+    def places(self) -> set[str]:
+        """Which facts of a volume are part of the name."""
+        return {place for _, place, _, _ in self._parts if place is not None}
+
     def render(self, volume: Volume) -> str:
         """The name for this volume. Raises: UnsafeNameError with the reason."""
         name = "".join(
@@ -178,6 +183,18 @@ Globs = str | tuple[str, ...]
 Buses = Bus | tuple[Bus, ...]
 
 
+_ON_THE_TABLE: Final = frozenset({"partuuid", "parttype"})
+"""What a look at the partition table tells, where the kernel's event tells a label at most."""
+_OF_UDEV: Final = frozenset({"label", "uuid", "serial", "vendor", "model", "path"})
+
+
+def _unknown_of(volume: Volume) -> frozenset[str]:
+    """The facts that nobody has told of the volume yet."""
+    if not volume.awaits_udev:
+        return frozenset()
+    return _OF_UDEV if volume.identified else _OF_UDEV | _ON_THE_TABLE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
     """What a volume must be. Absent keys ask for nothing; a list means any of."""
@@ -198,10 +215,14 @@ class Match:
     max_size: Bytes | None = None
 
     def failures(self, volume: Volume) -> Iterator[str]:
-        """The conditions that the volume does not meet, in words, in the order of the keys."""
-        for name in (f.name for f in fields(self)):
+        """The conditions that the volume does not meet, in words, in the order of the keys.
+
+        What is not known of it yet fails no condition.
+        """
+        unknown = _unknown_of(volume)
+        for name in _MATCH_KEYS:
             wanted = getattr(self, name)
-            if wanted is None:
+            if wanted is None or name in unknown:
                 continue
             match name:
                 case "min_size" | "max_size":
@@ -221,6 +242,9 @@ class Match:
                         yield f"devtype is {volume.devtype.value}, not {wanted.value}"
                 case _:
                     yield from _glob_failure(name, getattr(volume, name), wanted)
+
+
+_MATCH_KEYS: Final = tuple(f.name for f in fields(Match))
 
 
 def _toml(value: bool) -> str:
@@ -315,6 +339,12 @@ class Rule:
     crypt: Crypt = Crypt()
     mount: MountWish = field(default_factory=MountWish)
 
+    def asks_for(self, facts: frozenset[str]) -> bool:
+        """Whether it takes one of these facts to tell what the rule makes of a volume."""
+        templates = (self.key.blob, self.mount.name, self.on_mount, self.on_unmount)
+        places = {place for template in templates if template for place in template.places}
+        return any(getattr(self.match, f, None) is not None or f in places for f in facts)
+
 
 BUILT_IN: Final = (
     Rule(name="built-in", match=Match(bus=(Bus.USB, Bus.MMC), removable=True, partlabel="?*")),
@@ -356,8 +386,21 @@ class Refused:
         return "; ".join(f"{name}: {why}" if name else why for name, why in self.reasons)
 
 
-def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused:
-    """The first matching rule with the names it gives, or for each rule why it is not it."""
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """It takes what udev has yet to tell."""
+
+    rule: str
+    """The name of the rule that asks for it."""
+
+
+def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Undecided:
+    """The first matching rule with the names it gives, or for each rule why it is not it.
+
+    Undecided only of a volume that awaits udev. Then Admitted holds unless udev contradicts what
+    is known already.
+    """
+    unknown = _unknown_of(volume)
     if volume.opted_out:
         return Refused((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:
@@ -368,16 +411,23 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused:
         if failure is not None:
             reasons.append((rule.name, failure))
             continue
-        if rule.action is Action.IGNORE:
-            return Refused(((rule.name, "matches, and its action is ignore"),))
-        try:
-            return Admitted(
-                rule,
-                rule.key.blob.render(volume),
-                rule.mount.name.render(volume),
-                None if rule.on_mount is None else rule.on_mount.render(volume),
-                None if rule.on_unmount is None else rule.on_unmount.render(volume),
-            )
-        except UnsafeNameError as error:
-            return Refused(((rule.name, f"matches, but {error}"),))
+        if rule.asks_for(unknown):
+            return Undecided(rule.name)
+        return _made_of(rule, volume)
     return Refused(tuple(reasons))
+
+
+def _made_of(rule: Rule, volume: Volume) -> Admitted | Refused:
+    """What the rule, which matches, makes of the volume."""
+    if rule.action is Action.IGNORE:
+        return Refused(((rule.name, "matches, and its action is ignore"),))
+    try:
+        return Admitted(
+            rule,
+            rule.key.blob.render(volume),
+            rule.mount.name.render(volume),
+            None if rule.on_mount is None else rule.on_mount.render(volume),
+            None if rule.on_unmount is None else rule.on_unmount.render(volume),
+        )
+    except UnsafeNameError as error:
+        return Refused(((rule.name, f"matches, but {error}"),))

@@ -15,6 +15,7 @@ from caam_hotplug.lifecycle.life import Life, Rest, Surroundings
 from caam_hotplug.lifecycle.requests import Ask, Request
 from caam_hotplug.lifecycle.sweep import release_orphan
 from caam_hotplug.model import (
+    Announced,
     Appeared,
     Disappeared,
     Event,
@@ -24,7 +25,7 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
-from caam_hotplug.rules import Rule
+from caam_hotplug.rules import Admitted, Rule, decide
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class Supervisor:
         match event:
             case Appeared(volume):
                 self._arrive(volume)
+            case Announced(volume):
+                self._begin_early(volume)
             case Disappeared(name):
                 self._depart(name)
             case EventsLost():
@@ -201,6 +204,12 @@ class Supervisor:
             self._next[volume.id] = volume
         else:
             life.update(volume)
+
+    def _begin_early(self, volume: Volume) -> None:
+        """What udev tells is not waited for by a volume whose rule does not ask for it."""
+        is_new = volume.id not in self._lives
+        if is_new and isinstance(decide(self._around.rules, volume), Admitted):
+            self._arrive(volume)
 
     def _depart(self, name: str) -> None:
         which = self._at.pop(name, None)

@@ -8,7 +8,7 @@
 _shtab_caam_hotplug_key_subparsers=(create enroll list inspect)
 _shtab_caam_hotplug_subparsers=(run check explain provision key migrate doctor status watch eject lock unlock retry reload)
 
-_shtab_caam_hotplug_run_option_strings=(-h --help --config)
+_shtab_caam_hotplug_run_option_strings=(-h --help --config --trace)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
 _shtab_caam_hotplug_explain_option_strings=(-h --help --config)
 _shtab_caam_hotplug_provision_option_strings=(-h --help --label --fs --cipher --sector-size --backend --key-bytes --seal --master --key-options --recovery-key --rule --erase --config)
@@ -29,6 +29,7 @@ _shtab_caam_hotplug_reload_option_strings=(-h --help)
 _shtab_caam_hotplug_option_strings=(-h --help --version)
 
 _shtab_caam_hotplug_run___config_COMPGEN=_shtab_compgen_files
+_shtab_caam_hotplug_run___trace_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_explain_pos_0_COMPGEN=_caam_hotplug_devices
 _shtab_caam_hotplug_explain___config_COMPGEN=_shtab_compgen_files

@@ -60,7 +60,7 @@ function _shtab_caam_hotplug_using
 end
 
 set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' migrate doctor status watch eject lock unlock retry reload
-set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size --to
+set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size --to --trace
 
 complete -c caam-hotplug -e
 complete -c caam-hotplug -f
@@ -70,6 +70,7 @@ complete -c caam-hotplug -n _shtab_caam_hotplug_using -l version -d 'show progra
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a run -d 'run the agent in the foreground, as the service does'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using run' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using run' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using run' -l trace -xka "(__fish_complete_path (commandline -ct))" -d 'write there what takes how long, for Perfetto or chrome://tracing'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a check -d 'say what is wrong in a configuration file'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using check' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using check; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d FILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +13,16 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Appeared, Disappeared, Entry, Event, EventsLost, State, Volume
+from caam_hotplug.model import (
+    Announced,
+    Appeared,
+    Disappeared,
+    Entry,
+    Event,
+    EventsLost,
+    State,
+    Volume,
+)
 from caam_hotplug.rules import BUILT_IN, Rule
 from caam_hotplug.supervisor import Supervisor
 from fakes.clock import Clock
@@ -247,6 +257,14 @@ class Bench:
         """The agent hears of the volume, if it listens already."""
         self._take(Appeared(volume))
 
+    def announce(self, volume: Volume) -> None:
+        """The agent hears from the kernel that the volume is there."""
+        told = replace(
+            volume, partuuid=None, parttype=None, label=None, uuid=None, path=None,
+            opted_out=False, identified=False, awaits_udev=True,
+        )  # fmt: skip
+        self._take(Announced(told))
+
     def insert(self, label: str = "cartridge-01", name: str = "sda1", **facts: Any) -> Volume:
         """A medium was inserted, and the agent hears of it."""
         volume = self.kernel.insert(label, name, **facts)
@@ -256,6 +274,10 @@ class Bench:
     def yank(self, name: str = "sda1") -> None:
         """The medium was pulled, and the agent hears of it."""
         self.kernel.yank(name)
+        self._take(Disappeared(name))
+
+    def yanked(self, name: str = "sda1") -> None:
+        """The agent hears, perhaps once more, that nothing sits there."""
         self._take(Disappeared(name))
 
     def ask(self, verb: str, volume: Volume, **more: Any) -> asyncio.Task[Any]:

@@ -6,7 +6,7 @@ import errno
 import threading
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
     DeviceInUseError,
+    DeviceLockedError,
     DmError,
     KernelError,
     MappingBusyError,
@@ -107,6 +108,8 @@ class FakeMedium:
     writes: int = 0
     remembered: str = ""
     """What the agent has said of its volume."""
+    is_locked: bool = False
+    """Whether a program has its disk for itself."""
 
 
 @dataclass
@@ -274,6 +277,13 @@ class FakeHost:
 
     def identify(self, volume: Volume) -> Volume:
         self._step("identify", volume.name)
+        medium = self.kernel.media.get(volume.name)
+        if volume.awaits_udev and medium is not None:
+            if medium.is_locked:
+                raise DeviceLockedError(f"use {medium.volume.node}: it is locked")
+            there = medium.volume
+            told = {"partlabel": there.partlabel, "parttype": there.parttype}
+            return replace(volume, identified=True, **told)
         object.__setattr__(volume, "identified", True)
         return volume
 

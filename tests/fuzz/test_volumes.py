@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from caam_hotplug import names
 from caam_hotplug.errors import UnsupportedVolumeError
-from caam_hotplug.kernel import udev
+from caam_hotplug.kernel import volumes
 from caam_hotplug.lifecycle.resources import Wish
 from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
 from caam_hotplug.rules import (
@@ -49,8 +50,8 @@ def make_sysfs() -> None:
     (SYS / "bus/usb").mkdir(parents=True)
     (USB_DEVICE / "subsystem").symlink_to(SYS / "bus/usb")
     SYS_BLOCK.mkdir(parents=True)
-    (SYS_BLOCK / "sdb").symlink_to(DISK)
-    (SYS_BLOCK / "sdb1").symlink_to(DISK / "sdb1")
+    (SYS_BLOCK / "sdb").symlink_to(os.path.relpath(DISK, SYS_BLOCK))
+    (SYS_BLOCK / "sdb1").symlink_to(os.path.relpath(DISK / "sdb1", SYS_BLOCK))
 
 
 make_sysfs()
@@ -144,7 +145,7 @@ def volume_of(
         path.unlink(missing_ok=True)
         if path.name in usb:
             path.write_bytes(usb[path.name])
-    return udev.volume_at("sdb1", found, source, SYS_BLOCK)
+    return volumes.volume_at("sdb1", found, source, str(SYS_BLOCK))
 
 
 def assert_is_one_name(name: str, longest: int) -> None:
@@ -228,6 +229,6 @@ def test_a_label_becomes_a_name_or_a_reason(label: str, template: Template) -> N
 
 @tries("udev: any text, decoded", value=claims)
 def test_any_value_is_decoded_to_text_that_can_be_written(value: str) -> None:
-    text: Any = udev.decoded(value)
+    text: Any = volumes.decoded(value)
     assert isinstance(text, str)
     assert text.encode().decode() == text

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import pytest
 
-from caam_hotplug.kernel import udev
+from caam_hotplug.kernel import udev, uevents
 from fakes.contract import until
 from kernel.agents import Room, mappings, room_of
 from kernel.cartridges import Cartridge, cartridges
@@ -37,14 +37,17 @@ def room(many: list[Cartridge], nothing_left: None) -> Iterator[Room]:
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's sockets are so small that a handful of events overflows them."""
-    start = udev._Monitor.__init__
+    for kind in (udev._Monitor, uevents.Uevents):
+        monkeypatch.setattr(kind, "__init__", _small(kind.__init__))
 
+
+def _small(start: Callable[..., None]) -> Callable[..., None]:
     def small(monitor: Any, *arguments: Any) -> None:
         start(monitor, *arguments)
         with socket.socket(fileno=os.dup(monitor.fileno())) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
-    monkeypatch.setattr(udev._Monitor, "__init__", small)
+    return small
 
 
 @contextmanager

@@ -283,6 +283,7 @@ class Moment:
     held: bool = False
     read_only: bool = False
     identified: bool = True
+    is_early: bool = False
     backend: Backend = "tagged"
 
     def scene(self, *, alone: bool = False) -> Scene:
@@ -342,6 +343,11 @@ def arrive(scene: Scene) -> None:
     scene.bench.appear(scene.target)
 
 
+def announced(scene: Scene) -> None:
+    """The agent hears of the target from the kernel, and udev has yet to tell."""
+    scene.bench.announce(scene.target)
+
+
 def pull(scene: Scene) -> None:
     """The target's medium is pulled."""
     scene.bench.yank("sda1")
@@ -365,6 +371,7 @@ def sweep(scene: Scene) -> None:
 MOMENTS: Final = (
     Moment("arrival", unheard_of, arrive, State.MOUNTED),
     Moment("arrival without udevd", unheard_of, arrive, State.MOUNTED, identified=False),
+    Moment("arrival before udev", unheard_of, announced, State.MOUNTED, is_early=True),
     Moment("arrival with a trusted key", unheard_of, arrive, State.MOUNTED, backend="trusted"),
     Moment("arrival with an encrypted key", unheard_of, arrive, State.MOUNTED, backend="encrypted"),
     Moment("recovery", half_made, start, State.MOUNTED),
@@ -497,7 +504,7 @@ CALLS: Final[list[Call]] = [
     for moment in MOMENTS
     for alone in (False, True)
     for step, count in calls_of(moment, alone=alone).items()
-    if moment.identified or step == "identify"  # the rest is as with udevd
+    if (moment.identified and not moment.is_early) or step == "identify"  # the rest is as with udev
     if moment.backend == "tagged" or step in LOADS  # the rest is as with a tagged key
     for nth in range(count)
 ]

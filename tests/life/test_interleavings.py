@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -195,6 +196,18 @@ class Machine(RuleBasedStateMachine):
     def plug(self, name: str, label: str) -> None:
         if name not in self.bench.kernel.media:
             self.bench.insert(label, name)
+
+    @rule(name=names, label=labels)
+    def plug_before_udev_has_looked(self, name: str, label: str) -> None:
+        if name not in self.bench.kernel.media:
+            self.bench.announce(self.bench.kernel.insert(label, name))
+
+    @rule(name=names)
+    def udev_opts_it_out(self, name: str) -> None:
+        if name in self.bench.kernel.media:
+            medium = self.bench.kernel.media[name]
+            medium.volume = replace(medium.volume, opted_out=True)
+            self.bench.appear(medium.volume)
 
     @rule(name=names)
     def pull(self, name: str) -> None:

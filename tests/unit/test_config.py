@@ -229,8 +229,8 @@ def test_a_fault_is_shown_with_file_key_and_problem(file: Path) -> None:
         ("mount_rot = 1", "mount_rot: is not a key here; did you mean 'mount_root'?"),
         (
             "xyzzy = 1",
-            "xyzzy: is not a key here; known are source, blob_directory, mount_root, log_level, "
-            "stuck_after_s, stop_within_s, rule",
+            "xyzzy: is not a key here; known are source, await_udev, blob_directory, "
+            "mount_root, log_level, stuck_after_s, stop_within_s, rule",
         ),
         (
             'source = "udve"',

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import disks, udev
+from caam_hotplug.kernel import disks, volumes
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 
 FOUND = VolumeId(9, 0)
@@ -25,7 +25,7 @@ def disk(major: int = 1, minor: int = 3) -> Volume:
 def present(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VolumeId | None]]:
     """Its one entry is the medium that is in the disk now."""
     now: list[VolumeId | None] = [FOUND]
-    monkeypatch.setattr(udev, "present_id", lambda _name: now[0])
+    monkeypatch.setattr(volumes, "present_id", lambda _name: now[0])
     yield now
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.kernel import udev
+from caam_hotplug.kernel import udev, volumes
 
 
 def encoded(text: str) -> str:
@@ -21,7 +21,7 @@ def encoded(text: str) -> str:
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_what_libblkid_encodes_comes_back_as_it_was(text: str) -> None:
-    assert udev.decoded(encoded(text)) == text
+    assert volumes.decoded(encoded(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -39,21 +39,21 @@ def test_what_libblkid_encodes_comes_back_as_it_was(text: str) -> None:
     ],
 )
 def test_a_value_is_decoded(value: str, text: str) -> None:
-    assert udev.decoded(value) == text
+    assert volumes.decoded(value) == text
 
 
 @pytest.mark.parametrize("value", ["\\", "\\x", "\\x2", "\\xg0", "\\n", "\\\\y20", "x2f"])
 def test_what_is_no_escape_stays(value: str) -> None:
-    assert udev.decoded(value) == value
+    assert volumes.decoded(value) == value
 
 
 @pytest.mark.parametrize("value", ["a\\xff", "a\\xc3", "a\udcff"])
 def test_bytes_that_are_no_utf8_become_the_replacement_character(value: str) -> None:
-    assert udev.decoded(value) == "a\ufffd"
+    assert volumes.decoded(value) == "a\ufffd"
 
 
 def test_no_volume_sits_at_a_name_that_the_kernel_does_not_know() -> None:
-    assert udev.present_id("no-such-device") is None
+    assert volumes.present_id("no-such-device") is None
 
 
 class Told:

@@ -189,14 +189,15 @@ def recognised(node: str) -> str | None:
         return None if table is None else f"a partition table ({table})"
 
 
-def identify(node: str) -> Identity:
+def identify(node: str, *, contents: bool = True) -> Identity:
     """What a volume says of itself: its entry in the partition table, a header such as LUKS.
 
+    Without `contents` the partition's own bytes are not looked at, and the entry is all.
     Raises: KernelError. Blocks for I/O. Source: blkid_probe_set_partitions_flags in libblkid.
     """
     blkid = _blkid()
     with _probing(node) as pr:
-        blkid.enable_superblocks(pr, 1)
+        blkid.enable_superblocks(pr, contents)
         blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID)
         blkid.enable_partitions(pr, 1)
         blkid.partitions_flags(pr, _BLKID_PARTS_ENTRY_DETAILS)

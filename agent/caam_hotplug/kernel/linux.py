@@ -22,8 +22,8 @@ from caam_hotplug.kernel import (
     power,
     sealed,
     trusted,
-    udev,
     usage,
+    volumes,
 )
 from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
@@ -55,11 +55,17 @@ class Linux:
 
     def is_present(self, volume: Volume) -> bool:
         """Whether the volume still sits where it sat."""
-        return udev.present_id(volume.name) == volume.id
+        return volumes.present_id(volume.name) == volume.id
 
     def identify(self, volume: Volume) -> Volume:
-        """The volume with what it says of itself, read off the medium."""
-        found = filesystem.identify(volume.node)
+        """The volume with what it says of itself, read off the medium.
+
+        If it awaits udev, that is what the partition table has; what lies on it udev will tell.
+        Raises: DeviceLockedError if udev, too, waits for whoever has the disk to himself.
+        """
+        if volume.awaits_udev:
+            usage.require_unlocked(volume)
+        found = filesystem.identify(volume.node, contents=not volume.awaits_udev)
         return replace(
             volume,
             partlabel=found.partlabel,

@@ -1,43 +1,33 @@
-"""Block devices: a monitor of their events, a look at all that are present, and what each is.
-
-Facts come from two places. udev (or, without udevd, libblkid later) tells what the medium claims:
-label, identifiers, serial number. sysfs tells what the kernel knows and is believed over any
-event: a synthesized `remove` leaves the device in place.
-"""
+"""Block devices: who tells of their events, and all that are present."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pyudev
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import optouts, uevents, volumes
+from caam_hotplug.kernel.volumes import Source
 from caam_hotplug.model import (
+    Announced,
     Appeared,
-    Bus,
-    DeviceNumber,
-    DevType,
     Disappeared,
     Event,
     EventsLost,
-    Sectors,
     Volume,
     VolumeId,
-    number,
 )
 
 log = logging.getLogger(__name__)
-
-Source = Literal["udev", "kernel"]
 
 UDEV_PATIENCE_S = 30.0
 """How long udev may take over an event before a volume is served without it."""
@@ -45,21 +35,14 @@ UDEV_PATIENCE_S = 30.0
 _EVENTS_PER_READ: Final = 8
 """A storm must not keep the loop from everything else, such as the watchdog: to look at one device
 takes dozens of calls."""
-_NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
-"""Built on other devices, without partitions worth the name, or ours."""
-_ATA: Final = re.compile(r"ata\d+")
 _USED: Final = (
     "DISKSEQ", "ID_FS_LABEL", "ID_FS_LABEL_ENC", "ID_FS_UUID", "ID_FS_UUID_ENC", "ID_MODEL_ENC",
     "ID_PART_ENTRY_NAME", "ID_PART_ENTRY_TYPE", "ID_PART_ENTRY_UUID", "ID_PATH", "ID_SERIAL",
     "ID_SERIAL_SHORT", "ID_VENDOR_ENC", names.UDEV_OPT_OUT,
 )  # fmt: skip
 """The properties that are looked at."""
-_HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
-
-_SYS_BLOCK: Final = Path("/sys/class/block")
-
 _LISTEN_FDS_START: Final = 3
-_TOLD_TO: Final[Mapping[int, Source]] = {1: "kernel", 2: "udev"}
+_TOLD_TO: Final[Mapping[int, Source]] = {uevents.GROUP: "kernel", 2: "udev"}
 """Multicast groups of kobject-uevent (device-monitor.c in systemd)."""
 
 
@@ -111,22 +94,34 @@ def handed_sockets() -> dict[Source, int]:
 class Devices:
     """The block devices of this machine, and what happens to them.
 
-    Where udev tells of them, the kernel is listened to as well. A medium that it has given up is
-    gone, whatever udev still does with the event; and one that udev says nothing of, because udevd
-    is dead or hangs, is served all the same after a while.
+    Where udev tells of them, the kernel is listened to as well. It announces a partition before
+    udev has looked at it. A medium that it has given up is gone, whatever udev still does with the
+    event; and one that udev says nothing of, because udevd is dead or hangs, is served all the
+    same after a while.
 
     Synchronization: loop thread only; libudev objects are not thread-safe.
     """
 
-    def __init__(self, source: Source, handed: Mapping[Source, int] | None = None) -> None:
-        """`handed`: sockets that are open already, by who tells there; ours from now on."""
+    def __init__(
+        self,
+        source: Source,
+        handed: Mapping[Source, int] | None = None,
+        *,
+        await_udev: bool = False,
+    ) -> None:
+        """`handed`: sockets that are open already, by who tells there; ours from now on.
+
+        `await_udev`: nothing is announced before udev has told of it.
+        """
         self.source: Final = source
         self._context = _context()
-        sources: tuple[Source, ...] = ("kernel", "udev") if source == "udev" else ("kernel",)
         given = dict(handed or {})
-        self._monitors = {
-            name: _Monitor(self._context, name, given.pop(name, None)) for name in sources
-        }
+        self._kernel = uevents.Uevents(given.pop("kernel", None))
+        self._udev = None
+        self._opt_outs = None
+        if source == "udev":
+            self._udev = _Monitor(self._context, given.pop("udev", None))
+            self._opt_outs = None if await_udev else optouts.OptOuts()
         for unused in given.values():
             os.close(unused)
         self._untold: dict[str, float] = {}
@@ -136,24 +131,37 @@ class Devices:
 
     def filenos(self) -> list[int]:
         """When one of them is readable, `read` has something to give."""
-        return [monitor.fileno() for monitor in self._monitors.values()]
+        return [self._kernel.fileno(), *([] if self._udev is None else [self._udev.fileno()])]
+
+    def filenos_of_rules(self) -> list[int]:
+        """When one of them is readable, udev's rules are to be looked at again."""
+        return [] if self._opt_outs is None else self._opt_outs.filenos()
 
     def close(self) -> None:
         """Events are no longer received."""
-        for monitor in self._monitors.values():
-            monitor.close()
+        self._kernel.close()
+        for opened in (self._udev, self._opt_outs):
+            if opened is not None:
+                opened.close()
+
+    def look_at_rules(self, *, anew: bool = False) -> None:
+        """It is known whether udev's rules may opt a device out; none is announced before.
+
+        Not `anew`: if they have changed.
+        """
+        if self._opt_outs is not None:
+            self._opt_outs.look(anew=anew)
 
     def read(self) -> list[Event]:
         """The events that wait, a bounded number of them at a time."""
         events: list[Event] = []
-        for source, monitor in self._monitors.items():
-            for device in monitor.read():
-                if device is None:
-                    events.append(EventsLost())
-                elif source == self.source:
-                    events += self._events_of(device)
-                else:
-                    events += self._beforehand(device)
+        for told in self._kernel.read(_EVENTS_PER_READ):
+            if told is None:
+                events.append(EventsLost())
+            elif not volumes.NEVER_MEDIA.match(told.name):
+                events += self._told_by_kernel(told)
+        for device in () if self._udev is None else self._udev.read():
+            events += [EventsLost()] if device is None else self._events_of(device)
         return events
 
     def present(self) -> Iterator[Appeared]:
@@ -172,7 +180,7 @@ class Devices:
         now = time.monotonic()
         for name in [name for name, at in self._untold.items() if at <= now]:
             del self._untold[name]
-            volume = volume_at(name, {}, "kernel")
+            volume = volumes.volume_at(name, {}, "kernel")
             if volume is not None:
                 log.warning(
                     "udev has not told of %s for %g s; doing without", name, UDEV_PATIENCE_S
@@ -192,19 +200,19 @@ class Devices:
             raise HotplugError(f"look at {node}: {error.strerror}") from error
         except (pyudev.DeviceNotFoundError, OSError, ValueError) as error:
             raise HotplugError(f"look at {node}: it is no block device") from error
-        if _NEVER_MEDIA.match(device.sys_name):
+        if volumes.NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        found = volume_at(device.sys_name, _properties(device), self.source)
+        found = volumes.volume_at(device.sys_name, _properties(device), self.source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
 
     def _events_of(self, device: pyudev.Device) -> Iterator[Event]:
         name = device.sys_name
-        if _NEVER_MEDIA.match(name):
+        if volumes.NEVER_MEDIA.match(name):
             return
         properties = _properties(device)
-        volume = volume_at(name, properties, self.source)
+        volume = volumes.volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
         elif device.action == "remove" or _is_of_another(properties, volume.id):
@@ -215,16 +223,25 @@ class Devices:
         else:
             self._await_udev(name)
 
-    def _beforehand(self, device: pyudev.Device) -> Iterator[Event]:
-        """What the kernel's event is good for before udev's, which follows."""
-        name = device.sys_name
-        if _NEVER_MEDIA.match(name):
+    def _told_by_kernel(self, told: uevents.Uevent) -> Iterator[Event]:
+        """All there is to know where udev does not tell; else what is known before it does."""
+        name = told.name
+        which, before = volumes.present_id(name), self._told.get(name)
+        if self.source == "kernel":
+            volume = volumes.volume_at(name, {}, "kernel")
+            if volume is None:
+                yield self._disappeared(name)
+            elif told.action != "remove":  # else it is synthesized
+                yield self._appeared(volume)
             return
-        which, told = present_id(name), self._told.get(name)
-        if which is None or told not in {None, which}:
+        if which is None or before not in {None, which}:
             yield self._disappeared(name)
-        if which is not None and which != told:
+        if which is not None and which != before:
             self._await_udev(name)
+            if told.action == "add" and self._opt_outs is not None and not self._opt_outs.may_be:
+                volume = volumes.announced_at(name, told.partlabel)
+                if volume is not None:
+                    yield Announced(volume)
 
     def _appeared(self, volume: Volume) -> Appeared:
         self._untold.pop(volume.name, None)
@@ -241,10 +258,10 @@ class Devices:
 
 
 class _Monitor:
-    """One netlink socket of events."""
+    """The socket of udev's events."""
 
-    def __init__(self, context: pyudev.Context, source: Source, handed: int | None) -> None:
-        self._monitor = pyudev.Monitor.from_netlink(context, source=source)
+    def __init__(self, context: pyudev.Context, handed: int | None) -> None:
+        self._monitor = pyudev.Monitor.from_netlink(context, source="udev")
         self._monitor.start()
         if handed is not None:  # libudev takes no socket of others', but knows its own by number
             os.dup2(handed, self._monitor.fileno(), inheritable=False)
@@ -293,143 +310,3 @@ def _properties(device: pyudev.Device) -> dict[str, str]:
 def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:
     """Whether the properties are those of an earlier medium in the same place."""
     return properties.get("DISKSEQ", str(which.diskseq)) != str(which.diskseq)
-
-
-def there() -> Iterator[Volume]:
-    """The volumes that sysfs has, also those of which udev does not know anything yet."""
-    for at in _SYS_BLOCK.iterdir():
-        if not _NEVER_MEDIA.match(at.name):
-            volume = volume_at(at.name, {}, "kernel")
-            if volume is not None:
-                yield volume
-
-
-def present_id(name: str, sys_block: Path = _SYS_BLOCK) -> VolumeId | None:
-    """Which volume sits at a kernel name now, or None. Asks sysfs; any thread."""
-    folder = sys_block / name
-    try:
-        # The kernel takes the `dev` file away before it tells of the removal, the folder after
-        # (device_del in drivers/base/core.c).
-        DeviceNumber.from_text((folder / "dev").read_text())
-        whole = not (folder / "partition").exists()
-        disk = folder if whole else folder.resolve().parent
-        diskseq = _number(disk / "diskseq")
-        partition = 0 if whole else _number(folder / "partition")
-        if _number(folder / "size") == 0:
-            return None
-    except (OSError, ValueError):
-        return None
-    return VolumeId(diskseq, partition)
-
-
-def _number(file: Path) -> int:
-    """Raises: OSError; ValueError if it holds anything but a number."""
-    return number(file.read_text().removesuffix("\n"))
-
-
-def volume_at(
-    name: str, properties: Mapping[str, str], source: Source, sys_block: Path = _SYS_BLOCK
-) -> Volume | None:
-    """The volume at a kernel name, or None if there is none, or no medium in the reader."""
-    folder = sys_block / name
-    which = present_id(name, sys_block)
-    if which is None:
-        return None
-    try:
-        device = DeviceNumber.from_text((folder / "dev").read_text())
-        size = Sectors(_number(folder / "size"))
-        read_only = (folder / "ro").read_text().strip() == "1"
-    except (OSError, ValueError):
-        return None  # it left while we looked; its remove event follows
-    disk = folder.resolve() if which.partition == 0 else folder.resolve().parent
-    bus = _bus(disk)
-
-    def text(key: str) -> str | None:
-        value = properties.get(key)
-        return None if value is None else decoded(value)
-
-    return Volume(
-        id=which,
-        name=name,
-        number=device,
-        devtype=DevType.DISK if which.partition == 0 else DevType.PARTITION,
-        size=size,
-        bus=bus,
-        removable=_is_removable(disk, bus),
-        read_only=read_only or _attribute(disk / "ro") == "1",
-        partlabel=text("ID_PART_ENTRY_NAME"),
-        partuuid=text("ID_PART_ENTRY_UUID"),
-        parttype=text("ID_PART_ENTRY_TYPE"),
-        label=text("ID_FS_LABEL_ENC") or text("ID_FS_LABEL"),
-        uuid=text("ID_FS_UUID_ENC") or text("ID_FS_UUID"),
-        serial=text("ID_SERIAL_SHORT") or _serial(disk, text("ID_SERIAL")),
-        vendor=(text("ID_VENDOR_ENC") or _attribute(disk / "device/vendor") or "").strip() or None,
-        model=(text("ID_MODEL_ENC") or _model(disk) or "").strip() or None,
-        path=text("ID_PATH"),
-        opted_out=properties.get(names.UDEV_OPT_OUT) == "0",
-        identified=source == "udev",
-    )
-
-
-def _attribute(file: Path) -> str | None:
-    try:
-        return file.read_text(errors="replace").strip() or None
-    except OSError:
-        return None
-
-
-def _model(disk: Path) -> str | None:
-    return _attribute(disk / "device/model") or _attribute(disk / "device/name")
-
-
-def _is_removable(disk: Path, bus: Bus) -> bool:
-    """Whether people plug it: the kernel's flag, or a bus whose disks mostly lack it.
-
-    An SD card's flag is 0; so is an eMMC's, which is soldered on: its type is MMC, not SD.
-    """
-    if bus is Bus.MMC:
-        return _attribute(disk / "device/type") == "SD"
-    return bus is Bus.USB or _attribute(disk / "removable") == "1"
-
-
-def _serial(disk: Path, otherwise: str | None) -> str | None:
-    """The serial number where udev gives none of its own: an SD card's, a USB device's."""
-    return (
-        otherwise
-        or _attribute(disk / "device/serial")
-        or next((s for up in disk.parents if (s := _attribute(up / "serial"))), None)
-    )
-
-
-def _bus(disk: Path) -> Bus:
-    """What the disk is attached to, from the subsystems above it, nearest first.
-
-    A SCSI disk may really sit behind USB or ATA, so SCSI is the answer only if nothing else is.
-    """
-    if disk.name.startswith("loop"):
-        return Bus.LOOP
-    scsi = False
-    for folder in disk.parents:
-        if _ATA.fullmatch(folder.name):
-            return Bus.ATA
-        try:
-            subsystem = (folder / "subsystem").readlink().name
-        except OSError:
-            continue
-        match subsystem:
-            case "usb" | "mmc" | "nvme":
-                return Bus(subsystem)
-            case "virtio" if not scsi:
-                return Bus.VIRTIO
-            case "scsi":
-                scsi = True
-    return Bus.SCSI if scsi else Bus.OTHER
-
-
-def decoded(value: str) -> str:
-    """A text that udev has encoded (`\\x2f` for a slash and so on), as it was.
-
-    Source: encode_devnode_name in systemd, blkid_encode_string in libblkid.
-    """
-    raw = _HEX.sub(lambda m: bytes([int(m[1], 16)]), value.encode(errors="surrogateescape"))
-    return raw.decode(errors="replace")

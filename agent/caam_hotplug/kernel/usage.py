@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import DeviceInUseError, KernelError, shown
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.errors import DeviceInUseError, DeviceLockedError, KernelError, shown
+from caam_hotplug.kernel import filesystem, volumes
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -43,6 +44,26 @@ def require_unused(volume: Volume) -> None:
     if busy or users:
         who = "; ".join(users) or "something that cannot be told from here holds it exclusively"
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
+
+
+def require_unlocked(volume: Volume) -> None:
+    """No program has locked the volume's disk for itself, as one that writes its partitions does.
+
+    udevd takes the same lock, shared, and lets an event lie for as long as it does not get it.
+    Raises: DeviceLockedError; KernelError. Source: systemd's block device locking
+    (https://systemd.io/BLOCK_DEVICE_LOCKING), flock(2).
+    """
+    disk = f"/dev/{volumes.disk_name(volume.name)}"
+    try:
+        opened = os.open(disk, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(opened)
+    except BlockingIOError as error:
+        raise DeviceLockedError(f"use {disk}: a program has locked it for itself") from error
+    except OSError as error:
+        raise KernelError("lock", disk, error.errno or 0) from error
 
 
 def _number_of(path: str) -> DeviceNumber | None:

@@ -61,7 +61,10 @@ class Directory:
         names: list[str | None] = []
         for mask, name in _events(told):
             moved = mask & (_IN_DELETE_SELF | _IN_MOVE_SELF | _IN_Q_OVERFLOW | _IN_IGNORED)
-            names.append(None if moved or not self._is_there else name)
+            if moved or self._is_there:
+                names.append(None if moved else name)
+            elif name == self._path.parts[self._watched]:
+                names.append(None)  # it has come, or a directory on the way to it
         if None in names:
             self._look()
             return [None]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+from caam_hotplug import trace
 from caam_hotplug.errors import HotplugError, KernelError, ReleaseError
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class Lane:
     """
 
     def __init__(self, name: str, late_after_s: float) -> None:
-        self._name = name
+        self.name = name
         self._late_after_s = late_after_s
         self._turn = asyncio.Lock()
 
@@ -100,11 +101,9 @@ class Lane:
 
         try:
             arguments = (function, loop, future)
-            threading.Thread(
-                target=_carry_out, args=arguments, name=self._name, daemon=True
-            ).start()
+            threading.Thread(target=_carry_out, args=arguments, name=self.name, daemon=True).start()
         except RuntimeError as error:  # pthread_create(3) knows no other error here
-            raise KernelError("start a thread for", self._name, errno.EAGAIN) from error
+            raise KernelError("start a thread for", self.name, errno.EAGAIN) from error
         return future
 
 
@@ -113,7 +112,8 @@ def _carry_out(
 ) -> None:
     """The function has been called, and the loop is told what came of it."""
     try:
-        result = function()
+        with trace.span(getattr(function, "__name__", "call")):
+            result = function()
     except BaseException as error:  # noqa: BLE001  handed on, whatever it is
         loop.call_soon_threadsafe(future.set_exception, error)
     else:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
     BlobError,
     BlobMissingError,
     BlobRejectedError,
+    DeviceLockedError,
     ForeignMappingError,
     HotplugError,
     MasterKeyError,
@@ -40,7 +42,7 @@ from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
-from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, decide
+from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, Undecided, decide
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +86,14 @@ class Life:
         self._refuses = False
         self._blob_is_at_fault = False
         self._news = False
-        self._renewed = False
+        self._renewal: Renewal | None = None
         self._rests: Rest | None = rests
         self._request: Request | None = None
         self._end_is_told = False
         self._plan: Admitted | None = None
         """By which it is held; what is said of the volume meanwhile does not change it."""
+        self._tried: Admitted | None = None
+        """By which it was, or was to be, held last."""
         self._is_broken = False
         self.standing = Standing(volume, around.publish)
         if rests is not None:
@@ -105,10 +109,35 @@ class Life:
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
-        if volume.identified >= self.volume.identified and volume != self.volume:
+        before = self.volume
+        if before.identified and not volume.identified:
+            # It is told of without udev, and was looked at before.
+            volume = replace(before, awaits_udev=volume.awaits_udev)
+        if volume != before:
             self.standing.volume = volume
+            if before.awaits_udev and self._is_confirmed():
+                return
             self._news = True
+            if before.awaits_udev:
+                self._renewal = Renewal.BY_UDEV
         self.look_again()
+
+    def _is_confirmed(self) -> bool:
+        """Whether what was done before udev told is what is to be done now that it has.
+
+        What has failed and might not have if it had waited is to be done once more.
+        """
+        plan = decide(self._around.rules, self.volume)
+        if self._tried is None or not isinstance(plan, Admitted):
+            return False
+        if not plan.makes_the_same(self._tried):
+            return False
+        if self.standing.state is State.FAILED and not self._blob_is_at_fault:
+            return False
+        if self._plan is not None:
+            self._plan = plan
+        self.standing.has(rule=plan.rule.name)
+        return True
 
     def look_again(self) -> None:
         """What it waits for may have come."""
@@ -135,7 +164,7 @@ class Life:
 
     def renew(self) -> None:
         """Other rules are in force."""
-        self._renewed = True
+        self._renewal = self._renewal or Renewal.BY_RULES
         self.leave.stir()
 
     def stop(self) -> None:
@@ -193,7 +222,7 @@ class Life:
         """The volume has come and gone, and nothing of it is left that is ours to remove."""
         try:
             while not self.leave.asked:
-                self._news = self._renewed = False
+                self._news, self._renewal = False, None
                 if not (self._rests or (self._request and self._request.lets_go)):
                     await self._serve()
                 await self._answer()
@@ -208,7 +237,7 @@ class Life:
             self.standing.becomes(State.GONE)
 
     def _has_to_act(self) -> bool:
-        changed = self._news or self._renewed
+        changed = self._news or self._renewal is not None
         return self._request is not None or (changed and self._rests is None)
 
     async def _answer(self) -> None:
@@ -220,7 +249,7 @@ class Life:
             if self._rests is not None:
                 self._rests, self._news = None, True  # served next, and answered then
                 self._host.remember(self.volume, "")
-            elif not (self._news or self._renewed):  # else it is served once more before
+            elif not (self._news or self._renewal):  # else it is served once more before
                 self._refuse_request(self.standing.words)
         elif self._refuses:
             self._refuse_request(self.standing.words)
@@ -277,11 +306,14 @@ class Life:
                     self.standing.volume = found
             self.leave.check()
             match decide(self._around.rules, self.volume):
+                case Undecided() | Refused() if self.volume.awaits_udev:
+                    pass  # whatever is said of it is said when udev has told
                 case Refused() as refused:
                     await self._let_be(refused)
                 case Admitted() as plan:
+                    self._tried = plan
                     await self._hold(Wish(self.volume, plan))
-        except LeaveRequestedError:
+        except (LeaveRequestedError, DeviceLockedError):
             pass
         except BlobMissingError as error:
             self.standing.becomes(State.WAITING, str(error))
@@ -346,7 +378,7 @@ class Life:
                 self.leave.check()
                 if self._request is not None and not self._request.lets_go:
                     self._refuse_request(self.standing.words)  # and keeps its place in the queue
-                elif self._request is not None or self._is_to_be_another(wish):
+                elif self._request is not None or self._why_another(wish) is not None:
                     self._news = True
                     return
             if wish.volume != self.volume:
@@ -357,7 +389,7 @@ class Life:
             await self._unlock_and_mount(wish)
 
     def _is_called_away(self) -> bool:
-        return self._renewed or self._request is not None
+        return self._renewal is not None or self._request is not None
 
     def _blob_of(self, wish: Wish) -> Path:
         return self._host.blob_directory / wish.plan.blob
@@ -371,6 +403,9 @@ class Life:
                 by = f", by its {backend_that_made(mapping)} key"
                 if wish.plan.rule.action is Action.UNLOCK:
                     self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
+                elif self._why_another(wish) is not None:
+                    self._news = True
+                    return
                 else:
                     self.standing.becomes(State.MOUNTING, f"from {mapping.node}{by}", **live)
                     mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
@@ -419,25 +454,27 @@ class Life:
                 if not wanted.lets_go:  # it came while other rules wanted it let go, in vain
                     self._grant()
                     continue
-            elif self._is_to_be_another(wish):
-                wanted = Renewal()
+            elif (renewal := self._why_another(wish)) is not None:
+                wanted = renewal
             else:
                 continue
             if await self._is_let_go(wish, mapping, wanted):
                 return wanted
 
-    def _is_to_be_another(self, wish: Wish) -> bool:
-        """Whether other rules are in force, and ask for something else than what is held."""
-        if not self._renewed:
-            return False
+    def _why_another(self, wish: Wish) -> Renewal | None:
+        """What has changed, if rules and facts now ask for something else than what is held."""
+        # Whoever is told to let go looks at the rules anew; whoever is in use stays as he is.
+        renewal, self._renewal = self._renewal, None
+        if renewal is None:
+            return None
         match decide(self._around.rules, self.volume):
             case Admitted() as plan if plan.makes_the_same(wish.plan):
-                self._renewed, self._plan = False, plan
+                self._plan = plan
                 self.standing.has(rule=plan.rule.name)
-                return False
-        # Whoever is told to let go looks at the rules anew; whoever is in use stays as he is.
-        self._renewed = False
-        return True
+                return None
+            case Undecided():
+                return None
+        return renewal
 
     async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Renewal) -> bool:
         state, reason = self.standing.state or State.MOUNTED, self.standing.reason
@@ -448,7 +485,7 @@ class Life:
         try:
             on_busy = (self._plan or wish.plan).rule.on_busy
             if isinstance(wanted, Renewal):
-                on_busy = OnBusy.REFUSE  # nobody has asked to take it from its users
+                on_busy = wanted.on_busy
             await let_go(self._steps, wish, mapping, on_busy)
         except (HotplugError, OSError) as error:
             if not self.leave.asked:
@@ -460,7 +497,7 @@ class Life:
 
     def _refuse(self, wanted: Request | Renewal, error: Exception) -> None:
         if not isinstance(wanted, Request):
-            log.warning("%s: other rules ask for another mount: %s", self.volume, error)
+            log.warning("%s: %s: %s", self.volume, wanted.words, error)
         elif isinstance(error, RequestRefusedError):
             self._answer_no(error)
         else:
@@ -521,8 +558,14 @@ class Rest:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Renewal:
-    """Other rules want the volume let go, to be served anew."""
+class Renewal(Enum):
+    """Why a volume is to be let go, and served anew."""
 
-    words: ClassVar[str] = "other rules ask for something else"
+    BY_RULES = ("other rules ask for something else", OnBusy.REFUSE)
+    """Nobody has asked to take it from its users."""
+    BY_UDEV = ("udev tells something else of it than was known", OnBusy.DETACH)
+    """It was served before udev had told of it, and should not have been."""
+
+    def __init__(self, words: str, on_busy: OnBusy) -> None:
+        self.words = words
+        self.on_busy = on_busy

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from caam_hotplug import trace
 from caam_hotplug.lifecycle.host import Host
 from caam_hotplug.lifecycle.lane import Lane, Late
 from caam_hotplug.lifecycle.leave import Leave
@@ -50,7 +51,8 @@ class Steps:
         clock = asyncio.get_running_loop().time
         begun = clock()
         try:
-            return await lane.run(function, *args, late=self._late(words), **named)
+            with trace.step(words, lane.name):
+                return await lane.run(function, *args, late=self._late(words), **named)
         finally:
             self.took[words] = self.took.get(words, 0.0) + clock() - begun
 

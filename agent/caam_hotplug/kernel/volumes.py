@@ -1,0 +1,226 @@
+"""Which volume sits at a kernel name, and what it is.
+
+Facts come from two places. udev (or, without udevd, libblkid later) tells what the medium claims:
+label, identifiers, serial number. sysfs tells what the kernel knows and is believed over any
+event: a synthesized `remove` leaves the device in place.
+
+It is asked at every event, by the loop of a slow processor; so paths are texts here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from caam_hotplug import names
+from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId, number
+
+Source = Literal["udev", "kernel"]
+"""Who tells of devices."""
+
+NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
+"""Built on other devices, without partitions worth the name, or ours."""
+_ATA: Final = re.compile(r"ata\d+")
+_HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
+_SYS_BLOCK: Final = "/sys/class/block"
+_PAGE: Final = 4096
+"""The most that an attribute has (sysfs.rst)."""
+
+
+def there() -> Iterator[Volume]:
+    """The volumes that sysfs has, also those of which udev does not know anything yet."""
+    for name in os.listdir(_SYS_BLOCK):
+        if not NEVER_MEDIA.match(name):
+            volume = volume_at(name, {}, "kernel")
+            if volume is not None:
+                yield volume
+
+
+def present_id(name: str, sys_block: str = _SYS_BLOCK) -> VolumeId | None:
+    """Which volume sits at a kernel name now, or None. Asks sysfs; any thread."""
+    try:
+        return _Place(name, sys_block).id
+    except (OSError, ValueError):
+        return None
+
+
+def disk_name(name: str) -> str:
+    """The kernel's name of the disk that a partition is on. Raises: OSError if it has gone."""
+    return os.path.basename(os.path.dirname(os.readlink(f"{_SYS_BLOCK}/{name}")))
+
+
+def announced_at(name: str, partlabel: str | None) -> Volume | None:
+    """The partition of which only the kernel has told yet, or None if none is there.
+
+    The label is as the kernel tells it, which is not always as it is on the medium.
+    """
+    volume = volume_at(name, {}, "kernel")
+    if volume is None or volume.devtype is DevType.DISK:
+        return None
+    return replace(volume, partlabel=partlabel, awaits_udev=True)
+
+
+def volume_at(
+    name: str, properties: Mapping[str, str], source: Source, sys_block: str = _SYS_BLOCK
+) -> Volume | None:
+    """The volume at a kernel name, or None if there is none, or no medium in the reader."""
+
+    def text(key: str) -> str | None:
+        value = properties.get(key)
+        return None if value is None else decoded(value)
+
+    try:
+        place = _Place(name, sys_block)
+        disk = place.disk
+        return place.volume(
+            partlabel=text("ID_PART_ENTRY_NAME"),
+            partuuid=text("ID_PART_ENTRY_UUID"),
+            parttype=text("ID_PART_ENTRY_TYPE"),
+            label=text("ID_FS_LABEL_ENC") or text("ID_FS_LABEL"),
+            uuid=text("ID_FS_UUID_ENC") or text("ID_FS_UUID"),
+            serial=text("ID_SERIAL_SHORT") or _serial(disk, text("ID_SERIAL")),
+            vendor=_plain(text("ID_VENDOR_ENC") or _attribute(f"{disk}/device/vendor")),
+            model=_plain(text("ID_MODEL_ENC") or _model(disk)),
+            path=text("ID_PATH"),
+            opted_out=properties.get(names.UDEV_OPT_OUT) == "0",
+            identified=source == "udev",
+        )
+    except (OSError, ValueError):
+        return None  # it left while we looked; its remove event follows
+
+
+class _Place:
+    """Where a volume sits in sysfs."""
+
+    def __init__(self, name: str, sys_block: str) -> None:
+        """Raises: OSError; ValueError if no medium is there, or what is said is no number."""
+        folder = f"{sys_block}/{name}"
+        # The kernel takes the `dev` file away before it tells of the removal, the folder after
+        # (device_del in drivers/base/core.c).
+        self._number = DeviceNumber.from_text(_text(f"{folder}/dev"))
+        # A class's folder has links only, and they lead to where there are none (sysfs.rst).
+        self._folder = os.path.normpath(f"{sys_block}/{os.readlink(folder)}")
+        self._name = name
+        try:
+            partition = _number(f"{folder}/partition")
+        except FileNotFoundError:
+            self.disk, partition = self._folder, 0
+        else:
+            self.disk = os.path.dirname(self._folder)
+        self.id = VolumeId(_number(f"{self.disk}/diskseq"), partition)
+        self._size = Sectors(_number(f"{folder}/size"))
+        if not self._size:
+            raise ValueError("no medium is in the reader")
+
+    def volume(self, **told: Any) -> Volume:
+        """The volume with all that was told of it. Raises: OSError."""
+        bus = _bus(self.disk)
+        return Volume(
+            id=self.id,
+            name=self._name,
+            number=self._number,
+            devtype=DevType.DISK if self.disk is self._folder else DevType.PARTITION,
+            size=self._size,
+            bus=bus,
+            removable=_is_removable(self.disk, bus),
+            read_only=_is_set(f"{self._folder}/ro") or _attribute(f"{self.disk}/ro") == "1",
+            **told,
+        )
+
+
+def _text(file: str) -> str:
+    """Raises: OSError."""
+    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(opened, _PAGE).decode(errors="replace")
+    finally:
+        os.close(opened)
+
+
+def _number(file: str) -> int:
+    """Raises: OSError; ValueError if it holds anything but a number."""
+    return number(_text(file).removesuffix("\n"))
+
+
+def _is_set(file: str) -> bool:
+    """Raises: OSError."""
+    return _text(file).strip() == "1"
+
+
+def _plain(text: str | None) -> str | None:
+    return (text or "").strip() or None
+
+
+def _attribute(file: str) -> str | None:
+    try:
+        return _plain(_text(file))
+    except OSError:
+        return None
+
+
+def _model(disk: str) -> str | None:
+    return _attribute(f"{disk}/device/model") or _attribute(f"{disk}/device/name")
+
+
+def _is_removable(disk: str, bus: Bus) -> bool:
+    """Whether people plug it: the kernel's flag, or a bus whose disks mostly lack it.
+
+    An SD card's flag is 0; so is an eMMC's, which is soldered on: its type is MMC, not SD.
+    """
+    if bus is Bus.MMC:
+        return _attribute(f"{disk}/device/type") == "SD"
+    return bus is Bus.USB or _attribute(f"{disk}/removable") == "1"
+
+
+def _serial(disk: str, otherwise: str | None) -> str | None:
+    """The serial number where udev gives none of its own: an SD card's, a USB device's."""
+    return (
+        otherwise
+        or _attribute(f"{disk}/device/serial")
+        or next((s for up in _above(disk) if (s := _attribute(f"{up}/serial"))), None)
+    )
+
+
+def _above(folder: str) -> Iterator[str]:
+    """The folders above one, nearest first."""
+    while (folder := os.path.dirname(folder)) != "/":
+        yield folder
+
+
+def _bus(disk: str) -> Bus:
+    """What the disk is attached to, from the subsystems above it, nearest first.
+
+    A SCSI disk may really sit behind USB or ATA, so SCSI is the answer only if nothing else is.
+    """
+    if os.path.basename(disk).startswith("loop"):
+        return Bus.LOOP
+    scsi = False
+    for folder in _above(disk):
+        if _ATA.fullmatch(os.path.basename(folder)):
+            return Bus.ATA
+        try:
+            subsystem = os.path.basename(os.readlink(f"{folder}/subsystem"))
+        except OSError:
+            continue
+        match subsystem:
+            case "usb" | "mmc" | "nvme":
+                return Bus(subsystem)
+            case "virtio" if not scsi:
+                return Bus.VIRTIO
+            case "scsi":
+                scsi = True
+    return Bus.SCSI if scsi else Bus.OTHER
+
+
+def decoded(value: str) -> str:
+    """A text that udev has encoded (`\\x2f` for a slash and so on), as it was.
+
+    Source: encode_devnode_name in systemd, blkid_encode_string in libblkid.
+    """
+    if "\\" not in value and value.isascii():
+        return value
+    raw = _HEX.sub(lambda m: bytes([int(m[1], 16)]), value.encode(errors="surrogateescape"))
+    return raw.decode(errors="replace")

@@ -1,0 +1,148 @@
+"""A medium is served when the kernel has told of it, and udev's word is heard when it comes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from fakes.contract import until
+from kernel.agents import Room, room_of
+from kernel.cartridges import Cartridge, cartridges
+from kernel.test_lost_events import udevd_hanging
+from kernel.witness import run
+
+BLKRRPART: Final = 0x125F
+OUGHT_TO_WAIT: Final = "await_udev = true\n"
+
+
+@pytest.fixture(scope="module")
+def media(udev_rule: None) -> Iterator[list[Cartridge]]:
+    with cartridges(["cartridge-01", "cartridge-02"]) as made:
+        yield made
+
+
+@pytest.fixture
+def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
+    with media[0].disposable():
+        pass  # its bytes are those it was made with, whatever a test before this has mounted
+    with room_of(media) as made:
+        yield made
+
+
+@contextmanager
+def rule_of_the_board(text: str) -> Iterator[None]:
+    """udevd has this rule, before all others but the agent's."""
+    file = Path("/run/udev/rules.d/10-board.rules")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    run("udevadm", "control", "--reload")
+    try:
+        yield
+    finally:
+        file.unlink()
+        run("udevadm", "control", "--reload")
+
+
+def is_untouched(medium: Cartridge) -> bool:
+    """Whether the partition's bytes are those it was made with."""
+    return Path(medium.partition).read_bytes() == medium.contents
+
+
+def test_a_medium_comes_and_goes_though_udev_says_nothing_of_it(room: Room) -> None:
+    room.agent.start()
+    with udevd_hanging():
+        room.arrives()
+        room.leaves()
+        room.arrives()
+    run("udevadm", "settle")
+    room.is_mounted_still()
+    room.leaves()
+
+
+def test_with_await_udev_a_medium_waits_until_udev_has_told_of_it(room: Room) -> None:
+    room.configuration.write_text(OUGHT_TO_WAIT + room.configuration.read_text())
+    assert_waits(room)
+
+
+@pytest.mark.parametrize(
+    "match",
+    ['serial = "*"', 'path = "*"', 'model = "scsi_debug*"', 'partuuid = "*"'],
+)
+def test_a_rule_that_asks_udev_waits_for_its_answer(room: Room, match: str) -> None:
+    rules = room.configuration.read_text()
+    first = f'[[rule]]\nname = "first"\nmatch.{match}\nmatch.label = "no such"\n\n[[rule]]'
+    room.configuration.write_text(rules.replace("[[rule]]", first, 1))
+    assert_waits(room)
+
+
+def assert_waits(room: Room) -> None:
+    """The medium is served, and not before udev has told of it."""
+    room.agent.start()
+    with udevd_hanging():
+        room.medium.plug()
+        until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
+        has_heard_of_it(room)
+        assert room.left() == []
+        assert is_untouched(room.medium)
+    room.is_served()
+    room.leaves()
+
+
+def has_heard_of_it(room: Room) -> None:
+    """The agent has read the events so far: its loop takes them before a reload, asked for now."""
+    room.agent.tell_to_reload()
+    room.agent.until_said("^reloaded: ")
+
+
+def test_a_boards_rule_that_may_opt_a_medium_out_is_waited_for(room: Room) -> None:
+    room.agent.start()
+    with rule_of_the_board('SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n'):
+        room.medium.plug()
+        room.agent.until_said("CAAM_HOTPLUG is 0")
+        run("udevadm", "settle")
+        assert not [line for line in room.agent.said if ": unlocking" in line]
+        assert is_untouched(room.medium)
+        room.medium.pull()
+    run("udevadm", "settle")
+
+
+def test_a_medium_that_udev_opts_out_unforeseen_is_let_go_again(room: Room) -> None:
+    room.agent.start()
+    with rule_of_the_board('SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n'):
+        with udevd_hanging():
+            room.arrives()
+        room.agent.until_said("udev tells something else of it than was known")
+        room.agent.until_said("CAAM_HOTPLUG is 0")
+        room.has_nothing()
+        room.medium.pull()
+    run("udevadm", "settle")
+
+
+def test_a_medium_whose_disk_a_program_has_for_itself_waits_until_that_lets_go(room: Room) -> None:
+    room.agent.start()
+    blob = room.blobs / "cartridge-01.bb"
+    sealed = blob.read_bytes()
+    blob.unlink()
+    room.medium.plug()
+    room.agent.until_said("cartridge-01.*: waiting: no blob ")
+    run("udevadm", "settle")
+    disk = os.open(f"/dev/{room.medium.disk.name}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(disk, fcntl.LOCK_EX)
+        run("partx", "--delete", f"/dev/{room.medium.disk.name}")
+        room.agent.until_said("cartridge-01.*: gone")
+        blob.write_bytes(sealed)
+        fcntl.ioctl(disk, BLKRRPART)
+        has_heard_of_it(room)
+        assert room.left() == []
+        assert is_untouched(room.medium)
+    finally:
+        os.close(disk)
+    room.is_served()
+    room.leaves()
