@@ -201,16 +201,16 @@ class Objects:
     def show(self, entry: Entry) -> None:
         """The volume's object says this, or is not there if the board has no such volume."""
         which = entry.volume.id
+        exported = self._volumes.get(which)
+        if exported is not None and entry.state is not State.GONE:
+            self._send(exported.become(_values(_VOLUME, entry)))
+            return
+        # One that comes takes the place of those that have left unsafely.
         present = {known.volume.id for known in self._board.entries()}
         for departed in [known for known in self._volumes if known not in present]:
             self._remove(departed)
-        if which not in present or entry.state is State.GONE:
-            return
-        exported = self._volumes.get(which)
-        if exported is None:
+        if which in present and entry.state is not State.GONE:
             self._add(which, entry)
-        else:
-            self._send(exported.become(_values(_VOLUME, entry)))
 
     async def close(self) -> None:
         """No object is there, and no call is under way."""

@@ -20,7 +20,7 @@ from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel import keyring, memory, trusted, udev, volumes, watch
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.lifecycle.claims import Claims
-from caam_hotplug.lifecycle.lane import Lane
+from caam_hotplug.lifecycle.lane import Lane, Threads
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
 from caam_hotplug.model import Entry
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _FIXED = ("source", "await_udev", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s")
 """Keys of the configuration that are read at start only."""
+_IDLE_THREADS = 2
+"""Threads that stay for the next call: a volume's, and the mappings'."""
 _BUS_WITHIN_S = 5.0
 """How long a start waits to be on the bus, so that who waits for it can ask it at once."""
 
@@ -68,8 +70,14 @@ async def _serve(config: Config, load: Load) -> None:
     notifier, board = Notifier(), Board()
     source = udev.default_source() if config.source == "auto" else config.source
 
+    def publish_soon(entry: Entry) -> None:
+        """A turn of the loop later: the life's next step has begun then, and does not wait."""
+        loop.call_soon(board.publish, entry)
+
+    threads = Threads(idle=_IDLE_THREADS)
+
     def new_lane(name: str) -> Lane:
-        return Lane(name, config.stuck_after_s)
+        return Lane(name, config.stuck_after_s, threads)
 
     around = Surroundings(
         host=Linux(config.blob_directory, config.mount_root),
@@ -77,7 +85,7 @@ async def _serve(config: Config, load: Load) -> None:
         new_lane=new_lane,
         dm_lane=new_lane("mappings"),
         claims=Claims(),
-        publish=board.publish,
+        publish=publish_soon,
         units=SystemdUnits(),
     )
 
@@ -273,6 +281,8 @@ async def _feed_watchdog(notifier: Notifier) -> None:
 
 
 def _set_up_logging(level: str) -> None:
+    # Of a record only what is said is used (Optimization in Python's logging HOWTO).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     ours = logging.getLogger("caam_hotplug")
     ours.addHandler(journal.handler())
     ours.setLevel(level.upper())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -37,17 +36,13 @@ def room(many: list[Cartridge], nothing_left: None) -> Iterator[Room]:
 @pytest.fixture
 def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's sockets are so small that a handful of events overflows them."""
-    for kind in (udev._Monitor, uevents.Uevents):
-        monkeypatch.setattr(kind, "__init__", _small(kind.__init__))
+    start = uevents.Uevents.__init__
 
+    def small(listener: uevents.Uevents, *arguments: Any) -> None:
+        start(listener, *arguments)
+        listener._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
-def _small(start: Callable[..., None]) -> Callable[..., None]:
-    def small(monitor: Any, *arguments: Any) -> None:
-        start(monitor, *arguments)
-        with socket.socket(fileno=os.dup(monitor.fileno())) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-
-    return small
+    monkeypatch.setattr(uevents.Uevents, "__init__", small)
 
 
 @contextmanager

@@ -426,6 +426,12 @@ class Combination:
         return stale or self.step in LISTS
 
     @property
+    def is_taken_on_the_dm_lane(self) -> bool:
+        """Whether others wait behind it: a key is unlinked in one go with the load of its table."""
+        loads = self.moment.act in {arrive, announced, start} and self.step == "unlink_key"
+        return self.step in DM_STEPS or loads
+
+    @property
     def state_after_failure(self) -> State:
         """What is true of the target when the call has failed."""
         act = self.moment.act
@@ -557,7 +563,7 @@ def test_a_step_that_hangs_is_called_stuck_holds_up_nobody_else_and_goes_on(call
             assert scene.bench.serving is not case.precedes_service
             if scene.bench.serving:
                 case.assert_stuck(scene)
-                if not stopping and case.step in DM_STEPS:
+                if not stopping and case.is_taken_on_the_dm_lane:
                     case.assert_waiting(scene, other)
                 elif not stopping:
                     assert scene.is_served(other)

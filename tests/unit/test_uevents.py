@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from contextlib import closing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.kernel.uevents import Uevent, Uevents, parsed
+from caam_hotplug.kernel.uevents import KERNEL_GROUP, UDEV_GROUP, Uevents, parsed
 
 PARTITION = {
     "ACTION": b"add",
@@ -34,52 +35,89 @@ def message(**changed: bytes) -> bytes:
     return b"\0".join([told["ACTION"] + b"@" + told["DEVPATH"], *pairs, b""])
 
 
-def test_a_partitions_event_is_read() -> None:
-    assert parsed(message()) == Uevent("add", "sda1", "cartridge-01")
+def from_udev(magic: bytes = b"\xfe\xed\xca\xfe", **changed: bytes) -> bytes:
+    """As udevd sends it on: a header, then the properties."""
+    properties = message(**changed).split(b"\0", 1)[1]
+    header = struct.pack("=8s4sIIIIIII", b"libudev\0", magic, 40, 40, len(properties), 1, 2, 3, 4)
+    return header + properties
 
 
-def test_a_label_in_utf_8_is_text_and_one_in_no_encoding_is_not_known() -> None:
-    assert parsed(message(PARTNAME="Donn\u00e9es".encode())) == Uevent(
-        "add", "sda1", "Donn\u00e9es"
+def test_a_partitions_event_is_read_the_kernels_and_udevs_alike() -> None:
+    for told in (message(), from_udev()):
+        event = parsed(told)
+        assert event is not None
+        assert (event.action, event.name) == ("add", "sda1")
+        assert event.properties["PARTNAME"] == "cartridge-01"
+        assert event.properties["DISKSEQ"] == "9"
+
+
+def test_a_label_in_utf_8_is_text_and_one_in_no_encoding_hides_nothing_else() -> None:
+    spelled, raw = (
+        parsed(message(PARTNAME="Donn\u00e9es".encode())),
+        parsed(message(PARTNAME=b"\xe9")),
     )
-    assert parsed(message(PARTNAME=b"Donn\xe9es")) == Uevent("add", "sda1", None)
+    assert spelled is not None
+    assert raw is not None
+    assert spelled.properties["PARTNAME"] == "Donn\u00e9es"
+    assert "PARTNAME" not in raw.properties
+    assert raw.properties["DISKSEQ"] == "9"
 
 
 def test_a_label_with_equals_signs_stays_whole() -> None:
-    assert parsed(message(PARTNAME=b"a=b=SUBSYSTEM=net")) == Uevent(
-        "add", "sda1", "a=b=SUBSYSTEM=net"
-    )
+    event = parsed(message(PARTNAME=b"a=b=SUBSYSTEM=net"))
+    assert event is not None
+    assert event.properties["PARTNAME"] == "a=b=SUBSYSTEM=net"
 
 
-def test_events_of_anything_else_are_none() -> None:
-    assert parsed(message(SUBSYSTEM=b"bdi")) is None
-    assert parsed(message(SUBSYSTEM=b"blockade")) is None
-    assert parsed(b"") is None
+@pytest.mark.parametrize("damaged", [b"libudev\0", from_udev(magic=b"\xfe\xed\xca\xff")])
+def test_what_udevd_would_not_send_is_no_event(damaged: bytes) -> None:
+    assert parsed(damaged) is None
 
 
 @given(st.binary())
 def test_any_bytes_are_an_event_or_none(told: bytes) -> None:
-    for raw in (told, b"\0SUBSYSTEM=block\0" + told):
+    for raw in (told, b"libudev\0\xfe\xed\xca\xfe" + told, message() + told):
         found = parsed(raw)
         assert found is None or "/" not in found.name
 
 
-def test_an_event_that_a_process_has_made_up_is_not_believed() -> None:
-    with (
-        closing(Uevents()) as uevents,
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15) as liar,
-    ):
-        port, _ = uevents._socket.getsockname()
-        liar.sendto(message(), (port, 0))
+@pytest.mark.parametrize("group", [KERNEL_GROUP, UDEV_GROUP])
+def test_an_event_that_a_process_sends_to_the_agent_alone_is_not_believed(group: int) -> None:
+    with closing(Uevents(group)) as uevents, netlink() as liar:
+        liar.sendto(message() if group == KERNEL_GROUP else from_udev(), (port_of(uevents), 0))
         assert list(uevents.read(8)) == []
 
 
+def test_an_event_of_udevs_is_believed_if_root_has_sent_it_to_all() -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        udevd.sendto(from_udev(DEVPATH=b"/devices/x/of-a-test"), (0, UDEV_GROUP))
+        assert "of-a-test" in {event.name for event in uevents.read(8) if event}
+
+
+def test_an_event_of_udevs_that_another_user_has_sent_is_not_believed() -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents:
+        credentials = struct.pack("=iII", 1, 1000, 0)
+        told = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
+        assert not uevents._is_believed((4711, UDEV_GROUP), told)
+        assert not uevents._is_believed((4711, UDEV_GROUP), [])
+
+
+def netlink() -> socket.socket:
+    """A process's own end of the events' netlink."""
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15)
+
+
+def port_of(uevents: Uevents) -> int:
+    port, _ = uevents._socket.getsockname()
+    return int(port)
+
+
 def test_a_socket_that_was_handed_over_is_read_without_waiting() -> None:
-    handed = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15)
-    handed.bind((0, 1))
-    with closing(Uevents(handed.detach())) as uevents:
+    handed = netlink()
+    handed.bind((0, KERNEL_GROUP))
+    with closing(Uevents(KERNEL_GROUP, handed.detach())) as uevents:
         assert not os.get_blocking(uevents.fileno())
-        assert [event for event in uevents.read(8) if event is None] == []
+        assert None not in list(uevents.read(8))
 
 
 def test_lost_events_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,12 +125,12 @@ def test_lost_events_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self) -> None:
             self.answers: list[Exception] = [OSError(105, "No buffer space"), BlockingIOError()]
 
-        def recvfrom(self, _most: int) -> tuple[bytes, tuple[int, int]]:
+        def recvmsg(self, _most: int, _room: int) -> None:
             raise self.answers.pop(0)
 
         def close(self) -> None: ...
 
-    with closing(Uevents()) as uevents:
+    with closing(Uevents(KERNEL_GROUP)) as uevents:
         uevents._socket.close()
         monkeypatch.setattr(uevents, "_socket", Overflown())
         assert list(uevents.read(8)) == [None]

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -435,6 +436,7 @@ def why_forgetful(path: Path) -> str | None:
     return None
 
 
+@lru_cache(maxsize=128)  # the same lines are read again and again
 def parse_mount(line: str) -> Mount:
     """One line of mountinfo; optional fields end with a lone dash.
 

@@ -42,8 +42,10 @@ _USED: Final = (
 )  # fmt: skip
 """The properties that are looked at."""
 _LISTEN_FDS_START: Final = 3
-_TOLD_TO: Final[Mapping[int, Source]] = {uevents.GROUP: "kernel", 2: "udev"}
-"""Multicast groups of kobject-uevent (device-monitor.c in systemd)."""
+_TOLD_TO: Final[Mapping[int, Source]] = {
+    uevents.KERNEL_GROUP: "kernel",
+    uevents.UDEV_GROUP: "udev",
+}
 
 
 def default_source() -> Source:
@@ -116,11 +118,10 @@ class Devices:
         self.source: Final = source
         self._context = _context()
         given = dict(handed or {})
-        self._kernel = uevents.Uevents(given.pop("kernel", None))
-        self._udev = None
-        self._opt_outs = None
+        self._kernel = uevents.Uevents(uevents.KERNEL_GROUP, given.pop("kernel", None))
+        self._udev = self._opt_outs = None
         if source == "udev":
-            self._udev = _Monitor(self._context, given.pop("udev", None))
+            self._udev = uevents.Uevents(uevents.UDEV_GROUP, given.pop("udev", None))
             self._opt_outs = None if await_udev else optouts.OptOuts()
         for unused in given.values():
             os.close(unused)
@@ -156,18 +157,19 @@ class Devices:
         """The events that wait, a bounded number of them at a time."""
         events: list[Event] = []
         for told in self._kernel.read(_EVENTS_PER_READ):
-            if told is None:
-                events.append(EventsLost())
-            elif not volumes.NEVER_MEDIA.match(told.name):
-                events += self._told_by_kernel(told)
-        for device in () if self._udev is None else self._udev.read():
-            events += [EventsLost()] if device is None else self._events_of(device)
+            events += [EventsLost()] if told is None else self._told_by_kernel(told)
+        for told in () if self._udev is None else self._udev.read(_EVENTS_PER_READ):
+            events += [EventsLost()] if told is None else self._events_of(told)
         return events
 
     def present(self) -> Iterator[Appeared]:
         """Every volume that is there now."""
         for device in self._context.list_devices(subsystem="block"):
-            yield from (e for e in self._events_of(device) if isinstance(e, Appeared))
+            told = uevents.Uevent("", device.sys_name, _properties(device))
+            if self.source == "udev" and not device.is_initialized:
+                self._await_udev(told.name)
+            else:
+                yield from (e for e in self._events_of(told) if isinstance(e, Appeared))
 
     @property
     def next_overdue(self) -> float | None:
@@ -207,39 +209,33 @@ class Devices:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
 
-    def _events_of(self, device: pyudev.Device) -> Iterator[Event]:
-        name = device.sys_name
+    def _events_of(self, told: uevents.Uevent) -> Iterator[Event]:
+        """All there is to know, from whoever tells all."""
+        name, properties = told.name, told.properties
         if volumes.NEVER_MEDIA.match(name):
             return
-        properties = _properties(device)
         volume = volumes.volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
-        elif device.action == "remove" or _is_of_another(properties, volume.id):
-            # Synthesized, or of what sat here before: the event of what sits here now follows.
-            return
-        elif self.source == "kernel" or device.is_initialized:
+        elif told.action != "remove" and not _is_of_another(properties, volume.id):
+            # Else it is synthesized, or of what sat here before: what sits here now follows.
             yield self._appeared(volume)
-        else:
-            self._await_udev(name)
 
     def _told_by_kernel(self, told: uevents.Uevent) -> Iterator[Event]:
-        """All there is to know where udev does not tell; else what is known before it does."""
+        """What is known before udev tells, which follows."""
         name = told.name
-        which, before = volumes.present_id(name), self._told.get(name)
         if self.source == "kernel":
-            volume = volumes.volume_at(name, {}, "kernel")
-            if volume is None:
-                yield self._disappeared(name)
-            elif told.action != "remove":  # else it is synthesized
-                yield self._appeared(volume)
+            yield from self._events_of(told)
             return
+        if volumes.NEVER_MEDIA.match(name):
+            return
+        which, before = volumes.present_id(name), self._told.get(name)
         if which is None or before not in {None, which}:
             yield self._disappeared(name)
         if which is not None and which != before:
             self._await_udev(name)
             if told.action == "add" and self._opt_outs is not None and not self._opt_outs.may_be:
-                volume = volumes.announced_at(name, told.partlabel)
+                volume = volumes.announced_at(name, told.properties.get("PARTNAME"))
                 if volume is not None:
                     yield Announced(volume)
 
@@ -255,43 +251,6 @@ class Devices:
 
     def _await_udev(self, name: str) -> None:
         self._untold.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
-
-
-class _Monitor:
-    """The socket of udev's events."""
-
-    def __init__(self, context: pyudev.Context, handed: int | None) -> None:
-        self._monitor = pyudev.Monitor.from_netlink(context, source="udev")
-        self._monitor.start()
-        if handed is not None:  # libudev takes no socket of others', but knows its own by number
-            os.dup2(handed, self._monitor.fileno(), inheritable=False)
-            os.close(handed)
-        self._monitor.filter_by("block")
-        # A second handle on the same socket, to clear an overflow that pyudev cannot.
-        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
-
-    def fileno(self) -> int:
-        return int(self._monitor.fileno())
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def read(self) -> Iterator[pyudev.Device | None]:
-        """The devices of the events that wait; None where some were lost.
-
-        After an overflow (ENOBUFS) the socket reports an error until SO_ERROR is read.
-        """
-        for _ in range(_EVENTS_PER_READ):
-            try:
-                device = self._monitor.poll(timeout=0)
-            except (OSError, ValueError, OverflowError, MemoryError):
-                # pyudev turns EINVAL, EOVERFLOW and ENOMEM into those; errno is often None.
-                self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                yield None
-                continue
-            if device is None:
-                return
-            yield device
 
 
 def _properties(device: pyudev.Device) -> dict[str, str]:

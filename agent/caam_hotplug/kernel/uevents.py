@@ -1,47 +1,56 @@
-"""The kernel's own events of block devices, as they come from its socket.
+"""Events of block devices as they come from netlink: the kernel's own, and udev's.
 
-Source: Documentation/ABI/testing/sysfs-uevent, kobject_uevent_env in lib/kobject_uevent.c: one
-message for each event, `ACTION@DEVPATH` and then KEY=VALUE, each ended by a NUL.
+The kernel's message is `ACTION@DEVPATH` and then KEY=VALUE, each ended by a NUL. udev's has a
+header instead of the first of these, which says where the rest begins. Source: kobject_uevent_env
+in lib/kobject_uevent.c; monitor_netlink_header in systemd's device-monitor.c.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-GROUP: Final = 1
-"""Multicast group of the kernel's own events; udev's is 2 (device-monitor.c in systemd)."""
+KERNEL_GROUP: Final = 1
+UDEV_GROUP: Final = 2
 _NETLINK_KOBJECT_UEVENT: Final = 15
 """Of linux/netlink.h; Python has no name for it."""
 _SO_RCVBUFFORCE: Final = 33
 _BUFFER: Final = 16 << 20
 """A storm of media fits in. It takes memory only while it is used."""
 _EVENT_MAX_BYTES: Final = 8192
-"""A uevent has at most UEVENT_BUFFER_SIZE bytes and its header (linux/kobject.h)."""
-_KERNEL: Final = 0
-"""The sender's port in an event of the kernel's; any process may send to a group otherwise."""
+"""As systemd has it; the kernel's own have 2048 and a header (UEVENT_BUFFER_SIZE)."""
+_UDEV_PREFIX: Final = b"libudev\0"
+_UDEV_HEADER: Final = struct.Struct("=8s4sIII")
+"""Prefix, magic, and in bytes: length of the header, where the properties begin, their length."""
+_UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
+_CREDENTIALS: Final = struct.Struct("=iII")
+"""struct ucred: process, user, group (unix(7))."""
+_ROOT: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Uevent:
-    """What the kernel has told of a block device."""
+    """What was told of a block device."""
 
     action: str
     name: str
     """The kernel's name of the device, as in /sys/class/block."""
-    partlabel: str | None
-    """PARTNAME; None where there is none, or in bytes of no encoding, as before Linux 6.4."""
+    properties: Mapping[str, str]
+    """All of them that are text: kernels before 6.4 tell a partition's name in bytes of no encoding
+    (utf16_le_to_7bit in block/partitions/efi.c)."""
 
 
 class Uevents:
-    """A socket of the kernel's events. Synchronization: loop only."""
+    """A socket of events. Synchronization: loop only."""
 
-    def __init__(self, handed: int | None = None) -> None:
-        """`handed`: a socket that is bound already; ours from now on."""
+    def __init__(self, group: int, handed: int | None = None) -> None:
+        """`handed`: a socket of this group; ours from now on."""
+        self._group = group
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -49,7 +58,8 @@ class Uevents:
             self._socket = socket.socket(socket.AF_NETLINK, kinds, _NETLINK_KOBJECT_UEVENT)
             with suppress(PermissionError):
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-            self._socket.bind((0, GROUP))
+            self._socket.bind((0, group))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._socket.setblocking(False)
 
     def fileno(self) -> int:
@@ -61,38 +71,65 @@ class Uevents:
         self._socket.close()
 
     def read(self, most: int) -> Iterator[Uevent | None]:
-        """At most so many events that wait, those of other devices among them but not given.
+        """Of at most so many events that wait, those of block devices.
 
         None where some were lost (ENOBUFS in netlink(7)).
         """
+        room = socket.CMSG_SPACE(_CREDENTIALS.size)
         for _ in range(most):
             try:
-                message, (port, _) = self._socket.recvfrom(_EVENT_MAX_BYTES)
+                message, ancillary, _, sender = self._socket.recvmsg(_EVENT_MAX_BYTES, room)
             except BlockingIOError:
                 return
             except OSError:
                 yield None
                 continue
-            event = parsed(message) if port == _KERNEL else None
-            if event is not None:
-                yield event
+            if b"\0SUBSYSTEM=block\0" in message and self._is_believed(sender, ancillary):
+                event = parsed(message)
+                if event is not None:
+                    yield event
+
+    def _is_believed(
+        self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]
+    ) -> bool:
+        """Whether it is from the kernel, or from a process of root's; others can send as well."""
+        port, group = sender
+        if self._group == KERNEL_GROUP:
+            return port == 0
+        return group == UDEV_GROUP and any(
+            _CREDENTIALS.unpack(content)[1] == _ROOT
+            for level, kind, content in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+            and len(content) == _CREDENTIALS.size
+        )
 
 
 def parsed(message: bytes) -> Uevent | None:
-    """What a message tells of a block device; None if it is about anything else."""
-    if b"\0SUBSYSTEM=block\0" not in message:
-        return None
-    told = dict(pair.split(b"=", 1) for pair in message.split(b"\0")[1:] if b"=" in pair)
-    path = told.get(b"DEVPATH", b"")
+    """What a message tells of a device; None if it has no form of those that are known."""
+    if message.startswith(_UDEV_PREFIX):
+        if len(message) < _UDEV_HEADER.size:
+            return None
+        _, magic, _, begin, length = _UDEV_HEADER.unpack_from(message)
+        if magic != _UDEV_MAGIC:
+            return None
+        message = message[begin : begin + length]
+    properties = dict(text.split("=", 1) for text in _texts(message) if "=" in text)
     return Uevent(
-        action=told.get(b"ACTION", b"").decode(errors="replace"),
-        name=os.path.basename(path).decode(errors="replace"),
-        partlabel=_text(told.get(b"PARTNAME")),
+        action=properties.get("ACTION", ""),
+        name=os.path.basename(properties.get("DEVPATH", "")),
+        properties=properties,
     )
 
 
-def _text(raw: bytes | None) -> str | None:
+def _texts(message: bytes) -> list[str]:
     try:
-        return None if raw is None else raw.decode()
+        return message.decode().split("\0")
+    except UnicodeDecodeError:
+        return [text for raw in message.split(b"\0") if (text := _text(raw)) is not None]
+
+
+def _text(raw: bytes) -> str | None:
+    try:
+        return raw.decode()
     except UnicodeDecodeError:
         return None

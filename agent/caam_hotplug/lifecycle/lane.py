@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from caam_hotplug import trace
@@ -37,16 +39,78 @@ async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T
         del work  # its error has this frame
 
 
-class Lane:
-    """A line of calls, each in a thread of its own, at most one at a time.
+class Threads:
+    """Threads that carry out calls, as many as there are calls at a time.
 
-    The threads are daemons: a call that the kernel never finishes cannot keep the process from
-    its end. They inherit the session keyring of the thread that runs the loop.
+    They are daemons: a call that the kernel never finishes cannot keep the process from its end.
+    They inherit the session keyring of the thread that runs the loop. A few of them stay when they
+    have nothing to do: to start one takes longer than many a call.
+
+    Synchronization: loop only.
     """
 
-    def __init__(self, name: str, late_after_s: float) -> None:
+    def __init__(self, *, idle: int = 0) -> None:
+        """`idle`: how many stay."""
+        self._most_idle = idle
+        self._idle: deque[SimpleQueue[_Call]] = deque()
+        """What an idle thread waits for. A thread adds its own, the loop takes."""
+
+    def carry_out(self, name: str, function: Callable[[], T]) -> asyncio.Future[T]:
+        """The future outcome of the function, which runs in a thread from now on.
+
+        Raises: KernelError if the kernel gives no thread, such as at the unit's TasksMax.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        call = (function, loop, future)
+        try:
+            self._idle.pop().put(call)
+        except IndexError:
+            try:
+                threading.Thread(target=self._work, args=(call,), name=name, daemon=True).start()
+            except RuntimeError as error:  # pthread_create(3) knows no other error here
+                raise KernelError("start a thread for", name, errno.EAGAIN) from error
+        return future
+
+    def _work(self, call: _Call) -> None:
+        mine: SimpleQueue[_Call] = SimpleQueue()
+        while True:
+            answer = _outcome(call)
+            stays = len(self._idle) < self._most_idle
+            if stays:  # before the answer, which the next call may follow at once
+                self._idle.append(mine)
+            call[1].call_soon_threadsafe(answer)
+            del call, answer  # while it waits, this frame keeps nothing of what was done
+            if not stays:
+                return
+            call = mine.get()
+
+
+_Call = tuple[Callable[[], Any], asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+
+
+def _outcome(call: _Call) -> Callable[[], None]:
+    """The function has been called; what tells the loop what came of it."""
+    function, _, future = call
+    try:
+        with trace.span(getattr(function, "__name__", "call")):
+            return partial(future.set_result, function())
+    except BaseException as error:  # noqa: BLE001  handed on, whatever it is
+        return partial(future.set_exception, error)
+    finally:
+        # An error keeps this frame by its traceback. If this frame kept the future, which has the
+        # error, all that the three hold would be freed by Python's collector only, and late.
+        del call, future
+
+
+class Lane:
+    """A line of calls, each in a thread, at most one at a time."""
+
+    def __init__(self, name: str, late_after_s: float, threads: Threads | None = None) -> None:
+        """`threads`: shared with other lanes."""
         self.name = name
         self._late_after_s = late_after_s
+        self._threads = threads or Threads()
         self._turn = asyncio.Lock()
 
     async def run(self, function: Callable[..., T], *arguments: Any, late: Late, **named: Any) -> T:
@@ -58,7 +122,10 @@ class Lane:
         A blocking call cannot be cut short. Cancellation is therefore absorbed until it has
         ended, and raised then: whoever releases what the call acquired finds it there.
         """
-        with self._said_when_late(late, "it waits for its turn behind another volume's call"):
+        if self._turn.locked():
+            with self._said_when_late(late, "it waits for its turn behind another volume's call"):
+                await self._turn.acquire()
+        else:
             await self._turn.acquire()
         try:
             call = self._begin(partial(function, *arguments, **named))
@@ -92,36 +159,8 @@ class Lane:
                 late(None)
 
     def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """The future outcome of the function, which runs in a thread from now on.
-
-        Raises: KernelError if the kernel gives no thread, such as at the unit's TasksMax.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        try:
-            arguments = (function, loop, future)
-            threading.Thread(target=_carry_out, args=arguments, name=self.name, daemon=True).start()
-        except RuntimeError as error:  # pthread_create(3) knows no other error here
-            raise KernelError("start a thread for", self.name, errno.EAGAIN) from error
-        return future
-
-
-def _carry_out(
-    function: Callable[[], T], loop: asyncio.AbstractEventLoop, future: asyncio.Future[T]
-) -> None:
-    """The function has been called, and the loop is told what came of it."""
-    try:
-        with trace.span(getattr(function, "__name__", "call")):
-            result = function()
-    except BaseException as error:  # noqa: BLE001  handed on, whatever it is
-        loop.call_soon_threadsafe(future.set_exception, error)
-    else:
-        loop.call_soon_threadsafe(future.set_result, result)
-    finally:
-        # An error keeps this frame by its traceback. If this frame kept the future, which has the
-        # error, all that the three hold would be freed by Python's collector only, and late.
-        del future
+        """The future outcome of the function, which runs from now on. Raises: KernelError."""
+        return self._threads.carry_out(self.name, function)
 
 
 async def _ended(call: asyncio.Future[T]) -> bool:

@@ -386,7 +386,11 @@ class Life:
                 return
             self.leave.check()
             self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
-            await self._unlock_and_mount(wish)
+            try:
+                await self._unlock_and_mount(wish)
+            finally:
+                if self.leave.asked:  # what an earlier run has mounted keeps its place until then
+                    await self._leave_nothing_inherited()
 
     def _is_called_away(self) -> bool:
         return self._renewal is not None or self._request is not None

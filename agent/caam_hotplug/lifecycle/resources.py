@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import logging
 import signal
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from caam_hotplug import names
 from caam_hotplug.blobs import KEY_TYPES, Backend
@@ -62,22 +63,6 @@ class Wish:
         return self.volume.read_only or self.plan.rule.mount.read_only
 
 
-@asynccontextmanager
-async def key_in_keyring(steps: Steps, wish: Wish) -> AsyncIterator[KeyReference]:
-    """The volume's key is in the agent's session keyring.
-
-    dm-crypt copies the key when a table is loaded, so this scope ends right after that.
-    """
-    host, plan = steps.host, wish.plan
-    description = names.key_description(wish.volume.id)
-    blob = await steps.call("read the blob", host.read_blob, plan.blob, plan.rule.key.form)
-    async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_key, steps, wish.volume.id)
-        yield await steps.call(
-            "import the blob", backends.load, host, blob, plan.rule.key, description
-        )
-
-
 async def release_key(steps: Steps, volume: VolumeId) -> None:
     """The volume's key is in no keyring of the agent's."""
     await steps.call("unlink the key", steps.host.unlink_key, names.key_description(volume))
@@ -89,11 +74,11 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
 
     Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
     """
-    host = steps.host
-    existing = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+    host, uuid = steps.host, wish.dm_uuid
+    existing = await steps.dm("look for the mapping", host.find_mapping, uuid)
     adopted = existing is not None and _as_wanted(existing, wish)
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mapping, steps, wish.dm_uuid)
+        held.push_async_callback(to_the_end, release_mapping, steps, uuid)
         if existing is not None and adopted:
             log.warning(
                 "%s: adopting its mapping %s",
@@ -101,13 +86,15 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
                 existing.name,
                 extra=fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
             )
-            await steps.dm("keep the mapping", host.keep_mapping, existing.name)
+            _, live = await steps.dm_each(
+                ("keep the mapping", partial(host.keep_mapping, existing.name)),
+                ("look for the mapping", partial(host.find_mapping, uuid)),
+            )
         else:
             if existing is not None:
                 await steps.dm("remove the half-made mapping", host.remove_mapping, existing.name)
-            await _make_mapping(steps, wish)
+            live = await _made_mapping(steps, wish)
         steps.leave.check()
-        live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
         if live is None:
             raise ForeignMappingError(f"mapping {wish.dm_name} vanished while it was made")
         yield live
@@ -140,18 +127,36 @@ def _is_wanted(target: CryptTarget, wish: Wish) -> bool:
     )
 
 
-async def _make_mapping(steps: Steps, wish: Wish) -> None:
-    host, name = steps.host, wish.dm_name
-    await steps.call("look who uses it", host.require_unused, wish.volume)
-    steps.leave.check()
-    async with key_in_keyring(steps, wish) as key:
+async def _made_mapping(steps: Steps, wish: Wish) -> Mapping | None:
+    """The mapping, made and live, or None if it has vanished since.
+
+    dm-crypt copies the key when a table is loaded, so it is in the keyring until right after that.
+    """
+    host, plan, name = steps.host, wish.plan, wish.dm_name
+    description = names.key_description(wish.volume.id)
+
+    def load_key() -> KeyReference:
+        blob = host.read_blob(plan.blob, plan.rule.key.form)
+        return backends.load(host, blob, plan.rule.key, description)
+
+    async with AsyncExitStack() as held:
+        held.push_async_callback(to_the_end, release_key, steps, wish.volume.id)
+        _, key = await steps.each(
+            ("look who uses it", partial(host.require_unused, wish.volume)),
+            ("import the blob", load_key),
+        )
         steps.leave.check()
-        line = crypt_target(wish.volume, wish.plan.rule.crypt, key).to_line()
-        await steps.dm("create the mapping", host.create_mapping, name, wish.dm_uuid)
-        steps.leave.check()
+        line = crypt_target(wish.volume, plan.rule.crypt, key).to_line()
         read_only = wish.volume.read_only
-        await steps.dm("load the table", host.load_table, name, line, read_only=read_only)
-    await steps.dm("activate the mapping", host.activate_mapping, name)
+        *_, live = await steps.dm_each(
+            ("create the mapping", partial(host.create_mapping, name, wish.dm_uuid)),
+            ("load the table", partial(host.load_table, name, line, read_only=read_only)),
+            ("unlink the key", partial(host.unlink_key, description)),
+            ("activate the mapping", partial(host.activate_mapping, name)),
+            ("look for the mapping", partial(host.find_mapping, wish.dm_uuid)),
+        )
+        held.pop_all()  # the key is unlinked already
+    return cast("Mapping | None", live)
 
 
 def backend_that_made(mapping: Mapping) -> Backend:
@@ -167,20 +172,10 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
     Without a medium nothing waits for holders: an error table takes the crypt table's place,
     which wipes the key in the kernel, and the kernel removes the mapping at its last close.
     """
-    host = steps.host
     if steps.leave.keeps:
         return
-    mapping = await steps.dm("look for the mapping", host.find_mapping, uuid)
-    if mapping is None:
-        return
-    try:
-        if mapping.open_count:
-            await _poison_if_gone(steps, mapping)
-    finally:
-        await steps.dm("remove the mapping", host.remove_mapping, mapping.name)
-    left = await steps.dm("look for the mapping", host.find_mapping, uuid)
+    left = await steps.dm("remove the mapping", _removed, steps, uuid)
     if left is not None:
-        await _poison_if_gone(steps, left)  # whoever holds it opened it since the first look
         fate = "without its key" if steps.leave.gone else "with its key"
         log.warning(
             "mapping %s is held open by others; it stays, %s, until they close it",
@@ -190,12 +185,28 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
         )
 
 
-async def _poison_if_gone(steps: Steps, mapping: Mapping) -> None:
-    """Without a medium, no crypt table and so no key is left in the mapping."""
+def _removed(steps: Steps, uuid: str) -> Mapping | None:
+    """What is left of the mapping, which is to go, because others hold it. Lane: dm."""
+    host = steps.host
+    mapping = host.find_mapping(uuid)
+    if mapping is None:
+        return None
+    try:
+        if mapping.open_count:
+            _poison_if_gone(steps, mapping)
+    finally:
+        host.remove_mapping(mapping.name)
+    left = host.find_mapping(uuid)
+    if left is not None:
+        _poison_if_gone(steps, left)  # whoever holds it opened it since the first look
+    return left
+
+
+def _poison_if_gone(steps: Steps, mapping: Mapping) -> None:
+    """Without a medium, no crypt table and so no key is left in the mapping. Lane: dm."""
     target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
     if steps.leave.gone and target is not None:
-        poison = steps.host.poison_mapping
-        await steps.dm("replace the table", poison, mapping.name, target.length)
+        steps.host.poison_mapping(mapping.name, target.length)
 
 
 @asynccontextmanager
@@ -205,12 +216,32 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
     host, name, ask = steps.host, wish.plan.mount_name, wish.plan.rule.mount
-    found = _of(mapping, mounts_at(host, name)) or mount_at(host, name)
-    if found is not None and not is_of(found, mapping):
-        raise MountPointOccupiedError(f"{found.source} is mounted at {found.point}")
+    there = mounts_at(host, name)
+    found = _of(mapping, there)
+    if there and found is None:
+        raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
+
+    def probe_and_mount() -> None:
+        kind = host.probe(mapping.node, ask.filesystems)
+        if kind is None:
+            raise NoFilesystemError(
+                "no known filesystem under this key "
+                f"(looked for {', '.join(ask.filesystems)}): "
+                f"{host.blob_directory / wish.plan.blob} may belong to another medium"
+            )
+        host.mount(
+            mapping.node,
+            kind,
+            name,
+            read_only=wish.read_only,
+            options=ask.options,
+            filesystem_options=ask.options_for(kind),
+        )
+
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
-        await _release_other_mounts(steps, name, mapping)
+        if mapping.open_count:
+            await _release_other_mounts(steps, name, mapping)
         if found is not None:
             log.warning(
                 "%s: adopting its mount %s",
@@ -219,24 +250,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
                 extra=fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
             )
         else:
-            kind = await steps.call("probe", host.probe, mapping.node, ask.filesystems)
-            steps.leave.check()
-            if kind is None:
-                raise NoFilesystemError(
-                    "no known filesystem under this key "
-                    f"(looked for {', '.join(ask.filesystems)}): "
-                    f"{host.blob_directory / wish.plan.blob} may belong to another medium"
-                )
-            await steps.call(
-                "mount",
-                host.mount,
-                mapping.node,
-                kind,
-                name,
-                read_only=wish.read_only,
-                options=ask.options,
-                filesystem_options=ask.options_for(kind),
-            )
+            await steps.call("mount", probe_and_mount)
             found = mount_at(host, name)
         if found is None:
             raise MountPointOccupiedError(f"{host.mount_root / name} was unmounted by others")
@@ -320,22 +334,22 @@ async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
     host = steps.host
     if steps.leave.keeps:
         return
+    remove = partial(host.remove_mount_point, name)
     async with AsyncExitStack() as then:  # each happens whether or not one before it failed
-        then.push_async_callback(
-            steps.call, "remove the mount point", host.remove_mount_point, name
-        )
-        found = _of(mapping, mounts_at(host, name))
+        then.push_async_callback(steps.call, "remove the mount point", remove)
+        there = mounts_at(host, name)
+        found = _of(mapping, there)
         if found is None:
             return
         then.push_async_callback(_unmount_or_detach, steps, name, mapping)
-        await _uncover(steps, name, mapping)
+        await _uncover(steps, name, mapping, there)
         if not steps.leave.gone and not found.read_only:
             await steps.call("flush", host.flush, name, mapping.node)
 
 
-async def _uncover(steps: Steps, name: str, mapping: Mapping) -> None:
+async def _uncover(steps: Steps, name: str, mapping: Mapping, there: Sequence[Mount]) -> None:
     """What others have mounted over ours is detached; ours would be out of reach."""
-    for cover in reversed(mounts_at(steps.host, name)):
+    for cover in reversed(there):
         if is_of(cover, mapping):
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
