@@ -23,7 +23,7 @@ from caam_hotplug.lifecycle.claims import Claims
 from caam_hotplug.lifecycle.lane import Lane, Threads
 from caam_hotplug.lifecycle.life import Surroundings
 from caam_hotplug.lifecycle.sweep import sweep
-from caam_hotplug.model import Entry
+from caam_hotplug.model import Entry, Event
 from caam_hotplug.notify import Notifier
 from caam_hotplug.supervisor import Supervisor
 from caam_hotplug.units import SystemdUnits
@@ -34,6 +34,7 @@ _FIXED = ("source", "await_udev", "blob_directory", "mount_root", "stuck_after_s
 """Keys of the configuration that are read at start only."""
 _IDLE_THREADS = 2
 """Threads that stay for the next call: a volume's, and the mappings'."""
+_STATUS_AFTER_S = 0.2
 _BUS_WITHIN_S = 5.0
 """How long a start waits to be on the bus, so that who waits for it can ask it at once."""
 
@@ -89,10 +90,7 @@ async def _serve(config: Config, load: Load) -> None:
         units=SystemdUnits(),
     )
 
-    def tell_status(_entry: Entry) -> None:
-        notifier.tell(f"STATUS={board.summary()}")
-
-    board.listen(tell_status)
+    board.listen(_Status(notifier, board).tell_soon)
     # Subscribed from here on: what is enumerated below is complete.
     devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
@@ -150,6 +148,24 @@ def _watch_blobs(directory: Path, supervisor: Supervisor, held: ExitStack) -> No
 def _tell_of_blobs(blobs: watch.Directory, supervisor: Supervisor) -> None:
     for name in blobs.read():
         supervisor.blob_appeared(name)
+
+
+class _Status:
+    """The service's status line, which follows what it tells of within a moment."""
+
+    def __init__(self, notifier: Notifier, board: Board) -> None:
+        self._notifier = notifier
+        self._board = board
+        self._told: asyncio.TimerHandle | None = None
+
+    def tell_soon(self, _entry: Entry) -> None:
+        """The line is as the board is, soon; a medium comes to several states in a moment."""
+        if self._told is None:
+            self._told = asyncio.get_running_loop().call_later(_STATUS_AFTER_S, self._tell)
+
+    def _tell(self) -> None:
+        self._told = None
+        self._notifier.tell(f"STATUS={self._board.summary()}")
 
 
 class Agent:
@@ -230,37 +246,40 @@ class _Events:
     def begin(self) -> None:
         """All that is present has been told of, and what happens will be."""
         self._supervisor.start(self._devices.present(), volumes.there())
-        for fileno in self._devices.filenos():
-            self._loop.add_reader(fileno, self._read)
+        for fileno, read in self._devices.readers().items():
+            self._loop.add_reader(fileno, self._take, read)
         for fileno in self._devices.filenos_of_rules():
             self._loop.add_reader(fileno, self._devices.look_at_rules)
         self._set_alarm()
 
     def end(self) -> None:
         """Nobody listens to the devices any more."""
-        for fileno in [*self._devices.filenos(), *self._devices.filenos_of_rules()]:
+        for fileno in [*self._devices.readers(), *self._devices.filenos_of_rules()]:
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
             self._alarm.cancel()
 
-    def _read(self) -> None:
+    def _take(self, read: Callable[[], list[Event]]) -> None:
         with trace.span("read events"):
-            events = self._devices.read()
+            events = read()
         for event in events:
             with trace.span(f"take {type(event).__name__}"):
                 self._supervisor.take(event, self._devices.present())
         self._set_alarm()
 
     def _look(self) -> None:
+        self._alarm = None
         for event in self._devices.overdue():
             self._supervisor.take(event, ())
         self._set_alarm()
 
     def _set_alarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
         at = self._devices.next_overdue
-        self._alarm = None if at is None else self._loop.call_at(at, self._look)
+        if self._alarm is not None and at != self._alarm.when():
+            self._alarm.cancel()
+            self._alarm = None
+        if self._alarm is None and at is not None:
+            self._alarm = self._loop.call_at(at, self._look)
 
 
 def _give_up(held: list[str], within_s: float) -> NoReturn:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Final
 
@@ -248,6 +249,8 @@ def _pairs(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """
     for name, value in fields.items():
         match value:
+            case str():
+                yield _field_name(name), value
             case None:
                 pass
             case Volume():
@@ -277,6 +280,7 @@ def _pairs(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 _OTHER: Final = re.compile(r"[^A-Z0-9]+")
 
 
+@lru_cache(maxsize=64)
 def _field_name(text: str) -> str:
     """A name that the journal accepts: it drops fields whose name is another's, or no name."""
     return _OTHER.sub("_", text.upper()).lstrip("_0123456789")[:64] or "OTHER"

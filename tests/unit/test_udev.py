@@ -124,13 +124,13 @@ def test_sockets_meant_for_another_process_are_not_taken(monkeypatch: pytest.Mon
 def test_devices_listen_on_the_sockets_that_they_were_handed(handed: list[socket.socket]) -> None:
     found = udev.handed_sockets()
     with closing(udev.Devices("udev", found)) as devices:
-        listened = {inode(fileno) for fileno in devices.filenos()}
+        listened = {inode(fileno) for fileno in devices.readers()}
     assert listened == {inode(opened.fileno()) for opened in handed[:2]}
 
 
 def test_a_handed_socket_that_is_not_listened_to_is_closed(handed: list[socket.socket]) -> None:
     found = udev.handed_sockets()
     with closing(udev.Devices("kernel", found)) as devices:
-        assert [inode(f) for f in devices.filenos()] == [inode(handed[0].fileno())]
+        assert [inode(f) for f in devices.readers()] == [inode(handed[0].fileno())]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(found["udev"])

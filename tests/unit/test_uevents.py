@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import struct
 from contextlib import closing
 
 import pytest
+import pyudev
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,11 +37,18 @@ def message(**changed: bytes) -> bytes:
     return b"\0".join([told["ACTION"] + b"@" + told["DEVPATH"], *pairs, b""])
 
 
-def from_udev(magic: bytes = b"\xfe\xed\xca\xfe", **changed: bytes) -> bytes:
+BLOCK = 0xF0031DB7
+"""MurmurHash2 of the subsystem's name, which udevd sends with each event."""
+
+
+def from_udev(
+    magic: bytes = b"\xfe\xed\xca\xfe", subsystem: int = BLOCK, **changed: bytes
+) -> bytes:
     """As udevd sends it on: a header, then the properties."""
     properties = message(**changed).split(b"\0", 1)[1]
-    header = struct.pack("=8s4sIIIIIII", b"libudev\0", magic, 40, 40, len(properties), 1, 2, 3, 4)
-    return header + properties
+    sizes = struct.pack("=III", 40, 40, len(properties))
+    hashes = struct.pack(">IIII", subsystem, 0, 0, 0)
+    return b"libudev\0" + magic + sizes + hashes + properties
 
 
 def test_a_partitions_event_is_read_the_kernels_and_udevs_alike() -> None:
@@ -92,6 +101,33 @@ def test_an_event_of_udevs_is_believed_if_root_has_sent_it_to_all() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
         udevd.sendto(from_udev(DEVPATH=b"/devices/x/of-a-test"), (0, UDEV_GROUP))
         assert "of-a-test" in {event.name for event in uevents.read(8) if event}
+
+
+def test_udevs_events_of_other_subsystems_do_not_even_wake_anybody() -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        udevd.sendto(from_udev(subsystem=0x12345678), (0, UDEV_GROUP))
+        udevd.sendto(from_udev(), (0, UDEV_GROUP))
+        names = [event.name for event in uevents.read(1) if event]
+        assert names == ["sda1"]
+
+
+def test_events_of_mappings_are_left_out() -> None:
+    path = b"/devices/virtual/block/dm-3"
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        udevd.sendto(from_udev(DEVPATH=path), (0, UDEV_GROUP))
+        assert list(uevents.read(8)) == []
+
+
+def test_the_hash_is_the_one_that_udevd_sends() -> None:
+    monitor = pyudev.Monitor.from_netlink(pyudev.Context())
+    monitor.filter_by("block")
+    monitor.start()
+    program = ctypes.create_string_buffer(8 * 64)
+    count = ctypes.c_uint32(64)
+    found = ctypes.CDLL(None).getsockopt(monitor.fileno(), 1, 26, program, ctypes.byref(count))
+    assert found == 0
+    values = [struct.unpack_from("=HBBI", program, 8 * n)[3] for n in range(count.value)]
+    assert BLOCK in values
 
 
 def test_an_event_of_udevs_that_another_user_has_sent_is_not_believed() -> None:

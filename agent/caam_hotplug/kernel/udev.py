@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -130,9 +130,10 @@ class Devices:
         self._told: dict[str, VolumeId] = {}
         """The volume that was told of last, by the name where it sat."""
 
-    def filenos(self) -> list[int]:
-        """When one of them is readable, `read` has something to give."""
-        return [self._kernel.fileno(), *([] if self._udev is None else [self._udev.fileno()])]
+    def readers(self) -> dict[int, Callable[[], list[Event]]]:
+        """What to call when which file descriptor is readable: a bounded number of events."""
+        found = {self._kernel.fileno(): self.read_kernel}
+        return found if self._udev is None else {**found, self._udev.fileno(): self.read_udev}
 
     def filenos_of_rules(self) -> list[int]:
         """When one of them is readable, udev's rules are to be looked at again."""
@@ -153,11 +154,16 @@ class Devices:
         if self._opt_outs is not None:
             self._opt_outs.look(anew=anew)
 
-    def read(self) -> list[Event]:
-        """The events that wait, a bounded number of them at a time."""
+    def read_kernel(self) -> list[Event]:
+        """What the kernel's events amount to that wait, a bounded number of them."""
         events: list[Event] = []
         for told in self._kernel.read(_EVENTS_PER_READ):
             events += [EventsLost()] if told is None else self._told_by_kernel(told)
+        return events
+
+    def read_udev(self) -> list[Event]:
+        """What udev's events amount to that wait, a bounded number of them."""
+        events: list[Event] = []
         for told in () if self._udev is None else self._udev.read(_EVENTS_PER_READ):
             events += [EventsLost()] if told is None else self._events_of(told)
         return events
@@ -229,15 +235,20 @@ class Devices:
             return
         if volumes.NEVER_MEDIA.match(name):
             return
-        which, before = volumes.present_id(name), self._told.get(name)
+        before, announced = self._told.get(name), None
+        if told.action == "add" and before is None and self._may_announce:
+            announced = volumes.announced_at(name, told.properties.get("PARTNAME"))
+        which = volumes.present_id(name) if announced is None else announced.id
         if which is None or before not in {None, which}:
             yield self._disappeared(name)
         if which is not None and which != before:
             self._await_udev(name)
-            if told.action == "add" and self._opt_outs is not None and not self._opt_outs.may_be:
-                volume = volumes.announced_at(name, told.properties.get("PARTNAME"))
-                if volume is not None:
-                    yield Announced(volume)
+        if announced is not None:
+            yield Announced(announced)
+
+    @property
+    def _may_announce(self) -> bool:
+        return self._opt_outs is not None and not self._opt_outs.may_be
 
     def _appeared(self, volume: Volume) -> Appeared:
         self._untold.pop(volume.name, None)

@@ -7,7 +7,9 @@ in lib/kobject_uevent.c; monitor_netlink_header in systemd's device-monitor.c.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,19 @@ _UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
+_MAPPING: Final = re.compile(rb"DEVPATH=/devices/virtual/block/dm-\d+\0")
+_SO_ATTACH_FILTER: Final = 26
+_ONLY_BLOCK: Final = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x20, 0, 0, 24),  # load the word at 24 of udev's header, a hash of the subsystem
+        (0x15, 0, 1, 0xF0031DB7),  # is it MurmurHash2 of "block"? Else skip one instruction
+        (0x06, 0, 0, 0xFFFFFFFF),  # take the message whole
+        (0x06, 0, 0, 0),  # leave it
+    )
+)
+"""A program for the socket, so that nobody wakes up for a keyboard (bpf.rst,
+sd_device_monitor_filter_update in systemd's device-monitor.c)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,12 @@ class Uevents:
             with suppress(PermissionError):
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
             self._socket.bind((0, group))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        if group == UDEV_GROUP:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            program = ctypes.create_string_buffer(_ONLY_BLOCK)
+            length, address = len(_ONLY_BLOCK) // 8, ctypes.addressof(program)
+            attached = struct.pack("@HP", length, address)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, attached)
         self._socket.setblocking(False)
 
     def fileno(self) -> int:
@@ -71,7 +91,7 @@ class Uevents:
         self._socket.close()
 
     def read(self, most: int) -> Iterator[Uevent | None]:
-        """Of at most so many events that wait, those of block devices.
+        """Of at most so many events that wait, those of block devices other than mappings.
 
         None where some were lost (ENOBUFS in netlink(7)).
         """
@@ -84,7 +104,9 @@ class Uevents:
             except OSError:
                 yield None
                 continue
-            if b"\0SUBSYSTEM=block\0" in message and self._is_believed(sender, ancillary):
+            if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
+                continue
+            if self._is_believed(sender, ancillary):
                 event = parsed(message)
                 if event is not None:
                     yield event

@@ -57,10 +57,10 @@ def announced_at(name: str, partlabel: str | None) -> Volume | None:
 
     The label is as the kernel tells it, which is not always as it is on the medium.
     """
-    volume = volume_at(name, {}, "kernel")
-    if volume is None or volume.devtype is DevType.DISK:
+    if not os.path.exists(f"{_SYS_BLOCK}/{name}/partition"):
         return None
-    return replace(volume, partlabel=partlabel, awaits_udev=True)
+    volume = volume_at(name, {}, "kernel")
+    return None if volume is None else replace(volume, partlabel=partlabel, awaits_udev=True)
 
 
 def volume_at(
