@@ -80,8 +80,9 @@ async def _serve(config: Config, load: Load) -> None:
     def new_lane(name: str) -> Lane:
         return Lane(name, config.stuck_after_s, threads)
 
+    host = Linux(config.blob_directory, config.mount_root)
     around = Surroundings(
-        host=Linux(config.blob_directory, config.mount_root),
+        host=host,
         rules=config.rule,
         new_lane=new_lane,
         dm_lane=new_lane("mappings"),
@@ -95,7 +96,7 @@ async def _serve(config: Config, load: Load) -> None:
     devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
         held.callback(devices.close)
-        left = await sweep(around.host, new_lane("sweep"), around.dm_lane)
+        left = await sweep(host, new_lane("sweep"), around.dm_lane)
         # A key's type must be loaded before the key.
         await around.dm_lane.run(trusted.is_offered, late=lambda _why: None)
         async with Service(board) as service, Supervisor(around, left) as supervisor:
@@ -111,6 +112,7 @@ async def _serve(config: Config, load: Load) -> None:
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
             devices.look_at_rules(anew=True)
+            await around.dm_lane.run(host.prepare, late=lambda _why: None)
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
                 await stopped.wait()

@@ -21,39 +21,53 @@ from typing import IO, Any, Final
 
 _NOTHING: Final = nullcontext()
 _CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_WRITTEN_AT_ONCE: Final = 512
 _STARTTIME: Final = 19
 """Of the fields that follow the name in /proc/self/stat (proc_pid_stat(5))."""
 
 
 class _Timeline:
-    """The events of one process, in a file. Synchronization: any thread."""
+    """The events of one process, in a file. Synchronization: any thread.
+
+    They are written some at a time, since to write one takes as long as what is measured.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
         self._lock = threading.Lock()
         self._threads: set[int] = set()
+        self._unwritten: list[dict[str, Any]] = []
         file.write("[")
 
     def note(self, phase: str, name: str, at: float, **more: Any) -> None:
-        """An event is in the file, or will be when it is closed; `at` in seconds."""
+        """An event is in the file, or will be soon; `at` in seconds."""
         thread = threading.get_native_id()
-        event = {"ph": phase, "name": name, "ts": at * 1e6, "pid": os.getpid(), "tid": thread}
-        with self._lock:
-            if thread not in self._threads:
-                self._threads.add(thread)
-                named = {"name": threading.current_thread().name}
-                self._write({**event, "ph": "M", "name": "thread_name", "args": named})
-            self._write({**event, **more})
+        self._unwritten.append({"ph": phase, "name": name, "ts": at, "tid": thread, **more})
+        if thread not in self._threads:
+            self._threads.add(thread)
+            named = {"name": threading.current_thread().name}
+            self._unwritten.append(
+                {"ph": "M", "name": "thread_name", "ts": at, "tid": thread, "args": named}
+            )
+        if len(self._unwritten) >= _WRITTEN_AT_ONCE:
+            self.write()
 
-    def close(self) -> None:
-        with self._lock:
-            self._file.write("\n{}]\n")
-            self._file.close()
-
-    def _write(self, event: dict[str, Any]) -> None:
+    def write(self) -> None:
+        """All that was noted is in the file."""
         import json  # noqa: PLC0415  only needed here
 
-        self._file.write(f"\n{json.dumps(event)},")
+        with self._lock:
+            count, pid = len(self._unwritten), os.getpid()
+            for event in self._unwritten[:count]:
+                event.update(pid=pid, ts=event["ts"] * 1e6)
+                self._file.write(f"\n{json.dumps(event)},")
+            del self._unwritten[:count]
+            self._file.flush()
+
+    def close(self) -> None:
+        self.write()
+        self._file.write("\n{}]\n")
+        self._file.close()
 
 
 _running: list[_Timeline] = []

@@ -67,7 +67,7 @@ def test_a_file_whose_writer_was_killed_can_be_closed_by_a_reader(tmp_path: Path
     file = tmp_path / "trace"
     with trace.written_to(file):
         trace.mark("plugged")
-        trace._running[0]._file.flush()
+        trace._running[0].write()
         cut = file.read_text()
     assert json.loads(f"{cut.rstrip().rstrip(',')}]")[-1]["name"] == "plugged"
 

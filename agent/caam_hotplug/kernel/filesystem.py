@@ -115,6 +115,11 @@ def _blkid() -> _Probe:
     return _loaded[0]
 
 
+def prepare() -> None:
+    """libblkid is open. Raises: OSError if it is not installed."""
+    _blkid()
+
+
 def probe(node: str, allowed: Sequence[str]) -> str | None:
     """The type of the filesystem on the device, if it is one of those allowed, else None.
 

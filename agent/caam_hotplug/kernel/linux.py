@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -52,6 +52,17 @@ class Linux:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
+
+    def prepare(self) -> None:
+        """What the first medium would wait for is there: libraries, and the kernel's modules.
+
+        What is missing the first medium tells, which is asked for nothing if none ever comes.
+        Lane: dm.
+        """
+        with suppress(HotplugError, OSError):
+            filesystem.prepare()
+        with suppress(HotplugError, OSError):
+            devmapper.target_version("crypt")
 
     def is_present(self, volume: Volume) -> bool:
         """Whether the volume still sits where it sat."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from caam_hotplug import names
@@ -74,16 +75,17 @@ def volume_at(
 
     try:
         place = _Place(name, sys_block)
-        disk = place.disk
+        disk = _disk(place.disk, place.id.diskseq)
         return place.volume(
+            disk,
             partlabel=text("ID_PART_ENTRY_NAME"),
             partuuid=text("ID_PART_ENTRY_UUID"),
             parttype=text("ID_PART_ENTRY_TYPE"),
             label=text("ID_FS_LABEL_ENC") or text("ID_FS_LABEL"),
             uuid=text("ID_FS_UUID_ENC") or text("ID_FS_UUID"),
-            serial=text("ID_SERIAL_SHORT") or _serial(disk, text("ID_SERIAL")),
-            vendor=_plain(text("ID_VENDOR_ENC") or _attribute(f"{disk}/device/vendor")),
-            model=_plain(text("ID_MODEL_ENC") or _model(disk)),
+            serial=text("ID_SERIAL_SHORT") or text("ID_SERIAL") or disk.serial,
+            vendor=_plain(text("ID_VENDOR_ENC") or disk.vendor),
+            model=_plain(text("ID_MODEL_ENC") or disk.model),
             path=text("ID_PATH"),
             opted_out=properties.get(names.UDEV_OPT_OUT) == "0",
             identified=source == "udev",
@@ -115,20 +117,42 @@ class _Place:
         if not self._size:
             raise ValueError("no medium is in the reader")
 
-    def volume(self, **told: Any) -> Volume:
+    def volume(self, disk: _Disk, **told: Any) -> Volume:
         """The volume with all that was told of it. Raises: OSError."""
-        bus = _bus(self.disk)
         return Volume(
             id=self.id,
             name=self._name,
             number=self._number,
             devtype=DevType.DISK if self.disk is self._folder else DevType.PARTITION,
             size=self._size,
-            bus=bus,
-            removable=_is_removable(self.disk, bus),
+            bus=disk.bus,
+            removable=disk.removable,
             read_only=_is_set(f"{self._folder}/ro") or _attribute(f"{self.disk}/ro") == "1",
             **told,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """What sysfs says of a disk, which stays the same while it is there."""
+
+    bus: Bus
+    removable: bool
+    serial: str | None
+    vendor: str | None
+    model: str | None
+
+
+@lru_cache(maxsize=64)  # a disk and its partitions, each told of by the kernel and by udev
+def _disk(folder: str, _diskseq: int) -> _Disk:
+    bus = _bus(folder)
+    return _Disk(
+        bus=bus,
+        removable=_is_removable(folder, bus),
+        serial=_serial(folder),
+        vendor=_attribute(f"{folder}/device/vendor"),
+        model=_attribute(f"{folder}/device/model") or _attribute(f"{folder}/device/name"),
+    )
 
 
 def _text(file: str) -> str:
@@ -161,10 +185,6 @@ def _attribute(file: str) -> str | None:
         return None
 
 
-def _model(disk: str) -> str | None:
-    return _attribute(f"{disk}/device/model") or _attribute(f"{disk}/device/name")
-
-
 def _is_removable(disk: str, bus: Bus) -> bool:
     """Whether people plug it: the kernel's flag, or a bus whose disks mostly lack it.
 
@@ -175,12 +195,10 @@ def _is_removable(disk: str, bus: Bus) -> bool:
     return bus is Bus.USB or _attribute(f"{disk}/removable") == "1"
 
 
-def _serial(disk: str, otherwise: str | None) -> str | None:
-    """The serial number where udev gives none of its own: an SD card's, a USB device's."""
-    return (
-        otherwise
-        or _attribute(f"{disk}/device/serial")
-        or next((s for up in _above(disk) if (s := _attribute(f"{up}/serial"))), None)
+def _serial(disk: str) -> str | None:
+    """The serial number where udev gives none: an SD card's, a USB device's."""
+    return _attribute(f"{disk}/device/serial") or next(
+        (serial for up in _above(disk) if (serial := _attribute(f"{up}/serial"))), None
     )
 
 

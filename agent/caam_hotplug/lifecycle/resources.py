@@ -334,17 +334,17 @@ async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
     host = steps.host
     if steps.leave.keeps:
         return
-    remove = partial(host.remove_mount_point, name)
-    async with AsyncExitStack() as then:  # each happens whether or not one before it failed
-        then.push_async_callback(steps.call, "remove the mount point", remove)
-        there = mounts_at(host, name)
-        found = _of(mapping, there)
-        if found is None:
-            return
-        then.push_async_callback(_unmount_or_detach, steps, name, mapping)
+    there = mounts_at(host, name)
+    found = _of(mapping, there)
+    if found is None:
+        await steps.call("remove the mount point", host.remove_mount_point, name)
+        return
+    try:
         await _uncover(steps, name, mapping, there)
         if not steps.leave.gone and not found.read_only:
             await steps.call("flush", host.flush, name, mapping.node)
+    finally:
+        await _unmount_or_detach(steps, name, mapping)
 
 
 async def _uncover(steps: Steps, name: str, mapping: Mapping, there: Sequence[Mount]) -> None:
@@ -358,11 +358,23 @@ async def _uncover(steps: Steps, name: str, mapping: Mapping, there: Sequence[Mo
 
 async def _unmount_or_detach(steps: Steps, name: str, mapping: Mapping) -> None:
     host = steps.host
-    try:
-        await steps.call("unmount", host.unmount, name)
-    except MountError as error:
-        log.warning("%s; detaching it from the tree", error, extra=fields("busy", MOUNT_POINT=name))
-        await steps.call("detach", host.unmount, name, lazily=True)
+
+    def unmount() -> MountError | None:
+        try:
+            host.unmount(name)
+        except MountError as error:
+            return error
+        host.remove_mount_point(name)
+        return None
+
+    refusal = await steps.call("unmount", unmount)
+    if refusal is not None:
+        said = fields("busy", MOUNT_POINT=name)
+        log.warning("%s; detaching it from the tree", refusal, extra=said)
+        try:
+            await steps.call("detach", host.unmount, name, lazily=True)
+        finally:
+            await steps.call("remove the mount point", host.remove_mount_point, name)
     if (left := _of(mapping, mounts_at(host, name))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
 
