@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,26 @@ async def test_without_udevd_the_kernels_own_events_serve(
     await agent.until_said("cartridge-01.*removed-unsafely")
     assert await agent.leftovers() == []
     await guest.run("systemctl", "start", *UDEVD)
+
+
+async def test_a_run_by_hand_writes_a_timeline(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.stop()
+    command = ["caam-hotplug", "run", "--trace", "/tmp/caam-hotplug.trace"]
+    await guest.run("systemd-run", "--unit=traced", "--collect", *command)
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await stick.pull()
+    await guest.until_unmounted(POINT)
+    await guest.run("systemctl", "kill", "--signal=INT", "traced")
+    await guest.until("! systemctl is-active --quiet traced")
+    events = [event for event in json.loads(await guest.read(command[-1])) if event]
+    steps = [event["name"] for event in events if event["ph"] == "b"]
+    assert steps.index("identify") < steps.index("mount") < steps.index("unmount")
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert spans["start Python"]["ts"] < spans["import caam_hotplug.daemon"]["ts"]
+    late = [event for event in events if event["name"].startswith("import ")]
+    first = next(event for event in events if event["name"] == "take Announced")
+    assert [event["name"] for event in late if event["ts"] > first["ts"]] == ["import the blob"]
+    assert await agent.leftovers() == []
