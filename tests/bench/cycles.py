@@ -5,7 +5,7 @@
 Runs in the guest, as root, with nothing else that would serve the medium; `vm/bench.py` prepares
 that. A system runs alone while it is measured: it is started, serves the medium once without being
 measured, then some times with, and is stopped. Then it is the next one's turn; every second round
-goes backwards.
+goes backwards. What a system leaves behind is noted, and taken away before the next cycle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Final
 from bench.systems import (
     CGROUP,
     LABEL,
-    POINT,
+    MOUNT_ROOT,
     SLICE,
     SYSTEMS,
     System,
@@ -37,43 +37,65 @@ from kernel.witness import run
 IN_A_TURN: Final = 3
 WHOLE_GUEST: Final = Path("/sys/fs/cgroup")
 
-Cycle = dict[str, float]
-"""What was measured of a medium that came and went, in milliseconds and KiB."""
+Cycle = dict[str, Any]
+"""What was measured of a medium that came and went, in milliseconds and KiB, and what was `left`.
+
+None stands for what never came.
+"""
 
 
 class Wrong(Exception):  # noqa: N818  a medium was served in a wrong way, which is no figure
     """A system has not served the medium as it should."""
 
 
-def measured(watcher: Watcher, medium: Cartridge) -> Cycle:
+def measured(system: System, watcher: Watcher, medium: Cartridge) -> Cycle:
     """The medium was plugged, mounted, pulled, and nothing of it is left.
 
     Raises: NothingHappenedError; Wrong.
     """
+    point = system.point(LABEL)
     own, guest = cpu_s(CGROUP), cpu_s(WHOLE_GUEST)
-    up = watcher.arrival(medium.plug)
+    up = watcher.arrival(medium.plug, point)
     watcher.settle()
-    if (POINT / HELLO).read_bytes() != TEXT:
-        raise Wrong(f"what is mounted at {POINT} is not the medium")
-    down = watcher.departure(medium.pull)
+    if (point / HELLO).read_bytes() != TEXT:
+        raise Wrong(f"what is mounted at {point} is not the medium")
+    memory = memory_kib()
+    down = watcher.departure(medium.pull, system.stays)
     watcher.settle()
     own, guest = cpu_s(CGROUP) - own, cpu_s(WHOLE_GUEST) - guest
-    memory = memory_kib()
-    gone = down["kernel remove"]
+    left = [moment.removesuffix(" gone") for moment in GONE if moment not in down]
+    if left:
+        take_away(point)
+    gone = {moment: down[moment] - down["kernel remove"] for moment in GONE if moment in down}
+    last = max(gone.values(), default=None)
     seconds = {
         "plugged_to_kernel_add": up["kernel add"] - up["plugged"],
         "kernel_add_to_udev_add": up["udev add"] - up["kernel add"],
         "kernel_add_to_mounted": up["mounted"] - up["kernel add"],
         "udev_add_to_mounted": up["mounted"] - up["udev add"],
-        "removed_to_unmounted": down["unmounted"] - gone,
-        "removed_to_mapping_gone": down["mapping gone"] - gone,
-        "removed_to_key_gone": down["key gone"] - gone,
-        "removed_to_nothing_left": max(down[moment] for moment in GONE) - gone,
+        "removed_to_unmounted": gone.get("unmounted"),
+        "removed_to_mapping_gone": gone.get("mapping gone"),
+        "removed_to_key_gone": gone.get("key gone"),
+        "removed_to_nothing_left": None if left else last,
+        "removed_to_rest_gone": last,
         "own_cpu": own,
         "guest_cpu": guest,
     }
-    figures = {name: round(value * 1000, 3) for name, value in seconds.items()}
-    return {**figures, "rss_kib": memory["Rss"], "pss_kib": memory["Pss"]}
+    figures = {
+        name: None if value is None else round(value * 1000, 3) for name, value in seconds.items()
+    }
+    return {**figures, "rss_kib": memory["Rss"], "pss_kib": memory["Pss"], "left": left}
+
+
+def take_away(point: Path) -> None:
+    """No mount, mapping and mount point of the medium is there."""
+    while point.is_mount():
+        run("umount", "--lazy", str(point))
+    for name in run("dmsetup", "info", "-c", "--noheadings", "-o", "name").split("\n"):
+        if name and name != "No devices found":
+            run("dmsetup", "remove", "--retry", "--force", name)
+    if point.exists():
+        point.rmdir()
 
 
 def turn(system: System, count: int, watcher: Watcher, medium: Cartridge) -> list[Cycle]:
@@ -83,7 +105,7 @@ def turn(system: System, count: int, watcher: Watcher, medium: Cartridge) -> lis
     """
     with system.running():
         try:
-            return [measured(watcher, medium) for _ in range(count + 1)][1:]
+            return [measured(system, watcher, medium) for _ in range(count + 1)][1:]
         except (NothingHappenedError, Wrong) as error:
             journal = run("journalctl", "-n", "30", "--no-pager")
             print(f"{system.what}: {error}\n{journal}", flush=True)
@@ -112,8 +134,8 @@ def main() -> int:
         run("systemctl", "start", SLICE)
         held.callback(run, "systemctl", "stop", SLICE)
         (medium,) = held.enter_context(cartridges([LABEL]))
-        POINT.parent.mkdir(mode=0o755, exist_ok=True)
-        watcher = Watcher(POINT)
+        MOUNT_ROOT.mkdir(mode=0o755, exist_ok=True)
+        watcher = Watcher()
         held.callback(watcher.close)
         for number, count in enumerate(rounds(options.cycles)):
             order = options.systems if number % 2 == 0 else options.systems[::-1]

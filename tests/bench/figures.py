@@ -12,6 +12,9 @@ from xml.sax.saxutils import escape
 LIMIT: Final = "L"
 AGENT: Final = "agent"
 
+Figure = dict[str, Any]
+"""Median, 95th percentile, least, most and ratio of a column; None where there is none."""
+
 Report = dict[str, Any]
 """As bench/cycles.py writes it, and `with_figures` adds to it."""
 
@@ -27,8 +30,10 @@ class Column:
     spreads: bool = True
     """Whether the table has its 95th percentile."""
 
-    def told(self, value: float) -> str:
+    def told(self, value: float | None) -> str:
         """The value in the column's unit."""
+        if value is None:
+            return "never"
         shown = value / self.divisor
         return f"{shown:.0f}" if shown >= 100 or shown == 0 else f"{shown:.1f}"
 
@@ -69,14 +74,16 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[max(1, math.ceil(len(values) * percent / 100)) - 1]
 
 
-def figures(values: Sequence[float]) -> dict[str, float]:
-    """What a column has of a system's cycles."""
-    return {
-        "median": statistics.median(values),
-        "p95": percentile(values, 95),
-        "min": min(values),
-        "max": max(values),
+def figures(values: Sequence[float | None]) -> dict[str, float | None]:
+    """What a column has of a system's cycles; None, what never came, is later than all that did."""
+    times = [math.inf if value is None else value for value in values]
+    found = {
+        "median": statistics.median(times),
+        "p95": percentile(times, 95),
+        "min": min(times),
+        "max": max(times),
     }
+    return {name: None if value == math.inf else value for name, value in found.items()}
 
 
 def with_figures(report: Report) -> Report:
@@ -87,17 +94,18 @@ def with_figures(report: Report) -> Report:
             "figures": {
                 key: figures([cycle[key] for cycle in system["cycles"]])
                 for key in system["cycles"][0]
+                if key != "left"
             },
+            "left": sorted({thing for cycle in system["cycles"] for thing in cycle["left"]}),
         }
         for name, system in report["systems"].items()
     }
     limit = systems.get(LIMIT)
     for system in systems.values():
         for key, figure in system["figures"].items():
+            base = None if limit is None else limit["figures"][key]["median"]
             figure["ratio"] = (
-                figure["median"] / limit["figures"][key]["median"]
-                if limit is not None and limit["figures"][key]["median"]
-                else None
+                figure["median"] / base if base and figure["median"] is not None else None
             )
     done = {**report, "systems": systems}
     return {**done, "noise": noise(done), "goals": goals(done)}
@@ -114,7 +122,7 @@ def noise(report: Report) -> dict[str, float] | None:
     return {
         column.key: found[column.key]["max"] / found[column.key]["min"]
         for column in TIMES
-        if found[column.key]["min"] > 0
+        if found[column.key]["min"] and found[column.key]["max"]
     }
 
 
@@ -127,7 +135,10 @@ def goals(report: Report) -> list[dict[str, Any]]:
     found = []
     for goal in GOALS:
         figure, column = systems[AGENT]["figures"][goal.column], columns[goal.column]
-        value = figure["ratio"] if goal.to_limit else figure["median"] / column.divisor
+        if figure["median"] is None:
+            value = math.inf
+        else:
+            value = figure["ratio"] if goal.to_limit else figure["median"] / column.divisor
         if value is not None:
             unit = f"x {LIMIT}" if goal.to_limit else column.unit
             found.append(
@@ -162,6 +173,7 @@ def table(report: Report) -> str:
         *(_line(cells, widths) for cells in rows),
         "",
         *(f"{name.ljust(widths[0])}  {system['what']}" for name, system in systems.items()),
+        *(_leaves(name, system) for name, system in systems.items() if system["left"]),
     ]
     if report["goals"]:
         lines += ["", *map(_goal, report["goals"])]
@@ -205,9 +217,17 @@ def _cell(system: dict[str, Any], column: Column) -> str:
     return f"{_told(figure, column)}{ratio}"
 
 
-def _told(figure: dict[str, float], column: Column) -> str:
+def _told(figure: Figure, column: Column) -> str:
     median = column.told(figure["median"])
-    return f"{median} ({column.told(figure['p95'])})" if column.spreads else median
+    spreads = column.spreads and figure["median"] is not None
+    return f"{median} ({column.told(figure['p95'])})" if spreads else median
+
+
+def _leaves(name: str, system: dict[str, Any]) -> str:
+    """What of a pulled medium is there for good, and how soon all else is gone."""
+    column = Column("removed_to_rest_gone", "", "ms")
+    rest = _told(system["figures"][column.key], column)
+    return f"{name} leaves behind: {', '.join(system['left'])}; all else is gone after {rest} ms"
 
 
 def _goal(goal: dict[str, Any]) -> str:
@@ -226,7 +246,8 @@ def chart(report: Report) -> str:
     systems = report["systems"]
     parts, top = [], 40
     for column in TIMES:
-        most = max(system["figures"][column.key]["p95"] for system in systems.values())
+        ends = [system["figures"][column.key]["p95"] for system in systems.values()]
+        most = max((end for end in ends if end is not None), default=1)
         parts.append(_text(_LEFT, top, f"{column.title}, {column.unit}", "start", bold=True))
         for name, system in systems.items():
             top += _STEP
@@ -241,7 +262,10 @@ def chart(report: Report) -> str:
     )
 
 
-def _bar(top: int, name: str, figure: dict[str, float], column: Column, scale: float) -> list[str]:
+def _bar(top: int, name: str, figure: Figure, column: Column, scale: float) -> list[str]:
+    if figure["p95"] is None:
+        told = "never" if figure["median"] is None else _told(figure, column)
+        return [_text(_LEFT - 8, top, name, "end"), _text(_LEFT + 8, top, told, "start")]
     median, p95 = figure["median"] * scale, figure["p95"] * scale
     middle = top - _BAR // 2 + 4
     colour = {LIMIT: "#888888", AGENT: "#1b6ca8"}.get(name, "#c9a227")

@@ -2,17 +2,18 @@
 /*
  * The limit: what the kernel and udev take when whoever serves a medium takes next to nothing.
  *
- *   limit LABEL BLOB MOUNT_POINT
+ *   limit LABELS BLOBS MOUNT_ROOT
  *
- * It waits for udev's event of a partition with this GPT label, makes the kernel calls that the
- * agent makes, and spawns nothing: the blob becomes a tagged key, the key a logon key, that a
- * mapping, and its ext4 is mounted. When the kernel tells that the partition has gone, mount,
- * mapping and mount point go. It serves one medium, trusts it, and gives up at the first error:
- * it is to be measured against, not to be used.
+ * It waits for udev's events of partitions whose GPT label the pattern matches, makes the kernel
+ * calls that the agent makes, and spawns nothing: BLOBS/LABEL.bb becomes a tagged key, the key a
+ * logon key, that a mapping, and its ext4 is mounted at MOUNT_ROOT/LABEL. When the kernel tells that
+ * the partition has gone, mount, mapping and mount point go. It serves one medium after the other,
+ * trusts them, and gives up at the first error: it is to be measured against, not to be used.
  */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <linux/dm-ioctl.h>
 #include <linux/keyctl.h>
 #include <linux/netlink.h>
@@ -33,13 +34,14 @@
 #include <unistd.h>
 
 /* The prefixes are those of measurements: the udev rule keeps udev from opening such a mapping. */
-#define DM_NAME_OF_OURS "caam-bench-limit"
-#define DM_UUID_OF_OURS "CAAM-BENCH-limit"
+#define DM_NAME_OF_OURS "caam-bench-limit-%s"
+#define DM_UUID_OF_OURS "CAAM-BENCH-limit-%s"
 #define KEY_OF_OURS "caam-bench:limit"
 
 #define GROUP_KERNEL 1 /* groups of kobject-uevent: device-monitor.c in systemd */
 #define GROUP_UDEV 2
 #define EVENT_MAX_BYTES 8192
+#define VOLUMES_MAX 256
 #define TAGGED_KEY_MAX_BYTES (20 + 64 + 12) /* tag header, key, overhead of ccm */
 #define TAGGED_BLOB_MAX_BYTES (TAGGED_KEY_MAX_BYTES + 48)
 
@@ -70,8 +72,12 @@ static struct {
 	char parameters[512];
 } dm;
 
-static const char *label, *blob_file, *mount_point;
-static char served[64]; /* the partition's name, or "" */
+static struct volume {
+	char name[32]; /* the partition's; "" if nothing is served here */
+	char point[256];
+} volumes[VOLUMES_MAX];
+
+static const char *labels, *blobs, *mount_root;
 
 __attribute__((format(printf, 1, 2))) static void die(const char *what, ...)
 {
@@ -128,24 +134,25 @@ static unsigned long long sectors_of(const char *name)
 	return strtoull(text, NULL, 10);
 }
 
-static uint32_t import_key(char key[TAGGED_KEY_MAX_BYTES])
+static uint32_t import_key(const char *label, char key[TAGGED_KEY_MAX_BYTES])
 {
-	char blob[TAGGED_BLOB_MAX_BYTES];
+	char path[256], blob[TAGGED_BLOB_MAX_BYTES];
 	struct keygen_cmd cmd = {
 		.black_key_len = TAGGED_KEY_MAX_BYTES,
 		.black_key = (uintptr_t)key,
-		.blob_len = read_file(blob_file, blob, sizeof(blob)),
 		.blob = (uintptr_t)blob,
 	};
 	int device = open("/dev/caam-keygen", O_RDWR | O_CLOEXEC);
 
+	snprintf(path, sizeof(path), "%s/%s.bb", blobs, label);
+	cmd.blob_len = read_file(path, blob, sizeof(blob));
 	if (device < 0 || ioctl(device, KEYGEN_IOCTL_IMPORT, &cmd))
-		die("import %s", blob_file);
+		die("import %s", path);
 	close(device);
 	return cmd.black_key_len;
 }
 
-static void dm_call(unsigned long request, uint32_t flags, uint32_t targets)
+static void dm_call(unsigned long request, const char *name, uint32_t flags, uint32_t targets)
 {
 	static int control = -1;
 
@@ -157,19 +164,20 @@ static void dm_call(unsigned long request, uint32_t flags, uint32_t targets)
 		.data_start = offsetof(typeof(dm), target),
 		.target_count = targets,
 		.flags = flags,
-		.name = DM_NAME_OF_OURS,
 	};
+	snprintf(dm.head.name, sizeof(dm.head.name), DM_NAME_OF_OURS, name);
 	if (request == DM_DEV_CREATE)
-		strcpy(dm.head.uuid, DM_UUID_OF_OURS);
+		snprintf(dm.head.uuid, sizeof(dm.head.uuid), DM_UUID_OF_OURS, name);
 	if (control < 0 || ioctl(control, request, &dm))
-		die("device-mapper's call %lu", request & 0xff);
+		die("device-mapper's call %lu for %s", request & 0xff, name);
 }
 
 /* Returns the minor number of the live mapping. */
-static unsigned int map(const char *name, const char *major, const char *minor_of_it)
+static unsigned int map(const char *name, const char *label, const char *major,
+			const char *minor_of_it)
 {
 	char key[TAGGED_KEY_MAX_BYTES];
-	uint32_t len = import_key(key);
+	uint32_t len = import_key(label, key);
 	long serial = syscall(SYS_add_key, "logon", KEY_OF_OURS, key, (size_t)len,
 			      KEY_SPEC_SESSION_KEYRING);
 	unsigned int number;
@@ -177,67 +185,80 @@ static unsigned int map(const char *name, const char *major, const char *minor_o
 	explicit_bzero(key, sizeof(key));
 	if (serial < 0)
 		die("add the key");
-	dm_call(DM_DEV_CREATE, 0, 0);
+	dm_call(DM_DEV_CREATE, name, 0, 0);
 	dm.target = (struct dm_target_spec){ .length = sectors_of(name), .target_type = "crypt" };
 	snprintf(dm.parameters, sizeof(dm.parameters),
 		 "capi:tk(cbc(aes))-plain :%u:logon:" KEY_OF_OURS " 0 %s:%s 0", len, major,
 		 minor_of_it);
-	dm_call(DM_TABLE_LOAD, DM_SECURE_DATA_FLAG, 1);
+	dm_call(DM_TABLE_LOAD, name, DM_SECURE_DATA_FLAG, 1);
 	/* dm-crypt has its copy: crypt_set_keyring_key in dm-crypt.c */
 	if (syscall(SYS_keyctl, KEYCTL_UNLINK, serial, KEY_SPEC_SESSION_KEYRING))
 		die("unlink the key");
-	dm_call(DM_DEV_SUSPEND, 0, 0); /* without DM_SUSPEND_FLAG it resumes */
+	dm_call(DM_DEV_SUSPEND, name, 0, 0); /* without DM_SUSPEND_FLAG it resumes */
 	number = minor(dm.head.dev);
 	return number;
 }
 
-static void arrive(const char *at, const char *end)
+/* Where this partition is served, by its name; "" finds a free place. NULL if there is none. */
+static struct volume *find(const char *name)
 {
-	const char *name = strrchr(property(at, end, "DEVNAME"), '/');
-	char node[32];
-
-	if (served[0] || !name)
-		return;
-	snprintf(served, sizeof(served), "%s", name + 1);
-	snprintf(node, sizeof(node), "/dev/dm-%u",
-		 map(served, property(at, end, "MAJOR"), property(at, end, "MINOR")));
-	if (mkdir(mount_point, 0500) && errno != EEXIST)
-		die("make %s", mount_point);
-	if (mount(node, mount_point, "ext4", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
-		die("mount %s", mount_point);
+	for (struct volume *at = volumes; at < volumes + VOLUMES_MAX; at++)
+		if (!strcmp(at->name, name))
+			return at;
+	return NULL;
 }
 
-static void depart(void)
+static void arrive(const char *label, const char *at, const char *end)
 {
-	if (umount2(mount_point, UMOUNT_NOFOLLOW))
-		die("unmount %s", mount_point);
-	dm_call(DM_DEV_REMOVE, DM_DEFERRED_REMOVE, 0);
-	if (rmdir(mount_point))
-		die("remove %s", mount_point);
-	served[0] = '\0';
+	const char *name = strrchr(property(at, end, "DEVNAME"), '/');
+	struct volume *volume = find("");
+	char node[32];
+
+	if (!name || !volume || find(name + 1))
+		return;
+	snprintf(volume->name, sizeof(volume->name), "%s", name + 1);
+	snprintf(volume->point, sizeof(volume->point), "%s/%s", mount_root, label);
+	snprintf(node, sizeof(node), "/dev/dm-%u",
+		 map(volume->name, label, property(at, end, "MAJOR"), property(at, end, "MINOR")));
+	if (mkdir(volume->point, 0500) && errno != EEXIST)
+		die("make %s", volume->point);
+	if (mount(node, volume->point, "ext4", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
+		die("mount %s", volume->point);
+}
+
+static void depart(struct volume *volume)
+{
+	if (umount2(volume->point, UMOUNT_NOFOLLOW))
+		die("unmount %s", volume->point);
+	dm_call(DM_DEV_REMOVE, volume->name, DM_DEFERRED_REMOVE, 0);
+	if (rmdir(volume->point))
+		die("remove %s", volume->point);
+	volume->name[0] = '\0';
 }
 
 static void told_by_udev(const char *event, const char *end)
 {
 	const struct udev_header *header = (const void *)event;
-	const char *at;
+	const char *at, *label;
 
 	if (end - event < (ptrdiff_t)sizeof(*header) || strcmp(header->prefix, "libudev") ||
 	    header->magic != htonl(UDEV_MAGIC) || header->properties_off > end - event)
 		return;
 	at = event + header->properties_off;
+	label = property(at, end, "ID_PART_ENTRY_NAME");
 	if (!strcmp(property(at, end, "ACTION"), "add") &&
-	    !strcmp(property(at, end, "DEVTYPE"), "partition") &&
-	    !strcmp(property(at, end, "ID_PART_ENTRY_NAME"), label))
-		arrive(at, end);
+	    !strcmp(property(at, end, "DEVTYPE"), "partition") && !fnmatch(labels, label, 0))
+		arrive(label, at, end);
 }
 
 static void told_by_kernel(const char *event, const char *end)
 {
-	if (served[0] && !strcmp(property(event, end, "ACTION"), "remove") &&
-	    !strcmp(property(event, end, "SUBSYSTEM"), "block") &&
-	    !strcmp(property(event, end, "DEVNAME"), served))
-		depart();
+	const char *name = property(event, end, "DEVNAME");
+	struct volume *volume = name[0] ? find(name) : NULL;
+
+	if (volume && !strcmp(property(event, end, "ACTION"), "remove") &&
+	    !strcmp(property(event, end, "SUBSYSTEM"), "block"))
+		depart(volume);
 }
 
 static void hear(int listener, void (*told)(const char *event, const char *end))
@@ -275,12 +296,12 @@ int main(int argc, char **argv)
 	struct pollfd heard[2] = { { .events = POLLIN }, { .events = POLLIN } };
 
 	if (argc != 4) {
-		fputs("usage: limit LABEL BLOB MOUNT_POINT\n", stderr);
+		fputs("usage: limit LABELS BLOBS MOUNT_ROOT\n", stderr);
 		return 2;
 	}
-	label = argv[1];
-	blob_file = argv[2];
-	mount_point = argv[3];
+	labels = argv[1];
+	blobs = argv[2];
+	mount_root = argv[3];
 	heard[0].fd = listen_to(GROUP_KERNEL);
 	heard[1].fd = listen_to(GROUP_UDEV);
 	say_ready();

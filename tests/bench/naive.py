@@ -1,10 +1,11 @@
 """P: what one writes first. A loop over pyudev that runs the board's tools, one after the other.
 
-python3 naive.py LABEL MOUNT_POINT
+python3 naive.py LABELS MOUNT_ROOT
 """
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import socket
 import subprocess
@@ -48,18 +49,19 @@ def say_ready() -> None:
 
 
 def main() -> None:
-    """Serves the medium until it is killed."""
-    label, point = sys.argv[1:]
+    """Serves media until it is killed."""
+    labels, root = sys.argv[1:]
     monitor = pyudev.Monitor.from_netlink(pyudev.Context())
     monitor.filter_by("block", "partition")
     monitor.start()
     say_ready()
     for device in iter(monitor.poll, None):
-        if device.properties.get("ID_PART_ENTRY_NAME") == label:
+        label = device.properties.get("ID_PART_ENTRY_NAME", "")
+        if fnmatch.fnmatchcase(label, labels):
             if device.action == "add":
-                arrive(label, point, device.device_node)
+                arrive(label, f"{root}/{label}", device.device_node)
             elif device.action == "remove":
-                depart(label, point)
+                depart(label, f"{root}/{label}")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ of a mapping's removal precedes its end (dev_remove in drivers/md/dm-ioctl.c), a
 from __future__ import annotations
 
 import gc
+import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 DEADLINE_S: Final = 60
+LEFT_AFTER_S: Final = 10
+"""What has not gone so long after the medium was pulled is left behind: a second is long."""
 LOOKED_FOR_EVERY_S: Final = 0.002
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
@@ -27,6 +30,7 @@ SO_RCVBUFFORCE: Final = 33
 UDEV_QUEUE: Final = Path("/run/udev/queue")
 """There while udevd has events to handle (udev_queue_get_queue_is_empty in libudev)."""
 BLOCKS: Final = Path("/sys/class/block")
+KEYS: Final = Path("/proc/keys")
 
 GONE: Final = ("unmounted", "mapping gone", "key gone", "directory gone")
 """The moments after which nothing is left."""
@@ -64,9 +68,10 @@ def logon_keys(listed: bytes) -> int:
 class Watcher:
     """Sees one medium come and go; no other may meanwhile."""
 
-    def __init__(self, point: Path) -> None:
-        """`point`: where the medium is to be mounted."""
-        self._point = point
+    def __init__(self) -> None:
+        self._point = Path("/")
+        self._before = (0, 0)
+        """Mappings and logon keys that were there before the medium came."""
         self._seen: dict[str, float] = {}
         self._sockets = {"kernel": _listener(KERNEL_GROUP), "udev": _listener(UDEV_GROUP)}
         self._mountinfo = open("/proc/self/mountinfo", "rb")  # noqa: SIM115  closed in close()
@@ -75,7 +80,6 @@ class Watcher:
             self._poll.register(listener, select.POLLIN)
         self._poll.register(self._mountinfo, select.POLLPRI | select.POLLERR)
         self._is_mounted = False
-        self._look_at_mounts(time.monotonic())
 
     def close(self) -> None:
         """Nothing is listened to any more."""
@@ -83,19 +87,32 @@ class Watcher:
             listener.close()
         self._mountinfo.close()
 
-    def arrival(self, plug: Callable[[], None]) -> dict[str, float]:
-        """When the medium was plugged, told of by the kernel and by udev, and mounted.
+    def arrival(self, plug: Callable[[], None], point: Path) -> dict[str, float]:
+        """When the medium was plugged, told of by the kernel and by udev, and mounted there.
 
         Raises: NothingHappenedError.
         """
-        return self._watched(plug, "plugged", ("kernel add", "udev add", "mounted"))
+        self._point = point
+        self._look_at_mounts(time.monotonic())
+        self._before = (mappings(), logon_keys(KEYS.read_bytes()))
+        awaited = ("kernel add", "udev add", "mounted")
+        seen = self._watched(plug, "plugged", awaited, DEADLINE_S)
+        if missing := [moment for moment in awaited if moment not in seen]:
+            raise NothingHappenedError(f"not seen within {DEADLINE_S} s: {', '.join(missing)}")
+        return seen
 
-    def departure(self, pull: Callable[[], None]) -> dict[str, float]:
+    def departure(self, pull: Callable[[], None], stays: Sequence[str] = ()) -> dict[str, float]:
         """When the kernel told of the removal, and when mount, mapping, key and directory went.
 
+        What is left behind has no moment; what `stays` as a matter of course is not waited for.
+
         Raises: NothingHappenedError.
         """
-        return self._watched(pull, "pulled", ("kernel remove", *GONE))
+        awaited = ("kernel remove", *(moment for moment in GONE if moment not in stays))
+        seen = self._watched(pull, "pulled", awaited, LEFT_AFTER_S)
+        if "kernel remove" not in seen:
+            raise NothingHappenedError("the kernel has not told of the removal")
+        return seen
 
     def settle(self) -> None:
         """udevd has nothing more to do. Raises: NothingHappenedError."""
@@ -106,17 +123,14 @@ class Watcher:
             self._wait(0.02)
 
     def _watched(
-        self, act: Callable[[], None], begun: str, awaited: tuple[str, ...]
+        self, act: Callable[[], None], begun: str, awaited: Sequence[str], within_s: float
     ) -> dict[str, float]:
         self._wait(0)
         self._seen = {}
         with _undisturbed(act) as started:
             self._seen[begun] = started
-            while missing := [moment for moment in awaited if moment not in self._seen]:
-                if time.monotonic() > started + DEADLINE_S:
-                    raise NothingHappenedError(
-                        f"not seen within {DEADLINE_S} s: {', '.join(missing)}"
-                    )
+            end = started + within_s
+            while time.monotonic() < end and not self._seen.keys() >= set(awaited):
                 if "kernel remove" in self._seen:
                     self._wait(LOOKED_FOR_EVERY_S)
                     self._look_for_the_end()
@@ -150,15 +164,20 @@ class Watcher:
         self._is_mounted = is_mounted
 
     def _look_for_the_end(self) -> None:
-        """Each is looked for until it is found, in the order in which they can go."""
-        if "mapping gone" not in self._seen:
-            if any(BLOCKS.glob("dm-*")):
-                return
-            self._seen["mapping gone"] = time.monotonic()
-        if "key gone" not in self._seen and not logon_keys(Path("/proc/keys").read_bytes()):
-            self._seen["key gone"] = time.monotonic()
-        if "directory gone" not in self._seen and not self._point.exists():
-            self._seen["directory gone"] = time.monotonic()
+        """Each is looked for until it has gone."""
+        there = {
+            "mapping gone": lambda: mappings() > self._before[0],
+            "key gone": lambda: logon_keys(KEYS.read_bytes()) > self._before[1],
+            "directory gone": self._point.exists,
+        }
+        for moment, is_there in there.items():
+            if moment not in self._seen and not is_there():
+                self._seen[moment] = time.monotonic()
+
+
+def mappings() -> int:
+    """How many there are."""
+    return sum(name.startswith("dm-") for name in os.listdir(BLOCKS))
 
 
 def _listener(group: int) -> socket.socket:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -10,12 +12,14 @@ import pytest
 from bench import cycles, figures, watcher
 
 
-def cycle(times: float, memory: float = 1000) -> dict[str, float]:
-    """A cycle in which everything took so long."""
-    return {column.key: memory if column.unit == "MB" else times for column in figures.COLUMNS}
+def cycle(times: float, memory: float = 1000, left: Sequence[str] = ()) -> dict[str, Any]:
+    """A cycle in which everything took so long, but for what was left."""
+    taken = {column.key: memory if column.unit == "MB" else times for column in figures.COLUMNS}
+    last = {"removed_to_nothing_left": None if left else times, "removed_to_rest_gone": times}
+    return {**taken, **last, "left": list(left)}
 
 
-def report(**systems: list[dict[str, float]]) -> figures.Report:
+def report(**systems: list[dict[str, Any]]) -> figures.Report:
     return figures.with_figures(
         {
             "date": "2026-11-25",
@@ -78,6 +82,18 @@ def test_a_goal_is_met_up_to_its_bound_and_missed_beyond() -> None:
     assert not verdicts(report(L=[cycle(1)], agent=[cycle(1, memory=20_000)]))["RSS"]
 
 
+def test_what_is_left_behind_is_never_gone_and_said_below() -> None:
+    left = [cycle(30), cycle(50, left=["mapping"]), cycle(40, left=["mapping", "key"])]
+    told = report(L=[cycle(10)], agent=left)
+    figure = told["systems"]["agent"]["figures"]["removed_to_nothing_left"]
+    assert (figure["median"], figure["min"], figure["ratio"]) == (None, 30, None)
+    assert not verdicts(told)["removed -> nothing left"]
+    assert "agent leaves behind: key, mapping; all else is gone after 40.0 (50.0) ms" in (
+        figures.table(told)
+    )
+    assert ">never<" in figures.chart(told)
+
+
 def test_without_the_agent_nothing_is_said_of_its_goals() -> None:
     told = report(L=[cycle(1)], S=[cycle(2)])
     assert told["goals"] == []
@@ -126,7 +142,7 @@ def test_twelve_cycles_come_in_turns_and_so_do_a_few() -> None:
 
 def test_a_system_that_there_is_not_is_refused_with_those_there_are() -> None:
     assert cycles._systems("agent,L,agent") == ["agent", "L"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'X'; there are L, agent, P"):
+    with pytest.raises(argparse.ArgumentTypeError, match="'X'; there are L, agent, S, P"):
         cycles._systems("agent,X")
 
 
