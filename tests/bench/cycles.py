@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from bench.luks import luks_cartridge
 from bench.systems import (
     CGROUP,
     LABEL,
@@ -133,14 +134,17 @@ def main() -> int:
         # Started, so that it stays with its count of processor time when nothing runs in it.
         run("systemctl", "start", SLICE)
         held.callback(run, "systemctl", "stop", SLICE)
-        (medium,) = held.enter_context(cartridges([LABEL]))
+        media = {False: held.enter_context(cartridges([LABEL]))[0]}
+        if any(SYSTEMS[name].container for name in options.systems):
+            media[True] = held.enter_context(luks_cartridge(LABEL))
         MOUNT_ROOT.mkdir(mode=0o755, exist_ok=True)
         watcher = Watcher()
         held.callback(watcher.close)
         for number, count in enumerate(rounds(options.cycles)):
             order = options.systems if number % 2 == 0 else options.systems[::-1]
             for name in order:
-                found[name] += turn(SYSTEMS[name], count, watcher, medium)
+                system = SYSTEMS[name]
+                found[name] += turn(system, count, watcher, media[system.container])
                 print(f"{name}: {len(found[name])} of {options.cycles} cycles", flush=True)
     report = {
         "machine": machine(),

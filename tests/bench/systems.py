@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from kernel.cartridges import KEY
 from kernel.witness import run
 
 LABEL: Final = "cartridge-01"
@@ -26,6 +27,11 @@ CGROUP: Final = Path("/sys/fs/cgroup") / SLICE
 AGENT: Final = "caam-hotplug.service"
 UNITS: Final = Path("/run/systemd/system")
 UDEV_RULE: Final = "/run/udev/rules.d/90-bench.rules"
+KEY_FILE: Final = "/run/bench.key"
+UDISKIE_CONFIG: Final = "/run/bench-udiskie.yml"
+EXTENSION: Final = "udisks"
+PACKAGES: Final = ["udisks2", "libblockdev-crypto2", "udiskie"]
+"""What the system extension consists of."""
 HERE: Final = Path(__file__).parent
 
 
@@ -38,6 +44,12 @@ class System:
     """Started with it, in their order, and stopped; none if udev's events start what it is."""
     files: dict[str, str] = field(default_factory=dict)
     """By their paths; those that are not absolute are systemd's units."""
+    mount_root: Path = MOUNT_ROOT
+    """Where it has its mount points."""
+    container: bool = False
+    """Whether its medium is a LUKS2 container, not the board's."""
+    extension: bool = False
+    """Whether it is made of packages that the guest has as a system extension only."""
     stays: tuple[str, ...] = ()
     """Of the moments in watcher.GONE those that never come, since that is how it is made."""
 
@@ -46,6 +58,9 @@ class System:
         """It is there and serves media; nothing of it is there afterwards."""
         with ExitStack() as held:
             held.callback(_reload)
+            if self.extension:
+                held.callback(run, "systemd-sysext", "unmerge")
+                run("systemd-sysext", "merge")
             for name, text in self.files.items():
                 file = UNITS / name
                 held.callback(_remove, file)
@@ -59,13 +74,14 @@ class System:
 
     def point(self, label: str = LABEL) -> Path:
         """Where it mounts the medium of this label."""
-        return MOUNT_ROOT / label
+        return self.mount_root / label
 
 
 def _reload() -> None:
-    """Units and udev's rules are as the files say: for each system, whichever of them it has."""
+    """Units, udev's rules and the bus's are those in the files, for each system alike."""
     run("systemctl", "daemon-reload")
     run("udevadm", "control", "--reload")
+    run("systemctl", "reload", "dbus")
 
 
 def _remove(file: Path) -> None:
@@ -96,6 +112,41 @@ _BOARD_RULE: Final = (
     'ENV{SYSTEMD_WANTS}+="bench-board@%k.service"\n'
 )
 
+_ESCAPED: Final = LABEL.replace("-", "\\x2d")
+_PARTITION: Final = f"dev-disk-by\\x2dpartlabel-{_ESCAPED}.device"
+_MOUNT: Final = f"run-media-{_ESCAPED}.mount"
+_CRYPTTAB: Final = (
+    f"{LABEL} /dev/disk/by-partlabel/{LABEL} {KEY_FILE} "
+    "plain,cipher=aes-cbc-plain,size=128,noauto\n"
+)
+_MOUNT_OF_A_MAPPING: Final = f"""\
+[Unit]
+BindsTo={_PARTITION}
+After={_PARTITION}
+[Mount]
+What=/dev/mapper/{LABEL}
+Where={MOUNT_ROOT}/{LABEL}
+Type=ext4
+Options=nosuid,nodev,noexec
+Slice={SLICE}
+"""
+
+_UDISKIE: Final = f"""\
+[Unit]
+Requires=udisks2.service
+After=udisks2.service
+[Service]
+Slice={SLICE}
+ExecStart=/usr/bin/udiskie --no-tray --no-notify --no-file-manager --config {UDISKIE_CONFIG}
+"""
+# Without a prompt it unlocks nothing, even with a key file; and the extension is on a loop device.
+_UDISKIE_CONFIG: Final = f"""\
+program_options: {{password_prompt: /bin/false}}
+device_config:
+- {{is_loop: true, ignore: true}}
+- {{is_luks: true, keyfile: {KEY_FILE}}}
+"""
+
 SYSTEMS: Final = {
     "L": System(
         "a C program that spawns nothing: the limit",
@@ -115,6 +166,30 @@ SYSTEMS: Final = {
         "a naive loop over pyudev that runs the board's tools",
         ("bench-naive.service",),
         {"bench-naive.service": _unit(f"/usr/bin/python3 {HERE}/naive.py {LABELS} {MOUNT_ROOT}")},
+    ),
+    "Y": System(
+        "crypttab and a mount unit of systemd's; the key lies in a file, in the clear",
+        files={
+            "/etc/crypttab": _CRYPTTAB,
+            KEY_FILE: KEY.decode(),
+            "systemd-cryptsetup@.service.d/bench.conf": f"[Service]\nSlice={SLICE}\n",
+            f"{_PARTITION}.d/bench.conf": f"[Unit]\nWants={_MOUNT}\n",
+            _MOUNT: _MOUNT_OF_A_MAPPING,
+        },
+        stays=("directory gone",),
+    ),
+    "U": System(
+        "udisks2 and udiskie; LUKS2 with the cheapest pbkdf2, the key in a file, in the clear",
+        ("udisks2.service", "bench-udiskie.service"),
+        {
+            KEY_FILE: KEY.decode(),
+            UDISKIE_CONFIG: _UDISKIE_CONFIG,
+            "udisks2.service.d/bench.conf": f"[Service]\nSlice={SLICE}\n",
+            "bench-udiskie.service": _UDISKIE,
+        },
+        mount_root=Path("/media/root"),
+        container=True,
+        extension=True,
     ),
 }
 """By the names that the options and the table have for them."""

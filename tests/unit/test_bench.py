@@ -142,7 +142,7 @@ def test_twelve_cycles_come_in_turns_and_so_do_a_few() -> None:
 
 def test_a_system_that_there_is_not_is_refused_with_those_there_are() -> None:
     assert cycles._systems("agent,L,agent") == ["agent", "L"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'X'; there are L, agent, S, P"):
+    with pytest.raises(argparse.ArgumentTypeError, match="'X'; there are L, agent, S, P, Y, U"):
         cycles._systems("agent,X")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench import figures, systems
-from vm import installed, machine, soak
+from vm import extension, installed, machine, soak
 from vm.guest import Guest
 
 SOURCE: Final = machine.REPOSITORY / "tests/bench/limit.c"
@@ -48,6 +48,19 @@ async def prepare(guest: Guest) -> None:
     await agent.stop()
     await agent.configure(RULE)
     await guest.write(f"{systems.PROGRAMS}/limit", await asyncio.to_thread(compiled), 0o755)
+    packages = await asyncio.to_thread(_packages)
+    await guest.write(f"{extension.FOLDER}/{packages.name}", packages.read_bytes())
+
+
+async def put_back(guest: Guest) -> None:
+    """What `prepare` brought is not in the guest, nor what udisks keeps."""
+    brought = (f"{extension.FOLDER}/{systems.EXTENSION}.raw", systems.PROGRAMS)
+    await guest.run("rm", "-r", *map(str, brought), "/media/root", "/var/lib/udisks2")
+
+
+def _packages() -> Path:
+    base = machine.saved().image.base
+    return extension.extension(systems.EXTENSION, systems.PACKAGES, base)
 
 
 def compiled() -> bytes:

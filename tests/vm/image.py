@@ -134,14 +134,15 @@ def kernel_version() -> str:
     """Debian's current kernel of the series in $KERNEL, of which `setup` has the package lists."""
     series = os.environ.get("KERNEL") or DEFAULT_KERNEL
     package = "linux-image-amd64" if series == DEFAULT_KERNEL else f"linux-image-{series}-amd64"
-    depends = _run("apt-cache", "depends", package)
+    depends = run("apt-cache", "depends", package)
     found = re.search(r"Depends: linux-image-(\d\S*)", depends)
     if found is None:
         sys.exit(f"Debian has no kernel {series}, or no package lists are here: run tests/vm/setup")
     return found[1]
 
 
-def _run(*command: str | Path, **options: object) -> str:
+def run(*command: str | Path, **options: object) -> str:
+    """What the program printed; unless it ended with 0, this one ends with what it said."""
     done = subprocess.run(  # type: ignore[call-overload]
         [str(word) for word in command], check=False, capture_output=True, text=True, **options
     )
@@ -152,14 +153,14 @@ def _run(*command: str | Path, **options: object) -> str:
 
 def _unpack_kernel(folder: Path, version: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        _run("apt-get", "-q=2", "download", f"linux-image-{version}", cwd=scratch)
+        run("apt-get", "-q=2", "download", f"linux-image-{version}", cwd=scratch)
         (deb,) = Path(scratch).glob("*.deb")
-        _run("dpkg-deb", "-x", deb, folder)
+        run("dpkg-deb", "-x", deb, folder)
     shutil.rmtree(folder / "usr")
     packed = sorted(folder.rglob("*.ko.xz"))  # as from Linux 6.12 on; the initrd's insmod has no xz
     for start in range(0, len(packed), 500):
-        _run("xz", "-d", "-T0", *packed[start : start + 500])
-    _run("depmod", "-b", folder, version)
+        run("xz", "-d", "-T0", *packed[start : start + 500])
+    run("depmod", "-b", folder, version)
 
 
 def _fetch_headers(folder: Path, version: str) -> None:
@@ -167,15 +168,15 @@ def _fetch_headers(folder: Path, version: str) -> None:
 
     To install them would bring the whole kernel, and its hooks: they depend on it.
     """
-    said = _run("apt-cache", "depends", f"linux-headers-{version}")
+    said = run("apt-cache", "depends", f"linux-headers-{version}")
     needed = re.findall(r"Depends: (linux-headers-\S+-common|linux-kbuild-\S+)", said)
-    _run("apt-get", "-q=2", "download", f"linux-headers-{version}", *needed, cwd=folder)
+    run("apt-get", "-q=2", "download", f"linux-headers-{version}", *needed, cwd=folder)
 
 
 def _unpack_headers(packages: Path, folder: Path, version: str) -> Path:
     """Where the kernel's own build of a module begins."""
     for deb in packages.glob("*.deb"):
-        _run("dpkg-deb", "-x", deb, folder)
+        run("dpkg-deb", "-x", deb, folder)
     build = folder / "usr/src" / f"linux-headers-{version}"
     makefile = build / "Makefile"
     makefile.write_text(makefile.read_text().replace("/usr/src/", "../"))
@@ -184,19 +185,19 @@ def _unpack_headers(packages: Path, folder: Path, version: str) -> Path:
 
 def _unpack_sources(folder: Path, version: str) -> None:
     """MAINLINE_SOURCES as Debian's package of this very kernel has them, all in one folder."""
-    said = _run("apt-cache", "show", "--no-all-versions", f"linux-image-{version}")
+    said = run("apt-cache", "show", "--no-all-versions", f"linux-image-{version}")
     (release,) = re.findall(r"^Version: (\S+)$", said, re.M)
     series = ".".join(version.split(".")[:2])
     tree = f"linux-source-{series}"
     with tempfile.TemporaryDirectory() as scratch:
-        _run("apt-get", "-q=2", "download", f"{tree}={release}", cwd=scratch)
+        run("apt-get", "-q=2", "download", f"{tree}={release}", cwd=scratch)
         (deb,) = Path(scratch).glob("*.deb")
         # The archive in the package is the whole kernel; it is unpacked on the fly, and in part.
         unpack = (
             f"dpkg-deb --fsys-tarfile '{deb}' | tar -xO ./usr/src/{tree}.tar.xz | "
             f"tar -xJ -C '{scratch}' {' '.join(f'{tree}/{name}' for name in MAINLINE_SOURCES)}"
         )
-        _run("bash", "-o", "pipefail", "-c", unpack)
+        run("bash", "-o", "pipefail", "-c", unpack)
         for name in MAINLINE_SOURCES:
             shutil.copy(Path(scratch) / tree / name, folder)
 
@@ -207,7 +208,7 @@ def _base_image(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=fast) as scratch:
         tree = Path(scratch) / "root"
         excluded = ("doc/*", "man/*", "locale/*", "info/*", "lintian/*")
-        _run(
+        run(
             "mmdebstrap",
             "--quiet",
             "--variant=minbase",
@@ -220,11 +221,12 @@ def _base_image(folder: Path) -> None:
         )
         for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc"):
             shutil.rmtree(tree / waste, ignore_errors=True)
-        _squash(tree, folder / "base.squashfs")
+        squash(tree, folder / "base.squashfs")
 
 
-def _squash(tree: Path, image: Path) -> None:
-    _run("mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet",
+def squash(tree: Path, image: Path) -> None:
+    """The image is a squashfs of the tree, all of it root's."""
+    run("mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet",
          "-noappend", "-all-root")  # fmt: skip
 
 
@@ -259,12 +261,12 @@ def _bed_image(folder: Path, unpacked: Path, site: Path, sources: _Sources, vers
             shutil.copy(sources.mainline / Path(name).name, mainline)
         _build_mainline(mainline, build, caam_sim, tree / "opt/mainline")
         (tree / "lib").symlink_to("usr/lib")
-        _run("depmod", "-b", tree, version)
+        run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
         shutil.copytree(site, tree / "opt/site", ignore=shutil.ignore_patterns(".sizes"))
         (tree / "opt/site").chmod(0o755)  # the cache is its owner's alone; the guest has others
         _install_bed(tree)
-        _squash(tree, folder / "bed.squashfs")
+        squash(tree, folder / "bed.squashfs")
         _initrd(folder / "initrd", source, Path(scratch) / "initrd")
 
 
@@ -286,8 +288,8 @@ def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
 
 def _build_caam_sim(work: Path, build: Path, lib: Path, programs: Path) -> None:
     shutil.copytree(CAAM_SIM, work)
-    _run("make", "-C", work, f"HEADERS={build}", "modules", "caam-keygen")
-    _run("strip", "--strip-debug", work / "caam_sim.ko")
+    run("make", "-C", work, f"HEADERS={build}", "modules", "caam-keygen")
+    run("strip", "--strip-debug", work / "caam_sim.ko")
     (lib / "updates").mkdir(parents=True)
     shutil.copy(work / "caam_sim.ko", lib / "updates")
     programs.mkdir(parents=True)
@@ -296,22 +298,22 @@ def _build_caam_sim(work: Path, build: Path, lib: Path, programs: Path) -> None:
 
 def _build_mainline(work: Path, build: Path, caam_sim: Path, modules: Path) -> None:
     symbols = f"KBUILD_EXTRA_SYMBOLS={caam_sim}/Module.symvers"
-    _run(
+    run(
         "make", "-C", build, f"M={work}", "CONFIG_DEBUG_INFO_BTF_MODULES=", symbols, "modules"
     )  # fmt: skip
     modules.mkdir(parents=True)
     for module in work.glob("*.ko"):
-        _run("strip", "--strip-debug", module)
+        run("strip", "--strip-debug", module)
         shutil.copy(module, modules)
 
 
 def _install_python(site: Path) -> None:
-    _run(
+    run(
         sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check",
         "--target", site, "--python-version", "3.11", "--implementation", "cp",
         "--only-binary=:all:", *GUEST_PYTHON,
     )  # fmt: skip
-    _run(sys.executable, "-m", "compileall", "-q", site)
+    run(sys.executable, "-m", "compileall", "-q", site)
 
 
 def _install_bed(tree: Path) -> None:
