@@ -8,7 +8,8 @@ STORMS := 10
 TIMINGS := 12
 ROUNDS := 7
 SEED :=
-SYSTEMS := L,agent,S,P,Y,U
+SYSTEMS := L,agent,nobus,S,P,Y,U
+WHAT := cycles
 KERNEL ?= 6.1
 export KERNEL
 BED := PYTHONPATH=tests $(PYTHON) -m vm
@@ -24,7 +25,8 @@ help:
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
-	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent,S,P,Y,U CYCLES=12"
+	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent CYCLES=12"
+	@echo "                WHAT=cycles,storm,scaling,start,idle measures the rest as well: half an hour"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
@@ -85,8 +87,9 @@ throughput: setup
 
 # Absolute times are those of an emulated processor; docs/performance.md says what can be compared.
 bench: CYCLES := 12
+bench: STORMS := 3
 bench: setup
-	@$(BED) bench -- --systems $(SYSTEMS) --cycles $(CYCLES)
+	@$(BED) bench -- --what $(WHAT) --systems $(SYSTEMS) --cycles $(CYCLES) --storms $(STORMS)
 
 vm-shell: setup
 	@$(BED) shell

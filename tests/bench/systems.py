@@ -94,6 +94,12 @@ def _unit(command: str) -> str:
     return f"[Service]\nType=notify\nSlice={SLICE}\nKeyringMode=private\nExecStart={command}\n"
 
 
+# A module that is None cannot be imported: sys.modules in Python's reference.
+_WITHOUT_SDBUS: Final = (
+    "import sys; sys.modules['sdbus'] = None; __file__ = '/usr/bin/caam-hotplug'; "
+    "exec(open(__file__).read())"
+)
+
 _BOARD: Final = f"""\
 [Unit]
 BindsTo=dev-%i.device
@@ -157,6 +163,16 @@ SYSTEMS: Final = {
         "caam-hotplug, the installed service",
         (AGENT,),
         {f"{AGENT}.d/bench.conf": f"[Service]\nSlice={SLICE}\n"},
+    ),
+    "nobus": System(
+        "caam-hotplug where sdbus is not installed",
+        (AGENT,),
+        {
+            f"{AGENT}.d/bench.conf": (
+                f"[Service]\nSlice={SLICE}\nExecStart=\n"
+                f'ExecStart=/usr/bin/python3 -I -c "{_WITHOUT_SDBUS}" run\n'
+            )
+        },
     ),
     "S": System(
         "the board's procedure as a script, in a unit that a udev rule pulls in",

@@ -1,4 +1,4 @@
-"""When a medium was told of, mounted, and gone: seen from beside, on the monotonic clock.
+"""When media were told of, mounted, and gone: seen from beside, on the monotonic clock.
 
 What is announced is waited for: the kernel's events, udev's, and changes of the mount table. The
 end of a mapping, of its key and of the mount point is looked for again and again, since the event
@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -32,7 +32,7 @@ UDEV_QUEUE: Final = Path("/run/udev/queue")
 BLOCKS: Final = Path("/sys/class/block")
 KEYS: Final = Path("/proc/keys")
 
-GONE: Final = ("unmounted", "mapping gone", "key gone", "directory gone")
+GONE: Final = ("mount gone", "mapping gone", "key gone", "directory gone")
 """The moments after which nothing is left."""
 
 
@@ -66,10 +66,10 @@ def logon_keys(listed: bytes) -> int:
 
 
 class Watcher:
-    """Sees one medium come and go; no other may meanwhile."""
+    """Sees media come and go, one or many at once; no others may meanwhile."""
 
     def __init__(self) -> None:
-        self._point = Path("/")
+        self._points: set[str] = set()
         self._before = (0, 0)
         """Mappings and logon keys that were there before the medium came."""
         self._seen: dict[str, float] = {}
@@ -79,7 +79,7 @@ class Watcher:
         for listener in self._sockets.values():
             self._poll.register(listener, select.POLLIN)
         self._poll.register(self._mountinfo, select.POLLPRI | select.POLLERR)
-        self._is_mounted = False
+        self._mounted: set[str] = set()
 
     def close(self) -> None:
         """Nothing is listened to any more."""
@@ -87,29 +87,30 @@ class Watcher:
             listener.close()
         self._mountinfo.close()
 
-    def arrival(self, plug: Callable[[], None], point: Path) -> dict[str, float]:
-        """When the medium was plugged, told of by the kernel and by udev, and mounted there.
+    def arrival(self, plug: Callable[[], None], points: Iterable[Path]) -> dict[str, float]:
+        """When media were plugged, first told of by the kernel and by udev, and all mounted there.
 
         Raises: NothingHappenedError.
         """
-        self._point = point
+        self._points = set(map(str, points))
         self._look_at_mounts(time.monotonic())
         self._before = (mappings(), logon_keys(KEYS.read_bytes()))
         awaited = ("kernel add", "udev add", "mounted")
-        seen = self._watched(plug, "plugged", awaited, DEADLINE_S)
+        within_s = DEADLINE_S * len(self._points)
+        seen = self._watched(plug, "plugged", awaited, within_s)
         if missing := [moment for moment in awaited if moment not in seen]:
-            raise NothingHappenedError(f"not seen within {DEADLINE_S} s: {', '.join(missing)}")
+            raise NothingHappenedError(f"not seen within {within_s} s: {', '.join(missing)}")
         return seen
 
     def departure(self, pull: Callable[[], None], stays: Sequence[str] = ()) -> dict[str, float]:
-        """When the kernel told of the removal, and when mount, mapping, key and directory went.
+        """When the kernel first told of their removal, and all mounts, mappings and so on went.
 
         What is left behind has no moment; what `stays` as a matter of course is not waited for.
 
         Raises: NothingHappenedError.
         """
         awaited = ("kernel remove", *(moment for moment in GONE if moment not in stays))
-        seen = self._watched(pull, "pulled", awaited, LEFT_AFTER_S)
+        seen = self._watched(pull, "pulled", awaited, LEFT_AFTER_S * len(self._points))
         if "kernel remove" not in seen:
             raise NothingHappenedError("the kernel has not told of the removal")
         return seen
@@ -158,17 +159,19 @@ class Watcher:
 
     def _look_at_mounts(self, now: float) -> None:
         self._mountinfo.seek(0)
-        is_mounted = str(self._point) in mount_points(self._mountinfo.read())
-        if is_mounted != self._is_mounted:
-            self._seen.setdefault("mounted" if is_mounted else "unmounted", now)
-        self._is_mounted = is_mounted
+        mounted = self._points & mount_points(self._mountinfo.read())
+        if mounted != self._mounted and mounted == self._points:
+            self._seen.setdefault("mounted", now)
+        if mounted != self._mounted and not mounted:
+            self._seen.setdefault("mount gone", now)
+        self._mounted = mounted
 
     def _look_for_the_end(self) -> None:
         """Each is looked for until it has gone."""
-        there = {
+        there: dict[str, Callable[[], bool]] = {
             "mapping gone": lambda: mappings() > self._before[0],
             "key gone": lambda: logon_keys(KEYS.read_bytes()) > self._before[1],
-            "directory gone": self._point.exists,
+            "directory gone": lambda: any(map(os.path.exists, self._points)),
         }
         for moment, is_there in there.items():
             if moment not in self._seen and not is_there():

@@ -9,32 +9,49 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import cycles, figures, watcher
+from bench import chart, figures, goals, measure, tables, turns, watcher
+from bench.figures import CYCLES, IDLE, SCALING, START, STORM, Section
+
+
+def sample(section: Section, times: float, memory: float = 1000) -> dict[str, Any]:
+    """One in which everything took so long."""
+    return {column.key: memory if column.unit == "MB" else times for column in section.columns}
 
 
 def cycle(times: float, memory: float = 1000, left: Sequence[str] = ()) -> dict[str, Any]:
     """A cycle in which everything took so long, but for what was left."""
-    taken = {column.key: memory if column.unit == "MB" else times for column in figures.COLUMNS}
     last = {"removed_to_nothing_left": None if left else times, "removed_to_rest_gone": times}
-    return {**taken, **last, "left": list(left)}
+    return {**sample(CYCLES, times, memory), **last, "left": list(left)}
 
 
-def report(**systems: list[dict[str, Any]]) -> figures.Report:
-    return figures.with_figures(
-        {
-            "date": "2026-11-25",
-            "medium": "disks of scsi_debug",
-            "machine": {"kernel": "6.1.0", "architecture": "x86_64", "cpus": 2},
-            "systems": {
-                name: {"what": f"what {name} is", "cycles": found}
-                for name, found in systems.items()
-            },
-        }
+def report_of(**samples: dict[str, list[dict[str, Any]]]) -> figures.Report:
+    """One of these sections, each with its systems' samples."""
+    names = dict.fromkeys(name for systems in samples.values() for name in systems)
+    return goals.with_verdicts(
+        figures.with_figures(
+            {
+                "date": "2026-11-25",
+                "medium": "disks of scsi_debug",
+                "machine": {"kernel": "6.1.0", "architecture": "x86_64", "cpus": 2},
+                "systems": {name: f"what {name} is" for name in names},
+                "samples": samples,
+            }
+        )
     )
 
 
+def report(**systems: list[dict[str, Any]]) -> figures.Report:
+    """One of cycles only."""
+    return report_of(cycles=systems)
+
+
+def own_cpu(told: figures.Report, system: str) -> figures.Figure:
+    figure: figures.Figure = told["figures"]["cycles"][system]["own_cpu"]
+    return figure
+
+
 def verdicts(told: figures.Report) -> dict[str, bool]:
-    return {goal["title"]: goal["met"] for goal in told["goals"]}
+    return {f"{goal['title']} {goal['unit']}": goal["met"] for goal in told["goals"]}
 
 
 @pytest.mark.parametrize(
@@ -48,67 +65,72 @@ def test_a_percentile_is_a_value_that_was_measured(count: int, percent: float, r
 
 def test_a_system_has_its_median_and_its_ratio_to_the_limit_of_the_same_run() -> None:
     told = report(L=[cycle(10), cycle(20), cycle(90)], agent=[cycle(30), cycle(50), cycle(31)])
-    figure = told["systems"]["agent"]["figures"]["own_cpu"]
-    assert figure == {"median": 31, "p95": 50, "min": 30, "max": 50, "ratio": 31 / 20}
+    assert own_cpu(told, "agent") == {
+        "median": 31,
+        "p95": 50,
+        "min": 30,
+        "max": 50,
+        "ratio": 31 / 20,
+    }
     assert told["noise"]["udev_add_to_mounted"] == 9
 
 
 def test_without_the_limit_there_are_no_ratios_and_only_absolute_goals() -> None:
     told = report(agent=[cycle(30)])
-    assert told["systems"]["agent"]["figures"]["own_cpu"]["ratio"] is None
-    assert list(verdicts(told)) == ["RSS"]
-    assert "noise unknown" in figures.table(told)
-    assert " x" not in figures.table(told).splitlines()[5]
+    assert own_cpu(told, "agent")["ratio"] is None
+    assert list(verdicts(told)) == ["RSS MB"]
+    assert "noise unknown" in tables.tables(told)
+    assert " x" not in tables.tables(told).splitlines()[4]
 
 
 def test_one_cycle_tells_nothing_of_the_noise() -> None:
-    assert "noise unknown" in figures.table(report(L=[cycle(10)], agent=[cycle(30)]))
+    assert "noise unknown" in tables.tables(report(L=[cycle(10)], agent=[cycle(30)]))
 
 
 def test_a_system_that_uses_nothing_has_no_ratio_to_nothing() -> None:
     told = report(L=[cycle(0)], S=[cycle(5)])
-    assert told["systems"]["S"]["figures"]["own_cpu"]["ratio"] is None
+    assert own_cpu(told, "S")["ratio"] is None
 
 
 def test_a_goal_is_met_up_to_its_bound_and_missed_beyond() -> None:
     told = report(L=[cycle(100)], agent=[cycle(150, memory=20e6 / 1024)])
     assert verdicts(told) == {
-        "udev add -> mounted": True,
-        "kernel add -> mounted": False,
-        "removed -> nothing left": True,
-        "own CPU": True,
-        "RSS": True,
+        "udev add -> mounted x L": True,
+        "kernel add -> mounted x L": False,
+        "removed -> nothing left x L": True,
+        "own CPU x L": True,
+        "RSS MB": True,
     }
-    assert not verdicts(report(L=[cycle(1)], agent=[cycle(1, memory=20_000)]))["RSS"]
+    assert not verdicts(report(L=[cycle(1)], agent=[cycle(1, memory=20_000)]))["RSS MB"]
 
 
 def test_what_is_left_behind_is_never_gone_and_said_below() -> None:
     left = [cycle(30), cycle(50, left=["mapping"]), cycle(40, left=["mapping", "key"])]
     told = report(L=[cycle(10)], agent=left)
-    figure = told["systems"]["agent"]["figures"]["removed_to_nothing_left"]
+    figure = told["figures"]["cycles"]["agent"]["removed_to_nothing_left"]
     assert (figure["median"], figure["min"], figure["ratio"]) == (None, 30, None)
-    assert not verdicts(told)["removed -> nothing left"]
+    assert not verdicts(told)["removed -> nothing left x L"]
     assert "agent leaves behind: key, mapping; all else is gone after 40.0 (50.0) ms" in (
-        figures.table(told)
+        tables.tables(told)
     )
-    assert ">never<" in figures.chart(told)
+    assert ">never<" in chart.chart(told)
 
 
 def test_without_the_agent_nothing_is_said_of_its_goals() -> None:
     told = report(L=[cycle(1)], S=[cycle(2)])
     assert told["goals"] == []
-    assert "met" not in figures.table(told)
+    assert "met" not in tables.tables(told)
 
 
 def test_the_table_says_where_it_was_measured_and_has_a_line_for_each_system() -> None:
     told = report(L=[cycle(10), cycle(12)], agent=[cycle(16.5), cycle(240)])
-    assert figures.table(told) == TABLE
+    assert tables.tables(told) == TABLE
 
 
 TABLE = """\
 2026-11-25, x86_64, Linux 6.1.0, 2 CPUs; disks of scsi_debug
-medians (95th percentiles) of 2 cycles, x ratio to L; noise: L's own times differ by up to x1.2
 
+medians (95th percentiles) of 2 cycles, x ratio to L; noise: L's own times differ by up to x1.2
               kernel add           udev add              removed            own CPU        guest's CPU        RSS        PSS
           -> mounted, ms     -> mounted, ms  -> nothing left, ms                 ms                 ms         MB         MB
 L      11.0 (12.0) x1.00  11.0 (12.0) x1.00    11.0 (12.0) x1.00  11.0 (12.0) x1.00  11.0 (12.0) x1.00  1.0 x1.00  1.0 x1.00
@@ -127,23 +149,51 @@ met     RSS at most 20 MB: 1.02
 
 def test_the_chart_has_a_bar_for_each_system_and_time() -> None:
     told = report(L=[cycle(10)], agent=[cycle(15)], S=[cycle(100)])
-    root = ElementTree.fromstring(figures.chart(told))
+    root = ElementTree.fromstring(chart.chart(told))
     bars = [e for e in root.iter() if e.tag.endswith("rect")][1:]
     widths = [float(bar.attrib["width"]) for bar in bars]
     assert len(widths) == 3 * len(figures.TIMES)
     assert widths[0] * 10 == pytest.approx(widths[2], rel=0.01)
 
 
+def test_every_section_has_a_table_and_its_goals() -> None:
+    told = report_of(
+        cycles={"agent": [cycle(1)], "U": [cycle(10)], "nobus": [cycle(1, memory=17_000)]},
+        storm={"L": [sample(STORM, 2000)], "agent": [sample(STORM, 2001), sample(STORM, 1999)]},
+        scaling={"agent": [{**sample(SCALING, 100), "last": 121}]},
+        start={"bare": [sample(START, 100)], "agent": [sample(START, 115)]},
+        idle={"agent": [{"wake_ups": 3, "watchdogs": 2, "other_wake_ups": 1}]},
+    )
+    assert verdicts(told) == {
+        "own CPU x U": True,
+        "RSS MB": True,
+        "RSS without D-Bus MB": False,
+        "16 sticks -> all mounted x L": True,
+        "64 disks -> all mounted x L": True,
+        "kernel add -> mounted beside 63 others x beside no other": False,
+        "exec -> READY x bare": True,
+        "idle wake-ups that are not the watchdog's ": False,
+    }
+    text = tables.tables(told)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "agent 2.0 (2.0) x1.00 2.0 (2.0) x1.00 2.0 (2.0) x1.00" in lines
+    assert "agent 3.0 2.0 1.0" in lines
+    assert "missed  idle wake-ups that are not the watchdog's at most 0: 1.00\n" in text
+    drawn = sum(c.drawn for s in (CYCLES, STORM, SCALING, START, IDLE) for c in s.columns)
+    assert chart.chart(told).count('font-weight="bold"') == drawn
+
+
 def test_twelve_cycles_come_in_turns_and_so_do_a_few() -> None:
-    assert cycles.rounds(12) == [3, 3, 3, 3]
-    assert cycles.rounds(4) == [3, 1]
-    assert cycles.rounds(1) == [1]
+    assert turns.rounds(12) == [3, 3, 3, 3]
+    assert turns.rounds(4) == [3, 1]
+    assert turns.rounds(1) == [1]
 
 
 def test_a_system_that_there_is_not_is_refused_with_those_there_are() -> None:
-    assert cycles._systems("agent,L,agent") == ["agent", "L"]
-    with pytest.raises(argparse.ArgumentTypeError, match="'X'; there are L, agent, S, P, Y, U"):
-        cycles._systems("agent,X")
+    systems = measure._some_of(["L", "agent"], "is no system")
+    assert systems("agent,L,agent") == ["agent", "L"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'X' is no system; there are L, agent"):
+        systems("agent,X")
 
 
 def test_an_event_is_read_the_kernels_and_udevs_alike() -> None:

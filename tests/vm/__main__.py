@@ -27,7 +27,7 @@ def main() -> int:
     throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
     throughput.add_argument("options", nargs="*", help="those of bench/throughput.py, after --")
     benching = commands.add_parser("bench", help="the agent beside other ways to serve a medium")
-    benching.add_argument("options", nargs="*", help="those of bench/cycles.py, after --")
+    benching.add_argument("options", nargs="*", help="those of bench/measure.py, after --")
     options = parser.parse_args()
     match options.command:
         case "build":

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from bench import figures, systems
-from vm import extension, installed, machine, soak
+from bench import chart, figures, goals, measure, storms, systems, tables
+from vm import extension, installed, machine, media, soak
 from vm.guest import Guest
 
 SOURCE: Final = machine.REPOSITORY / "tests/bench/limit.c"
@@ -30,12 +33,12 @@ async def bench(*options: str) -> int:
         if status != 0:
             return status
         report = await reported(guest)
-    print(f"\n{figures.table(report)}")
+    print(f"\n{tables.tables(report)}")
     OUTPUT.mkdir(exist_ok=True)
     for name, text in (
         ("bench.json", json.dumps(report, indent=1)),
-        ("bench.txt", figures.table(report)),
-        ("bench.svg", figures.chart(report)),
+        ("bench.txt", tables.tables(report)),
+        ("bench.svg", chart.chart(report)),
     ):
         (OUTPUT / name).write_text(text)
         print(f"build/{name}")
@@ -55,7 +58,7 @@ async def prepare(guest: Guest) -> None:
 async def put_back(guest: Guest) -> None:
     """What `prepare` brought is not in the guest, nor what udisks keeps."""
     brought = (f"{extension.FOLDER}/{systems.EXTENSION}.raw", systems.PROGRAMS)
-    await guest.run("rm", "-r", *map(str, brought), "/media/root", "/var/lib/udisks2")
+    await guest.run("rm", "-rf", *map(str, brought), "/media/root", "/var/lib/udisks2")
 
 
 def _packages() -> Path:
@@ -74,10 +77,46 @@ def compiled() -> bytes:
 
 async def measured(guest: Guest, *options: str) -> int:
     """The systems were measured in this guest, with these options. Returns: the exit status."""
-    return await soak.shown(guest, f"-m bench.cycles {shlex.join(options)} {REPORT}")
+    asked = measure.options().parse_args([*options, REPORT])
+    async with contextlib.AsyncExitStack() as held:
+        if "storm" in asked.what:
+            await held.enter_async_context(_sticks(guest, asked.sticks))
+        return await soak.shown(guest, f"-m bench.measure {shlex.join(options)} {REPORT}")
+
+
+@asynccontextmanager
+async def _sticks(guest: Guest, count: int) -> AsyncIterator[None]:
+    """What the guest wishes of so many USB sticks is done; none is plugged on the way out."""
+    with tempfile.TemporaryDirectory() as folder:
+        labels = storms.labels(count)
+        images = [media.make_medium(Path(folder) / n, n, size_mib=storms.SIZE_MB) for n in labels]
+        await guest.run("mkfifo", str(storms.WISHES))
+        granting = asyncio.create_task(_grant(guest, images))
+        try:
+            yield
+        finally:
+            granting.cancel()
+            await asyncio.gather(granting, return_exceptions=True)
+            await guest.pull_all()
+            await guest.run("rm", str(storms.WISHES))
+
+
+async def _grant(guest: Guest, images: list[Path]) -> None:
+    """The guest's wishes were granted, up to the one that it be over."""
+    while True:
+        wish = await guest.run("cat", str(storms.WISHES), timeout_s=soak.DEADLINE_S)
+        match wish.stdout:
+            case "plug":
+                for image in images:
+                    await guest.plug_usb(image)
+            case "pull":
+                await guest.pull_all()
+            case _:
+                return
 
 
 async def reported(guest: Guest) -> figures.Report:
-    """The report of the run in the guest, with what its cycles amount to."""
+    """The report of the run in the guest, with what it comes to."""
     written = json.loads(await guest.read(REPORT))
-    return figures.with_figures({"date": time.strftime("%Y-%m-%d"), "medium": MEDIUM, **written})
+    told = {"date": time.strftime("%Y-%m-%d"), "medium": MEDIUM, **written}
+    return goals.with_verdicts(figures.with_figures(told))

@@ -1,0 +1,97 @@
+"""Measures the agent beside other ways to serve media, and writes down what was seen.
+
+    python3 -m bench.measure --what cycles,storm --systems agent,L --cycles 12 REPORT
+
+Runs in the guest, as root, with nothing else that would serve media; `vm/bench.py` prepares that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from bench.cycles import cycles
+from bench.storms import scaling, storms
+from bench.systems import MOUNT_ROOT, SLICE, SYSTEMS
+from bench.turns import Samples
+from kernel.witness import run
+
+WHAT: Final = ("cycles", "storm", "scaling")
+"""The sections of the report, in their order."""
+
+
+def options() -> argparse.ArgumentParser:
+    """Those of the command line."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench.measure", description=__doc__)
+    parser.add_argument("--what", default=["cycles"], type=_some_of(WHAT, "is not measured"))
+    known = _some_of(SYSTEMS, "is no system")
+    parser.add_argument("--systems", default=list(SYSTEMS), type=known)
+    parser.add_argument("--cycles", default=12, type=int, help="and arrivals, and starts")
+    parser.add_argument("--storms", default=3, type=int)
+    parser.add_argument("--minutes", default=1, type=int)
+    trial = parser.add_argument_group("for a trial; the tables' titles do not follow")
+    trial.add_argument("--sticks", default=16, type=int)
+    trial.add_argument("--disks", default=64, type=int)
+    trial.add_argument("--minute-s", default=60, type=float, help="how long a minute takes")
+    parser.add_argument("report", type=Path)
+    return parser
+
+
+def main() -> int:
+    """Writes the report as JSON. Returns: the exit status."""
+    asked = options().parse_args()
+    measures: dict[str, Callable[[], Samples]] = {
+        "cycles": lambda: cycles(asked.systems, asked.cycles),
+        "storm": lambda: storms(asked.systems, asked.storms, asked.sticks, asked.disks),
+        "scaling": lambda: scaling(asked.systems, asked.cycles, asked.disks),
+    }
+    samples = {}
+    with ExitStack() as held:
+        # Started, so that it stays with its count of processor time when nothing runs in it.
+        run("systemctl", "start", SLICE)
+        held.callback(run, "systemctl", "stop", SLICE)
+        MOUNT_ROOT.mkdir(mode=0o755, exist_ok=True)
+        for name in WHAT:
+            if name in asked.what:
+                print(f"{name}:", flush=True)
+                samples[name] = measures[name]()
+    seen = dict.fromkeys(name for found in samples.values() for name in found)
+    report = {
+        "machine": machine(),
+        "systems": {name: SYSTEMS[name].what for name in seen},
+        "samples": samples,
+    }
+    asked.report.write_text(json.dumps(report))
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _some_of(known: Collection[str], complaint: str) -> Callable[[str], list[str]]:
+    def parsed(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"{unknown[0]!r} {complaint}; there are {', '.join(known)}"
+            )
+        return list(dict.fromkeys(names))
+
+    return parsed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
