@@ -17,13 +17,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from bench import service
 from bench.cycles import cycles
 from bench.storms import scaling, storms
 from bench.systems import MOUNT_ROOT, SLICE, SYSTEMS
 from bench.turns import Samples
 from kernel.witness import run
 
-WHAT: Final = ("cycles", "storm", "scaling")
+WHAT: Final = ("cycles", "storm", "scaling", "start", "idle")
 """The sections of the report, in their order."""
 
 
@@ -47,10 +48,13 @@ def options() -> argparse.ArgumentParser:
 def main() -> int:
     """Writes the report as JSON. Returns: the exit status."""
     asked = options().parse_args()
+    services = {"agent": SYSTEMS["agent"], "bare": service.bare()}
     measures: dict[str, Callable[[], Samples]] = {
         "cycles": lambda: cycles(asked.systems, asked.cycles),
         "storm": lambda: storms(asked.systems, asked.storms, asked.sticks, asked.disks),
         "scaling": lambda: scaling(asked.systems, asked.cycles, asked.disks),
+        "start": lambda: service.starts(services, asked.cycles),
+        "idle": lambda: service.idle(asked.minutes, asked.minute_s),
     }
     samples = {}
     with ExitStack() as held:
@@ -63,9 +67,10 @@ def main() -> int:
                 print(f"{name}:", flush=True)
                 samples[name] = measures[name]()
     seen = dict.fromkeys(name for found in samples.values() for name in found)
+    known = {**SYSTEMS, **services}
     report = {
         "machine": machine(),
-        "systems": {name: SYSTEMS[name].what for name in seen},
+        "systems": {name: known[name].what for name in seen},
         "samples": samples,
     }
     asked.report.write_text(json.dumps(report))

@@ -1,10 +1,9 @@
-"""The agent measured beside the others; what is measured is not asserted."""
+"""The agent measured beside others; what is measured is not asserted."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from bench import figures, systems
 from vm import bench
 from vm.guest import Guest
 from vm.installed import InstalledAgent
@@ -20,20 +19,45 @@ LEFT: Final = (
 """What holds when nothing is left."""
 
 
-async def test_a_cycle_of_every_system_is_measured_and_nothing_is_left(
+async def test_a_cycle_of_each_kind_of_system_is_measured_and_nothing_is_left(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await bench.prepare(guest)
-    assert await bench.measured(guest, "--cycles", "1") == 0
+    names = ["agent", "L", "S", "Y", "U"]
+    assert await bench.measured(guest, "--systems", ",".join(names), "--cycles", "1") == 0
     report = await bench.reported(guest)
-    assert list(report["systems"]) == list(systems.SYSTEMS)
-    for name, system in report["systems"].items():
-        (cycle,) = system["cycles"]
+    assert list(report["systems"]) == names
+    for name, (cycle,) in report["samples"]["cycles"].items():
         assert cycle["udev_add_to_mounted"] > 0
         assert cycle["own_cpu"] > 0
         assert cycle["left"] == (["directory"] if name == "Y" else [])
         assert name in ("S", "Y") or cycle["rss_kib"] >= cycle["pss_kib"] > 0
-    assert len(report["goals"]) == len(figures.GOALS)
+    assert len(report["goals"]) == 6
+    await nothing_is_left(guest, agent)
+
+
+async def test_storms_scaling_starts_and_idling_are_measured_and_nothing_is_left(
+    guest: Guest, agent: InstalledAgent
+) -> None:
+    await bench.prepare(guest)
+    few = "--systems agent --cycles 1 --storms 1 --sticks 2 --disks 2 --minute-s 1"
+    what = "storm,scaling,start,idle"
+    assert await bench.measured(guest, "--what", what, *few.split()) == 0
+    samples = (await bench.reported(guest))["samples"]
+    assert {name: list(systems) for name, systems in samples.items()} == {
+        "storm": ["agent"],
+        "scaling": ["agent"],
+        "start": ["agent", "bare"],
+        "idle": ["agent"],
+    }
+    for name in ("storm", "scaling", "start"):
+        for (sample,) in samples[name].values():
+            assert all(value > 0 for value in sample.values())
+    await nothing_is_left(guest, agent)
+
+
+async def nothing_is_left(guest: Guest, agent: InstalledAgent) -> None:
+    """Of what was measured, and of what it was measured with."""
     assert await agent.leftovers() == []
     for condition in LEFT:
         await guest.until(condition)

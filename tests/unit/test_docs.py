@@ -161,6 +161,7 @@ BY_TESTS: Final = {
     "tests/unit/test_docs.py::test_a_target_of_make_is_one": [
         "make bench",
         "make bench SYSTEMS=agent,L",
+        "make bench WHAT=cycles,storm,scaling,start,idle",
         "make check",
         "make clean",
         "make coverage",
