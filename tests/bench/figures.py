@@ -47,8 +47,8 @@ class Section:
     name: str
     samples: str
     """What is counted."""
-    base: str
-    """The system that the ratios are to."""
+    base: str | None
+    """The system that the ratios are to, if there are any."""
     columns: tuple[Column, ...]
 
 
@@ -98,7 +98,7 @@ START: Final = Section(
 IDLE: Final = Section(
     "idle",
     "minutes with a medium mounted",
-    AGENT,
+    None,
     (
         Column("wake_ups", "wake-ups", "", spreads=False),
         Column("watchdogs", "the watchdog's", "", spreads=False),
@@ -136,7 +136,7 @@ def with_figures(report: Report) -> Report:
         for name, systems in report["samples"].items()
     }
     for name, systems in sections.items():
-        base = systems.get(SECTIONS[name].base, {})
+        base = systems.get(SECTIONS[name].base or "", {})
         for found in systems.values():
             for key, one in found.items():
                 one["ratio"] = _ratio(one["median"], base.get(key, {}).get("median"))

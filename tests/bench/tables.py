@@ -33,7 +33,8 @@ def _section(report: Report, section: Section) -> str:
 
 def _caption(report: Report, section: Section) -> str:
     count = max(map(len, report["samples"][section.name].values()))
-    caption = f"medians (95th percentiles) of {count} {section.samples}, x ratio to {section.base}"
+    ratios = f", x ratio to {section.base}" if section.base else ""
+    caption = f"medians (95th percentiles) of {count} {section.samples}{ratios}"
     if section is not CYCLES:
         return caption
     if not report["noise"]:
@@ -62,7 +63,7 @@ def _cells(found: dict[str, Figure], section: Section) -> list[str]:
 def _cell(one: Figure, column: Column) -> str:
     if one["max"] == 0 and column.unit:
         return "-"
-    ratio = f" x{one['ratio']:.2f}" if one["ratio"] is not None and column.unit else ""
+    ratio = "" if one["ratio"] is None else f" x{one['ratio']:.2f}"
     return f"{told(one, column)}{ratio}"
 
 

@@ -51,8 +51,6 @@ async def prepare(guest: Guest) -> None:
     await agent.stop()
     await agent.configure(RULE)
     await guest.write(f"{systems.PROGRAMS}/limit", await asyncio.to_thread(compiled), 0o755)
-    packages = await asyncio.to_thread(_packages)
-    await guest.write(f"{extension.FOLDER}/{packages.name}", packages.read_bytes())
 
 
 async def put_back(guest: Guest) -> None:
@@ -61,9 +59,15 @@ async def put_back(guest: Guest) -> None:
     await guest.run("rm", "-rf", *map(str, brought), "/media/root", "/var/lib/udisks2")
 
 
-def _packages() -> Path:
-    base = machine.saved().image.base
-    return extension.extension(systems.EXTENSION, systems.PACKAGES, base)
+async def _bring_packages(guest: Guest) -> None:
+    """The extension that a system needs lies in the guest, to be merged at its turn."""
+
+    def made() -> Path:
+        base = machine.saved().image.base
+        return extension.extension(systems.EXTENSION, systems.PACKAGES, base)
+
+    image = await asyncio.to_thread(made)
+    await guest.write(f"{extension.FOLDER}/{image.name}", image.read_bytes())
 
 
 def compiled() -> bytes:
@@ -78,6 +82,8 @@ def compiled() -> bytes:
 async def measured(guest: Guest, *options: str) -> int:
     """The systems were measured in this guest, with these options. Returns: the exit status."""
     asked = measure.options().parse_args([*options, REPORT])
+    if "cycles" in asked.what and any(systems.SYSTEMS[name].extension for name in asked.systems):
+        await _bring_packages(guest)
     async with contextlib.AsyncExitStack() as held:
         if "storm" in asked.what:
             await held.enter_async_context(_sticks(guest, asked.sticks))
