@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,11 +73,12 @@ def _systems(report: Report) -> list[str]:
     width = max(map(len, report["systems"]))
     lines = [f"{name.ljust(width)}  {what}" for name, what in report["systems"].items()]
     for name, samples in report["samples"].get(CYCLES.name, {}).items():
-        if left := sorted({thing for sample in samples for thing in sample["left"]}):
+        if leaving := [sample["left"] for sample in samples if sample["left"]]:
+            things = ", ".join(sorted(set(itertools.chain.from_iterable(leaving))))
             rest = told(report["figures"][CYCLES.name][name][REST.key], REST)
-            things = ", ".join(left)
             lines.append(
-                f"{name} leaves behind: {things}; all else is gone after {rest} {REST.unit}"
+                f"{name} leaves behind, in {len(leaving)} of {len(samples)} cycles: {things}; "
+                f"all else is gone after {rest} {REST.unit}"
             )
     return lines
 

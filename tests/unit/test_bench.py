@@ -110,9 +110,10 @@ def test_what_is_left_behind_is_never_gone_and_said_below() -> None:
     figure = told["figures"]["cycles"]["agent"]["removed_to_nothing_left"]
     assert (figure["median"], figure["min"], figure["ratio"]) == (None, 30, None)
     assert not verdicts(told)["removed -> nothing left x L"]
-    assert "agent leaves behind: key, mapping; all else is gone after 40.0 (50.0) ms" in (
-        tables.tables(told)
-    )
+    assert (
+        "agent leaves behind, in 2 of 3 cycles: key, mapping; "
+        "all else is gone after 40.0 (50.0) ms\n"
+    ) in tables.tables(told)
     assert ">never<" in chart.chart(told)
 
 
