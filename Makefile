@@ -26,7 +26,7 @@ help:
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
 	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent CYCLES=12"
-	@echo "                WHAT=cycles,storm,scaling,start,idle measures the rest as well: half an hour"
+	@echo "                WHAT=cycles,storm,scaling,start,idle measures the rest as well: twenty minutes"
 	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
