@@ -78,8 +78,8 @@ def take_away(points: Iterable[Path]) -> None:
             point.rmdir()
 
 
-def cycles(systems: Sequence[str], count: int) -> Samples:
-    """Each system has served the medium so often, and once more in each of its turns.
+def cycles(systems: Sequence[str], count: int, warm_ups: int = 1) -> Samples:
+    """Each system has served the medium so often, and before that to warm up in each of its turns.
 
     Raises: NothingHappenedError; Wrong. What the journal has of it is shown.
     """
@@ -93,7 +93,8 @@ def cycles(systems: Sequence[str], count: int) -> Samples:
             system = SYSTEMS[name]
             medium = media[system.container]
             with system.running(), shown(name), pulled(medium):
-                return [measured(system, watcher, medium) for _ in range(cycles + 1)][1:]
+                found = [measured(system, watcher, medium) for _ in range(warm_ups + cycles)]
+                return found[warm_ups:]
 
         return in_turns(systems, count, turn)
 

@@ -40,6 +40,7 @@ def options() -> argparse.ArgumentParser:
     trial = parser.add_argument_group("for a trial; the tables' titles do not follow")
     trial.add_argument("--sticks", default=16, type=int)
     trial.add_argument("--disks", default=64, type=int)
+    trial.add_argument("--warm-ups", default=1, type=int, help="in each turn; they do not count")
     trial.add_argument("--minute-s", default=60, type=float, help="how long a minute takes")
     parser.add_argument("report", type=Path)
     return parser
@@ -50,9 +51,9 @@ def main() -> int:
     asked = options().parse_args()
     services = {"agent": SYSTEMS["agent"], "bare": service.bare()}
     measures: dict[str, Callable[[], Samples]] = {
-        "cycles": lambda: cycles(asked.systems, asked.cycles),
+        "cycles": lambda: cycles(asked.systems, asked.cycles, asked.warm_ups),
         "storm": lambda: storms(asked.systems, asked.storms, asked.sticks, asked.disks),
-        "scaling": lambda: scaling(asked.systems, asked.cycles, asked.disks),
+        "scaling": lambda: scaling(asked.systems, asked.cycles, asked.disks, asked.warm_ups),
         "start": lambda: service.starts(services, asked.cycles),
         "idle": lambda: service.idle(asked.minutes, asked.minute_s),
     }

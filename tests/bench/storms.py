@@ -75,7 +75,7 @@ def _storm(
     return mounted, (max(down[moment] for moment in GONE) - down["kernel remove"]) * 1000
 
 
-def scaling(systems: Sequence[str], count: int, disks: int) -> Samples:
+def scaling(systems: Sequence[str], count: int, disks: int, warm_ups: int = 1) -> Samples:
     """How long a medium took to be mounted, beside none, a quarter, and all of the others."""
     with ExitStack() as held:
         media = held.enter_context(_disks(disks))
@@ -86,7 +86,7 @@ def scaling(systems: Sequence[str], count: int, disks: int) -> Samples:
             system = SYSTEMS[name]
             samples: list[Sample] = [{} for _ in range(arrivals)]
             with system.running(), shown(name):
-                _arrivals(system, watcher, media[0], 1)  # which does not count
+                _arrivals(system, watcher, media[0], warm_ups)
                 there = 0
                 for place, others in places.items():
                     _add(system, watcher, media[there:others])

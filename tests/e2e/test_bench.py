@@ -24,7 +24,8 @@ async def test_a_cycle_of_each_kind_of_system_is_measured_and_nothing_is_left(
 ) -> None:
     await bench.prepare(guest)
     names = ["agent", "L", "S", "Y", "U"]
-    assert await bench.measured(guest, "--systems", ",".join(names), "--cycles", "1") == 0
+    once = "--cycles 1 --warm-ups 0"
+    assert await bench.measured(guest, "--systems", ",".join(names), *once.split()) == 0
     report = await bench.reported(guest)
     assert list(report["systems"]) == names
     for name, (cycle,) in report["samples"]["cycles"].items():
@@ -40,7 +41,7 @@ async def test_storms_scaling_starts_and_idling_are_measured_and_nothing_is_left
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await bench.prepare(guest)
-    few = "--systems agent --cycles 1 --storms 1 --sticks 2 --disks 2 --minute-s 1"
+    few = "--systems agent --cycles 1 --warm-ups 0 --storms 1 --sticks 2 --disks 2 --minute-s 1"
     what = "storm,scaling,start,idle"
     assert await bench.measured(guest, "--what", what, *few.split()) == 0
     samples = (await bench.reported(guest))["samples"]
