@@ -24,7 +24,7 @@ def chart(report: Report) -> str:
                 continue
             found = {system: figures[column.key] for system, figures in systems.items()}
             parts.append(_text(_LEFT, top, f"{column.title}, {column.unit}", "start", bold=True))
-            most = max((one["p95"] for one in found.values() if one["p95"]), default=1)
+            most = max((one["p95"] for one in found.values() if (one["p95"] or 0) > 0), default=1)
             for system, one in found.items():
                 top += _STEP
                 parts += _bar(top, system, one, column, _PLOT / most)
@@ -42,7 +42,8 @@ def _bar(top: int, name: str, one: Figure, column: Column, scale: float) -> list
     label = _text(_LEFT - 8, top, name, "end")
     if one["p95"] is None:
         return [label, _text(_LEFT + 8, top, told(one, column), "start")]
-    median, p95 = one["median"] * scale, one["p95"] * scale
+    # Who acts on the kernel's event may be there before udev tells: nothing is left to draw then.
+    median, p95 = (max(0.0, one[which] * scale) for which in ("median", "p95"))
     middle = top - _BAR // 2 + 4
     colour = _COLOURS.get(name, _OTHERS)
     return [

@@ -37,7 +37,7 @@ class Column:
         if value is None:
             return "never"
         shown = value / self.divisor
-        return f"{shown:.0f}" if shown >= 100 or shown == 0 else f"{shown:.1f}"
+        return f"{shown:.0f}" if abs(shown) >= 100 or shown == 0 else f"{shown:.1f}"
 
 
 @dataclass(frozen=True, slots=True)

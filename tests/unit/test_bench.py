@@ -104,6 +104,13 @@ def test_a_goal_is_met_up_to_its_bound_and_missed_beyond() -> None:
     assert not verdicts(report(L=[cycle(1)], agent=[cycle(1, memory=20_000)]))["RSS MB"]
 
 
+def test_who_is_there_before_udev_tells_has_kept_the_goal_and_no_bar() -> None:
+    told = report(L=[cycle(10)], agent=[cycle(-128)])
+    assert verdicts(told)["udev add -> mounted x L"]
+    assert "-128 (-128) x-12.80" in tables.tables(told)
+    assert 'width="-' not in chart.chart(told)
+
+
 def test_what_is_left_behind_is_never_gone_and_said_below() -> None:
     left = [cycle(30), cycle(50, left=["mapping"]), cycle(40, left=["mapping", "key"])]
     told = report(L=[cycle(10)], agent=left)
