@@ -125,10 +125,11 @@ _CRYPTTAB: Final = (
     f"{LABEL} /dev/disk/by-partlabel/{LABEL} {KEY_FILE} "
     "plain,cipher=aes-cbc-plain,size=128,noauto\n"
 )
+# What stops in the reverse order is unmounted first: else the mapping is in use, and stays.
 _MOUNT_OF_A_MAPPING: Final = f"""\
 [Unit]
 BindsTo={_PARTITION}
-After={_PARTITION}
+After={_PARTITION} systemd-cryptsetup@{_ESCAPED}.service
 [Mount]
 What=/dev/mapper/{LABEL}
 Where={MOUNT_ROOT}/{LABEL}
