@@ -15,7 +15,6 @@ class Notifier:
         watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
         for_us = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         usable = for_us and watchdog_us.isdecimal() and int(watchdog_us) > 0
-        self._sender: socket.socket | None = None
         self.watchdog_s = int(watchdog_us) / 1e6 if usable else None
         """How long we may be silent, in seconds, or None if nobody watches."""
 
@@ -26,6 +25,5 @@ class Notifier:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        with suppress(OSError):
-            self._sender = self._sender or socket.socket(socket.AF_UNIX, kind)
-            self._sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)
+        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sender:
+            sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)
