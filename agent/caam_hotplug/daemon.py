@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -111,7 +112,8 @@ async def _serve(config: Config, load: Load) -> None:
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
-            devices.look_at_rules(anew=True)
+            gc.freeze()  # what there is by now stays, and need not be looked through at each medium
+            devices.prepare()
             await around.dm_lane.run(host.prepare, late=lambda _why: None)
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
@@ -250,13 +252,11 @@ class _Events:
         self._supervisor.start(self._devices.present(), volumes.there())
         for fileno, read in self._devices.readers().items():
             self._loop.add_reader(fileno, self._take, read)
-        for fileno in self._devices.filenos_of_rules():
-            self._loop.add_reader(fileno, self._devices.look_at_rules)
         self._set_alarm()
 
     def end(self) -> None:
         """Nobody listens to the devices any more."""
-        for fileno in [*self._devices.readers(), *self._devices.filenos_of_rules()]:
+        for fileno in self._devices.readers():
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
             self._alarm.cancel()

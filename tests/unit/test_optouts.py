@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug.kernel import watch
+from caam_hotplug.kernel import optouts, watch
 from caam_hotplug.kernel.optouts import OptOuts
 
 OPTS_OUT = 'SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n'
@@ -28,17 +28,12 @@ def rules(tmp_path: Path) -> Path:
 @pytest.fixture
 def opt_outs(rules: Path, tmp_path: Path) -> Iterator[OptOuts]:
     with closing(OptOuts((f"{tmp_path}/etc", f"{tmp_path}/run"))) as made:
-        made.look()
+        assert not made.may_be()
         yield made
 
 
-def test_before_it_was_looked_a_rule_may_be_there(tmp_path: Path) -> None:
-    with closing(OptOuts((str(tmp_path),))) as opt_outs:
-        assert opt_outs.may_be
-
-
 def test_without_such_a_rule_none_may_be_there(opt_outs: OptOuts) -> None:
-    assert not opt_outs.may_be
+    assert not opt_outs.may_be()
 
 
 @pytest.mark.parametrize(
@@ -53,8 +48,7 @@ def test_without_such_a_rule_none_may_be_there(opt_outs: OptOuts) -> None:
 )
 def test_a_rule_that_sets_the_property_is_found(opt_outs: OptOuts, rules: Path, rule: str) -> None:
     (rules / "10-board.rules").write_text(f"# a board's own\n{rule}\n")
-    opt_outs.look(anew=False)
-    assert opt_outs.may_be
+    assert opt_outs.may_be()
 
 
 @pytest.mark.parametrize(
@@ -70,37 +64,43 @@ def test_a_rule_that_only_asks_for_it_does_not_count(
     opt_outs: OptOuts, rules: Path, rule: str
 ) -> None:
     (rules / "10-board.rules").write_text(f"{rule}\n")
-    opt_outs.look(anew=False)
-    assert not opt_outs.may_be
+    assert not opt_outs.may_be()
 
 
 def test_the_rules_that_come_with_the_agent_opt_nothing_out() -> None:
     with closing(OptOuts((str(SHIPPED.parent),))) as opt_outs:
         opt_outs._directories = {SHIPPED}
-        opt_outs.look()
         assert list(SHIPPED.glob("*.rules"))
-        assert not opt_outs.may_be
+        assert not opt_outs.may_be()
 
 
 def test_a_directory_that_comes_later_is_looked_at(opt_outs: OptOuts, tmp_path: Path) -> None:
     later = tmp_path / "run/udev/rules.d"
     later.mkdir(parents=True)
-    opt_outs.look(anew=False)
     (later / "10-board.rules").write_text(OPTS_OUT)
-    opt_outs.look(anew=False)
-    assert opt_outs.may_be
+    assert opt_outs.may_be()
+
+
+def test_rules_that_have_not_changed_are_not_read_again(
+    opt_outs: OptOuts, rules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(optouts, "_sets", read.append)
+    opt_outs.may_be()
+    assert read == []
+    (rules / "60-other.rules").write_text("# changed in its place\n")
+    opt_outs.may_be()
+    assert rules in read
 
 
 def test_what_is_no_rule_file_does_not_count(opt_outs: OptOuts, rules: Path) -> None:
     (rules / "10-board.rules.bak").write_text(OPTS_OUT)
-    opt_outs.look(anew=False)
-    assert not opt_outs.may_be
+    assert not opt_outs.may_be()
 
 
 def test_a_rule_that_cannot_be_read_may_be_one(opt_outs: OptOuts, rules: Path) -> None:
     (rules / "10-board.rules").mkdir()
-    opt_outs.look(anew=False)
-    assert opt_outs.may_be
+    assert opt_outs.may_be()
 
 
 def test_rules_that_cannot_be_watched_may_always_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,9 +109,7 @@ def test_rules_that_cannot_be_watched_may_always_have_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(watch, "Directory", refuse)
     with closing(OptOuts()) as opt_outs:
-        opt_outs.look()
-        assert opt_outs.may_be
-        assert opt_outs.filenos() == []
+        assert opt_outs.may_be()
 
 
 def test_what_happens_beside_a_missing_directory_is_no_news(tmp_path: Path) -> None:
@@ -128,5 +126,9 @@ def test_what_happens_beside_a_missing_directory_is_no_news(tmp_path: Path) -> N
 
 def test_nothing_is_open_afterwards(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    OptOuts((str(tmp_path),)).close()
+    (tmp_path / "udev/rules.d").mkdir(parents=True)
+    opt_outs = OptOuts((str(tmp_path),))
+    opt_outs.may_be()
+    assert len(os.listdir("/proc/self/fd")) > before
+    opt_outs.close()
     assert len(os.listdir("/proc/self/fd")) == before

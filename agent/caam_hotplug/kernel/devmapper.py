@@ -24,6 +24,8 @@ from caam_hotplug.model import DeviceNumber, Mapping, Sectors
 
 _LINKS: Final = Path("/dev/mapper")
 _LIBDEVMAPPER: Final = "libdevmapper.so.1.02.1"
+_REMEMBERED_MOST: Final = 32
+"""Nodes, before it is looked whether they can be forgotten."""
 
 # enum of libdevmapper.h
 _CREATE, _RELOAD, _REMOVE, _RESUME, _INFO, _TABLE, _LIST, _TARGET_MSG = 0, 1, 2, 5, 6, 11, 13, 17
@@ -89,6 +91,8 @@ class _Library:
             ctypes.POINTER(u64), ctypes.POINTER(u64), ctypes.POINTER(text), ctypes.POINTER(text),
         )  # fmt: skip
         self.update_nodes = function("dm_task_update_nodes", None)
+        self.remembered = 0
+        """How many nodes it may have to update."""
         # libdevmapper would print what our errors say with more context. Any C function that
         # ignores its arguments will do; a Python callback would need memory that is writable and
         # executable, which the service's confinement denies (MemoryDenyWriteExecute).
@@ -251,10 +255,15 @@ def _update_links() -> None:
     """/dev/mapper is as it should be, if it is ours to keep; it is udev's where udevd runs.
 
     libdevmapper remembers each node that it would make or remove until it is told to. With udevd
-    that is when all links are there: nothing is left to make then, which would be in udev's way.
+    that is when all links are there: nothing is left to make then, which would be in udev's way. To
+    look at all of them takes the longer the more there are, so it is done now and then.
     """
-    if not names.UDEV_CONTROL.exists() or _links_are_there():
-        _library().update_nodes()
+    lib = _library()
+    lib.remembered += 1
+    is_ours = not names.UDEV_CONTROL.exists()
+    if is_ours or (lib.remembered >= _REMEMBERED_MOST and _links_are_there()):
+        lib.update_nodes()
+        lib.remembered = 0
 
 
 def _links_are_there() -> bool:

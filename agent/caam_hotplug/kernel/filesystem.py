@@ -441,7 +441,7 @@ def why_forgetful(path: Path) -> str | None:
     return None
 
 
-@lru_cache(maxsize=128)  # the same lines are read again and again
+@lru_cache(maxsize=512)  # the same lines are read again and again
 def parse_mount(line: str) -> Mount:
     """One line of mountinfo; optional fields end with a lone dash.
 

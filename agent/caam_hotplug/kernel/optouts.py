@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -25,41 +24,35 @@ _SETS: Final = re.compile(
 
 
 class OptOuts:
-    """A board's udev rules under watch. Synchronization: loop only."""
+    """A board's udev rules, of which is known what they do. Synchronization: loop only."""
 
     def __init__(self, roots: tuple[str, ...] = _ROOTS) -> None:
-        """Until `look`, a rule may be there. If the rules cannot be watched, one always may."""
         self._directories = {(Path(root) / "udev/rules.d").resolve() for root in roots}
-        self._watches: list[watch.Directory] = []
-        self.may_be = True
-        """Whether a rule sets the property, as far as is known."""
-        with ExitStack() as held:
-            held.callback(self.close)
-            try:
-                self._watches += map(watch.Directory, self._directories)
-            except OSError as error:
-                log.warning(
-                    "cannot watch udev's rules: %s; media wait for what udev tells of them",
-                    error.strerror,
-                )
-                return
-            held.pop_all()
-
-    def filenos(self) -> list[int]:
-        """When one of them is readable, rules have changed, and are to be looked at again."""
-        return [each.fileno() for each in self._watches]
+        self._watched: dict[Path, watch.Directory] = {}
+        self._found = False
 
     def close(self) -> None:
         """Nothing is watched any more."""
-        for each in self._watches:
+        for each in self._watched.values():
             each.close()
-        self._watches.clear()
+        self._watched.clear()
 
-    def look(self, *, anew: bool = True) -> None:
-        """What is known is what the rules say now; not `anew`: if they have changed."""
-        changed = [each for each in self._watches if each.read()]
-        if self._watches and (anew or changed):
-            self.may_be = any(map(_sets, self._directories))
+    def may_be(self) -> bool:
+        """Whether a rule sets the property, or may. What has not changed is not read again."""
+        missing = [at for at in self._directories if at not in self._watched and at.is_dir()]
+        try:
+            for directory in missing:
+                self._watched[directory] = watch.Directory(directory)
+        except OSError as error:
+            log.warning(
+                "cannot watch udev's rules: %s; media wait for what udev tells of them",
+                error.strerror,
+            )
+            return True
+        changed = [at for at, each in self._watched.items() if each.read()]
+        if missing or changed:
+            self._found = any(map(_sets, self._directories))
+        return self._found
 
 
 def _sets(directory: Path) -> bool:

@@ -135,10 +135,6 @@ class Devices:
         found = {self._kernel.fileno(): self.read_kernel}
         return found if self._udev is None else {**found, self._udev.fileno(): self.read_udev}
 
-    def filenos_of_rules(self) -> list[int]:
-        """When one of them is readable, udev's rules are to be looked at again."""
-        return [] if self._opt_outs is None else self._opt_outs.filenos()
-
     def close(self) -> None:
         """Events are no longer received."""
         self._kernel.close()
@@ -146,13 +142,9 @@ class Devices:
             if opened is not None:
                 opened.close()
 
-    def look_at_rules(self, *, anew: bool = False) -> None:
-        """It is known whether udev's rules may opt a device out; none is announced before.
-
-        Not `anew`: if they have changed.
-        """
-        if self._opt_outs is not None:
-            self._opt_outs.look(anew=anew)
+    def prepare(self) -> None:
+        """What is known of udev's rules the first medium need not wait for."""
+        self._may_announce()
 
     def read_kernel(self) -> list[Event]:
         """What the kernel's events amount to that wait, a bounded number of them."""
@@ -236,7 +228,7 @@ class Devices:
         if volumes.NEVER_MEDIA.match(name):
             return
         before, announced = self._told.get(name), None
-        if told.action == "add" and before is None and self._may_announce:
+        if told.action == "add" and before is None and self._may_announce():
             announced = volumes.announced_at(name, told.properties.get("PARTNAME"))
         which = volumes.present_id(name) if announced is None else announced.id
         if which is None or before not in {None, which}:
@@ -246,9 +238,8 @@ class Devices:
         if announced is not None:
             yield Announced(announced)
 
-    @property
     def _may_announce(self) -> bool:
-        return self._opt_outs is not None and not self._opt_outs.may_be
+        return self._opt_outs is not None and not self._opt_outs.may_be()
 
     def _appeared(self, volume: Volume) -> Appeared:
         self._untold.pop(volume.name, None)

@@ -117,13 +117,15 @@ def _swaps(numbers: set[DeviceNumber]) -> Iterator[str]:
 
 
 def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
-    for file in _SYS_BLOCK.glob("loop*/loop/backing_file"):
+    for name in os.listdir(_SYS_BLOCK):  # noqa: PTH208  there may be hundreds of others
+        if not name.startswith("loop"):
+            continue
         try:
-            backing = _text(file)
-        except OSError:  # it was detached meanwhile
+            backing = _text(_SYS_BLOCK / name / "loop/backing_file")
+        except OSError:  # it has none, or was detached meanwhile
             continue
         if _number_of(backing) in numbers:
-            yield f"{file.parent.parent.name} lies on it"
+            yield f"{name} lies on it"
 
 
 def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:

@@ -167,8 +167,15 @@ async def _ended(call: asyncio.Future[T]) -> bool:
     """The call has ended; whether whoever waits for it was cancelled meanwhile."""
     cancelled = False
     while not call.done():
+        waiter = call.get_loop().create_future()  # asyncio.wait() would do, with more ado
+        call.add_done_callback(partial(_wake, waiter))
         try:
-            await asyncio.wait({call})
+            await waiter
         except asyncio.CancelledError:
             cancelled = True
     return cancelled
+
+
+def _wake(waiter: asyncio.Future[None], _call: asyncio.Future[T]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
