@@ -12,6 +12,8 @@ SYSTEMS := L,agent,nobus,S,P,Y,U
 WHAT := cycles
 KERNEL ?= 6.1
 export KERNEL
+AWAIT_UDEV ?= no
+export AWAIT_UDEV
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
 .PHONY: help setup lint man check fuzz test smoke coverage demo soak throughput bench vm-shell wheel deb clean
@@ -63,7 +65,8 @@ check: lint
 fuzz: $(VENV)/.installed
 	HYPOTHESIS_PROFILE=many $(PYTHON) -m pytest -q tests/fuzz
 
-# KERNEL=6.12 takes another series of Debian's than 6.1.
+# KERNEL=6.12 takes another series of Debian's than 6.1; with AWAIT_UDEV=yes all agents in it wait for
+# udev, which by default they do not.
 test: setup
 	tests/run-all
 

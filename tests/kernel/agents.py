@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ ARRIVAL: Final = (
 )  # fmt: skip
 """The calls that change something, from the medium's event until it is mounted."""
 ROOM: Final = Path("/run/room")
+AWAIT_UDEV: Final = "true" if os.environ.get("AWAIT_UDEV") == "yes" else "false"
 RULES: Final = """
+await_udev = {await_udev}
 blob_directory = "{room}/blobs"
 mount_root = "{room}/media"
 stuck_after_s = 2
@@ -55,7 +58,7 @@ class Room:
 
     def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:
         """From the agent's next look at its configuration on, its rule has these keys more."""
-        rules = RULES.format(room=self._folder, stop_within_s=stop_within_s)
+        rules = RULES.format(room=self._folder, stop_within_s=stop_within_s, await_udev=AWAIT_UDEV)
         self.configuration.write_text(rules + more)
 
     def point(self, medium: Cartridge | None = None) -> Path:

@@ -31,6 +31,7 @@ from kernel.provisioning import Bench, bench_with
 from kernel.real import RealWorld
 from kernel.witness import loop_medium, run
 from vm.fixtures import LOOKED_AT, evidence
+from vm.installed import AWAIT_UDEV
 
 if TYPE_CHECKING:
     from vm.guest import Completed, Guest
@@ -261,6 +262,7 @@ def _command(selected: list[str], *, covered: bool) -> str:
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")
         command[1:1] = ["-m", "coverage", "run", *options]
     environment = "BED_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/src/agent:/src/tests"
+    environment += f" AWAIT_UDEV={AWAIT_UDEV}"
     return f"mkdir -pm 1777 {COVERAGE_IN_GUEST}; cd /tmp; {environment} {shlex.join(command)}"
 
 

@@ -18,7 +18,8 @@ from kernel.test_lost_events import udevd_hanging
 from kernel.witness import run
 
 BLKRRPART: Final = 0x125F
-OUGHT_TO_WAIT: Final = "await_udev = true\n"
+WAITS: Final = "await_udev = true\n"
+DOES_NOT_WAIT: Final = "await_udev = false\n"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,8 @@ def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
     with media[0].disposable():
         pass  # its bytes are those it was made with, whatever a test before this has mounted
     with room_of(media) as made:
+        rules = made.configuration.read_text()
+        made.configuration.write_text(rules.replace(WAITS, DOES_NOT_WAIT))
         yield made
 
 
@@ -66,7 +69,8 @@ def test_a_medium_comes_and_goes_though_udev_says_nothing_of_it(room: Room) -> N
 
 
 def test_with_await_udev_a_medium_waits_until_udev_has_told_of_it(room: Room) -> None:
-    room.configuration.write_text(OUGHT_TO_WAIT + room.configuration.read_text())
+    rules = room.configuration.read_text()
+    room.configuration.write_text(rules.replace(DOES_NOT_WAIT, WAITS))
     assert_waits(room)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Final, Literal
@@ -14,6 +15,10 @@ from vm.media import OTPMK_A
 UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
 HOLDERS_SOCKET: Final = "caam-hotplug-holders.socket"
+AWAIT_UDEV: Final = os.environ.get("AWAIT_UDEV", "no")
+"""With "yes" all agents in a run of tests wait for udev, though no configuration says so."""
+_DEFAULT: Final = "await_udev: bool ="
+_CONFIG: Final = "/usr/lib/caam-hotplug/caam_hotplug/config.py"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
@@ -108,12 +113,17 @@ def layer(kernel: Kernel = "nxp") -> Layer:
             await guest.sh(f"rm {_BLOBS}/*; board-kernel mainline {OTPMK_A}", timeout_s=300)
         await guest.sh(f"cp -a {_BLOBS} {_BLOBS_AS_MADE}")
         await install(guest, package)
+        if AWAIT_UDEV == "yes":
+            await guest.sh(
+                f"sed -i 's/{_DEFAULT} False/{_DEFAULT} True/' {_CONFIG}; "
+                f"grep -q '{_DEFAULT} True' {_CONFIG}"
+            )
         await guest.run("systemctl", "is-active", UNIT)
         await InstalledAgent(guest).stop()
         await guest.run("rm", "-r", "/etc/caam-hotplug")  # a test brings its own, or none
 
     name = "agent" if kernel == "nxp" else f"agent-{kernel}"
-    return Layer(name, cache.key_of(debian.key(), Path(__file__)), prepare)
+    return Layer(name, cache.key_of(debian.key(), Path(__file__), AWAIT_UDEV), prepare)
 
 
 async def install(guest: Guest, package: bytes) -> None:
