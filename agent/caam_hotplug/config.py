@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
-
-import msgspec
 
 from caam_hotplug import names
 from caam_hotplug.errors import (
@@ -198,12 +196,15 @@ class _Reader:
                 return tuple(self._value(v, items[0], f"{at}[{i}]") for i, v in enumerate(value, 1))
             return self._fault(at, f"expected tables [[{at}]], found {_found(value)}")
         try:
-            result = msgspec.convert(value, wanted, dec_hook=_from_toml)
+            result = _converted(value, wanted)
             _check(at, result)
-        except (msgspec.ValidationError, ValueError) as error:
-            of_type = isinstance(error, msgspec.ValidationError)
-            return self._fault(at, _words(error, value, wanted) if of_type else str(error))
-        return result
+        except _OtherKindError:
+            problem = _words(value, wanted)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            return result
+        return self._fault(at, problem)
 
     def _fault(self, at: str, problem: str) -> None:
         self._faults.append(ConfigFault(self._file, at, _line(problem)))
@@ -213,8 +214,42 @@ _hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
 """The types of a dataclass's fields, which Python would evaluate anew for every table."""
 
 
+class _OtherKindError(Exception):
+    """The value is of no kind that was wanted."""
+
+
+def _converted(value: Any, wanted: Any) -> Any:
+    """The value as the type has it. Raises: _OtherKindError; ValueError with what was expected."""
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if kind is UnionType:
+        return _as_one_of(value, parts)
+    if kind is tuple and isinstance(value, list):
+        return tuple(_converted(item, parts[0]) for item in value)
+    if kind is dict and isinstance(value, dict):
+        return {_converted(k, parts[0]): _converted(v, parts[1]) for k, v in value.items()}
+    if wanted in (Template, UnitTemplate, Bytes, Path):
+        return _from_toml(wanted, value)
+    choices = [] if kind in (tuple, dict) else list(_choices(wanted))
+    if choices:
+        fits = any(type(choice) is type(value) and choice == value for choice in choices)
+    elif wanted is float and type(value) is int:
+        fits = not abs(value) >> 64  # an integer has no limit, a float has
+    else:
+        fits = type(value) is wanted
+    if not fits:
+        raise _OtherKindError
+    return wanted(value) if isinstance(wanted, type) else value
+
+
+def _as_one_of(value: Any, types: tuple[Any, ...]) -> Any:
+    for wanted in types:
+        with suppress(_OtherKindError):
+            return _converted(value, wanted)
+    raise _OtherKindError
+
+
 def _from_toml(wanted: type, value: Any) -> Any:
-    """msgspec's hook for the types it does not know."""
+    """A value of a type that TOML does not have. Raises: ValueError with what was expected."""
     if wanted in (Template, UnitTemplate) and isinstance(value, str):
         return wanted(value)
     if wanted is Bytes and isinstance(value, str):
@@ -310,12 +345,10 @@ def _is_plain(path: Path) -> bool:
     return plain and ".." not in path.parts and str(path).isprintable()
 
 
-def _words(error: Exception, value: Any, wanted: Any) -> str:
+def _words(value: Any, wanted: Any) -> str:
     choices = list(_choices(wanted))
     if not choices:
-        if str(error).startswith("Expected `"):  # in Python's words
-            return f"expected {' or '.join(dict.fromkeys(_kinds(wanted)))}, found {_found(value)}"
-        return f"{str(error)[:1].lower()}{str(error)[1:]}"
+        return f"expected {' or '.join(dict.fromkeys(_kinds(wanted)))}, found {_found(value)}"
     wants_list = get_origin(wanted) is tuple
     expected = f"expected {'a list of ' if wants_list else ''}{', '.join(map(str, choices))}"
     if wants_list and not isinstance(value, list):
@@ -365,6 +398,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    import difflib  # noqa: PLC0415  200 kB, and only a mistake needs it
+
     texts = [choice for choice in known if isinstance(choice, str)]
     near = difflib.get_close_matches(word[:_SHOWN_LENGTH].lower(), texts, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
