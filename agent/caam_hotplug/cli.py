@@ -6,21 +6,24 @@ needs is felt.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, TextIO
 
-from caam_hotplug import __version__, keys, migrate, names, provision, trace
+from caam_hotplug import __version__, names, omissions, trace
 from caam_hotplug.errors import ConfigError, HotplugError, shown
-from caam_hotplug.operator import commands as operator
 
 if TYPE_CHECKING:
+    import argparse
+
     from caam_hotplug import config
+
+    Parsed = argparse.Namespace | SimpleNamespace
 
 _EXAMPLES = """\
 examples:
@@ -59,7 +62,9 @@ exit status: 0 all is well as far as it can be told; 1 failures, or it could not
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; the return value is the exit status."""
-    parsed = _parser().parse_args(arguments)
+    omissions.leave_out()
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = _as_the_service() if words == ["run"] else _parser().parse_args(words)
     try:
         with redirect_stdout(_Answer(sys.stdout)) as answer:
             status = int(parsed.command(parsed))
@@ -126,7 +131,17 @@ def _write_no_more() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _as_the_service() -> SimpleNamespace:
+    """`run` alone, as the parser has it. The parser would stay in the agent's memory: 1 MB."""
+    return SimpleNamespace(command=_run, config=None, trace=None)
+
+
 def _parser() -> argparse.ArgumentParser:
+    import argparse  # noqa: PLC0415
+
+    from caam_hotplug import keys, migrate, provision  # noqa: PLC0415
+    from caam_hotplug.operator import commands as operator  # noqa: PLC0415
+
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
         description="Unlocks and mounts encrypted removable media with keys of the CAAM.",
@@ -160,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     provision.add_to(commands, _add_config, _load_to_act)
     keys.add_to(commands, _add_config, _load_to_act)
     migrate.add_to(commands, _add_config, _load_to_act)
-    _add_doctor(commands)
+    _add_doctor(commands, argparse.RawDescriptionHelpFormatter)
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")
     holders.set_defaults(command=_holders)
@@ -168,13 +183,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    formatter: type[argparse.HelpFormatter],
+) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="say what keeps the agent from working on this board, and what to do",
         description=_DOCTOR,
         epilog=_DOCTOR_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=formatter,
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     _add_config(doctor)
@@ -190,7 +208,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(parsed: argparse.Namespace, reader: config.Files) -> config.Config:
+def _load(parsed: Parsed, reader: config.Files) -> config.Config:
     """The configuration that was named, or else the installed one, which need not be there."""
     from caam_hotplug import config  # noqa: PLC0415
 
@@ -215,7 +233,7 @@ def _warn_of_strangers(load: Callable[[config.Files], config.Config]) -> None:
             print(f"warning: `run` will refuse this: {fault}", file=sys.stderr)
 
 
-def _run(parsed: argparse.Namespace) -> int:
+def _run(parsed: Parsed) -> int:
     with nullcontext() if parsed.trace is None else trace.written_to(parsed.trace):
         from caam_hotplug import daemon  # noqa: PLC0415
         from caam_hotplug.kernel import files  # noqa: PLC0415

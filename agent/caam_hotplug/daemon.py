@@ -56,6 +56,7 @@ def run(load: Load) -> None:
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     memory.share_one_heap()
+    memory.refuse_huge_pages()
     memory.refuse_core_dumps()  # key bytes pass through this process
     # Before any thread exists, since threads inherit the session keyring of their maker.
     keyring.join_session_keyring()

@@ -15,6 +15,9 @@ NOT_FOR_STATUS = {"msgspec", "pyudev", "tomllib", "ctypes", "rich", "caam_hotplu
                   "caam_hotplug.kernel", "caam_hotplug.lifecycle", "caam_hotplug.daemon",
                   "caam_hotplug.supervisor", "caam_hotplug.bus"}  # fmt: skip
 NOT_FOR_HELP = NOT_FOR_STATUS | {"asyncio", "sdbus", "json"}
+NOT_FOR_THE_AGENT = {"_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma", "msgspec",
+                     "shutil", "tempfile", "uuid", "caam_hotplug.keys", "caam_hotplug.migrate",
+                     "caam_hotplug.operator", "caam_hotplug.provision"}  # fmt: skip
 
 
 def imported(script: str, *arguments: str) -> set[str]:
@@ -50,6 +53,16 @@ def test_help_imports_neither_the_bus_nor_a_loop(arguments: list[str]) -> None:
         *arguments,
     )
     assert after & NOT_FOR_HELP == set()
+
+
+def test_the_agent_holds_nothing_in_memory_that_only_others_need() -> None:
+    after = imported(
+        "from caam_hotplug import cli, omissions\nomissions.leave_out()\n"
+        "from caam_hotplug import bus_objects, daemon\ndaemon.run = lambda load: load()\n"
+        "assert cli.main(['run']) == 0"
+    )
+    assert {"caam_hotplug.config", "caam_hotplug.lifecycle.life", "pyudev", "sdbus"} <= after
+    assert after & NOT_FOR_THE_AGENT == set()
 
 
 def test_the_agent_without_a_bus_has_not_imported_sdbus() -> None:

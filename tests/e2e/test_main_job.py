@@ -53,6 +53,22 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     assert await agent.main_pid() == pid
 
 
+async def test_no_library_is_opened_only_when_a_medium_comes(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    maps = f"/proc/{await agent.main_pid()}/maps"
+    await guest.until(f"grep -q libblkid {maps}")
+    opened = f"grep -o '/.*[.]so.*' {maps} | sort -u"
+    before = (await guest.sh(opened)).stdout
+    assert "libssl" not in before
+    plug = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    assert (await guest.sh(opened)).stdout == before
+    await plug.pull()
+    await agent.until_said(r"cartridge-01.*removed-unsafely")
+
+
 @ON_EVERY_BOARD
 async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path

@@ -42,12 +42,12 @@ def newer(folder: Path) -> tuple[str, bytes]:
     return version, made.read_bytes()
 
 
-async def test_the_agent_runs_on_the_distributions_pyudev_and_on_a_msgspec_of_its_own(
+async def test_the_agent_runs_on_the_distributions_pyudev_and_on_an_sdbus_of_its_own(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.start()
     mapped = await guest.read(f"/proc/{await agent.main_pid()}/maps")
-    assert b" /usr/lib/caam-hotplug/bundled/msgspec/_core." in mapped
+    assert b" /usr/lib/caam-hotplug/bundled/sdbus/sd_bus_internals." in mapped
     owner = await guest.run("dpkg-query", "-S", "/usr/lib/python3/dist-packages/pyudev/core.py")
     assert owner.stdout.startswith("python3-pyudev:")
     count = "find /usr/lib/caam-hotplug -name '*.{}' | wc -l"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug import __version__
+from caam_hotplug import __version__, cli
 from caam_hotplug.cli import main
 
 STRANGER = 54321
@@ -26,6 +26,10 @@ def exit_status(arguments: list[str]) -> int | str | None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     return ended.value.code
+
+
+def test_run_alone_is_what_the_parser_makes_of_it() -> None:
+    assert vars(cli._as_the_service()) == vars(cli._parser().parse_args(["run"]))
 
 
 def test_a_valid_file_is_called_so_with_its_rules_in_order(

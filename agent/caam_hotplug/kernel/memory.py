@@ -13,6 +13,7 @@ from caam_hotplug.kernel import cbind
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_THP_DISABLE: Final = 41
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
 _LARGE: Final = 32 << 10
@@ -21,8 +22,23 @@ _LARGE: Final = 32 << 10
 def refuse_core_dumps() -> None:
     """No dump of this process's memory is ever written, and no debugger of others' reads it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
-    prctl(_PR_SET_DUMPABLE, 0)
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def refuse_huge_pages() -> None:
+    """The kernel gives this process pages as it needs them, wherever it gives others 2 MiB at once.
+
+    A thread's stack would take that for a few calls, a heap for its last few pages. Source:
+    transhuge.rst.
+    """
+    _prctl(_PR_SET_THP_DISABLE, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    long = ctypes.c_ulong
+    cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, long, long, long, long))(
+        option, value, 0, 0, 0
+    )
 
 
 @contextmanager

@@ -53,14 +53,6 @@ def default_source() -> Source:
     return "udev" if names.UDEV_CONTROL.exists() else "kernel"
 
 
-def _context() -> pyudev.Context:
-    # pyudev asks ctypes.util.find_library, which starts ldconfig and may try gcc.
-    import pyudev._ctypeslib.utils as loader  # noqa: PLC0415  pyudev offers no other seam
-
-    loader.find_library = lambda name: f"lib{name}.so.1"
-    return pyudev.Context()
-
-
 def require_diskseq() -> None:
     """Raises: HotplugError if this kernel does not number insertions."""
     disks = list(Path("/sys/block").iterdir())
@@ -116,7 +108,7 @@ class Devices:
         `await_udev`: nothing is announced before udev has told of it.
         """
         self.source: Final = source
-        self._context = _context()
+        self._context = pyudev.Context()
         given = dict(handed or {})
         self._kernel = uevents.Uevents(uevents.KERNEL_GROUP, given.pop("kernel", None))
         self._udev = self._opt_outs = None
