@@ -6,15 +6,14 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from enum import Enum
 from functools import cache
 from pathlib import Path
-from types import UnionType
 from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from caam_hotplug import names
+from caam_hotplug.conversion import OtherKindError, choices_of, converted
 from caam_hotplug.errors import (
     ConfigError,
     ConfigFault,
@@ -196,9 +195,9 @@ class _Reader:
                 return tuple(self._value(v, items[0], f"{at}[{i}]") for i, v in enumerate(value, 1))
             return self._fault(at, f"expected tables [[{at}]], found {_found(value)}")
         try:
-            result = _converted(value, wanted)
+            result = converted(value, wanted, _from_toml)
             _check(at, result)
-        except _OtherKindError:
+        except OtherKindError:
             problem = _words(value, wanted)
         except ValueError as error:
             problem = str(error)
@@ -212,40 +211,6 @@ class _Reader:
 
 _hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
 """The types of a dataclass's fields, which Python would evaluate anew for every table."""
-
-
-class _OtherKindError(Exception):
-    """The value is of no kind that was wanted."""
-
-
-def _converted(value: Any, wanted: Any) -> Any:
-    """The value as the type has it. Raises: _OtherKindError; ValueError with what was expected."""
-    kind, parts = get_origin(wanted), get_args(wanted)
-    if kind is UnionType:
-        return _as_one_of(value, parts)
-    if kind is tuple and isinstance(value, list):
-        return tuple(_converted(item, parts[0]) for item in value)
-    if kind is dict and isinstance(value, dict):
-        return {_converted(k, parts[0]): _converted(v, parts[1]) for k, v in value.items()}
-    if wanted in (Template, UnitTemplate, Bytes, Path):
-        return _from_toml(wanted, value)
-    choices = [] if kind in (tuple, dict) else list(_choices(wanted))
-    if choices:
-        fits = any(type(choice) is type(value) and choice == value for choice in choices)
-    elif wanted is float and type(value) is int:
-        fits = not abs(value) >> 64  # an integer has no limit, a float has
-    else:
-        fits = type(value) is wanted
-    if not fits:
-        raise _OtherKindError
-    return wanted(value) if isinstance(wanted, type) else value
-
-
-def _as_one_of(value: Any, types: tuple[Any, ...]) -> Any:
-    for wanted in types:
-        with suppress(_OtherKindError):
-            return _converted(value, wanted)
-    raise _OtherKindError
 
 
 def _from_toml(wanted: type, value: Any) -> Any:
@@ -346,7 +311,7 @@ def _is_plain(path: Path) -> bool:
 
 
 def _words(value: Any, wanted: Any) -> str:
-    choices = list(_choices(wanted))
+    choices = list(choices_of(wanted))
     if not choices:
         return f"expected {' or '.join(dict.fromkeys(_kinds(wanted)))}, found {_found(value)}"
     wants_list = get_origin(wanted) is tuple
@@ -379,18 +344,6 @@ def _kinds(wanted: Any) -> Iterator[str]:
     else:
         for part in get_args(wanted):
             yield from _kinds(part)
-
-
-def _choices(wanted: Any) -> Iterator[Any]:
-    if get_origin(wanted) is Literal:
-        yield from get_args(wanted)
-    elif isinstance(wanted, type) and issubclass(wanted, Enum):
-        yield from (member.value for member in wanted)
-    else:
-        seen: dict[Any, None] = {}
-        for part in get_args(wanted):
-            seen |= dict.fromkeys(_choices(part))
-        yield from seen
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

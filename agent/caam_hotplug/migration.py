@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import binascii
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, get_type_hints
 from uuid import UUID
-
-import msgspec
 
 from caam_hotplug import names
 from caam_hotplug.blobs import Backend
+from caam_hotplug.conversion import converted
 from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.kernel import durable, paths
 from caam_hotplug.kernel.blocks import Blocks
@@ -26,7 +28,8 @@ _SUFFIX: Final = ".migration"
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
     """What is migrated, and how it was and will be; it never changes. Nothing of it is secret."""
 
     version: Literal[1] = 1
@@ -55,6 +58,30 @@ class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """What the partition says of itself when it is finished."""
         return Identity(self.name, self.type, self.uuid)
 
+    def to_json(self) -> bytes:
+        """What `from_json` reads."""
+        return json.dumps(asdict(self), default=_to_text).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Head:
+        """Raises: ValueError for what this version has not written."""
+        told, kinds = json.loads(content), get_type_hints(cls)
+        if not isinstance(told, dict) or told.keys() != kinds.keys():
+            raise ValueError("it says other things")
+        return cls(**{key: converted(told[key], kinds[key], _from_text) for key in kinds})
+
+
+def _to_text(value: UUID | bytes) -> str:
+    if isinstance(value, bytes):
+        return binascii.b2a_base64(value, newline=False).decode()
+    return str(value)
+
+
+def _from_text(wanted: Any, value: Any) -> UUID | bytes:
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, found a {type(value).__name__}")  # noqa: TRY004
+    return UUID(value) if wanted is UUID else binascii.a2b_base64(value, strict_mode=True)
+
 
 class Migration:
     """One that was begun, with its journal open."""
@@ -69,7 +96,7 @@ def create(opened: int, directory: Path, head: Head) -> None:
 
     `opened` is the blob directory. Raises: HotplugError if there is one already; KernelError.
     """
-    content = msgspec.json.encode(head)
+    content = head.to_json()
     if len(content) > _HEAD_BYTES:
         raise HotplugError(f"migrate {shown(head.name)}: its names and blobs are too long")
     path = file(directory, head)
@@ -139,10 +166,10 @@ def _opened(path: Path) -> Iterator[int]:
 def _head(journal: int, path: Path) -> Head:
     try:
         content = os.pread(journal, _HEAD_BYTES, 0)
-        return msgspec.json.decode(content.rstrip(b"\0"), type=Head)
+        return Head.from_json(content.rstrip(b"\0"))
     except OSError as error:
         raise KernelError("read", shown(path), error.errno or errno.EIO) from error
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise HotplugError(
             f"read {shown(path)}: it is no journal of this version of {names.PROGRAM} ({error}); "
             "if no medium needs it, move it away"

@@ -11,11 +11,11 @@ import pytest
 
 from bus.private import REPOSITORY
 
-NOT_FOR_STATUS = {"msgspec", "pyudev", "tomllib", "ctypes", "rich", "caam_hotplug.config",
+NOT_FOR_STATUS = {"pyudev", "tomllib", "ctypes", "rich", "caam_hotplug.config",
                   "caam_hotplug.kernel", "caam_hotplug.lifecycle", "caam_hotplug.daemon",
                   "caam_hotplug.supervisor", "caam_hotplug.bus"}  # fmt: skip
 NOT_FOR_HELP = NOT_FOR_STATUS | {"asyncio", "sdbus", "json"}
-NOT_FOR_THE_AGENT = {"_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma", "msgspec",
+NOT_FOR_THE_AGENT = {"_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma",
                      "shutil", "tempfile", "uuid", "caam_hotplug.keys", "caam_hotplug.migrate",
                      "caam_hotplug.operator", "caam_hotplug.provision"}  # fmt: skip
 

@@ -37,16 +37,16 @@ PACKAGES: Final = {
     "python3-threading": {"queue"},
     "python3-tomllib": {"tomllib"},
     "python3-core": {
-        "__future__", "argparse", "array", "bisect", "collections", "contextlib", "contextvars",
-        "copy", "dataclasses", "enum", "errno", "fnmatch", "functools", "gettext", "grp", "heapq",
-        "importlib", "inspect", "io", "itertools", "locale", "math", "operator", "os", "pathlib",
-        "platform", "pwd", "re", "select", "selectors", "shutil", "signal", "stat", "struct",
-        "subprocess", "sys", "textwrap", "threading", "time", "traceback", "types", "typing",
-        "unicodedata", "warnings", "weakref",
+        "__future__", "argparse", "array", "binascii", "bisect", "collections", "contextlib",
+        "contextvars", "copy", "dataclasses", "enum", "errno", "fnmatch", "functools", "gettext",
+        "grp", "heapq", "importlib", "inspect", "io", "itertools", "locale", "math", "operator",
+        "os", "pathlib", "platform", "pwd", "re", "select", "selectors", "shutil", "signal", "stat",
+        "struct", "subprocess", "sys", "textwrap", "threading", "time", "traceback", "types",
+        "typing", "unicodedata", "warnings", "weakref",
     },
 }  # fmt: skip
 """Modules of the standard library by scarthgap's packages (python3-manifest.json)."""
-OTHERS: Final = {"msgspec": "python3-msgspec", "pyudev": "python3-pyudev"}
+OTHERS: Final = {"pyudev": "python3-pyudev"}
 OPTIONAL: Final = {"sdbus": "python3-sdbus"}
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
-import msgspec
 import pytest
 
 from caam_hotplug import migration
@@ -132,7 +132,7 @@ def test_two_do_not_go_on_with_one_medium(blobs: tuple[int, Path]) -> None:
 
 def test_a_journal_that_was_replaced_is_not_gone_on_with(blobs: tuple[int, Path]) -> None:
     opened, directory = blobs
-    migration.create(opened, directory, msgspec.structs.replace(HEAD, mark=uuid4()))
+    migration.create(opened, directory, replace(HEAD, mark=uuid4()))
     with (
         pytest.raises(HotplugError, match="it was replaced meanwhile"),
         migration.opened(directory, HEAD),
@@ -144,13 +144,13 @@ def test_a_journal_is_never_overwritten(blobs: tuple[int, Path]) -> None:
     opened, directory = blobs
     migration.create(opened, directory, HEAD)
     with pytest.raises(HotplugError, match="it exists, and is not overwritten"):
-        migration.create(opened, directory, msgspec.structs.replace(HEAD, mark=uuid4()))
+        migration.create(opened, directory, replace(HEAD, mark=uuid4()))
     assert list(migration.heads(directory)) == [HEAD]
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"\xff\xfe", msgspec.json.encode(HEAD).replace(b'"version":1', b'"version":2')],
+    [b"", b"{}", b"\xff\xfe", HEAD.to_json().replace(b'"version": 1', b'"version": 2')],
 )
 def test_a_file_that_is_no_journal_of_this_version_is_told(
     blobs: tuple[int, Path], content: bytes

@@ -32,7 +32,6 @@ GUEST_PACKAGES: Final = [
     "libglib2.0-bin", "swtpm", "tpm2-tools",
 ]  # fmt: skip
 GUEST_PYTHON: Final = [
-    "msgspec>=0.18",
     "sdbus>=0.14",
     "pytest>=8.2",
     "pytest-asyncio>=1.0",

@@ -242,7 +242,7 @@ async def _prepare(guest: Guest) -> None:
     # The tool exits with 0 whatever happens; and the black keys are of this boot only.
     await guest.sh(f"cd /data/caam; ls {' '.join(f'{n}.bb' for n in KEYS)}; rm {' '.join(KEYS)}")
     # What was once loaded and read is there in every restored machine.
-    await guest.sh("cd /; python3 -c 'import asyncio, pyudev, msgspec, argparse, logging'")
+    await guest.sh("cd /; python3 -c 'import asyncio, pyudev, argparse, logging'")
     await guest.sh("modprobe -a usb-storage uas sd_mod mmc_block ext4 vfat nls_cp437 nls_ascii")
     await guest.sh(REHEARSAL)
     # sdhci-pci does not survive saving: it is found again after restoring.

@@ -55,7 +55,6 @@ RDEPENDS:${PN} = " \
     python3-json \
     python3-logging \
     python3-mmap \
-    python3-msgspec \
     python3-netclient \
     python3-pyudev \
     python3-resource \
