@@ -38,11 +38,11 @@ PACKAGES: Final = {
     "python3-tomllib": {"tomllib"},
     "python3-core": {
         "__future__", "argparse", "array", "binascii", "bisect", "collections", "contextlib",
-        "contextvars", "copy", "dataclasses", "enum", "errno", "fnmatch", "functools", "gettext",
-        "grp", "heapq", "importlib", "inspect", "io", "itertools", "locale", "math", "operator",
-        "os", "pathlib", "platform", "pwd", "re", "select", "selectors", "shutil", "signal", "stat",
-        "struct", "subprocess", "sys", "textwrap", "threading", "time", "traceback", "types",
-        "typing", "unicodedata", "warnings", "weakref",
+        "contextvars", "copy", "dataclasses", "enum", "errno", "fnmatch", "functools", "gc",
+        "gettext", "grp", "heapq", "importlib", "inspect", "io", "itertools", "locale", "math",
+        "operator", "os", "pathlib", "platform", "pwd", "re", "select", "selectors", "shutil",
+        "signal", "stat", "struct", "subprocess", "sys", "textwrap", "threading", "time",
+        "traceback", "types", "typing", "unicodedata", "warnings", "weakref",
     },
 }  # fmt: skip
 """Modules of the standard library by scarthgap's packages (python3-manifest.json)."""
