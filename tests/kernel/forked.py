@@ -69,9 +69,10 @@ class Agent:
         self._calls = b""
 
     def start(self, stop: Stop | None = None) -> None:
-        """It runs and is ready."""
+        """It runs and is ready. What it has said before counts: it may have adopted by then."""
         self.begin(stop)
         self.until_said("^ready: ")
+        self._looked_at = 0
 
     def begin(self, stop: Stop | None = None) -> None:
         """It runs, and adopts what there is; it may not be ready yet."""

@@ -22,7 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+from unittest import mock
 
+from caam_hotplug import daemon
 from fakes.contract import until
 from kernel import latencies
 from kernel.agents import ROOM, Room, keys, mappings, room_of
@@ -358,7 +360,12 @@ def damage(medium: Cartridge, source: random.Random, superblock: Sequence[int]) 
 
 def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]) -> None:
     """A soak from beginning to end, in a room of its own. Raises: AssertionError."""
-    with cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media, room_of(media) as room:
+    with (
+        cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media,
+        room_of(media) as room,
+        # A thread more than the loop's is then a call that has not come back.
+        mock.patch.object(daemon, "_IDLE_THREADS", 0),
+    ):
         work = Soak(room, figures, say)
         with said_at_a_bad_end(room, say):
             if cycles:

@@ -221,14 +221,20 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
 
-    def probe_and_mount() -> None:
-        kind = host.probe(mapping.node, ask.filesystems)
-        if kind is None:
+    kind = ""
+
+    def probe() -> None:
+        nonlocal kind
+        found = host.probe(mapping.node, ask.filesystems)
+        if found is None:
             raise NoFilesystemError(
                 "no known filesystem under this key "
                 f"(looked for {', '.join(ask.filesystems)}): "
                 f"{host.blob_directory / wish.plan.blob} may belong to another medium"
             )
+        kind = found
+
+    def mount() -> None:
         host.mount(
             mapping.node,
             kind,
@@ -250,7 +256,7 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
                 extra=fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
             )
         else:
-            await steps.call("mount", probe_and_mount)
+            await steps.each(("probe", probe), ("mount", mount))
             found = mount_at(host, name)
         if found is None:
             raise MountPointOccupiedError(f"{host.mount_root / name} was unmounted by others")
