@@ -226,6 +226,7 @@ async def test_a_run_by_hand_writes_a_timeline(
     await guest.run("systemctl", "kill", "--signal=INT", "traced")
     await guest.until("! systemctl is-active --quiet traced")
     events = [event for event in json.loads(await guest.read(command[-1])) if event]
+    await guest.run("rm", command[-1])
     steps = [event["name"] for event in events if event["ph"] == "b"]
     assert steps.index("mount") < steps.index("unmount")
     spans = {event["name"]: event for event in events if event["ph"] == "X"}
