@@ -183,8 +183,8 @@ Globs = str | tuple[str, ...]
 Buses = Bus | tuple[Bus, ...]
 
 
-_ON_THE_TABLE: Final = frozenset({"partuuid", "parttype"})
-"""What a look at the partition table tells, where the kernel's event tells a label at most."""
+ON_THE_TABLE: Final = frozenset({"partlabel", "partuuid", "parttype"})
+"""What a look at the partition table tells; of these the kernel's event has a label at most."""
 _OF_UDEV: Final = frozenset({"label", "uuid", "serial", "vendor", "model", "path"})
 
 
@@ -192,7 +192,7 @@ def _unknown_of(volume: Volume) -> frozenset[str]:
     """The facts that nobody has told of the volume yet."""
     if not volume.awaits_udev:
         return frozenset()
-    return _OF_UDEV if volume.identified else _OF_UDEV | _ON_THE_TABLE
+    return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_TABLE - {"partlabel"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,6 +184,13 @@ def test_what_failed_before_udev_had_told_is_tried_again_when_it_has(bench: Benc
     assert bench.state(volume) is State.MOUNTED
 
 
+def test_what_udev_could_not_read_contradicts_nothing(bench: Bench) -> None:
+    volume = announced(bench)
+    tell(bench, replace(volume, partlabel=None, parttype=None, partuuid=None))
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.entry(volume).volume.partlabel == "cartridge-01"
+
+
 def test_what_udev_knows_better_may_mean_another_mount(bench: Bench) -> None:
     volume = announced(bench)
     bench.kernel.blobs["spare.bb"] = bench.kernel.blobs["cartridge-01.bb"]

@@ -558,6 +558,18 @@ def test_a_volume_that_waits_behind_anothers_call_says_so_and_is_served_after_it
     assert (bench.state(slow), bench.state(waiting)) == (State.MOUNTED, State.MOUNTED)
 
 
+def test_each_step_that_takes_long_is_told_by_its_name_though_several_go_in_one_call(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults += [Fault("probe", hangs_s=5.0), Fault("mount", hangs_s=5.0)]
+    volume = bench.insert()
+    bench.wait(10)
+    bench.wait(5)
+    stuck = [reason for v, state, reason in bench.states if v == volume and state is State.STUCK]
+    assert [reason.partition(":")[0] for reason in stuck] == ["probe", "mount"]
+    assert bench.state(volume) is State.MOUNTED
+
+
 def test_a_volume_pulled_while_it_waits_behind_anothers_call_is_forgotten(bench: Bench) -> None:
     bench.kernel.faults.append(Fault("load_table", hangs_s=60.0))
     bench.insert("slow", "sda1")

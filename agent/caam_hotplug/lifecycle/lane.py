@@ -113,11 +113,20 @@ class Lane:
         self._threads = threads or Threads()
         self._turn = asyncio.Lock()
 
-    async def run(self, function: Callable[..., T], *arguments: Any, late: Late, **named: Any) -> T:
+    async def run(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        late: Late,
+        since: Callable[[], float] | None = None,
+        **named: Any,
+    ) -> T:
         """What the function returns or raises.
 
         `late` is called with a reason if the call, or the wait for its turn before it, takes
-        longer than this lane allows, and with None when that has ended after all.
+        longer than this lane allows, and with None when that has ended after all. `since`: when
+        what the call does now began, on the loop's clock, if it does one thing after another; for
+        each that takes too long `late` is called.
 
         A blocking call cannot be cut short. Cancellation is therefore absorbed until it has
         ended, and raised then: whoever releases what the call acquired finds it there.
@@ -129,7 +138,7 @@ class Lane:
             await self._turn.acquire()
         try:
             call = self._begin(partial(function, *arguments, **named))
-            with self._said_when_late(late, "the kernel has not answered"):
+            with self._said_when_late(late, "the kernel has not answered", since):
                 cancelled = await _ended(call)
         finally:
             self._turn.release()
@@ -142,15 +151,24 @@ class Lane:
             del call  # its error has this frame
 
     @contextmanager
-    def _said_when_late(self, late: Late, why: str) -> Iterator[None]:
+    def _said_when_late(
+        self, late: Late, why: str, since: Callable[[], float] | None = None
+    ) -> Iterator[None]:
         said = False
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
 
         def say() -> None:
-            nonlocal said
-            said = True
-            late(f"{why} for {self._late_after_s:g} s; still waiting")
+            nonlocal said, timer
+            left = 0.0 if since is None else since() + self._late_after_s - loop.time()
+            if left <= 0:
+                said = True
+                late(f"{why} for {self._late_after_s:g} s; still waiting")
+                left = self._late_after_s
+            if since is not None:
+                timer = loop.call_later(left, say)
 
-        timer = asyncio.get_running_loop().call_later(self._late_after_s, say)
+        timer = loop.call_later(self._late_after_s, say)
         try:
             yield
         finally:

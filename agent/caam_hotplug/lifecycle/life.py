@@ -42,7 +42,17 @@ from caam_hotplug.lifecycle.steps import Steps, fields
 from caam_hotplug.lifecycle.sweep import release_left_behind
 from caam_hotplug.lifecycle.units import Units
 from caam_hotplug.model import Mapping, State, Volume
-from caam_hotplug.rules import Action, Admitted, OnBusy, OnStop, Refused, Rule, Undecided, decide
+from caam_hotplug.rules import (
+    ON_THE_TABLE,
+    Action,
+    Admitted,
+    OnBusy,
+    OnStop,
+    Refused,
+    Rule,
+    Undecided,
+    decide,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +123,10 @@ class Life:
         if before.identified and not volume.identified:
             # It is told of without udev, and was looked at before.
             volume = replace(before, awaits_udev=volume.awaits_udev)
+        elif before.identified and before.awaits_udev:
+            # What udev could not read, such as off a bad sector, contradicts nothing.
+            read = {fact: getattr(before, fact) for fact in ON_THE_TABLE if not _has(volume, fact)}
+            volume = replace(volume, **read)
         if volume != before:
             self.standing.volume = volume
             if before.awaits_udev and self._is_confirmed():
@@ -560,6 +574,10 @@ class Rest:
 
     state: State
     reason: str
+
+
+def _has(volume: Volume, fact: str) -> bool:
+    return getattr(volume, fact) is not None
 
 
 class Renewal(Enum):

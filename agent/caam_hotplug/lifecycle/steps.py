@@ -61,7 +61,8 @@ class Steps:
     async def _in_one_go(self, lane: Lane, steps: Sequence[Step]) -> list[Any]:
         going = _Going(steps, asyncio.get_running_loop().time)
         try:
-            return await lane.run(going, late=self._late(lambda: going.words))
+            late = self._late(lambda: going.words)
+            return await lane.run(going, late=late, since=lambda: going.since)
         finally:
             for words, took in going.took:
                 self.took[words] = self.took.get(words, 0.0) + took
@@ -90,7 +91,7 @@ class _Going:
     def __init__(self, steps: Sequence[Step], clock: Callable[[], float]) -> None:
         self._steps = steps
         self._clock = clock
-        self._begun = clock()
+        self._begun = self.since = clock()
         self._outcomes: list[Any] = []
         self.took: list[tuple[str, float]] = []
         """How long each step took, the first with its wait for a turn."""
@@ -102,6 +103,7 @@ class _Going:
 
     def __call__(self) -> list[Any]:
         for words, function in self._steps[len(self._outcomes) :]:
+            self.since = self._clock()
             try:
                 with trace.span(words):
                     self._outcomes.append(function())
