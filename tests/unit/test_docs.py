@@ -17,10 +17,6 @@ from caam_hotplug import cli
 from documented import NO_COMMANDS, PAGES, REPOSITORY, blocks
 
 BY_TESTS: Final = {
-    "tests/e2e/test_main_job.py::test_a_run_by_hand_writes_a_timeline": [
-        "systemctl stop caam-hotplug",
-        "caam-hotplug run --trace /tmp/caam-hotplug.trace",
-    ],
     "tests/e2e/test_docs.py::test_the_quick_start_ends_in_a_mounted_medium": [
         "ls -l /dev/caam-keygen",
         "grep -A9 'tk(cbc(aes))' /proc/crypto",
