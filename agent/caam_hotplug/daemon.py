@@ -113,6 +113,7 @@ async def _serve(config: Config, load: Load) -> None:
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
+            gc.collect()
             gc.freeze()  # what there is by now stays, and need not be looked through at each medium
             devices.prepare()
             await around.dm_lane.run(host.prepare, late=lambda _why: None)

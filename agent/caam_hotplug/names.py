@@ -140,3 +140,11 @@ def why_unsafe(name: str) -> str | None:
     if not _NAME.fullmatch(name):
         return "it has characters other than A-Z a-z 0-9 . _ -"
     return None
+
+
+def is_partition_of(name: str, disk: str) -> bool:
+    """Whether a device's name is that of a partition of the disk (disk_name in block/genhd.c)."""
+    number = name.removeprefix(disk)
+    if disk[-1:].isdigit():
+        number = number.removeprefix("p") if number.startswith("p") else ""
+    return name.startswith(disk) and number.isdecimal()

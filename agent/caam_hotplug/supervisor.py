@@ -213,7 +213,9 @@ class Supervisor:
 
     def _depart(self, name: str) -> None:
         which = self._at.pop(name, None)
-        if which is None:
+        if which is None:  # udev had not told of the disk, whose partitions may be served already
+            for partition in [n for n in self._at if names.is_partition_of(n, name)]:
+                self._depart(partition)
             return
         self._next.pop(which, None)
         if which in self._lives:

@@ -75,8 +75,11 @@ _running: list[_Timeline] = []
 
 @contextmanager
 def written_to(path: Path) -> Iterator[None]:
-    """What happens meanwhile is in the file, which nobody else can read. Raises: OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    """What happens meanwhile is in a new file, which nobody else can read.
+
+    Raises: OSError, such as FileExistsError.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
         timeline = _Timeline(file)
         _running.append(timeline)

@@ -217,7 +217,7 @@ async def test_a_run_by_hand_writes_a_timeline(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.stop()
-    command = ["caam-hotplug", "run", "--trace", "/tmp/caam-hotplug.trace"]
+    command = ["caam-hotplug", "run", "--trace", "/run/caam-hotplug.trace"]
     await guest.run("systemd-run", "--unit=traced", "--collect", *command)
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
@@ -231,7 +231,7 @@ async def test_a_run_by_hand_writes_a_timeline(
     taken = ["look who uses it", "load the table", "probe", "mount"]
     assert taken == sorted(taken, key=lambda step: spans[step]["ts"])
     waited_for = {event["name"] for event in events if event["ph"] == "b"}
-    assert {"look for the mapping", "unmount", "remove the mapping"} <= waited_for
+    assert {"look who uses it and more", "unmount", "remove the mapping"} <= waited_for
     assert spans["start Python"]["ts"] < spans["import caam_hotplug.daemon"]["ts"]
     late = [event for event in events if event["name"].startswith("import ")]
     first = next(event for event in events if event["name"] == "look who uses it")

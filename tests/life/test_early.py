@@ -289,3 +289,76 @@ def test_a_stop_before_udev_has_told_leaves_nothing(bench: Bench) -> None:
     announced(bench)
     bench.stop()
     assert bench.kernel.leftovers() == []
+
+
+def test_a_device_that_a_udev_rule_makes_read_only_is_mounted_read_only(bench: Bench) -> None:
+    volume = announced(bench)
+    protected = replace(volume, read_only=True)
+    bench.kernel.media["sda1"].volume = protected
+    tell(bench, protected)
+    assert [mount.read_only for mount in bench.kernel.mounts] == [True]
+
+
+@pytest.mark.parametrize("step", ["flush", "unmount"])
+def test_a_medium_that_udev_opts_out_goes_whatever_fails_meanwhile(bench: Bench, step: str) -> None:
+    volume = announced(bench)
+    bench.kernel.fail_next(step, errno.EIO)
+    tell(bench, replace(volume, opted_out=True))
+    assert bench.kernel.mounts == []
+    assert bench.kernel.mappings == {}
+
+
+def test_udevs_first_word_counts_however_late_it_comes(bench: Bench) -> None:
+    volume = announced(bench)
+    tell(bench, replace(volume, path=None, serial=None, identified=False))
+    tell(bench, replace(volume, opted_out=True))
+    assert bench.kernel.mounts == []
+
+
+def test_a_card_leaves_a_reader_of_which_udev_has_not_told(bench: Bench) -> None:
+    volume = announced(bench)
+    bench.kernel.yank("sda1")
+    bench.yanked("sda")
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_step_that_fails_though_it_began_before_udev_told_is_taken_again() -> None:
+    for turn in TURNS:
+        bench = Bench()
+        bench.start()
+        bench.settle()
+        volume = known_to_udev(bench)
+        bench.kernel.fail_next("load_table", errno.EBUSY)
+        bench.announce(volume)
+        bench.turns(turn)
+        began_early = "identify" in bench.kernel.steps
+        bench.appear(volume)
+        bench.settle()
+        assert bench.state(volume) is State.MOUNTED or not began_early, f"after {turn} turns"
+        bench.yank()
+        bench.settle()
+        bench.stop()
+        bench.close()
+
+
+def test_a_medium_that_is_slow_to_be_identified_is_decided_without_udev_in_the_end(
+    bench: Bench,
+) -> None:
+    volume = bench.kernel.insert("cartridge/01")
+    bench.kernel.answers_in_s = 40.0
+    bench.announce(replace(volume, partlabel="cartridge-01"))
+    bench.wait(30)
+    bench.appear(replace(volume, partlabel=None, identified=False))  # as Devices.overdue() has it
+    bench.wait(60)
+    assert bench.state(volume) is State.IGNORED
+
+
+def test_a_medium_that_was_slow_to_be_identified_is_not_called_stuck_for_ever(bench: Bench) -> None:
+    volume = bench.kernel.insert("cartridge/01")
+    bench.kernel.answers_in_s = 10.0
+    bench.announce(replace(volume, partlabel="cartridge-01"))
+    bench.wait(20)
+    assert State.STUCK in [state for _, state, _ in bench.states]
+    assert bench.board.entries() == []

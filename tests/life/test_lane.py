@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import threading
+import time
 import weakref
 from contextlib import suppress
 
@@ -99,3 +100,24 @@ async def test_what_a_failed_call_had_is_free_without_a_look_of_the_collector(by
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+async def test_who_comes_in_the_turn_in_which_a_lane_is_free_for_another_is_told_to_wait() -> None:
+    lane = Lane("mappings", 0.05)
+    may_end = threading.Event()
+    said: list[str | None] = []
+
+    def hear(why: str | None) -> None:
+        said.append(why)
+        may_end.set()
+
+    async def two_in_a_row() -> None:
+        await lane.run(time.sleep, 0.02, late=unheard)
+        await lane.run(int, late=hear)
+
+    first = asyncio.create_task(two_in_a_row())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(lane.run(may_end.wait, late=unheard))
+    await asyncio.gather(first, second)
+    assert said[0] is not None
+    assert said[0].startswith("it waits for its turn")

@@ -44,6 +44,11 @@ def test_without_such_a_rule_none_may_be_there(opt_outs: OptOuts) -> None:
         'ENV{CAAM_HOTPLUG} = "$env{X}"',
         'KERNEL=="sda", \\\n  ENV{CAAM_HOTPLUG}="0"',
         'KERNEL=="sda",ENV{CAAM_HOTPLUG}="0", TAG+="x"',
+        'ATTRS{model}=="Disk #1", ENV{CAAM_HOTPLUG}="0"',
+        'ENV{CAAM_HOTPLUG}+="0"',
+        'ENV{CAAM_HOTPLUG}=e"0"',
+        'ENV{CAAM_HOTPLUG} \\\n = "0"',
+        'IMPORT{cmdline}="CAAM_HOTPLUG"',
     ],
 )
 def test_a_rule_that_sets_the_property_is_found(opt_outs: OptOuts, rules: Path, rule: str) -> None:
@@ -96,6 +101,14 @@ def test_rules_that_have_not_changed_are_not_read_again(
 def test_what_is_no_rule_file_does_not_count(opt_outs: OptOuts, rules: Path) -> None:
     (rules / "10-board.rules.bak").write_text(OPTS_OUT)
     assert not opt_outs.may_be()
+
+
+def test_links_that_lead_nowhere_hide_no_rule(opt_outs: OptOuts, rules: Path) -> None:
+    for number in range(40):
+        (rules / f"{number:02}-gone.rules").symlink_to("/nonexistent")
+    (rules / "20-board.rules").unlink(missing_ok=True)
+    (rules / "20-board.rules").write_text(OPTS_OUT)
+    assert opt_outs.may_be()
 
 
 def test_a_rule_that_cannot_be_read_may_be_one(opt_outs: OptOuts, rules: Path) -> None:

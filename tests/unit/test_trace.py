@@ -72,11 +72,12 @@ def test_a_file_whose_writer_was_killed_can_be_closed_by_a_reader(tmp_path: Path
     assert json.loads(f"{cut.rstrip().rstrip(',')}]")[-1]["name"] == "plugged"
 
 
-def test_the_file_is_the_owners_alone_and_no_link_is_followed(tmp_path: Path) -> None:
+def test_the_file_is_a_new_one_and_the_owners_alone(tmp_path: Path) -> None:
     file = tmp_path / "trace"
     with trace.written_to(file):
         pass
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    (tmp_path / "link").symlink_to(file)
-    with pytest.raises(OSError, match="symbolic"), trace.written_to(tmp_path / "link"):
-        pass
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for there in (file, tmp_path / "link"):
+        with pytest.raises(FileExistsError), trace.written_to(there):
+            pass

@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.kernel import udev, volumes
+from caam_hotplug import names
+from caam_hotplug.kernel import udev, uevents, usage, volumes
+from caam_hotplug.model import (
+    Announced,
+    Appeared,
+    Bus,
+    DeviceNumber,
+    DevType,
+    Disappeared,
+    Sectors,
+    Volume,
+    VolumeId,
+)
 
 
 def encoded(text: str) -> str:
@@ -134,3 +146,98 @@ def test_a_handed_socket_that_is_not_listened_to_is_closed(handed: list[socket.s
         assert [inode(f) for f in devices.readers()] == [inode(handed[0].fileno())]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(found["udev"])
+
+
+class Heard:
+    """A socket of events on which these were told."""
+
+    def __init__(self) -> None:
+        self.events: list[uevents.Uevent] = []
+
+    def read(self, _most: int) -> list[uevents.Uevent]:
+        told, self.events = self.events, []
+        return told
+
+    def close(self) -> None: ...
+
+
+Early = tuple[udev.Devices, Heard, dict[str, Volume]]
+
+
+@pytest.fixture
+def early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Early]:
+    """Devices that announce, their kernel's events, and what sits where."""
+    there: dict[str, Volume] = {}
+    monkeypatch.setattr(
+        volumes, "present_id", lambda name: there[name].id if name in there else None
+    )
+    monkeypatch.setattr(volumes, "announced_at", lambda name, _label: there.get(name))
+    monkeypatch.setattr(volumes, "volume_at", lambda name, *_: there.get(name))
+    with closing(udev.Devices("udev")) as devices:
+        told = Heard()
+        devices._kernel.close()
+        monkeypatch.setattr(devices, "_kernel", told)
+        monkeypatch.setattr(devices, "_may_announce", lambda: True)
+        yield devices, told, there
+
+
+def volume(diskseq: int) -> Volume:
+    return Volume(
+        VolumeId(diskseq, 1), "sda1", DeviceNumber(8, 1), DevType.PARTITION, Sectors(8), Bus.USB,
+        removable=True, read_only=False, identified=False, awaits_udev=True,
+    )  # fmt: skip
+
+
+def test_a_medium_that_is_swapped_before_udev_tells_has_left(
+    early: Early,
+) -> None:
+    devices, told, there = early
+    there["sda1"] = volume(1)
+    told.events = [uevents.Uevent("add", "sda1", {})]
+    assert devices.read_kernel() == [Announced(volume(1))]
+    there["sda1"] = volume(2)
+    told.events = [uevents.Uevent("remove", "sda1", {}), uevents.Uevent("add", "sda1", {})]
+    assert devices.read_kernel() == [Disappeared("sda1"), Announced(volume(2))]
+
+
+def test_a_disk_that_is_locked_is_not_served_without_udev_however_long_it_takes(
+    early: Early, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, told, there = early
+    there["sda1"] = volume(1)
+    told.events = [uevents.Uevent("add", "sda1", {})]
+    monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 0.0)
+    monkeypatch.setattr(usage, "is_locked", lambda _name: True)
+    devices.read_kernel()
+    assert devices.overdue() == []
+    assert devices.next_overdue is not None
+    monkeypatch.setattr(usage, "is_locked", lambda _name: False)
+    assert devices.overdue() == [Appeared(volume(1))]
+
+
+def test_what_is_no_medium_is_not_waited_for(
+    early: Early,
+) -> None:
+    devices, _, _ = early
+    for name in ("dm-3", "sr0", "zram0"):
+        devices._await_udev(name)
+    assert devices.next_overdue is None
+
+
+@pytest.mark.parametrize(
+    ("name", "disk", "is_one"),
+    [
+        ("sda1", "sda", True),
+        ("sda12", "sda", True),
+        ("sdaa1", "sda", False),
+        ("sda", "sda", False),
+        ("mmcblk0p1", "mmcblk0", True),
+        ("mmcblk0boot0", "mmcblk0", False),
+        ("mmcblk01", "mmcblk0", False),
+        ("nvme0n1p2", "nvme0n1", True),
+    ],
+)
+def test_partitions_are_known_by_their_names(name: str, disk: str, is_one: bool) -> None:
+    assert names.is_partition_of(name, disk) is is_one

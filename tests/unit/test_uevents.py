@@ -118,6 +118,19 @@ def test_events_of_mappings_are_left_out() -> None:
         assert list(uevents.read(8)) == []
 
 
+def test_a_label_that_looks_like_a_mappings_path_hides_nothing() -> None:
+    label = b"DEVPATH=/devices/virtual/block/dm-0"
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        udevd.sendto(from_udev(PARTNAME=label), (0, UDEV_GROUP))
+        assert [event.name for event in uevents.read(8) if event] == ["sda1"]
+
+
+def test_a_message_that_does_not_fit_counts_as_lost() -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        udevd.sendto(from_udev(X=b"y" * 9000), (0, UDEV_GROUP))
+        assert list(uevents.read(8)) == [None]
+
+
 def test_the_hash_is_the_one_that_udevd_sends() -> None:
     monitor = pyudev.Monitor.from_netlink(pyudev.Context())
     monitor.filter_by("block")

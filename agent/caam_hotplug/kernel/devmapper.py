@@ -248,20 +248,21 @@ def resume(name: str) -> None:
     """The mapping's table is live; `/dev/mapper/NAME` leads to it, soon. Raises: DmError."""
     with _task(_RESUME, name) as task:
         _run(task, "activate mapping", name)
-    _update_links()
+    _update_links(at_once=False)
 
 
-def _update_links() -> None:
+def _update_links(*, at_once: bool) -> None:
     """/dev/mapper is as it should be, if it is ours to keep; it is udev's where udevd runs.
 
     libdevmapper remembers each node that it would make or remove until it is told to. With udevd
     that is when all links are there: nothing is left to make then, which would be in udev's way. To
-    look at all of them takes the longer the more there are, so it is done now and then.
+    look at all of them takes the longer the more there are: it is done now and then, or `at_once`.
     """
     lib = _library()
     lib.remembered += 1
     is_ours = not names.UDEV_CONTROL.exists()
-    if is_ours or (lib.remembered >= _REMEMBERED_MOST and _links_are_there()):
+    due = at_once or lib.remembered >= _REMEMBERED_MOST
+    if is_ours or (due and _links_are_there()):
         lib.update_nodes()
         lib.remembered = 0
 
@@ -298,7 +299,7 @@ def remove(name: str) -> None:
         lib.deferred_remove(task)
         if not lib.run(task) and lib.get_errno(task) not in {0, errno.ENXIO}:
             _run(task, "remove mapping", name)
-    _update_links()
+    _update_links(at_once=True)
 
 
 def keep(name: str) -> None:

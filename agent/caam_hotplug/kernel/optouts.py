@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 _ROOTS: Final = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
 """Where udevd looks for rules (udev(7)); the last one often leads to the one before."""
-_SETS: Final = re.compile(
-    rb"^[^#\n]*ENV\{%b\}\s*:?=\s*\"" % names.UDEV_OPT_OUT.encode(), re.MULTILINE
+_NAMES: Final = re.compile(
+    rb"^(?!\s*#)[^\n]*\b%b\b(?!\}\s*[!=]=)" % names.UDEV_OPT_OUT.encode(), re.MULTILINE
 )
+"""A line that is no comment and names the property, but for whether it has some value."""
 
 
 class OptOuts:
@@ -58,9 +59,20 @@ class OptOuts:
 def _sets(directory: Path) -> bool:
     """Whether a rule in the directory sets the property, or cannot be read."""
     try:
-        return any(_SETS.search(file.read_bytes()) for file in directory.glob("*.rules"))
-    except FileNotFoundError:
+        return any(map(_may_set, directory.glob("*.rules")))
+    except OSError as error:
+        return _unreadable(error)
+
+
+def _may_set(file: Path) -> bool:
+    try:
+        return _NAMES.search(file.read_bytes().replace(b"\\\n", b"")) is not None
+    except FileNotFoundError:  # a link that leads nowhere: udevd passes over it
         return False
     except OSError as error:
-        log.warning("cannot read udev's rules: %s; media wait for what udev tells of them", error)
-        return True
+        return _unreadable(error)
+
+
+def _unreadable(error: OSError) -> bool:
+    log.warning("cannot read udev's rules: %s; media wait for what udev tells of them", error)
+    return True

@@ -15,7 +15,7 @@ import pyudev
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import optouts, uevents, volumes
+from caam_hotplug.kernel import optouts, uevents, usage, volumes
 from caam_hotplug.kernel.volumes import Source
 from caam_hotplug.model import (
     Announced,
@@ -172,6 +172,9 @@ class Devices:
         now = time.monotonic()
         for name in [name for name, at in self._untold.items() if at <= now]:
             del self._untold[name]
+            if usage.is_locked(name):  # then udev waits as well
+                self._await_udev(name)
+                continue
             volume = volumes.volume_at(name, {}, "kernel")
             if volume is not None:
                 log.warning(
@@ -228,6 +231,7 @@ class Devices:
         if which is not None and which != before:
             self._await_udev(name)
         if announced is not None:
+            self._told[name] = announced.id
             yield Announced(announced)
 
     def _may_announce(self) -> bool:
@@ -244,6 +248,8 @@ class Devices:
         return Disappeared(name)
 
     def _await_udev(self, name: str) -> None:
+        if volumes.NEVER_MEDIA.match(name):
+            return
         self._untold.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
 
 

@@ -33,7 +33,8 @@ _UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
-_MAPPING: Final = re.compile(rb"DEVPATH=/devices/virtual/block/dm-\d+\0")
+_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
+"""With both of its NULs: a label may have any other byte."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
     struct.pack("=HBBI", *instruction)
@@ -93,15 +94,18 @@ class Uevents:
     def read(self, most: int) -> Iterator[Uevent | None]:
         """Of at most so many events that wait, those of block devices other than mappings.
 
-        None where some were lost (ENOBUFS in netlink(7)).
+        None where some were lost (ENOBUFS in netlink(7)), or the end of one.
         """
         room = socket.CMSG_SPACE(_CREDENTIALS.size)
         for _ in range(most):
             try:
-                message, ancillary, _, sender = self._socket.recvmsg(_EVENT_MAX_BYTES, room)
+                message, ancillary, flags, sender = self._socket.recvmsg(_EVENT_MAX_BYTES, room)
             except BlockingIOError:
                 return
             except OSError:
+                yield None
+                continue
+            if flags & socket.MSG_TRUNC:
                 yield None
                 continue
             if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):

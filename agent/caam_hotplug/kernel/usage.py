@@ -46,6 +46,17 @@ def require_unused(volume: Volume) -> None:
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
 
 
+def is_locked(name: str) -> bool:
+    """Whether a program has the disk of this name, or of this partition, for itself."""
+    try:
+        _require_unlocked(name)
+    except DeviceLockedError:
+        return True
+    except KernelError:  # it has gone, say
+        return False
+    return False
+
+
 def require_unlocked(volume: Volume) -> None:
     """No program has locked the volume's disk for itself, as one that writes its partitions does.
 
@@ -53,8 +64,13 @@ def require_unlocked(volume: Volume) -> None:
     Raises: DeviceLockedError; KernelError. Source: systemd's block device locking
     (https://systemd.io/BLOCK_DEVICE_LOCKING), flock(2).
     """
-    disk = f"/dev/{volumes.disk_name(volume.name)}"
+    _require_unlocked(volume.name)
+
+
+def _require_unlocked(name: str) -> None:
+    disk = name
     try:
+        disk = f"/dev/{volumes.disk_name(name)}"
         opened = os.open(disk, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -49,8 +49,13 @@ def present_id(name: str, sys_block: str = _SYS_BLOCK) -> VolumeId | None:
 
 
 def disk_name(name: str) -> str:
-    """The kernel's name of the disk that a partition is on. Raises: OSError if it has gone."""
-    return os.path.basename(os.path.dirname(os.readlink(f"{_SYS_BLOCK}/{name}")))
+    """The kernel's name of the disk that a partition is on, or that it is itself.
+
+    Raises: OSError if it has gone.
+    """
+    folder = os.readlink(f"{_SYS_BLOCK}/{name}")
+    is_partition = os.path.exists(f"{_SYS_BLOCK}/{name}/partition")
+    return os.path.basename(os.path.dirname(folder) if is_partition else folder)
 
 
 def announced_at(name: str, partlabel: str | None) -> Volume | None:
@@ -123,7 +128,7 @@ class _Place:
             id=self.id,
             name=self._name,
             number=self._number,
-            devtype=DevType.DISK if self.disk is self._folder else DevType.PARTITION,
+            devtype=DevType.DISK if self.id.partition == 0 else DevType.PARTITION,
             size=self._size,
             bus=disk.bus,
             removable=disk.removable,

@@ -131,10 +131,7 @@ class Lane:
         A blocking call cannot be cut short. Cancellation is therefore absorbed until it has
         ended, and raised then: whoever releases what the call acquired finds it there.
         """
-        if self._turn.locked():
-            with self._said_when_late(late, "it waits for its turn behind another volume's call"):
-                await self._turn.acquire()
-        else:
+        with self._said_when_late(late, "it waits for its turn behind another volume's call"):
             await self._turn.acquire()
         try:
             call = self._begin(partial(function, *arguments, **named))

@@ -102,6 +102,7 @@ class Life:
         self._end_is_told = False
         self._plan: Admitted | None = None
         """By which it is held; what is said of the volume meanwhile does not change it."""
+        self._udev_has_told = volume.identified
         self._tried: Admitted | None = None
         """By which it was, or was to be, held last."""
         self._is_broken = False
@@ -119,24 +120,26 @@ class Life:
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
-        before = self.volume
-        if before.identified and not volume.identified:
+        before, tells = self.volume, volume.identified
+        if before.identified and not tells and (self._plan or not before.awaits_udev):
             # It is told of without udev, and was looked at before.
             volume = replace(before, awaits_udev=volume.awaits_udev)
-        elif before.identified and before.awaits_udev:
+        is_first_word = tells and not self._udev_has_told
+        self._udev_has_told |= tells
+        if is_first_word and before.identified:
             # What udev could not read, such as off a bad sector, contradicts nothing.
             read = {fact: getattr(before, fact) for fact in ON_THE_TABLE if not _has(volume, fact)}
             volume = replace(volume, **read)
         if volume != before:
             self.standing.volume = volume
-            if before.awaits_udev and self._is_confirmed():
+            if is_first_word and self._is_confirmed(before):
                 return
             self._news = True
-            if before.awaits_udev:
+            if is_first_word:
                 self._renewal = Renewal.BY_UDEV
         self.look_again()
 
-    def _is_confirmed(self) -> bool:
+    def _is_confirmed(self, before: Volume) -> bool:
         """Whether what was done before udev told is what is to be done now that it has.
 
         What has failed and might not have if it had waited is to be done once more.
@@ -144,7 +147,7 @@ class Life:
         plan = decide(self._around.rules, self.volume)
         if self._tried is None or not isinstance(plan, Admitted):
             return False
-        if not plan.makes_the_same(self._tried):
+        if not plan.makes_the_same(self._tried) or before.read_only != self.volume.read_only:
             return False
         if self.standing.state is State.FAILED and not self._blob_is_at_fault:
             return False
@@ -312,11 +315,12 @@ class Life:
     async def _serve(self) -> None:
         """As far as the volume gets. The only place where the errors of a volume end."""
         self._refuses = self._blob_is_at_fault = False
+        had_told = self._udev_has_told
         try:
-            if not self.volume.identified:
-                identify = self._host.identify
-                found = await self._steps.call("identify", identify, self.volume)
-                if not self.volume.identified:  # udev may have told of it meanwhile, and knows more
+            while not self.volume.identified:
+                asked = self.volume
+                found = await self._steps.call("identify", self._host.identify, asked)
+                if self.volume == asked:  # else udev has told of it meanwhile, or will not any more
                     self.standing.volume = found
             self.leave.check()
             match decide(self._around.rules, self.volume):
@@ -339,13 +343,18 @@ class Life:
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self._publish_released_badly(f"{error}{cause}")
         except (HotplugError, OSError) as error:
-            if self.leave.gone or not self._host.is_present(self.volume):
-                # A medium that is pulled makes the step at hand fail; that is no fault of its.
-                log.warning("%s: pulled meanwhile: %s", self.volume, error)
-            else:
-                self._refuses = isinstance(error, ForeignMappingError)
-                self._blob_is_at_fault = isinstance(error, _OF_THE_BLOB)
-                self.standing.becomes(State.FAILED, str(error))
+            self._fail(error)
+            if self._udev_has_told and not (had_told or self._blob_is_at_fault):
+                self._news = True  # it might not have failed if it had waited for that
+
+    def _fail(self, error: Exception) -> None:
+        if self.leave.gone or not self._host.is_present(self.volume):
+            # A medium that is pulled makes the step at hand fail; that is no fault of its.
+            log.warning("%s: pulled meanwhile: %s", self.volume, error)
+        else:
+            self._refuses = isinstance(error, ForeignMappingError)
+            self._blob_is_at_fault = isinstance(error, _OF_THE_BLOB)
+            self.standing.becomes(State.FAILED, str(error))
 
     def _publish_released_badly(self, words: str) -> None:
         # Without a medium the volume is not there to be `failed`; the remains are all there is.
@@ -486,7 +495,9 @@ class Life:
         if renewal is None:
             return None
         match decide(self._around.rules, self.volume):
-            case Admitted() as plan if plan.makes_the_same(wish.plan):
+            case Admitted() as plan if (
+                plan.makes_the_same(wish.plan) and wish.volume.read_only == self.volume.read_only
+            ):
                 self._plan = plan
                 self.standing.has(rule=plan.rule.name)
                 return None
@@ -506,6 +517,9 @@ class Life:
                 on_busy = wanted.on_busy
             await let_go(self._steps, wish, mapping, on_busy)
         except (HotplugError, OSError) as error:
+            if wanted is Renewal.BY_UDEV:  # it goes all the same, as when it is released
+                log.warning("%s: %s: %s", self.volume, wanted.words, error)
+                return True
             if not self.leave.asked:
                 self.standing.becomes(state, reason)
                 self._tell_of_the_beginning(wish)

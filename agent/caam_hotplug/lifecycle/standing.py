@@ -72,5 +72,5 @@ class Standing:
         if why is not None:
             now = self._entry or Entry(self.volume, State.STUCK)
             self._publish(replace(now, state=State.STUCK, reason=why))
-        elif self._entry is not None:
-            self._publish(self._entry)
+        else:  # of a volume of which nothing was said yet nothing is said again
+            self._publish(self._entry or Entry(self.volume, State.GONE))

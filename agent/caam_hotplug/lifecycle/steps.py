@@ -62,7 +62,8 @@ class Steps:
         going = _Going(steps, asyncio.get_running_loop().time)
         try:
             late = self._late(lambda: going.words)
-            return await lane.run(going, late=late, since=lambda: going.since)
+            with trace.step(f"{steps[0][0]} and more", lane.name):
+                return await lane.run(going, late=late, since=lambda: going.since)
         finally:
             for words, took in going.took:
                 self.took[words] = self.took.get(words, 0.0) + took
@@ -85,7 +86,7 @@ class Steps:
 class _Going:
     """Steps that are taken one after the other in one call, which can be watched meanwhile.
 
-    Called again after a step that did not end, it goes on with that one.
+    Called again after a step that did not end, as a lane in tests may, it goes on with that one.
     """
 
     def __init__(self, steps: Sequence[Step], clock: Callable[[], float]) -> None:
