@@ -138,6 +138,13 @@ BY_TESTS: Final = {
         "caam-hotplug provision /dev/sdb --label cartridge-01",
         "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb",
     ],
+    "tests/e2e/test_replug.py::"
+    "test_a_stick_goes_and_comes_and_its_figures_tell_nothing_of_whose_it_is": [
+        "python3 replug.py /dev/sda1 --json board.json",
+    ],
+    "tests/e2e/test_replug.py::test_by_hand_it_says_when_to_pull_and_when_to_plug": [
+        "python3 replug.py /dev/sda1 --by-hand --cycles 5 --json board.json",
+    ],
     "tests/e2e/test_upgrade_and_removal.py::test_what_make_has_installed_runs_as_it_is": [
         "make install",
         "systemd-sysusers",
@@ -178,6 +185,7 @@ BY_TESTS: Final = {
 
 BY_NOBODY: Final = {
     "it takes a second machine": [
+        "scp tests/bench/replug.py root@board:",
         "scp tests/bench/throughput.py root@board:",
     ],
     "tests/install/test_wheel.py does so elsewhere than in /opt": [
