@@ -113,12 +113,12 @@ async def _serve(config: Config, load: Load) -> None:
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.tell("READY=1", f"STATUS={board.summary()}")
+            watchdog = asyncio.create_task(_feed_watchdog(notifier))
             gc.collect()
             gc.freeze()  # what there is by now stays, and need not be looked through at each medium
-            devices.prepare()
-            await around.dm_lane.run(host.prepare, late=lambda _why: None)
-            watchdog = asyncio.create_task(_feed_watchdog(notifier))
             try:
+                devices.prepare()
+                await around.dm_lane.run(host.prepare, late=lambda _why: None)
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
                 log.info("stopping", extra=journal.event(journal.Event.STOPPING))

@@ -390,9 +390,6 @@ class Refused:
 class Undecided:
     """It takes what udev has yet to tell."""
 
-    rule: str
-    """The name of the rule that asks for it."""
-
 
 def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Undecided:
     """The first matching rule with the names it gives, or for each rule why it is not it.
@@ -412,7 +409,7 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Unde
             reasons.append((rule.name, failure))
             continue
         if rule.asks_for(unknown):
-            return Undecided(rule.name)
+            return Undecided()
         return _made_of(rule, volume)
     return Refused(tuple(reasons))
 

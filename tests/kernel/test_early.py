@@ -12,8 +12,8 @@ from typing import Final
 import pytest
 
 from fakes.contract import until
-from kernel.agents import Room, room_of
-from kernel.cartridges import Cartridge, cartridges
+from kernel.agents import Room
+from kernel.cartridges import Cartridge
 from kernel.test_lost_events import udevd_hanging
 from kernel.witness import run
 
@@ -22,20 +22,14 @@ WAITS: Final = "await_udev = true\n"
 DOES_NOT_WAIT: Final = "await_udev = false\n"
 
 
-@pytest.fixture(scope="module")
-def media(udev_rule: None) -> Iterator[list[Cartridge]]:
-    with cartridges(["cartridge-01", "cartridge-02"]) as made:
-        yield made
-
-
 @pytest.fixture
-def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
-    with media[0].disposable():
-        pass  # its bytes are those it was made with, whatever a test before this has mounted
-    with room_of(media) as made:
-        rules = made.configuration.read_text()
-        made.configuration.write_text(rules.replace(WAITS, DOES_NOT_WAIT))
-        yield made
+def room(room: Room) -> Room:
+    """A room whose agent does not wait, with a medium as it was made."""
+    with room.medium.disposable():
+        pass  # whatever a test before this has mounted
+    rules = room.configuration.read_text()
+    room.configuration.write_text(rules.replace(WAITS, DOES_NOT_WAIT))
+    return room
 
 
 @contextmanager

@@ -75,7 +75,7 @@ class Linux:
         Raises: DeviceLockedError if udev, too, waits for whoever has the disk to himself.
         """
         if volume.awaits_udev:
-            usage.require_unlocked(volume)
+            usage.require_unlocked(volume.name)
         found = filesystem.identify(volume.node, contents=not volume.awaits_udev)
         return replace(
             volume,

@@ -49,25 +49,23 @@ def require_unused(volume: Volume) -> None:
 def is_locked(name: str) -> bool:
     """Whether a program has the disk of this name, or of this partition, for itself."""
     try:
-        _require_unlocked(name)
+        require_unlocked(name)
     except DeviceLockedError:
         return True
     except KernelError:  # it has gone, say
-        return False
+        pass
     return False
 
 
-def require_unlocked(volume: Volume) -> None:
-    """No program has locked the volume's disk for itself, as one that writes its partitions does.
+def require_unlocked(name: str) -> None:
+    """No program has locked that disk for itself, as one that writes its partitions does.
+
+    `name`: the disk's, or that of a partition on it.
 
     udevd takes the same lock, shared, and lets an event lie for as long as it does not get it.
     Raises: DeviceLockedError; KernelError. Source: systemd's block device locking
     (https://systemd.io/BLOCK_DEVICE_LOCKING), flock(2).
     """
-    _require_unlocked(volume.name)
-
-
-def _require_unlocked(name: str) -> None:
     disk = name
     try:
         disk = f"/dev/{volumes.disk_name(name)}"

@@ -103,8 +103,8 @@ class Life:
         self._plan: Admitted | None = None
         """By which it is held; what is said of the volume meanwhile does not change it."""
         self._udev_has_told = volume.identified
-        self._tried: Admitted | None = None
-        """By which it was, or was to be, held last."""
+        self._tried: Wish | None = None
+        """As what it was, or was to be, held last."""
         self._is_broken = False
         self.standing = Standing(volume, around.publish)
         if rests is not None:
@@ -132,24 +132,28 @@ class Life:
             volume = replace(volume, **read)
         if volume != before:
             self.standing.volume = volume
-            if is_first_word and self._is_confirmed(before):
+            if is_first_word and self._is_confirmed():
                 return
             self._news = True
             if is_first_word:
                 self._renewal = Renewal.BY_UDEV
         self.look_again()
 
-    def _is_confirmed(self, before: Volume) -> bool:
+    def _is_confirmed(self) -> bool:
         """Whether what was done before udev told is what is to be done now that it has.
 
         What has failed and might not have if it had waited is to be done once more.
         """
-        plan = decide(self._around.rules, self.volume)
-        if self._tried is None or not isinstance(plan, Admitted):
-            return False
-        if not plan.makes_the_same(self._tried) or before.read_only != self.volume.read_only:
-            return False
         if self.standing.state is State.FAILED and not self._blob_is_at_fault:
+            return False
+        plan = decide(self._around.rules, self.volume)
+        return self._tried is not None and self._goes_on(self._tried, plan)
+
+    def _goes_on(self, wish: Wish, plan: Admitted | Refused | Undecided) -> bool:
+        """Whether the plan asks for what the wish has; then it is by this plan that it is held."""
+        if not (isinstance(plan, Admitted) and plan.makes_the_same(wish.plan)):
+            return False
+        if wish.volume.read_only != self.volume.read_only:
             return False
         if self._plan is not None:
             self._plan = plan
@@ -329,8 +333,8 @@ class Life:
                 case Refused() as refused:
                     await self._let_be(refused)
                 case Admitted() as plan:
-                    self._tried = plan
-                    await self._hold(Wish(self.volume, plan))
+                    self._tried = Wish(self.volume, plan)
+                    await self._hold(self._tried)
         except (LeaveRequestedError, DeviceLockedError):
             pass
         except BlobMissingError as error:
@@ -494,15 +498,9 @@ class Life:
         renewal, self._renewal = self._renewal, None
         if renewal is None:
             return None
-        match decide(self._around.rules, self.volume):
-            case Admitted() as plan if (
-                plan.makes_the_same(wish.plan) and wish.volume.read_only == self.volume.read_only
-            ):
-                self._plan = plan
-                self.standing.has(rule=plan.rule.name)
-                return None
-            case Undecided():
-                return None
+        plan = decide(self._around.rules, self.volume)
+        if self._goes_on(wish, plan) or isinstance(plan, Undecided):
+            return None
         return renewal
 
     async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Renewal) -> bool:
