@@ -46,12 +46,20 @@ if importlib.util.find_spec("caam_hotplug") is None:
 try:
     import sdbus
 
-    from caam_hotplug import config, connection, names
+    from caam_hotplug import names
+    from caam_hotplug.config import loader
+    from caam_hotplug.dbus import client, connection
+    from caam_hotplug.dbus.volume_view import ShownVolume
     from caam_hotplug.errors import HotplugError, KernelError, shown
-    from caam_hotplug.kernel import files, filesystem, holders, uevents, usage, volumes
+    from caam_hotplug.kernel import (
+        config_files,
+        device_users,
+        filesystem,
+        open_files,
+        sysfs,
+        uevents,
+    )
     from caam_hotplug.model import SECTOR_BYTES, Bus, DeviceNumber, Volume
-    from caam_hotplug.operator import remote
-    from caam_hotplug.operator.volume import ShownVolume
 except ImportError as error:
     sys.exit(
         f"{PROGRAM}: import caam_hotplug: {error}; install caam-hotplug of this script's version, "
@@ -66,7 +74,7 @@ BEGINS_WITHIN_S: Final = 60
 ENDS_WITHIN_S: Final = 30
 """After its first event; a second is long."""
 LOOKED_FOR_EVERY_S: Final = 0.001
-SYSTEMD: Final = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", remote.PROPERTIES)
+SYSTEMD: Final = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", client.PROPERTIES)
 
 GONE: Final = ("unmounted", "mapping gone", "key gone", "mount point gone")
 SPANS: Final = (
@@ -206,7 +214,7 @@ def asked(which: str) -> Agent:
     """What the agent says. Raises: HotplugError if it does not run, or knows no such medium."""
     answers = []
 
-    async def ask(agent: remote.Remote) -> None:
+    async def ask(agent: client.Remote) -> None:
         call = agent.connection.call
         volume = await agent.again(await agent.volume(which))
         pid = await call(connection.BUS, "GetConnectionUnixProcessID", "s", names.BUS_NAME)
@@ -216,7 +224,7 @@ def asked(which: str) -> Agent:
             systemd = None
         answers.append(Agent(pid, (await agent.manager())["Version"], systemd, volume))
 
-    remote.run("measure", ask)
+    client.run("measure", ask)
     return answers[0]
 
 
@@ -233,11 +241,11 @@ class Medium:
     @classmethod
     def there(cls, name: str, point: str) -> Medium:
         """The medium at the kernel's name, mounted at the point. Raises: ReplugError; OSError."""
-        volume = volumes.volume_at(name, {}, "kernel")
+        volume = sysfs.volume_at(name, {}, "kernel")
         above = os.listdir(BLOCKS / name / "holders") if volume else []
         if volume is None or len(above) != 1:
             raise ReplugError(f"look at {shown(name)}: it has gone; plug it in and try again")
-        disk = volumes.disk_name(name) if volume.id.partition else name
+        disk = sysfs.disk_name(name) if volume.id.partition else name
         return cls(volume, disk, above[0], point)
 
     def gone(self) -> dict[str, Callable[[], bool]]:
@@ -254,7 +262,7 @@ class Medium:
         """Nobody uses it, nor what would go with it. Raises: ReplugError; DeviceInUseError."""
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
-        users = [str(one) for one in holders.look(number, _text(mapping / "dm/name") or "")]
+        users = [str(one) for one in open_files.look(number, _text(mapping / "dm/name") or "")]
         mounts, below = filesystem.mounts(), f"{self.point}/"
         sources = {mount.source for mount in mounts if mount.point == self.point}
         users += [
@@ -266,10 +274,10 @@ class Medium:
         backing = BLOCKS.glob("loop*/loop/backing_file")
         inside = [file for file in backing if (_text(file) or "").startswith(below)]
         users += [f"{file.parts[-3]} lies on it" for file in inside]
-        for other in volumes.there():
+        for other in sysfs.there():
             if other.id.diskseq == self.volume.id.diskseq:
                 if other.id.partition not in {0, self.volume.id.partition}:
-                    usage.require_unused(other)
+                    device_users.require_unused(other)
             elif socket and (BLOCKS / other.name).resolve().is_relative_to(socket.folder):
                 users.append(f"{other.node} would go as well")
         if users:
@@ -514,7 +522,7 @@ def settle() -> None:
 def _about(agent: Agent, medium: Medium, socket: Socket | None) -> dict[str, Any]:
     """The machine, the programs and the medium; nothing that tells one of a kind from another."""
     try:
-        configured = config.load(names.CONFIG_FILE, files.AnyonesFiles(), required=False)
+        configured = loader.load(names.CONFIG_FILE, config_files.AnyonesFiles(), required=False)
     except HotplugError:
         configured = None
     volume = medium.volume

@@ -42,13 +42,14 @@ if importlib.util.find_spec("caam_hotplug") is None:
     sys.path[:0] = [str(home) for home in _HOMES if (home / "caam_hotplug").is_dir()]
 
 try:
-    from caam_hotplug import __version__, blobs, names
+    from caam_hotplug import __version__, names
     from caam_hotplug.errors import DmError, HotplugError
-    from caam_hotplug.kernel import caam, devmapper, keyring, memory, throwaway, trusted
+    from caam_hotplug.formats import blobs
+    from caam_hotplug.formats.crypt_table import CIPHERS
+    from caam_hotplug.kernel import caam, devmapper, keyring, memory, test_mapping, trusted
     from caam_hotplug.kernel.loop import Memory, over_memory
-    from caam_hotplug.kernel.throwaway import AddKey, Encryption
+    from caam_hotplug.kernel.test_mapping import AddKey, Encryption
     from caam_hotplug.model import SECTOR_BYTES, Sectors
-    from caam_hotplug.table import CIPHERS
 except ImportError as error:
     sys.exit(
         f"{PROGRAM}: import caam_hotplug: {error}; install caam-hotplug of this script's version, "
@@ -207,7 +208,7 @@ def _measured(settings: Settings) -> dict[str, Any]:
     _require_crypt()
     _require_memory(settings)
     memory.refuse_core_dumps()
-    if swept := throwaway.sweep(names.BENCH):
+    if swept := test_mapping.sweep(names.BENCH):
         print(f"{PROGRAM}: a killed run had left {', '.join(swept)}; removed", file=sys.stderr)
     keyring.join_session_keyring()  # before there are threads
     bench = Bench(settings)
@@ -216,7 +217,7 @@ def _measured(settings: Settings) -> dict[str, Any]:
     finally:
         # What an interrupt has kept from being removed is named for this process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        throwaway.sweep(names.BENCH)
+        test_mapping.sweep(names.BENCH)
 
 
 def _require_root() -> None:
@@ -260,7 +261,7 @@ def _keys(absent: dict[str, str]) -> Iterator[list[Key]]:
     """
     with ExitStack() as held:
         plain = held.enter_context(memory.random_key(SOFTWARE_BYTES))
-        add = throwaway.logon_key(plain)
+        add = test_mapping.logon_key(plain)
         found = [
             Key("bare", "", "", None),
             Key("software", "capi:cbc(aes)-plain", "cbc(aes)", add),
@@ -268,14 +269,14 @@ def _keys(absent: dict[str, str]) -> Iterator[list[Key]]:
         try:
             blob = caam.create_blob(names.CAAM_DEVICE, "ecb", TAGGED_BYTES)
             black = held.enter_context(caam.import_blob(names.CAAM_DEVICE, blob))
-            add = throwaway.logon_key(black)
+            add = test_mapping.logon_key(black)
             found.append(Key("tagged", CIPHERS["logon"], "tk(cbc(aes))", add))
         except HotplugError as error:
             absent["tagged"] = str(error)
         try:
             trusted.is_offered()  # and loaded
             sealed = blobs.parse(trusted.seal_trusted(TRUSTED_BYTES), "trusted")
-            add = throwaway.trusted_key(cast(blobs.Trusted, sealed), TRUSTED_BYTES)
+            add = test_mapping.trusted_key(cast(blobs.Trusted, sealed), TRUSTED_BYTES)
             found.append(Key("trusted", CIPHERS["trusted"], "xts(aes)", add))
         except HotplugError as error:
             absent["trusted"] = str(error)
@@ -411,7 +412,7 @@ class Bench:
             options.add(f"sector_size:{row.sector_size}")
         how = Encryption(row.key.cipher, row.key.add, frozenset(options))
         self._made += 1
-        with throwaway.mapped(names.BENCH, self._memory, how, self._made) as node:
+        with test_mapping.mapped(names.BENCH, self._memory, how, self._made) as node:
             yield node
 
     def _measure(self, rows: list[Row]) -> None:

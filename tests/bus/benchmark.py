@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASYNCIO = ["-c", "import asyncio"]
-STATUS = ["-m", "caam_hotplug.cli", "status"]
+STATUS = ["-m", "caam_hotplug.cli.main", "status"]
 MEMORY = """
 import asyncio, resource
 from pathlib import Path
@@ -25,7 +25,7 @@ def rss():
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmRSS"].split()[0])
 before = rss()
-import caam_hotplug.bus_objects
+import caam_hotplug.dbus.objects
 print(rss() - before)
 """
 
@@ -90,7 +90,7 @@ class _agent:
 AGENT = """
 import asyncio
 from bus.agents import FakeBoard, mounted
-from caam_hotplug.bus import Service
+from caam_hotplug.dbus.service import Service
 async def main():
     board = FakeBoard()
     mounted(board)

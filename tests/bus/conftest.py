@@ -17,8 +17,8 @@ from hypothesis import settings
 
 from bus.agents import FakeAgent, FakeBoard
 from bus.private import PrivateBus
-from caam_hotplug.bus import Service
-from caam_hotplug.connection import Connection
+from caam_hotplug.dbus.connection import Connection
+from caam_hotplug.dbus.service import Service
 
 settings.register_profile("bus", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("bus")

@@ -109,7 +109,7 @@ class PrivateBus:
 
 def program(*arguments: str) -> list[str]:
     """The command line `caam-hotplug` of this tree."""
-    return [sys.executable, "-m", "caam_hotplug.cli", *arguments]
+    return [sys.executable, "-m", "caam_hotplug.cli.main", *arguments]
 
 
 async def run(

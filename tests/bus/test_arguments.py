@@ -16,9 +16,9 @@ from bus.agents import FakeAgent, FakeBoard, mounted
 from bus.conftest import folder_for_all
 from bus.private import PrivateBus
 from caam_hotplug import names
-from caam_hotplug.bus import Service
-from caam_hotplug.bus_objects import ArgumentsError, error_text, power_off
-from caam_hotplug.connection import Connection
+from caam_hotplug.dbus.connection import Connection
+from caam_hotplug.dbus.objects import ArgumentsError, error_text, power_off
+from caam_hotplug.dbus.service import Service
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.model import State, VolumeId
 from unit.volumes import STICK, volume_ids, volumes

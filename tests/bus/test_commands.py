@@ -17,11 +17,12 @@ import pytest
 from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
 from bus.private import Done, PrivateBus, begun, program, until
 from caam_hotplug import names
-from caam_hotplug.bus import Service
+from caam_hotplug.cli import listing
+from caam_hotplug.dbus import client
+from caam_hotplug.dbus.service import Service
+from caam_hotplug.dbus.volume_view import ShownVolume
 from caam_hotplug.errors import ConfigError, ConfigFault, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import Sectors, State, VolumeId
-from caam_hotplug.operator import listing, remote
-from caam_hotplug.operator.volume import ShownVolume
 from unit.volumes import STICK
 
 OTHER = again(id=VolumeId(8, 1), name="sdc1", partlabel="other")
@@ -252,11 +253,11 @@ async def test_a_reload_that_is_not_answered_in_time_is_given_up(
     go_on = asyncio.Event()
     agent.instead = go_on.wait  # type: ignore[assignment]
 
-    async def reload(asked: remote.Remote) -> None:
+    async def reload(asked: client.Remote) -> None:
         await asked.reload(0.5)
 
-    with pytest.raises(remote.NotRunningError, match="tell of the rule: the agent ended, or said"):
-        await asyncio.to_thread(remote.run, "tell of the rule", reload)
+    with pytest.raises(client.NotRunningError, match="tell of the rule: the agent ended, or said"):
+        await asyncio.to_thread(client.run, "tell of the rule", reload)
     assert [asked[0] for asked in agent.asked] == ["reload"]
     go_on.set()
 

@@ -11,9 +11,10 @@ import pytest
 
 from bus.agents import FakeBoard, StrangeError, mounted
 from bus.private import REPOSITORY, PrivateBus
-from caam_hotplug import bus_objects, errors, names
-from caam_hotplug.bus import Service
-from caam_hotplug.bus_objects import ERROR_NAMES, error_name, error_text
+from caam_hotplug import errors, names
+from caam_hotplug.dbus import objects
+from caam_hotplug.dbus.objects import ERROR_NAMES, error_name, error_text
+from caam_hotplug.dbus.service import Service
 from unit.volumes import STICK
 
 CONTRACT = REPOSITORY / "config" / "org.caamhotplug1.xml"
@@ -100,7 +101,7 @@ def of_ours(module: Any) -> list[type[Exception]]:
     ]
 
 
-@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(bus_objects), ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(objects), ids=lambda k: k.__name__)
 def test_every_error_has_a_name_of_its_own(kind: type[Exception]) -> None:
     assert kind in ERROR_NAMES
     sharing = {other for other, name in ERROR_NAMES.items() if name == ERROR_NAMES[kind]}

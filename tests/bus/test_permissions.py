@@ -15,8 +15,9 @@ import pytest_asyncio
 
 from bus.agents import FakeAgent, FakeBoard, mounted
 from bus.private import LAX_POLICY, POLICY, STRANGER, PrivateBus, begun, until
-from caam_hotplug import callers, names
-from caam_hotplug.bus import Service
+from caam_hotplug import names
+from caam_hotplug.dbus import authorization
+from caam_hotplug.dbus.service import Service
 from caam_hotplug.model import State
 from unit.volumes import STICK
 
@@ -153,8 +154,8 @@ async def test_a_user_database_that_does_not_answer_lets_nobody_in_and_holds_up_
         answer.wait()
         raise KeyError
 
-    monkeypatch.setattr(callers.pwd, "getpwuid", hang)
-    monkeypatch.setattr(callers, "_LOOK_UP_WITHIN_S", 0.5)
+    monkeypatch.setattr(authorization.pwd, "getpwuid", hang)
+    monkeypatch.setattr(authorization, "_LOOK_UP_WITHIN_S", 0.5)
     told = await lax.busctl(*CHANGING[1], user=STRANGER, groups=(gid(),))
     assert f"look up user {STRANGER}: no answer within 0.5 s" in told.stderr
     assert agent.asked == []
@@ -164,10 +165,10 @@ async def test_a_user_database_that_does_not_answer_lets_nobody_in_and_holds_up_
 
 def test_a_member_is_known_by_the_senders_process_or_else_by_the_database() -> None:
     mail = pwd.getpwnam("mail")
-    assert callers._is_member("mail", mail.pw_uid, None)
-    assert callers._user(54321) == "without a name"
-    assert callers._is_member("mail", STRANGER, [mail.pw_gid])
-    assert not callers._is_member("mail", mail.pw_uid, [])
-    assert not callers._is_member("mail", STRANGER, None)
-    assert not callers._is_member("no-such-group", mail.pw_uid, None)
+    assert authorization._is_member("mail", mail.pw_uid, None)
+    assert authorization._user(54321) == "without a name"
+    assert authorization._is_member("mail", STRANGER, [mail.pw_gid])
+    assert not authorization._is_member("mail", mail.pw_uid, [])
+    assert not authorization._is_member("mail", STRANGER, None)
+    assert not authorization._is_member("no-such-group", mail.pw_uid, None)
     assert os.getuid() == 0

@@ -17,9 +17,10 @@ import sdbus
 
 from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
 from bus.private import PrivateBus
-from caam_hotplug import connection, names
-from caam_hotplug.bus import Service
-from caam_hotplug.connection import BUS, Connection
+from caam_hotplug import names
+from caam_hotplug.dbus import connection
+from caam_hotplug.dbus.connection import BUS, Connection
+from caam_hotplug.dbus.service import Service
 from caam_hotplug.errors import CaamError, DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import Sectors, State, VolumeId
 from unit.volumes import STICK
@@ -373,7 +374,7 @@ async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
         await asyncio.wait_for(tried_again.wait(), 30)
     assert caplog.record_tuples == [
         (
-            "caam_hotplug.bus",
+            "caam_hotplug.dbus.service",
             logging.INFO,
             "no system bus, and media are served without: connect to the system bus: "
             "No such file or directory",
@@ -388,9 +389,9 @@ async def test_without_sdbus_it_is_said_once(
     nothing_left: None,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
-    for module in [m for m in sys.modules if m.startswith("caam_hotplug.") and "bus_" in m]:
+    for module in [m for m in sys.modules if m.startswith("caam_hotplug.dbus.objects")]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.delattr("caam_hotplug.bus_objects", raising=False)
+    monkeypatch.delattr("caam_hotplug.dbus.objects", raising=False)
     monkeypatch.setitem(sys.modules, "sdbus", None)
     async with Service(board) as service:
         await service.tried(30)

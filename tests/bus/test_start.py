@@ -11,13 +11,16 @@ import pytest
 
 from bus.private import REPOSITORY
 
-NOT_FOR_STATUS = {"pyudev", "tomllib", "ctypes", "rich", "caam_hotplug.config",
-                  "caam_hotplug.kernel", "caam_hotplug.lifecycle", "caam_hotplug.daemon",
-                  "caam_hotplug.supervisor", "caam_hotplug.bus"}  # fmt: skip
+NOT_FOR_STATUS = {
+    "pyudev", "tomllib", "ctypes", "rich", "caam_hotplug.config", "caam_hotplug.kernel",
+    "caam_hotplug.volume", "caam_hotplug.daemon", "caam_hotplug.dbus.service",
+}  # fmt: skip
 NOT_FOR_HELP = NOT_FOR_STATUS | {"asyncio", "sdbus", "json"}
-NOT_FOR_THE_AGENT = {"_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma",
-                     "shutil", "tempfile", "uuid", "caam_hotplug.keys", "caam_hotplug.migrate",
-                     "caam_hotplug.operator", "caam_hotplug.provision"}  # fmt: skip
+NOT_FOR_THE_AGENT = {
+    "_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma", "shutil", "tempfile",
+    "uuid", "caam_hotplug.cli.keys", "caam_hotplug.cli.migrate", "caam_hotplug.cli.provision",
+    "caam_hotplug.cli.volumes", "caam_hotplug.dbus.client",
+}  # fmt: skip
 
 
 def imported(script: str, *arguments: str) -> set[str]:
@@ -38,17 +41,17 @@ def imported(script: str, *arguments: str) -> set[str]:
 
 def test_status_imports_nothing_of_what_only_the_agent_needs() -> None:
     after = imported(
-        "from caam_hotplug.operator import listing\nfrom caam_hotplug.cli import main\n"
+        "from caam_hotplug.cli import listing\nfrom caam_hotplug.cli.main import main\n"
         "assert main(['status']) == 3"
     )
-    assert "caam_hotplug.operator.remote" in after
+    assert "caam_hotplug.dbus.client" in after
     assert after & NOT_FOR_STATUS == set()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eject", "--help"], ["--version"]], ids=str)
 def test_help_imports_neither_the_bus_nor_a_loop(arguments: list[str]) -> None:
     after = imported(
-        "import sys\nfrom caam_hotplug.cli import main\n"
+        "import sys\nfrom caam_hotplug.cli.main import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit: pass",
         *arguments,
     )
@@ -57,16 +60,22 @@ def test_help_imports_neither_the_bus_nor_a_loop(arguments: list[str]) -> None:
 
 def test_the_agent_holds_nothing_in_memory_that_only_others_need() -> None:
     after = imported(
-        "from caam_hotplug import cli, omissions\nomissions.leave_out()\n"
-        "from caam_hotplug import bus_objects, daemon\ndaemon.run = lambda load: load()\n"
+        "from caam_hotplug.cli import lean_imports, main as cli\nlean_imports.leave_out()\n"
+        "from caam_hotplug.dbus import objects\n"
+        "from caam_hotplug.daemon import main as daemon\ndaemon.run = lambda load: load()\n"
         "assert cli.main(['run']) == 0"
     )
-    assert {"caam_hotplug.config", "caam_hotplug.lifecycle.life", "pyudev", "sdbus"} <= after
+    assert {
+        "caam_hotplug.config.loader",
+        "caam_hotplug.volume.lifecycle",
+        "pyudev",
+        "sdbus",
+    } <= after
     assert after & NOT_FOR_THE_AGENT == set()
 
 
 def test_the_agent_without_a_bus_has_not_imported_sdbus() -> None:
-    after = imported("import caam_hotplug.bus")
+    after = imported("import caam_hotplug.dbus.service")
     assert "sdbus" not in after
 
 

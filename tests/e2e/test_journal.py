@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from caam_hotplug.journal import Event
+from caam_hotplug.systemd.journal import Event
 from e2e.support import ANY_BUS, POINT, labelled
 from vm.guest import Guest
 from vm.installed import InstalledAgent

@@ -8,11 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from caam_hotplug.board import Board
-from caam_hotplug.lifecycle.claims import Claims
-from caam_hotplug.lifecycle.lane import Lane
-from caam_hotplug.lifecycle.life import Surroundings
-from caam_hotplug.lifecycle.sweep import sweep
+from caam_hotplug.config.rules import BUILT_IN, Rule
+from caam_hotplug.daemon.status_registry import Board
+from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.model import (
     Announced,
     Appeared,
@@ -23,8 +21,10 @@ from caam_hotplug.model import (
     State,
     Volume,
 )
-from caam_hotplug.rules import BUILT_IN, Rule
-from caam_hotplug.supervisor import Supervisor
+from caam_hotplug.volume.leftovers import sweep
+from caam_hotplug.volume.lifecycle import Surroundings
+from caam_hotplug.volume.mount_points import Claims
+from caam_hotplug.volume.worker import Lane
 from fakes.clock import Clock
 from fakes.kernel import KEY, FakeHost, FakeKernel, HangsError, ProcessDiedError
 

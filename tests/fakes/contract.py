@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import pytest
 
 from caam_hotplug import names
+from caam_hotplug.config.rules import KeySource
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
@@ -26,8 +27,9 @@ from caam_hotplug.errors import (
     MountError,
     MountPointOccupiedError,
 )
-from caam_hotplug.lifecycle import backends
-from caam_hotplug.lifecycle.host import Host
+from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
+from caam_hotplug.kernel.api import Host
+from caam_hotplug.keys import loading
 from caam_hotplug.model import (
     DeviceNumber,
     KeyReference,
@@ -37,8 +39,6 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
-from caam_hotplug.rules import Crypt, KeySource
-from caam_hotplug.table import CryptTarget, crypt_target
 
 BLOB: Final = "cartridge-01.bb"
 """The blob of the key that the medium's filesystem is written under."""
@@ -149,7 +149,7 @@ def created(world: World) -> Iterator[str]:
 def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
     """A blob's key is in the keyring; yields its length in bytes."""
     host = world.host
-    key = backends.load(host, host.read_blob(blob), KeySource(), description(world))
+    key = loading.load(host, host.read_blob(blob), KeySource(), description(world))
     try:
         yield key.length
     finally:
@@ -543,7 +543,7 @@ def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
 
 def test_a_damaged_blob_is_refused_by_the_caam(world: World) -> None:
     with pytest.raises(BlobRejectedError):
-        backends.load(
+        loading.load(
             world.host, world.host.read_blob(DAMAGED_BLOB), KeySource(), description(world)
         )
     assert not world.host.has_key(description(world))

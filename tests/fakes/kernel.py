@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caam_hotplug.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
@@ -23,6 +22,8 @@ from caam_hotplug.errors import (
     MountError,
     MountPointOccupiedError,
 )
+from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
+from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,
@@ -36,7 +37,6 @@ from caam_hotplug.model import (
     VolumeId,
 )
 from caam_hotplug.names import DM_UUID_PREFIX, MOUNT_ROOT
-from caam_hotplug.table import CryptTarget
 
 T = TypeVar("T")
 KEY = b"tagged key of thirty-six bytes......"
@@ -249,7 +249,7 @@ class FakeKernel:
 
 
 class FakeHost:
-    """The kernel as one process of the agent sees it; the interface of `lifecycle.host.Host`."""
+    """The kernel as one process of the agent sees it; the interface of `kernel.api.Host`."""
 
     def __init__(self, kernel: FakeKernel, keyring: dict[str, bytes]) -> None:
         self.kernel = kernel

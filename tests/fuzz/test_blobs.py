@@ -8,9 +8,10 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from caam_hotplug import blobs, names
+from caam_hotplug import names
 from caam_hotplug.errors import BlobError, BlobMissingError, CaamError, HotplugError
-from caam_hotplug.kernel import caam, sealed
+from caam_hotplug.formats import blobs
+from caam_hotplug.kernel import blob_files, caam
 from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
 
 FOLDER: Final = SCRATCH / "blobs"
@@ -53,7 +54,7 @@ def read_or_refuse(
 ) -> blobs.Blob | None:
     """The blob; None where it was refused with its path and nothing of its content."""
     try:
-        return sealed.read(directory, name, wanted)
+        return blob_files.read(directory, name, wanted)
     except BlobError as error:
         path = directory / name
         assert str(error).startswith((f"read blob {path}: ", f"no blob {path}"))
@@ -106,7 +107,7 @@ def test_what_is_no_file_of_a_blobs_size_is_refused(kind: str, size: int) -> Non
 def test_a_name_that_no_template_gives_reads_nothing(name: str) -> None:
     put(FOLDER / NAME, "nothing")
     try:
-        sealed.read(FOLDER, name)
+        blob_files.read(FOLDER, name)
     except (BlobError, BlobMissingError, ValueError) as error:
         assert str(error)
     else:

@@ -13,13 +13,15 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
-from caam_hotplug import cli, config, names
-from caam_hotplug.config import Config
+from caam_hotplug import names
+from caam_hotplug.cli import main as cli
+from caam_hotplug.config import loader
+from caam_hotplug.config.loader import Config
+from caam_hotplug.config.rules import Admitted, KeySource, Match, MountWish, Refused, Rule, decide
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
-from caam_hotplug.kernel.files import AnyonesFiles
+from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
+from caam_hotplug.kernel.config_files import AnyonesFiles
 from caam_hotplug.model import KeyReference
-from caam_hotplug.rules import Admitted, Crypt, KeySource, Match, MountWish, Refused, Rule, decide
-from caam_hotplug.table import CryptTarget, crypt_target
 from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
 from unit.volumes import stick
 
@@ -52,7 +54,7 @@ KEYS: Final = [
 def load_or_refuse(file: Path = FILE) -> Config | None:
     """The configuration, which does what it may; None where it was refused as it must be."""
     try:
-        read = config.load(file, AnyonesFiles())
+        read = loader.load(file, AnyonesFiles())
     except ConfigError as error:
         assert error.faults
         for fault in error.faults:

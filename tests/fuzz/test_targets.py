@@ -7,8 +7,8 @@ from typing import Final
 from hypothesis import strategies as st
 
 from caam_hotplug import names
+from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DeviceNumber, Sectors, VolumeId
-from caam_hotplug.table import CryptTarget
 from fuzz.inputs import mutated, tries
 from unit.volumes import volume_ids
 

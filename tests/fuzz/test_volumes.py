@@ -10,11 +10,7 @@ from typing import Any, Final, Literal
 from hypothesis import strategies as st
 
 from caam_hotplug import names
-from caam_hotplug.errors import UnsupportedVolumeError
-from caam_hotplug.kernel import volumes
-from caam_hotplug.lifecycle.resources import Wish
-from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
-from caam_hotplug.rules import (
+from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
     Admitted,
@@ -27,7 +23,11 @@ from caam_hotplug.rules import (
     Template,
     decide,
 )
-from caam_hotplug.table import CryptTarget, crypt_target
+from caam_hotplug.errors import UnsupportedVolumeError
+from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
+from caam_hotplug.kernel import sysfs
+from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
+from caam_hotplug.volume.resources import Wish
 from fuzz.inputs import SCRATCH, tries
 
 DM_NAME_LEN: Final = 128
@@ -133,19 +133,26 @@ rules = st.builds(
 
 def volume_of(
     found: dict[str, str],
-    sysfs: dict[str, str],
+    written: dict[str, str],
     usb: dict[str, bytes],
     source: Literal["udev", "kernel"],
 ) -> Volume | None:
     """The volume at sdb1 that sysfs and udev describe so."""
-    facts = {"diskseq": "9", "partition": "1", "size": "204800", "dev": "8:17", "ro": "0", **sysfs}
+    facts = {
+        "diskseq": "9",
+        "partition": "1",
+        "size": "204800",
+        "dev": "8:17",
+        "ro": "0",
+        **written,
+    }
     for name, text in facts.items():
         (DISK / ("" if name == "diskseq" else "sdb1") / name).write_text(text)
     for path in (USB_DEVICE / "serial", DISK / "device/vendor", DISK / "device/model"):
         path.unlink(missing_ok=True)
         if path.name in usb:
             path.write_bytes(usb[path.name])
-    return volumes.volume_at("sdb1", found, source, str(SYS_BLOCK))
+    return sysfs.volume_at("sdb1", found, source, str(SYS_BLOCK))
 
 
 def assert_is_one_name(name: str, longest: int) -> None:
@@ -186,21 +193,21 @@ def assert_is_described_within_bounds(volume: Volume) -> None:
 @tries(
     "udev: any properties, through the rules to every name",
     found=properties,
-    sysfs=attributes,
+    written=attributes,
     usb=st.dictionaries(st.sampled_from(["serial", "vendor", "model"]), usb_strings),
     source=st.sampled_from(["udev", "kernel"]),
     asked=st.lists(rules, max_size=3).map(tuple) | st.just(BUILT_IN),
 )
 def test_whatever_a_medium_says_names_stay_names(
     found: dict[str, str],
-    sysfs: dict[str, str],
+    written: dict[str, str],
     usb: dict[str, bytes],
     source: Literal["udev", "kernel"],
     asked: tuple[Rule, ...],
 ) -> None:
-    volume = volume_of(found, sysfs, usb, source)
+    volume = volume_of(found, written, usb, source)
     if volume is None:
-        assert sysfs, "the stick is there"
+        assert written, "the stick is there"
         return
     assert_is_described_within_bounds(volume)
     match decide(asked, volume):
@@ -229,6 +236,6 @@ def test_a_label_becomes_a_name_or_a_reason(label: str, template: Template) -> N
 
 @tries("udev: any text, decoded", value=claims)
 def test_any_value_is_decoded_to_text_that_can_be_written(value: str) -> None:
-    text: Any = volumes.decoded(value)
+    text: Any = sysfs.decoded(value)
     assert isinstance(text, str)
     assert text.encode().decode() == text

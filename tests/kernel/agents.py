@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug import config
-from caam_hotplug.kernel import devmapper, files
+from caam_hotplug.config import loader
+from caam_hotplug.kernel import config_files, devmapper
 from fakes.contract import until
 from kernel.cartridges import HELLO, TEXT, Cartridge
 from kernel.forked import Agent
@@ -53,7 +53,7 @@ class Room:
         self.blobs = blobs
         self.configuration = folder / "agent.toml"
         self.configure()
-        load = partial(config.load, self.configuration, files.RootsFiles())
+        load = partial(loader.load, self.configuration, config_files.RootsFiles())
         self.agent = Agent(load, folder / "notify")
 
     def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from caam_hotplug import daemon
-from caam_hotplug.config import Config
-from caam_hotplug.kernel import cbind, devmapper, gpt
+from caam_hotplug.config.loader import Config
+from caam_hotplug.daemon import main as daemon
+from caam_hotplug.kernel import ctypes_lib, devmapper, gpt
 
 DEADLINE_S: Final = 120
 
@@ -272,7 +272,7 @@ class Watch:
 
     def install(self) -> None:
         """From now on the process's calls are watched."""
-        declare, syscall = cbind.declare, cbind.syscall
+        declare, syscall = ctypes_lib.declare, ctypes_lib.syscall
 
         def watched_declare(soname: str, name: str, *more: Any) -> Any:
             function = declare(soname, name, *more)
@@ -286,7 +286,7 @@ class Watch:
                 self._made(_SYSCALLS[number])
             return result
 
-        cbind.declare, cbind.syscall = watched_declare, watched_syscall
+        ctypes_lib.declare, ctypes_lib.syscall = watched_declare, watched_syscall
         devmapper._loaded.clear()
         gpt._loaded.clear()
         for module, name in self._methods:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from caam_hotplug import cli
+from caam_hotplug.cli import main as cli
 from caam_hotplug.kernel import devmapper, mkfs
 from fakes.contract import until
 from kernel import witness

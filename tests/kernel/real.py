@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import volumes
+from caam_hotplug.kernel import sysfs
 from caam_hotplug.kernel.linux import Linux
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume
 from fakes.contract import BLOB, DAMAGED_BLOB, OTHER_BLOB
@@ -91,7 +91,7 @@ class RealWorld:
 def volume_at(device: str) -> Volume:
     """What sysfs says of a loop device with a medium in it."""
     name = Path(device).name
-    which = volumes.present_id(name)
+    which = sysfs.present_id(name)
     assert which is not None
     folder = Path("/sys/class/block") / name
     number = DeviceNumber.from_text((folder / "dev").read_text())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 from unittest import mock
 
-from caam_hotplug import daemon
+from caam_hotplug.daemon import main as daemon
 from fakes.contract import until
 from kernel import latencies
 from kernel.agents import ROOM, Room, keys, mappings, room_of

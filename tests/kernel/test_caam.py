@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug import blobs
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError
-from caam_hotplug.kernel import caam, sealed
+from caam_hotplug.formats import blobs
+from caam_hotplug.kernel import blob_files, caam
 from caam_hotplug.model import SecretBytes
 from caam_hotplug.names import BLOB_DIRECTORY, CAAM_DEVICE
 from fakes.contract import BLOB, created, description, found, target
@@ -36,7 +36,7 @@ def board() -> Iterator[Board]:
 
 def imported(name: str) -> bytes:
     """The tagged key of a blob of the board's own."""
-    blob = sealed.read(BLOB_DIRECTORY, f"{name}.bb")
+    blob = blob_files.read(BLOB_DIRECTORY, f"{name}.bb")
     with caam.import_blob(CAAM_DEVICE, blob.content) as key:
         return bytes(key.buffer)
 
@@ -79,7 +79,7 @@ def test_a_key_that_aes_does_not_know_is_refused_with_the_table(
 
 def load(world: RealWorld, mapping: str, name: str, directory: Path = BLOB_DIRECTORY) -> None:
     host = world.host
-    with caam.import_blob(CAAM_DEVICE, sealed.read(directory, f"{name}.bb").content) as key:
+    with caam.import_blob(CAAM_DEVICE, blob_files.read(directory, f"{name}.bb").content) as key:
         host.add_key(description(world), key)
         line = replace(target(world), key_bytes=len(key)).to_line()
     try:
@@ -151,7 +151,7 @@ def test_a_blob_with_any_byte_changed_is_refused(world: RealWorld) -> None:
 
 
 def test_a_board_without_the_driver_says_which(board: Board) -> None:
-    blob = sealed.read(BLOB_DIRECTORY, BLOB).content
+    blob = blob_files.read(BLOB_DIRECTORY, BLOB).content
     board.power_off()
     with pytest.raises(CaamError, match="is the kernel's caam_keygen driver there") as refused:
         caam.import_blob(CAAM_DEVICE, blob)
@@ -159,7 +159,7 @@ def test_a_board_without_the_driver_says_which(board: Board) -> None:
 
 
 def test_a_device_that_is_another_is_no_caam() -> None:
-    blob = sealed.read(BLOB_DIRECTORY, BLOB).content
+    blob = blob_files.read(BLOB_DIRECTORY, BLOB).content
     with pytest.raises(CaamError) as refused:
         caam.import_blob(Path("/dev/null"), blob)
     assert refused.value.errno == errno.ENOTTY

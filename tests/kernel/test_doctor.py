@@ -6,21 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from caam_hotplug.doctor import examination, report
-from caam_hotplug.doctor.finding import Finding, Status
+from caam_hotplug.doctor import report, runner
+from caam_hotplug.doctor.result import Finding, Status
 
 
 def looked() -> list[Finding]:
     """All that there is to find."""
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(lambda: list(examination.findings(examination._site(None)))).result()
+        return thread.submit(lambda: list(runner.findings(runner._site(None)))).result()
 
 
 @pytest.mark.usefixtures("udev_rule", "nothing_left")
 def test_the_looks_leave_nothing_and_the_trial_finds_the_known_answer() -> None:
     found = looked()
     by_name = {finding.check: finding.verdict for finding in found}
-    assert list(by_name) == [check.name for check in examination.CHECKS]
+    assert list(by_name) == [check.name for check in runner.CHECKS]
     for name in ("kernel", "dm-crypt", "keys", "caam-device", "known-answer", "udevd"):
         assert by_name[name].status is Status.OK, by_name[name]
     assert by_name["known-answer"].found.endswith("both ways as by cbc(aes-generic)")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug import explain
-from caam_hotplug.config import Config
+from caam_hotplug.config.loader import Config
+from caam_hotplug.config.rules import BUILT_IN, Match, Rule
+from caam_hotplug.daemon import explain
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.rules import BUILT_IN, Match, Rule
 from kernel.agents import Room
 
 ANY = Config(rule=(Rule(name="any", match=Match(partlabel="cartridge-*")),))

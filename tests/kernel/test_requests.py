@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug.kernel import devmapper, holders
-from caam_hotplug.kernel.watch import Directory
+from caam_hotplug.kernel import devmapper, open_files
+from caam_hotplug.kernel.inotify import Directory
 from caam_hotplug.model import Mapping
 from fakes.contract import until
 from kernel.agents import Room
@@ -47,9 +47,9 @@ def test_who_uses_a_volume_is_told_with_what_of_it(
 ) -> None:
     room.agent.start()
     room.arrives()
-    assert holders.find(only_mapping()) == []
+    assert open_files.find(only_mapping()) == []
     with process(hold, room.point()):
-        found = holders.find(only_mapping())
+        found = open_files.find(only_mapping())
         assert words.format(room.point()) in [holder.holds for holder in found]
         assert len({holder.pid for holder in found}) == 1
         assert found[0].command == Path("/proc/self/comm").read_text().strip()
@@ -65,11 +65,11 @@ def test_those_who_use_a_volume_are_ended_and_nobody_else(room: Room) -> None:
         if pid == 0:
             os.chdir(room.point())
             signal.pause()
-        until(lambda: [h.pid for h in holders.find(only_mapping()) if h.is_user] == [pid])
-        holders.end(only_mapping(), signal.SIGTERM, 60)
+        until(lambda: [h.pid for h in open_files.find(only_mapping()) if h.is_user] == [pid])
+        open_files.end(only_mapping(), signal.SIGTERM, 60)
         _, status = os.waitpid(pid, 0)
         assert os.WTERMSIG(status) == signal.SIGTERM
-        (pins,) = holders.find(only_mapping())
+        (pins,) = open_files.find(only_mapping())
         assert not pins.is_user
     room.leaves()
 
@@ -78,7 +78,7 @@ def test_a_copy_of_the_mount_that_goes_with_it_is_no_use_of_it(room: Room) -> No
     room.agent.start()
     room.arrives()
     with process(be_confined_like_a_service, room.point()):
-        assert holders.find(only_mapping()) == []
+        assert open_files.find(only_mapping()) == []
         room.agent.stop()
         room.has_nothing_already()
 

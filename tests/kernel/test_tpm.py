@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from caam_hotplug import blobs
-from caam_hotplug.blobs import Encrypted, Trusted
 from caam_hotplug.errors import BlobRejectedError, KeyringError, MasterKeyError
+from caam_hotplug.formats import blobs
+from caam_hotplug.formats.blobs import Encrypted, Trusted
 from caam_hotplug.kernel import keyring, trusted
 from documented import commands
 from kernel.witness import PARAMETERS, kernel_log, run

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import udev, volumes
+from caam_hotplug.kernel import sysfs, udev
 from caam_hotplug.kernel.udev import Devices, Source
 from caam_hotplug.model import Appeared, Bus, DevType, Disappeared, Event, EventsLost
 from kernel.witness import Medium, loop_medium, run
@@ -134,15 +134,15 @@ def test_a_removal_that_did_not_happen_says_nothing(source: Source) -> None:
 
 def test_all_that_is_there_is_known_without_udev() -> None:
     with loop_medium(1 << 20) as medium:
-        here = volumes.present_id(Path(medium.device).name)
-        assert [volume.identified for volume in volumes.there() if volume.id == here] == [False]
-    assert here not in {volume.id for volume in volumes.there()}
+        here = sysfs.present_id(Path(medium.device).name)
+        assert [volume.identified for volume in sysfs.there() if volume.id == here] == [False]
+    assert here not in {volume.id for volume in sysfs.there()}
 
 
 def test_people_can_ask_about_a_device_node() -> None:
     with loop_medium(1 << 20) as medium, listening("udev") as devices:
         volume = devices.volume(medium.device)
-        assert volume.id == volumes.present_id(volume.name)
+        assert volume.id == sysfs.present_id(volume.name)
         assert volume.node == medium.device
         for other in ("/dev/null", "/etc/hostname"):
             with pytest.raises(HotplugError, match="no block device"):
@@ -156,18 +156,18 @@ def test_every_medium_in_a_device_has_an_id_of_its_own() -> None:
     for _ in range(2):
         with loop_medium(1 << 20) as medium:
             name = Path(medium.device).name
-            ids.append(volumes.present_id(name))
+            ids.append(sysfs.present_id(name))
     first, second = ids
     assert first is not None
     assert second is not None
     assert first.diskseq < second.diskseq
     assert (first.partition, second.partition) == (0, 0)
-    assert volumes.present_id(name) is None
+    assert sysfs.present_id(name) is None
 
 
 def test_what_is_no_block_device_has_no_id() -> None:
-    assert volumes.present_id("nothing") is None
-    assert volumes.present_id("../../../etc") is None
+    assert sysfs.present_id("nothing") is None
+    assert sysfs.present_id("../../../etc") is None
 
 
 def test_this_kernel_numbers_insertions_and_udevd_runs() -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import pytest
 
 from caam_hotplug.errors import DeviceInUseError, KernelError
-from caam_hotplug.kernel import usage
+from caam_hotplug.kernel import device_users
 from kernel.agents import Room
 from kernel.real import volume_at
 from kernel.witness import detach, loop_medium, run
@@ -82,8 +82,8 @@ every_use = pytest.mark.parametrize("use", [mounted, swap, mapped, looped, check
 def test_a_device_in_use_is_refused_with_its_user(use: Use, tmp_path: Path) -> None:
     with loop_medium(4 << 20) as medium:
         with use(medium.device, tmp_path) as user, pytest.raises(DeviceInUseError, match=user):
-            usage.require_unused(volume_at(medium.device))
-        usage.require_unused(volume_at(medium.device))
+            device_users.require_unused(volume_at(medium.device))
+        device_users.require_unused(volume_at(medium.device))
 
 
 @every_use
@@ -94,8 +94,8 @@ def test_a_disk_is_refused_while_one_of_its_partitions_is_in_use(
         disk = volume_at(f"/dev/{room.neighbour.disk.name}")
         partition = room.neighbour.partition
         with use(partition, tmp_path) as user, pytest.raises(DeviceInUseError, match=user):
-            usage.require_unused(disk)
-        usage.require_unused(disk)
+            device_users.require_unused(disk)
+        device_users.require_unused(disk)
 
 
 def test_a_device_that_has_gone_is_no_device_in_use() -> None:
@@ -104,7 +104,7 @@ def test_a_device_that_has_gone_is_no_device_in_use() -> None:
         Path(medium.device).rename("/dev/moved")
         try:
             with pytest.raises(KernelError, match="No such file"):
-                usage.require_unused(volume)
+                device_users.require_unused(volume)
         finally:
             Path("/dev/moved").rename(medium.device)
 

@@ -22,9 +22,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from caam_hotplug.config.rules import BUILT_IN, Action, Match, OnStop, Rule
 from caam_hotplug.errors import DmError, HotplugError, KernelError, MountError
 from caam_hotplug.model import State
-from caam_hotplug.rules import BUILT_IN, Action, Match, OnStop, Rule
 from fakes.bench import Bench
 from fakes.kernel import Fault
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.model import State, Volume
-from caam_hotplug.rules import (
+from caam_hotplug.config.rules import (
     BUILT_IN,
     KeySource,
     Match,
@@ -19,6 +18,7 @@ from caam_hotplug.rules import (
     Template,
     UnitTemplate,
 )
+from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from life.test_interleavings import turns_until_settled
 

@@ -22,7 +22,6 @@ from typing import Final
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.blobs import Backend
 from caam_hotplug.errors import (
     BlobError,
     BlobMissingError,
@@ -38,6 +37,7 @@ from caam_hotplug.errors import (
     MountBusyError,
     MountError,
 )
+from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.model import State, Volume
 from fakes.bench import LATE_AFTER_S, Bench
 from fakes.kernel import KEY, Fault
@@ -166,7 +166,7 @@ DM_STEPS: Final = {
 }  # fmt: skip
 GLOBAL: Final = {"mounts"}
 """What names no volume, so that a fault cannot be aimed at one of several. It is read from memory
-on the loop and cannot hang; lifecycle/resources.py says why."""
+on the loop and cannot hang; volume/resources.py says why."""
 HARMS: Final = {
     "flush", "unmount", "detach", "remove_mount_point", "poison_mapping", "remove_mapping",
 }  # fmt: skip

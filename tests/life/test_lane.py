@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError
-from caam_hotplug.lifecycle.lane import Lane, to_the_end
+from caam_hotplug.volume.worker import Lane, to_the_end
 
 
 def unheard(_why: str | None) -> None:

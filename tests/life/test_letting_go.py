@@ -9,9 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.errors import BlobError, DmError, RequestRefusedError, VolumeBusyError
-from caam_hotplug.model import DeviceNumber, State, Volume, VolumeId
-from caam_hotplug.rules import (
+from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
     MountWish,
@@ -20,6 +18,8 @@ from caam_hotplug.rules import (
     Rule,
     UnitTemplate,
 )
+from caam_hotplug.errors import BlobError, DmError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.model import DeviceNumber, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import KEY, Fault
 

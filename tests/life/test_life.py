@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from caam_hotplug.config.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
 from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
-from caam_hotplug.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
 from fakes.bench import Bench
 from fakes.kernel import Fault
 

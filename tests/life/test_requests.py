@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from caam_hotplug.config.rules import BUILT_IN, Action, MountWish, OnBusy, Rule, UnitTemplate
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
-from caam_hotplug.rules import BUILT_IN, Action, MountWish, OnBusy, Rule, UnitTemplate
 from fakes.bench import Bench
 from fakes.kernel import Fault
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import re
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug import cli
+from caam_hotplug.cli import main as cli
 from documented import NO_COMMANDS, PAGES, REPOSITORY, blocks
 
 BY_TESTS: Final = {
@@ -155,10 +156,10 @@ BY_TESTS: Final = {
     "tests/kernel/test_throughput.py::test_every_combination_has_figures_in_one_run": [
         "python3 throughput.py --json > board.json",
     ],
-    "tests/unit/test_cli.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
+    "tests/unit/cli/test_main.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
     ],
-    "tests/unit/test_cli.py::test_a_file_that_run_would_refuse_is_valid_with_a_warning": [
+    "tests/unit/cli/test_main.py::test_a_file_that_run_would_refuse_is_valid_with_a_warning": [
         "caam-hotplug check ~/agent.toml",
     ],
     "tests/unit/test_docs.py::test_a_target_of_make_is_one": [
@@ -316,25 +317,26 @@ def test_every_page_is_in_the_list_of_pages() -> None:
         assert page.name == "README.md" or f"({page.name})" in listed, page.name
 
 
-def test_the_picture_of_the_floors_is_in_the_order_of_the_floors() -> None:
+def test_the_picture_of_packages_is_the_trees() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     (contract,) = settings["tool"]["importlinter"]["contracts"]
     floors = [
         {module.strip().removeprefix("caam_hotplug.") for module in layer.split("|")}
         for layer in contract["layers"]
     ]
+    tree = REPOSITORY / "agent" / "caam_hotplug"
+    packages = {package.parent.name: package for package in tree.glob("*/__init__.py")}
+    modules = {module.stem for module in tree.glob("*.py")} - {"__init__"}
+    assert set().union(*floors) == packages.keys() | modules
     page = (REPOSITORY / "docs" / "how-it-works.md").read_text()
-    picture = page[page.index("┌") : page.index("└")]
-    at = -1
-    for floor in floors:
-        places = [
-            found.start()
-            for module in floor
-            if (found := re.search(rf"[│ ]{module}[ /│]", picture))
-        ]
-        assert len(places) == len(floor), floor
-        assert min(places) > at, floor
-        at = min(places)
+    picture = page[page.index("┌") + 1 : page.index("└")]
+    drawn = re.findall(r"│ (\w+) +(\S.*?) +│", picture)
+    assert {name for name, _ in drawn} == packages.keys() | modules
+    for name, purpose in drawn:
+        assert name in modules or packages[name].read_text() == f'"""{purpose}"""\n', name
+    order = [name for name, _ in drawn]
+    for above, below in itertools.pairwise(floors):
+        assert max(map(order.index, above)) < min(map(order.index, below)), (above, below)
 
 
 def test_an_example_of_rules_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 from caam_hotplug import errors
+from caam_hotplug.config.rules import BUILT_IN, Admitted, decide
 from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
+from caam_hotplug.formats.crypt_table import crypt_target
 from caam_hotplug.kernel import caam, keyring
-from caam_hotplug.lifecycle.resources import Wish
 from caam_hotplug.model import KeyReference, SecretBytes
-from caam_hotplug.rules import BUILT_IN, Admitted, decide
-from caam_hotplug.table import crypt_target
+from caam_hotplug.volume.resources import Wish
 from unit.volumes import stick
 
 KEY = bytes.fromhex("4f6174610000000001000000100000001000000099a1b7c3d5e9f1020b1d2f41536577")

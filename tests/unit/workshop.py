@@ -15,8 +15,20 @@ from typing import Any, Final
 
 import pytest
 
-from caam_hotplug import config, making, provision, scratch, wish
-from caam_hotplug.kernel import caam, disks, files, gpt, keyring, memory, sealed, udev, usage
+from caam_hotplug.cli import provision as command
+from caam_hotplug.config import loader
+from caam_hotplug.kernel import (
+    blob_files,
+    caam,
+    config_files,
+    device_users,
+    disks,
+    gpt,
+    keyring,
+    memory,
+    udev,
+)
+from caam_hotplug.keys.sealing import Way
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,
@@ -26,7 +38,7 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
-from caam_hotplug.sealing import Way
+from caam_hotplug.provisioning import options, provision, temporary_mapping
 
 LABEL: Final = "cartridge-01"
 _MAGIC: Final = 0x5461674F
@@ -52,20 +64,20 @@ class Workshop:
             file.truncate(_BYTES)
         return self.folder / name
 
-    def make(self, medium: Path, **more: Any) -> making.Made:
+    def make(self, medium: Path, **more: Any) -> provision.Made:
         """`provision` of the medium. `more`: fields of the wish, and options of the rule."""
         choices = {k: more.pop(k) for k in ("cipher", "sector_size") if k in more}
         label = more.pop("label", LABEL)
-        rule, text = provision.rule_for(label, **choices)
-        wished = wish.Wish(
+        rule, text = command.rule_for(label, **choices)
+        wished = options.Wish(
             device=str(medium),
             rule=rule,
             rule_text=text,
             config_file=self.config_file,
             **{"key_bytes": 16, "way": Way(backend="tagged"), **more},
         )
-        loaded = config.load(self.config_file, files.RootsFiles())
-        return making.provision(wished, loaded, self.steps.append, self.announce)
+        loaded = loader.load(self.config_file, config_files.RootsFiles())
+        return provision.provision(wished, loaded, self.steps.append, self.announce)
 
     def drop_in(self, name: str, text: str = "") -> Path:
         """A file of that name among the rules, which is there if it has a text."""
@@ -132,7 +144,7 @@ def _blob(_device: Path, seal: str, key: int | SecretBytes) -> bytes:
 @contextmanager
 def _mapped(self: Any, entry: gpt.Entry) -> Iterator[str]:
     file: Path = self._folder.file(self._wish.label)
-    key = hashlib.sha256(sealed.read(file.parent, file.name).content).hexdigest()[:8]
+    key = hashlib.sha256(blob_files.read(file.parent, file.name).content).hexdigest()[:8]
     plain = Path(f"{self._disk.node}.{key}")
     if not plain.exists():
         with plain.open("xb") as made:
@@ -149,12 +161,13 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(caam, "create_blob", _blob)
     monkeypatch.setattr(disks, "whole_disk", lambda device: disk_of(Path(device)))
     monkeypatch.setattr(disks, "held", _held)
-    monkeypatch.setattr(wish, "_as_udev_has_it", lambda disk, _config: disk)
-    monkeypatch.setattr(making._Making, "_mapped", _mapped)
+    monkeypatch.setattr(options, "_as_udev_has_it", lambda disk, _config: disk)
+    monkeypatch.setattr(provision._Making, "_mapped", _mapped)
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
-        (usage, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
-        (keyring, "join_session_keyring"), (scratch, "remove_leftovers"), (making, "_try_table"),
+        (device_users, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
+        (keyring, "join_session_keyring"), (temporary_mapping, "remove_leftovers"),
+        (provision, "_try_table"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, nothing)
     return Workshop(folder)

@@ -18,7 +18,7 @@ HOLDERS_SOCKET: Final = "caam-hotplug-holders.socket"
 AWAIT_UDEV: Final = os.environ.get("AWAIT_UDEV", "no")
 """With "yes" all agents in a run of tests wait for udev, though no configuration says so."""
 _DEFAULT: Final = "await_udev: bool ="
-_CONFIG: Final = "/usr/lib/caam-hotplug/caam_hotplug/config.py"
+_CONFIG: Final = "/usr/lib/caam-hotplug/caam_hotplug/config/loader.py"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 """In the saved guest: an agent that a test kills stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug import __version__, names
-from caam_hotplug.doctor.finding import Finding, Status
+from caam_hotplug.doctor.result import Finding, Status
 from caam_hotplug.errors import shown
 
 _STATUS_WIDTH: Final = max(len(status.value) for status in Status)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 
 _LIBSYSTEMD: Final = "libsystemd.so.0"
 SOCKET: Final = Path("/run/systemd/private")
@@ -65,7 +65,7 @@ def _connection(socket: Path) -> Iterator[Any]:
         _call("sd_bus_start", bus)
         yield bus
     finally:
-        unref = cbind.declare(
+        unref = ctypes_lib.declare(
             _LIBSYSTEMD, "sd_bus_flush_close_unref", ctypes.c_void_p, (ctypes.c_void_p,)
         )
         unref(bus)
@@ -78,7 +78,7 @@ def _text(bus: Any, path: bytes, member: bytes) -> str:
         ctypes.byref(found),
     )  # fmt: skip
     text = (found.value or b"").decode(errors="replace")
-    cbind.declare("libc.so.6", "free", None, (ctypes.c_void_p,))(found)
+    ctypes_lib.declare("libc.so.6", "free", None, (ctypes.c_void_p,))(found)
     return text
 
 
@@ -105,7 +105,7 @@ _ARGUMENTS: Final[dict[str, tuple[Any, ...]]] = {
 
 def _call(name: str, *arguments: Any) -> None:
     """Raises: OSError; libsystemd returns minus the errno."""
-    function = cbind.declare(_LIBSYSTEMD, name, ctypes.c_int, _ARGUMENTS[name])
+    function = ctypes_lib.declare(_LIBSYSTEMD, name, ctypes.c_int, _ARGUMENTS[name])
     result = function(*arguments)
     if result < 0:
         raise OSError(-result, os.strerror(-result), name)

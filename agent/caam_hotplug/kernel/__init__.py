@@ -1,1 +1,1 @@
-"""The kernel's interfaces, one module each: synchronous, without policy."""
+"""One C library or kernel interface a module, no policy."""

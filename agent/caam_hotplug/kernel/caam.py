@@ -22,8 +22,8 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug import blobs
 from caam_hotplug.errors import BlobError, BlobRejectedError, CaamError
+from caam_hotplug.formats import blobs
 from caam_hotplug.model import SecretBytes
 
 _KEYGEN: Final = struct.Struct("=BBHIQQQQIxxxxQ")

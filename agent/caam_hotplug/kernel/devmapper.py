@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import DmError, MappingBusyError
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import DeviceNumber, Mapping, Sectors
 
 _LINKS: Final = Path("/dev/mapper")
@@ -64,7 +64,7 @@ class _Library:
 
     def __init__(self) -> None:
         def function(name: str, result: Any, *arguments: Any) -> Any:
-            return cbind.declare(_LIBDEVMAPPER, name, result, arguments)
+            return ctypes_lib.declare(_LIBDEVMAPPER, name, result, arguments)
 
         task, text, u64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64
         flag = ctypes.c_int
@@ -96,7 +96,7 @@ class _Library:
         # libdevmapper would print what our errors say with more context. Any C function that
         # ignores its arguments will do; a Python callback would need memory that is writable and
         # executable, which the service's confinement denies (MemoryDenyWriteExecute).
-        ignore = ctypes.cast(cbind.library("libc.so.6").getpid, ctypes.c_void_p)
+        ignore = ctypes.cast(ctypes_lib.library("libc.so.6").getpid, ctypes.c_void_p)
         function("dm_log_with_errno_init", None, ctypes.c_void_p)(ignore)
         function("dm_udev_set_sync_support", None, flag)(0)
 

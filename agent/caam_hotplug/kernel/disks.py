@@ -14,7 +14,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
-from caam_hotplug.kernel import filesystem, volumes
+from caam_hotplug.kernel import filesystem, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -45,7 +45,7 @@ def whole_disk(device: str) -> Volume:
             f"look at {shown(device)}: it is a partition; name the whole medium, "
             f"/dev/{folder.parent.name}"
         )
-    found = volumes.volume_at(folder.name, {}, "kernel")
+    found = sysfs.volume_at(folder.name, {}, "kernel")
     if found is None or (folder / "dm").exists() or (folder / "md").exists():
         raise HotplugError(f"look at {shown(device)}: it is no disk with a medium in it")
     return found
@@ -96,7 +96,7 @@ class Held:
         The node's name is the next disk's as soon as this one has gone. Raises: HotplugError.
         """
         number = _number(os.fstat(opened).st_rdev)
-        if number != self.disk.number or volumes.present_id(self.disk.name) != self.disk.id:
+        if number != self.disk.number or sysfs.present_id(self.disk.name) != self.disk.id:
             raise HotplugError(
                 f"hold {self.disk.node}: its medium was changed meanwhile; nothing was written to "
                 "the one that is there now"
@@ -169,7 +169,7 @@ def read_partitions(hold: Held) -> None:
 
 def diskseqs() -> set[int]:
     """The sequence numbers of the disks that are there."""
-    found = (volumes.present_id(disk.name) for disk in _SYS_BLOCK.iterdir())
+    found = (sysfs.present_id(disk.name) for disk in _SYS_BLOCK.iterdir())
     return {which.diskseq for which in found if which is not None}
 
 

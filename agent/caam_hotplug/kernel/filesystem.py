@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug.errors import KernelError, MountBusyError, MountError
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import DeviceNumber, Mount
 
 _LIBBLKID: Final = "libblkid.so.1"
@@ -84,7 +84,7 @@ class _Probe:
 
     def __init__(self) -> None:
         def function(name: str, result: Any, *arguments: Any) -> Any:
-            return cbind.declare(_LIBBLKID, name, result, arguments)
+            return ctypes_lib.declare(_LIBBLKID, name, result, arguments)
 
         probe, flag, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
         self.new = function("blkid_new_probe", probe)
@@ -303,7 +303,7 @@ def require_readable(node: str, kind: str) -> None:
 def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool) -> Iterator[int]:
     """The context of a filesystem that the kernel has read, to be mounted. Raises: MountError."""
     try:
-        context = cbind.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+        context = ctypes_lib.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
     except OSError as error:
         hint = "the kernel lacks this filesystem" if error.errno == errno.ENODEV else ""
         raise MountError("mount", f"{node} ({kind})", error.errno or 0, hint) from error
@@ -332,7 +332,7 @@ def _configure(context: int, key: str, value: str | None, node: str) -> None:
 
 def _call(context: int, operation: str, node: str, number: int, *arguments: Any) -> int:
     try:
-        return cbind.syscall(number, *arguments)
+        return ctypes_lib.syscall(number, *arguments)
     except OSError as error:
         raise MountError(operation, node, error.errno or 0, _kernel_words(context)) from error
 
@@ -353,9 +353,9 @@ def unmount(path: str, *, lazily: bool = False) -> None:
 
     Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
     """
-    umount2 = cbind.declare(
+    umount2 = ctypes_lib.declare(
         "libc.so.6", "umount2", ctypes.c_int, (ctypes.c_char_p, ctypes.c_int),
-        cbind.minus_one_is_failure,
+        ctypes_lib.minus_one_is_failure,
     )  # fmt: skip
     try:
         umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0))
@@ -371,8 +371,8 @@ def flush(path: str, node: str) -> None:
 
     Raises: MountError. Blocks for I/O. Source: syncfs(2).
     """
-    syncfs = cbind.declare(
-        "libc.so.6", "syncfs", ctypes.c_int, (ctypes.c_int,), cbind.minus_one_is_failure
+    syncfs = ctypes_lib.declare(
+        "libc.so.6", "syncfs", ctypes.c_int, (ctypes.c_int,), ctypes_lib.minus_one_is_failure
     )
     try:
         try:

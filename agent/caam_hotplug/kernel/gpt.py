@@ -20,7 +20,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 _LIBFDISK: Final = "libfdisk.so.1"
@@ -54,7 +54,7 @@ class _Library:
 
     def __init__(self) -> None:
         def function(name: str, result: Any, *arguments: Any) -> Any:
-            return cbind.declare(_LIBFDISK, name, result, arguments)
+            return ctypes_lib.declare(_LIBFDISK, name, result, arguments)
 
         pointer, flag, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
         sector, size = ctypes.c_uint64, ctypes.c_size_t

@@ -11,7 +11,7 @@ import errno
 from typing import Final, get_args
 
 from caam_hotplug.errors import KeyringError
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import KeySerial, KeyType, SecretBytes
 
 _LIBKEYUTILS: Final = "libkeyutils.so.1"
@@ -112,7 +112,7 @@ def unlink(serial: KeySerial, description: str, keyring: int) -> None:
 
 
 def _declare(name: str, arguments: tuple[object, ...]) -> ctypes._NamedFuncPointer:
-    function: ctypes._NamedFuncPointer = cbind.declare(
-        _LIBKEYUTILS, name, ctypes.c_long, arguments, cbind.minus_one_is_failure
+    function: ctypes._NamedFuncPointer = ctypes_lib.declare(
+        _LIBKEYUTILS, name, ctypes.c_long, arguments, ctypes_lib.minus_one_is_failure
     )
     return function

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import cast
 
 from caam_hotplug import names
-from caam_hotplug.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError, MountError
+from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.kernel import (
+    blob_files,
     caam,
+    device_users,
+    device_xattr,
     devmapper,
     filesystem,
-    holders,
     keyring,
-    nodes,
+    open_files,
     paths,
     power,
-    sealed,
+    sysfs,
     trusted,
-    usage,
-    volumes,
 )
 from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
@@ -66,7 +66,7 @@ class Linux:
 
     def is_present(self, volume: Volume) -> bool:
         """Whether the volume still sits where it sat."""
-        return volumes.present_id(volume.name) == volume.id
+        return sysfs.present_id(volume.name) == volume.id
 
     def identify(self, volume: Volume) -> Volume:
         """The volume with what it says of itself, read off the medium.
@@ -75,7 +75,7 @@ class Linux:
         Raises: DeviceLockedError if udev, too, waits for whoever has the disk to himself.
         """
         if volume.awaits_udev:
-            usage.require_unlocked(volume.name)
+            device_users.require_unlocked(volume.name)
         found = filesystem.identify(volume.node, contents=not volume.awaits_udev)
         return replace(
             volume,
@@ -89,19 +89,19 @@ class Linux:
 
     def remember(self, volume: Volume, state: str) -> None:
         """The volume is in this state until it leaves, whatever becomes of the agent; "": none."""
-        nodes.mark(volume, state)
+        device_xattr.mark(volume, state)
 
     def remembered(self, volume: Volume) -> str:
         """The state that was said of it last, by any run of the agent; empty if none was."""
-        return nodes.marked(volume)
+        return device_xattr.marked(volume)
 
     def require_unused(self, volume: Volume) -> None:
         """Nothing else uses the volume. Raises: DeviceInUseError, which says who."""
-        usage.require_unused(volume)
+        device_users.require_unused(volume)
 
     def read_blob(self, name: str, form: Backend | None = None) -> Blob:
         """The blob, in this form or in any. Raises: BlobMissingError, BlobError."""
-        return sealed.read(self.blob_directory, name, form)
+        return blob_files.read(self.blob_directory, name, form)
 
     def import_blob(self, blob: bytes) -> SecretBytes:
         """The blob's tagged key, for the caller to wipe. Raises: BlobRejectedError."""
@@ -122,7 +122,7 @@ class Linux:
         """
         name = f"{blob.master}.bb"
         try:
-            master = cast(Trusted, sealed.read(self.blob_directory, name, "trusted"))
+            master = cast(Trusted, blob_files.read(self.blob_directory, name, "trusted"))
         except BlobError as error:
             raise MasterKeyError(f"load the master key {blob.master}: {error}") from error
         trusted.load_encrypted(description, blob, master, options)
@@ -204,11 +204,11 @@ class Linux:
 
     def holders(self, mapping: Mapping) -> list[Holder]:
         """Who uses a filesystem of the mapping, as far as that can be told from here."""
-        return holders.find(mapping)
+        return open_files.find(mapping)
 
     def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
         """Every user of the mapping was sent the signal, and has ended or had its time."""
-        holders.end(mapping, number, within_s)
+        open_files.end(mapping, number, within_s)
 
     def power_off(self, volume: Volume) -> None:
         """The volume's disk is stopped and its USB port off. Raises: DeviceInUseError."""

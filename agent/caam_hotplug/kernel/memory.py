@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
@@ -36,7 +36,7 @@ def refuse_huge_pages() -> None:
 
 def _prctl(option: int, value: int) -> None:
     long = ctypes.c_ulong
-    cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, long, long, long, long))(
+    ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, long, long, long, long))(
         option, value, 0, 0, 0
     )
 
@@ -79,9 +79,9 @@ def random_key(length: int) -> Iterator[SecretBytes]:
 
 
 def _fill(address: int, length: int) -> None:
-    getrandom = cbind.declare(
+    getrandom = ctypes_lib.declare(
         "libc.so.6", "getrandom", ctypes.c_ssize_t,
-        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint), cbind.minus_one_is_failure,
+        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint), ctypes_lib.minus_one_is_failure,
     )  # fmt: skip
     try:
         done = getrandom(address, length, 0)  # up to 256 bytes come whole
@@ -92,9 +92,9 @@ def _fill(address: int, length: int) -> None:
 
 
 def _call(name: str, address: int, length: int) -> None:
-    function = cbind.declare(
+    function = ctypes_lib.declare(
         "libc.so.6", name, ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t),
-        cbind.minus_one_is_failure,
+        ctypes_lib.minus_one_is_failure,
     )  # fmt: skip
     try:
         function(address, length)
@@ -110,7 +110,7 @@ def share_one_heap() -> None:
     once it has seen one of that size freed, unless it is told what large is. Another C library has
     no such heaps. Source: mallopt(3).
     """
-    mallopt = getattr(cbind.library("libc.so.6"), "mallopt", None)
+    mallopt = getattr(ctypes_lib.library("libc.so.6"), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

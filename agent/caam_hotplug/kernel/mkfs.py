@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import cbind
+from caam_hotplug.kernel import ctypes_lib
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 _FOLDERS: Final = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
@@ -84,5 +84,5 @@ def make(kind: str, label: str, node: str) -> None:
 
 def _die_with_parent() -> None:
     """Else it would go on writing when this process was killed, beside the next run."""
-    prctl = cbind.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
+    prctl = ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, KernelError
-from caam_hotplug.kernel import volumes
+from caam_hotplug.kernel import sysfs
 from caam_hotplug.model import Volume, VolumeId
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _disk_of(volume: Volume) -> Path:
     """
     wanted = VolumeId(volume.id.diskseq, 0)
     for disk in _SYS_BLOCK.iterdir():
-        if volumes.present_id(disk.name) == wanted:
+        if sysfs.present_id(disk.name) == wanted:
             return disk.resolve()
     raise KernelError("power off", volume.node, errno.ENODEV, "its disk has gone")
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Final
 
-from caam_hotplug.blobs import TRUSTED_KEY_BYTES, Encrypted, Trusted
 from caam_hotplug.errors import (
     BlobRejectedError,
     DmError,
@@ -21,6 +20,7 @@ from caam_hotplug.errors import (
     KeyringError,
     MasterKeyError,
 )
+from caam_hotplug.formats.blobs import TRUSTED_KEY_BYTES, Encrypted, Trusted
 from caam_hotplug.kernel import devmapper, keyring, memory
 from caam_hotplug.model import KeySerial, KeyType, SecretBytes
 

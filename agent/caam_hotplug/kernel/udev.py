@@ -15,8 +15,8 @@ import pyudev
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import optouts, uevents, usage, volumes
-from caam_hotplug.kernel.volumes import Source
+from caam_hotplug.kernel import device_users, sysfs, udev_rules, uevents
+from caam_hotplug.kernel.sysfs import Source
 from caam_hotplug.model import (
     Announced,
     Appeared,
@@ -114,7 +114,7 @@ class Devices:
         self._udev = self._opt_outs = None
         if source == "udev":
             self._udev = uevents.Uevents(uevents.UDEV_GROUP, given.pop("udev", None))
-            self._opt_outs = None if await_udev else optouts.OptOuts()
+            self._opt_outs = None if await_udev else udev_rules.OptOuts()
         for unused in given.values():
             os.close(unused)
         self._untold: dict[str, float] = {}
@@ -172,10 +172,10 @@ class Devices:
         now = time.monotonic()
         for name in [name for name, at in self._untold.items() if at <= now]:
             del self._untold[name]
-            if usage.is_locked(name):  # then udev waits as well
+            if device_users.is_locked(name):  # then udev waits as well
                 self._await_udev(name)
                 continue
-            volume = volumes.volume_at(name, {}, "kernel")
+            volume = sysfs.volume_at(name, {}, "kernel")
             if volume is not None:
                 log.warning(
                     "udev has not told of %s for %g s; doing without", name, UDEV_PATIENCE_S
@@ -195,9 +195,9 @@ class Devices:
             raise HotplugError(f"look at {node}: {error.strerror}") from error
         except (pyudev.DeviceNotFoundError, OSError, ValueError) as error:
             raise HotplugError(f"look at {node}: it is no block device") from error
-        if volumes.NEVER_MEDIA.match(device.sys_name):
+        if sysfs.NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        found = volumes.volume_at(device.sys_name, _properties(device), self.source)
+        found = sysfs.volume_at(device.sys_name, _properties(device), self.source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
@@ -205,9 +205,9 @@ class Devices:
     def _events_of(self, told: uevents.Uevent) -> Iterator[Event]:
         """All there is to know, from whoever tells all."""
         name, properties = told.name, told.properties
-        if volumes.NEVER_MEDIA.match(name):
+        if sysfs.NEVER_MEDIA.match(name):
             return
-        volume = volumes.volume_at(name, properties, self.source)
+        volume = sysfs.volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
         elif told.action != "remove" and not _is_of_another(properties, volume.id):
@@ -220,12 +220,12 @@ class Devices:
         if self.source == "kernel":
             yield from self._events_of(told)
             return
-        if volumes.NEVER_MEDIA.match(name):
+        if sysfs.NEVER_MEDIA.match(name):
             return
         before, announced = self._told.get(name), None
         if told.action == "add" and before is None and self._may_announce():
-            announced = volumes.announced_at(name, told.properties.get("PARTNAME"))
-        which = volumes.present_id(name) if announced is None else announced.id
+            announced = sysfs.announced_at(name, told.properties.get("PARTNAME"))
+        which = sysfs.present_id(name) if announced is None else announced.id
         if which is None or before not in {None, which}:
             yield self._disappeared(name)
         if which is not None and which != before:
@@ -248,7 +248,7 @@ class Devices:
         return Disappeared(name)
 
     def _await_udev(self, name: str) -> None:
-        if volumes.NEVER_MEDIA.match(name):
+        if sysfs.NEVER_MEDIA.match(name):
             return
         self._untold.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
 

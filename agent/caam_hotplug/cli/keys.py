@@ -1,0 +1,245 @@
+"""The commands `key create`, `enroll`, `list` and `inspect`: the black blobs of this board."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from caam_hotplug import names
+from caam_hotplug.cli import provision
+from caam_hotplug.errors import BlobError, HotplugError, shown
+from caam_hotplug.formats.blobs import KEY_TYPES, Blob, Encrypted, Tagged, Trusted, backend_of
+
+if TYPE_CHECKING:
+    from caam_hotplug.config import loader
+
+_EXAMPLES: Final = """\
+examples:
+  caam-hotplug key create spare-01 --key-bytes 32
+  caam-hotplug key enroll cartridge-01 --from /root/cartridge-01.recovery
+  caam-hotplug key list --json
+  caam-hotplug key inspect /data/caam/cartridge-01.bb
+
+exit status: 0 done; 1 refused, failed, or (list) a blob is faulty; 2 wrong usage
+"""
+_SUFFIX: Final = ".bb"
+_KINDS: Final = {Tagged: "black blob", Trusted: "trusted key", Encrypted: "encrypted key"}
+
+
+def add_to(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_config: Callable[[argparse.ArgumentParser], None],
+    load: Callable[[argparse.Namespace], loader.Config],
+) -> None:
+    """The command line knows `key`."""
+    key = commands.add_parser(
+        "key",
+        help="make, list and look at the keys of this board",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = key.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    create = verbs.add_parser(
+        "create",
+        help="make a key that only the CAAM knows; no medium is touched",
+        epilog="example:\n  caam-hotplug key create spare-01 --key-bytes 32 --seal ccm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    create.add_argument("name", metavar="NAME", help="the blob is NAME.bb in the blob directory")
+    provision.add_way(create)
+    add_config(create)
+    create.set_defaults(command=lambda parsed: _create(parsed, load(parsed)))
+
+    enroll = verbs.add_parser(
+        "enroll",
+        help="seal the key of a recovery file for this board, so that it opens the medium too",
+        epilog="example:\n  caam-hotplug key enroll cartridge-01 --from cartridge-01.recovery",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    enroll.add_argument("name", metavar="NAME", help="the label of the medium")
+    enroll.add_argument(
+        "--from", dest="file", type=Path, required=True, metavar="FILE", help="the recovery file"
+    )
+    provision.add_way(enroll, makes_key=False)
+    add_config(enroll)
+    enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
+
+    listing = verbs.add_parser(
+        "list",
+        help="list the blobs of this board",
+        epilog="example:\n  caam-hotplug key list --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    listing.add_argument("--json", action="store_true", help="for programs")
+    add_config(listing)
+    listing.set_defaults(command=lambda parsed: _list(parsed, load(parsed)))
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show what a blob says of itself; nothing of it is secret",
+        epilog="example:\n  caam-hotplug key inspect /data/caam/cartridge-01.bb",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_inspect)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blob:
+    """A line of `key list`; None for what a faulty one does not tell."""
+
+    name: str
+    type: str | None = None
+    seal: str | None = None
+    key_bytes: int | None = None
+    fault: str | None = None
+
+
+def _require_name(name: str) -> None:
+    reason = names.why_unsafe(name)
+    if reason is not None:
+        raise HotplugError(f"make a key {name!a}: {reason}")
+
+
+def _require_root(operation: str) -> None:
+    if os.geteuid() != 0:
+        raise HotplugError(f"{operation}: it needs to be root; use sudo")
+
+
+def _create(parsed: argparse.Namespace, loaded: loader.Config) -> int:
+    from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
+
+    _require_name(parsed.name)
+    _require_root(f"make a key {parsed.name}")
+    way, key_bytes = provision.way_of(parsed)
+    with store.folder(loaded.blob_directory) as folder:
+        store.require_new(parsed.name, folder)
+        blob = sealing.seal(way, key_bytes, folder.path)
+        folder.write(parsed.name, blob, settled=True)
+        how = way.seal if way.backend == "tagged" else way.backend
+        print(f"{folder.file(parsed.name)}: made; {key_bytes} bytes, {how}")
+    return 0
+
+
+def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
+    from caam_hotplug.formats import recovery_files  # noqa: PLC0415  libraries, only needed here
+    from caam_hotplug.kernel import memory  # noqa: PLC0415
+    from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
+
+    _require_name(parsed.name)
+    _require_root(f"enroll {parsed.name}")
+    way, _ = provision.way_of(parsed)
+    sealing.require_given(way)
+    memory.refuse_core_dumps()
+    with store.recovered(parsed.file) as (about, key):
+        if store.is_open_to_others(parsed.file):
+            print(
+                f"note: others than root can read {shown(parsed.file)}, and with it the medium; "
+                "delete it once it is enrolled, or make it root's with mode 600",
+                file=sys.stderr,
+            )
+        if about.label != parsed.name:
+            raise HotplugError(
+                f"enroll {parsed.name}: {shown(parsed.file)} is the recovery file of "
+                f"{about.label}, and the blob must have that name"
+            )
+        sealing.require_fit(way, about.cipher, len(key))
+        with store.folder(loaded.blob_directory) as folder:
+            store.require_new(parsed.name, folder)
+            blob = sealing.seal(way, key, folder.path)
+            folder.write(parsed.name, blob, settled=True)
+            print(f"{folder.file(parsed.name)}: made; this board opens {parsed.name} too")
+    for line in recovery_files.needs_rule(about, KEY_TYPES[way.backend]):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def _list(parsed: argparse.Namespace, loaded: loader.Config) -> int:
+    from caam_hotplug.kernel import paths  # noqa: PLC0415  only needed here
+
+    directory = loaded.blob_directory
+    try:
+        with paths.directory(directory) as opened:
+            files = [name for name in sorted(os.listdir(opened)) if name.endswith(_SUFFIX)]  # noqa: PTH208
+    except FileNotFoundError:
+        files = []
+    except PermissionError as error:
+        raise HotplugError(f"list {shown(directory)}: it needs to be root; use sudo") from error
+    blobs = [_looked_at(directory, name) for name in files if not name.startswith(".")]
+    if parsed.json:
+        _print_json([asdict(blob) for blob in blobs])
+    elif blobs:
+        for line in _table(blobs):
+            print(line)
+    else:
+        print(f"no blobs in {shown(directory)}")
+    return 1 if any(blob.fault for blob in blobs) else 0
+
+
+def _table(blobs: list[_Blob]) -> list[str]:
+    rows = [("NAME", "TYPE", "SEAL", "KEY", "STATE")]
+    for blob in blobs:
+        size = "-" if blob.key_bytes is None else f"{blob.key_bytes} bytes"
+        state = "ok" if blob.fault is None else shown(blob.fault)
+        rows.append((shown(blob.name), blob.type or "-", blob.seal or "-", size, state))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    ]
+
+
+def _looked_at(directory: Path, file: str) -> _Blob:
+    from caam_hotplug.kernel import blob_files  # noqa: PLC0415  only needed here
+
+    name = file.removesuffix(_SUFFIX)
+    try:
+        blob = blob_files.read(directory, file)
+    except BlobError as error:
+        fault = str(error).removeprefix(f"read blob {directory / file}: ")
+        return _Blob(name, fault=fault)
+    return _Blob(name, _KINDS[type(blob)], getattr(blob, "seal", None), blob.key_bytes)
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from caam_hotplug.kernel import blob_files  # noqa: PLC0415  only needed here
+
+    file = parsed.file.absolute()
+    blob = blob_files.read_anyones(file)
+    facts = _facts(blob)
+    if parsed.json:
+        _print_json({"file": str(file), "backend": backend_of(blob), **facts})
+        return 0
+    print(f"{shown(file)}: {_KINDS[type(blob)]}")
+    for name, value in facts.items():
+        print(f"  {name:<10}  {'not told' if value is None else shown(value)}")
+    return 0
+
+
+def _facts(blob: Blob) -> dict[str, int | str | None]:
+    """What a blob says of itself."""
+    match blob:
+        case Tagged():
+            return {
+                "type": blob.type,
+                "seal": blob.seal,
+                "key_bytes": blob.key_bytes,
+                "blob_bytes": blob.blob_bytes,
+            }
+        case Trusted():
+            return {"key_bytes": blob.key_bytes, "blob_bytes": len(blob.content)}
+        case Encrypted():
+            return {"format": blob.format, "master": blob.master, "key_bytes": blob.key_bytes}
+
+
+def _print_json(value: object) -> None:
+    import json  # noqa: PLC0415
+
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,95 @@
+"""Volumes as a table for people, and as JSON for programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from caam_hotplug.dbus.volume_view import ShownVolume
+from caam_hotplug.errors import shown
+
+_HEAD: Final = ("LABEL", "DEVICE", "SIZE", "STATE", "FOR", "MOUNT POINT OR REASON")
+_STATE: Final = _HEAD.index("STATE")
+_COLOURS: Final = {
+    "mounted": "32",
+    "unlocked": "32",
+    "failed": "31",
+    "stuck": "31",
+    "removed-unsafely": "31",
+    "conflict": "33",
+    "waiting": "33",
+}
+_SPANS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def table(
+    volumes: Sequence[ShownVolume],
+    *,
+    everything: bool,
+    coloured: bool,
+    now_us: int | None = None,
+) -> Iterator[str]:
+    """Lines for people. `now_us`: microseconds since 1970."""
+    now = time.time_ns() // 1000 if now_us is None else now_us
+    listed = [v for v in volumes if everything or v.state != "ignored"]
+    if listed:
+        rows = [_HEAD, *(_row(volume, now) for volume in listed)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+        for number, row in enumerate(rows):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            if coloured and number:
+                cells[_STATE] = in_colour(cells[_STATE], row[_STATE])
+            yield "  ".join(cells).rstrip()
+    else:
+        yield "no media"
+    hidden = len(volumes) - len(listed)
+    if hidden:
+        yield f"({hidden} that no rule admits: --all)"
+
+
+def to_json(volumes: Sequence[ShownVolume], version: str, counters: Mapping[str, int]) -> str:
+    """One object for programs."""
+    import json  # noqa: PLC0415  only programs ask for it
+
+    listed = [as_json(volume) for volume in volumes]
+    return json.dumps({"version": version, "counters": counters, "volumes": listed}, indent=2)
+
+
+def as_json(volume: ShownVolume) -> dict[str, Any]:
+    """The volume's keys and values."""
+    return asdict(volume)
+
+
+def in_colour(text: str, state: str) -> str:
+    """The text in the state's colour, where it has one."""
+    colour = _COLOURS.get(state)
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
+
+
+def _row(volume: ShownVolume, now_us: int) -> tuple[str, ...]:
+    return (
+        shown(volume.label) or "-",
+        shown(volume.device),
+        _size(volume.size_bytes),
+        shown(volume.state),
+        _span(now_us - volume.since_us),
+        volume.where,
+    )
+
+
+def _size(count: int) -> str:
+    amount, unit = float(count), 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.3g} {_UNITS[unit]}" if amount < 1000 else f"{amount:.0f} {_UNITS[unit]}"
+
+
+def _span(microseconds: int) -> str:
+    seconds = max(0, microseconds // 1_000_000)
+    for length, unit in _SPANS:
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return "0 s"

@@ -1,0 +1,142 @@
+"""The command `migrate`: its options, and what it says. What it does is in `migrating`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from caam_hotplug.cli import provision
+from caam_hotplug.errors import shown
+
+if TYPE_CHECKING:
+    from caam_hotplug.config import loader
+
+_DESCRIPTION: Final = """\
+Moves a medium to a key of another kind where it is, with all that is on it: from a tagged key of
+NXP's kernels to a trusted or encrypted one of mainline's, or back. Both must work on this board.
+Every byte is read and written, which takes a while, and the medium cannot be used meanwhile.
+
+A power cut at any point loses nothing: what is just being moved is in a journal beside the blobs,
+and the same command goes on. Until it is done this board and its blob directory are needed. A
+backup is a good idea all the same.
+"""
+_EXAMPLES: Final = """\
+examples:
+  caam-hotplug lock archive-01
+  caam-hotplug migrate archive-01 --to trusted
+  caam-hotplug unlock archive-01
+        the medium of that label; its rule must leave backend and cipher to the blob
+  caam-hotplug migrate /dev/sdb1 --to encrypted --master board --recovery-key /root/new.recovery
+        its key encrypted under the board's trusted key `board`, and in that file
+
+The old blob is kept beside the new one, as archive-01.bb.tagged. Recovery files of the old key,
+and blobs of other boards, do not open the medium any more.
+
+exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
+"""
+_LINE_EVERY: Final = 10
+"""Per cent, where nobody looks on and a line is written for each."""
+
+
+def add_to(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    add_config: Callable[[argparse.ArgumentParser], None],
+    load: Callable[[argparse.Namespace], loader.Config],
+) -> None:
+    """The command line knows `migrate`."""
+    parser = commands.add_parser(
+        "migrate",
+        help="move a medium to a key of another kind, where it is",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "volume", metavar="VOLUME", help="the partition's label, or its device such as /dev/sdb1"
+    )
+    parser.add_argument(
+        "--to",
+        dest="backend",
+        required=True,
+        choices=("trusted", "encrypted", "tagged"),
+        help="who seals the new key: the kernel's trusted keys, a trusted key of the board's "
+        "(encrypted), or NXP's caam-keygen (tagged)",
+    )
+    provision.add_key_choices(parser)
+    parser.add_argument(
+        "--recovery-key",
+        type=Path,
+        metavar="FILE",
+        help="write the new key there, with the command that opens the medium on any Linux PC; not "
+        "of a trusted key, which the kernel shows to nobody",
+    )
+    add_config(parser)
+    parser.set_defaults(command=lambda parsed: _migrate(parsed, load(parsed)))
+
+
+def _migrate(parsed: argparse.Namespace, loaded: loader.Config) -> int:
+    from caam_hotplug.provisioning import migrate  # noqa: PLC0415  libraries, only needed here
+
+    way, key_bytes = provision.way_of(parsed)
+    wish = migrate.Wish(
+        volume=parsed.volume,
+        way=way,
+        key_bytes=key_bytes,
+        recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
+    )
+    what = f"migrate {shown(parsed.volume)}"
+    with provision.interruptible(what), provision.Progress(sys.stderr) as progress:
+        done = migrate.migrate(wish, loaded, progress.tell, _Pace(progress).reached)
+    if done.kept is None:
+        print(f"{done.node}: {shown(done.label)} has a {way.backend} key already")
+        return 0
+    print(f"{done.node}: {shown(done.label)} is under a {way.backend} key; it is in {done.blob}")
+    print(f"its old blob is kept as {shown(done.kept)}")
+    if done.recovery_file is not None:
+        print(f"recovery key: {shown(done.recovery_file)}; keep it apart from medium and board")
+    print(
+        f"note: what was locked stays so until `caam-hotplug unlock {shown(done.label)}`\n"
+        "note: recovery files of its old key and blobs of other boards do not open it any more",
+        file=sys.stderr,
+    )
+    return 0
+
+
+class _Pace:
+    """How far it is, how fast, and for how long still."""
+
+    def __init__(
+        self, progress: provision.Progress, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress = progress
+        self._clock = clock
+        self._begun: tuple[float, int] | None = None
+        self._said = 0
+
+    def reached(self, done: int, whole: int) -> None:
+        """So many bytes of so many are done."""
+        now = self._clock()
+        if self._begun is None:
+            self._begun = now, done
+        since, before = self._begun
+        percent = 100 * done // whole
+        text = f"moving: {percent} % of {whole / 1e6:.0f} MB"
+        if now > since and done > before:
+            pace = (done - before) / (now - since)
+            text += f", {pace / 1e6:.1f} MB/s, {_duration((whole - done) / pace)} left"
+        self._progress.tell(text)
+        if not self._progress.is_shown and percent >= self._said + _LINE_EVERY:
+            self._said = percent // _LINE_EVERY * _LINE_EVERY
+            print(text, file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

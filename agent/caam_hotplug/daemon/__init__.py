@@ -1,0 +1,1 @@
+"""The agent as a whole: start, events, one lifecycle per volume, stop."""

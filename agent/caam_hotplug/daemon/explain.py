@@ -1,0 +1,73 @@
+"""Which rule admits a device and what it will be called, or for each rule why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from caam_hotplug import names
+from caam_hotplug.config.loader import Config
+from caam_hotplug.config.rules import Action, Admitted, Refused, decide
+from caam_hotplug.formats.blobs import KEY_TYPES
+from caam_hotplug.formats.crypt_table import cipher_for
+from caam_hotplug.kernel import udev
+from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.model import SECTOR_BYTES, Volume
+
+_FACTS = (
+    "partlabel", "partuuid", "parttype", "label", "uuid", "serial", "vendor", "model", "path",
+)  # fmt: skip
+
+
+def explain(node: str, config: Config) -> Iterator[str]:
+    """Lines for people. Raises: HotplugError if the node is no block device with a medium."""
+    source = udev.default_source() if config.source == "auto" else config.source
+    with closing(udev.Devices(source)) as devices:
+        volume = devices.volume(node)
+    if not volume.identified:
+        volume = Linux(config.blob_directory, config.mount_root).identify(volume)
+    yield from _facts(volume)
+    yield ""
+    match decide(config.rule, volume):
+        case Admitted() as plan:
+            yield from _admitted(plan, config, volume)
+        case Refused() as refused:
+            yield "no rule admits it; it is left untouched"
+            for name, why in refused.reasons:
+                yield f"  rule {name!r}: {why}" if name else f"  {why}"
+
+
+def _cipher(plan: Admitted) -> str:
+    """The cipher; where the blob decides, each that it may be."""
+    form = plan.rule.key.form
+    by_cipher: dict[str, list[str]] = {}
+    for made_by, kind in KEY_TYPES.items():
+        if form in {None, made_by}:
+            by_cipher.setdefault(cipher_for(plan.rule.crypt, kind), []).append(made_by)
+    if len(by_cipher) == 1:
+        return next(iter(by_cipher))
+    return ", or ".join(
+        f"{cipher} under a {' or '.join(forms)} key" for cipher, forms in by_cipher.items()
+    )
+
+
+def _facts(volume: Volume) -> Iterator[str]:
+    size = volume.size * SECTOR_BYTES
+    yield f"{volume.node}: {volume.devtype.value} on {volume.bus.value}, {size} bytes"
+    yield f"  volume     {volume.id} (disk sequence number and partition)"
+    yield f"  removable  {'true' if volume.removable else 'false'}"
+    yield f"  read-only  {'true' if volume.read_only else 'false'}"
+    for name in _FACTS:
+        value = getattr(volume, name)
+        if value is not None:
+            yield f"  {name:<10} {value!a}"
+
+
+def _admitted(plan: Admitted, config: Config, volume: Volume) -> Iterator[str]:
+    yield f"rule {plan.rule.name!r} admits it"
+    yield f"  blob        {config.blob_directory / plan.blob}"
+    yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"
+    yield f"  cipher      {_cipher(plan)}"
+    if plan.rule.action is Action.MOUNT:
+        options = ",".join(plan.rule.mount.options)
+        yield f"  mount point {config.mount_root / plan.mount_name} ({options})"

@@ -1,0 +1,79 @@
+"""The published state of every volume, and who is told of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from caam_hotplug import trace
+from caam_hotplug.model import Entry, State, VolumeId
+from caam_hotplug.systemd import journal
+
+log = logging.getLogger(__name__)
+
+_LEVELS = {
+    State.FAILED: logging.ERROR,
+    State.STUCK: logging.ERROR,
+    State.CONFLICT: logging.WARNING,
+    State.WAITING: logging.WARNING,
+    State.REMOVED_UNSAFELY: logging.WARNING,
+}
+
+
+class Board:
+    """Every volume that is present, and those that left unsafely until the next one arrives.
+
+    Synchronization: loop only.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[VolumeId, Entry] = {}
+        self._listeners: list[Callable[[Entry], None]] = []
+        self.counters: Counter[str] = Counter()
+        """How often a volume came to each state, by the state's name."""
+
+    def listen(self, listener: Callable[[Entry], None]) -> None:
+        """The listener is called with every entry that is published from now on."""
+        self._listeners.append(listener)
+
+    def entries(self) -> list[Entry]:
+        """All entries, in the order of their arrival."""
+        return list(self._entries.values())
+
+    def publish(self, entry: Entry) -> None:
+        """This is true of the volume, and everyone who listens knows."""
+        volume, state = entry.volume, entry.state
+        before = self._entries.get(volume.id)
+        same = before is not None and (before.state, before.reason) == (state, entry.reason)
+        entry = replace(entry, since=before.since if same and before else time.time())
+        if entry == before:
+            return
+        if before is None and state is not State.GONE:
+            self._forget_departed()
+        if state is State.GONE:
+            self._entries.pop(volume.id, None)
+        else:
+            self._entries[volume.id] = entry
+        if not same:
+            self.counters[state.value] += 1
+            said = f"{state.value}: {entry.reason}" if entry.reason else state.value
+            extra = journal.published(entry)
+            with trace.span(f"log {state.value}"):
+                log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
+        for listener in self._listeners:
+            with trace.span(f"tell {state.value}"):
+                listener(entry)
+
+    def summary(self) -> str:
+        """How many volumes are in which state, for the service's status line."""
+        counts = Counter(entry.state for entry in self._entries.values())
+        shown = [state for state in State if counts[state] and state is not State.IGNORED]
+        return ", ".join(f"{counts[state]} {state.value}" for state in shown) or "no media"
+
+    def _forget_departed(self) -> None:
+        for key, entry in list(self._entries.items()):
+            if entry.state is State.REMOVED_UNSAFELY:
+                del self._entries[key]

@@ -1,0 +1,1 @@
+"""The agent on the system bus, and the client that asks it."""

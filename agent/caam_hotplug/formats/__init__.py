@@ -1,0 +1,1 @@
+"""Bytes and texts that others read or write, no I/O."""

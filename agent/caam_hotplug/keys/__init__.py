@@ -1,0 +1,1 @@
+"""Keys: sealed, stored, loaded into the kernel."""

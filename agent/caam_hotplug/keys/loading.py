@@ -1,0 +1,68 @@
+"""From a blob to a key in the keyring: a class for each of the ways in which a board seals keys."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from caam_hotplug.config.rules import KeySource
+from caam_hotplug.errors import BlobError
+from caam_hotplug.formats import blobs
+from caam_hotplug.kernel.api import Host
+from caam_hotplug.model import KeyReference
+
+
+class Backend(Protocol):
+    """Brings keys of one type into the agent's session keyring."""
+
+    def load(self, host: Host, blob: Any, source: KeySource, description: str) -> KeyReference:
+        """The blob's key is in the keyring. Raises: BlobRejectedError; HotplugError."""
+        ...
+
+
+class TaggedKeys:
+    """NXP's kernels: the CAAM makes a black key of the blob, which only its ciphers can use."""
+
+    def load(
+        self, host: Host, blob: blobs.Tagged, source: KeySource, description: str
+    ) -> KeyReference:
+        with host.import_blob(blob.content) as key:
+            host.add_key(description, key)
+            return KeyReference("logon", len(key))
+
+
+class TrustedKeys:
+    """Mainline kernels: the trust source unseals the blob for the kernel itself."""
+
+    def load(
+        self, host: Host, blob: blobs.Trusted, source: KeySource, description: str
+    ) -> KeyReference:
+        length = source.length or blob.key_bytes
+        if not length:
+            raise BlobError(
+                "load the key: its blob does not tell the key's length, as no CAAM has sealed it; "
+                "say it in the rule's key.length"
+            )
+        host.load_trusted_key(description, blob, source.options)
+        return KeyReference("trusted", length)
+
+
+class EncryptedKeys:
+    """Mainline kernels: one trusted master for the board, and under it a key for each medium."""
+
+    def load(
+        self, host: Host, blob: blobs.Encrypted, source: KeySource, description: str
+    ) -> KeyReference:
+        host.load_encrypted_key(description, blob, source.options)
+        return KeyReference("encrypted", blob.key_bytes)
+
+
+BACKENDS: Final[dict[blobs.Backend, Backend]] = {
+    "tagged": TaggedKeys(),
+    "trusted": TrustedKeys(),
+    "encrypted": EncryptedKeys(),
+}
+
+
+def load(host: Host, blob: blobs.Blob, source: KeySource, description: str) -> KeyReference:
+    """The key is in the keyring, by the backend that the blob's form asks for."""
+    return BACKENDS[blobs.backend_of(blob)].load(host, blob, source, description)

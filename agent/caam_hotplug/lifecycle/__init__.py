@@ -1,1 +1,0 @@
-"""How a volume lives: what it holds, in which order, and how it lets go."""

@@ -1,1 +1,0 @@
-"""The commands that ask the running agent, over D-Bus."""

@@ -1,0 +1,1 @@
+"""Making media, and moving them from one kind of key to another."""

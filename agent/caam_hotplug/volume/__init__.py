@@ -1,0 +1,1 @@
+"""One volume, from arrival to departure: key, mapping, mount, release."""

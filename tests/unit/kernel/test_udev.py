@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from caam_hotplug import names
+from caam_hotplug.kernel import device_users, sysfs, udev, uevents
+from caam_hotplug.model import (
+    Announced,
+    Appeared,
+    Bus,
+    DeviceNumber,
+    DevType,
+    Disappeared,
+    Sectors,
+    Volume,
+    VolumeId,
+)
+
+
+def encoded(text: str) -> str:
+    """As libblkid encodes a label: plain characters stay, other bytes become `\\xNN`."""
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#+-.:=@_"
+    return "".join(chr(b) if b in plain else f"\\x{b:02x}" for b in text.encode())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_what_libblkid_encodes_comes_back_as_it_was(text: str) -> None:
+    assert sysfs.decoded(encoded(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("cartridge", "cartridge"),
+        ("my\\x20data", "my data"),
+        ("a\\x2f..\\x2Fb", "a/../b"),
+        ("\\xc3\\xbcber", "über"),
+        ("über", "über"),
+        ("\\x5cx2f", "\\x2f"),  # a backslash that is the label's own is decoded once
+        ("Ultra\\x20\\x20\\x20", "Ultra   "),
+        ("a\\x0ab\\x00", "a\nb\0"),
+        ("", ""),
+    ],
+)
+def test_a_value_is_decoded(value: str, text: str) -> None:
+    assert sysfs.decoded(value) == text
+
+
+@pytest.mark.parametrize("value", ["\\", "\\x", "\\x2", "\\xg0", "\\n", "\\\\y20", "x2f"])
+def test_what_is_no_escape_stays(value: str) -> None:
+    assert sysfs.decoded(value) == value
+
+
+@pytest.mark.parametrize("value", ["a\\xff", "a\\xc3", "a\udcff"])
+def test_bytes_that_are_no_utf8_become_the_replacement_character(value: str) -> None:
+    assert sysfs.decoded(value) == "a\ufffd"
+
+
+def test_no_volume_sits_at_a_name_that_the_kernel_does_not_know() -> None:
+    assert sysfs.present_id("no-such-device") is None
+
+
+class Told:
+    """A device of which the kernel tells a partition's name in bytes of no encoding."""
+
+    class properties(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            value = super().__getitem__(name)
+            return value.encode("latin-1").decode()
+
+
+def test_a_property_that_is_no_text_hides_no_other_one() -> None:
+    told = Told()
+    told.properties = told.properties(ID_PART_ENTRY_NAME="Donn\xe9es", DISKSEQ="7")  # type: ignore[assignment]
+    assert udev._properties(told) == {"DISKSEQ": "7"}  # type: ignore[arg-type]
+
+
+KOBJECT_UEVENT = 15
+"""NETLINK_KOBJECT_UEVENT of linux/netlink.h; Python has no name for it."""
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
+    """Sockets of events of both groups, and another, at the numbers from `first` on."""
+    made = []
+    for group in (1, 2):
+        made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, KOBJECT_UEVENT))
+        made[-1].bind((0, group))
+    made.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    first = max(int(name) for name in os.listdir("/proc/self/fd")) + 10
+    for number, opened in enumerate(made, first):
+        os.dup2(opened.fileno(), number)
+    monkeypatch.setattr(udev, "_LISTEN_FDS_START", first)
+    monkeypatch.setenv("LISTEN_FDS", str(len(made)))
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDNAMES", "a:b:c")
+    yield made
+    for number in range(first, first + len(made)):
+        with contextlib.suppress(OSError):
+            os.close(number)
+    for opened in made:
+        opened.close()
+
+
+def inode(fileno: int) -> int:
+    return os.fstat(fileno).st_ino
+
+
+def test_the_service_managers_sockets_are_told_apart_by_their_group(
+    handed: list[socket.socket],
+) -> None:
+    kernel, from_udev, _ = handed
+    found = udev.handed_sockets()
+    assert {source: inode(fileno) for source, fileno in found.items()} == {
+        "kernel": inode(kernel.fileno()),
+        "udev": inode(from_udev.fileno()),
+    }
+    assert not any(os.get_inheritable(fileno) for fileno in found.values())
+    assert not [name for name in os.environ if name.startswith("LISTEN_")]
+
+
+@pytest.mark.usefixtures("handed")
+def test_sockets_meant_for_another_process_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", "1")
+    assert udev.handed_sockets() == {}
+
+
+def test_devices_listen_on_the_sockets_that_they_were_handed(handed: list[socket.socket]) -> None:
+    found = udev.handed_sockets()
+    with closing(udev.Devices("udev", found)) as devices:
+        listened = {inode(fileno) for fileno in devices.readers()}
+    assert listened == {inode(opened.fileno()) for opened in handed[:2]}
+
+
+def test_a_handed_socket_that_is_not_listened_to_is_closed(handed: list[socket.socket]) -> None:
+    found = udev.handed_sockets()
+    with closing(udev.Devices("kernel", found)) as devices:
+        assert [inode(f) for f in devices.readers()] == [inode(handed[0].fileno())]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(found["udev"])
+
+
+class Heard:
+    """A socket of events on which these were told."""
+
+    def __init__(self) -> None:
+        self.events: list[uevents.Uevent] = []
+
+    def read(self, _most: int) -> list[uevents.Uevent]:
+        told, self.events = self.events, []
+        return told
+
+    def close(self) -> None: ...
+
+
+Early = tuple[udev.Devices, Heard, dict[str, Volume]]
+
+
+@pytest.fixture
+def early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Early]:
+    """Devices that announce, their kernel's events, and what sits where."""
+    there: dict[str, Volume] = {}
+    monkeypatch.setattr(sysfs, "present_id", lambda name: there[name].id if name in there else None)
+    monkeypatch.setattr(sysfs, "announced_at", lambda name, _label: there.get(name))
+    monkeypatch.setattr(sysfs, "volume_at", lambda name, *_: there.get(name))
+    with closing(udev.Devices("udev")) as devices:
+        told = Heard()
+        devices._kernel.close()
+        monkeypatch.setattr(devices, "_kernel", told)
+        monkeypatch.setattr(devices, "_may_announce", lambda: True)
+        yield devices, told, there
+
+
+def volume(diskseq: int) -> Volume:
+    return Volume(
+        VolumeId(diskseq, 1), "sda1", DeviceNumber(8, 1), DevType.PARTITION, Sectors(8), Bus.USB,
+        removable=True, read_only=False, identified=False, awaits_udev=True,
+    )  # fmt: skip
+
+
+def test_a_medium_that_is_swapped_before_udev_tells_has_left(
+    early: Early,
+) -> None:
+    devices, told, there = early
+    there["sda1"] = volume(1)
+    told.events = [uevents.Uevent("add", "sda1", {})]
+    assert devices.read_kernel() == [Announced(volume(1))]
+    there["sda1"] = volume(2)
+    told.events = [uevents.Uevent("remove", "sda1", {}), uevents.Uevent("add", "sda1", {})]
+    assert devices.read_kernel() == [Disappeared("sda1"), Announced(volume(2))]
+
+
+def test_a_disk_that_is_locked_is_not_served_without_udev_however_long_it_takes(
+    early: Early, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, told, there = early
+    there["sda1"] = volume(1)
+    told.events = [uevents.Uevent("add", "sda1", {})]
+    monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 0.0)
+    monkeypatch.setattr(device_users, "is_locked", lambda _name: True)
+    devices.read_kernel()
+    assert devices.overdue() == []
+    assert devices.next_overdue is not None
+    monkeypatch.setattr(device_users, "is_locked", lambda _name: False)
+    assert devices.overdue() == [Appeared(volume(1))]
+
+
+def test_what_is_no_medium_is_not_waited_for(
+    early: Early,
+) -> None:
+    devices, _, _ = early
+    for name in ("dm-3", "sr0", "zram0"):
+        devices._await_udev(name)
+    assert devices.next_overdue is None
+
+
+@pytest.mark.parametrize(
+    ("name", "disk", "is_one"),
+    [
+        ("sda1", "sda", True),
+        ("sda12", "sda", True),
+        ("sdaa1", "sda", False),
+        ("sda", "sda", False),
+        ("mmcblk0p1", "mmcblk0", True),
+        ("mmcblk0boot0", "mmcblk0", False),
+        ("mmcblk01", "mmcblk0", False),
+        ("nvme0n1p2", "nvme0n1", True),
+    ],
+)
+def test_partitions_are_known_by_their_names(name: str, disk: str, is_one: bool) -> None:
+    assert names.is_partition_of(name, disk) is is_one

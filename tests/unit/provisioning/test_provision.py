@@ -1,0 +1,235 @@
+"""What `provision` makes, goes on with, and refuses; on images, see `workshop`."""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.formats import recovery_files
+from caam_hotplug.kernel import atomic_files, gpt, mkfs
+from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys.sealing import Way
+from caam_hotplug.provisioning import provision
+from unit.workshop import LABEL, Workshop, disk_of
+
+
+def refusal(workshop: Workshop, medium: Path, **more: object) -> str:
+    """What is said of a command that changes neither the medium nor the keys."""
+
+    def files() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in workshop.folder.rglob("*") if p.is_file()}
+
+    before = files()
+    with pytest.raises(HotplugError) as refused:
+        workshop.make(medium, **more)
+    assert files() == before
+    return str(refused.value)
+
+
+def test_a_recovery_key_is_the_mediums_and_is_told_of(workshop: Workshop) -> None:
+    made = workshop.make(workshop.medium(), recovery_file=workshop.recovery)
+    assert (made.recovery_file, made.was_made_before) == (workshop.recovery, False)
+    encoded = workshop.recovery.read_text().rpartition("key = ")[2]
+    assert base64.b64decode(encoded) == workshop.key()
+
+
+def test_a_medium_that_was_made_gets_no_recovery_key_later(workshop: Workshop) -> None:
+    workshop.make(medium := workshop.medium())
+    said = refusal(workshop, medium, recovery_file=workshop.recovery)
+    assert f"it was made before, {workshop.recovery} is not there" in said
+    assert "leave out --recovery-key, or make it anew under another label" in said
+    assert not workshop.recovery.exists()
+
+
+def test_a_recovery_file_of_a_medium_that_was_made_is_not_vouched_for(workshop: Workshop) -> None:
+    workshop.make(medium := workshop.medium(), recovery_file=workshop.recovery)
+    made = workshop.make(medium, recovery_file=workshop.recovery)
+    assert (made.was_made_before, made.recovery_file) == (True, None)
+    assert f"{workshop.recovery} was there before; whether its key is the medium's" in made.notes[0]
+
+
+@pytest.mark.parametrize("more", [{"key_bytes": 32}, {"way": Way(backend="tagged", seal="ccm")}])
+def test_a_medium_that_was_made_is_not_taken_for_one_of_other_options(
+    workshop: Workshop, more: dict[str, object]
+) -> None:
+    workshop.make(medium := workshop.medium())
+    said = refusal(workshop, medium, **more)
+    assert "it was made with --backend tagged --key-bytes 16 --seal ecb, not with " in said
+
+
+class PowerCutError(Exception):
+    """The run ends here, with nothing taken back."""
+
+
+def cut(*_arguments: object, **_more: object) -> None:
+    raise PowerCutError
+
+
+def cut_at(
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[object, str],
+    workshop: Workshop,
+    medium: Path,
+    **more: object,
+) -> None:
+    """The command is cut where this function is called."""
+    with monkeypatch.context() as cutting, pytest.raises(PowerCutError):
+        cutting.setattr(*where, cut)
+        workshop.make(medium, **more)
+
+
+CUTS = {
+    "the key is in its file": (sealing, "seal"),
+    "the blob is there": (gpt, "make"),
+    "the medium is marked": (atomic_files, "settle"),
+    "the blob is settled": (store, "settle_recovery"),
+    "the filesystem is made": (mkfs, "make"),
+    "the label is written": (gpt, "rename"),
+}
+
+
+@pytest.mark.parametrize("when", CUTS)
+def test_cut_as_soon_as_anything_is_done_the_same_command_completes_it_with_its_recovery_key(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, CUTS[when], workshop, medium, recovery_file=file)
+    written = file.read_bytes()
+    made = workshop.make(medium, recovery_file=file)
+    assert (made.recovery_file, file.read_bytes()) == (file, written)
+    assert base64.b64decode(file.read_text().rpartition("key = ")[2]) == workshop.key()
+    used = f"the key is that in {file}, of a run that was interrupted"
+    assert (used in made.notes) is (when in {"the key is in its file", "the blob is there"})
+    assert {p.name for p in workshop.folder.iterdir() if p.name.startswith(".")} == set()
+    assert [p.name for p in workshop.blobs.iterdir()] == [workshop.blob.name]
+
+
+def planted(workshop: Workshop, file: Path) -> None:
+    """A recovery file of the label that somebody has put there, who knows the key."""
+    about = recovery_files.About(LABEL, "capi:tk(cbc(aes))-plain", 512, "ext4", "planted")
+    head = recovery_files.head(about, file.name, 16)
+    file.write_bytes(head + b"key = " + base64.b64encode(b"0123456789abcdef") + b"\n")
+    file.chmod(0o600)
+    workshop.blobs.mkdir(mode=0o700)
+
+
+def test_the_key_of_a_file_that_no_run_has_left_is_not_used(workshop: Workshop) -> None:
+    planted(workshop, workshop.recovery)
+    said = refusal(workshop, workshop.medium(), recovery_file=workshop.recovery)
+    assert f"write {workshop.recovery}: it exists, and is not of a run that was" in said
+
+
+@pytest.mark.parametrize("fault", ["owner", "mode", "link"])
+def test_a_recovery_file_that_is_not_roots_alone_is_refused_however_it_came(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+    if fault == "owner":
+        os.chown(file, 1000, 0)
+    elif fault == "mode":
+        file.chmod(0o640)
+    else:
+        file.rename(workshop.folder / "elsewhere")
+        file.symlink_to("elsewhere")
+    said = refusal(workshop, medium, recovery_file=file)
+    words = "it is a symbolic link; name" if fault == "link" else "others than root can read it"
+    assert f"read {file}: " in said
+    assert words in said
+
+
+def test_a_medium_that_was_begun_goes_on_with_its_own_blob_only(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium("begun.img")
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    workshop.blob.unlink()
+    workshop.make(workshop.medium("another.img"))
+    said = refusal(workshop, begun)
+    assert "a medium that is not finished, begun with another label, key or recovery file" in said
+
+
+def test_a_medium_that_was_begun_with_a_recovery_file_goes_on_with_its_own_blob_only(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, file = workshop.medium("begun.img"), workshop.recovery
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun, recovery_file=file)
+    workshop.blob.unlink()
+    workshop.make(workshop.medium("another.img"))
+    assert "begun with another label, key" in refusal(workshop, begun, recovery_file=file)
+
+
+def test_a_medium_that_was_begun_and_lost_its_blob_is_begun_anew_if_it_may_be_erased(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    workshop.blob.unlink()
+    assert "a medium that is not finished" in refusal(workshop, begun)
+    workshop.make(begun, erase=disk_of(begun).name)
+    assert workshop.identity(begun).name == LABEL
+
+
+def test_a_medium_that_was_begun_says_with_which_options(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    anew = f"remove {workshop.blob} and add --erase {disk_of(begun).name} to begin anew"
+    said = refusal(workshop, begun, key_bytes=32)
+    assert "it was begun with --backend tagged --key-bytes 16 --seal ecb, not with" in said
+    assert said.endswith(anew)
+    said = refusal(workshop, begun, recovery_file=workshop.recovery)
+    assert f"it was begun without {workshop.recovery}" in said
+    assert said.endswith(anew)
+
+
+def test_a_blob_that_is_replaced_after_the_medium_was_looked_at_is_not_used(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = workshop.medium()
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
+    other = bytearray(workshop.blob.read_bytes())
+    other[30] ^= 1
+    monkeypatch.setattr(provision, "_try_table", lambda *_: workshop.blob.write_bytes(other))
+    before = begun.read_bytes()
+    with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
+        workshop.make(begun)
+    assert begun.read_bytes() == before
+
+
+ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
+DECIDING = {
+    "cipher": ("and would not open the medium, which has another cipher;", ALL),
+    "blob": ("which has another blob;", ALL + 'key = { blob = "all.bb" }\n'),
+    "ignore": ("and matches, and its action is ignore;", ALL + 'action = "ignore"\n'),
+}
+PLAIN64 = "capi:tk(cbc(aes))-plain64"
+
+
+@pytest.mark.parametrize("why", DECIDING)
+def test_a_rule_that_would_never_decide_is_not_written(workshop: Workshop, why: str) -> None:
+    words, text = DECIDING[why]
+    cipher = {"cipher": PLAIN64} if why == "cipher" else {}
+    workshop.drop_in("10-all.toml", text)
+    file = workshop.drop_in(f"{LABEL}.toml")
+    said = refusal(workshop, workshop.medium(), rule_file=file, **cipher)
+    assert said.startswith(f"write {file}: rule 'others' is asked before it ")
+    assert words in said
+
+
+def test_a_rule_that_is_asked_first_or_opens_the_medium_too_is_no_hindrance(
+    workshop: Workshop,
+) -> None:
+    file = workshop.drop_in(f"{LABEL}.toml")
+    workshop.drop_in("x-all.toml", ALL)
+    workshop.make(workshop.medium(), rule_file=file, cipher=PLAIN64)
+    assert PLAIN64 in file.read_text()
+    workshop.drop_in("10-all.toml", ALL.replace("others", "all"))
+    same = workshop.drop_in("plain.toml")
+    workshop.make(workshop.medium("other.img"), rule_file=same, label="plain")
+    assert same.exists()
