@@ -14,7 +14,7 @@ from caam_hotplug.model import Entry, State, Volume, VolumeId
 from unit.volumes import STICK
 
 
-class FakeBoard:
+class FakeRegistry:
     """Publishes what a test says."""
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class FakeBoard:
 class FakeAgent:
     """Does what is asked, or what a test has it do in its place."""
 
-    def __init__(self, board: FakeBoard) -> None:
-        self.board = board
+    def __init__(self, registry: FakeRegistry) -> None:
+        self.registry = registry
         self.asked: list[tuple[Any, ...]] = []
         self.instead: Callable[[], Any] | None = None
         """Called in place of the next act; an awaitable is awaited."""
@@ -69,24 +69,24 @@ class FakeAgent:
         return False
 
     def _entry(self, volume: VolumeId) -> Entry:
-        return next(entry for entry in self.board.entries() if entry.volume.id == volume)
+        return next(entry for entry in self.registry.entries() if entry.volume.id == volume)
 
     async def lock(self, volume: VolumeId, by: str) -> None:
         if await self._do("lock", volume, by):
-            self.board.publish(self._entry(volume).volume, State.LOCKED, "asked for")
+            self.registry.publish(self._entry(volume).volume, State.LOCKED, "asked for")
 
     async def eject(self, volume: VolumeId, by: str, *, power_off: bool = True) -> str:
         if await self._do("eject", volume, by, power_off):
-            self.board.publish(self._entry(volume).volume, State.EJECTED, "asked for")
+            self.registry.publish(self._entry(volume).volume, State.EJECTED, "asked for")
         return f"{self._entry(volume).volume.partlabel}: safe to remove"
 
     async def unlock(self, volume: VolumeId, by: str) -> None:
         if await self._do("unlock", volume, by):
-            mounted(self.board, self._entry(volume).volume)
+            mounted(self.registry, self._entry(volume).volume)
 
     async def retry(self, volume: VolumeId, by: str) -> None:
         if await self._do("retry", volume, by):
-            mounted(self.board, self._entry(volume).volume)
+            mounted(self.registry, self._entry(volume).volume)
 
     async def reload(self, by: str) -> list[str]:
         await self._do("reload", by)
@@ -101,9 +101,9 @@ class FakeAgent:
         return f"{device}: a device\n  rule 'a': no"
 
 
-def mounted(board: FakeBoard, volume: Volume = STICK, **more: Any) -> Entry:
+def mounted(registry: FakeRegistry, volume: Volume = STICK, **more: Any) -> Entry:
     """The volume is published as mounted."""
-    return board.publish(
+    return registry.publish(
         volume,
         State.MOUNTED,
         f"at /run/media/{volume.partlabel}, read-write",

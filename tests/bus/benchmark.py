@@ -89,12 +89,12 @@ class _agent:
 
 AGENT = """
 import asyncio
-from bus.agents import FakeBoard, mounted
+from bus.agents import FakeRegistry, mounted
 from caam_hotplug.dbus.service import Service
 async def main():
-    board = FakeBoard()
-    mounted(board)
-    async with Service(board) as service:
+    registry = FakeRegistry()
+    mounted(registry)
+    async with Service(registry) as service:
         await service.tried(30)
         print("ready", flush=True)
         await asyncio.Event().wait()

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from hypothesis import settings
 
-from bus.agents import FakeAgent, FakeBoard
+from bus.agents import FakeAgent, FakeRegistry
 from bus.private import PrivateBus
 from caam_hotplug.dbus.connection import Connection
 from caam_hotplug.dbus.service import Service
@@ -53,13 +53,13 @@ def bus(private_bus: PrivateBus) -> PrivateBus:
 
 
 @pytest.fixture
-def board() -> FakeBoard:
-    return FakeBoard()
+def registry() -> FakeRegistry:
+    return FakeRegistry()
 
 
 @pytest.fixture
-def agent(board: FakeBoard) -> FakeAgent:
-    return FakeAgent(board)
+def agent(registry: FakeRegistry) -> FakeAgent:
+    return FakeAgent(registry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,10 @@ def descriptors() -> int:
 
 @pytest_asyncio.fixture
 async def service(
-    bus: PrivateBus, board: FakeBoard, agent: FakeAgent, nothing_left: None
+    bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent, nothing_left: None
 ) -> AsyncIterator[Service]:
     """The service, on the bus."""
-    async with Service(board, look_again_s=0.05) as service:
+    async with Service(registry, look_again_s=0.05) as service:
         service.accept(agent, agent)
         await service.tried(30)
         yield service

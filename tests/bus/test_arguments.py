@@ -12,7 +12,7 @@ import sdbus
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bus.agents import FakeAgent, FakeBoard, mounted
+from bus.agents import FakeAgent, FakeRegistry, mounted
 from bus.conftest import folder_for_all
 from bus.private import PrivateBus
 from caam_hotplug import names
@@ -58,10 +58,10 @@ Ask = Callable[[Callable[[Connection], Coroutine[Any, Any, Any]]], Any]
 
 
 @pytest.fixture(scope="module")
-def asked() -> Iterator[tuple[Ask, FakeAgent, FakeBoard]]:
+def asked() -> Iterator[tuple[Ask, FakeAgent, FakeRegistry]]:
     """Runs something with a client of a service, on a loop that all examples share."""
-    board = FakeBoard()
-    agent = FakeAgent(board)
+    registry = FakeRegistry()
+    agent = FakeAgent(registry)
     with (
         folder_for_all() as folder,
         asyncio.Runner() as runner,
@@ -72,10 +72,10 @@ def asked() -> Iterator[tuple[Ask, FakeAgent, FakeBoard]]:
         env.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
 
         async def begin() -> tuple[Service, Connection]:
-            service = await Service(board).__aenter__()
+            service = await Service(registry).__aenter__()
             service.accept(agent, agent)
             await service.tried(30)
-            mounted(board)
+            mounted(registry)
             return service, Connection()
 
         async def end(service: Service, client: Connection) -> None:
@@ -83,7 +83,7 @@ def asked() -> Iterator[tuple[Ask, FakeAgent, FakeBoard]]:
             await service.__aexit__(None, None, None)
 
         service, client = runner.run(begin())
-        yield (lambda work: runner.run(work(client))), agent, board
+        yield (lambda work: runner.run(work(client))), agent, registry
         runner.run(end(service, client))
         bus.stop()
 
@@ -92,7 +92,7 @@ def asked() -> Iterator[tuple[Ask, FakeAgent, FakeBoard]]:
 @example({"power-off": ("b", False)})
 @example({"power-off": ("v", ("b", True))})
 def test_any_options_of_eject_are_taken_or_refused_by_name(
-    asked: tuple[Ask, FakeAgent, FakeBoard], given_options: dict[str, Any]
+    asked: tuple[Ask, FakeAgent, FakeRegistry], given_options: dict[str, Any]
 ) -> None:
     ask, agent, _ = asked
     agent.asked.clear()
@@ -124,7 +124,7 @@ def test_options_are_refused_in_words_that_a_terminal_shows(found: dict[str, Any
 @example("")
 @example("/dev/sdb1\n\x1b[2J")
 @example("x" * 100_000)
-def test_any_text_may_be_explained(asked: tuple[Ask, FakeAgent, FakeBoard], device: str) -> None:
+def test_any_text_may_be_explained(asked: tuple[Ask, FakeAgent, FakeRegistry], device: str) -> None:
     ask, agent, _ = asked
     agent.asked.clear()
 
@@ -138,18 +138,18 @@ def test_any_text_may_be_explained(asked: tuple[Ask, FakeAgent, FakeBoard], devi
 
 @given(volumes, attackers_texts, st.floats(), st.dictionaries(attackers_texts, st.floats()))
 def test_whatever_a_volume_says_of_itself_it_can_be_read(
-    asked: tuple[Ask, FakeAgent, FakeBoard],
+    asked: tuple[Ask, FakeAgent, FakeRegistry],
     volume: Any,
     text: str,
     since: float,
     steps: dict[str, float],
 ) -> None:
-    ask, _, board = asked
+    ask, _, registry = asked
     path = names.bus_path(volume.id)
 
     async def read(client: Connection) -> Any:
         for state in (State.FAILED, State.STUCK):
-            board.publish(
+            registry.publish(
                 volume, state, text, rule=text, mount_point=text, mapping_node=text,
                 mapping_name=text, filesystem=text, since=since, steps=steps,
             )  # fmt: skip
@@ -157,7 +157,7 @@ def test_whatever_a_volume_says_of_itself_it_can_be_read(
         try:
             return await client.call(target, "GetAll", "s", names.BUS_VOLUME)
         finally:
-            board.publish(volume, State.GONE)
+            registry.publish(volume, State.GONE)
 
     told = ask(read)
     assert told["StateReason"] == ("s", shown(text))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
+from bus.agents import FakeAgent, FakeRegistry, again, mounted, raising
 from bus.private import Done, PrivateBus, begun, program, until
 from caam_hotplug import names
 from caam_hotplug.cli import listing
@@ -36,11 +36,11 @@ def refused(told: Done) -> str:
 
 
 async def test_status_is_a_table_of_what_the_rules_admit(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    board.publish(IGNORED, State.IGNORED, "no rule")
-    mounted(board, again(size=Sectors(30310400)), read_only=True)
-    board.publish(OTHER, State.WAITING, "no blob /data/caam/other.bb", rule="sticks")
+    registry.publish(IGNORED, State.IGNORED, "no rule")
+    mounted(registry, again(size=Sectors(30310400)), read_only=True)
+    registry.publish(OTHER, State.WAITING, "no blob /data/caam/other.bb", rule="sticks")
     told = await bus.cli("status")
     head, first, second, hidden = told.stdout.splitlines()
     assert head.split("  ")[0] == "LABEL"
@@ -59,9 +59,9 @@ async def test_status_without_media_says_so(bus: PrivateBus, service: Service) -
 
 
 async def test_status_for_programs_has_the_documented_keys(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     told = await bus.cli("status", "--json")
     status = json.loads(told.stdout)
     assert status.keys() == {"version", "counters", "volumes"}
@@ -108,9 +108,9 @@ async def on_terminal(*arguments: str, **env: str) -> str:
 
 
 async def test_colours_are_for_a_terminal_whose_reader_wants_them(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     assert "\x1b[32mmounted\x1b[0m" in await on_terminal("status")
     for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
         assert "\x1b" not in await on_terminal("status", **env)
@@ -119,19 +119,19 @@ async def test_colours_are_for_a_terminal_whose_reader_wants_them(
 
 @pytest.mark.parametrize("which", ["cartridge", "/dev/sdb1", "/run/media/cartridge", "/dev/dm-0"])
 async def test_a_volume_is_meant_by_label_device_or_mount_point(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent, which: str
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent, which: str
 ) -> None:
-    mounted(board)
-    board.publish(OTHER, State.UNLOCKING)
+    mounted(registry)
+    registry.publish(OTHER, State.UNLOCKING)
     told = await bus.cli("lock", which)
     assert told == Done(0, "cartridge: locked: asked for\n", "")
     assert agent.asked[0][:2] == ("lock", STICK.id)
 
 
 async def test_a_volume_is_meant_by_a_link_to_its_device(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent, tmp_path: Path
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent, tmp_path: Path
 ) -> None:
-    mounted(board)
+    mounted(registry)
     (tmp_path / "usb-Ultra-part1").symlink_to("/dev/sdb1")
     told = await bus.cli("eject", str(tmp_path / "usb-Ultra-part1"))
     assert told == Done(0, "cartridge: safe to remove\n", "")
@@ -141,10 +141,10 @@ async def test_a_volume_is_meant_by_a_link_to_its_device(
 
 
 async def test_a_label_that_two_have_is_refused_with_both_devices(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
-    board.publish(again(id=VolumeId(8, 1), name="sdc1"), State.CONFLICT)
+    mounted(registry)
+    registry.publish(again(id=VolumeId(8, 1), name="sdc1"), State.CONFLICT)
     assert refused(await bus.cli("eject", "cartridge")) == (
         "caam-hotplug: eject cartridge: 2 volumes have this label; "
         "name the device: /dev/sdb1, /dev/sdc1\n"
@@ -154,10 +154,10 @@ async def test_a_label_that_two_have_is_refused_with_both_devices(
 
 
 async def test_a_volume_that_has_left_is_not_meant_if_another_is_there(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    board.publish(STICK, State.REMOVED_UNSAFELY)
-    mounted(board, again(id=VolumeId(8, 1)))
+    registry.publish(STICK, State.REMOVED_UNSAFELY)
+    mounted(registry, again(id=VolumeId(8, 1)))
     assert (await bus.cli("eject", "cartridge")).returncode == 0
     assert (await bus.cli("eject", "/dev/sdb1")).returncode == 0
     assert {asked[1] for asked in agent.asked} == {VolumeId(8, 1)}
@@ -173,10 +173,10 @@ async def test_a_volume_that_has_left_is_not_meant_if_another_is_there(
     ],
 )
 async def test_what_is_no_volume_is_refused_with_what_there_is(
-    bus: PrivateBus, service: Service, board: FakeBoard, which: str, why: str
+    bus: PrivateBus, service: Service, registry: FakeRegistry, which: str, why: str
 ) -> None:
-    mounted(board)
-    board.publish(IGNORED, State.IGNORED)
+    mounted(registry)
+    registry.publish(IGNORED, State.IGNORED)
     assert refused(await bus.cli("lock", which)) == f"caam-hotplug: lock {which}: {why}\n"
 
 
@@ -187,18 +187,18 @@ async def test_without_media_nothing_is_meant(bus: PrivateBus, service: Service)
 
 
 async def test_a_refusal_is_one_line_in_the_agents_words(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     why = "retry 'cartridge' (sdb1, 7-1): it is mounted already"
     agent.instead = raising(RequestRefusedError(why))
     assert refused(await bus.cli("retry", "cartridge")) == f"caam-hotplug: {why}\n"
 
 
 async def test_who_holds_a_busy_volume_is_told_a_line_each(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     holders = ("pid 412 (cp) has /run/media/x/file open", "pid 9 (\x1bsh) runs in /run/media/x")
     agent.instead = raising(VolumeBusyError("/run/media/cartridge", holders))
     assert refused(await bus.cli("eject", "cartridge")) == (
@@ -209,9 +209,9 @@ async def test_who_holds_a_busy_volume_is_told_a_line_each(
 
 
 async def test_eject_may_leave_the_power_on(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     assert (await bus.cli("eject", "--no-power-off", "cartridge")).returncode == 0
     assert agent.asked[0][3] is False
 
@@ -232,9 +232,9 @@ async def test_reload_tells_notes_or_every_mistake(
 
 
 async def test_a_request_may_take_longer_than_a_bus_call_usually_may(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     go_on = asyncio.Event()
     agent.instead = go_on.wait  # type: ignore[assignment]
     # In place of sd-bus's own 25 s.
@@ -293,11 +293,11 @@ async def test_without_sdbus_the_exit_status_is_3(private_bus: PrivateBus, tmp_p
 
 
 async def test_an_agent_that_ends_under_a_request_is_told(
-    bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     agent.instead = asyncio.Event().wait  # type: ignore[assignment]
-    async with Service(board) as service:
+    async with Service(registry) as service:
         service.accept(agent, agent)
         await service.tried(30)
         waiting = await begun(*program("eject", "cartridge"))
@@ -312,9 +312,9 @@ async def test_an_agent_that_ends_under_a_request_is_told(
 
 
 async def test_a_bus_that_ends_under_a_request_is_told(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     agent.instead = asyncio.Event().wait  # type: ignore[assignment]
     waiting = await begun(*program("eject", "cartridge"))
     while not agent.asked:
@@ -337,17 +337,17 @@ async def watching(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]
 
 
 async def test_watch_says_what_is_there_and_every_change_in_a_line(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    board.publish(STICK, State.UNLOCKING, "with a blob")
+    registry.publish(STICK, State.UNLOCKING, "with a blob")
     async with watching() as watch:
         first = await until(watch, "cartridge")
         assert first[8:] == " cartridge (/dev/sdb1): unlocking: with a blob\n"
-        board.publish(STICK, State.UNLOCKING, "with a blob", steps={"x": 1.0})
-        board.publish(STICK, State.MOUNTING)
-        mounted(board)
-        board.publish(STICK, State.GONE)
-        board.publish(OTHER, State.UNLOCKING)
+        registry.publish(STICK, State.UNLOCKING, "with a blob", steps={"x": 1.0})
+        registry.publish(STICK, State.MOUNTING)
+        mounted(registry)
+        registry.publish(STICK, State.GONE)
+        registry.publish(OTHER, State.UNLOCKING)
         lines = [(await until(watch, "/dev/"))[9:] for _ in range(4)]
     assert lines == [
         "cartridge (/dev/sdb1): mounting\n",
@@ -367,37 +367,39 @@ async def events(watch: asyncio.subprocess.Process, count: int) -> list[dict[str
 
 
 async def test_watch_for_programs_tells_every_change_as_an_object(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     async with watching("--json") as watch:
         [present] = await events(watch, 1)
         assert present["event"] == "present"
         assert present["volume"].keys() == listing.as_json(ShownVolume()).keys()
-        board.publish(OTHER, State.UNLOCKING)
-        board.publish(OTHER, State.UNLOCKING, steps={"x": 1.0})
-        board.publish(OTHER, State.GONE)
+        registry.publish(OTHER, State.UNLOCKING)
+        registry.publish(OTHER, State.UNLOCKING, steps={"x": 1.0})
+        registry.publish(OTHER, State.GONE)
         told = await events(watch, 3)
         assert [event["event"] for event in told] == ["added", "changed", "removed"]
         assert {event["volume"]["label"] for event in told} == {"other"}
 
 
 async def test_watch_goes_on_over_restarts_of_the_agent(
-    bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     async with watching() as watch:
         assert (await until(watch, "agent"))[9:] == "the agent does not run; waiting for it\n"
         for _ in range(3):
-            mounted(board)
-            async with Service(board) as service:
+            mounted(registry)
+            async with Service(registry) as service:
                 await service.tried(30)
                 assert (await until(watch, "agent"))[9:] == "the agent runs\n"
                 await until(watch, "cartridge (/dev/sdb1): mounted")
             await until(watch, "the agent has stopped; waiting for it")
 
 
-async def test_watch_ends_with_the_bus(bus: PrivateBus, service: Service, board: FakeBoard) -> None:
-    mounted(board)
+async def test_watch_ends_with_the_bus(
+    bus: PrivateBus, service: Service, registry: FakeRegistry
+) -> None:
+    mounted(registry)
     watch = await begun(*program("watch"))
     await until(watch, "cartridge")
     bus.stop()
@@ -407,15 +409,15 @@ async def test_watch_ends_with_the_bus(bus: PrivateBus, service: Service, board:
 
 
 async def test_whoever_reads_only_the_first_lines_is_no_error(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     watch = await begun(*program("watch"))
     await until(watch, "cartridge")
     assert watch.stdout is not None
     watch._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
     for n in range(3):
-        board.publish(STICK, State.UNLOCKING, f"{n}")
+        registry.publish(STICK, State.UNLOCKING, f"{n}")
         await asyncio.sleep(0.05)
     assert await asyncio.wait_for(watch.wait(), 30) == 0
     assert watch.stderr is not None
@@ -423,16 +425,16 @@ async def test_whoever_reads_only_the_first_lines_is_no_error(
 
 
 async def test_no_change_is_lost_or_told_twice_whenever_watch_begins(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    board.publish(STICK, State.UNLOCKING, "0")
+    registry.publish(STICK, State.UNLOCKING, "0")
     counting = True
 
     async def count() -> None:
         number = 0
         while counting:
             number += 1
-            board.publish(STICK, State.UNLOCKING, f"{number}")
+            registry.publish(STICK, State.UNLOCKING, f"{number}")
             await asyncio.sleep(0)
 
     counter = asyncio.create_task(count())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bus.agents import FakeBoard, StrangeError, mounted
+from bus.agents import FakeRegistry, StrangeError, mounted
 from bus.private import REPOSITORY, PrivateBus
 from caam_hotplug import errors, names
 from caam_hotplug.dbus import objects
@@ -47,9 +47,9 @@ def described(xml: str) -> Described:
 
 
 async def test_the_service_exports_what_the_contract_says(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     exported: Described = {}
     for path in (names.BUS_PATH, names.bus_path(STICK.id)):
         told = await bus.gdbus("introspect", "-d", names.BUS_NAME, "-o", path, "--xml")
@@ -58,9 +58,9 @@ async def test_the_service_exports_what_the_contract_says(
 
 
 async def test_both_clients_introspect_a_volume_alike(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
+    mounted(registry)
     path = names.bus_path(STICK.id)
     with_gdbus = await bus.gdbus("introspect", "-d", names.BUS_NAME, "-o", path, "--xml")
     with_busctl = await bus.busctl("introspect", "--xml-interface", names.BUS_NAME, path)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from bus.agents import FakeAgent, FakeBoard, mounted
+from bus.agents import FakeAgent, FakeRegistry, mounted
 from bus.private import LAX_POLICY, POLICY, STRANGER, PrivateBus, begun, until
 from caam_hotplug import names
 from caam_hotplug.dbus import authorization
@@ -44,27 +44,27 @@ EXPLAINING = ("call", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER, "Explai
 
 @pytest_asyncio.fixture
 async def guarded(
-    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+    private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> AsyncIterator[PrivateBus]:
     """The bus with our policy, whose group is one that there is, and the service on it."""
     private_bus.start(POLICY.read_text().replace('group="caam-hotplug"', f'group="{GROUP}"'))
-    async with Service(board, group=GROUP) as service:
+    async with Service(registry, group=GROUP) as service:
         service.accept(agent, agent)
         await service.tried(30)
-        mounted(board)
+        mounted(registry)
         yield private_bus
 
 
 @pytest_asyncio.fixture
 async def lax(
-    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+    private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> AsyncIterator[PrivateBus]:
     """The service on a bus whose policy lets everyone call everything."""
     private_bus.start(LAX_POLICY)
-    async with Service(board, group=GROUP) as service:
+    async with Service(registry, group=GROUP) as service:
         service.accept(agent, agent)
         await service.tried(30)
-        mounted(board)
+        mounted(registry)
         yield private_bus
 
 
@@ -78,7 +78,7 @@ async def test_everyone_may_look(guarded: PrivateBus, what: tuple[str, ...]) -> 
     assert (told.returncode, told.stderr) == (0, "")
 
 
-async def test_everyone_hears_what_changes(guarded: PrivateBus, board: FakeBoard) -> None:
+async def test_everyone_hears_what_changes(guarded: PrivateBus, registry: FakeRegistry) -> None:
     monitor = await begun(
         "stdbuf", "-oL", "gdbus", "monitor", "--address", guarded.address, "-d", names.BUS_NAME,
         user=STRANGER,
@@ -88,7 +88,7 @@ async def test_everyone_hears_what_changes(guarded: PrivateBus, board: FakeBoard
     number = 0
     while not heard.done():  # it asks for signals only after it has said so
         number += 1
-        board.publish(STICK, State.LOCKED, f"{number}")
+        registry.publish(STICK, State.LOCKED, f"{number}")
         await asyncio.sleep(0.05)
     assert "'StateReason': <'" in await heard
     monitor.kill()
@@ -133,11 +133,11 @@ async def test_a_lax_policy_does_not_open_what_changes_something(
 
 
 async def test_a_group_that_is_not_there_has_no_members(
-    private_bus: PrivateBus, board: FakeBoard, agent: FakeAgent
+    private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     private_bus.start(LAX_POLICY)
-    mounted(board)
-    async with Service(board, group="no-such-group") as service:
+    mounted(registry)
+    async with Service(registry, group="no-such-group") as service:
         service.accept(agent, agent)
         await service.tried(30)
         told = await private_bus.busctl(*CHANGING[1], user=STRANGER)

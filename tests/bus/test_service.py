@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sdbus
 
-from bus.agents import FakeAgent, FakeBoard, again, mounted, raising
+from bus.agents import FakeAgent, FakeRegistry, again, mounted, raising
 from bus.private import PrivateBus
 from caam_hotplug import names
 from caam_hotplug.dbus import connection
@@ -68,8 +68,10 @@ async def signals(client: Connection) -> AsyncIterator[list[tuple[str, Any]]]:
         slot.close()
 
 
-async def test_a_volume_shows_all_that_is_true_of_it(client: Connection, board: FakeBoard) -> None:
-    mounted(board, again(partuuid="6f1c", size=Sectors(2**40)), read_only=True)
+async def test_a_volume_shows_all_that_is_true_of_it(
+    client: Connection, registry: FakeRegistry
+) -> None:
+    mounted(registry, again(partuuid="6f1c", size=Sectors(2**40)), read_only=True)
     assert await properties(client) == {
         "Label": "cartridge",
         "PartUuid": "6f1c",
@@ -90,10 +92,10 @@ async def test_a_volume_shows_all_that_is_true_of_it(client: Connection, board: 
 
 
 async def test_the_manager_shows_version_and_counters(
-    bus: PrivateBus, service: Service, board: FakeBoard
+    bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(board)
-    mounted(board, again(id=VolumeId(2**64 - 1, 0)))
+    mounted(registry)
+    mounted(registry, again(id=VolumeId(2**64 - 1, 0)))
     told = await bus.busctl(
         "--json=short", "get-property", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER,
         "Counters", "Version",
@@ -108,10 +110,10 @@ async def test_the_manager_shows_version_and_counters(
 
 
 async def test_what_was_true_before_there_was_a_bus_is_shown(
-    bus: PrivateBus, board: FakeBoard, nothing_left: None
+    bus: PrivateBus, registry: FakeRegistry, nothing_left: None
 ) -> None:
-    mounted(board)
-    async with Service(board) as service:
+    mounted(registry)
+    async with Service(registry) as service:
         await service.tried(30)
         client = Connection()
         assert list(await objects(client)) == [PATH]
@@ -119,14 +121,14 @@ async def test_what_was_true_before_there_was_a_bus_is_shown(
 
 
 async def test_coming_changing_and_going_are_signalled_in_order_and_no_more_than_has_changed(
-    client: Connection, board: FakeBoard
+    client: Connection, registry: FakeRegistry
 ) -> None:
     async with signals(client) as heard:
-        board.publish(STICK, State.UNLOCKING, "with a blob")
-        board.publish(STICK, State.UNLOCKING, "with a blob")
-        board.publish(STICK, State.MOUNTING, "with a blob")
-        mounted(board)
-        board.publish(STICK, State.GONE)
+        registry.publish(STICK, State.UNLOCKING, "with a blob")
+        registry.publish(STICK, State.UNLOCKING, "with a blob")
+        registry.publish(STICK, State.MOUNTING, "with a blob")
+        mounted(registry)
+        registry.publish(STICK, State.GONE)
         assert await objects(client) == {}  # and all that it sent before has come
     assert [member for member, _ in heard] == [
         "InterfacesAdded", "PropertiesChanged", "PropertiesChanged", "InterfacesRemoved",
@@ -143,40 +145,42 @@ async def test_coming_changing_and_going_are_signalled_in_order_and_no_more_than
 
 
 async def test_a_property_that_is_asked_for_after_its_signal_has_at_least_that_value(
-    client: Connection, board: FakeBoard
+    client: Connection, registry: FakeRegistry
 ) -> None:
-    board.publish(STICK, State.UNLOCKING)
+    registry.publish(STICK, State.UNLOCKING)
     async with signals(client) as heard:
         for n in range(50):
-            board.publish(STICK, State.UNLOCKING, f"{n}")
+            registry.publish(STICK, State.UNLOCKING, f"{n}")
             reply = await properties(client)
             assert reply["StateReason"] == f"{n}"
             assert heard[-1][1][2]["StateReason"] == ("s", f"{n}")
 
 
 async def test_a_volume_that_the_board_forgot_goes_with_the_next_news(
-    client: Connection, board: FakeBoard
+    client: Connection, registry: FakeRegistry
 ) -> None:
-    board.publish(STICK, State.REMOVED_UNSAFELY)
-    board.forget(STICK)
-    board.publish(again(id=VolumeId(8, 1)), State.UNLOCKING)
+    registry.publish(STICK, State.REMOVED_UNSAFELY)
+    registry.forget(STICK)
+    registry.publish(again(id=VolumeId(8, 1)), State.UNLOCKING)
     assert list(await objects(client)) == [names.bus_path(VolumeId(8, 1))]
 
 
-async def test_the_same_insertion_may_come_again(client: Connection, board: FakeBoard) -> None:
+async def test_the_same_insertion_may_come_again(
+    client: Connection, registry: FakeRegistry
+) -> None:
     for _ in range(3):
-        mounted(board)
-        board.publish(STICK, State.GONE)
-    mounted(board)
+        mounted(registry)
+        registry.publish(STICK, State.GONE)
+    mounted(registry)
     assert (await properties(client))["State"] == "mounted"
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 async def test_what_a_medium_says_of_itself_is_shown_harmless(
-    bus: PrivateBus, service: Service, board: FakeBoard, text: str
+    bus: PrivateBus, service: Service, registry: FakeRegistry, text: str
 ) -> None:
     hostile = again(partlabel=text, partuuid=text, name=text)
-    board.publish(
+    registry.publish(
         hostile, State.FAILED, text, rule=text, mount_point=text, mapping_node=text,
         filesystem=text, steps={text: 1.0},
     )  # fmt: skip
@@ -196,9 +200,9 @@ async def test_what_a_medium_says_of_itself_is_shown_harmless(
     ("method", "asked"), [("Lock", "lock"), ("Unlock", "unlock"), ("Retry", "retry")]
 )
 async def test_a_request_is_passed_on_with_who_asked_and_its_signals_come_before_its_answer(
-    client: Connection, board: FakeBoard, agent: FakeAgent, method: str, asked: str
+    client: Connection, registry: FakeRegistry, agent: FakeAgent, method: str, asked: str
 ) -> None:
-    board.publish(STICK, State.FAILED)
+    registry.publish(STICK, State.FAILED)
     async with signals(client) as heard:
         assert await client.call(VOLUME, method) is None
         assert [member for member, _ in heard] == ["PropertiesChanged"]
@@ -209,9 +213,9 @@ async def test_a_request_is_passed_on_with_who_asked_and_its_signals_come_before
 
 
 async def test_eject_takes_options_and_tells_the_outcome(
-    bus: PrivateBus, service: Service, board: FakeBoard, agent: FakeAgent
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     eject = ("call", *VOLUME, "Eject", "a{sv}")
     told = await bus.busctl(*eject, "0")
     assert told.stdout == 's "cartridge: safe to remove"\n'
@@ -260,14 +264,14 @@ async def test_reload_and_explain_are_passed_on(
 )
 async def test_a_failure_is_told_under_its_name_and_the_service_goes_on(
     client: Connection,
-    board: FakeBoard,
+    registry: FakeRegistry,
     agent: FakeAgent,
     caplog: pytest.LogCaptureFixture,
     error: Exception,
     name: str,
     message: str,
 ) -> None:
-    mounted(board)
+    mounted(registry)
     agent.instead = raising(error)
     with pytest.raises(sdbus.SdBusBaseError) as told:
         await client.call(VOLUME, "Lock")
@@ -278,10 +282,10 @@ async def test_a_failure_is_told_under_its_name_and_the_service_goes_on(
 
 
 async def test_requests_are_refused_until_somebody_takes_them(
-    bus: PrivateBus, board: FakeBoard, nothing_left: None
+    bus: PrivateBus, registry: FakeRegistry, nothing_left: None
 ) -> None:
-    mounted(board)
-    async with Service(board) as service:
+    mounted(registry)
+    async with Service(registry) as service:
         await service.tried(30)
         told = await bus.busctl("call", *VOLUME, "Lock")
         assert "the agent is starting or stopping" in told.stderr
@@ -290,9 +294,9 @@ async def test_requests_are_refused_until_somebody_takes_them(
 
 
 async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
-    client: Connection, board: FakeBoard, agent: FakeAgent
+    client: Connection, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def refuse() -> None:
@@ -303,7 +307,7 @@ async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
     agent.instead = refuse
     call = client.begin(VOLUME, "Lock")
     await asked.wait()
-    board.publish(STICK, State.GONE)
+    registry.publish(STICK, State.GONE)
     assert await objects(client) == {}
     go_on.set()
     with pytest.raises(sdbus.SdBusBaseError, match="its medium has gone"):
@@ -311,9 +315,9 @@ async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
 
 
 async def test_a_request_that_waits_holds_up_neither_reading_nor_other_requests(
-    client: Connection, board: FakeBoard, agent: FakeAgent
+    client: Connection, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
-    mounted(board)
+    mounted(registry)
     go_on = asyncio.Event()
     agent.instead = go_on.wait  # type: ignore[assignment]
     call = client.begin(VOLUME, "Eject", "a{sv}", {})
@@ -326,12 +330,12 @@ async def test_a_request_that_waits_holds_up_neither_reading_nor_other_requests(
 
 
 async def test_a_stop_does_not_wait_for_a_request_under_way(
-    bus: PrivateBus, board: FakeBoard, agent: FakeAgent, nothing_left: None
+    bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent, nothing_left: None
 ) -> None:
-    mounted(board)
+    mounted(registry)
     agent.instead = asyncio.Event().wait  # type: ignore[assignment]
     client = Connection()
-    async with Service(board) as service:
+    async with Service(registry) as service:
         service.accept(agent, agent)
         await service.tried(30)
         call = client.begin(VOLUME, "Lock")
@@ -362,15 +366,15 @@ def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
 
 async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
     private_bus: PrivateBus,
-    board: FakeBoard,
+    registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
     tried_again: asyncio.Event,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
-    async with Service(board, look_again_s=0.001) as service:
+    async with Service(registry, look_again_s=0.001) as service:
         await service.tried(30)
-        mounted(board)
+        mounted(registry)
         await asyncio.wait_for(tried_again.wait(), 30)
     assert caplog.record_tuples == [
         (
@@ -383,7 +387,7 @@ async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
 
 
 async def test_without_sdbus_it_is_said_once(
-    board: FakeBoard,
+    registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     nothing_left: None,
@@ -393,9 +397,9 @@ async def test_without_sdbus_it_is_said_once(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.delattr("caam_hotplug.dbus.objects", raising=False)
     monkeypatch.setitem(sys.modules, "sdbus", None)
-    async with Service(board) as service:
+    async with Service(registry) as service:
         await service.tried(30)
-        mounted(board)
+        mounted(registry)
     [message] = caplog.messages
     assert message.startswith("no system bus, and media are served without: ")
     assert "sdbus" in message
@@ -404,15 +408,15 @@ async def test_without_sdbus_it_is_said_once(
 
 async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
     bus: PrivateBus,
-    board: FakeBoard,
+    registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
-    mounted(board)
+    mounted(registry)
     other = Connection()
     await other.own(names.BUS_NAME)
-    async with Service(board, look_again_s=0.001) as service:
+    async with Service(registry, look_again_s=0.001) as service:
         await service.tried(30)
         assert caplog.messages[0].endswith(
             "own org.caamhotplug1 on the system bus: another process has it"
@@ -424,14 +428,14 @@ async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
 
 async def test_a_policy_that_is_not_installed_is_said_once(
     private_bus: PrivateBus,
-    board: FakeBoard,
+    registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
     tried_again: asyncio.Event,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
     private_bus.start(policy="<busconfig/>")
-    async with Service(board, look_again_s=0.001) as service:
+    async with Service(registry, look_again_s=0.001) as service:
         await service.tried(30)
         await asyncio.wait_for(tried_again.wait(), 30)
     [message] = caplog.messages
@@ -449,18 +453,18 @@ async def on_bus(caplog: pytest.LogCaptureFixture, times: int = 1) -> None:
 async def test_a_bus_that_goes_and_comes_back_finds_what_is_true_then(
     bus: PrivateBus,
     service: Service,
-    board: FakeBoard,
+    registry: FakeRegistry,
     agent: FakeAgent,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
-    mounted(board)
+    mounted(registry)
     for times in (1, 2, 3):
         bus.stop()
         async with asyncio.timeout(30):
             while caplog.text.count("the system bus has gone") < times:
                 await asyncio.sleep(0.01)
-        board.publish(STICK, State.LOCKED, f"{times}")
+        registry.publish(STICK, State.LOCKED, f"{times}")
         bus.start()
         await on_bus(caplog, times)
         client = Connection()
@@ -472,60 +476,60 @@ async def test_a_bus_that_goes_and_comes_back_finds_what_is_true_then(
 
 
 async def test_news_while_the_bus_dies_reach_the_board_unharmed(
-    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+    bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    board.publish(STICK, State.UNLOCKING)
+    registry.publish(STICK, State.UNLOCKING)
     bus.stop()
     for n in range(1000):  # the loop has not been told yet
-        board.publish(again(id=VolumeId(n, 1)), State.UNLOCKING, f"{n}")
-    assert len(board.entries()) == 1000
+        registry.publish(again(id=VolumeId(n, 1)), State.UNLOCKING, f"{n}")
+    assert len(registry.entries()) == 1000
     assert "a defect" not in caplog.text
 
 
 async def test_a_bus_that_answers_nobody_holds_up_nothing(
     private_bus: PrivateBus,
-    board: FakeBoard,
+    registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     nothing_left: None,
 ) -> None:
     private_bus.start()
     private_bus.hold()
-    async with Service(board) as service:
+    async with Service(registry) as service:
         async with asyncio.timeout(10):
             await service.tried(0.2)
-        mounted(board)
+        mounted(registry)
     assert "a defect" not in caplog.text
     private_bus.resume()
 
 
 async def test_a_bus_that_stops_reading_costs_no_more_than_itself(
-    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+    bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    board.publish(STICK, State.UNLOCKING)
+    registry.publish(STICK, State.UNLOCKING)
     bus.hold()
     for n in range(20_000):
-        board.publish(STICK, State.UNLOCKING, f"{n:1000}")
+        registry.publish(STICK, State.UNLOCKING, f"{n:1000}")
     bus.resume()
     assert "a defect" not in caplog.text
 
 
 async def test_a_defect_in_showing_a_volume_costs_the_board_nothing(
-    bus: PrivateBus, service: Service, board: FakeBoard, caplog: pytest.LogCaptureFixture
+    bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    board.publish(STICK, State.UNLOCKING, steps=None)
+    registry.publish(STICK, State.UNLOCKING, steps=None)
     assert "a defect of the agent's D-Bus service" in caplog.text
-    mounted(board, again(id=VolumeId(8, 1)))
+    mounted(registry, again(id=VolumeId(8, 1)))
     told = await bus.busctl("tree", "--list", names.BUS_NAME)
     assert names.bus_path(VolumeId(8, 1)) in told.stdout
 
 
 async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
-    bus: PrivateBus, board: FakeBoard, nothing_left: None
+    bus: PrivateBus, registry: FakeRegistry, nothing_left: None
 ) -> None:
-    mounted(board)
+    mounted(registry)
     client = Connection()
     async with signals(client) as heard:
-        async with Service(board) as service:
+        async with Service(registry) as service:
             await service.tried(30)
         while await client.call(BUS, "NameHasOwner", "s", names.BUS_NAME):
             pass
@@ -534,11 +538,11 @@ async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
 
 
 async def test_volumes_that_come_and_go_leave_no_object_behind(
-    service: Service, board: FakeBoard
+    service: Service, registry: FakeRegistry
 ) -> None:
     def come_and_go() -> None:
         for state in (State.UNLOCKING, State.MOUNTED, State.GONE):
-            board.publish(STICK, state)
+            registry.publish(STICK, state)
 
     for _ in range(3):
         come_and_go()

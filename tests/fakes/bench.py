@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from caam_hotplug.config.rules import BUILT_IN, Rule
-from caam_hotplug.daemon.status_registry import Board
+from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.model import (
     Announced,
@@ -22,18 +22,18 @@ from caam_hotplug.model import (
     Volume,
 )
 from caam_hotplug.volume.leftovers import sweep
-from caam_hotplug.volume.lifecycle import Surroundings
-from caam_hotplug.volume.mount_points import Claims
-from caam_hotplug.volume.worker import Lane
+from caam_hotplug.volume.lifecycle import Context
+from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.worker import Worker
 from fakes.clock import Clock
-from fakes.kernel import KEY, FakeHost, FakeKernel, HangsError, ProcessDiedError
+from fakes.kernel import KEY, FakeKernel, FakeProcess, HangsError, ProcessDiedError
 
 T = TypeVar("T")
 LATE_AFTER_S = 3.0
 """A call that takes longer is late; time passes on the bench only as a test lets it."""
 
 
-class InlineLane(Lane):
+class InlineWorker(Worker):
     """A lane whose calls happen in the loop, a turn later: the same order every time."""
 
     def __init__(self, name: str, late_after_s: float, kernel: FakeKernel) -> None:
@@ -63,7 +63,7 @@ class InlineLane(Lane):
         return future
 
 
-class ThreadedLane(Lane):
+class ThreadedWorker(Worker):
     """The agent's own lane with its threads, on a bench whose clock stands still meanwhile."""
 
     def __init__(self, name: str, late_after_s: float, kernel: FakeKernel, clock: Clock) -> None:
@@ -80,7 +80,7 @@ class ThreadedLane(Lane):
 
         def begin() -> None:
             self._clock.threads += 1
-            super(ThreadedLane, self)._begin(locked).add_done_callback(end)
+            super(ThreadedWorker, self)._begin(locked).add_done_callback(end)
 
         def end(call: asyncio.Future[T]) -> None:
             self._clock.threads -= 1
@@ -122,7 +122,7 @@ class Bench:
         self._threads = threads
         self.kernel = FakeKernel()
         self.rules = rules
-        self.board = Board()
+        self.registry = StatusRegistry()
         self.units = FakeUnits(self)
         self.untold: set[str] = set()
         """Names of devices of which udev has not told when an agent starts."""
@@ -130,7 +130,7 @@ class Bench:
         self._loop = Clock()
         self._runner = asyncio.Runner(loop_factory=lambda: self._loop)
         self._main: asyncio.Task[None] | None = None
-        self._host: FakeHost | None = None
+        self._process: FakeProcess | None = None
         self._supervisor: Supervisor | None = None
         self._socket: list[tuple[Event, list[Appeared]]] = []
 
@@ -162,17 +162,17 @@ class Bench:
 
     def start(self) -> None:
         """An agent has been started; it has not had a turn yet."""
-        if self._host is not None:
-            self._host.die()  # the process before this one has ended
-        self._host = self.kernel.process()
-        self.board = Board()
-        self.board.listen(lambda e: self.states.append((e.volume, e.state, e.reason)))
-        around = self._around = self._surroundings(self._host)
+        if self._process is not None:
+            self._process.die()  # the process before this one has ended
+        self._process = self.kernel.process()
+        self.registry = StatusRegistry()
+        self.registry.listen(lambda e: self.states.append((e.volume, e.state, e.reason)))
+        context = self._context = self._new_context(self._process)
         kernel = self.kernel
 
         async def main() -> None:
-            left = await sweep(around.host, around.new_lane("sweep"), around.dm_lane)
-            async with Supervisor(around, left) as supervisor:
+            left = await sweep(context.kernel, context.new_worker("sweep"), context.dm_worker)
+            async with Supervisor(context, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
                 told = [Appeared(volume) for volume in present if volume.name not in self.untold]
                 supervisor.start(told, present)
@@ -217,8 +217,8 @@ class Bench:
 
     def kill(self) -> None:
         """The agent's process is dead; the kernel keeps what it had made."""
-        assert self._host is not None
-        self._host.die()
+        assert self._process is not None
+        self._process.die()
         main, self._main = self._main, None
         assert main is not None
 
@@ -316,7 +316,7 @@ class Bench:
 
     def entry(self, volume: Volume) -> Entry:
         """All that the board says of the volume."""
-        return next(entry for entry in self.board.entries() if entry.volume.id == volume.id)
+        return next(entry for entry in self.registry.entries() if entry.volume.id == volume.id)
 
     def lose_events(self, *, listed: bool = True) -> None:
         """The agent hears that it has not heard everything; perhaps udev lists nothing now."""
@@ -342,25 +342,31 @@ class Bench:
 
     def state(self, volume: Volume) -> State:
         """What the board says of the volume; GONE if nothing."""
-        entries = {entry.volume.id: entry.state for entry in self.board.entries()}
+        entries = {entry.volume.id: entry.state for entry in self.registry.entries()}
         return entries.get(volume.id, State.GONE)
 
     def said(self, volume: Volume) -> str:
         """The reason that stands beside the volume's state."""
-        return next(e.reason for e in self.board.entries() if e.volume.id == volume.id)
+        return next(e.reason for e in self.registry.entries() if e.volume.id == volume.id)
 
-    def _surroundings(self, host: FakeHost) -> Surroundings:
+    def _new_context(self, process: FakeProcess) -> Context:
         """What lives share."""
         kernel, clock = self.kernel, self._loop
 
-        def new_lane(name: str) -> Lane:
+        def new_worker(name: str) -> Worker:
             if self._threads:
-                return ThreadedLane(name, LATE_AFTER_S, kernel, clock)
-            return InlineLane(name, LATE_AFTER_S, kernel)
+                return ThreadedWorker(name, LATE_AFTER_S, kernel, clock)
+            return InlineWorker(name, LATE_AFTER_S, kernel)
 
-        lane = new_lane("mappings")
-        return Surroundings(
-            host, self.rules, new_lane, lane, Claims(), self.board.publish, self.units
+        worker = new_worker("mappings")
+        return Context(
+            process,
+            self.rules,
+            new_worker,
+            worker,
+            MountPoints(),
+            self.registry.publish,
+            self.units,
         )
 
     def memories(self) -> dict[str, int]:
@@ -373,9 +379,9 @@ class Bench:
             "volumes that come next": len(supervisor._next),
             "inherited": len(supervisor._inherited),
             "at rest": len(supervisor._rested),
-            "claims": len(self._around.claims._queues),
+            "claims": len(self._context.mount_points._queues),
             "tasks": len(asyncio.all_tasks(self._loop)),
         }
 
 
-__all__ = ["Bench", "InlineLane", "ProcessDiedError"]
+__all__ = ["Bench", "InlineWorker", "ProcessDiedError"]

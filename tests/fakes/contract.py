@@ -28,7 +28,7 @@ from caam_hotplug.errors import (
     MountPointOccupiedError,
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
-from caam_hotplug.kernel.api import Host
+from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.keys import loading
 from caam_hotplug.model import (
     DeviceNumber,
@@ -53,7 +53,7 @@ NOWHERE: Final = DeviceNumber(8, 240)
 DEADLINE_S: Final = 120
 
 
-class HostUnderTest(Host, Protocol):
+class HostUnderTest(Kernel, Protocol):
     """The kernel's steps, and a look at the keyring."""
 
     def has_key(self, description: str) -> bool: ...
@@ -63,7 +63,7 @@ class World(Protocol):
     """The host under test with a medium in it, and what happens around the agent."""
 
     @property
-    def host(self) -> HostUnderTest: ...
+    def kernel(self) -> HostUnderTest: ...
 
     @property
     def volume(self) -> Volume:
@@ -123,12 +123,12 @@ def target(world: World, key_bytes: int = 36, **changes: Any) -> CryptTarget:
 
 def is_gone(world: World) -> bool:
     """Whether the mapping that a test made is there no more."""
-    return world.host.find_mapping(dm_uuid(world)) is None
+    return world.kernel.find_mapping(dm_uuid(world)) is None
 
 
 def found(world: World) -> Mapping:
     """The mapping that a test made. Raises: AssertionError if there is none."""
-    mapping = world.host.find_mapping(dm_uuid(world))
+    mapping = world.kernel.find_mapping(dm_uuid(world))
     assert mapping is not None
     return mapping
 
@@ -137,23 +137,23 @@ def found(world: World) -> Mapping:
 def created(world: World) -> Iterator[str]:
     """A mapping without a table, gone afterwards; yields its name."""
     name = dm_name(world)
-    world.host.create_mapping(name, dm_uuid(world))
+    world.kernel.create_mapping(name, dm_uuid(world))
     try:
         yield name
     finally:
-        world.host.remove_mapping(name)
+        world.kernel.remove_mapping(name)
         until(lambda: is_gone(world))
 
 
 @contextmanager
 def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
     """A blob's key is in the keyring; yields its length in bytes."""
-    host = world.host
-    key = loading.load(host, host.read_blob(blob), KeySource(), description(world))
+    kernel = world.kernel
+    key = loading.load(kernel, kernel.read_blob(blob), KeySource(), description(world))
     try:
         yield key.length
     finally:
-        host.unlink_key(description(world))
+        kernel.unlink_key(description(world))
 
 
 @contextmanager
@@ -162,15 +162,15 @@ def mapped(world: World, blob: str = BLOB, *, read_only: bool = False) -> Iterat
     with created(world) as name:
         with key_added(world, blob) as length:
             line = target(world, length).to_line()
-            world.host.load_table(name, line, read_only=read_only)
-        world.host.activate_mapping(name)
+            world.kernel.load_table(name, line, read_only=read_only)
+        world.kernel.activate_mapping(name)
         yield found(world)
 
 
 def test_a_volume_with_a_mapping_on_it_is_in_use(world: World) -> None:
-    world.host.require_unused(world.volume)
+    world.kernel.require_unused(world.volume)
     with mapped(world) as mapping, pytest.raises(DeviceInUseError, match=mapping.name):
-        world.host.require_unused(world.volume)
+        world.kernel.require_unused(world.volume)
 
 
 def mount(
@@ -182,7 +182,7 @@ def mount(
     read_only: bool = False,
 ) -> None:
     """The mapping's filesystem is mounted."""
-    world.host.mount(
+    world.kernel.mount(
         mapping.node,
         kind,
         name,
@@ -199,28 +199,28 @@ def mounted(world: World, mapping: Mapping, *, read_only: bool = False) -> Itera
         mount(world, mapping, read_only=read_only)
         yield
     finally:
-        world.host.unmount(POINT, lazily=True)
-        world.host.remove_mount_point(POINT)
+        world.kernel.unmount(POINT, lazily=True)
+        world.kernel.remove_mount_point(POINT)
 
 
 def mounts_there(world: World) -> list[Mount]:
     """What is mounted in the mount root."""
-    root = str(world.host.mount_root)
-    return [there for there in world.host.mounts() if there.point.startswith(f"{root}/")]
+    root = str(world.kernel.mount_root)
+    return [there for there in world.kernel.mounts() if there.point.startswith(f"{root}/")]
 
 
 # mappings
 
 
 def test_what_was_never_made_is_not_found_and_is_removed_without_a_word(world: World) -> None:
-    assert world.host.find_mapping(dm_uuid(world)) is None
-    world.host.remove_mapping(dm_name(world))
-    world.host.unmount(POINT)
-    world.host.unmount(POINT, lazily=True)
-    world.host.remove_mount_point(POINT)
-    world.host.unlink_key(description(world))
-    assert world.host.our_mappings() == []
-    assert world.host.our_mount_points() == []
+    assert world.kernel.find_mapping(dm_uuid(world)) is None
+    world.kernel.remove_mapping(dm_name(world))
+    world.kernel.unmount(POINT)
+    world.kernel.unmount(POINT, lazily=True)
+    world.kernel.remove_mount_point(POINT)
+    world.kernel.unlink_key(description(world))
+    assert world.kernel.our_mappings() == []
+    assert world.kernel.our_mount_points() == []
 
 
 def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None:
@@ -228,13 +228,13 @@ def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None
     with key_added(world) as length:
         line = target(world, length).to_line()
         with pytest.raises(DmError) as load:
-            world.host.load_table(name, line, read_only=False)
+            world.kernel.load_table(name, line, read_only=False)
     with pytest.raises(DmError) as activate:
-        world.host.activate_mapping(name)
+        world.kernel.activate_mapping(name)
     with pytest.raises(DmError) as poison:
-        world.host.poison_mapping(name, Sectors(8))
+        world.kernel.poison_mapping(name, Sectors(8))
     with pytest.raises(DmError) as keep:
-        world.host.keep_mapping(name)
+        world.kernel.keep_mapping(name)
     assert {e.value.errno for e in (load, activate, poison, keep)} == {errno.ENXIO}
 
 
@@ -243,32 +243,32 @@ def test_a_new_mapping_has_no_table_and_no_holder(world: World) -> None:
         mapping = found(world)
         assert (mapping.name, mapping.uuid) == (name, dm_uuid(world))
         assert (mapping.table, mapping.open_count) == ((), 0)
-        assert world.host.our_mappings() == [mapping]
+        assert world.kernel.our_mappings() == [mapping]
 
 
 def test_a_mapping_without_a_table_has_no_node_even_when_it_is_activated(world: World) -> None:
     with created(world) as name:
-        world.host.activate_mapping(name)
+        world.kernel.activate_mapping(name)
         assert found(world).table == ()
         with pytest.raises(KernelError) as probe:
-            world.host.probe(found(world).node, ("ext4",))
+            world.kernel.probe(found(world).node, ("ext4",))
     assert probe.value.errno == errno.ENOENT
 
 
 def test_a_name_and_a_dm_uuid_are_given_once(world: World) -> None:
     with created(world) as name:
         with pytest.raises(MappingBusyError) as same_name:
-            world.host.create_mapping(name, names.dm_uuid(VolumeId(999_999, 1)))
+            world.kernel.create_mapping(name, names.dm_uuid(VolumeId(999_999, 1)))
         with pytest.raises(MappingBusyError) as same_uuid:
-            world.host.create_mapping(f"{name}-2", dm_uuid(world))
-        assert len(world.host.our_mappings()) == 1
+            world.kernel.create_mapping(f"{name}-2", dm_uuid(world))
+        assert len(world.kernel.our_mappings()) == 1
     assert same_name.value.errno == same_uuid.value.errno == errno.EBUSY
 
 
 def test_a_table_is_not_loaded_without_its_key(world: World) -> None:
     with created(world) as name:
         with pytest.raises(DmError) as refused:
-            world.host.load_table(name, target(world).to_line(), read_only=False)
+            world.kernel.load_table(name, target(world).to_line(), read_only=False)
         assert found(world).table == ()
     assert refused.value.errno == errno.ENOKEY
 
@@ -278,7 +278,7 @@ def test_a_table_is_not_loaded_with_a_key_of_another_size(world: World, too_many
     with created(world) as name, key_added(world) as length:
         with pytest.raises(DmError) as refused:
             line = target(world, length + too_many).to_line()
-            world.host.load_table(name, line, read_only=False)
+            world.kernel.load_table(name, line, read_only=False)
         assert found(world).table == ()
     assert refused.value.errno == errno.EINVAL
 
@@ -287,7 +287,7 @@ def test_a_table_is_not_loaded_over_a_device_that_is_not_there(world: World) -> 
     with created(world) as name, key_added(world) as length:
         with pytest.raises(DmError) as refused:
             line = target(world, length, device=NOWHERE).to_line()
-            world.host.load_table(name, line, read_only=False)
+            world.kernel.load_table(name, line, read_only=False)
         assert found(world).table == ()
     assert refused.value.errno == errno.ENXIO
 
@@ -295,9 +295,9 @@ def test_a_table_is_not_loaded_over_a_device_that_is_not_there(world: World) -> 
 def test_a_loaded_table_is_not_live_before_it_is_activated(world: World) -> None:
     with created(world) as name, key_added(world) as length:
         line = target(world, length).to_line()
-        world.host.load_table(name, line, read_only=False)
+        world.kernel.load_table(name, line, read_only=False)
         assert found(world).table == ()
-        world.host.activate_mapping(name)
+        world.kernel.activate_mapping(name)
         assert found(world).table == (line,)
 
 
@@ -305,7 +305,7 @@ def test_a_live_table_reads_as_it_was_loaded(world: World) -> None:
     with mapped(world) as mapping:
         assert mapping.table == (target(world).to_line(),)
         assert CryptTarget.from_line(mapping.table[0]) == target(world)
-        assert world.host.our_mappings() == [mapping]
+        assert world.kernel.our_mappings() == [mapping]
 
 
 def test_the_options_of_a_live_table_read_as_they_were_loaded(world: World) -> None:
@@ -313,8 +313,8 @@ def test_the_options_of_a_live_table_read_as_they_were_loaded(world: World) -> N
     with created(world) as name:
         with key_added(world) as length:
             wanted = target(world, length, options=options)
-            world.host.load_table(name, wanted.to_line(), read_only=False)
-        world.host.activate_mapping(name)
+            world.kernel.load_table(name, wanted.to_line(), read_only=False)
+        world.kernel.activate_mapping(name)
         (line,) = found(world).table
     read = CryptTarget.from_line(line)
     assert read is not None
@@ -323,7 +323,7 @@ def test_the_options_of_a_live_table_read_as_they_were_loaded(world: World) -> N
 
 def test_a_mapping_works_without_its_key_in_the_keyring(world: World) -> None:
     with mapped(world) as mapping:
-        assert not world.host.has_key(description(world))
+        assert not world.kernel.has_key(description(world))
         assert world.reads_as_written(mapping.node)
 
 
@@ -345,7 +345,7 @@ def test_holders_are_counted(world: World) -> None:
 def test_a_held_mapping_is_removed_when_its_holder_closes_it(world: World) -> None:
     with mapped(world) as mapping:
         with world.held(mapping.node):
-            world.host.remove_mapping(mapping.name)
+            world.kernel.remove_mapping(mapping.name)
             assert found(world) == replace(mapping, open_count=1)
         until(lambda: is_gone(world))
 
@@ -353,20 +353,20 @@ def test_a_held_mapping_is_removed_when_its_holder_closes_it(world: World) -> No
 def test_a_removal_can_be_called_off(world: World) -> None:
     with mapped(world) as mapping:
         with world.held(mapping.node):
-            world.host.remove_mapping(mapping.name)
-            world.host.keep_mapping(mapping.name)
+            world.kernel.remove_mapping(mapping.name)
+            world.kernel.keep_mapping(mapping.name)
         assert found(world) == mapping
 
 
 def test_keeping_what_nobody_removes_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
-        world.host.keep_mapping(mapping.name)
+        world.kernel.keep_mapping(mapping.name)
         assert found(world) == mapping
 
 
 def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
-        world.host.poison_mapping(mapping.name, target(world).length)
+        world.kernel.poison_mapping(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
         with pytest.raises(OSError) as failed:
             world.reads_as_written(mapping.node)
@@ -376,25 +376,25 @@ def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
 def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping):
-            world.host.poison_mapping(mapping.name, target(world).length)
-            world.host.unmount(POINT)
+            world.kernel.poison_mapping(mapping.name, target(world).length)
+            world.kernel.unmount(POINT)
             assert mounts_there(world) == []
-        world.host.remove_mapping(mapping.name)
+        world.kernel.remove_mapping(mapping.name)
         until(lambda: is_gone(world))
 
 
 def test_poisoning_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
-            world.host.poison_mapping(mapping.name, target(world).length)
+            world.kernel.poison_mapping(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
 
 
 def test_mappings_of_others_are_not_ours(world: World) -> None:
     with world.foreign_mapping():
-        assert world.host.our_mappings() == []
+        assert world.kernel.our_mappings() == []
         with created(world):
-            assert world.host.our_mappings() == [found(world)]
+            assert world.kernel.our_mappings() == [found(world)]
 
 
 # filesystems and mounts
@@ -402,36 +402,36 @@ def test_mappings_of_others_are_not_ours(world: World) -> None:
 
 def test_a_probe_sees_the_filesystem_under_the_right_key(world: World) -> None:
     with mapped(world) as mapping:
-        assert world.host.probe(mapping.node, ("vfat", "ext4")) == "ext4"
+        assert world.kernel.probe(mapping.node, ("vfat", "ext4")) == "ext4"
         assert found(world).open_count == 0
 
 
 def test_a_probe_looks_only_for_what_is_allowed(world: World) -> None:
     with mapped(world) as mapping:
-        assert world.host.probe(mapping.node, ("vfat", "exfat")) is None
+        assert world.kernel.probe(mapping.node, ("vfat", "exfat")) is None
 
 
 def test_a_probe_sees_nothing_under_another_key(world: World) -> None:
     with mapped(world, OTHER_BLOB) as mapping:
-        assert world.host.probe(mapping.node, ("vfat", "ext4")) is None
+        assert world.kernel.probe(mapping.node, ("vfat", "ext4")) is None
 
 
 def test_a_poisoned_mapping_cannot_be_probed(world: World) -> None:
     with mapped(world) as mapping:
-        world.host.poison_mapping(mapping.name, target(world).length)
+        world.kernel.poison_mapping(mapping.name, target(world).length)
         with pytest.raises(KernelError) as failed:
-            world.host.probe(mapping.node, ("ext4",))
+            world.kernel.probe(mapping.node, ("ext4",))
     assert failed.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: bool) -> None:
     with mapped(world) as mapping, mounted(world, mapping, read_only=read_only):
-        point = str(world.host.mount_root / POINT)
+        point = str(world.kernel.mount_root / POINT)
         expected = Mount(mapping.number, point, mapping.node, read_only, "ext4")
         assert mounts_there(world) == [expected]
-        world.host.flush(POINT, mapping.node)
-        world.host.unmount(POINT)
+        world.kernel.flush(POINT, mapping.node)
+        world.kernel.unmount(POINT)
         assert mounts_there(world) == []
 
 
@@ -465,8 +465,8 @@ def test_what_is_not_there_is_not_mounted(world: World, blob: str, kind: str) ->
         with pytest.raises(MountError) as refused:
             mount(world, mapping, kind=kind)
         assert mounts_there(world) == []
-        assert world.host.our_mount_points() == [POINT]
-        world.host.remove_mount_point(POINT)
+        assert world.kernel.our_mount_points() == [POINT]
+        world.kernel.remove_mount_point(POINT)
     assert refused.value.errno == errno.EINVAL
 
 
@@ -474,9 +474,9 @@ def test_a_mount_in_use_stays_unless_it_is_detached(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping), world.inside(POINT):
             with pytest.raises(MountBusyError) as refused:
-                world.host.unmount(POINT)
+                world.kernel.unmount(POINT)
             assert len(mounts_there(world)) == 1
-            world.host.unmount(POINT, lazily=True)
+            world.kernel.unmount(POINT, lazily=True)
             assert mounts_there(world) == []
             assert found(world).open_count == 1
         until(lambda: found(world).open_count == 0)
@@ -486,21 +486,21 @@ def test_a_mount_in_use_stays_unless_it_is_detached(world: World) -> None:
 def test_a_mapping_under_a_detached_mount_goes_with_its_last_user(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping), world.inside(POINT):
-            world.host.unmount(POINT, lazily=True)
-            world.host.remove_mapping(mapping.name)
+            world.kernel.unmount(POINT, lazily=True)
+            world.kernel.remove_mapping(mapping.name)
             assert not is_gone(world)
         until(lambda: is_gone(world))
 
 
 def test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there(world: World) -> None:
     with mapped(world) as mapping, mounted(world, mapping):
-        assert world.host.our_mount_points() == []
-        world.host.remove_mount_point(POINT)
+        assert world.kernel.our_mount_points() == []
+        world.kernel.remove_mount_point(POINT)
         assert len(mounts_there(world)) == 1
-        world.host.unmount(POINT)
-        assert world.host.our_mount_points() == [POINT]
-        world.host.remove_mount_point(POINT)
-        assert world.host.our_mount_points() == []
+        world.kernel.unmount(POINT)
+        assert world.kernel.our_mount_points() == [POINT]
+        world.kernel.remove_mount_point(POINT)
+        assert world.kernel.our_mount_points() == []
 
 
 def test_a_directory_of_the_boards_own_is_not_ours(world: World) -> None:
@@ -508,45 +508,45 @@ def test_a_directory_of_the_boards_own_is_not_ours(world: World) -> None:
         with mounted(world, mapping):
             assert len(mounts_there(world)) == 1
         assert mounts_there(world) == []
-        assert world.host.our_mount_points() == []
+        assert world.kernel.our_mount_points() == []
 
 
 # blobs and keys
 
 
 def test_a_volume_is_present_while_it_is_the_same(world: World) -> None:
-    assert world.host.is_present(world.volume)
+    assert world.kernel.is_present(world.volume)
     later = VolumeId(world.volume.id.diskseq + 1000, world.volume.id.partition)
-    assert not world.host.is_present(replace(world.volume, id=later))
-    assert not world.host.is_present(replace(world.volume, name="sdzz1"))
+    assert not world.kernel.is_present(replace(world.volume, id=later))
+    assert not world.kernel.is_present(replace(world.volume, name="sdzz1"))
 
 
 def test_what_is_remembered_of_a_volume_is_of_this_insertion_alone(world: World) -> None:
     later = replace(world.volume, id=replace(world.volume.id, diskseq=1 << 40))
-    assert world.host.remembered(world.volume) == ""
-    world.host.remember(world.volume, "ejected")
+    assert world.kernel.remembered(world.volume) == ""
+    world.kernel.remember(world.volume, "ejected")
     try:
-        assert world.host.remembered(world.volume) == "ejected"
-        assert world.host.remembered(later) == ""
-        world.host.remember(world.volume, "locked")
-        assert world.host.remembered(world.volume) == "locked"
+        assert world.kernel.remembered(world.volume) == "ejected"
+        assert world.kernel.remembered(later) == ""
+        world.kernel.remember(world.volume, "locked")
+        assert world.kernel.remembered(world.volume) == "locked"
     finally:
-        world.host.remember(world.volume, "")
-    assert world.host.remembered(world.volume) == ""
-    world.host.remember(world.volume, "")
+        world.kernel.remember(world.volume, "")
+    assert world.kernel.remembered(world.volume) == ""
+    world.kernel.remember(world.volume, "")
 
 
 def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
     with pytest.raises(BlobMissingError, match=r"no blob .*/no-such\.bb"):
-        world.host.read_blob("no-such.bb")
+        world.kernel.read_blob("no-such.bb")
 
 
 def test_a_damaged_blob_is_refused_by_the_caam(world: World) -> None:
     with pytest.raises(BlobRejectedError):
         loading.load(
-            world.host, world.host.read_blob(DAMAGED_BLOB), KeySource(), description(world)
+            world.kernel, world.kernel.read_blob(DAMAGED_BLOB), KeySource(), description(world)
         )
-    assert not world.host.has_key(description(world))
+    assert not world.kernel.has_key(description(world))
 
 
 def test_a_blob_becomes_a_key_of_the_length_that_its_table_names(world: World) -> None:
@@ -558,19 +558,19 @@ def test_a_blob_becomes_a_key_of_the_length_that_its_table_names(world: World) -
 
 
 def test_a_key_is_there_until_it_is_unlinked(world: World) -> None:
-    assert not world.host.has_key(description(world))
+    assert not world.kernel.has_key(description(world))
     with key_added(world):
-        assert world.host.has_key(description(world))
-        assert not world.host.has_key(f"{description(world)}1")
+        assert world.kernel.has_key(description(world))
+        assert not world.kernel.has_key(f"{description(world)}1")
         for _ in range(2):
-            world.host.unlink_key(description(world))
-            assert not world.host.has_key(description(world))
+            world.kernel.unlink_key(description(world))
+            assert not world.kernel.has_key(description(world))
 
 
 def test_a_key_of_the_same_description_is_replaced(world: World) -> None:
     with key_added(world, OTHER_BLOB), mapped(world) as mapping:
         assert world.reads_as_written(mapping.node)
-    assert not world.host.has_key(description(world))
+    assert not world.kernel.has_key(description(world))
 
 
 __all__ = [

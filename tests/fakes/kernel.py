@@ -208,11 +208,11 @@ class FakeKernel:
         mounts = [f"mount {mount.point}" for mount in self.mounts]
         return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs
 
-    def process(self) -> FakeHost:
+    def process(self) -> FakeProcess:
         """A new process of the agent, with a keyring of its own."""
         self.keyrings = [keyring for keyring in self.keyrings if keyring]
         self.keyrings.append({})
-        return FakeHost(self, self.keyrings[-1])
+        return FakeProcess(self, self.keyrings[-1])
 
     def medium(self, number: DeviceNumber) -> FakeMedium | None:
         """What sits at a device number."""
@@ -248,7 +248,7 @@ class FakeKernel:
             self.mappings.pop(mapping.name, None)
 
 
-class FakeHost:
+class FakeProcess:
     """The kernel as one process of the agent sees it; the interface of `kernel.api.Host`."""
 
     def __init__(self, kernel: FakeKernel, keyring: dict[str, bytes]) -> None:

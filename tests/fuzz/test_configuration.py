@@ -17,7 +17,7 @@ from caam_hotplug import names
 from caam_hotplug.cli import main as cli
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Admitted, KeySource, Match, MountWish, Refused, Rule, decide
+from caam_hotplug.config.rules import KeySource, Match, MountSettings, NoMatch, Plan, Rule, decide
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.config_files import AnyonesFiles
@@ -47,7 +47,7 @@ mount = { name = "{label}", options = ["nodev"], filesystem_options = { ext4 = [
 """  # noqa: E501
 
 KEYS: Final = [
-    f.name for kind in (Config, Rule, Match, KeySource, Crypt, MountWish) for f in fields(kind)
+    f.name for kind in (Config, Rule, Match, KeySource, Crypt, MountSettings) for f in fields(kind)
 ]
 
 
@@ -85,11 +85,11 @@ def assert_acts_within_bounds(rule: Rule) -> None:
     volume = stick(label="l", uuid="u", serial="s", partuuid="p")
     anything = Rule(name="r", key=rule.key, mount=rule.mount)
     match decide((anything,), volume):
-        case Admitted(_, blob, mount_name):
+        case Plan(_, blob, mount_name):
             for name in (blob, mount_name):
                 assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)
             assert len(names.dm_name(volume.id, mount_name)) < 128
-        case Refused() as refused:
+        case NoMatch() as refused:
             assert "characters, more than" in str(refused)
     for kind in rule.mount.filesystems:
         for option in rule.mount.options_for(kind):

@@ -13,12 +13,12 @@ from caam_hotplug import names
 from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
-    Admitted,
     Bytes,
     KeySource,
     Match,
-    MountWish,
-    Refused,
+    MountSettings,
+    NoMatch,
+    Plan,
     Rule,
     Template,
     decide,
@@ -63,7 +63,7 @@ parts = (
     | escapes
     | st.sampled_from(["..", "/", "\\", "\\x", "\\x2", "\\xg0", " ", "\n", "%s", "{}"])
 )
-claims = (
+mount_points = (
     st.lists(parts, max_size=5).map("".join)
     | st.text(max_size=40)  # surrogates too: bytes that are no UTF-8, as pyudev hands them on
     | st.binary(max_size=20).map(lambda raw: raw.decode(errors="surrogateescape"))
@@ -76,10 +76,10 @@ CLAIMS: Final = [
     "ID_MODEL_ENC", "ID_PATH", "DISKSEQ", "PARTN", "PARTNAME", "MAJOR", "MINOR", "DEVNAME",
     "ID_PART_ENTRY_NUMBER", "ID_PART_ENTRY_SIZE", "DM_NAME", names.UDEV_OPT_OUT,
 ]  # fmt: skip
-properties = st.dictionaries(st.sampled_from(CLAIMS), claims, max_size=8) | claims.map(
+properties = st.dictionaries(st.sampled_from(CLAIMS), mount_points, max_size=8) | mount_points.map(
     lambda label: {"ID_PART_ENTRY_NAME": label}
 )
-usb_strings = st.binary(max_size=20) | claims.map(lambda text: text.encode(errors="replace"))
+usb_strings = st.binary(max_size=20) | mount_points.map(lambda text: text.encode(errors="replace"))
 
 unsigned = st.sampled_from([0, 1, 7, 2**31, 2**32, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
 odd_numbers = st.sampled_from(["", "-1", "x", "1_0", "9" * 25, "٧", "1 1", "\x00"])
@@ -95,7 +95,7 @@ attributes = st.fixed_dictionaries(
 )
 globs = (
     st.none()
-    | claims
+    | mount_points
     | st.sampled_from(["*", "?*", "[", "[!", "[z-a]*", "*a*a*a*a*a*b", "[[:x:]]"])
 )
 places = st.sampled_from([f"{{{name}}}" for name in Template.FIELDS])
@@ -127,7 +127,7 @@ rules = st.builds(
         min_size=st.none() | unsigned.map(Bytes),
     ),
     key=st.builds(KeySource, blob=templates),
-    mount=st.builds(MountWish, name=templates),
+    mount=st.builds(MountSettings, name=templates),
 )
 
 
@@ -161,7 +161,7 @@ def assert_is_one_name(name: str, longest: int) -> None:
     assert len(name) <= longest
 
 
-def assert_stays_within_bounds(volume: Volume, plan: Admitted) -> None:
+def assert_stays_within_bounds(volume: Volume, plan: Plan) -> None:
     """What the plan leads to: files, names, lines."""
     wish = Wish(volume, plan)
     assert_is_one_name(plan.blob, NAME_MAX)
@@ -211,30 +211,30 @@ def test_whatever_a_medium_says_names_stay_names(
         return
     assert_is_described_within_bounds(volume)
     match decide(asked, volume):
-        case Admitted() as plan:
+        case Plan() as plan:
             assert_stays_within_bounds(volume, plan)
-        case Refused() as refused:
+        case NoMatch() as refused:
             assert all(why for _, why in refused.reasons)
             for why in (why for _, why in refused.reasons):
                 medium_says = why.partition(", not ")[0]  # the rule's own words come after it
                 assert medium_says.isprintable() or "so it is not" in why
 
 
-@tries("udev: any label, under a rule that admits all", label=claims, template=templates)
+@tries("udev: any label, under a rule that admits all", label=mount_points, template=templates)
 def test_a_label_becomes_a_name_or_a_reason(label: str, template: Template) -> None:
     volume = volume_of({"ID_PART_ENTRY_NAME": label, "ID_SERIAL_SHORT": label}, {}, {}, "udev")
     assert volume is not None
-    rule = Rule(name="all", key=KeySource(blob=template), mount=MountWish(name=template))
+    rule = Rule(name="all", key=KeySource(blob=template), mount=MountSettings(name=template))
     match decide((rule,), volume):
-        case Admitted() as plan:
+        case Plan() as plan:
             assert_stays_within_bounds(volume, plan)
-        case Refused() as refused:
+        case NoMatch() as refused:
             assert str(refused).startswith("all: matches, but ")
             assert str(refused).isprintable()
             assert str(refused).isascii()
 
 
-@tries("udev: any text, decoded", value=claims)
+@tries("udev: any text, decoded", value=mount_points)
 def test_any_value_is_decoded_to_text_that_can_be_written(value: str) -> None:
     text: Any = sysfs.decoded(value)
     assert isinstance(text, str)

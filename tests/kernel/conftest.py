@@ -303,7 +303,7 @@ def world(formatted: real.Formatted, nothing_left: None, tmp_path: Path) -> Iter
     formatted.restore()
     made = RealWorld(formatted.medium, tmp_path)
     yield made
-    assert list(made.host.mount_root.iterdir()) == []
+    assert list(made.kernel.mount_root.iterdir()) == []
 
 
 @pytest.fixture(scope="session")

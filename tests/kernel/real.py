@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.kernel import sysfs
-from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume
 from fakes.contract import BLOB, DAMAGED_BLOB, OTHER_BLOB
 from kernel import witness
@@ -37,7 +37,7 @@ class RealWorld:
         damaged = bytearray((BLOBS / BLOB).read_bytes())
         damaged[-1] ^= 1
         (blobs / DAMAGED_BLOB).write_bytes(damaged)
-        self.host = Linux(blobs, root)
+        self.kernel = LinuxKernel(blobs, root)
 
     def reads_as_written(self, node: str) -> bool:
         """Past the page cache, which would still have what was read before."""
@@ -61,13 +61,13 @@ class RealWorld:
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """This process has the mounted directory open."""
-        with self.held(str(self.host.mount_root / name)):
+        with self.held(str(self.kernel.mount_root / name)):
             yield
 
     @contextmanager
     def directory(self, name: str, *, content: bool) -> Iterator[None]:
         """It must be there afterwards, with its content."""
-        path = self.host.mount_root / name
+        path = self.kernel.mount_root / name
         path.mkdir()
         if content:
             (path / "content").touch()

@@ -62,7 +62,7 @@ def test_every_kind_of_blob_becomes_a_tagged_key(name: str, length: int) -> None
 def test_every_key_that_aes_knows_makes_a_mapping(world: RealWorld, name: str) -> None:
     with created(world) as mapping:
         load(world, mapping, name)
-        world.host.activate_mapping(mapping)
+        world.kernel.activate_mapping(mapping)
         assert world.reads_as_written(found(world).node) is (name == "cartridge-01")
 
 
@@ -78,14 +78,14 @@ def test_a_key_that_aes_does_not_know_is_refused_with_the_table(
 
 
 def load(world: RealWorld, mapping: str, name: str, directory: Path = BLOB_DIRECTORY) -> None:
-    host = world.host
+    kernel = world.kernel
     with caam.import_blob(CAAM_DEVICE, blob_files.read(directory, f"{name}.bb").content) as key:
-        host.add_key(description(world), key)
+        kernel.add_key(description(world), key)
         line = replace(target(world), key_bytes=len(key)).to_line()
     try:
-        host.load_table(mapping, line, read_only=False)
+        kernel.load_table(mapping, line, read_only=False)
     finally:
-        host.unlink_key(description(world))
+        kernel.unlink_key(description(world))
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_a_key_that_is_given_is_the_one_in_the_blob(world: RealWorld) -> None:
         blob = caam.create_blob(CAAM_DEVICE, "ecb", given)
         assert given.buffer == KEY
     assert KEY not in blob
-    (world.host.blob_directory / "given.bb").write_bytes(blob)
+    (world.kernel.blob_directory / "given.bb").write_bytes(blob)
     with created(world) as mapping:
-        load(world, mapping, "given", world.host.blob_directory)
-        world.host.activate_mapping(mapping)
+        load(world, mapping, "given", world.kernel.blob_directory)
+        world.kernel.activate_mapping(mapping)
         assert world.reads_as_written(found(world).node)
 
 
@@ -144,7 +144,7 @@ def test_bytes_that_are_no_blob_are_refused_for_their_form() -> None:
 
 
 def test_a_blob_with_any_byte_changed_is_refused(world: RealWorld) -> None:
-    blob = world.host.read_blob(BLOB).content
+    blob = world.kernel.read_blob(BLOB).content
     for at in range(len(blob)):
         with pytest.raises(BlobRejectedError):
             caam.import_blob(CAAM_DEVICE, blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])

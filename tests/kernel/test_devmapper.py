@@ -31,17 +31,17 @@ def no_udevd() -> Iterator[None]:
 
 
 def test_two_hundred_mappings_leave_nothing_without_udevd(world: RealWorld, no_udevd: None) -> None:
-    host, name = world.host, name_of(world)
+    kernel, name = world.kernel, name_of(world)
     files = sorted(os.listdir("/proc/self/fd"))
     with key_added(world) as length:
         line = target(world, length).to_line()
         for _ in range(CYCLES):
-            host.create_mapping(name, dm_uuid(world.volume.id))
-            host.load_table(name, line, read_only=False)
-            host.activate_mapping(name)
+            kernel.create_mapping(name, dm_uuid(world.volume.id))
+            kernel.load_table(name, line, read_only=False)
+            kernel.activate_mapping(name)
             assert os.path.exists(f"/dev/mapper/{name}")
-            host.remove_mapping(name)
-            assert host.find_mapping(dm_uuid(world.volume.id)) is None
+            kernel.remove_mapping(name)
+            assert kernel.find_mapping(dm_uuid(world.volume.id)) is None
     assert not os.path.lexists(f"/dev/mapper/{name}")
     assert sorted(os.listdir("/proc/self/fd")) == files
     assert Path("/proc/sysvipc/sem").read_text().count("\n") == 1
@@ -104,7 +104,7 @@ def test_a_failure_says_what_the_kernel_wants_and_the_library_prints_nothing(
 
 
 def test_a_name_that_device_mapper_does_not_take_is_an_error(world: RealWorld) -> None:
-    assert world.host.our_mappings() == []
+    assert world.kernel.our_mappings() == []
     with pytest.raises(DmError) as too_long:
         devmapper.create("x" * 200, dm_uuid(world.volume.id))
     with pytest.raises(DmError):

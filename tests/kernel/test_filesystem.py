@@ -34,7 +34,7 @@ def mount(
     options: Sequence[str] = (),
     filesystem_options: Sequence[str] = (),
 ) -> None:
-    world.host.mount(
+    world.kernel.mount(
         mapping.node,
         kind,
         POINT,
@@ -48,7 +48,7 @@ def fields(world: RealWorld) -> tuple[set[str], set[str]]:
     """The options of the mount and of its superblock, as mountinfo has them."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
-        if left.split(" ")[4] == str(world.host.mount_root / POINT):
+        if left.split(" ")[4] == str(world.kernel.mount_root / POINT):
             return set(left.split(" ")[5].split(",")), set(right.split(" ")[2].split(","))
     raise AssertionError("it is not mounted")
 
@@ -58,8 +58,8 @@ def test_a_mount_has_its_options_and_those_of_its_filesystem(world: RealWorld) -
     with mapped(world) as mapping:
         mount(world, mapping, "ext4", flags, ("errors=remount-ro", "commit=7", "nobarrier"))
         seen, of_superblock = fields(world)
-        world.host.unmount(POINT)
-        world.host.remove_mount_point(POINT)
+        world.kernel.unmount(POINT)
+        world.kernel.remove_mount_point(POINT)
     assert seen == {"rw", *flags}
     assert {"errors=remount-ro", "commit=7", "nobarrier"} <= of_superblock
 
@@ -78,21 +78,21 @@ def test_a_refused_option_is_named_in_the_kernels_words(
         with pytest.raises(MountError, match=says):
             mount(world, mapping, filesystem_options=options)
         assert mounts_there(world) == []
-        world.host.remove_mount_point(POINT)
+        world.kernel.remove_mount_point(POINT)
 
 
 def test_a_filesystem_that_the_kernel_lacks_is_named(world: RealWorld) -> None:
     with mapped(world) as mapping:
         with pytest.raises(MountError, match=r"nosuchfs.*the kernel lacks this filesystem") as no:
             mount(world, mapping, "nosuchfs")
-        world.host.remove_mount_point(POINT)
+        world.kernel.remove_mount_point(POINT)
     assert no.value.errno == errno.ENODEV
 
 
 def test_a_link_at_the_mount_point_is_not_followed(world: RealWorld, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    link = world.host.mount_root / POINT
+    link = world.kernel.mount_root / POINT
     link.symlink_to(elsewhere)
     with mapped(world) as mapping, pytest.raises(MountPointOccupiedError):
         mount(world, mapping)
@@ -106,28 +106,28 @@ WRITTEN: Final = b"written by a program, and nowhere else"
 @pytest.mark.parametrize("owner", [0, 1000], ids=["of-roots", "that-lets-no-other-in"])
 def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner: int) -> None:
     with mapped(world) as mapping, mounted(world, mapping):
-        root = world.host.mount_root / POINT
+        root = world.kernel.mount_root / POINT
         (root / "file").write_bytes(WRITTEN)
         os.chown(root, owner, owner)
         root.chmod(0o700)
-        without_passing_for_others(lambda: world.host.flush(POINT, mapping.node))
+        without_passing_for_others(lambda: world.kernel.flush(POINT, mapping.node))
         assert WRITTEN in past_the_cache(mapping.node)
 
 
 def test_the_services_capabilities_will_do_to_mount_and_to_let_go(world: RealWorld) -> None:
-    point = world.host.mount_root / POINT
+    point = world.kernel.mount_root / POINT
     with mapped(world) as mapping:
         without_passing_for_others(lambda: mount(world, mapping))
         assert point.is_mount()
-        without_passing_for_others(lambda: world.host.unmount(POINT))
-        assert without_passing_for_others(world.host.our_mount_points) == [POINT]
-        without_passing_for_others(lambda: world.host.remove_mount_point(POINT))
+        without_passing_for_others(lambda: world.kernel.unmount(POINT))
+        assert without_passing_for_others(world.kernel.our_mount_points) == [POINT]
+        without_passing_for_others(lambda: world.kernel.remove_mount_point(POINT))
     assert not point.exists()
 
 
 def test_flushing_what_is_not_there_is_an_error(world: RealWorld) -> None:
     with pytest.raises(MountError) as refused:
-        world.host.flush(POINT, "/dev/dm-0")
+        world.kernel.flush(POINT, "/dev/dm-0")
     assert refused.value.errno == errno.ENOENT
 
 
@@ -166,7 +166,7 @@ def past_the_cache(node: str) -> bytes:
 def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:
     for look in (lambda node: filesystem.probe(node, ("ext4",)), filesystem.identify):
         with pytest.raises(KernelError) as refused:
-            look(str(world.host.mount_root / "nothing"))
+            look(str(world.kernel.mount_root / "nothing"))
         assert refused.value.errno == errno.ENOENT
 
 
@@ -189,7 +189,7 @@ def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
         until(lambda: os.path.exists(partition))
         seen = filesystem.identify(partition)
         bare = replace(world.volume, name=Path(partition).name, identified=False)
-        volume = world.host.identify(bare)
+        volume = world.kernel.identify(bare)
         run("blockdev", "--flushbufs", partition)
         run("partx", "-d", medium.device)
     assert seen == filesystem.Identity(

@@ -16,9 +16,9 @@ STRANGER = 1000
 
 
 def test_a_blob_in_a_strangers_directory_is_not_read(world: RealWorld) -> None:
-    os.chown(world.host.blob_directory, STRANGER, 0)
+    os.chown(world.kernel.blob_directory, STRANGER, 0)
     with pytest.raises(UnsafePathError, match="blobs belongs to user 1000, not to root"):
-        world.host.read_blob(BLOB)
+        world.kernel.read_blob(BLOB)
 
 
 def test_a_blob_below_a_directory_of_a_stranger_is_not_read(
@@ -26,27 +26,27 @@ def test_a_blob_below_a_directory_of_a_stranger_is_not_read(
 ) -> None:
     os.chown(tmp_path, STRANGER, 0)
     with pytest.raises(UnsafePathError, match="belongs to user 1000"):
-        world.host.read_blob(BLOB)
+        world.kernel.read_blob(BLOB)
 
 
 def test_nothing_is_mounted_in_a_strangers_directory(world: RealWorld) -> None:
-    os.chown(world.host.mount_root, STRANGER, 0)
+    os.chown(world.kernel.mount_root, STRANGER, 0)
     with mapped(world) as mapping, pytest.raises(UnsafePathError, match="belongs to user 1000"):
         mount(world, mapping)
     with pytest.raises(UnsafePathError):
-        world.host.our_mount_points()
-    assert list(world.host.mount_root.iterdir()) == []
+        world.kernel.our_mount_points()
+    assert list(world.kernel.mount_root.iterdir()) == []
 
 
 def test_a_directory_that_a_group_writes_to_is_not_trusted(world: RealWorld) -> None:
-    world.host.mount_root.chmod(0o775)
+    world.kernel.mount_root.chmod(0o775)
     with pytest.raises(UnsafePathError, match="can be written by others than root"):
-        world.host.remove_mount_point(POINT)
+        world.kernel.remove_mount_point(POINT)
 
 
 def test_a_strangers_sticky_directory_is_not_trusted_either(world: RealWorld) -> None:
-    world.host.mount_root.chmod(0o1777)
-    with paths.directory(world.host.mount_root):
-        os.chown(world.host.mount_root, STRANGER, 0)
-    with pytest.raises(UnsafePathError), paths.directory(world.host.mount_root):
+    world.kernel.mount_root.chmod(0o1777)
+    with paths.directory(world.kernel.mount_root):
+        os.chown(world.kernel.mount_root, STRANGER, 0)
+    with pytest.raises(UnsafePathError), paths.directory(world.kernel.mount_root):
         pass

@@ -189,8 +189,8 @@ class Soak:
         for name, count in bench.memories().items():
             if count != (1 if name == "tasks" else 0):
                 raise LeakError(f"{name}: {count}")
-        if any(entry.state is not State.REMOVED_UNSAFELY for entry in bench.board.entries()):
-            raise LeakError(f"on the board: {bench.board.entries()}")
+        if any(entry.state is not State.REMOVED_UNSAFELY for entry in bench.registry.entries()):
+            raise LeakError(f"on the board: {bench.registry.entries()}")
         bench.kernel.let_go()
         bench.stop()
         bench.start()  # what a failed release has left, the next start sweeps
@@ -202,7 +202,7 @@ class Soak:
 
     def _see_that_what_is_told_is_true(self) -> None:
         points = {mount.point for mount in self._bench.kernel.mounts}
-        for entry in self._bench.board.entries():
+        for entry in self._bench.registry.entries():
             if entry.state is State.MOUNTED and entry.reason.split()[1].rstrip(",") not in points:
                 raise LeakError(f"not mounted: {entry}")
             if entry.state is State.STUCK:

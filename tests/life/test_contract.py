@@ -17,39 +17,39 @@ class FakeWorld:
     """A fake kernel with a medium in it."""
 
     def __init__(self) -> None:
-        self.kernel = FakeKernel()
-        self.volume = self.kernel.insert()
-        self.kernel.blobs[OTHER_BLOB] = b"another tagged key".ljust(48)
-        self.kernel.blobs[DAMAGED_BLOB] = b"foreign"
-        self.host = self.kernel.process()
+        self.fake = FakeKernel()
+        self.volume = self.fake.insert()
+        self.fake.blobs[OTHER_BLOB] = b"another tagged key".ljust(48)
+        self.fake.blobs[DAMAGED_BLOB] = b"foreign"
+        self.kernel = self.fake.process()
 
     def reads_as_written(self, node: str) -> bool:
-        return self.kernel.reads_as_written(node)
+        return self.fake.reads_as_written(node)
 
     @contextmanager
     def held(self, node: str) -> Iterator[None]:
-        self.kernel.by_node(node).holders += 1
+        self.fake.by_node(node).holders += 1
         yield
-        self.kernel.let_go()
+        self.fake.let_go()
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        self.kernel.users[name] = 1
+        self.fake.users[name] = 1
         yield
-        self.kernel.let_go()
+        self.fake.let_go()
 
     @contextmanager
     def directory(self, name: str, *, content: bool) -> Iterator[None]:
-        kind = self.kernel.directories[name] = "content" if content else "board"
+        kind = self.fake.directories[name] = "content" if content else "board"
         yield
-        assert self.kernel.directories.pop(name) == kind
+        assert self.fake.directories.pop(name) == kind
 
     @contextmanager
     def foreign_mapping(self) -> Iterator[None]:
         number = DeviceNumber(253, 77)
-        self.kernel.mappings["foreign"] = FakeMapping("foreign", "OTHER-1", number, "0 8 zero")
+        self.fake.mappings["foreign"] = FakeMapping("foreign", "OTHER-1", number, "0 8 zero")
         yield
-        del self.kernel.mappings["foreign"]
+        del self.fake.mappings["foreign"]
 
 
 @pytest.fixture
@@ -57,4 +57,4 @@ def world() -> Iterator[World]:
     """A world in memory, with nothing left in it afterwards."""
     made = FakeWorld()
     yield made
-    assert made.kernel.leftovers() == []
+    assert made.fake.leftovers() == []

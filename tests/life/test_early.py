@@ -13,7 +13,7 @@ from caam_hotplug.config.rules import (
     BUILT_IN,
     KeySource,
     Match,
-    MountWish,
+    MountSettings,
     Rule,
     Template,
     UnitTemplate,
@@ -81,7 +81,7 @@ def test_a_rule_that_asks_for_what_only_udev_knows_waits_for_it(bench: Bench, fa
     "rule",
     [
         Rule(name="r", key=KeySource(blob=Template("{serial}.bb"))),
-        Rule(name="r", mount=MountWish(name=Template("{partuuid}"))),
+        Rule(name="r", mount=MountSettings(name=Template("{partuuid}"))),
         Rule(name="r", on_mount=UnitTemplate("a@{label}.service")),
         Rule(name="r", on_unmount=UnitTemplate("a@{uuid}.service")),
     ],
@@ -361,4 +361,4 @@ def test_a_medium_that_was_slow_to_be_identified_is_not_called_stuck_for_ever(be
     bench.announce(replace(volume, partlabel="cartridge-01"))
     bench.wait(20)
     assert State.STUCK in [state for _, state, _ in bench.states]
-    assert bench.board.entries() == []
+    assert bench.registry.entries() == []

@@ -570,7 +570,7 @@ def test_a_step_that_hangs_is_called_stuck_holds_up_nobody_else_and_goes_on(call
             scene.bench.wait(HANGS_S)
             assert scene.told()[0] is case.moment.ends_in
             if stopping:
-                assert scene.bench.board.entries() == []
+                assert scene.bench.registry.entries() == []
             else:
                 assert scene.is_served(other)
                 assert scene.is_served(scene.neighbour)

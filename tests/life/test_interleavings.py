@@ -163,8 +163,8 @@ def kill_at(bench: Bench, step: str, when: str) -> None:
     def before(now: str) -> None:
         nonlocal seen
         if (when == "after" and seen) or (when == "before" and now == step):
-            assert bench._host is not None
-            bench._host.die()
+            assert bench._process is not None
+            bench._process.die()
         seen = seen or now == step
 
     bench.kernel.before = before
@@ -264,7 +264,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "bench") or not self.bench.running:
             return
         points = {mount.point for mount in self.bench.kernel.mounts}
-        for entry in self.bench.board.entries():
+        for entry in self.bench.registry.entries():
             if entry.state is State.MOUNTED:
                 assert entry.reason.split()[1].rstrip(",") in points
 

@@ -12,7 +12,7 @@ import pytest
 from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
-    MountWish,
+    MountSettings,
     OnBusy,
     OnStop,
     Rule,
@@ -154,7 +154,7 @@ def test_a_departed_volume_is_not_stuck_in_its_power_off(bench: Bench) -> None:
     bench.settle()
     bench.wait(20)
     assert bench.state(volume) is State.GONE
-    assert bench.board.entries() == []
+    assert bench.registry.entries() == []
     bench.wait(900)
     assert [state for _, state, _ in bench.states].count(State.GONE) == 1
 
@@ -256,7 +256,7 @@ def test_other_rules_take_no_volume_from_its_users(on_busy: OnBusy) -> None:
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
     bench.kernel.ends_users = {signal.SIGKILL}
-    changed: Rule = replace(RULE, on_busy=on_busy, mount=MountWish(read_only=True))
+    changed: Rule = replace(RULE, on_busy=on_busy, mount=MountSettings(read_only=True))
     bench.renew(changed)
     assert "end_holders" not in bench.kernel.steps
     assert bench.state(volume) is State.MOUNTED

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, Match, MountWish, OnStop, Rule, Template
+from caam_hotplug.config.rules import BUILT_IN, Action, Match, MountSettings, OnStop, Rule, Template
 from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
 from fakes.bench import Bench
@@ -283,7 +283,7 @@ def test_a_volume_kept_under_another_name_is_moved_to_the_one_its_rule_gives_now
     bench.settle()
     bench.stop()
     bench.rules = (
-        Rule(name="new", match=Match(partlabel="c*"), mount=MountWish(name=Template("new"))),
+        Rule(name="new", match=Match(partlabel="c*"), mount=MountSettings(name=Template("new"))),
     )
     bench.start()
     bench.settle()
@@ -734,7 +734,7 @@ def test_a_volume_that_a_defect_cost_its_service_is_forgotten_after_it_left(benc
     assert bench.state(broken) is State.REMOVED_UNSAFELY
     healthy = bench.insert("healthy", "sda1")
     bench.settle()
-    assert [entry.volume for entry in bench.board.entries()] == [healthy]
+    assert [entry.volume for entry in bench.registry.entries()] == [healthy]
 
 
 def _killed_and_started_while_udev_is_silent(bench: Bench) -> Volume:

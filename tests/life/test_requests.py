@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, MountWish, OnBusy, Rule, UnitTemplate
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule, UnitTemplate
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench
@@ -368,7 +368,7 @@ def test_other_rules_apply_to_media_that_are_present(bench: Bench) -> None:
     bench.renew()
     assert (bench.state(volume), bench.said(volume)) == (State.IGNORED, "there are no rules")
     assert bench.kernel.leftovers() == []
-    bench.renew(replace(RULE, mount=MountWish(read_only=True)))
+    bench.renew(replace(RULE, mount=MountSettings(read_only=True)))
     assert bench.kernel.mounts[0].read_only
     assert bench.state(volume) is State.MOUNTED
 
@@ -385,7 +385,7 @@ def test_rules_that_ask_for_the_same_leave_a_mounted_volume_as_it_is(bench: Benc
 def test_a_volume_in_use_stays_as_it_is_under_other_rules_until_it_is_free(bench: Bench) -> None:
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.renew(replace(RULE, mount=MountWish(read_only=True)))
+    bench.renew(replace(RULE, mount=MountSettings(read_only=True)))
     is_untouched(bench, volume)
     assert not bench.kernel.mounts[0].read_only
 
@@ -503,7 +503,7 @@ def wants_another_mount(bench: Bench) -> None:
     """Other rules are in force, and the unit before an unmount takes its time."""
     bench.units.takes_s = 5.0
     assert bench._supervisor is not None
-    bench._supervisor.renew((replace(UNITS, mount=MountWish(read_only=True)),))
+    bench._supervisor.renew((replace(UNITS, mount=MountSettings(read_only=True)),))
     bench.wait(1)
 
 

@@ -28,7 +28,7 @@ from caam_hotplug.kernel import (
     memory,
     udev,
 )
-from caam_hotplug.keys.sealing import Way
+from caam_hotplug.keys.sealing import SealMethod
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,
@@ -74,7 +74,7 @@ class Workshop:
             rule=rule,
             rule_text=text,
             config_file=self.config_file,
-            **{"key_bytes": 16, "way": Way(backend="tagged"), **more},
+            **{"key_bytes": 16, "method": SealMethod(backend="tagged"), **more},
         )
         loaded = loader.load(self.config_file, config_files.RootsFiles())
         return provision.provision(wished, loaded, self.steps.append, self.announce)

@@ -52,7 +52,7 @@ def add_to(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     create.add_argument("name", metavar="NAME", help="the blob is NAME.bb in the blob directory")
-    provision.add_way(create)
+    provision.add_seal_options(create)
     add_config(create)
     create.set_defaults(command=lambda parsed: _create(parsed, load(parsed)))
 
@@ -66,7 +66,7 @@ def add_to(
     enroll.add_argument(
         "--from", dest="file", type=Path, required=True, metavar="FILE", help="the recovery file"
     )
-    provision.add_way(enroll, makes_key=False)
+    provision.add_seal_options(enroll, makes_key=False)
     add_config(enroll)
     enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
 
@@ -118,12 +118,12 @@ def _create(parsed: argparse.Namespace, loaded: loader.Config) -> int:
 
     _require_name(parsed.name)
     _require_root(f"make a key {parsed.name}")
-    way, key_bytes = provision.way_of(parsed)
+    method, key_bytes = provision.seal_method(parsed)
     with store.folder(loaded.blob_directory) as folder:
         store.require_new(parsed.name, folder)
-        blob = sealing.seal(way, key_bytes, folder.path)
+        blob = sealing.seal(method, key_bytes, folder.path)
         folder.write(parsed.name, blob, settled=True)
-        how = way.seal if way.backend == "tagged" else way.backend
+        how = method.seal if method.backend == "tagged" else method.backend
         print(f"{folder.file(parsed.name)}: made; {key_bytes} bytes, {how}")
     return 0
 
@@ -135,8 +135,8 @@ def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
 
     _require_name(parsed.name)
     _require_root(f"enroll {parsed.name}")
-    way, _ = provision.way_of(parsed)
-    sealing.require_given(way)
+    method, _ = provision.seal_method(parsed)
+    sealing.require_given(method)
     memory.refuse_core_dumps()
     with store.recovered(parsed.file) as (about, key):
         if store.is_open_to_others(parsed.file):
@@ -150,13 +150,13 @@ def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
                 f"enroll {parsed.name}: {shown(parsed.file)} is the recovery file of "
                 f"{about.label}, and the blob must have that name"
             )
-        sealing.require_fit(way, about.cipher, len(key))
+        sealing.require_fit(method, about.cipher, len(key))
         with store.folder(loaded.blob_directory) as folder:
             store.require_new(parsed.name, folder)
-            blob = sealing.seal(way, key, folder.path)
+            blob = sealing.seal(method, key, folder.path)
             folder.write(parsed.name, blob, settled=True)
             print(f"{folder.file(parsed.name)}: made; this board opens {parsed.name} too")
-    for line in recovery_files.needs_rule(about, KEY_TYPES[way.backend]):
+    for line in recovery_files.needs_rule(about, KEY_TYPES[method.backend]):
         print(line, file=sys.stderr)
     return 0
 

@@ -81,10 +81,10 @@ def add_to(
 def _migrate(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     from caam_hotplug.provisioning import migrate  # noqa: PLC0415  libraries, only needed here
 
-    way, key_bytes = provision.way_of(parsed)
+    method, key_bytes = provision.seal_method(parsed)
     wish = migrate.Wish(
         volume=parsed.volume,
-        way=way,
+        method=method,
         key_bytes=key_bytes,
         recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
     )
@@ -92,9 +92,9 @@ def _migrate(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     with provision.interruptible(what), provision.Progress(sys.stderr) as progress:
         done = migrate.migrate(wish, loaded, progress.tell, _Pace(progress).reached)
     if done.kept is None:
-        print(f"{done.node}: {shown(done.label)} has a {way.backend} key already")
+        print(f"{done.node}: {shown(done.label)} has a {method.backend} key already")
         return 0
-    print(f"{done.node}: {shown(done.label)} is under a {way.backend} key; it is in {done.blob}")
+    print(f"{done.node}: {shown(done.label)} is under a {method.backend} key; it is in {done.blob}")
     print(f"its old blob is kept as {shown(done.kept)}")
     if done.recovery_file is not None:
         print(f"recovery key: {shown(done.recovery_file)}; keep it apart from medium and board")

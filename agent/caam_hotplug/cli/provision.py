@@ -98,7 +98,7 @@ def add_to(
         default=512,
         help="how many bytes are encrypted as one; default: 512",
     )
-    add_way(parser)
+    add_seal_options(parser)
     parser.add_argument(
         "--recovery-key",
         type=Path,
@@ -119,7 +119,7 @@ def add_to(
     parser.set_defaults(command=lambda parsed: _provision(parsed, load(parsed)))
 
 
-def add_way(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
+def add_seal_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
     """The command knows how a key can be sealed, and of what length one is that it makes."""
     parser.add_argument(
         "--backend",
@@ -162,7 +162,7 @@ def add_key_choices(parser: argparse.ArgumentParser, *, makes_key: bool = True) 
     )
 
 
-def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
+def seal_method(parsed: argparse.Namespace) -> tuple[sealing.SealMethod, int]:
     """How the key is to be sealed, and its length. Raises: HotplugError."""
     from caam_hotplug.config import loader  # noqa: PLC0415  only needed by some commands
     from caam_hotplug.keys import sealing  # noqa: PLC0415  only needed by some commands
@@ -183,8 +183,10 @@ def way_of(parsed: argparse.Namespace) -> tuple[sealing.Way, int]:
     key_bytes = getattr(parsed, "key_bytes", None) or sealing.KEY_BYTES[backend]
     if backend == "tagged" and key_bytes not in {16, 32}:
         raise HotplugError(f"use --key-bytes {key_bytes}: a tagged key for AES has 16 or 32")
-    way = sealing.Way(backend=backend, seal=parsed.seal, master=parsed.master, options=options)
-    return way, key_bytes
+    method = sealing.SealMethod(
+        backend=backend, seal=parsed.seal, master=parsed.master, options=options
+    )
+    return method, key_bytes
 
 
 def rule_for(
@@ -251,12 +253,12 @@ def _provision(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     # Libraries and their bindings take their time, and only this command needs them.
     from caam_hotplug.provisioning import options, provision  # noqa: PLC0415
 
-    way, key_bytes = way_of(parsed)
+    method, key_bytes = seal_method(parsed)
     rule, text = rule_for(
         parsed.label,
-        backend=way.backend,
+        backend=method.backend,
         key_bytes=key_bytes,
-        key_options=way.options,
+        key_options=method.options,
         filesystem=parsed.fs,
         cipher=parsed.cipher,
         sector_size=parsed.sector_size,
@@ -268,7 +270,7 @@ def _provision(parsed: argparse.Namespace, loaded: loader.Config) -> int:
         rule=rule,
         rule_text=text,
         key_bytes=key_bytes,
-        way=way,
+        method=method,
         recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
         rule_file=drop_in if parsed.rule else None,
         config_file=file,

@@ -18,7 +18,7 @@ from caam_hotplug.config.rules import (
     BUILT_IN,
     Bytes,
     Match,
-    MountWish,
+    MountSettings,
     Rule,
     Template,
     UnitTemplate,
@@ -305,7 +305,7 @@ def _contradictions(described: object) -> Iterator[tuple[str, str]]:
     match described:
         case Match(min_size=Bytes() as least, max_size=Bytes() as most) if least > most:
             yield "min_size", f"expected at most max_size, which is {most}, found {least}"
-        case MountWish(options=options, read_only=read_only, filesystem_options=of):
+        case MountSettings(options=options, read_only=read_only, filesystem_options=of):
             times = [option for option in _TIMES if option in options]
             if len(times) > 1:
                 yield "options", f"expected one of {', '.join(_TIMES)}; found {', '.join(times)}"

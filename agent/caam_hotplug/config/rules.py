@@ -280,7 +280,7 @@ _ALWAYS: Final[dict[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MountWish:
+class MountSettings:
     """Where and how the volume is mounted."""
 
     name: Template = NAME_OF_LABEL
@@ -314,7 +314,7 @@ class Rule:
     match: Match = Match()
     key: KeySource = KeySource()
     crypt: Crypt = field(default_factory=Crypt)
-    mount: MountWish = field(default_factory=MountWish)
+    mount: MountSettings = field(default_factory=MountSettings)
 
     def asks_for(self, facts: frozenset[str]) -> bool:
         """Whether it takes one of these facts to tell what the rule makes of a volume."""
@@ -330,7 +330,7 @@ BUILT_IN: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Plan:
     """A rule wants the volume, under these names."""
 
     rule: Rule
@@ -341,7 +341,7 @@ class Admitted:
     on_mount: str | None = None
     on_unmount: str | None = None
 
-    def makes_the_same(self, other: Admitted) -> bool:
+    def makes_the_same(self, other: Plan) -> bool:
         """Whether a volume that is held as the other has it can stay as it is."""
         mine, others = (
             (plan.blob, plan.mount_name, plan.rule.action, plan.rule.crypt, plan.rule.mount)
@@ -351,7 +351,7 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class NoMatch:
     """No rule wants the volume."""
 
     reasons: tuple[tuple[str, str], ...]
@@ -364,11 +364,11 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Undecided:
+class NeedsUdev:
     """It takes what udev has yet to tell."""
 
 
-def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Undecided:
+def decide(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
     """The first matching rule with the names it gives, or for each rule why it is not it.
 
     Undecided only of a volume that awaits udev. Then Admitted holds unless udev contradicts what
@@ -376,9 +376,9 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Unde
     """
     unknown = _unknown_of(volume)
     if volume.opted_out:
-        return Refused((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
+        return NoMatch((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:
-        return Refused((("", "it is not finished; run the same `provision` or `migrate` again"),))
+        return NoMatch((("", "it is not finished; run the same `provision` or `migrate` again"),))
     reasons: list[tuple[str, str]] = []
     for rule in rules:
         failure = next(rule.match.failures(volume), None)
@@ -386,17 +386,17 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Admitted | Refused | Unde
             reasons.append((rule.name, failure))
             continue
         if rule.asks_for(unknown):
-            return Undecided()
+            return NeedsUdev()
         return _made_of(rule, volume)
-    return Refused(tuple(reasons))
+    return NoMatch(tuple(reasons))
 
 
-def _made_of(rule: Rule, volume: Volume) -> Admitted | Refused:
+def _made_of(rule: Rule, volume: Volume) -> Plan | NoMatch:
     """What the rule, which matches, makes of the volume."""
     if rule.action is Action.IGNORE:
-        return Refused(((rule.name, "matches, and its action is ignore"),))
+        return NoMatch(((rule.name, "matches, and its action is ignore"),))
     try:
-        return Admitted(
+        return Plan(
             rule,
             rule.key.blob.render(volume),
             rule.mount.name.render(volume),
@@ -404,4 +404,4 @@ def _made_of(rule: Rule, volume: Volume) -> Admitted | Refused:
             None if rule.on_unmount is None else rule.on_unmount.render(volume),
         )
     except UnsafeNameError as error:
-        return Refused(((rule.name, f"matches, but {error}"),))
+        return NoMatch(((rule.name, f"matches, but {error}"),))

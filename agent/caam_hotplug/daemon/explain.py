@@ -7,11 +7,11 @@ from contextlib import closing
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Action, Admitted, Refused, decide
+from caam_hotplug.config.rules import Action, NoMatch, Plan, decide
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
 from caam_hotplug.kernel import udev
-from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import SECTOR_BYTES, Volume
 
 _FACTS = (
@@ -25,19 +25,19 @@ def explain(node: str, config: Config) -> Iterator[str]:
     with closing(udev.Devices(source)) as devices:
         volume = devices.volume(node)
     if not volume.identified:
-        volume = Linux(config.blob_directory, config.mount_root).identify(volume)
+        volume = LinuxKernel(config.blob_directory, config.mount_root).identify(volume)
     yield from _facts(volume)
     yield ""
     match decide(config.rule, volume):
-        case Admitted() as plan:
+        case Plan() as plan:
             yield from _admitted(plan, config, volume)
-        case Refused() as refused:
+        case NoMatch() as refused:
             yield "no rule admits it; it is left untouched"
             for name, why in refused.reasons:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
 
 
-def _cipher(plan: Admitted) -> str:
+def _cipher(plan: Plan) -> str:
     """The cipher; where the blob decides, each that it may be."""
     form = plan.rule.key.form
     by_cipher: dict[str, list[str]] = {}
@@ -63,7 +63,7 @@ def _facts(volume: Volume) -> Iterator[str]:
             yield f"  {name:<10} {value!a}"
 
 
-def _admitted(plan: Admitted, config: Config, volume: Volume) -> Iterator[str]:
+def _admitted(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
     yield f"rule {plan.rule.name!r} admits it"
     yield f"  blob        {config.blob_directory / plan.blob}"
     yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"

@@ -16,20 +16,20 @@ from typing import NoReturn
 from caam_hotplug import trace
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import explain
-from caam_hotplug.daemon.status_registry import Board
+from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel import inotify, keyring, memory, sysfs, trusted, udev
-from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry, Event
 from caam_hotplug.systemd import journal
 from caam_hotplug.systemd.notify import Notifier
 from caam_hotplug.volume.leftovers import sweep
-from caam_hotplug.volume.lifecycle import Surroundings
-from caam_hotplug.volume.mount_points import Claims
-from caam_hotplug.volume.worker import Lane, Threads
+from caam_hotplug.volume.lifecycle import Context
+from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.worker import Threads, Worker
 
 log = logging.getLogger(__name__)
 
@@ -72,38 +72,38 @@ async def _serve(config: Config, load: Load) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
 
-    notifier, board = Notifier(), Board()
+    notifier, registry = Notifier(), StatusRegistry()
     source = udev.default_source() if config.source == "auto" else config.source
 
     def publish_soon(entry: Entry) -> None:
         """A turn of the loop later: the life's next step has begun then, and does not wait."""
-        loop.call_soon(board.publish, entry)
+        loop.call_soon(registry.publish, entry)
 
     threads = Threads(idle=_IDLE_THREADS)
 
-    def new_lane(name: str) -> Lane:
-        return Lane(name, config.stuck_after_s, threads)
+    def new_worker(name: str) -> Worker:
+        return Worker(name, config.stuck_after_s, threads)
 
-    host = Linux(config.blob_directory, config.mount_root)
-    around = Surroundings(
-        host=host,
+    kernel = LinuxKernel(config.blob_directory, config.mount_root)
+    context = Context(
+        kernel=kernel,
         rules=config.rule,
-        new_lane=new_lane,
-        dm_lane=new_lane("mappings"),
-        claims=Claims(),
+        new_worker=new_worker,
+        dm_worker=new_worker("mappings"),
+        mount_points=MountPoints(),
         publish=publish_soon,
         units=SystemdUnits(),
     )
 
-    board.listen(_Status(notifier, board).tell_soon)
+    registry.listen(_Status(notifier, registry).tell_soon)
     # Subscribed from here on: what is enumerated below is complete.
     devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
         held.callback(devices.close)
-        left = await sweep(host, new_lane("sweep"), around.dm_lane)
+        left = await sweep(kernel, new_worker("sweep"), context.dm_worker)
         # A key's type must be loaded before the key.
-        await around.dm_lane.run(trusted.is_offered, late=lambda _why: None)
-        async with Service(board) as service, Supervisor(around, left) as supervisor:
+        await context.dm_worker.run(trusted.is_offered, late=lambda _why: None)
+        async with Service(registry) as service, Supervisor(context, left) as supervisor:
             agent = Agent(config, load, supervisor, notifier)
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
@@ -114,13 +114,13 @@ async def _serve(config: Config, load: Load) -> None:
             await service.tried(_BUS_WITHIN_S)
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
-            notifier.tell("READY=1", f"STATUS={board.summary()}")
+            notifier.tell("READY=1", f"STATUS={registry.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             gc.collect()
             gc.freeze()  # what there is by now stays, and need not be looked through at each medium
             try:
                 devices.prepare()
-                await around.dm_lane.run(host.prepare, late=lambda _why: None)
+                await context.dm_worker.run(kernel.prepare, late=lambda _why: None)
                 await stopped.wait()
                 notifier.tell("STOPPING=1")
                 log.info("stopping", extra=journal.event(journal.Event.STOPPING))
@@ -161,9 +161,9 @@ def _tell_of_blobs(blobs: inotify.Directory, supervisor: Supervisor) -> None:
 class _Status:
     """The service's status line, which follows what it tells of within a moment."""
 
-    def __init__(self, notifier: Notifier, board: Board) -> None:
+    def __init__(self, notifier: Notifier, registry: StatusRegistry) -> None:
         self._notifier = notifier
-        self._board = board
+        self._registry = registry
         self._told: asyncio.TimerHandle | None = None
 
     def tell_soon(self, _entry: Entry) -> None:
@@ -173,7 +173,7 @@ class _Status:
 
     def _tell(self) -> None:
         self._told = None
-        self._notifier.tell(f"STATUS={self._board.summary()}")
+        self._notifier.tell(f"STATUS={self._registry.summary()}")
 
 
 class Agent:

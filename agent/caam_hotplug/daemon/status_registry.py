@@ -23,7 +23,7 @@ _LEVELS = {
 }
 
 
-class Board:
+class StatusRegistry:
     """Every volume that is present, and those that left unsafely until the next one arrives.
 
     Synchronization: loop only.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import Admitted, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, decide
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.model import (
     Announced,
@@ -24,7 +24,7 @@ from caam_hotplug.model import (
 )
 from caam_hotplug.systemd import journal
 from caam_hotplug.volume.leftovers import release_orphan
-from caam_hotplug.volume.lifecycle import Life, Rest, Surroundings
+from caam_hotplug.volume.lifecycle import Context, Rest, VolumeLifecycle
 from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.stop_signal import Reason
 
@@ -37,13 +37,13 @@ _LET_GO: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
 class Supervisor:
     """Begins and ends lives. Synchronization: loop only."""
 
-    def __init__(self, around: Surroundings, left: Iterable[Mapping]) -> None:
+    def __init__(self, context: Context, left: Iterable[Mapping]) -> None:
         """`left`: what an earlier run of the agent has left, to adopt or to release."""
-        self._around = around
+        self._context = context
         self._left = list(left)
         self._inherited: set[VolumeId] = set()
         self._group = asyncio.TaskGroup()
-        self._lives: dict[VolumeId, Life] = {}
+        self._lives: dict[VolumeId, VolumeLifecycle] = {}
         self._at: dict[str, VolumeId] = {}
         self._next: dict[VolumeId, Volume] = {}
         self._rested: dict[VolumeId, Rest] = {}
@@ -104,7 +104,7 @@ class Supervisor:
 
     def renew(self, rules: tuple[Rule, ...]) -> None:
         """These rules are in force, also for the volumes that are present."""
-        self._around.rules = rules
+        self._context.rules = rules
         for life in self._lives.values():
             life.renew()
 
@@ -120,7 +120,7 @@ class Supervisor:
     async def unlock(self, which: VolumeId, by: str) -> None:
         """The volume is mounted, or whatever its rule asks for. Raises: RequestRefusedError."""
         for beside in self._beside(which):
-            if beside.standing.state is State.EJECTED:
+            if beside.status.state is State.EJECTED:
                 beside.rest_instead(State.LOCKED, "another volume of its medium was unlocked")
         await self._ask(which, Ask.UNLOCK, by)
 
@@ -138,7 +138,7 @@ class Supervisor:
         life = self._life(which)
         if life.why_not(Ask.EJECT) is None:
             for beside in self._beside(which):
-                if beside.standing.state not in _LET_GO:
+                if beside.status.state not in _LET_GO:
                     await self._ask(beside.volume.id, Ask.LOCK, by)
         await self._ask(which, Ask.EJECT, by)
         for beside in self._beside(which):
@@ -152,12 +152,12 @@ class Supervisor:
                 raise RequestRefusedError(f"{life.volume} is ejected; {error}") from error
         return f"{life.volume.partlabel or life.volume.name}: safe to remove"
 
-    def _beside(self, which: VolumeId) -> list[Life]:
+    def _beside(self, which: VolumeId) -> list[VolumeLifecycle]:
         """The other volumes on the medium."""
         lives = self._lives.items()
         return [life for v, life in lives if v.diskseq == which.diskseq and v != which]
 
-    async def _power_off(self, life: Life, ended: asyncio.Future[None]) -> None:
+    async def _power_off(self, life: VolumeLifecycle, ended: asyncio.Future[None]) -> None:
         """The medium is stopped, for whoever asked for it if he still waits."""
         error: Exception | None = None
         try:
@@ -174,7 +174,7 @@ class Supervisor:
     async def _ask(self, which: VolumeId, ask: Ask, by: str) -> None:
         await self._life(which).ask(Request(ask, by))
 
-    def _life(self, which: VolumeId) -> Life:
+    def _life(self, which: VolumeId) -> VolumeLifecycle:
         life = self._lives.get(which)
         if life is None:
             raise RequestRefusedError(f"volume {which} is not there any more")
@@ -200,7 +200,7 @@ class Supervisor:
         life = self._lives.get(volume.id)
         if life is None:
             self._begin(volume)
-        elif life.leave.asked:
+        elif life.stop_signal.asked:
             # The same insertion again (a partition table was read anew): after its old life.
             self._next[volume.id] = volume
         else:
@@ -209,7 +209,7 @@ class Supervisor:
     def _begin_early(self, volume: Volume) -> None:
         """What udev tells is not waited for by a volume whose rule does not ask for it."""
         is_new = volume.id not in self._lives
-        if is_new and isinstance(decide(self._around.rules, volume), Admitted):
+        if is_new and isinstance(decide(self._context.rules, volume), Plan):
             self._arrive(volume)
 
     def _depart(self, name: str) -> None:
@@ -220,7 +220,7 @@ class Supervisor:
             return
         self._next.pop(which, None)
         if which in self._lives:
-            self._lives[which].leave.ask(Reason.GONE)
+            self._lives[which].stop_signal.ask(Reason.GONE)
         if which.partition == 0:
             self._rested = {v: r for v, r in self._rested.items() if v.diskseq != which.diskseq}
             # The kernel keeps the partitions of a reader's last medium, and says nothing of them,
@@ -237,7 +237,7 @@ class Supervisor:
                 continue
             life = self._lives.get(which)
             # udev does not list a device whose event it has not finished; sysfs knows better.
-            if life is None or not self._around.host.is_present(life.volume):
+            if life is None or not self._context.kernel.is_present(life.volume):
                 self._depart(name)
         for event in present:
             self._arrive(event.volume)
@@ -246,28 +246,30 @@ class Supervisor:
         inherits = volume.id in self._inherited
         self._inherited.discard(volume.id)
         rests = self._rested.pop(volume.id, None) or self._rests_since_before(volume)
-        life = self._lives[volume.id] = Life(self._around, volume, inherits=inherits, rests=rests)
+        life = self._lives[volume.id] = VolumeLifecycle(
+            self._context, volume, inherits=inherits, rests=rests
+        )
         self._run(self._attend(life, volume.id), lambda: str(life.volume))
 
     def _rests_since_before(self, volume: Volume) -> Rest | None:
         """As what an earlier run of the agent has let it go on request, if it has."""
         try:
-            state = State(self._around.host.remembered(volume))
+            state = State(self._context.kernel.remembered(volume))
         except ValueError:
             return None
         words = "safe to remove" if state is State.EJECTED else "before the agent was started"
         return Rest(state, words) if state in {State.EJECTED, State.LOCKED} else None
 
-    async def _attend(self, life: Life, which: VolumeId) -> None:
+    async def _attend(self, life: VolumeLifecycle, which: VolumeId) -> None:
         try:
-            await life.attend()
+            await life.run()
         except Exception:  # a defect of ours must not cost the other volumes their mounts
             defect = journal.event(journal.Event.DEFECT, volume=life.volume)
             log.exception("%s: a defect of the agent ended its service", life.volume, extra=defect)
             words = "a defect of the agent; the journal has the details"
             life.publish_defect(State.FAILED, words)
-            await life.leave.until(lambda: False)
-            if life.leave.gone:
+            await life.stop_signal.until(lambda: False)
+            if life.stop_signal.gone:
                 life.publish_defect(State.REMOVED_UNSAFELY, words)
         finally:
             del self._lives[which]
@@ -278,10 +280,12 @@ class Supervisor:
             self._begin(again)
 
     async def _release(self, orphan: Mapping) -> None:
-        around = self._around
-        lane = around.new_lane(f"sweep {orphan.name}")
+        context = self._context
+        worker = context.new_worker(f"sweep {orphan.name}")
         try:
-            await release_orphan(around.host, lane, around.dm_lane, around.claims, orphan)
+            await release_orphan(
+                context.kernel, worker, context.dm_worker, context.mount_points, orphan
+            )
         except Exception:  # a defect of ours must not cost present volumes their mounts
             defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
             log.exception("sweep %s: a defect of the agent ended it", orphan.name, extra=defect)

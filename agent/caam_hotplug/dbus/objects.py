@@ -55,7 +55,7 @@ class Agent(Protocol):
         ...
 
 
-class Board(Protocol):
+class StatusRegistry(Protocol):
     """What is true of the volumes."""
 
     counters: Counter[str]
@@ -160,9 +160,9 @@ _VOLUME: Final[Mapping[str, _Property]] = {
     ),
 }
 _MANAGER: Final[Mapping[str, _Property]] = {
-    "Version": _Property("s", lambda _board: __version__, DbusPropertyConstFlag),
+    "Version": _Property("s", lambda _registry: __version__, DbusPropertyConstFlag),
     # Asked for, not told: they change with every state, which is told already.
-    "Counters": _Property("a{st}", lambda board: dict(board.counters), 0),
+    "Counters": _Property("a{st}", lambda registry: dict(registry.counters), 0),
 }
 
 
@@ -172,13 +172,13 @@ class Objects:
     def __init__(
         self,
         connection: Connection,
-        board: Board,
+        registry: StatusRegistry,
         agent: Callable[[], tuple[Requests, Agent] | None],
         group: str = names.OPERATORS,
     ) -> None:
         """`agent`: who does what is asked for, or None while nobody does."""
         self._connection = connection
-        self._board = board
+        self._registry = registry
         self._agent = agent
         self._callers = Callers(connection, group)
         self._calls: set[asyncio.Task[None]] = set()
@@ -188,7 +188,7 @@ class Objects:
             names.BUS_PATH,
             names.BUS_MANAGER,
             _MANAGER,
-            lambda: _values(_MANAGER, board),
+            lambda: _values(_MANAGER, registry),
             {
                 "Explain": _Method(
                     self._explain, "s", ("device",), "s", ("explanation",), checked=False
@@ -196,7 +196,7 @@ class Objects:
                 "Reload": _Method(self._reload, "", (), "as", ("notices",)),
             },
         )
-        for entry in board.entries():
+        for entry in registry.entries():
             self.show(entry)
 
     def show(self, entry: Entry) -> None:
@@ -207,7 +207,7 @@ class Objects:
             self._send(exported.become(_values(_VOLUME, entry)))
             return
         # One that comes takes the place of those that have left unsafely.
-        present = {known.volume.id for known in self._board.entries()}
+        present = {known.volume.id for known in self._registry.entries()}
         for departed in [known for known in self._volumes if known not in present]:
             self._remove(departed)
         if which in present and entry.state is not State.GONE:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _LOOK_AGAIN_S: Final = 10.0
 
 
-class Board(Protocol):
+class StatusRegistry(Protocol):
     """Where the volumes' states are published: `board.Board`."""
 
     counters: Counter[str]
@@ -40,19 +40,19 @@ class Service:
 
     def __init__(
         self,
-        board: Board,
+        registry: StatusRegistry,
         *,
         group: str = names.OPERATORS,
         look_again_s: float = _LOOK_AGAIN_S,
     ) -> None:
-        self._board = board
+        self._registry = registry
         self._group = group
         self._look_again_s = look_again_s
         self._agent: tuple[Requests, Agent] | None = None
         self._objects: Objects | None = None
         self._tried = asyncio.Event()
         self._said_without = False
-        board.listen(self._heard)
+        registry.listen(self._heard)
 
     async def __aenter__(self) -> Service:
         self._task = asyncio.create_task(self._stay())
@@ -104,7 +104,7 @@ class Service:
     async def _serve(self, link: Connection, make_objects: type[Objects]) -> None:
         """The agent was on the bus, until the bus went away. Raises: NoBusError."""
         await link.greet()
-        self._objects = make_objects(link, self._board, lambda: self._agent, self._group)
+        self._objects = make_objects(link, self._registry, lambda: self._agent, self._group)
         try:
             await link.own(names.BUS_NAME)
             log.info("on the system bus as %s", names.BUS_NAME)

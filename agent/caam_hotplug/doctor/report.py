@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug import __version__, names
-from caam_hotplug.doctor.result import Finding, Status
+from caam_hotplug.doctor.result import Result, Status
 from caam_hotplug.errors import shown
 
 _STATUS_WIDTH: Final = max(len(status.value) for status in Status)
@@ -37,7 +37,7 @@ class Page:
     coloured: bool = False
     width: int | None = None
 
-    def lines(self, finding: Finding) -> Iterator[str]:
+    def lines(self, finding: Result) -> Iterator[str]:
         """The finding, and below it the remedy."""
         status, verdict = finding.verdict.status, finding.verdict
         word = f"{status.value:<{_STATUS_WIDTH}}"
@@ -58,7 +58,7 @@ class Page:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def summary(findings: Iterable[Finding]) -> str:
+def summary(findings: Iterable[Result]) -> str:
     """The last line: how many of each status there are, worst first."""
     count = Counter(finding.verdict.status for finding in findings)
     words = {
@@ -70,17 +70,17 @@ def summary(findings: Iterable[Finding]) -> str:
     return ", ".join(f"{count[status]} {words[status]}" for status in words if count[status])
 
 
-def worst(findings: Iterable[Finding]) -> Status:
+def worst(findings: Iterable[Result]) -> Status:
     """The worst status among the findings; `unknown` is no fault, but worse than `ok`."""
     return max((f.verdict.status for f in findings), key=_BADNESS.index, default=Status.OK)
 
 
-def exit_status(findings: Iterable[Finding]) -> int:
+def exit_status(findings: Iterable[Result]) -> int:
     """0 all ok as far as can be told, 3 warnings, 1 failures."""
     return _EXIT[worst(findings)]
 
 
-def to_json(findings: Sequence[Finding]) -> str:
+def to_json(findings: Sequence[Result]) -> str:
     """The report as one JSON object."""
     listed = [
         {

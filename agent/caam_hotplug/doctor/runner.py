@@ -14,7 +14,7 @@ from caam_hotplug import names
 from caam_hotplug.config import loader
 from caam_hotplug.doctor import caam, environment, kernel, report, self_test, service
 from caam_hotplug.doctor.board import Site
-from caam_hotplug.doctor.result import Finding, Verdict, unknown
+from caam_hotplug.doctor.result import Result, Verdict, unknown
 from caam_hotplug.errors import ConfigError, HotplugError
 from caam_hotplug.kernel import config_files
 
@@ -65,17 +65,17 @@ CHECKS: Final = (
 _NOT_CONFIGURED: Final = "the configuration cannot be read, see its line"
 
 
-def findings(site: Site) -> Iterator[Finding]:
+def findings(site: Site) -> Iterator[Result]:
     """What every check has found, as it is found."""
     for check in CHECKS:
         if check.of_what_is_configured and site.config_faulty:
-            yield Finding(check.name, check.subject, unknown(_NOT_CONFIGURED))
+            yield Result(check.name, check.subject, unknown(_NOT_CONFIGURED))
             continue
         try:
             for verdict in check.look(site):
-                yield Finding(check.name, check.subject, verdict)
+                yield Result(check.name, check.subject, verdict)
         except (HotplugError, OSError) as error:
-            yield Finding(check.name, check.subject, unknown(f"could not be looked at: {error}"))
+            yield Result(check.name, check.subject, unknown(f"could not be looked at: {error}"))
 
 
 def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
@@ -89,7 +89,7 @@ def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     page = page_for(out)
-    found: list[Finding] = []
+    found: list[Result] = []
     try:
         for finding in findings(_site(file)):
             found.append(finding)

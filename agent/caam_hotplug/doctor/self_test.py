@@ -48,17 +48,17 @@ _SOFTWARE: Final = ("cbc(aes-generic)", "cbc(aes)")
 
 def round_trip(site: Site) -> Iterator[Verdict]:
     """What the CAAM's key encrypts is what AES in software makes of the same key."""
-    way = site.seals_by()
-    cipher = _CIPHER if way == "tagged" else _TRUSTED_CIPHER
-    if way is None:
+    method = site.seals_by()
+    cipher = _CIPHER if method == "tagged" else _TRUSTED_CIPHER
+    if method is None:
         yield unknown("not tried: the CAAM's device is not there, nor are trusted keys")
         return
     swept = test_mapping.sweep(names.DOCTOR, site.at("/proc"))
     if swept:
         yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
-    sealer = "the CAAM" if way == "tagged" else "the trust source"
+    sealer = "the CAAM" if method == "tagged" else "the trust source"
     try:
-        yield _tried(site) if way == "tagged" else _tried_with_trusted_key(site)
+        yield _tried(site) if method == "tagged" else _tried_with_trusted_key(site)
     except BlobRejectedError as error:
         yield failure(
             f"{sealer} does not take back what it has just sealed: {error}",
@@ -69,7 +69,7 @@ def round_trip(site: Site) -> Iterator[Verdict]:
             f"the CAAM makes no key: {error}", "`dmesg | grep -i caam` has the job's error"
         )
     except KeyringError as error:
-        of_options = way == "trusted" and error.errno in {errno.EINVAL, errno.EPERM}
+        of_options = method == "trusted" and error.errno in {errno.EINVAL, errno.EPERM}
         yield failure(
             f"the key does not come to the keyring: {error}",
             "mend key.options in the rules" if of_options else "see the line of the keys",

@@ -26,7 +26,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.blobs import Blob, Tagged
 from caam_hotplug.kernel import blob_files, config_files, keyring, paths
-from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.keys import loading
 
 _ANY_LENGTH: Final = 64
@@ -159,7 +159,7 @@ def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
         return unknown(f"{name} was not tried: rules have different options for its trust source")
     if not is_harmless(options):
         return unknown(f"{name} was not tried: {NOT_HARMLESS}")
-    host = Linux(site.at(site.config.blob_directory), site.config.mount_root)
+    host = LinuxKernel(site.at(site.config.blob_directory), site.config.mount_root)
     description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
         loading.load(host, blob, KeySource(length=_ANY_LENGTH, options=options), description)

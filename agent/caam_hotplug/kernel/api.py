@@ -10,7 +10,7 @@ from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
 
-class Host(Protocol):
+class Kernel(Protocol):
     """The kernel's steps; `caam_hotplug.kernel.linux.Linux` says what each of them does."""
 
     blob_directory: Path

@@ -39,7 +39,7 @@ def _said(operation: str, path: Path) -> Iterator[None]:
         raise MountError(operation, str(path), error.errno or 0) from error
 
 
-class Linux:
+class LinuxKernel:
     """This machine's kernel, for one blob directory and one mount root.
 
     Raises, in every method: KernelError and its kin. Lane: methods that speak of mappings run on

@@ -7,14 +7,14 @@ from typing import Any, Final, Protocol
 from caam_hotplug.config.rules import KeySource
 from caam_hotplug.errors import BlobError
 from caam_hotplug.formats import blobs
-from caam_hotplug.kernel.api import Host
+from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import KeyReference
 
 
 class Backend(Protocol):
     """Brings keys of one type into the agent's session keyring."""
 
-    def load(self, host: Host, blob: Any, source: KeySource, description: str) -> KeyReference:
+    def load(self, kernel: Kernel, blob: Any, source: KeySource, description: str) -> KeyReference:
         """The blob's key is in the keyring. Raises: BlobRejectedError; HotplugError."""
         ...
 
@@ -23,10 +23,10 @@ class TaggedKeys:
     """NXP's kernels: the CAAM makes a black key of the blob, which only its ciphers can use."""
 
     def load(
-        self, host: Host, blob: blobs.Tagged, source: KeySource, description: str
+        self, kernel: Kernel, blob: blobs.Tagged, source: KeySource, description: str
     ) -> KeyReference:
-        with host.import_blob(blob.content) as key:
-            host.add_key(description, key)
+        with kernel.import_blob(blob.content) as key:
+            kernel.add_key(description, key)
             return KeyReference("logon", len(key))
 
 
@@ -34,7 +34,7 @@ class TrustedKeys:
     """Mainline kernels: the trust source unseals the blob for the kernel itself."""
 
     def load(
-        self, host: Host, blob: blobs.Trusted, source: KeySource, description: str
+        self, kernel: Kernel, blob: blobs.Trusted, source: KeySource, description: str
     ) -> KeyReference:
         length = source.length or blob.key_bytes
         if not length:
@@ -42,7 +42,7 @@ class TrustedKeys:
                 "load the key: its blob does not tell the key's length, as no CAAM has sealed it; "
                 "say it in the rule's key.length"
             )
-        host.load_trusted_key(description, blob, source.options)
+        kernel.load_trusted_key(description, blob, source.options)
         return KeyReference("trusted", length)
 
 
@@ -50,9 +50,9 @@ class EncryptedKeys:
     """Mainline kernels: one trusted master for the board, and under it a key for each medium."""
 
     def load(
-        self, host: Host, blob: blobs.Encrypted, source: KeySource, description: str
+        self, kernel: Kernel, blob: blobs.Encrypted, source: KeySource, description: str
     ) -> KeyReference:
-        host.load_encrypted_key(description, blob, source.options)
+        kernel.load_encrypted_key(description, blob, source.options)
         return KeyReference("encrypted", blob.key_bytes)
 
 
@@ -63,6 +63,6 @@ BACKENDS: Final[dict[blobs.Backend, Backend]] = {
 }
 
 
-def load(host: Host, blob: blobs.Blob, source: KeySource, description: str) -> KeyReference:
+def load(kernel: Kernel, blob: blobs.Blob, source: KeySource, description: str) -> KeyReference:
     """The key is in the keyring, by the backend that the blob's form asks for."""
-    return BACKENDS[blobs.backend_of(blob)].load(host, blob, source, description)
+    return BACKENDS[blobs.backend_of(blob)].load(kernel, blob, source, description)

@@ -21,7 +21,7 @@ MASTER_KEY_BYTES: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
+class SealMethod:
     """How a key is to be sealed."""
 
     backend: blobs.Backend
@@ -41,26 +41,26 @@ def backend_here(wanted: Literal["auto"] | blobs.Backend) -> blobs.Backend:
     return "trusted" if not names.CAAM_DEVICE.exists() and trusted.is_offered() else "tagged"
 
 
-def require_given(way: Way) -> None:
+def require_given(method: SealMethod) -> None:
     """A key can be given to be sealed, as a recovery key is. Raises: HotplugError."""
-    if way.backend == "trusted":
+    if method.backend == "trusted":
         raise HotplugError(
             "seal a recovery key: the kernel makes its trusted keys itself and shows them to "
             "nobody; take an encrypted key, which has a master, or no recovery key"
         )
 
 
-def require_fit(way: Way, cipher: str, length: int) -> None:
+def require_fit(method: SealMethod, cipher: str, length: int) -> None:
     """A key of that length, of a medium with that cipher, can be used when it is sealed this way.
 
     Raises: HotplugError.
     """
-    if way.backend == "tagged" and not cipher.startswith("capi:tk("):
+    if method.backend == "tagged" and not cipher.startswith("capi:tk("):
         raise HotplugError(
             f"seal a key for {cipher}: a tagged key works with the CAAM's ciphers alone, such as "
             "capi:tk(cbc(aes))-plain; use --backend encrypted on a mainline kernel"
         )
-    if way.backend == "encrypted" and length not in blobs.ENCRYPTED_KEY_BYTES:
+    if method.backend == "encrypted" and length not in blobs.ENCRYPTED_KEY_BYTES:
         raise HotplugError(
             f"seal a key of {length} bytes: the kernel encrypts keys of "
             f"{blobs.ENCRYPTED_KEY_BYTES[0]} bytes and more; this medium opens with a tagged "
@@ -68,28 +68,28 @@ def require_fit(way: Way, cipher: str, length: int) -> None:
         )
 
 
-def require_master(way: Way, directory: Path) -> None:
+def require_master(method: SealMethod, directory: Path) -> None:
     """The blob of the master that the way needs is there. Raises: MasterKeyError."""
-    if way.backend == "encrypted":
-        _master(way.master, directory)
+    if method.backend == "encrypted":
+        _master(method.master, directory)
 
 
-def seal(way: Way, key: int | SecretBytes, directory: Path) -> bytes:
+def seal(method: SealMethod, key: int | SecretBytes, directory: Path) -> bytes:
     """The blob's file of a new key of so many bytes that nobody has seen, or of the key given.
 
     `directory` has the blob of the master. Raises: HotplugError; CaamError; KeyringError.
     """
-    if way.backend != "tagged":
-        trusted.is_offered(blobs.KEY_TYPES[way.backend])  # and loaded
-    match way.backend:
+    if method.backend != "tagged":
+        trusted.is_offered(blobs.KEY_TYPES[method.backend])  # and loaded
+    match method.backend:
         case "tagged":
-            return caam.create_blob(names.CAAM_DEVICE, way.seal, key)
+            return caam.create_blob(names.CAAM_DEVICE, method.seal, key)
         case "trusted":
             if not isinstance(key, int):
-                require_given(way)
-            return trusted.seal_trusted(cast(int, key), way.options)
-    master = _master(way.master, directory)
-    return trusted.seal_encrypted(key, master, way.master, way.options)
+                require_given(method)
+            return trusted.seal_trusted(cast(int, key), method.options)
+    master = _master(method.master, directory)
+    return trusted.seal_encrypted(key, master, method.master, method.options)
 
 
 def _master(name: str, directory: Path) -> blobs.Trusted:

@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Admitted, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, decide
 from caam_hotplug.errors import (
     BlobMissingError,
     DeviceInUseError,
@@ -69,7 +69,7 @@ class Wish:
 
     volume: str
     """Its label, or its partition's device node."""
-    way: sealing.Way
+    method: sealing.SealMethod
     """But for the options of a trust source, which its rule says."""
     key_bytes: int
     recovery_file: Path | None = None
@@ -115,7 +115,7 @@ def migrate(wish: Wish, config: Config, tell: Tell, count: Count) -> Migrated:
         rule, blob = _admitted(partition, begun, config)
         if begun is None:
             old = blob_files.read(directory, blob, rule.key.form)
-            if blobs.backend_of(old) == wish.way.backend:
+            if blobs.backend_of(old) == wish.method.backend:
                 return _found_so(partition, rule, (blob, old), directory)
             _require_sense(wish, partition, rule, (blob, old), directory)
         else:
@@ -323,7 +323,7 @@ def _admitted(
         identified=True,
     )
     match decide(config.rule, volume):
-        case Admitted(rule=rule, blob=blob):
+        case Plan(rule=rule, blob=blob):
             return rule, blob
         case refused:
             raise HotplugError(
@@ -359,7 +359,7 @@ def _require_sense(
                 f"{what}: another medium with blob {shown(blob)} is not finished; finish that one "
                 f"first, or remove {shown(migration_journal.file(directory, head))} if it is lost"
             )
-    sealing.require_master(wish.way, directory)
+    sealing.require_master(wish.method, directory)
 
 
 def _require_recoverable(wish: Wish, label: str, rule: Rule) -> None:
@@ -367,7 +367,7 @@ def _require_recoverable(wish: Wish, label: str, rule: Rule) -> None:
     file, crypt = wish.recovery_file, rule.crypt
     if file is None:
         return
-    sealing.require_given(wish.way)
+    sealing.require_given(wish.method)
     if not file.name.isprintable():
         raise HotplugError(
             f"write {shown(file)}: the file says its own name, and this one is no text; choose "
@@ -376,7 +376,7 @@ def _require_recoverable(wish: Wish, label: str, rule: Rule) -> None:
     why = names.why_unsafe(label)
     if why is not None:
         raise HotplugError(f"write {shown(file)}: its medium's label cannot be in it: {why}")
-    cipher = crypt_table.cipher_for(crypt, blobs.KEY_TYPES[wish.way.backend])
+    cipher = crypt_table.cipher_for(crypt, blobs.KEY_TYPES[wish.method.backend])
     moved = crypt.offset or crypt.iv_offset or "iv_large_sectors" in crypt.flags
     if moved or recovery_files.plain_cipher(cipher) is None:
         raise HotplugError(
@@ -398,19 +398,19 @@ def _planned(
     `found`: its blob's file, its blob, its filesystem. Raises: HotplugError.
     """
     blob, old, kind = found
-    entry, before, after = partition.entry, blobs.backend_of(old), wish.way.backend
+    entry, before, after = partition.entry, blobs.backend_of(old), wish.method.backend
     cipher = crypt_table.cipher_for(rule.crypt, blobs.KEY_TYPES[after])
-    way = replace(wish.way, options=rule.key.options if after != "tagged" else "")
+    method = replace(wish.method, options=rule.key.options if after != "tagged" else "")
 
     def about(identifier: str) -> recovery_files.About:
         size = rule.crypt.sector_size
         return recovery_files.About(entry.identity.name, cipher, size, kind, identifier)
 
     if wish.recovery_file is None:
-        new = sealing.seal(way, wish.key_bytes, directory)
+        new = sealing.seal(method, wish.key_bytes, directory)
     else:
         with store.recovery_key(wish.recovery_file, about, wish.key_bytes) as (_, key, _):
-            new = sealing.seal(way, key, directory)
+            new = sealing.seal(method, key, directory)
     return migration_journal.Head(
         mark=uuid4(),
         name=entry.identity.name,
@@ -430,7 +430,7 @@ def _planned(
 
 def _require_rule_opens(rule: Rule, wish: Wish, what: str) -> None:
     """Raises: HotplugError if the rule would not open the medium with its new key."""
-    after = wish.way.backend
+    after = wish.method.backend
     if "{" not in rule.key.blob.text:
         raise HotplugError(
             f"{what}: rule {rule.name!r} opens all its media with {rule.key.blob.text}, and only "
@@ -493,7 +493,7 @@ def _require_as_begun(
             f"{what}: the partition was moved or resized; put it back to {begun.length} sectors "
             f"from sector {begun.start} on"
         )
-    if wish.way.backend != begun.after:
+    if wish.method.backend != begun.after:
         raise HotplugError(f"{what}: it was begun with --to {begun.after}; go on with that")
     if wish.recovery_file is not None and str(wish.recovery_file) != begun.recovery_file:
         other = begun.recovery_file

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config, load
-from caam_hotplug.config.rules import BUILT_IN, Admitted, Refused, Rule, decide
+from caam_hotplug.config.rules import BUILT_IN, NoMatch, Plan, Rule, decide
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
 from caam_hotplug.kernel import atomic_files, blob_files, config_files, mkfs, paths, udev
@@ -33,7 +33,7 @@ class Wish:
     """The drop-in's rule, whether or not it is to be written: its name is the medium's label."""
     rule_text: str
     key_bytes: int
-    way: sealing.Way
+    method: sealing.SealMethod
     recovery_file: Path | None = None
     """Where the recovery file is to be."""
     rule_file: Path | None = None
@@ -56,7 +56,7 @@ class Wish:
     @property
     def key(self) -> KeyReference:
         """The key as a table refers to it, but for the length, which is that of the plain key."""
-        return KeyReference(blobs.KEY_TYPES[self.way.backend], self.key_bytes)
+        return KeyReference(blobs.KEY_TYPES[self.method.backend], self.key_bytes)
 
     @property
     def cipher(self) -> str:
@@ -82,7 +82,7 @@ def require_sense(wish: Wish, config: Config, disk: Volume) -> None:
     if disk.read_only:
         raise HotplugError(f"{what}: the medium is write-protected")
     if wish.recovery_file is not None:
-        sealing.require_given(wish.way)
+        sealing.require_given(wish.method)
         if not wish.recovery_file.name.isprintable():
             raise HotplugError(
                 f"write {shown(wish.recovery_file)}: the file says its own name, and this one is "
@@ -91,12 +91,12 @@ def require_sense(wish: Wish, config: Config, disk: Volume) -> None:
     of_the_caam = wish.cipher.startswith("capi:tk(")
     if wish.recovery_file is not None and (
         recovery_files.plain_cipher(wish.cipher) is None
-        or (wish.way.backend == "tagged" and not of_the_caam)
+        or (wish.method.backend == "tagged" and not of_the_caam)
     ):
         raise HotplugError(
             f"{what}: a recovery key opens media of tagged keys, such as "
             f"capi:tk(cbc(aes))-plain, or of Linux's own ciphers, not {wish.cipher} "
-            f"with a {wish.way.backend} key"
+            f"with a {wish.method.backend} key"
         )
     crypt_table.crypt_target(disk, wish.rule.crypt, wish.key)  # whether its IVs would repeat
     least = mkfs.least(wish.filesystem) + 2 * _MIB
@@ -142,7 +142,7 @@ def write_rule(wish: Wish, config: Config) -> Iterator[str]:
         return
     if not _has_rule(wish):
         with atomic_files.folder(wish.rule_file.parent, mode=0o755, only_root=True) as opened:
-            mode = 0o600 if wish.way.options else 0o644  # one of them may be a password
+            mode = 0o600 if wish.method.options else 0o644  # one of them may be a password
             atomic_files.write(opened, wish.rule_file, wish.rule_text.encode(), mode)
     yield f"the rule is in {shown(wish.rule_file)}"
     if config.rule is BUILT_IN:
@@ -161,10 +161,10 @@ def require_rule_decides(wish: Wish, config: Config, disk: Volume) -> None:
         return
     rules = load(wish.config_file, _WithDropIn(wish.rule_file, wish.rule_text), required=False).rule
     match decide(rules, _partition_of(wish, config, disk)):
-        case Admitted(rule=rule, blob=blob):
+        case Plan(rule=rule, blob=blob):
             differs = _differences(wish, rule, blob)
             why = f"would not open the medium, which has another {' and another '.join(differs)}"
-        case Refused(reasons=((name, matches),)) if name:
+        case NoMatch(reasons=((name, matches),)) if name:
             rule, differs, why = next(r for r in rules if r.name == name), [name], matches
         case _:  # udev keeps the agent off the disk, whatever a rule says
             return
@@ -197,8 +197,8 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
         return
     remedy = "the same command with --rule writes one that does"
     match decide(config.rule, _partition_of(wish, config, disk)):
-        case Admitted(rule=rule, blob=blob):
-            made = blob_files.read(config.blob_directory, f"{wish.label}.bb", wish.way.backend)
+        case Plan(rule=rule, blob=blob):
+            made = blob_files.read(config.blob_directory, f"{wish.label}.bb", wish.method.backend)
             differs = _differences(wish, rule, blob, made)
             if differs:
                 yield (
@@ -212,9 +212,9 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
 def _differences(wish: Wish, rule: Rule, blob: str, made: blobs.Blob | None = None) -> list[str]:
     """In which of its keys the rule is not one for the medium, whose blob may be made already."""
     return [
-        *(["backend"] if rule.key.form not in {None, wish.way.backend} else []),
+        *(["backend"] if rule.key.form not in {None, wish.method.backend} else []),
         *(["key.length"] if not _has_length(wish, rule, made) else []),
-        *(["key.options"] if _needed(rule.key.options) != _needed(wish.way.options) else []),
+        *(["key.options"] if _needed(rule.key.options) != _needed(wish.method.options) else []),
         *(["cipher"] if crypt_table.cipher_for(rule.crypt, wish.key.type) != wish.cipher else []),
         *(["sector_size"] if rule.crypt.sector_size != wish.rule.crypt.sector_size else []),
         *(["offset"] if rule.crypt.offset else []),
@@ -229,10 +229,10 @@ def _has_length(wish: Wish, rule: Rule, made: blobs.Blob | None) -> bool:
 
     Before there is a blob, a source that needs no options passes for the CAAM.
     """
-    if wish.way.backend != "trusted" or rule.key.length == wish.key_bytes:
+    if wish.method.backend != "trusted" or rule.key.length == wish.key_bytes:
         return True
     told = wish.key_bytes if made is None else made.key_bytes
-    return not rule.key.length and not wish.way.options and told == wish.key_bytes
+    return not rule.key.length and not wish.method.options and told == wish.key_bytes
 
 
 def _needed(options: str) -> set[str]:

@@ -251,7 +251,7 @@ class _Making:
         self._tell("making the key")
         folder.discard_unsettled(wish.label)
         with self._key() as (identifier, key):
-            blob = sealing.seal(wish.way, key, folder.path)
+            blob = sealing.seal(wish.method, key, folder.path)
         folder.write(wish.label, blob, settled=False)
         self._tell("writing the partition table")
         begun = _mark(wish.label, identifier, _blob_in(folder.file(wish.label)))
@@ -372,13 +372,13 @@ def _choices(blob: blobs.Blob) -> str:
 
 def _wished(wish: Wish, blob: blobs.Blob) -> str:
     """The same of what is wished for now, without a length that the blob does not tell."""
-    way, key_bytes = wish.way, None if blob.key_bytes is None else wish.key_bytes
-    match way.backend:
+    method, key_bytes = wish.method, None if blob.key_bytes is None else wish.key_bytes
+    match method.backend:
         case "tagged":
-            return _options(way.backend, key_bytes, f"--seal {way.seal}")
+            return _options(method.backend, key_bytes, f"--seal {method.seal}")
         case "encrypted":
-            return _options(way.backend, key_bytes, f"--master {way.master}")
-    return _options(way.backend, key_bytes)
+            return _options(method.backend, key_bytes, f"--master {method.master}")
+    return _options(method.backend, key_bytes)
 
 
 def _options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
@@ -391,7 +391,7 @@ def _try_table(wish: Wish, disk: Volume, directory: Path) -> None:
 
     Raises: CaamError; KeyringError; DmError.
     """
-    blob = blobs.parse(sealing.seal(wish.way, wish.key_bytes, directory), wish.way.backend)
+    blob = blobs.parse(sealing.seal(wish.method, wish.key_bytes, directory), wish.method.backend)
     with temporary_mapping.mapping(disk, "provision") as name:
         key, crypt = wish.rule.key, wish.rule.crypt
         temporary_mapping.load(name, disk, key, crypt, blob, start=Sectors(0), directory=directory)

@@ -15,7 +15,7 @@ from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.formats import blobs, crypt_table
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.kernel import devmapper, disks, keyring
-from caam_hotplug.kernel.linux import Linux
+from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.keys import loading
 from caam_hotplug.model import Mapping, Sectors, Volume
 
@@ -62,7 +62,7 @@ def load(
     has the blob of the key's master. Raises: CaamError; KeyringError; DmError; HotplugError.
     """
     description = f"{names.KEY_PREFIX}{name}"
-    host = Linux(directory, names.MOUNT_ROOT)
+    host = LinuxKernel(directory, names.MOUNT_ROOT)
     try:
         loaded = loading.load(host, blob, key, description)
         target = crypt_table.crypt_target(volume, crypt, loaded)

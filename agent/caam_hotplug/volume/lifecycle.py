@@ -14,12 +14,12 @@ from caam_hotplug import names
 from caam_hotplug.config.rules import (
     ON_THE_TABLE,
     Action,
-    Admitted,
+    NeedsUdev,
+    NoMatch,
     OnBusy,
     OnStop,
-    Refused,
+    Plan,
     Rule,
-    Undecided,
     decide,
 )
 from caam_hotplug.errors import (
@@ -35,12 +35,12 @@ from caam_hotplug.errors import (
     ReleaseError,
     RequestRefusedError,
 )
-from caam_hotplug.kernel.api import Host
+from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping, State, Volume
 from caam_hotplug.volume.hooks import Units
-from caam_hotplug.volume.leftovers import release_left_behind
-from caam_hotplug.volume.mount_points import Claims
-from caam_hotplug.volume.operations import Steps, fields
+from caam_hotplug.volume.leftovers import release_leftovers
+from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.resources import (
     Wish,
@@ -50,9 +50,9 @@ from caam_hotplug.volume.resources import (
     mounted,
     who_uses,
 )
-from caam_hotplug.volume.status import Publish, Standing
-from caam_hotplug.volume.stop_signal import Leave, LeaveRequestedError, Reason
-from caam_hotplug.volume.worker import Lane, to_the_end
+from caam_hotplug.volume.status import Publish, VolumeStatus
+from caam_hotplug.volume.stop_signal import Reason, StopRequestedError, StopSignal
+from caam_hotplug.volume.worker import Worker, to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -61,26 +61,26 @@ _LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 @dataclass(slots=True)
-class Surroundings:
+class Context:
     """What all lives share."""
 
-    host: Host
+    kernel: Kernel
     rules: tuple[Rule, ...]
     """Those in force; `Supervisor.renew` puts others in their place."""
-    new_lane: Callable[[str], Lane]
-    dm_lane: Lane
+    new_worker: Callable[[str], Worker]
+    dm_worker: Worker
     """The one lane of all mappings."""
-    claims: Claims
+    mount_points: MountPoints
     publish: Publish
     units: Units
 
 
-class Life:
+class VolumeLifecycle:
     """One volume's life; `attend` is all of it. Synchronization: loop only."""
 
     def __init__(
         self,
-        around: Surroundings,
+        context: Context,
         volume: Volume,
         *,
         inherits: bool = False,
@@ -90,33 +90,35 @@ class Life:
 
         `rests`: it was let go on request, and until another one nothing is done with it.
         """
-        self._around = around
-        self._host = around.host
+        self._context = context
+        self._kernel = context.kernel
         self._inherits = inherits
         self._refuses = False
         self._blob_is_at_fault = False
         self._news = False
-        self._renewal: Renewal | None = None
+        self._renewal: Reevaluate | None = None
         self._rests: Rest | None = rests
         self._request: Request | None = None
         self._end_is_told = False
-        self._plan: Admitted | None = None
+        self._plan: Plan | None = None
         """By which it is held; what is said of the volume meanwhile does not change it."""
         self._udev_has_told = volume.identified
         self._tried: Wish | None = None
         """As what it was, or was to be, held last."""
         self._is_broken = False
-        self.standing = Standing(volume, around.publish)
+        self.status = VolumeStatus(volume, context.publish)
         if rests is not None:
-            self.standing.becomes(rests.state, rests.reason)
-        self.leave = Leave()
-        lane = around.new_lane(f"volume {volume.id}")
-        self._steps = Steps(self._host, self.leave, lane, around.dm_lane, self.standing.is_late)
+            self.status.becomes(rests.state, rests.reason)
+        self.stop_signal = StopSignal()
+        worker = context.new_worker(f"volume {volume.id}")
+        self._operations = Operations(
+            self._kernel, self.stop_signal, worker, context.dm_worker, self.status.is_late
+        )
 
     @property
     def volume(self) -> Volume:
         """The volume as it was seen last."""
-        return self.standing.volume
+        return self.status.volume
 
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
@@ -131,12 +133,12 @@ class Life:
             read = {fact: getattr(before, fact) for fact in ON_THE_TABLE if not _has(volume, fact)}
             volume = replace(volume, **read)
         if volume != before:
-            self.standing.volume = volume
+            self.status.volume = volume
             if is_first_word and self._is_confirmed():
                 return
             self._news = True
             if is_first_word:
-                self._renewal = Renewal.BY_UDEV
+                self._renewal = Reevaluate.BY_UDEV
         self.look_again()
 
     def _is_confirmed(self) -> bool:
@@ -144,27 +146,27 @@ class Life:
 
         What has failed and might not have if it had waited is to be done once more.
         """
-        if self.standing.state is State.FAILED and not self._blob_is_at_fault:
+        if self.status.state is State.FAILED and not self._blob_is_at_fault:
             return False
-        plan = decide(self._around.rules, self.volume)
+        plan = decide(self._context.rules, self.volume)
         return self._tried is not None and self._goes_on(self._tried, plan)
 
-    def _goes_on(self, wish: Wish, plan: Admitted | Refused | Undecided) -> bool:
+    def _goes_on(self, wish: Wish, plan: Plan | NoMatch | NeedsUdev) -> bool:
         """Whether the plan asks for what the wish has; then it is by this plan that it is held."""
-        if not (isinstance(plan, Admitted) and plan.makes_the_same(wish.plan)):
+        if not (isinstance(plan, Plan) and plan.makes_the_same(wish.plan)):
             return False
         if wish.volume.read_only != self.volume.read_only:
             return False
         if self._plan is not None:
             self._plan = plan
-        self.standing.has(rule=plan.rule.name)
+        self.status.has(rule=plan.rule.name)
         return True
 
     def look_again(self) -> None:
         """What it waits for may have come."""
-        if self.standing.state in {State.WAITING, State.CONFLICT}:
+        if self.status.state in {State.WAITING, State.CONFLICT}:
             self._news = True
-        self.leave.stir()
+        self.stop_signal.stir()
 
     def blob_appeared(self, blob: str | None) -> None:
         """The blob of this file name is there, or any may be: it is looked for again.
@@ -172,11 +174,11 @@ class Life:
         Also if it is being looked for just now, and was perhaps not there yet; or if it was not
         taken, and was perhaps only half written.
         """
-        path = None if blob is None else str(self._host.blob_directory / blob)
-        waits = self.standing.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
-        if (waits or self._blob_is_at_fault) and path in {None, self.standing.blob}:
+        path = None if blob is None else str(self._kernel.blob_directory / blob)
+        waits = self.status.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
+        if (waits or self._blob_is_at_fault) and path in {None, self.status.blob}:
             self._news = True
-            self.leave.stir()
+            self.stop_signal.stir()
 
     @property
     def rests(self) -> Rest | None:
@@ -185,18 +187,18 @@ class Life:
 
     def renew(self) -> None:
         """Other rules are in force."""
-        self._renewal = self._renewal or Renewal.BY_RULES
-        self.leave.stir()
+        self._renewal = self._renewal or Reevaluate.BY_RULES
+        self.stop_signal.stir()
 
     def stop(self) -> None:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
         held = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
-        holds = self._inherits or (self._plan is not None and self.standing.state in held)
-        match self._plan or decide(self._around.rules, self.volume):
-            case Admitted(rule=Rule(on_stop=OnStop.KEEP)) if holds:
-                self.leave.ask(Reason.KEEP)
+        holds = self._inherits or (self._plan is not None and self.status.state in held)
+        match self._plan or decide(self._context.rules, self.volume):
+            case Plan(rule=Rule(on_stop=OnStop.KEEP)) if holds:
+                self.stop_signal.ask(Reason.KEEP)
             case _:
-                self.leave.ask(Reason.STOP)
+                self.stop_signal.ask(Reason.STOP)
 
     async def ask(self, request: Request) -> None:
         """What was asked has been done. Raises: RequestRefusedError."""
@@ -207,7 +209,7 @@ class Life:
             raise RequestRefusedError(f"{request.ask.value} {self.volume}: {why}")
         log.info("%s: %s", self.volume, request.words, extra=self._fields("requested", request))
         self._request = request
-        self.leave.stir()
+        self.stop_signal.stir()
         await request.answer
 
     def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
@@ -219,14 +221,14 @@ class Life:
         why = None
         if self._is_broken:
             why = "a defect of the agent ended its service; pull it, or restart the agent"
-        elif self.leave.asked:
-            why = f"it is being let go: {self.leave.why}"
+        elif self.stop_signal.asked:
+            why = f"it is being let go: {self.stop_signal.why}"
         elif self._request is not None:
             why = f"{self._request.ask.value} was asked for before and is not done yet"
-        elif self.standing.is_stuck:
+        elif self.status.is_stuck:
             why = "the kernel does not answer; pull the medium, or wait"
         else:
-            match self.standing.state, ask:
+            match self.status.state, ask:
                 case State.IGNORED, _:
                     why = "no rule admits it, so the agent leaves it alone; `explain` says why"
                 case (State.MOUNTED | State.UNLOCKED) as state, (Ask.UNLOCK | Ask.RETRY):
@@ -237,25 +239,27 @@ class Life:
 
     async def power_off(self) -> None:
         """Its medium is stopped. Raises: HotplugError if something else on it is in use."""
-        await self._steps.call("power off", self._host.power_off, self.volume)
+        await self._operations.call("power off", self._kernel.power_off, self.volume)
 
-    async def attend(self) -> None:
+    async def run(self) -> None:
         """The volume has come and gone, and nothing of it is left that is ours to remove."""
         try:
-            while not self.leave.asked:
+            while not self.stop_signal.asked:
                 self._news, self._renewal = False, None
-                if not (self._rests or (self._request and self._request.lets_go)):
+                if not (self._rests or (self._request and self._request.releases)):
                     await self._serve()
                 await self._answer()
-                await self.leave.until(self._has_to_act)
+                await self.stop_signal.until(self._has_to_act)
             await self._leave_nothing_inherited()
         finally:
-            self._refuse_request(self.leave.why or "a defect of the agent; its journal says more")
+            self._refuse_request(
+                self.stop_signal.why or "a defect of the agent; its journal says more"
+            )
         # A release that failed has said so; only a medium that is gone overrules it.
-        if self.standing.state is State.REMOVED_UNSAFELY or self.leave.keeps:
+        if self.status.state is State.REMOVED_UNSAFELY or self.stop_signal.keeps:
             return
-        if self.leave.gone or self.standing.state is not State.FAILED:
-            self.standing.becomes(State.GONE)
+        if self.stop_signal.gone or self.status.state is not State.FAILED:
+            self.status.becomes(State.GONE)
 
     def _has_to_act(self) -> bool:
         changed = self._news or self._renewal is not None
@@ -264,16 +268,16 @@ class Life:
     async def _answer(self) -> None:
         """A request that came while nothing was held has been answered, or sets out to be."""
         request = self._request
-        if request is None or self.leave.asked:
+        if request is None or self.stop_signal.asked:
             return
-        if not request.lets_go:
+        if not request.releases:
             if self._rests is not None:
                 self._rests, self._news = None, True  # served next, and answered then
-                self._host.remember(self.volume, "")
+                self._kernel.remember(self.volume, "")
             elif not (self._news or self._renewal):  # else it is served once more before
-                self._refuse_request(self.standing.words)
+                self._refuse_request(self.status.words)
         elif self._refuses:
-            self._refuse_request(self.standing.words)
+            self._refuse_request(self.status.words)
         elif self._inherits:
             try:
                 await self._release_inherited()
@@ -302,18 +306,18 @@ class Life:
         """The volume is as was asked: let go, and safe to pull."""
         if request.ask is Ask.EJECT:
             self._rest_as(State.EJECTED, "safe to remove")
-        elif self.standing.state is not State.EJECTED:
+        elif self.status.state is not State.EJECTED:
             self._rest_as(State.LOCKED, request.words)
         self._grant()
 
     def _rest_as(self, state: State, reason: str) -> None:
         self._rests = Rest(state, reason)
-        self._host.remember(self.volume, state.value)
-        self.standing.becomes(state, reason)
+        self._kernel.remember(self.volume, state.value)
+        self.status.becomes(state, reason)
 
     def rest_instead(self, state: State, reason: str) -> None:
         """It was let go on request, and is in this state of rest now."""
-        if self._rests is not None and not self.leave.asked:
+        if self._rests is not None and not self.stop_signal.asked:
             self._rest_as(state, reason)
 
     async def _serve(self) -> None:
@@ -323,24 +327,24 @@ class Life:
         try:
             while not self.volume.identified:
                 asked = self.volume
-                found = await self._steps.call("identify", self._host.identify, asked)
+                found = await self._operations.call("identify", self._kernel.identify, asked)
                 if self.volume == asked:  # else udev has told of it meanwhile, or will not any more
-                    self.standing.volume = found
-            self.leave.check()
-            match decide(self._around.rules, self.volume):
-                case Undecided() | Refused() if self.volume.awaits_udev:
+                    self.status.volume = found
+            self.stop_signal.check()
+            match decide(self._context.rules, self.volume):
+                case NeedsUdev() | NoMatch() if self.volume.awaits_udev:
                     pass  # whatever is said of it is said when udev has told
-                case Refused() as refused:
+                case NoMatch() as refused:
                     await self._let_be(refused)
-                case Admitted() as plan:
+                case Plan() as plan:
                     self._tried = Wish(self.volume, plan)
                     await self._hold(self._tried)
-        except (LeaveRequestedError, DeviceLockedError):
+        except (StopRequestedError, DeviceLockedError):
             pass
         except BlobMissingError as error:
-            self.standing.becomes(State.WAITING, str(error))
+            self.status.becomes(State.WAITING, str(error))
         except MountPointOccupiedError as error:
-            self.standing.becomes(State.CONFLICT, str(error))
+            self.status.becomes(State.CONFLICT, str(error))
         except ReleaseError as error:
             self._inherits = True
             before = error.__cause__ and error.__cause__.__context__
@@ -352,33 +356,35 @@ class Life:
                 self._news = True  # it might not have failed if it had waited for that
 
     def _fail(self, error: Exception) -> None:
-        if self.leave.gone or not self._host.is_present(self.volume):
+        if self.stop_signal.gone or not self._kernel.is_present(self.volume):
             # A medium that is pulled makes the step at hand fail; that is no fault of its.
             log.warning("%s: pulled meanwhile: %s", self.volume, error)
         else:
             self._refuses = isinstance(error, ForeignMappingError)
             self._blob_is_at_fault = isinstance(error, _OF_THE_BLOB)
-            self.standing.becomes(State.FAILED, str(error))
+            self.status.becomes(State.FAILED, str(error))
 
     def _publish_released_badly(self, words: str) -> None:
         # Without a medium the volume is not there to be `failed`; the remains are all there is.
-        self.standing.becomes(State.REMOVED_UNSAFELY if self.leave.gone else State.FAILED, words)
+        self.status.becomes(
+            State.REMOVED_UNSAFELY if self.stop_signal.gone else State.FAILED, words
+        )
 
-    async def _let_be(self, refused: Refused) -> None:
+    async def _let_be(self, refused: NoMatch) -> None:
         if self._inherits:
             log.warning("%s: no rule admits it any more; letting it go", self.volume)
             await self._release_inherited()
-        self.standing.becomes(State.IGNORED, str(refused), rule="", blob="")
+        self.status.becomes(State.IGNORED, str(refused), rule="", blob="")
 
     async def _release_inherited(self) -> None:
         """Nothing is left of what an earlier run had made. Raises: ReleaseError."""
         self._inherits = False
-        if self.standing.state is None:
-            self.standing.becomes(State.DETACHING, "an earlier run of the agent has left it")
+        if self.status.state is None:
+            self.status.becomes(State.DETACHING, "an earlier run of the agent has left it")
         uuid = names.dm_uuid(self.volume.id)
-        unsafe = await to_the_end(release_left_behind, self._steps, uuid)
-        if unsafe and self.leave.gone:
-            self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
+        unsafe = await to_the_end(release_leftovers, self._operations, uuid)
+        if unsafe and self.stop_signal.gone:
+            self.status.becomes(State.REMOVED_UNSAFELY, _LOST)
 
     async def _leave_nothing_inherited(self) -> None:
         """What this life has not come to adopt, or could not let go before, is let go all the same.
@@ -386,50 +392,54 @@ class Life:
         Not so a mapping that does something else than its rule asks for, as long as its medium is
         there: the volume has `failed`, and people decide.
         """
-        refused = self._refuses and not self.leave.gone
-        if self._inherits and not self.leave.keeps and not refused:
+        refused = self._refuses and not self.stop_signal.gone
+        if self._inherits and not self.stop_signal.keeps and not refused:
             try:
                 await self._release_inherited()
             except ReleaseError as error:
                 self._publish_released_badly(str(error))
 
     async def _hold(self, wish: Wish) -> None:
-        name, claims, me = wish.plan.mount_name, self._around.claims, wish.volume.id
+        name, mount_points, me = wish.plan.mount_name, self._context.mount_points, wish.volume.id
         facts = {"rule": wish.plan.rule.name, "blob": str(self._blob_of(wish))}
-        with claims.queued(name, me, self.leave.stir):
-            while claims.owner(name) != me:
-                point = self._host.mount_root / name
-                words = f"{point} belongs to volume {claims.owner(name)}"
-                self.standing.becomes(State.CONFLICT, words, **facts)
-                await self.leave.until(lambda: claims.owner(name) == me or self._is_called_away())
-                self.leave.check()
-                if self._request is not None and not self._request.lets_go:
-                    self._refuse_request(self.standing.words)  # and keeps its place in the queue
+        with mount_points.queued(name, me, self.stop_signal.stir):
+            while mount_points.owner(name) != me:
+                point = self._kernel.mount_root / name
+                words = f"{point} belongs to volume {mount_points.owner(name)}"
+                self.status.becomes(State.CONFLICT, words, **facts)
+                await self.stop_signal.until(
+                    lambda: mount_points.owner(name) == me or self._is_called_away()
+                )
+                self.stop_signal.check()
+                if self._request is not None and not self._request.releases:
+                    self._refuse_request(self.status.words)  # and keeps its place in the queue
                 elif self._request is not None or self._why_another(wish) is not None:
                     self._news = True
                     return
             if wish.volume != self.volume:
                 self._news = True  # other facts were told while it waited, and may change all
                 return
-            self.leave.check()
-            self.standing.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
+            self.stop_signal.check()
+            self.status.becomes(State.UNLOCKING, f"with {facts['blob']}", **facts)
             try:
                 await self._unlock_and_mount(wish)
             finally:
-                if self.leave.asked:  # what an earlier run has mounted keeps its place until then
+                if (
+                    self.stop_signal.asked
+                ):  # what an earlier run has mounted keeps its place until then
                     await self._leave_nothing_inherited()
 
     def _is_called_away(self) -> bool:
         return self._renewal is not None or self._request is not None
 
     def _blob_of(self, wish: Wish) -> Path:
-        return self._host.blob_directory / wish.plan.blob
+        return self._kernel.blob_directory / wish.plan.blob
 
     async def _unlock_and_mount(self, wish: Wish) -> None:
-        unsafe, let_go_for, self._steps.took, self._plan = False, None, {}, wish.plan
+        unsafe, let_go_for, self._operations.took, self._plan = False, None, {}, wish.plan
         try:
             async with AsyncExitStack() as held:
-                mapping = await held.enter_async_context(active_mapping(self._steps, wish))
+                mapping = await held.enter_async_context(active_mapping(self._operations, wish))
                 live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
                 by = f", by its {backend_that_made(mapping)} key"
                 if wish.plan.rule.action is Action.UNLOCK:
@@ -438,8 +448,8 @@ class Life:
                     self._news = True
                     return
                 else:
-                    self.standing.becomes(State.MOUNTING, f"from {mapping.node}{by}", **live)
-                    mount = await held.enter_async_context(mounted(self._steps, wish, mapping))
+                    self.status.becomes(State.MOUNTING, f"from {mapping.node}{by}", **live)
+                    mount = await held.enter_async_context(mounted(self._operations, wish, mapping))
                     unsafe = not mount.read_only
                     access = "read-only" if mount.read_only else "read-write"
                     self._publish_served(
@@ -449,23 +459,23 @@ class Life:
                     self._tell_of_the_beginning(wish)
                 let_go_for = await self._until_let_go(wish, mapping)
                 if let_go_for is not None:
-                    unsafe &= self.leave.gone  # else it was flushed and unmounted before
-                elif self.leave.keeps:
+                    unsafe &= self.stop_signal.gone  # else it was flushed and unmounted before
+                elif self.stop_signal.keeps:
                     self._inherits = True  # should its medium leave before this life has ended
                 else:
-                    self.standing.becomes(State.DETACHING, self.leave.why)
+                    self.status.becomes(State.DETACHING, self.stop_signal.why)
                     await self._tell_of_the_end(wish)
         finally:
-            self.standing.holds_nothing()
+            self.status.holds_nothing()
             self._plan = None
-        if unsafe and self.leave.gone:
-            self.standing.becomes(State.REMOVED_UNSAFELY, _LOST)
-        elif let_go_for is not None and not self.leave.asked:
+        if unsafe and self.stop_signal.gone:
+            self.status.becomes(State.REMOVED_UNSAFELY, _LOST)
+        elif let_go_for is not None and not self.stop_signal.asked:
             await self._let_go_for(let_go_for)
 
     def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
-        self.standing.becomes(state, reason, steps=dict(self._steps.took), **facts)
-        if self._request is not None and not self._request.lets_go:
+        self.status.becomes(state, reason, steps=dict(self._operations.took), **facts)
+        if self._request is not None and not self._request.releases:
             self._grant()
 
     def _grant(self) -> None:
@@ -473,16 +483,16 @@ class Life:
         if request is not None:
             request.grant()
 
-    async def _until_let_go(self, wish: Wish, mapping: Mapping) -> Request | Renewal | None:
+    async def _until_let_go(self, wish: Wish, mapping: Mapping) -> Request | Reevaluate | None:
         """Somebody wants it let go and nobody uses it any more, or else its life is to end."""
         while True:
-            await self.leave.until(self._is_called_away)
-            if self.leave.asked:
+            await self.stop_signal.until(self._is_called_away)
+            if self.stop_signal.asked:
                 return None
-            wanted: Request | Renewal
+            wanted: Request | Reevaluate
             if self._request is not None:
                 wanted = self._request
-                if not wanted.lets_go:  # it came while other rules wanted it let go, in vain
+                if not wanted.releases:  # it came while other rules wanted it let go, in vain
                     self._grant()
                     continue
             elif (renewal := self._why_another(wish)) is not None:
@@ -492,40 +502,40 @@ class Life:
             if await self._is_let_go(wish, mapping, wanted):
                 return wanted
 
-    def _why_another(self, wish: Wish) -> Renewal | None:
+    def _why_another(self, wish: Wish) -> Reevaluate | None:
         """What has changed, if rules and facts now ask for something else than what is held."""
         # Whoever is told to let go looks at the rules anew; whoever is in use stays as he is.
         renewal, self._renewal = self._renewal, None
         if renewal is None:
             return None
-        plan = decide(self._around.rules, self.volume)
-        if self._goes_on(wish, plan) or isinstance(plan, Undecided):
+        plan = decide(self._context.rules, self.volume)
+        if self._goes_on(wish, plan) or isinstance(plan, NeedsUdev):
             return None
         return renewal
 
-    async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Renewal) -> bool:
-        state, reason = self.standing.state or State.MOUNTED, self.standing.reason
-        self.standing.becomes(State.DETACHING, wanted.words)
+    async def _is_let_go(self, wish: Wish, mapping: Mapping, wanted: Request | Reevaluate) -> bool:
+        state, reason = self.status.state or State.MOUNTED, self.status.reason
+        self.status.becomes(State.DETACHING, wanted.words)
         await self._tell_of_the_end(wish)
-        if self.leave.gone or self.leave.keeps:
+        if self.stop_signal.gone or self.stop_signal.keeps:
             return False
         try:
             on_busy = (self._plan or wish.plan).rule.on_busy
-            if isinstance(wanted, Renewal):
+            if isinstance(wanted, Reevaluate):
                 on_busy = wanted.on_busy
-            await let_go(self._steps, wish, mapping, on_busy)
+            await let_go(self._operations, wish, mapping, on_busy)
         except (HotplugError, OSError) as error:
-            if wanted is Renewal.BY_UDEV:  # it goes all the same, as when it is released
+            if wanted is Reevaluate.BY_UDEV:  # it goes all the same, as when it is released
                 log.warning("%s: %s: %s", self.volume, wanted.words, error)
                 return True
-            if not self.leave.asked:
-                self.standing.becomes(state, reason)
+            if not self.stop_signal.asked:
+                self.status.becomes(state, reason)
                 self._tell_of_the_beginning(wish)
                 self._refuse(wanted, error)
             return False
         return True
 
-    def _refuse(self, wanted: Request | Renewal, error: Exception) -> None:
+    def _refuse(self, wanted: Request | Reevaluate, error: Exception) -> None:
         if not isinstance(wanted, Request):
             log.warning("%s: %s: %s", self.volume, wanted.words, error)
         elif isinstance(error, RequestRefusedError):
@@ -533,22 +543,24 @@ class Life:
         else:
             self._refuse_request(str(error))
 
-    async def _let_go_for(self, wanted: Request | Renewal) -> None:
+    async def _let_go_for(self, wanted: Request | Reevaluate) -> None:
         """Whoever wanted it let go is told; what is still held by others has failed."""
         uuid = names.dm_uuid(self.volume.id)
         try:
-            left = await self._steps.dm("look for the mapping", self._host.find_mapping, uuid)
+            left = await self._operations.dm(
+                "look for the mapping", self._kernel.find_mapping, uuid
+            )
         except (HotplugError, OSError) as error:  # it may be there
             self._inherits = True
-            self.standing.becomes(State.FAILED, str(error))
+            self.status.becomes(State.FAILED, str(error))
             self._refuse_request(str(error))
             return
         if left is not None:
             self._inherits = True
             self._news = False  # what is new was for the volume as it was held
-            others = "; ".join(await who_uses(self._steps, left)) or "others"
+            others = "; ".join(await who_uses(self._operations, left)) or "others"
             words = f"mapping {left.name} is held open: {others}; it goes when they close it"
-            self.standing.becomes(State.FAILED, words)
+            self.status.becomes(State.FAILED, words)
             self._refuse_request(words)
         elif isinstance(wanted, Request):
             self._rest(wanted)
@@ -559,25 +571,25 @@ class Life:
         self._end_is_told = False
         plan = self._plan or wish.plan
         if plan.on_mount is not None and plan.rule.action is Action.MOUNT:
-            self._around.units.start(plan.on_mount)
+            self._context.units.start(plan.on_mount)
 
     async def _tell_of_the_end(self, wish: Wish) -> None:
         """The rule's unit has done what it does before an unmount; without a medium none is due."""
-        plan, units = self._plan or wish.plan, self._around.units
+        plan, units = self._plan or wish.plan, self._context.units
         unit = plan.on_unmount
         if unit is None or self._end_is_told or plan.rule.action is Action.UNLOCK:
             return
         self._end_is_told = True
-        if self.leave.gone:
+        if self.stop_signal.gone:
             units.start(unit)
         else:
-            await self.leave.unless_gone(units.finish(unit, plan.rule.unit_within_s))
+            await self.stop_signal.unless_gone(units.finish(unit, plan.rule.unit_within_s))
 
     def publish_defect(self, state: State, words: str) -> None:
         """The volume's state is this, since the agent itself is at fault."""
         self._is_broken = True
-        self.standing.holds_nothing()
-        self.standing.becomes(state, words)
+        self.status.holds_nothing()
+        self.status.becomes(state, words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -592,7 +604,7 @@ def _has(volume: Volume, fact: str) -> bool:
     return getattr(volume, fact) is not None
 
 
-class Renewal(Enum):
+class Reevaluate(Enum):
     """Why a volume is to be let go, and served anew."""
 
     BY_RULES = ("other rules ask for something else", OnBusy.REFUSE)

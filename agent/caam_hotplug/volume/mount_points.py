@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from caam_hotplug.model import VolumeId
 
 
-class Claims:
+class MountPoints:
     """A queue for every name; who is at its head owns it. Synchronization: loop only."""
 
     def __init__(self) -> None:

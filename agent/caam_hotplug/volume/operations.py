@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from caam_hotplug import trace
-from caam_hotplug.kernel.api import Host
-from caam_hotplug.volume.stop_signal import Leave
-from caam_hotplug.volume.worker import Lane, Late
+from caam_hotplug.kernel.api import Kernel
+from caam_hotplug.volume.stop_signal import StopSignal
+from caam_hotplug.volume.worker import Late, Worker
 
 T = TypeVar("T")
 Step = tuple[str, Callable[[], Any]]
@@ -23,17 +23,17 @@ def fields(event: str, **of_it: object) -> dict[str, dict[str, object]]:
 
 
 @dataclass(slots=True)
-class Steps:
+class Operations:
     """The kernel, and the ways to it.
 
     A wedged medium blocks its own lane only. libdevmapper is not thread-safe, so calls about
     mappings share one lane, and are short.
     """
 
-    host: Host
-    leave: Leave
-    lane: Lane
-    dm_lane: Lane
+    kernel: Kernel
+    stop_signal: StopSignal
+    worker: Worker
+    dm_worker: Worker
     late: Late
     """Told which step takes long and why, and None when it has ended."""
     took: dict[str, float] = field(default_factory=dict)
@@ -41,41 +41,41 @@ class Steps:
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """The step's outcome, on the volume's own lane."""
-        return await self._timed(self.lane, words, function, *args, **named)
+        return await self._timed(self.worker, words, function, *args, **named)
 
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """The step's outcome, on the lane of all mappings."""
-        return await self._timed(self.dm_lane, words, function, *args, **named)
+        return await self._timed(self.dm_worker, words, function, *args, **named)
 
     async def each(self, *steps: Step) -> list[Any]:
         """The steps' outcomes, taken one after the other up to the first that fails.
 
         On the volume's own lane, which they go to and come back from once.
         """
-        return await self._in_one_go(self.lane, steps)
+        return await self._in_one_go(self.worker, steps)
 
     async def dm_each(self, *steps: Step) -> list[Any]:
         """As `each`, on the lane of all mappings."""
-        return await self._in_one_go(self.dm_lane, steps)
+        return await self._in_one_go(self.dm_worker, steps)
 
-    async def _in_one_go(self, lane: Lane, steps: Sequence[Step]) -> list[Any]:
+    async def _in_one_go(self, worker: Worker, steps: Sequence[Step]) -> list[Any]:
         going = _Going(steps, asyncio.get_running_loop().time)
         try:
             late = self._late(lambda: going.words)
-            with trace.step(f"{steps[0][0]} and more", lane.name):
-                return await lane.run(going, late=late, since=lambda: going.since)
+            with trace.step(f"{steps[0][0]} and more", worker.name):
+                return await worker.run(going, late=late, since=lambda: going.since)
         finally:
             for words, took in going.took:
                 self.took[words] = self.took.get(words, 0.0) + took
 
     async def _timed(
-        self, lane: Lane, words: str, function: Callable[..., T], *args: Any, **named: Any
+        self, worker: Worker, words: str, function: Callable[..., T], *args: Any, **named: Any
     ) -> T:
         clock = asyncio.get_running_loop().time
         begun = clock()
         try:
-            with trace.step(words, lane.name):
-                return await lane.run(function, *args, late=self._late(lambda: words), **named)
+            with trace.step(words, worker.name):
+                return await worker.run(function, *args, late=self._late(lambda: words), **named)
         finally:
             self.took[words] = self.took.get(words, 0.0) + clock() - begun
 

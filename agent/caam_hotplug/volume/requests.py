@@ -35,7 +35,7 @@ class Request:
         return f"{self.ask.value} asked for by {shown(self.by)}"
 
     @property
-    def lets_go(self) -> bool:
+    def releases(self) -> bool:
         """Whether the volume is to be let go."""
         return self.ask in {Ask.LOCK, Ask.EJECT}
 

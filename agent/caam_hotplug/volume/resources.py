@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import Admitted, OnBusy
+from caam_hotplug.config.rules import OnBusy, Plan
 from caam_hotplug.errors import (
     ForeignMappingError,
     MountBusyError,
@@ -31,10 +31,10 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.blobs import KEY_TYPES, Backend
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
-from caam_hotplug.kernel.api import Host
+from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.keys import loading
 from caam_hotplug.model import KeyReference, Mapping, Mount, Volume, VolumeId
-from caam_hotplug.volume.operations import Steps, fields
+from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Wish:
     """What a volume is to hold: derived from it and the rule that admits it."""
 
     volume: Volume
-    plan: Admitted
+    plan: Plan
 
     @property
     def dm_name(self) -> str:
@@ -63,22 +63,24 @@ class Wish:
         return self.volume.read_only or self.plan.rule.mount.read_only
 
 
-async def release_key(steps: Steps, volume: VolumeId) -> None:
+async def release_key(operations: Operations, volume: VolumeId) -> None:
     """The volume's key is in no keyring of the agent's."""
-    await steps.call("unlink the key", steps.host.unlink_key, names.key_description(volume))
+    await operations.call(
+        "unlink the key", operations.kernel.unlink_key, names.key_description(volume)
+    )
 
 
 @asynccontextmanager
-async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
+async def active_mapping(operations: Operations, wish: Wish) -> AsyncIterator[Mapping]:
     """The volume's mapping is live, decrypting with its key.
 
     Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
     """
-    host, uuid = steps.host, wish.dm_uuid
-    existing = await steps.dm("look for the mapping", host.find_mapping, uuid)
+    kernel, uuid = operations.kernel, wish.dm_uuid
+    existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
     adopted = existing is not None and _as_wanted(existing, wish)
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mapping, steps, uuid)
+        held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
             log.warning(
                 "%s: adopting its mapping %s",
@@ -86,15 +88,17 @@ async def active_mapping(steps: Steps, wish: Wish) -> AsyncIterator[Mapping]:
                 existing.name,
                 extra=fields("adopted", VOLUME=wish.volume, MAPPING=existing.name),
             )
-            _, live = await steps.dm_each(
-                ("keep the mapping", partial(host.keep_mapping, existing.name)),
-                ("look for the mapping", partial(host.find_mapping, uuid)),
+            _, live = await operations.dm_each(
+                ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
+                ("look for the mapping", partial(kernel.find_mapping, uuid)),
             )
         else:
             if existing is not None:
-                await steps.dm("remove the half-made mapping", host.remove_mapping, existing.name)
-            live = await _made_mapping(steps, wish)
-        steps.leave.check()
+                await operations.dm(
+                    "remove the half-made mapping", kernel.remove_mapping, existing.name
+                )
+            live = await _made_mapping(operations, wish)
+        operations.stop_signal.check()
         if live is None:
             raise ForeignMappingError(f"mapping {wish.dm_name} vanished while it was made")
         yield live
@@ -127,33 +131,33 @@ def _is_wanted(target: CryptTarget, wish: Wish) -> bool:
     )
 
 
-async def _made_mapping(steps: Steps, wish: Wish) -> Mapping | None:
+async def _made_mapping(operations: Operations, wish: Wish) -> Mapping | None:
     """The mapping, made and live, or None if it has vanished since.
 
     dm-crypt copies the key when a table is loaded, so it is in the keyring until right after that.
     """
-    host, plan, name = steps.host, wish.plan, wish.dm_name
+    kernel, plan, name = operations.kernel, wish.plan, wish.dm_name
     description = names.key_description(wish.volume.id)
 
     def load_key() -> KeyReference:
-        blob = host.read_blob(plan.blob, plan.rule.key.form)
-        return loading.load(host, blob, plan.rule.key, description)
+        blob = kernel.read_blob(plan.blob, plan.rule.key.form)
+        return loading.load(kernel, blob, plan.rule.key, description)
 
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_key, steps, wish.volume.id)
-        _, key = await steps.each(
-            ("look who uses it", partial(host.require_unused, wish.volume)),
+        held.push_async_callback(to_the_end, release_key, operations, wish.volume.id)
+        _, key = await operations.each(
+            ("look who uses it", partial(kernel.require_unused, wish.volume)),
             ("import the blob", load_key),
         )
-        steps.leave.check()
+        operations.stop_signal.check()
         line = crypt_target(wish.volume, plan.rule.crypt, key).to_line()
         read_only = wish.volume.read_only
-        *_, live = await steps.dm_each(
-            ("create the mapping", partial(host.create_mapping, name, wish.dm_uuid)),
-            ("load the table", partial(host.load_table, name, line, read_only=read_only)),
-            ("unlink the key", partial(host.unlink_key, description)),
-            ("activate the mapping", partial(host.activate_mapping, name)),
-            ("look for the mapping", partial(host.find_mapping, wish.dm_uuid)),
+        *_, live = await operations.dm_each(
+            ("create the mapping", partial(kernel.create_mapping, name, wish.dm_uuid)),
+            ("load the table", partial(kernel.load_table, name, line, read_only=read_only)),
+            ("unlink the key", partial(kernel.unlink_key, description)),
+            ("activate the mapping", partial(kernel.activate_mapping, name)),
+            ("look for the mapping", partial(kernel.find_mapping, wish.dm_uuid)),
         )
         held.pop_all()  # the key is unlinked already
     return cast("Mapping | None", live)
@@ -166,17 +170,17 @@ def backend_that_made(mapping: Mapping) -> Backend:
     return next((form for form, of_it in KEY_TYPES.items() if of_it == kind), "tagged")
 
 
-async def release_mapping(steps: Steps, uuid: str) -> None:
+async def release_mapping(operations: Operations, uuid: str) -> None:
     """The mapping is gone; or it is held by others, and then dead if its medium has gone.
 
     Without a medium nothing waits for holders: an error table takes the crypt table's place,
     which wipes the key in the kernel, and the kernel removes the mapping at its last close.
     """
-    if steps.leave.keeps:
+    if operations.stop_signal.keeps:
         return
-    left = await steps.dm("remove the mapping", _removed, steps, uuid)
+    left = await operations.dm("remove the mapping", _removed, operations, uuid)
     if left is not None:
-        fate = "without its key" if steps.leave.gone else "with its key"
+        fate = "without its key" if operations.stop_signal.gone else "with its key"
         log.warning(
             "mapping %s is held open by others; it stays, %s, until they close it",
             left.name,
@@ -185,38 +189,38 @@ async def release_mapping(steps: Steps, uuid: str) -> None:
         )
 
 
-def _removed(steps: Steps, uuid: str) -> Mapping | None:
+def _removed(operations: Operations, uuid: str) -> Mapping | None:
     """What is left of the mapping, which is to go, because others hold it. Lane: dm."""
-    host = steps.host
-    mapping = host.find_mapping(uuid)
+    kernel = operations.kernel
+    mapping = kernel.find_mapping(uuid)
     if mapping is None:
         return None
     try:
         if mapping.open_count:
-            _poison_if_gone(steps, mapping)
+            _poison_if_gone(operations, mapping)
     finally:
-        host.remove_mapping(mapping.name)
-    left = host.find_mapping(uuid)
+        kernel.remove_mapping(mapping.name)
+    left = kernel.find_mapping(uuid)
     if left is not None:
-        _poison_if_gone(steps, left)  # whoever holds it opened it since the first look
+        _poison_if_gone(operations, left)  # whoever holds it opened it since the first look
     return left
 
 
-def _poison_if_gone(steps: Steps, mapping: Mapping) -> None:
+def _poison_if_gone(operations: Operations, mapping: Mapping) -> None:
     """Without a medium, no crypt table and so no key is left in the mapping. Lane: dm."""
     target = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
-    if steps.leave.gone and target is not None:
-        steps.host.poison_mapping(mapping.name, target.length)
+    if operations.stop_signal.gone and target is not None:
+        operations.kernel.poison_mapping(mapping.name, target.length)
 
 
 @asynccontextmanager
-async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[Mount]:
+async def mounted(operations: Operations, wish: Wish, mapping: Mapping) -> AsyncIterator[Mount]:
     """The filesystem under the key is mounted at the volume's mount point.
 
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
-    host, name, ask = steps.host, wish.plan.mount_name, wish.plan.rule.mount
-    there = mounts_at(host, name)
+    kernel, name, ask = operations.kernel, wish.plan.mount_name, wish.plan.rule.mount
+    there = mounts_at(kernel, name)
     found = _of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
@@ -225,17 +229,17 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
 
     def probe() -> None:
         nonlocal kind
-        found = host.probe(mapping.node, ask.filesystems)
+        found = kernel.probe(mapping.node, ask.filesystems)
         if found is None:
             raise NoFilesystemError(
                 "no known filesystem under this key "
                 f"(looked for {', '.join(ask.filesystems)}): "
-                f"{host.blob_directory / wish.plan.blob} may belong to another medium"
+                f"{kernel.blob_directory / wish.plan.blob} may belong to another medium"
             )
         kind = found
 
     def mount() -> None:
-        host.mount(
+        kernel.mount(
             mapping.node,
             kind,
             name,
@@ -245,9 +249,9 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
         )
 
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mount, steps, name, mapping)
+        held.push_async_callback(to_the_end, release_mount, operations, name, mapping)
         if mapping.open_count:
-            await _release_other_mounts(steps, name, mapping)
+            await _release_other_mounts(operations, name, mapping)
         if found is not None:
             log.warning(
                 "%s: adopting its mount %s",
@@ -256,140 +260,146 @@ async def mounted(steps: Steps, wish: Wish, mapping: Mapping) -> AsyncIterator[M
                 extra=fields("adopted", VOLUME=wish.volume, MOUNT_POINT=found.point),
             )
         else:
-            await steps.each(("probe", probe), ("mount", mount))
-            found = mount_at(host, name)
+            await operations.each(("probe", probe), ("mount", mount))
+            found = mount_at(kernel, name)
         if found is None:
-            raise MountPointOccupiedError(f"{host.mount_root / name} was unmounted by others")
+            raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found
 
 
-async def let_go(steps: Steps, wish: Wish, mapping: Mapping, on_busy: OnBusy) -> None:
+async def let_go(operations: Operations, wish: Wish, mapping: Mapping, on_busy: OnBusy) -> None:
     """All that was written is on the medium, and nothing of the mapping is mounted or in use.
 
     Raises: VolumeBusyError if it is in use and the rule leaves it to its users; MountError. All is
     as before then.
     """
-    host, name = steps.host, wish.plan.mount_name
-    there = mounts_at(host, name)
+    kernel, name = operations.kernel, wish.plan.mount_name
+    there = mounts_at(kernel, name)
     found = _of(mapping, there)
     signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     if found is None:
         for number in (None, *signals):
             if number is not None:
-                await _end_users(steps, wish, mapping, number)
-            live = await steps.dm("look for the mapping", host.find_mapping, wish.dm_uuid)
+                await _end_users(operations, wish, mapping, number)
+            live = await operations.dm("look for the mapping", kernel.find_mapping, wish.dm_uuid)
             if live is None or not live.open_count or on_busy is OnBusy.DETACH:
                 return
-        raise await _busy(steps, mapping.node, mapping)
+        raise await _busy(operations, mapping.node, mapping)
     if there[-1] is not found:
         raise VolumeBusyError(found.point, (f"{shown(there[-1].source)} is mounted over it",))
-    if on_busy is OnBusy.REFUSE and _mounted_elsewhere(host, mapping):
-        raise await _busy(steps, found.point, mapping)  # an unmount here would not tell
+    if on_busy is OnBusy.REFUSE and _mounted_elsewhere(kernel, mapping):
+        raise await _busy(operations, found.point, mapping)  # an unmount here would not tell
     for number in (None, *signals):
         if number is not None:
-            await _end_users(steps, wish, mapping, number)
+            await _end_users(operations, wish, mapping, number)
         if not found.read_only:  # each time: what users write as they end is theirs too
-            await steps.call("flush", host.flush, name, mapping.node)
+            await operations.call("flush", kernel.flush, name, mapping.node)
         with suppress(MountBusyError):
-            await steps.call("unmount", host.unmount, name)
+            await operations.call("unmount", kernel.unmount, name)
             return
     if on_busy is not OnBusy.DETACH:
-        raise await _busy(steps, found.point, mapping)
+        raise await _busy(operations, found.point, mapping)
     log.warning(
         "%s is in use; detaching it from the tree",
         found.point,
         extra=fields("busy", VOLUME=wish.volume, MOUNT_POINT=found.point),
     )
-    await steps.call("detach", host.unmount, name, lazily=True)
+    await operations.call("detach", kernel.unmount, name, lazily=True)
 
 
-async def _end_users(steps: Steps, wish: Wish, mapping: Mapping, number: signal.Signals) -> None:
+async def _end_users(
+    operations: Operations, wish: Wish, mapping: Mapping, number: signal.Signals
+) -> None:
     log.warning(
         "%s: ending its users with %s",
         wish.volume,
         number.name,
         extra=fields("busy", VOLUME=wish.volume, MAPPING=mapping.name),
     )
-    await steps.call("end its users", steps.host.end_holders, mapping, number, SIGNAL_GRACE_S)
+    await operations.call(
+        "end its users", operations.kernel.end_holders, mapping, number, SIGNAL_GRACE_S
+    )
 
 
-def _mounted_elsewhere(host: Host, mapping: Mapping) -> list[str]:
+def _mounted_elsewhere(kernel: Kernel, mapping: Mapping) -> list[str]:
     """Where others have mounted it, outside the mount root."""
-    points = (mount.point for mount in host.mounts() if is_of(mount, mapping))
-    return [point for point in points if Path(point).parent != host.mount_root]
+    points = (mount.point for mount in kernel.mounts() if is_of(mount, mapping))
+    return [point for point in points if Path(point).parent != kernel.mount_root]
 
 
-async def _busy(steps: Steps, what: str, mapping: Mapping) -> VolumeBusyError:
-    return VolumeBusyError(what, await who_uses(steps, mapping))
+async def _busy(operations: Operations, what: str, mapping: Mapping) -> VolumeBusyError:
+    return VolumeBusyError(what, await who_uses(operations, mapping))
 
 
-async def who_uses(steps: Steps, mapping: Mapping) -> tuple[str, ...]:
+async def who_uses(operations: Operations, mapping: Mapping) -> tuple[str, ...]:
     """Processes that use the mapping's filesystem, and places where it is mounted by others."""
-    host = steps.host
-    holders = await steps.call("look who uses it", host.holders, mapping)
-    points = _mounted_elsewhere(host, mapping)
+    kernel = operations.kernel
+    holders = await operations.call("look who uses it", kernel.holders, mapping)
+    points = _mounted_elsewhere(kernel, mapping)
     return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))
 
 
-async def release_mount(steps: Steps, name: str, mapping: Mapping) -> None:
+async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
     """Nothing of the mapping is mounted at the mount point, and the directory is gone.
 
     A mount in use is detached: whoever is inside may finish there, nobody new gets in. With a
     medium, everything written so far is on it first. Raises: MountError if it is still there.
     """
-    host = steps.host
-    if steps.leave.keeps:
+    kernel = operations.kernel
+    if operations.stop_signal.keeps:
         return
-    there = mounts_at(host, name)
+    there = mounts_at(kernel, name)
     found = _of(mapping, there)
     if found is None:
-        await steps.call("remove the mount point", host.remove_mount_point, name)
+        await operations.call("remove the mount point", kernel.remove_mount_point, name)
         return
     try:
-        await _uncover(steps, name, mapping, there)
-        if not steps.leave.gone and not found.read_only:
-            await steps.call("flush", host.flush, name, mapping.node)
+        await _uncover(operations, name, mapping, there)
+        if not operations.stop_signal.gone and not found.read_only:
+            await operations.call("flush", kernel.flush, name, mapping.node)
     finally:
-        await _unmount_or_detach(steps, name, mapping)
+        await _unmount_or_detach(operations, name, mapping)
 
 
-async def _uncover(steps: Steps, name: str, mapping: Mapping, there: Sequence[Mount]) -> None:
+async def _uncover(
+    operations: Operations, name: str, mapping: Mapping, there: Sequence[Mount]
+) -> None:
     """What others have mounted over ours is detached; ours would be out of reach."""
     for cover in reversed(there):
         if is_of(cover, mapping):
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
-        await steps.call("detach", steps.host.unmount, name, lazily=True)
+        await operations.call("detach", operations.kernel.unmount, name, lazily=True)
 
 
-async def _unmount_or_detach(steps: Steps, name: str, mapping: Mapping) -> None:
-    host = steps.host
+async def _unmount_or_detach(operations: Operations, name: str, mapping: Mapping) -> None:
+    kernel = operations.kernel
 
     def unmount() -> MountError | None:
         try:
-            host.unmount(name)
+            kernel.unmount(name)
         except MountError as error:
             return error
-        host.remove_mount_point(name)
+        kernel.remove_mount_point(name)
         return None
 
-    refusal = await steps.call("unmount", unmount)
+    refusal = await operations.call("unmount", unmount)
     if refusal is not None:
         said = fields("busy", MOUNT_POINT=name)
         log.warning("%s; detaching it from the tree", refusal, extra=said)
         try:
-            await steps.call("detach", host.unmount, name, lazily=True)
+            await operations.call("detach", kernel.unmount, name, lazily=True)
         finally:
-            await steps.call("remove the mount point", host.remove_mount_point, name)
-    if (left := _of(mapping, mounts_at(host, name))) is not None:
+            await operations.call("remove the mount point", kernel.remove_mount_point, name)
+    if (left := _of(mapping, mounts_at(kernel, name))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
 
 
-async def _release_other_mounts(steps: Steps, name: str, mapping: Mapping) -> None:
+async def _release_other_mounts(operations: Operations, name: str, mapping: Mapping) -> None:
     """An earlier run had other rules, and may have mounted the volume under another name."""
-    for other in mounts_of(steps.host, mapping):
+    for other in mounts_of(operations.kernel, mapping):
         if other != name:
-            await release_mount(steps, other, mapping)
+            await release_mount(operations, other, mapping)
 
 
 # The table of mounts is read on the loop, not on a lane: it lies in memory, and the lock it is
@@ -397,21 +407,21 @@ async def _release_other_mounts(steps: Steps, name: str, mapping: Mapping) -> No
 # or an unmount can. It can fail, such as for want of a file descriptor.
 
 
-def mounts_of(host: Host, mapping: Mapping) -> dict[str, Mount]:
+def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
     """The mapping's mounts in the mount root, by their names there."""
-    found = ((Path(mount.point), mount) for mount in host.mounts() if is_of(mount, mapping))
-    return {point.name: mount for point, mount in found if point.parent == host.mount_root}
+    found = ((Path(mount.point), mount) for mount in kernel.mounts() if is_of(mount, mapping))
+    return {point.name: mount for point, mount in found if point.parent == kernel.mount_root}
 
 
-def mount_at(host: Host, name: str) -> Mount | None:
+def mount_at(kernel: Kernel, name: str) -> Mount | None:
     """The topmost mount at a name in the mount root, or None."""
-    return next(reversed(mounts_at(host, name)), None)
+    return next(reversed(mounts_at(kernel, name)), None)
 
 
-def mounts_at(host: Host, name: str) -> list[Mount]:
+def mounts_at(kernel: Kernel, name: str) -> list[Mount]:
     """All mounts at a name in the mount root, the topmost last."""
-    point = str(host.mount_root / name)
-    return [mount for mount in host.mounts() if mount.point == point]
+    point = str(kernel.mount_root / name)
+    return [mount for mount in kernel.mounts() if mount.point == point]
 
 
 def _of(mapping: Mapping, mounts: Iterable[Mount]) -> Mount | None:

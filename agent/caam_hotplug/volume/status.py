@@ -11,7 +11,7 @@ from caam_hotplug.model import Entry, State, Volume
 Publish = Callable[[Entry], None]
 
 
-class Standing:
+class VolumeStatus:
     """How a volume stands. Synchronization: loop only."""
 
     def __init__(self, volume: Volume, publish: Publish) -> None:

@@ -16,11 +16,11 @@ class Reason(Enum):
     KEEP = "the agent stops and keeps it"
 
 
-class LeaveRequestedError(Exception):
+class StopRequestedError(Exception):
     """Raised between two steps when the volume is to be let go."""
 
 
-class Leave:
+class StopSignal:
     """Set once; only the medium's departure overrides what was asked before.
 
     Synchronization: loop only.
@@ -59,7 +59,7 @@ class Leave:
     def check(self) -> None:
         """Raises: LeaveRequestedError if the life is to end."""
         if self.asked:
-            raise LeaveRequestedError
+            raise StopRequestedError
 
     def stir(self) -> None:
         """Whoever waits looks again."""

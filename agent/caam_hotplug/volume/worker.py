@@ -103,7 +103,7 @@ def _outcome(call: _Call) -> Callable[[], None]:
         del call, future
 
 
-class Lane:
+class Worker:
     """A line of calls, each in a thread, at most one at a time."""
 
     def __init__(self, name: str, late_after_s: float, threads: Threads | None = None) -> None:

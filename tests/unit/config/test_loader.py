@@ -20,7 +20,7 @@ from caam_hotplug.config.rules import (
     Bytes,
     KeySource,
     Match,
-    MountWish,
+    MountSettings,
     OnStop,
     Rule,
     Template,
@@ -69,7 +69,7 @@ def test_the_installed_file_does_what_the_agent_does_without_one() -> None:
     assert replace(installed, rule=rules) == Config()
 
 
-@pytest.mark.parametrize("described", [Config, Rule, Match, KeySource, Crypt, MountWish])
+@pytest.mark.parametrize("described", [Config, Rule, Match, KeySource, Crypt, MountSettings])
 def test_the_installed_file_shows_every_key(described: type[Any]) -> None:
     text = INSTALLED.read_text(encoding="utf-8")
     for field in fields(described):
@@ -204,7 +204,7 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
             iv_offset=8,
             flags=("allow_discards",),
         ),
-        mount=MountWish(
+        mount=MountSettings(
             name=Template("{serial}"),
             filesystems=("ext4",),
             options=("noexec",),
@@ -569,7 +569,11 @@ def test_names_must_differ_across_files(file: Path) -> None:
 
 
 keys = st.sampled_from(
-    [f.name for kind in (Config, Rule, Match, KeySource, Crypt, MountWish) for f in fields(kind)]
+    [
+        f.name
+        for kind in (Config, Rule, Match, KeySource, Crypt, MountSettings)
+        for f in fields(kind)
+    ]
 ) | st.just("xyzzy")
 values = st.recursive(
     st.sampled_from(

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
-    Admitted,
     Bytes,
     KeySource,
     Match,
-    MountWish,
-    Refused,
+    MountSettings,
+    NoMatch,
+    Plan,
     Rule,
     Template,
     UnsafeNameError,
@@ -220,7 +220,7 @@ def test_a_hostile_label_is_told_escaped() -> None:
 
 
 def test_the_built_in_rule_admits_a_labelled_partition_on_a_removable_bus() -> None:
-    assert decide(BUILT_IN, stick()) == Admitted(BUILT_IN[0], "cartridge.bb", "cartridge")
+    assert decide(BUILT_IN, stick()) == Plan(BUILT_IN[0], "cartridge.bb", "cartridge")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_built_in_rule_admits_a_labelled_partition_on_a_removable_bus() -> N
 def test_the_built_in_rule_leaves_everything_else_untouched(
     changes: dict[str, Any], why: str
 ) -> None:
-    assert decide(BUILT_IN, stick(**changes)) == Refused((("built-in", why),))
+    assert decide(BUILT_IN, stick(**changes)) == NoMatch((("built-in", why),))
 
 
 def test_a_device_that_the_board_keeps_us_off_meets_no_rule() -> None:
@@ -254,7 +254,7 @@ def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
     as_written: Callable[[str], str],
 ) -> None:
     by_serial = KeySource(blob=Template("{serial}.bb"))
-    rule = Rule(name="by serial", key=by_serial, mount=MountWish(name=Template("{serial}")))
+    rule = Rule(name="by serial", key=by_serial, mount=MountSettings(name=Template("{serial}")))
     begun = stick(serial="ABC", parttype=as_written("08852176-76a2-4897-9536-c3c5c588df44"))
     refused = decide((rule,), begun)
     assert str(refused) == "it is not finished; run the same `provision` or `migrate` again"
@@ -262,8 +262,8 @@ def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
 
 def test_an_ignoring_rule_keeps_later_rules_from_the_volume() -> None:
     rules = (Rule(name="not these", action=Action.IGNORE, match=Match(bus=Bus.USB)), *BUILT_IN)
-    assert decide(rules, stick()) == Refused((("not these", "matches, and its action is ignore"),))
-    assert isinstance(decide(rules, stick(bus=Bus.MMC)), Admitted)
+    assert decide(rules, stick()) == NoMatch((("not these", "matches, and its action is ignore"),))
+    assert isinstance(decide(rules, stick(bus=Bus.MMC)), Plan)
 
 
 def test_an_unsafe_name_does_not_fall_through_to_a_rule_with_another_template() -> None:
@@ -272,26 +272,26 @@ def test_an_unsafe_name_does_not_fall_through_to_a_rule_with_another_template() 
         Rule(
             name="by number",
             key=KeySource(blob=Template("{diskseq}.bb")),
-            mount=MountWish(name=Template("{diskseq}")),
+            mount=MountSettings(name=Template("{diskseq}")),
         ),
     )
     refused = decide(rules, stick(partlabel="a b"))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, NoMatch)
     assert [name for name, _ in refused.reasons] == ["by label"]
 
 
 def test_the_mount_name_is_checked_as_well_as_the_blobs() -> None:
-    rule = Rule(name="r", mount=MountWish(name=Template("{serial}")))
-    assert decide((rule,), stick()) == Refused((("r", "matches, but the medium has no serial"),))
+    rule = Rule(name="r", mount=MountSettings(name=Template("{serial}")))
+    assert decide((rule,), stick()) == NoMatch((("r", "matches, but the medium has no serial"),))
 
 
 def test_the_admitted_names_come_from_the_rules_templates() -> None:
     rule = Rule(
         name="r",
         key=KeySource(blob=Template("chip-{partn}.bb")),
-        mount=MountWish(name=Template("{partlabel}-{diskseq}")),
+        mount=MountSettings(name=Template("{partlabel}-{diskseq}")),
     )
-    assert decide((rule,), stick(id=VolumeId(9, 3))) == Admitted(rule, "chip-3.bb", "cartridge-9")
+    assert decide((rule,), stick(id=VolumeId(9, 3))) == Plan(rule, "chip-3.bb", "cartridge-9")
 
 
 def test_a_refusal_says_for_every_rule_why() -> None:
@@ -329,13 +329,13 @@ def test_the_deciding_rule_is_the_first_without_failures(
     assume(not volume.opted_out)
     fitting = [i for i, rule in enumerate(rules) if not list(rule.match.failures(volume))]
     match decide(rules, volume):
-        case Admitted() as admitted:
+        case Plan() as admitted:
             assert admitted.rule is rules[fitting[0]]
             assert admitted.rule.action is not Action.IGNORE
-        case Refused(reasons) if fitting:
+        case NoMatch(reasons) if fitting:
             assert len(reasons) == 1
             assert reasons[0][1].startswith("matches, ")
-        case Refused(reasons):
+        case NoMatch(reasons):
             assert [why for _, why in reasons] == [
                 next(rule.match.failures(volume)) for rule in rules
             ]
@@ -344,11 +344,11 @@ def test_the_deciding_rule_is_the_first_without_failures(
 @given(claims)
 def test_names_of_an_admitted_volume_are_plain_file_names(label: str | None) -> None:
     match decide((Rule(name="all"),), stick(partlabel=label)):
-        case Admitted(_, blob, mount_name):
+        case Plan(_, blob, mount_name):
             assert (blob, mount_name) == (f"{label}.bb", label)
             assert set(mount_name) <= set(string.ascii_letters + string.digits + "._-")
             assert mount_name[0] not in ".-"
-        case Refused() as refused:
+        case NoMatch() as refused:
             assert "cannot be part of a file name" in str(refused) or label is None
 
 

@@ -19,7 +19,7 @@ from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import KeySource, Match, Rule
 from caam_hotplug.doctor import caam, environment, kernel, report, runner, self_test, service
 from caam_hotplug.doctor.board import Site, is_harmless, is_open_to_service
-from caam_hotplug.doctor.result import Finding, Status, Verdict, failure, ok, unknown, warning
+from caam_hotplug.doctor.result import Result, Status, Verdict, failure, ok, unknown, warning
 from caam_hotplug.formats.crypt_table import Crypt
 
 RELEASE: Final = "6.6.52-lts-next"
@@ -64,10 +64,10 @@ def board(tmp_path: Path) -> Board:
 
 # The report.
 
-GOOD = Finding("kernel", "kernel", ok("Linux 6.6"))
-UNTOLD = Finding("caam-state", "CAAM state", unknown("cannot be told", "ask U-Boot"))
-DOUBTFUL = Finding("automounters", "other automounters", warning("udisksd runs", "keep it off"))
-BAD = Finding("caam-device", "CAAM device", failure("is not there", "use NXP's kernel"))
+GOOD = Result("kernel", "kernel", ok("Linux 6.6"))
+UNTOLD = Result("caam-state", "CAAM state", unknown("cannot be told", "ask U-Boot"))
+DOUBTFUL = Result("automounters", "other automounters", warning("udisksd runs", "keep it off"))
+BAD = Result("caam-device", "CAAM device", failure("is not there", "use NXP's kernel"))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ BAD = Finding("caam-device", "CAAM device", failure("is not there", "use NXP's k
         ([GOOD, BAD], 1),
     ],
 )
-def test_the_exit_status_is_that_of_the_worst_finding(findings: list[Finding], status: int) -> None:
+def test_the_exit_status_is_that_of_the_worst_finding(findings: list[Result], status: int) -> None:
     assert report.exit_status(findings) == status
 
 
@@ -94,7 +94,7 @@ def test_a_finding_is_a_line_and_its_remedy_stands_below_the_words() -> None:
 
 def test_no_subject_is_wider_than_its_column() -> None:
     starts = {
-        next(report.Page().lines(Finding(check.name, check.subject, ok("x")))).index("x", 28)
+        next(report.Page().lines(Result(check.name, check.subject, ok("x")))).index("x", 28)
         for check in runner.CHECKS
     }
     assert len(starts) == 1
@@ -102,14 +102,14 @@ def test_no_subject_is_wider_than_its_column() -> None:
 
 def test_lines_are_broken_for_a_terminal_between_words() -> None:
     words = "a finding of many words " * 8
-    lines = list(report.Page(width=80).lines(Finding("x", "subject", warning(words, words))))
+    lines = list(report.Page(width=80).lines(Result("x", "subject", warning(words, words))))
     assert len(lines) > 4
     assert max(map(len, lines)) <= 80
     assert " ".join(" ".join(lines).split()).count("a finding of many words") == 16
 
 
 def test_what_a_terminal_would_act_on_is_escaped() -> None:
-    (line,) = report.Page().lines(Finding("x", "y", ok("a\x1b[2Jb\nc")))
+    (line,) = report.Page().lines(Result("x", "y", ok("a\x1b[2Jb\nc")))
     assert "\x1b" not in line
     assert "\n" not in line
 

@@ -11,7 +11,7 @@ from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import KeySource, Rule
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import mkfs
-from caam_hotplug.keys.sealing import Way
+from caam_hotplug.keys.sealing import SealMethod
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 from caam_hotplug.provisioning.options import Wish, _differences, require_sense, write_rule
 
@@ -26,7 +26,11 @@ def wish_for(*, size: int = 1 << 24, **more: Any) -> tuple[Wish, Volume]:
     choices = {k: more.pop(k) for k in ("filesystem", "cipher", "sector_size") if k in more}
     rule, text = rule_for("cartridge-01", **choices)
     made = Wish(
-        device="/dev/sdb", rule=rule, rule_text=text, key_bytes=16, way=Way(backend="tagged")
+        device="/dev/sdb",
+        rule=rule,
+        rule_text=text,
+        key_bytes=16,
+        method=SealMethod(backend="tagged"),
     )
     return replace(made, **more), replace(DISK, size=Sectors(size))
 
@@ -114,14 +118,14 @@ def test_a_rule_is_written_once(config: Config, roots_folder: Path) -> None:
 def test_a_rule_that_does_not_say_what_a_tpms_key_needs_is_not_one_for_it(
     key: KeySource, differs: list[str]
 ) -> None:
-    way = Way(backend="trusted", options="keyhandle=1 blobauth=x")
-    wish, _ = wish_for(way=way, key_bytes=64, cipher="aes-xts-plain64")
+    method = SealMethod(backend="trusted", options="keyhandle=1 blobauth=x")
+    wish, _ = wish_for(method=method, key_bytes=64, cipher="aes-xts-plain64")
     assert _differences(wish, Rule(name="x", key=key), "cartridge-01.bb") == differs
 
 
 @pytest.mark.parametrize(("length", "differs"), [(0, []), (64, []), (32, ["key.length"])])
 def test_of_the_caams_keys_a_rule_need_not_say_the_length(length: int, differs: list[str]) -> None:
-    wish, _ = wish_for(way=Way(backend="trusted"), key_bytes=64, cipher="aes-xts-plain64")
+    wish, _ = wish_for(method=SealMethod(backend="trusted"), key_bytes=64, cipher="aes-xts-plain64")
     rule = Rule(name="x", key=KeySource(length=length))
     assert _differences(wish, rule, "cartridge-01.bb") == differs
 

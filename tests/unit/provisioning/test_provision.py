@@ -12,7 +12,7 @@ from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import recovery_files
 from caam_hotplug.kernel import atomic_files, gpt, mkfs
 from caam_hotplug.keys import sealing, store
-from caam_hotplug.keys.sealing import Way
+from caam_hotplug.keys.sealing import SealMethod
 from caam_hotplug.provisioning import provision
 from unit.workshop import LABEL, Workshop, disk_of
 
@@ -52,7 +52,9 @@ def test_a_recovery_file_of_a_medium_that_was_made_is_not_vouched_for(workshop: 
     assert f"{workshop.recovery} was there before; whether its key is the medium's" in made.notes[0]
 
 
-@pytest.mark.parametrize("more", [{"key_bytes": 32}, {"way": Way(backend="tagged", seal="ccm")}])
+@pytest.mark.parametrize(
+    "more", [{"key_bytes": 32}, {"method": SealMethod(backend="tagged", seal="ccm")}]
+)
 def test_a_medium_that_was_made_is_not_taken_for_one_of_other_options(
     workshop: Workshop, more: dict[str, object]
 ) -> None:
