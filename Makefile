@@ -51,8 +51,8 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check agent tests docs
-	$(VENV)/bin/ruff format --check agent tests docs
+	$(VENV)/bin/ruff check agent tests tools docs
+	$(VENV)/bin/ruff format --check agent tests tools docs
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mypy docs/generate.py
 	$(VENV)/bin/lint-imports
@@ -84,7 +84,7 @@ soak: setup
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
 
-# Only ratios mean anything there; tests/bench/throughput.py takes the figures on a board.
+# Only ratios mean anything there; tools/measure/throughput.py takes the figures on a board.
 throughput: setup
 	@$(BED) throughput -- --rounds $(ROUNDS)
 

@@ -10,7 +10,7 @@ from e2e.support import ANY_BUS, POINT
 from vm.guest import Guest
 from vm.installed import AWAIT_UDEV, InstalledAgent
 
-SCRIPT: Final = Path(__file__).parents[1] / "bench" / "replug.py"
+SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "replug.py"
 COMMAND: Final = "cd /root; exec python3 replug.py"
 IN_ORDER: Final = (
     "kernel add -> mounted, ms",

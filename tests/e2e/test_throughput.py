@@ -8,7 +8,7 @@ from typing import Final
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 
-SCRIPT: Final = Path(__file__).parents[1] / "bench" / "throughput.py"
+SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "throughput.py"
 
 
 async def test_the_script_runs_beside_the_agent_with_the_package_that_is_installed(

@@ -19,7 +19,7 @@ from caam_hotplug.kernel import devmapper
 from fakes.contract import until
 from kernel.witness import PARAMETERS, Board, run
 
-SCRIPT: Final = "/src/tests/bench/throughput.py"
+SCRIPT: Final = "/src/tools/measure/throughput.py"
 QUICK: Final = ("--rounds", "1", "--size", "1", "--reads", "2")
 ENDLESS: Final = ("--rounds", "1000000", "--size", "1", "--reads", "2")
 NOBODY: Final = 65534

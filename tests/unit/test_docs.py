@@ -186,8 +186,8 @@ BY_TESTS: Final = {
 
 BY_NOBODY: Final = {
     "it takes a second machine": [
-        "scp tests/bench/replug.py root@board:",
-        "scp tests/bench/throughput.py root@board:",
+        "scp tools/measure/replug.py root@board:",
+        "scp tools/measure/throughput.py root@board:",
     ],
     "tests/install/test_wheel.py does so elsewhere than in /opt": [
         "python3 -m venv /opt/caam-hotplug",

@@ -14,7 +14,7 @@ import pytest
 
 from caam_hotplug.model import Bus
 
-SCRIPT: Final = Path(__file__).parents[1] / "bench" / "replug.py"
+SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "replug.py"
 KEYS: Final = """\
 0dcfb9b9 I--Q---     1 perm 3f030000     0     0 logon     caam-hotplug:9-1: 36
 1a39e171 I--Q---     0 perm 1f3f0000     0 65534 trusted   caam-hotplug:10-1: 64

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-SCRIPT: Final = Path(__file__).parents[1] / "bench" / "throughput.py"
+SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "throughput.py"
 CRYPTO: Final = """\
 name         : cbc(aes)
 driver       : cbc-aes-caam

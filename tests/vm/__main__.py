@@ -25,7 +25,7 @@ def main() -> int:
     growing = commands.add_parser("growth", help="whether the installed agent grows, by cycles")
     growing.add_argument("cycles", type=int)
     throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
-    throughput.add_argument("options", nargs="*", help="those of bench/throughput.py, after --")
+    throughput.add_argument("options", nargs="*", help="those of measure throughput, after --")
     benching = commands.add_parser("bench", help="the agent beside other ways to serve a medium")
     benching.add_argument("options", nargs="*", help="those of bench/measure.py, after --")
     options = parser.parse_args()
