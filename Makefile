@@ -84,7 +84,7 @@ soak: setup
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
 
-# Only ratios mean anything there; tools/measure/throughput.py takes the figures on a board.
+# Only ratios mean anything there; tools/measure takes the figures on a board.
 throughput: setup
 	@$(BED) throughput -- --rounds $(ROUNDS)
 

@@ -10,7 +10,7 @@ from typing import Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 PAGES: Final = [
-    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "tools/README.md")),
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
 NO_COMMANDS: Final = {

@@ -67,7 +67,7 @@ class Throwaway:
 
 DOCTOR: Final = Throwaway("doctor")
 BENCH: Final = Throwaway("bench")
-"""Of measurements, such as tools/measure/throughput.py."""
+"""Of measurements: tools/measure."""
 
 SERVICE_UNIT: Final = f"{PROGRAM}.service"
 SOCKET_UNIT: Final = f"{PROGRAM}.socket"

@@ -1,4 +1,4 @@
-"""The script that pulls and plugs a medium, copied to a board whose agent serves it."""
+"""`measure replug`, which pulls and plugs a medium, copied to a board whose agent serves it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from e2e.support import ANY_BUS, POINT
 from vm.guest import Guest
 from vm.installed import AWAIT_UDEV, InstalledAgent
 
-SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "replug.py"
-COMMAND: Final = "cd /root; exec python3 replug.py"
+COMMAND: Final = "cd /root; exec python3 measure replug"
 IN_ORDER: Final = (
     "kernel add -> mounted, ms",
     "removed -> mapping gone, ms",
@@ -24,14 +23,14 @@ PARTS: Final = ("unmounted", "mapping gone", "key gone", "mount point gone")
 
 
 async def is_served(guest: Guest, agent: InstalledAgent) -> None:
-    """The script is there, and the agent runs and has mounted the medium."""
-    await guest.write("/root/replug.py", SCRIPT.read_bytes())
+    """The program is there, and the agent runs and has mounted the medium."""
+    await guest.run("cp", "-r", "/src/tools/measure", "/root")
     await agent.start()
     await guest.until_mounted(POINT)
 
 
 async def report_of(guest: Guest, which: str, *options: str, cycles: int = 2) -> dict[str, Any]:
-    """What the script has measured; the medium, with what was just written to it, is back."""
+    """What it has measured; the medium, with what was just written to it, is back."""
     await guest.sh(f"head -c 1000000 /dev/urandom | tee {POINT}/written >/root/written")
     command = f"{COMMAND} {which} --cycles {cycles} --json board.json {' '.join(options)}"
     done = await guest.sh(command, timeout_s=180)
@@ -45,7 +44,7 @@ async def report_of(guest: Guest, which: str, *options: str, cycles: int = 2) ->
     await guest.until_mounted(POINT)
     await guest.sh(f"cmp {POINT}/written /root/written; rm {POINT}/written /root/written")
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
-    await guest.sh("rm /root/replug.py /root/board.json")
+    await guest.sh("rm -r /root/measure /root/board.json")
     return report
 
 
@@ -94,18 +93,18 @@ async def test_what_is_used_is_not_pulled_nor_what_nobody_serves(
     refused = await guest.sh(f"{COMMAND} /dev/sda1", check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
     *_, line = refused.stderr.splitlines()
-    assert line.startswith("replug.py: pull /dev/sda1: it is in use: pid ")
+    assert line.startswith("measure replug: /dev/sda1 cannot be pulled, because it is in use: pid ")
     assert line.endswith(f"(sleep) works in {POINT}; end that first")
     await guest.sh("kill $(cat /run/user-of-it); rm /run/user-of-it")
     refused = await guest.sh(f"{COMMAND} cartridge-01 --json {POINT}/board.json", check=False)
-    assert "it is on the medium itself" in refused.stderr
+    assert "board.json is on the medium itself" in refused.stderr
     await guest.run("caam-hotplug", "lock", "cartridge-01")
     refused = await guest.sh(f"{COMMAND} /dev/sda1", check=False)
-    assert "measure cartridge-01: it is not mounted, but locked" in refused.stderr
+    assert "measure replug: cartridge-01 is not mounted, but locked" in refused.stderr
     await agent.stop()
     refused = await guest.sh(f"{COMMAND} /dev/sda1", check=False)
-    assert refused.stderr.startswith("replug.py: measure: the agent does not run")
-    await guest.run("rm", "/root/replug.py")
+    assert refused.stderr.startswith("measure replug: pull: the agent does not run")
+    await guest.run("rm", "-r", "/root/measure")
 
 
 async def test_an_interrupted_stick_is_back(
@@ -114,11 +113,11 @@ async def test_an_interrupted_stick_is_back(
     await guest.plug_usb(medium)
     await is_served(guest, agent)
     done = await guest.sh(
-        f"set -m; ({COMMAND} /dev/sda1 2>/root/said) & script=$!\n"
-        "while test -e /dev/sda1; do :; done; kill -INT $script; wait $script || echo $?\n"
-        "cat /root/said; rm /root/said /root/replug.py"
+        f"set -m; ({COMMAND} /dev/sda1 2>/root/said) & program=$!\n"
+        "while test -e /dev/sda1; do :; done; kill -INT $program; wait $program || echo $?\n"
+        "cat /root/said; rm -r /root/said /root/measure"
     )
-    assert done.stdout.splitlines() == ["130", "cycle 1 of 12", "replug.py: interrupted"]
+    assert done.stdout.splitlines() == ["130", "cycle 1 of 12", "measure replug: interrupted"]
     await guest.until_mounted(POINT)
 
 
@@ -138,7 +137,7 @@ async def test_by_hand_it_says_when_to_pull_and_when_to_plug(
     report = json.loads(await guest.read("/root/board.json"))
     assert "plugged -> kernel add, ms" not in report["figures"]
     assert report["figures"]["kernel add -> mounted, ms"]["min"] > 0
-    await guest.sh("rm /root/said /root/replug.py /root/board.json")
+    await guest.sh("rm -r /root/said /root/measure /root/board.json")
 
 
 async def test_a_card_goes_with_its_slots_controller_and_comes_back(

@@ -1,23 +1,18 @@
-"""The script that measures dm-crypt, copied to a board that has the agent installed and running."""
+"""`measure throughput`, copied to a board that has the agent installed and running."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Final
 
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 
-SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "throughput.py"
 
-
-async def test_the_script_runs_beside_the_agent_with_the_package_that_is_installed(
+async def test_it_runs_beside_the_agent_with_the_package_that_is_installed(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.start()
-    await guest.write("/root/throughput.py", SCRIPT.read_bytes())
     done = await guest.sh(
-        "cd /root; python3 throughput.py --rounds 1 --size 1 --reads 1; rm throughput.py",
+        "cp -r /src/tools/measure /root; cd /root; "
+        "python3 measure throughput --rounds 1 --size 1 --reads 1; rm -r measure",
         timeout_s=180,
     )
     assert "tagged: capi:tk(cbc(aes))-plain, by tk-cbc-aes-caam" in done.stdout

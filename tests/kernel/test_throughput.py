@@ -1,8 +1,7 @@
-"""The script that measures dm-crypt on boards, run as there; what it measures is not asserted."""
+"""`measure throughput`, run as on a board; what it measures is not asserted."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import signal
@@ -18,8 +17,10 @@ from caam_hotplug import names
 from caam_hotplug.kernel import devmapper
 from fakes.contract import until
 from kernel.witness import PARAMETERS, Board, run
+from measure.throughput.report import table
+from measure.throughput.rows import COLUMNS, FLAGS, SECTOR_SIZES
 
-SCRIPT: Final = "/src/tools/measure/throughput.py"
+PROGRAM: Final = ("/src/tools/measure", "throughput")
 QUICK: Final = ("--rounds", "1", "--size", "1", "--reads", "2")
 ENDLESS: Final = ("--rounds", "1000000", "--size", "1", "--reads", "2")
 NOBODY: Final = 65534
@@ -36,20 +37,9 @@ def both() -> Iterator[None]:
     run("board-kernel", "nxp", chip)
 
 
-def script() -> Any:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def measured(*options: str, user: int = 0) -> subprocess.CompletedProcess[str]:
-    """The script has ended."""
-    command = [sys.executable, SCRIPT, *options]
+    """The program has ended."""
+    command = [sys.executable, *PROGRAM, *options]
     return subprocess.run(command, capture_output=True, text=True, user=user, timeout=300)
 
 
@@ -67,13 +57,13 @@ def mappings() -> list[str]:
 
 def test_who_is_not_root_is_told_so_in_a_line() -> None:
     assert refusal(measured(*QUICK, user=NOBODY)) == (
-        "throughput.py: measure dm-crypt: only root makes mappings; run it with sudo"
+        "measure throughput: only root can create mappings; run it with sudo"
     )
 
 
 def test_a_volume_that_memory_has_no_room_for_is_not_made() -> None:
     line = refusal(measured("--size", "100000"))
-    assert line.startswith("throughput.py: make a volume of 100000 MiB in memory: only ")
+    assert line.startswith("measure throughput: a volume of 100000 MiB does not fit into memory")
     assert "; use --size " in line
 
 
@@ -84,7 +74,7 @@ def test_where_no_key_can_be_sealed_it_says_what_is_missing_of_each_kind() -> No
         line = refusal(measured(*QUICK))
     finally:
         board.restore()
-    assert line.startswith("throughput.py: seal a key: this kernel does it in no way; tagged: open")
+    assert line.startswith("measure throughput: this kernel can seal no key; tagged: open")
     assert "trusted: make trusted key " in line
     assert line.endswith("`caam-hotplug doctor` says what is missing")
 
@@ -96,7 +86,7 @@ def test_a_kernel_with_one_kind_of_keys_is_measured_with_that(tmp_path: Path) ->
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
     left_out, *_ = said.read_text().splitlines()
-    assert left_out.startswith("throughput.py: trusted keys are left out: make trusted key ")
+    assert left_out.startswith("measure throughput: trusted keys are left out: make trusted key ")
     assert "it needs CONFIG_TRUSTED_KEYS" in left_out
 
 
@@ -104,22 +94,22 @@ def test_every_combination_has_figures_in_one_run(both: None) -> None:
     done = measured(*QUICK, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "warming up\nround 1 of 1\n"
-    report, module = json.loads(done.stdout), script()
+    report = json.loads(done.stdout)
     bare, *rows = report["rows"]
     kinds = ("software", "tagged", "trusted")
     assert bare["key"] == "bare"
     assert [(row["key"], row["sector_size"], tuple(row["flags"])) for row in rows] == list(
-        itertools.product(kinds, module.SECTOR_SIZES, module.FLAGS)
+        itertools.product(kinds, SECTOR_SIZES, FLAGS)
     )
-    for row, column in itertools.product(report["rows"], module.COLUMNS):
+    for row, column in itertools.product(report["rows"], COLUMNS):
         assert 0 < row[column]["min"] <= row[column]["median"] <= row[column]["max"], row
-    assert [rows[0][column]["ratio"] for column in module.COLUMNS] == [1, 1, 1]
+    assert [rows[0][column]["ratio"] for column in COLUMNS] == [1, 1, 1]
     drivers = {row["key"]: row["driver"] for row in rows}
     assert drivers["tagged"] == "tk-cbc-aes-caam"
     assert "caam" not in drivers["software"]
     assert drivers["trusted"].startswith("xts")
     assert report["left_out"] == {}
-    assert len(module.table(report).splitlines()) == 3 + 3 * len(kinds) + 3 + len(report["rows"])
+    assert len(table(report).splitlines()) == 3 + 3 * len(kinds) + 3 + len(report["rows"])
 
 
 @pytest.mark.parametrize(
@@ -135,14 +125,14 @@ def test_an_interrupted_run_leaves_nothing_not_even_what_a_killed_one_has_left(
         process.send_signal(number)
         assert process.wait(120) == status
     first, *_ = said.read_text().splitlines()
-    assert first == f"throughput.py: a killed run had left {left}; removed"
+    assert first == f"measure throughput: a killed run had left {left}; removed"
     assert mappings() == []
 
 
 def started(file: Any) -> subprocess.Popen[bytes]:
-    """The script, which goes on until it is ended."""
+    """The program, which goes on until it is ended."""
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *ENDLESS], stdout=subprocess.DEVNULL, stderr=file
+        [sys.executable, *PROGRAM, *ENDLESS], stdout=subprocess.DEVNULL, stderr=file
     )
 
 

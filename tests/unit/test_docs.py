@@ -141,10 +141,10 @@ BY_TESTS: Final = {
     ],
     "tests/e2e/test_replug.py::"
     "test_a_stick_goes_and_comes_and_its_figures_tell_nothing_of_whose_it_is": [
-        "python3 replug.py /dev/sda1 --json board.json",
+        "python3 measure replug /dev/sda1 --json board.json",
     ],
     "tests/e2e/test_replug.py::test_by_hand_it_says_when_to_pull_and_when_to_plug": [
-        "python3 replug.py /dev/sda1 --by-hand --cycles 5 --json board.json",
+        "python3 measure replug /dev/sda1 --by-hand --cycles 5 --json board.json",
     ],
     "tests/e2e/test_upgrade_and_removal.py::test_what_make_has_installed_runs_as_it_is": [
         "make install",
@@ -154,7 +154,7 @@ BY_TESTS: Final = {
         "systemctl enable --now caam-hotplug",
     ],
     "tests/kernel/test_throughput.py::test_every_combination_has_figures_in_one_run": [
-        "python3 throughput.py --json > board.json",
+        "python3 measure throughput --json > board.json",
     ],
     "tests/unit/cli/test_main.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
@@ -186,8 +186,7 @@ BY_TESTS: Final = {
 
 BY_NOBODY: Final = {
     "it takes a second machine": [
-        "scp tools/measure/replug.py root@board:",
-        "scp tools/measure/throughput.py root@board:",
+        "scp -r tools/measure root@board:",
     ],
     "tests/install/test_wheel.py does so elsewhere than in /opt": [
         "python3 -m venv /opt/caam-hotplug",

@@ -1,18 +1,13 @@
-"""What the script of tests/bench makes of /proc/crypto, and how it tells its figures."""
+"""What `measure throughput` makes of /proc/crypto, and how it tells its figures."""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
-import pytest
+from measure.throughput.drivers import parsed, software, used
+from measure.throughput.report import table
+from measure.throughput.rows import COLUMNS
 
-SCRIPT: Final = Path(__file__).parents[2] / "tools" / "measure" / "throughput.py"
 CRYPTO: Final = """\
 name         : cbc(aes)
 driver       : cbc-aes-caam
@@ -53,46 +48,34 @@ type         : cipher
 """
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("throughput", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+def test_the_driver_is_the_one_that_has_got_a_user() -> None:
+    before = parsed(CRYPTO)
+    after = parsed(CRYPTO.replace("300\nrefcnt       : 1", "300\nrefcnt       : 2"))
+    assert used(before, after, "cbc(aes)") == "cbc-aes-ce"
 
 
-def test_the_driver_is_the_one_that_has_got_a_user(script: ModuleType) -> None:
-    before = script.drivers(CRYPTO)
-    after = script.drivers(CRYPTO.replace("300\nrefcnt       : 1", "300\nrefcnt       : 2"))
-    assert script.used(before, after, "cbc(aes)") == "cbc-aes-ce"
+def test_a_driver_that_was_loaded_for_it_is_the_one() -> None:
+    after = parsed(CRYPTO)
+    assert used(after[1:], after, "cbc(aes)") == "cbc-aes-caam"
 
 
-def test_a_driver_that_was_loaded_for_it_is_the_one(script: ModuleType) -> None:
-    after = script.drivers(CRYPTO)
-    assert script.used(after[1:], after, "cbc(aes)") == "cbc-aes-caam"
+def test_if_no_user_tells_it_is_the_one_of_the_highest_priority() -> None:
+    listed = parsed(CRYPTO)
+    assert used(listed, listed, "cbc(aes)") == "cbc-aes-caam"
+    assert used(listed, listed, "xts(aes)") == "unknown"
 
 
-def test_if_no_user_tells_it_is_the_one_of_the_highest_priority(script: ModuleType) -> None:
-    listed = script.drivers(CRYPTO)
-    assert script.used(listed, listed, "cbc(aes)") == "cbc-aes-caam"
-    assert script.used(listed, listed, "xts(aes)") == "unknown"
-
-
-def test_the_reference_is_software_although_the_kernel_prefers_the_caam(script: ModuleType) -> None:
-    listed = script.drivers(CRYPTO)
-    assert script.software(listed, "cbc(aes)") == "cbc-aes-ce"
-    assert script.software(listed[:1], "cbc(aes)") == "cbc(aes-generic)"
+def test_the_reference_is_software_although_the_kernel_prefers_the_caam() -> None:
+    listed = parsed(CRYPTO)
+    assert software(listed, "cbc(aes)") == "cbc-aes-ce"
+    assert software(listed[:1], "cbc(aes)") == "cbc(aes-generic)"
 
 
 def figure(median: float, ratio: float | None) -> dict[str, Any]:
     return {"median": median, "min": median / 2, "max": median * 2, "ratio": ratio}
 
 
-def test_the_table_has_medians_spread_and_ratios_and_says_what_failed(script: ModuleType) -> None:
+def test_the_table_has_medians_spread_and_ratios_and_says_what_failed() -> None:
     key = {"key": "tagged", "cipher": "capi:tk(cbc(aes))-plain", "driver": "tk-cbc-aes-caam"}
     row = {**key, "sector_size": 512, "flags": []}
     report = {
@@ -100,26 +83,13 @@ def test_the_table_has_medians_spread_and_ratios_and_says_what_failed(script: Mo
         "architecture": "aarch64", "cpus": 4, "governor": "performance", "rounds": 5,
         "size_mib": 32, "in_flight": 4, "reads": 500, "left_out": {"trusted": "none here"},
         "rows": [
-            row | {column: figure(123.45, 0.5) for column in script.COLUMNS},
+            row | {column: figure(123.45, 0.5) for column in COLUMNS},
             row | {"sector_size": 4096, "flags": ["same_cpu_crypt"], "failed": "no such thing"},
         ],
     }  # fmt: skip
-    lines = script.table(report).splitlines()
+    lines = table(report).splitlines()
     assert lines[0] == "2026-11-25, NXP i.MX8MPlus EVK, Linux 6.6.23, 4 CPUs, governor performance"
     assert "left out: trusted: none here" in lines
     assert "tagged: capi:tk(cbc(aes))-plain, by tk-cbc-aes-caam" in lines
     assert lines[-2].split() == ["512", "none", *["123", "(61.7-247)", "x0.50"] * 3]
     assert lines[-1].split() == ["4096", "same_cpu_crypt", "failed:", "no", "such", "thing"]
-
-
-def test_where_the_package_is_not_installed_it_says_what_to_do(tmp_path: Path) -> None:
-    copied = tmp_path / "here" / "and" / "there.py"
-    copied.parent.mkdir(parents=True)
-    shutil.copy(SCRIPT, copied)
-    # Without the site's packages, among which it is on the machine of who works on it.
-    command = [sys.executable, "-I", "-S", str(copied), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("throughput.py: import caam_hotplug: No module named")
-    assert "; install caam-hotplug of this script's version, or run it with PYTHONPATH=" in line

@@ -41,7 +41,7 @@ async def throughput(*options: str) -> int:
     """It was measured in a guest whose kernel has both kinds of keys. Returns: its exit status."""
     async with machine.restored() as guest:
         await guest.sh(f"{UDEV_RULE}; board-kernel both {media.OTPMK_A}")
-        return await shown(guest, f"/src/tools/measure/throughput.py {shlex.join(options)}")
+        return await shown(guest, f"/src/tools/measure throughput {shlex.join(options)}")
 
 
 async def shown(guest: Guest, program: str) -> int:

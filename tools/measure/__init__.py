@@ -1,0 +1,1 @@
+"""Measurements that the owner of a board takes there."""
