@@ -20,6 +20,7 @@ from caam_hotplug.config.rules import (
 )
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
+from fakes.kernel import Fault
 from life.test_interleavings import turns_until_settled
 
 FACTS = {
@@ -174,6 +175,31 @@ def test_a_blob_that_is_missing_or_refused_is_not_looked_at_again_when_udev_tell
     steps = list(bench.kernel.steps)
     tell(bench, volume)
     assert (bench.state(volume), bench.kernel.steps) == (State.WAITING, steps)
+
+
+@pytest.mark.parametrize(
+    ("blob", "ends_in"),
+    [(b"foreign", State.FAILED), (None, State.WAITING)],
+    ids=["refused", "missing"],
+)
+@pytest.mark.parametrize("during", ["identify", "require_unused", "read_blob", "nothing"])
+@pytest.mark.parametrize("is_overdue", [False, True], ids=["in time", "overdue"])
+def test_a_fault_of_a_blob_is_told_once_whenever_udev_tells(
+    bench: Bench, blob: bytes | None, ends_in: State, during: str, is_overdue: bool
+) -> None:
+    volume = known_to_udev(bench)
+    bench.kernel.blobs = {} if blob is None else {"cartridge-01.bb": blob}
+    bench.kernel.faults.append(Fault(during, hangs_s=1.0))
+    bench.announce(volume)
+    bench.wait(0.5)
+    if is_overdue:  # as Devices.overdue() has it
+        known_by_none = dict.fromkeys([*FACTS, "partlabel"])
+        bench.appear(replace(volume, **known_by_none, identified=False))
+        bench.wait(5)
+    bench.appear(volume)
+    bench.wait(5)
+    assert bench.state(volume) is ends_in
+    assert bench.registry.counters[ends_in.value] == 1
 
 
 def test_what_failed_before_udev_had_told_is_tried_again_when_it_has(bench: Bench) -> None:

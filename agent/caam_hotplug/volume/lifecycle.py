@@ -123,8 +123,8 @@ class VolumeLifecycle:
     def update(self, volume: Volume) -> None:
         """The volume was seen again, perhaps with other facts."""
         before, tells = self.volume, volume.identified
-        if before.identified and not tells and (self._plan or not before.awaits_udev):
-            # It is told of without udev, and was looked at before.
+        is_kept = before.identified and not tells and not self._lacks_udev(before)
+        if is_kept:  # it is told of without udev, and was looked at before
             volume = replace(before, awaits_udev=volume.awaits_udev)
         is_first_word = tells and not self._udev_has_told
         self._udev_has_told |= tells
@@ -134,12 +134,18 @@ class VolumeLifecycle:
             volume = replace(volume, **read)
         if volume != before:
             self.status.volume = volume
-            if is_first_word and self._is_confirmed():
+            if (is_first_word or is_kept) and self._is_confirmed():
                 return
             self._news = True
             if is_first_word:
                 self._renewal = Reevaluate.BY_UDEV
         self.look_again()
+
+    def _lacks_udev(self, volume: Volume) -> bool:
+        """Whether it takes more than is known of the volume to decide on it."""
+        if self._plan or not volume.awaits_udev:
+            return False
+        return not isinstance(decide(self._context.rules, volume), Plan)
 
     def _is_confirmed(self) -> bool:
         """Whether what was done before udev told is what is to be done now that it has.
@@ -331,6 +337,7 @@ class VolumeLifecycle:
                 if self.volume == asked:  # else udev has told of it meanwhile, or will not any more
                     self.status.volume = found
             self.stop_signal.check()
+            self._news, self._renewal = False, None  # all that was told so far is decided on now
             match decide(self._context.rules, self.volume):
                 case NeedsUdev() | NoMatch() if self.volume.awaits_udev:
                     pass  # whatever is said of it is said when udev has told
