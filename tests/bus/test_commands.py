@@ -190,9 +190,9 @@ async def test_a_refusal_is_one_line_in_the_agents_words(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
-    why = "retry 'cartridge' (sdb1, 7-1): it is mounted already"
+    why = "unlock 'cartridge' (sdb1, 7-1): it is mounted already"
     agent.instead = raising(RequestRefusedError(why))
-    assert refused(await bus.cli("retry", "cartridge")) == f"caam-hotplug: {why}\n"
+    assert refused(await bus.cli("unlock", "cartridge")) == f"caam-hotplug: {why}\n"
 
 
 async def test_who_holds_a_busy_volume_is_told_a_line_each(

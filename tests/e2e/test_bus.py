@@ -173,7 +173,7 @@ async def test_lock_unlock_and_retry_by_every_name_of_a_volume(
     await guest.sh(
         "cp /root/later.bb /data/caam/.new && mv /data/caam/.new /data/caam/cartridge-01.bb"
     )
-    await cli(guest, "retry", "/dev/disk/by-partlabel/cartridge-01", check=False)
+    await cli(guest, "retry", "/dev/disk/by-partlabel/cartridge-01")
     await guest.until_mounted(POINT)
     await until_state(guest, "mounted")
     refused = await cli(guest, "unlock", "cartridge-01", check=False)

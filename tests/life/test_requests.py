@@ -245,7 +245,6 @@ def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
     ("before", "verb", "words"),
     [
         ((), "unlock", "it is mounted already"),
-        ((), "retry", "it is mounted already"),
         (("lock",), "retry", "it is locked, since that was asked for; unlock it"),
         (("eject",), "retry", "it is ejected, since that was asked for; unlock it"),
     ],
@@ -260,6 +259,21 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
     with pytest.raises(RequestRefusedError, match=words):
         bench.answer(verb, volume)
     assert bench.state(volume) is state
+
+
+def test_a_retry_of_what_has_been_mounted_meanwhile_is_granted(bench: Bench) -> None:
+    bench.settle()
+    bench.kernel.fail_next("require_unused", errno.EBUSY)
+    volume = bench.kernel.insert()
+    bench.announce(volume)
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    bench.appear(volume)  # so that it is tried once more, and nobody has asked for that
+    bench.settle()
+    steps = list(bench.kernel.steps)
+    bench.answer("retry", volume)
+    is_untouched(bench, volume)
+    assert bench.kernel.steps == steps
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])

@@ -237,7 +237,7 @@ class VolumeLifecycle:
             match self.status.state, ask:
                 case State.IGNORED, _:
                     why = "no rule admits it, so the agent leaves it alone; `explain` says why"
-                case (State.MOUNTED | State.UNLOCKED) as state, (Ask.UNLOCK | Ask.RETRY):
+                case (State.MOUNTED | State.UNLOCKED) as state, Ask.UNLOCK:
                     why = f"it is {state.value} already"
                 case (State.LOCKED | State.EJECTED) as state, Ask.RETRY:
                     why = f"it is {state.value}, since that was asked for; unlock it"
