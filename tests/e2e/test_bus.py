@@ -211,6 +211,7 @@ async def test_explain_over_the_bus_is_what_the_command_says(
     await agent.start()
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
+    await guest.run("udevadm", "settle")  # or it may tell more between the two
     told = await busctl(
         guest, "--json=short", "call", NAME, MANAGER, f"{NAME}.Manager", "Explain", "s",
         "/dev/sda1",

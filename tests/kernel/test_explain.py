@@ -10,7 +10,10 @@ from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import BUILT_IN, Match, Rule
 from caam_hotplug.daemon import explain
 from caam_hotplug.errors import HotplugError
+from fakes.contract import until
 from kernel.agents import Room
+from kernel.test_lost_events import udevd_hanging
+from kernel.witness import run
 
 ANY = Config(rule=(Rule(name="any", match=Match(partlabel="cartridge-*")),))
 
@@ -28,6 +31,20 @@ def test_a_device_is_told_with_its_facts_and_the_rule_that_admits_it(room: Room)
         assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told
         by_link = "/dev/disk/by-partlabel/cartridge-01"
         assert said(by_link, ANY) == told
+
+
+def test_a_device_of_which_udev_has_not_told_is_told_as_its_partition_table_has_it(
+    room: Room,
+) -> None:
+    with udevd_hanging():
+        room.medium.plug()
+        until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
+        told = said(room.medium.partition, ANY)
+        room.medium.pull()
+    run("udevadm", "settle")
+    assert "  partlabel  'cartridge-01'" in told
+    assert "  udev has not told of it yet, and may tell more" in told
+    assert "rule 'any' admits it" in told
 
 
 def test_a_device_that_no_rule_admits_is_told_why(room: Room) -> None:

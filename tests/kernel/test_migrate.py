@@ -8,17 +8,19 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from caam_hotplug.kernel import trusted
+from fakes.contract import until
 from kernel import witness
 from kernel.cartridges import Cartridge
 from kernel.forked import Stop, kill_self
 from kernel.provisioning import LABEL, Bench, Done, bench_with, opened_on_a_pc, unchanged
+from kernel.test_lost_events import udevd_hanging
 from kernel.witness import PARAMETERS, loop_medium, run
 
 DISK: Final = Path("/opt/board")
@@ -189,6 +191,20 @@ def test_a_medium_goes_to_a_trusted_key_with_every_byte(bench: Bench) -> None:
         again = migrate(bench)
     assert (again.status, again.err) == (0, "")
     assert again.out == f"{bench.medium.partition}: {LABEL} has a trusted key already\n"
+
+
+@pytest.mark.parametrize("by", ["label", "device"])
+def test_a_medium_of_which_udev_has_not_told_yet_is_found(bench: Bench, by: str) -> None:
+    with ExitStack() as held:
+        with udevd_hanging():
+            bench.medium.pull()
+            bench.medium.plug()
+            until(lambda: bench.medium.is_plugged and Path(bench.medium.partition).exists())
+            name = LABEL if by == "label" else bench.medium.partition
+            process = held.enter_context(bench.started("migrate", name, "--to", "tagged"))
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        done = process.ended()
+    assert done.out == f"{bench.medium.partition}: {LABEL} has a tagged key already\n", done.err
 
 
 def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key_each_with_a_recovery_key(

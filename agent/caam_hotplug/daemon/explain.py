@@ -24,9 +24,12 @@ def explain(node: str, config: Config) -> Iterator[str]:
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
         volume = devices.volume(node)
+    awaits_udev = source == "udev" and not volume.identified
     if not volume.identified:
         volume = LinuxKernel(config.blob_directory, config.mount_root).identify(volume)
     yield from _facts(volume)
+    if awaits_udev:
+        yield "  udev has not told of it yet, and may tell more"
     yield ""
     match decide(config.rule, volume):
         case Plan() as plan:

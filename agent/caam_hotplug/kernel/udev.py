@@ -184,7 +184,7 @@ class Devices:
         return events
 
     def volume(self, node: str) -> Volume:
-        """The volume at a device node, for people who ask about it.
+        """The volume at a device node, for people who ask about it; identified if udev has told.
 
         Raises: HotplugError if it is not there, or no block device.
         """
@@ -197,7 +197,8 @@ class Devices:
             raise HotplugError(f"look at {node}: it is no block device") from error
         if sysfs.NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        found = sysfs.volume_at(device.sys_name, _properties(device), self.source)
+        told: Source = self.source if device.is_initialized else "kernel"
+        found = sysfs.volume_at(device.sys_name, _properties(device), told)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found

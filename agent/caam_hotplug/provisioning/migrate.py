@@ -45,6 +45,7 @@ from caam_hotplug.kernel import (
     gpt,
     keyring,
     memory,
+    sysfs,
     udev,
 )
 from caam_hotplug.kernel.direct_io import Blocks
@@ -211,10 +212,11 @@ def _volume(text: str, config: Config) -> Volume:
             for head in migration_journal.heads(config.blob_directory)
             if head.name == text
         }
-        there = [event.volume for event in devices.present()]
+        told = {event.volume.id: event.volume for event in devices.present()}
+        there = {volume.id: volume for volume in sysfs.there()} | told
     found = [
         volume
-        for volume in map(_identified, there)
+        for volume in map(_identified, there.values())
         if volume.devtype is DevType.PARTITION
         and (volume.partlabel == text or volume.partuuid in marks)
     ]
@@ -234,7 +236,7 @@ def _volume(text: str, config: Config) -> Volume:
 
 
 def _partition_at(node: str, devices: udev.Devices) -> Volume:
-    found = devices.volume(node)
+    found = _identified(devices.volume(node))
     if found.devtype is not DevType.PARTITION:
         raise HotplugError(
             f"migrate {shown(node)}: it is a whole disk; only a partition can be marked while it "
