@@ -21,9 +21,9 @@ from caam_hotplug.model import (
     State,
     Volume,
 )
-from caam_hotplug.volume.leftovers import sweep
-from caam_hotplug.volume.lifecycle import Context
+from caam_hotplug.volume.leftovers import find_leftovers
 from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.record import Context
 from caam_hotplug.volume.worker import Worker
 from fakes.clock import Clock
 from fakes.kernel import KEY, FakeKernel, FakeProcess, HangsError, ProcessDiedError
@@ -40,7 +40,7 @@ class InlineWorker(Worker):
         super().__init__(name, late_after_s)
         self._kernel = kernel
 
-    def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
+    def _start(self, words: str, function: Callable[[], T]) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -71,7 +71,7 @@ class ThreadedWorker(Worker):
         self._kernel = kernel
         self._clock = clock
 
-    def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
+    def _start(self, words: str, function: Callable[[], T]) -> asyncio.Future[T]:
         future: asyncio.Future[T] = self._clock.create_future()
 
         def locked() -> T:
@@ -80,7 +80,7 @@ class ThreadedWorker(Worker):
 
         def begin() -> None:
             self._clock.threads += 1
-            super(ThreadedWorker, self)._begin(locked).add_done_callback(end)
+            super(ThreadedWorker, self)._start(words, locked).add_done_callback(end)
 
         def end(call: asyncio.Future[T]) -> None:
             self._clock.threads -= 1
@@ -171,7 +171,9 @@ class Bench:
         kernel = self.kernel
 
         async def main() -> None:
-            left = await sweep(context.kernel, context.new_worker("sweep"), context.dm_worker)
+            left = await find_leftovers(
+                context.kernel, context.new_worker("sweep"), context.dm_worker
+            )
             async with Supervisor(context, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
                 told = [Appeared(volume) for volume in present if volume.name not in self.untold]
@@ -304,7 +306,7 @@ class Bench:
         """Other rules are in force."""
         assert self._supervisor is not None
         self.rules = rules
-        self._supervisor.renew(rules)
+        self._supervisor.reevaluate(rules)
         self.settle()
 
     def blob(self, name: str) -> None:
@@ -374,12 +376,12 @@ class Bench:
         supervisor = self._supervisor
         assert supervisor is not None
         return {
-            "lives": len(supervisor._lives),
+            "lifecycles": len(supervisor._lifecycles),
             "names of volumes": len(supervisor._at),
             "volumes that come next": len(supervisor._next),
-            "inherited": len(supervisor._inherited),
-            "at rest": len(supervisor._rested),
-            "claims": len(self._context.mount_points._queues),
+            "with leftovers": len(supervisor._with_leftovers),
+            "parked": len(supervisor._parked),
+            "reserved mount points": len(self._context.mount_points._queues),
             "tasks": len(asyncio.all_tasks(self._loop)),
         }
 

@@ -232,7 +232,7 @@ def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None
     with pytest.raises(DmError) as activate:
         world.kernel.activate_mapping(name)
     with pytest.raises(DmError) as poison:
-        world.kernel.poison_mapping(name, Sectors(8))
+        world.kernel.load_error_table(name, Sectors(8))
     with pytest.raises(DmError) as keep:
         world.kernel.keep_mapping(name)
     assert {e.value.errno for e in (load, activate, poison, keep)} == {errno.ENXIO}
@@ -366,7 +366,7 @@ def test_keeping_what_nobody_removes_is_no_error(world: World) -> None:
 
 def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
-        world.kernel.poison_mapping(mapping.name, target(world).length)
+        world.kernel.load_error_table(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
         with pytest.raises(OSError) as failed:
             world.reads_as_written(mapping.node)
@@ -376,7 +376,7 @@ def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
 def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping):
-            world.kernel.poison_mapping(mapping.name, target(world).length)
+            world.kernel.load_error_table(mapping.name, target(world).length)
             world.kernel.unmount(POINT)
             assert mounts_there(world) == []
         world.kernel.remove_mapping(mapping.name)
@@ -386,7 +386,7 @@ def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
 def test_poisoning_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
-            world.kernel.poison_mapping(mapping.name, target(world).length)
+            world.kernel.load_error_table(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
 
 
@@ -418,7 +418,7 @@ def test_a_probe_sees_nothing_under_another_key(world: World) -> None:
 
 def test_a_poisoned_mapping_cannot_be_probed(world: World) -> None:
     with mapped(world) as mapping:
-        world.kernel.poison_mapping(mapping.name, target(world).length)
+        world.kernel.load_error_table(mapping.name, target(world).length)
         with pytest.raises(KernelError) as failed:
             world.kernel.probe(mapping.node, ("ext4",))
     assert failed.value.errno == errno.EIO

@@ -399,8 +399,8 @@ class FakeProcess:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
 
-    def poison_mapping(self, name: str, size: Sectors) -> None:
-        self._step("poison_mapping", name)
+    def load_error_table(self, name: str, size: Sectors) -> None:
+        self._step("load_error_table", name)
         mapping = self._mapping(name, "load error table of mapping")
         mapping.live, mapping.key = f"0 {size} error", None
 

@@ -27,7 +27,7 @@ from caam_hotplug.errors import UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.kernel import sysfs
 from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
-from caam_hotplug.volume.resources import Wish
+from caam_hotplug.volume.target import Target
 from fuzz.inputs import SCRATCH, tries
 
 DM_NAME_LEN: Final = 128
@@ -163,13 +163,13 @@ def assert_is_one_name(name: str, longest: int) -> None:
 
 def assert_stays_within_bounds(volume: Volume, plan: Plan) -> None:
     """What the plan leads to: files, names, lines."""
-    wish = Wish(volume, plan)
+    attempt = Target(volume, plan)
     assert_is_one_name(plan.blob, NAME_MAX)
     assert_is_one_name(plan.mount_name, NAME_MAX)
-    assert_is_one_name(wish.dm_name, DM_NAME_LEN - 1)
-    assert_is_one_name(wish.dm_uuid, DM_UUID_LEN - 1)
+    assert_is_one_name(attempt.dm_name, DM_NAME_LEN - 1)
+    assert_is_one_name(attempt.dm_uuid, DM_UUID_LEN - 1)
     assert_is_one_name(names.key_description(volume.id), KEY_DESCRIPTION_MAX)
-    assert names.volume_of_dm_uuid(wish.dm_uuid) == volume.id
+    assert names.volume_of_dm_uuid(attempt.dm_uuid) == volume.id
     for root, name in ((names.MOUNT_ROOT, plan.mount_name), (names.BLOB_DIRECTORY, plan.blob)):
         assert Path(f"{root}/{name}").resolve().parent == root.resolve()
     try:

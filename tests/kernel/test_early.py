@@ -115,7 +115,7 @@ def test_a_medium_that_udev_opts_out_unforeseen_is_let_go_again(room: Room) -> N
     with rule_of_the_board('SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n'):
         with udevd_hanging():
             room.arrives()
-        room.agent.until_said("udev tells something else of it than was known")
+        room.agent.until_said("udev reports something else of it than was known")
         room.agent.until_said("CAAM_HOTPLUG is 0")
         room.has_nothing()
         room.medium.pull()

@@ -155,7 +155,7 @@ def test_a_medium_that_takes_no_more_writes_is_let_go_and_the_loss_is_said(
         (point / "lost").write_bytes(b"x" * 100_000)
         room.agent.tell_to_stop()
         room.agent.until_said(
-            f"cartridge-03.*: failed: could not let go: flush {point}: Input/output error"
+            f"cartridge-03.*: failed: could not release it: flush {point}: Input/output error"
         )
         room.agent.until_ended()
         assert not point.exists()

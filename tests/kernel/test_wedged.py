@@ -48,7 +48,7 @@ def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
             room.arrives(room.neighbour)
             (room.point(room.neighbour) / "written").write_bytes(b"before the stop")
             room.agent.tell_to_stop()
-            room.agent.until_said("cartridge-03.*: not let go within 5 s")
+            room.agent.until_said("cartridge-03.*: not released within 5 s")
             assert not room.point(room.neighbour).exists()
             assert [name for name in mappings() if "cartridge-03" not in name] == []
         room.agent.until_ended(status=1)

@@ -37,7 +37,7 @@ RULES = (
 )
 STEPS = (
     "identify", "read_blob", "import_blob", "add_key", "unlink_key", "find_mapping",
-    "create_mapping", "load_table", "activate_mapping", "poison_mapping", "remove_mapping",
+    "create_mapping", "load_table", "activate_mapping", "load_error_table", "remove_mapping",
     "keep_mapping", "probe", "mount", "flush", "unmount", "detach", "remove_mount_point",
     "our_mappings", "our_mount_points",
 )  # fmt: skip

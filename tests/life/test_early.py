@@ -158,7 +158,7 @@ def test_a_medium_that_udev_opts_out_is_let_go_whoever_uses_it(bench: Bench, in_
         bench.kernel.users["cartridge-01"] = 1
     tell(bench, replace(volume, opted_out=True))
     assert bench.kernel.mounts == []
-    assert "udev tells something else of it than was known" in [r for _, _, r in bench.states]
+    assert "udev reports something else of it than was known" in [r for _, _, r in bench.states]
     assert bench.state(volume) is (State.FAILED if in_use else State.IGNORED)
     if not in_use:
         assert bench.kernel.mappings == {}

@@ -122,7 +122,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # do_resume in dm-ioctl.c: the mapping gone, a table that does not fit its queue, no memory.
     "activate_mapping": (errno.ENXIO, errno.EINVAL, errno.ENOMEM),
     # table_load and do_resume again: the mapping went meanwhile, no memory.
-    "poison_mapping": (errno.ENXIO, errno.ENOMEM, errno.EINVAL),
+    "load_error_table": (errno.ENXIO, errno.ENOMEM, errno.EINVAL),
     # dev_remove: ENXIO is "gone" and a holder only defers it, so the ioctl itself is what fails.
     "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
     # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
@@ -162,13 +162,13 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
 
 DM_STEPS: Final = {
     "find_mapping", "our_mappings", "create_mapping", "load_table", "activate_mapping",
-    "poison_mapping", "remove_mapping", "keep_mapping",
+    "load_error_table", "remove_mapping", "keep_mapping",
 }  # fmt: skip
 GLOBAL: Final = {"mounts"}
 """What names no volume, so that a fault cannot be aimed at one of several. It is read from memory
-on the loop and cannot hang; volume/resources.py says why."""
+on the loop and cannot hang; volume/mount_table.py says why."""
 HARMS: Final = {
-    "flush", "unmount", "detach", "remove_mount_point", "poison_mapping", "remove_mapping",
+    "flush", "unmount", "detach", "remove_mount_point", "load_error_table", "remove_mapping",
 }  # fmt: skip
 LOADS: Final = {"load_trusted_key", "load_encrypted_key"}
 LISTS: Final = {"our_mappings", "our_mount_points"}
@@ -363,7 +363,7 @@ def start(scene: Scene) -> None:
     scene.bench.start()
 
 
-def sweep(scene: Scene) -> None:
+def find_leftovers(scene: Scene) -> None:
     """An agent is started, and the target is not there any more."""
     scene.bench.start()
 
@@ -382,10 +382,10 @@ MOMENTS: Final = (
     Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
     Moment("stop", mounted, stop, State.GONE),
     Moment("stop while in use", mounted, stop, State.GONE, held=True),
-    Moment("sweep", orphaned, sweep, State.GONE),
-    Moment("sweep while in use", orphaned, sweep, State.GONE, held=True),
+    Moment("sweep", orphaned, find_leftovers, State.GONE),
+    Moment("sweep while in use", orphaned, find_leftovers, State.GONE, held=True),
 )
-STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, sweep}]
+STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, find_leftovers}]
 
 
 # combinations
@@ -422,7 +422,11 @@ class Combination:
     @property
     def precedes_service(self) -> bool:
         """Whether the call is one that a starting agent makes before it serves anybody."""
-        stale = self.moment.act is sweep and self.step == "remove_mount_point" and self.nth == 0
+        stale = (
+            self.moment.act is find_leftovers
+            and self.step == "remove_mount_point"
+            and self.nth == 0
+        )
         return stale or self.step in LISTS
 
     @property
@@ -435,7 +439,7 @@ class Combination:
     def state_after_failure(self) -> State:
         """What is true of the target when the call has failed."""
         act = self.moment.act
-        if act is sweep or self.step in {"unmount", "our_mount_points"}:
+        if act is find_leftovers or self.step in {"unmount", "our_mount_points"}:
             return self.moment.ends_in  # no life of the target's; then detached; only listed
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
@@ -449,7 +453,7 @@ class Combination:
         and a life under a lasting fault, leave the rest to the next start.
         """
         once_more = not self.lasting and self.moment.act in {pull, stop}
-        releases = self.moment.act in {pull, stop, sweep}
+        releases = self.moment.act in {pull, stop, find_leftovers}
         return releases and not (once_more and self.step != "remove_mount_point")
 
     @contextmanager
@@ -481,7 +485,7 @@ class Combination:
     def assert_stuck(self, scene: Scene) -> None:
         """The target is said to be stuck in this step; a sweep's target is nobody's to speak of."""
         state, said = scene.told()
-        if self.moment.act is not sweep:
+        if self.moment.act is not find_leftovers:
             assert state is State.STUCK
             assert said.endswith(": the kernel has not answered for 3 s; still waiting")
 
@@ -516,7 +520,9 @@ CALLS: Final[list[Call]] = [
 ]
 THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # a test of its own
 THAT_HANG: Final = [call for call in CALLS if call[1] not in GLOBAL]
-THAT_HANG_WITH_MEDIUM: Final = [call for call in THAT_HANG if call[0].act not in {pull, sweep}]
+THAT_HANG_WITH_MEDIUM: Final = [
+    call for call in THAT_HANG if call[0].act not in {pull, find_leftovers}
+]
 
 
 def name_of(call: Call) -> str:

@@ -517,7 +517,7 @@ def wants_another_mount(bench: Bench) -> None:
     """Other rules are in force, and the unit before an unmount takes its time."""
     bench.units.takes_s = 5.0
     assert bench._supervisor is not None
-    bench._supervisor.renew((replace(UNITS, mount=MountSettings(read_only=True)),))
+    bench._supervisor.reevaluate((replace(UNITS, mount=MountSettings(read_only=True)),))
     bench.wait(1)
 
 
@@ -597,7 +597,7 @@ def test_an_ejected_medium_stays_so_when_its_partition_table_is_read_anew(bench:
     bench.yank("sda1")
     bench.yank("sda")
     bench.settle()
-    assert bench.memories()["at rest"] == 0
+    assert bench.memories()["parked"] == 0
 
 
 def test_units_that_a_reload_brings_are_told_of_media_that_are_mounted(bench: Bench) -> None:

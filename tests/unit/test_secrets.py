@@ -24,7 +24,7 @@ from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
 from caam_hotplug.formats.crypt_table import crypt_target
 from caam_hotplug.kernel import caam, keyring
 from caam_hotplug.model import KeyReference, SecretBytes
-from caam_hotplug.volume.resources import Wish
+from caam_hotplug.volume.target import Target
 from unit.volumes import stick
 
 KEY = bytes.fromhex("4f6174610000000001000000100000001000000099a1b7c3d5e9f1020b1d2f41536577")
@@ -129,9 +129,9 @@ def test_no_copy_is_made_of_secret_bytes(take: Callable[[SecretBytes], Any]) -> 
 def test_a_plan_and_its_target_are_made_without_the_key() -> None:
     plan = decide(BUILT_IN, stick())
     assert isinstance(plan, Plan)
-    wish = Wish(stick(), plan)
+    held = Target(stick(), plan)
     target = crypt_target(stick(), plan.rule.crypt, KeyReference("logon", len(secret())))
-    written = f"{wish!r} {target!r} {target.to_line()} {asdict(wish)} {pickle.dumps(target)!r}"
+    written = f"{held!r} {target!r} {target.to_line()} {asdict(held)} {pickle.dumps(target)!r}"
     assert ":35:logon:caam-hotplug:7-1" in written
     assert not shows_the_key(written)
 

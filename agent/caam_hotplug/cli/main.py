@@ -10,12 +10,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, TextIO
 
-from caam_hotplug import __version__, names, trace
+from caam_hotplug import __version__, names
 from caam_hotplug.cli import lean_imports
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 
@@ -235,11 +235,16 @@ def _warn_of_strangers(load: Callable[[loader.Files], loader.Config]) -> None:
 
 
 def _run(parsed: Parsed) -> int:
-    with nullcontext() if parsed.trace is None else trace.written_to(parsed.trace):
+    with ExitStack() as held:
+        observe = {}
+        if parsed.trace is not None:  # before the imports, which are part of it
+            from caam_hotplug.daemon import timeline  # noqa: PLC0415
+
+            observe["observe"] = held.enter_context(timeline.written_to(parsed.trace)).observe
         from caam_hotplug.daemon import main as daemon  # noqa: PLC0415
         from caam_hotplug.kernel import config_files  # noqa: PLC0415
 
-        daemon.run(lambda: _load(parsed, config_files.RootsFiles()))
+        daemon.run(lambda: _load(parsed, config_files.RootsFiles()), **observe)
     return 0
 
 

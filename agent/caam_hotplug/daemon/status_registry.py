@@ -1,4 +1,4 @@
-"""The published state of every volume, and who is told of it."""
+"""The published status of every volume, and those who listen to its changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from caam_hotplug import trace
 from caam_hotplug.model import Entry, State, VolumeId
 from caam_hotplug.systemd import journal
 
@@ -24,7 +23,7 @@ _LEVELS = {
 
 
 class StatusRegistry:
-    """Every volume that is present, and those that left unsafely until the next one arrives.
+    """Every volume that is present, and those removed unsafely until the next one arrives.
 
     Synchronization: loop only.
     """
@@ -36,15 +35,15 @@ class StatusRegistry:
         """How often a volume came to each state, by the state's name."""
 
     def listen(self, listener: Callable[[Entry], None]) -> None:
-        """The listener is called with every entry that is published from now on."""
+        """Call the listener with every entry that is published from now on."""
         self._listeners.append(listener)
 
     def entries(self) -> list[Entry]:
-        """All entries, in the order of their arrival."""
+        """Return all entries, in the order of their arrival."""
         return list(self._entries.values())
 
     def publish(self, entry: Entry) -> None:
-        """This is true of the volume, and everyone who listens knows."""
+        """Replace the entry of the volume, log its state, and call the listeners."""
         volume, state = entry.volume, entry.state
         before = self._entries.get(volume.id)
         same = before is not None and (before.state, before.reason) == (state, entry.reason)
@@ -61,14 +60,12 @@ class StatusRegistry:
             self.counters[state.value] += 1
             said = f"{state.value}: {entry.reason}" if entry.reason else state.value
             extra = journal.published(entry)
-            with trace.span(f"log {state.value}"):
-                log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
+            log.log(_LEVELS.get(state, logging.INFO), "%s: %s", volume, said, extra=extra)
         for listener in self._listeners:
-            with trace.span(f"tell {state.value}"):
-                listener(entry)
+            listener(entry)
 
     def summary(self) -> str:
-        """How many volumes are in which state, for the service's status line."""
+        """Return how many volumes are in which state, for the status line of the service."""
         counts = Counter(entry.state for entry in self._entries.values())
         shown = [state for state in State if counts[state] and state is not State.IGNORED]
         return ", ".join(f"{counts[state]} {state.value}" for state in shown) or "no media"

@@ -156,7 +156,7 @@ class LinuxKernel:
         """The table loaded last is live."""
         devmapper.resume(name)
 
-    def poison_mapping(self, name: str, size: Sectors) -> None:
+    def load_error_table(self, name: str, size: Sectors) -> None:
         """All I/O of the mapping fails; its key is wiped from the kernel."""
         devmapper.poison(name, size)
 

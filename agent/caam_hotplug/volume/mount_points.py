@@ -1,4 +1,4 @@
-"""Which volume a mount point belongs to while several want it: the first that came."""
+"""Reservation of mount points: of several volumes that want one, the first has it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from caam_hotplug.model import VolumeId
 
 
 class MountPoints:
-    """A queue for every name; who is at its head owns it. Synchronization: loop only."""
+    """A queue for each name in the mount root; its head has the mount point.
+
+    Synchronization: loop only.
+    """
 
     def __init__(self) -> None:
         self._queues: dict[str, dict[VolumeId, Callable[[], None]]] = {}
 
     def owner(self, name: str) -> VolumeId | None:
-        """The volume that owns the name, or None."""
+        """Return the volume that has the mount point reserved, or None."""
         return next(iter(self._queues.get(name, ())), None)
 
     @contextmanager
-    def queued(self, name: str, volume: VolumeId, stir: Callable[[], None]) -> Iterator[None]:
-        """The volume stands in the name's queue; `stir` is called when it may be the owner."""
+    def reserved(self, name: str, volume: VolumeId, wake: Callable[[], None]) -> Iterator[None]:
+        """Keep the volume in the queue for a mount point; `wake` is called when it moves up."""
         queue = self._queues.setdefault(name, {})
-        queue[volume] = stir
+        queue[volume] = wake
         try:
             yield
         finally:
             del queue[volume]
-            for waiting in queue.values():
-                waiting()
+            for wake_waiting in queue.values():
+                wake_waiting()
             if not queue:
                 del self._queues[name]

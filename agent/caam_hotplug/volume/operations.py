@@ -1,4 +1,4 @@
-"""How the steps of one volume are taken: on its own lane, or on the one lane of all mappings."""
+"""The kernel operations of one volume: on its own worker, or on the one worker of all mappings."""
 
 from __future__ import annotations
 
@@ -7,66 +7,65 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from caam_hotplug import trace
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.volume.stop_signal import StopSignal
-from caam_hotplug.volume.worker import Late, Worker
+from caam_hotplug.volume.worker import Late, Observe, Worker
 
 T = TypeVar("T")
-Step = tuple[str, Callable[[], Any]]
-"""What it is, in words, and what does it."""
+Operation = tuple[str, Callable[[], Any]]
+"""What it does, in words, and the call."""
 
 
-def fields(event: str, **of_it: object) -> dict[str, dict[str, object]]:
-    """What a log record has for the journal beside its words; `extra` takes it there."""
-    return {"fields": {"EVENT": event, **of_it}}
+def fields(event: str, **more: object) -> dict[str, dict[str, object]]:
+    """Return journal fields for `extra` of a log call."""
+    return {"fields": {"EVENT": event, **more}}
 
 
 @dataclass(slots=True)
 class Operations:
-    """The kernel, and the ways to it.
+    """The kernel, and the workers that its calls run on.
 
-    A wedged medium blocks its own lane only. libdevmapper is not thread-safe, so calls about
-    mappings share one lane, and are short.
+    A medium that hangs blocks its own worker only. libdevmapper is not thread-safe, so calls about
+    mappings share one worker, and are short.
     """
 
     kernel: Kernel
-    stop_signal: StopSignal
+    stop: StopSignal
     worker: Worker
     dm_worker: Worker
     late: Late
-    """Told which step takes long and why, and None when it has ended."""
+    """Called with the operation that takes long and why, and with None when it has ended."""
     took: dict[str, float] = field(default_factory=dict)
-    """How long each step took of late, in seconds with its wait for a turn."""
+    """Duration of each operation in seconds, with its wait for a turn."""
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
-        """The step's outcome, on the volume's own lane."""
+        """Run the function on the volume's own worker."""
         return await self._timed(self.worker, words, function, *args, **named)
 
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
-        """The step's outcome, on the lane of all mappings."""
+        """Run the function on the worker of all mappings."""
         return await self._timed(self.dm_worker, words, function, *args, **named)
 
-    async def each(self, *steps: Step) -> list[Any]:
-        """The steps' outcomes, taken one after the other up to the first that fails.
+    async def each(self, *operations: Operation) -> list[Any]:
+        """Run the operations in order on the volume's own worker, up to the first that fails.
 
-        On the volume's own lane, which they go to and come back from once.
+        They are handed over to the worker once, and return the list of their results.
         """
-        return await self._in_one_go(self.worker, steps)
+        return await self._in_one_call(self.worker, operations)
 
-    async def dm_each(self, *steps: Step) -> list[Any]:
-        """As `each`, on the lane of all mappings."""
-        return await self._in_one_go(self.dm_worker, steps)
+    async def dm_each(self, *operations: Operation) -> list[Any]:
+        """As `each`, on the worker of all mappings."""
+        return await self._in_one_call(self.dm_worker, operations)
 
-    async def _in_one_go(self, worker: Worker, steps: Sequence[Step]) -> list[Any]:
-        going = _Going(steps, asyncio.get_running_loop().time)
+    async def _in_one_call(self, worker: Worker, operations: Sequence[Operation]) -> list[Any]:
+        sequence = _Sequence(operations, asyncio.get_running_loop().time, worker.observe)
+        words = f"{operations[0][0]} and more"
         try:
-            late = self._late(lambda: going.words)
-            with trace.step(f"{steps[0][0]} and more", worker.name):
-                return await worker.run(going, late=late, since=lambda: going.since)
+            late = self._late(lambda: sequence.words)
+            return await worker.run(words, sequence, late=late, since=lambda: sequence.since)
         finally:
-            for words, took in going.took:
-                self.took[words] = self.took.get(words, 0.0) + took
+            for each, took in sequence.took:
+                self.took[each] = self.took.get(each, 0.0) + took
 
     async def _timed(
         self, worker: Worker, words: str, function: Callable[..., T], *args: Any, **named: Any
@@ -74,8 +73,8 @@ class Operations:
         clock = asyncio.get_running_loop().time
         begun = clock()
         try:
-            with trace.step(words, worker.name):
-                return await worker.run(function, *args, late=self._late(lambda: words), **named)
+            late = self._late(lambda: words)
+            return await worker.run(words, function, *args, late=late, **named)
         finally:
             self.took[words] = self.took.get(words, 0.0) + clock() - begun
 
@@ -83,33 +82,36 @@ class Operations:
         return lambda why: self.late(None if why is None else f"{words()}: {why}")
 
 
-class _Going:
-    """Steps that are taken one after the other in one call, which can be watched meanwhile.
+class _Sequence:
+    """Operations that run one after the other in one call; the loop can see which one runs.
 
-    Called again after a step that did not end, as a lane in tests may, it goes on with that one.
+    Called again after an operation that did not end, as a worker in tests may, it goes on with it.
     """
 
-    def __init__(self, steps: Sequence[Step], clock: Callable[[], float]) -> None:
-        self._steps = steps
+    def __init__(
+        self, operations: Sequence[Operation], clock: Callable[[], float], observe: Observe
+    ) -> None:
+        self._operations = operations
         self._clock = clock
+        self._observe = observe
         self._begun = self.since = clock()
-        self._outcomes: list[Any] = []
+        self._results: list[Any] = []
         self.took: list[tuple[str, float]] = []
-        """How long each step took, the first with its wait for a turn."""
+        """Duration of each operation in seconds, the first with its wait for a turn."""
 
     @property
     def words(self) -> str:
-        """What the step is that is taken now. Any thread."""
-        return self._steps[min(len(self._outcomes), len(self._steps) - 1)][0]
+        """The operation that runs now. Any thread."""
+        return self._operations[min(len(self._results), len(self._operations) - 1)][0]
 
     def __call__(self) -> list[Any]:
-        for words, function in self._steps[len(self._outcomes) :]:
+        for words, function in self._operations[len(self._results) :]:
             self.since = self._clock()
             try:
-                with trace.span(words):
-                    self._outcomes.append(function())
+                with self._observe(words):
+                    self._results.append(function())
             finally:
                 ended = self._clock()
                 self.took.append((words, ended - self._begun))
                 self._begun = ended
-        return self._outcomes
+        return self._results

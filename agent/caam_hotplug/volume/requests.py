@@ -1,4 +1,4 @@
-"""What people ask of a volume while it is there, and what they are told of it."""
+"""Requests of users for one volume: lock, eject, unlock, retry."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.model import State
 
 
 class Ask(Enum):
-    """What can be asked of a volume."""
+    """What a user can ask of a volume."""
 
     LOCK = "lock"
     EJECT = "eject"
@@ -20,7 +21,7 @@ class Ask(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One request: answered once, by the volume's life. Synchronization: loop only."""
+    """One request, answered once by the volume's lifecycle. Synchronization: loop only."""
 
     ask: Ask
     by: str
@@ -31,21 +32,33 @@ class Request:
 
     @property
     def words(self) -> str:
-        """What is asked for, and by whom."""
+        """The request and who made it, in words."""
         return f"{self.ask.value} asked for by {shown(self.by)}"
 
     @property
     def releases(self) -> bool:
-        """Whether the volume is to be let go."""
+        """Whether the volume is to be released."""
         return self.ask in {Ask.LOCK, Ask.EJECT}
 
     def grant(self) -> None:
-        """It has been done."""
+        """Answer that it is done."""
         if not self.answer.done():
             self.answer.set_result(None)
 
     def refuse(self, error: HotplugError) -> None:
-        """It has not been done, for this reason."""
+        """Answer that it is not done, and why."""
         if not self.answer.done():
             self.answer.set_exception(error)
-            self.answer.exception()  # whoever asked may have gone away
+            self.answer.exception()  # the client may have gone; asyncio would report it as lost
+
+
+def refusal(ask: Ask, state: State | None) -> str | None:
+    """Return why this cannot be asked of a volume in that state, or None if it can."""
+    match state, ask:
+        case State.IGNORED, _:
+            return "no rule admits it, so the agent leaves it alone; `explain` says why"
+        case (State.MOUNTED | State.UNLOCKED) as state, Ask.UNLOCK:
+            return f"it is {state.value} already"
+        case (State.LOCKED | State.EJECTED) as state, Ask.RETRY:
+            return f"it is {state.value}, since that was asked for; unlock it"
+    return None

@@ -1,4 +1,4 @@
-"""What is published of one volume, and what of it is still true when something takes long."""
+"""The published status of one volume, also while an operation takes long."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Publish = Callable[[Entry], None]
 
 
 class VolumeStatus:
-    """How a volume stands. Synchronization: loop only."""
+    """State, reason and facts of a volume, published at each change. Synchronization: loop only."""
 
     def __init__(self, volume: Volume, publish: Publish) -> None:
         self.volume = volume
-        """As it is now; what is published next says so."""
-        self.is_stuck = False
-        """Whether a step takes longer than it should."""
+        """The volume as it is known now; part of the next entry that is published."""
+        self.late: str | None = None
+        """Why the operation under way takes longer than it should, or None."""
         self._publish = publish
         self._entry: Entry | None = None
 
     @property
     def state(self) -> State | None:
-        """The state that it came to last, whether or not a step takes long."""
+        """The last state, whether or not an operation takes long."""
         return None if self._entry is None else self._entry.state
 
     @property
@@ -34,43 +34,43 @@ class VolumeStatus:
 
     @property
     def reason(self) -> str:
-        """The reason of its state."""
+        """Reason of the state."""
         return "" if self._entry is None else self._entry.reason
 
     @property
     def blob(self) -> str:
-        """The path of the blob that it needs; empty if no rule admits it."""
+        """Path of the blob that the volume needs; empty if no rule matches it."""
         return "" if self._entry is None else self._entry.blob
 
-    def becomes(self, state: State, reason: str = "", **facts: Any) -> None:
-        """This is true of it, and everyone knows; facts that are not named stay."""
+    def publish(self, state: State, reason: str = "", **facts: Any) -> None:
+        """Publish a state; facts that are not named stay as they were."""
         now = self._entry or Entry(self.volume, state)
         self._entry = replace(now, volume=self.volume, state=state, reason=reason, **facts)
         self._publish(self._entry)
 
-    def has(self, **facts: Any) -> None:
-        """These facts are others than before."""
+    def publish_facts(self, **facts: Any) -> None:
+        """Publish the present state with other facts."""
         if self._entry is not None:
-            self.becomes(self._entry.state, self._entry.reason, **facts)
+            self.publish(self._entry.state, self._entry.reason, **facts)
 
-    def holds_nothing(self) -> None:
-        """What is published next says that nothing is mapped or mounted."""
+    def forget_mapping(self) -> None:
+        """Leave mapping and mount out of the next entry that is published."""
         if self._entry is not None:
             self._entry = replace(
                 self._entry, mapping_name="", mapping_node="", mount_point="", filesystem="",
                 read_only=False,
             )  # fmt: skip
 
-    def is_late(self, why: str | None) -> None:
-        """A step takes long, for this reason; None: it has ended after all.
+    def publish_late(self, why: str | None) -> None:
+        """Publish that an operation takes long, and why; with None, that it has ended after all.
 
-        Of a volume that has left nothing more is said.
+        Once the medium has departed, nothing more is published.
         """
         if self.state in {State.GONE, State.REMOVED_UNSAFELY}:
             return
-        self.is_stuck = why is not None
+        self.late = why
         if why is not None:
             now = self._entry or Entry(self.volume, State.STUCK)
             self._publish(replace(now, state=State.STUCK, reason=why))
-        else:  # of a volume of which nothing was said yet nothing is said again
+        else:  # a volume without a status before has none again
             self._publish(self._entry or Entry(self.volume, State.GONE))

@@ -1,4 +1,4 @@
-"""Why a volume's life is to end, and waiting for that or for news."""
+"""Why a volume's lifecycle is to end, and waiting for that or for something else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Reason(Enum):
-    """Why a volume is let go."""
+    """Why a volume is released without a request."""
 
     GONE = "its medium has gone"
     STOP = "the agent stops"
@@ -17,67 +17,67 @@ class Reason(Enum):
 
 
 class StopRequestedError(Exception):
-    """Raised between two steps when the volume is to be let go."""
+    """Raised between two operations when the lifecycle is to end."""
 
 
 class StopSignal:
-    """Set once; only the medium's departure overrides what was asked before.
+    """Set once; only the medium's departure overrides an earlier reason.
 
     Synchronization: loop only.
     """
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
-        self._stirred = asyncio.Event()
+        self._woken = asyncio.Event()
 
     @property
-    def asked(self) -> bool:
-        """Whether the life is to end."""
+    def is_set(self) -> bool:
+        """Whether the lifecycle is to end."""
         return self.reason is not None
 
     @property
-    def gone(self) -> bool:
-        """Whether there is no medium any more that could be waited for."""
+    def medium_gone(self) -> bool:
+        """Whether the medium has departed, so that nothing may wait for it."""
         return self.reason is Reason.GONE
 
     @property
     def keeps(self) -> bool:
-        """Whether what is held is left as it is, for the next run of the agent to adopt."""
+        """Whether mapping and mount stay, for the next run of the agent to adopt."""
         return self.reason is Reason.KEEP
 
-    def ask(self, reason: Reason) -> None:
-        """The life is to end, for this reason."""
-        if self.reason is None or reason is Reason.GONE:
-            self.reason = reason
-        self.stir()
-
     @property
-    def why(self) -> str:
+    def words(self) -> str:
         """The reason in words, empty while there is none."""
         return self.reason.value if self.reason is not None else ""
 
+    def set(self, reason: Reason) -> None:
+        """End the lifecycle for this reason."""
+        if self.reason is None or reason is Reason.GONE:
+            self.reason = reason
+        self.wake()
+
     def check(self) -> None:
-        """Raises: LeaveRequestedError if the life is to end."""
-        if self.asked:
+        """Raises: StopRequestedError if the lifecycle is to end."""
+        if self.is_set:
             raise StopRequestedError
 
-    def stir(self) -> None:
-        """Whoever waits looks again."""
-        self._stirred.set()
+    def wake(self) -> None:
+        """Have every waiter check its condition again."""
+        self._woken.set()
 
     async def unless_gone(self, work: Coroutine[Any, Any, None]) -> None:
-        """The work has ended; or there is no medium any more, and it was broken off."""
+        """Await the work; cancel it when the medium departs."""
         task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self.stir())
+        task.add_done_callback(lambda _: self.wake())
         try:
-            while not (task.done() or self.gone):
-                self._stirred.clear()
-                await self._stirred.wait()
+            while not (task.done() or self.medium_gone):
+                self._woken.clear()
+                await self._woken.wait()
         finally:
             task.cancel()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """The condition holds or the life is to end; looked at whenever something stirs."""
-        while not (self.asked or condition()):
-            self._stirred.clear()
-            await self._stirred.wait()
+        """Wait until the condition holds or the lifecycle is to end; `wake` has it checked."""
+        while not (self.is_set or condition()):
+            self._woken.clear()
+            await self._woken.wait()

@@ -1,4 +1,4 @@
-"""Blocking calls off the loop, one after the other, never abandoned."""
+"""Blocking calls in threads, one after the other, never abandoned."""
 
 from __future__ import annotations
 
@@ -7,24 +7,38 @@ import errno
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-from caam_hotplug import trace
 from caam_hotplug.errors import HotplugError, KernelError, ReleaseError
 
 T = TypeVar("T")
 
 Late = Callable[[str | None], None]
-"""Told why something takes long, and None when it has ended."""
+"""Called with the reason when something takes long, and with None when it has ended."""
+
+_UNOBSERVED: Final = nullcontext()
+
+
+class Observe(Protocol):
+    """Called when something begins; the context lasts until it ends. Any thread."""
+
+    def __call__(self, words: str, waiting: str = "") -> AbstractContextManager[None]:
+        """`waiting`: the worker that the loop waits for; empty if the calling thread acts."""
+        ...
+
+
+def unobserved(words: str, waiting: str = "") -> AbstractContextManager[None]:
+    """Observe nothing."""
+    return _UNOBSERVED
 
 
 async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-    """The release's result. It has run whole, however often whoever waits is cancelled meanwhile.
+    """Run the release to its end, however often the waiting task is cancelled meanwhile.
 
-    A release has several steps; one that ended between two of them would leave something behind.
+    A release has several operations; one cut off between two of them would leave something.
 
     Raises: ReleaseError if a step failed.
     """
@@ -34,35 +48,36 @@ async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T
     try:
         return work.result()
     except (HotplugError, OSError) as error:
-        raise ReleaseError(f"could not let go: {error}") from error
+        raise ReleaseError(f"could not release it: {error}") from error
     finally:
         del work  # its error has this frame
 
 
 class Threads:
-    """Threads that carry out calls, as many as there are calls at a time.
+    """Threads for calls, as many as there are calls at a time.
 
-    They are daemons: a call that the kernel never finishes cannot keep the process from its end.
-    They inherit the session keyring of the thread that runs the loop. A few of them stay when they
-    have nothing to do: to start one takes longer than many a call.
+    They are daemon threads: a call that the kernel never finishes cannot keep the process running.
+    They inherit the session keyring of the thread that runs the loop. A few stay when they are
+    idle, since starting a thread takes longer than many a call.
 
     Synchronization: loop only.
     """
 
-    def __init__(self, *, idle: int = 0) -> None:
-        """`idle`: how many stay."""
+    def __init__(self, *, idle: int = 0, observe: Observe = unobserved) -> None:
+        """`idle`: how many stay when they have nothing to do."""
+        self.observe = observe
         self._most_idle = idle
         self._idle: deque[SimpleQueue[_Call]] = deque()
-        """What an idle thread waits for. A thread adds its own, the loop takes."""
+        """Queues that idle threads wait on. A thread adds its own, the loop takes one out."""
 
-    def carry_out(self, name: str, function: Callable[[], T]) -> asyncio.Future[T]:
-        """The future outcome of the function, which runs in a thread from now on.
+    def start(self, name: str, words: str, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Run the function in a thread of this name, and return the future of its result.
 
         Raises: KernelError if the kernel gives no thread, such as at the unit's TasksMax.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        call = (function, loop, future)
+        call = (words, function, loop, future)
         try:
             self._idle.pop().put(call)
         except IndexError:
@@ -75,114 +90,122 @@ class Threads:
     def _work(self, call: _Call) -> None:
         mine: SimpleQueue[_Call] = SimpleQueue()
         while True:
-            answer = _outcome(call)
+            answer = self._result(call)
             stays = len(self._idle) < self._most_idle
-            if stays:  # before the answer, which the next call may follow at once
+            if stays:  # before the answer, since the next call may come right after it
                 self._idle.append(mine)
-            call[1].call_soon_threadsafe(answer)
-            del call, answer  # while it waits, this frame keeps nothing of what was done
+            call[2].call_soon_threadsafe(answer)
+            del call, answer  # a waiting frame must not keep the result alive
             if not stays:
                 return
             call = mine.get()
 
+    def _result(self, call: _Call) -> Callable[[], None]:
+        """Call the function, and return a callback that sets the future on the loop."""
+        words, function, _, future = call
+        try:
+            with self.observe(words):
+                return partial(future.set_result, function())
+        except BaseException as error:  # noqa: BLE001  handed on, whatever it is
+            return partial(future.set_exception, error)
+        finally:
+            # An error keeps this frame by its traceback. If this frame kept the future, which has
+            # the error, all that the three hold would be freed late, by Python's collector only.
+            del call, future
 
-_Call = tuple[Callable[[], Any], asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
-
-def _outcome(call: _Call) -> Callable[[], None]:
-    """The function has been called; what tells the loop what came of it."""
-    function, _, future = call
-    try:
-        with trace.span(getattr(function, "__name__", "call")):
-            return partial(future.set_result, function())
-    except BaseException as error:  # noqa: BLE001  handed on, whatever it is
-        return partial(future.set_exception, error)
-    finally:
-        # An error keeps this frame by its traceback. If this frame kept the future, which has the
-        # error, all that the three hold would be freed by Python's collector only, and late.
-        del call, future
+_Call = tuple[str, Callable[[], Any], asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
 
 class Worker:
-    """A line of calls, each in a thread, at most one at a time."""
+    """Runs blocking calls in threads, at most one at a time."""
 
     def __init__(self, name: str, late_after_s: float, threads: Threads | None = None) -> None:
-        """`threads`: shared with other lanes."""
+        """`threads`: shared with other workers."""
         self.name = name
         self._late_after_s = late_after_s
         self._threads = threads or Threads()
         self._turn = asyncio.Lock()
 
+    @property
+    def observe(self) -> Observe:
+        """The observer of its calls."""
+        return self._threads.observe
+
     async def run(
         self,
+        words: str,
         function: Callable[..., T],
         *arguments: Any,
         late: Late,
         since: Callable[[], float] | None = None,
         **named: Any,
     ) -> T:
-        """What the function returns or raises.
+        """Run the function in a thread when it is its turn, and return what it returns.
 
-        `late` is called with a reason if the call, or the wait for its turn before it, takes
-        longer than this lane allows, and with None when that has ended after all. `since`: when
-        what the call does now began, on the loop's clock, if it does one thing after another; for
-        each that takes too long `late` is called.
+        `words` say what it does. `late` is called with a reason if the call, or the wait for its
+        turn, takes longer than this worker allows, and with None when that has ended after all.
+        `since`: for a function that does one thing after another, when the present one began, on
+        the loop's clock; `late` is called for each that takes too long.
 
-        A blocking call cannot be cut short. Cancellation is therefore absorbed until it has
-        ended, and raised then: whoever releases what the call acquired finds it there.
+        A blocking call cannot be cut short. Cancellation is therefore absorbed until it has ended,
+        and raised then: a release finds everything that the call has acquired.
         """
-        with self._said_when_late(late, "it waits for its turn behind another volume's call"):
-            await self._turn.acquire()
-        try:
-            call = self._begin(partial(function, *arguments, **named))
-            with self._said_when_late(late, "the kernel has not answered", since):
-                cancelled = await _ended(call)
-        finally:
-            self._turn.release()
-        try:
-            if cancelled:
-                call.exception()  # seen, so that asyncio does not report it as lost
-                raise asyncio.CancelledError
-            return call.result()
-        finally:
-            del call  # its error has this frame
+        with self.observe(words, self.name):
+            with self._reported_when_late(
+                late, "it waits for its turn behind another volume's call"
+            ):
+                await self._turn.acquire()
+            try:
+                call = self._start(words, partial(function, *arguments, **named))
+                with self._reported_when_late(late, "the kernel has not answered", since):
+                    cancelled = await _ended(call)
+            finally:
+                self._turn.release()
+            try:
+                if cancelled:
+                    call.exception()  # seen, so that asyncio does not report it as lost
+                    raise asyncio.CancelledError
+                return call.result()
+            finally:
+                del call  # its error has this frame
 
     @contextmanager
-    def _said_when_late(
+    def _reported_when_late(
         self, late: Late, why: str, since: Callable[[], float] | None = None
     ) -> Iterator[None]:
-        said = False
+        reported = False
         loop = asyncio.get_running_loop()
         timer: asyncio.TimerHandle
 
-        def say() -> None:
-            nonlocal said, timer
+        def report() -> None:
+            nonlocal reported, timer
             left = 0.0 if since is None else since() + self._late_after_s - loop.time()
             if left <= 0:
-                said = True
+                reported = True
                 late(f"{why} for {self._late_after_s:g} s; still waiting")
                 left = self._late_after_s
             if since is not None:
-                timer = loop.call_later(left, say)
+                timer = loop.call_later(left, report)
 
-        timer = loop.call_later(self._late_after_s, say)
+        timer = loop.call_later(self._late_after_s, report)
         try:
             yield
         finally:
             timer.cancel()
-            if said:
+            if reported:
                 late(None)
 
-    def _begin(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """The future outcome of the function, which runs from now on. Raises: KernelError."""
-        return self._threads.carry_out(self.name, function)
+    def _start(self, words: str, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Start the call, and return the future of its result. Raises: KernelError."""
+        return self._threads.start(self.name, words, function)
 
 
 async def _ended(call: asyncio.Future[T]) -> bool:
-    """The call has ended; whether whoever waits for it was cancelled meanwhile."""
+    """Wait until the call has ended; return whether the waiting task was cancelled meanwhile."""
     cancelled = False
     while not call.done():
-        waiter = call.get_loop().create_future()  # asyncio.wait() would do, with more ado
+        waiter = call.get_loop().create_future()  # asyncio.wait() would do, and takes longer
         call.add_done_callback(partial(_wake, waiter))
         try:
             await waiter

@@ -205,7 +205,7 @@ def test_a_stop_flushes_and_lets_go_and_does_not_poison_what_is_in_use(bench: Be
     bench.stop()
     steps = bench.kernel.steps
     assert steps.index("flush") < steps.index("unmount") < steps.index("detach")
-    assert "poison_mapping" not in steps
+    assert "load_error_table" not in steps
     assert bench.kernel.mounts == []
 
 
@@ -269,7 +269,7 @@ def test_a_medium_that_left_and_could_not_be_let_go_whole_says_so(bench: Bench, 
     bench.yank()
     bench.settle()
     assert bench.state(volume) is State.REMOVED_UNSAFELY
-    assert "could not let go: let go x: Input/output error" in bench.said(volume)
+    assert "could not release it: let go x: Input/output error" in bench.said(volume)
     bench.kill()
     bench.start()
     bench.settle()
@@ -493,7 +493,7 @@ def test_a_mapping_whose_table_cannot_be_replaced_is_removed_at_its_last_close(
     volume = bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.fail_next("poison_mapping", errno.ENOMEM)
+    bench.kernel.fail_next("load_error_table", errno.ENOMEM)
     bench.yank()
     bench.settle()
     assert bench.state(volume) is State.REMOVED_UNSAFELY
@@ -508,7 +508,7 @@ def test_a_release_that_fails_after_another_failure_tells_both(bench: Bench) -> 
     volume = bench.insert()
     bench.settle()
     assert bench.said(volume) == (
-        "could not let go: remove y: Device or resource busy; "
+        "could not release it: remove y: Device or resource busy; "
         "before that: probe x: Input/output error"
     )
 
@@ -587,7 +587,9 @@ def test_a_pulled_volume_whose_key_could_not_be_unlinked_takes_it_along(bench: B
     bench.kernel.faults.append(Fault("unlink_key", error, lasting=True))
     volume = bench.insert()
     bench.settle()
-    assert bench.said(volume).startswith("could not let go: unlink key x: Cannot allocate memory")
+    assert bench.said(volume).startswith(
+        "could not release it: unlink key x: Cannot allocate memory"
+    )
     bench.kernel.faults.clear()
     bench.yank()
     bench.settle()

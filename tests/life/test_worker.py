@@ -29,10 +29,10 @@ async def test_a_call_for_which_there_is_no_thread_fails_and_the_next_one_has_it
     worker = Worker("volume 1-1", 10.0)
     with monkeypatch.context() as patched, pytest.raises(KernelError) as refused:
         patched.setattr(threading.Thread, "start", refuse)
-        await worker.run(int, late=unheard)
+        await worker.run("call", int, late=unheard)
     assert refused.value.errno == errno.EAGAIN
     assert str(refused.value).startswith("start a thread for volume 1-1: ")
-    assert await worker.run(int, "7", late=unheard) == 7
+    assert await worker.run("call", int, "7", late=unheard) == 7
 
 
 async def test_a_call_that_takes_long_is_told_and_so_is_the_one_behind_it() -> None:
@@ -45,8 +45,8 @@ async def test_a_call_that_takes_long_is_told_and_so_is_the_one_behind_it() -> N
         of_second.append(why)
         may_end.set()
 
-    first = asyncio.create_task(worker.run(may_end.wait, late=of_first.append))
-    second = asyncio.create_task(worker.run(int, "7", late=hear_second))
+    first = asyncio.create_task(worker.run("call", may_end.wait, late=of_first.append))
+    second = asyncio.create_task(worker.run("call", int, "7", late=hear_second))
     assert await first
     assert await second == 7
     assert of_first == ["the kernel has not answered for 0 s; still waiting", None]
@@ -60,9 +60,9 @@ async def test_who_is_cancelled_while_waiting_for_a_turn_does_not_call() -> None
     worker = Worker("mappings", 10.0)
     may_end = threading.Event()
     called: list[str] = []
-    first = asyncio.create_task(worker.run(may_end.wait, late=unheard))
-    second = asyncio.create_task(worker.run(called.append, "second", late=unheard))
-    third = asyncio.create_task(worker.run(called.append, "third", late=unheard))
+    first = asyncio.create_task(worker.run("call", may_end.wait, late=unheard))
+    second = asyncio.create_task(worker.run("call", called.append, "second", late=unheard))
+    third = asyncio.create_task(worker.run("call", called.append, "third", late=unheard))
     await asyncio.sleep(0)
     second.cancel()
     may_end.set()
@@ -87,7 +87,7 @@ async def test_what_a_failed_call_had_is_free_without_a_look_of_the_collector(by
         raise KernelError("mount", "/dev/dm-0", errno.EIO)
 
     async def attempt() -> None:
-        await worker.run(fail, late=unheard)
+        await worker.run("call", fail, late=unheard)
 
     gc.disable()
     try:
@@ -112,12 +112,12 @@ async def test_who_comes_in_the_turn_in_which_a_lane_is_free_for_another_is_told
         may_end.set()
 
     async def two_in_a_row() -> None:
-        await worker.run(time.sleep, 0.02, late=unheard)
-        await worker.run(int, late=hear)
+        await worker.run("call", time.sleep, 0.02, late=unheard)
+        await worker.run("call", int, late=hear)
 
     first = asyncio.create_task(two_in_a_row())
     await asyncio.sleep(0)
-    second = asyncio.create_task(worker.run(may_end.wait, late=unheard))
+    second = asyncio.create_task(worker.run("call", may_end.wait, late=unheard))
     await asyncio.gather(first, second)
     assert said[0] is not None
     assert said[0].startswith("it waits for its turn")

@@ -1,9 +1,9 @@
-"""A timeline of the agent, for whoever looks for where time goes: `run --trace FILE`.
+"""A timeline of the agent, to see where time goes: `run --trace FILE`.
 
-The file is in the Trace Event Format's JSON array, which Perfetto and chrome://tracing show; its
-closing bracket is optional, so that a file whose agent was killed can be read as well. Times are
-CLOCK_MONOTONIC's, as in the kernel's log. Without --trace nothing is noted, and next to no time is
-taken.
+The file is in the Trace Event Format's JSON array, which Perfetto and chrome://tracing show. Its
+closing bracket is optional, so the file of an agent that was killed can be read too. Times are
+CLOCK_MONOTONIC's, as in the kernel's log. The agent itself knows only `volume.worker.Observe`;
+nothing but the command line imports this module.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Final
 
-_NOTHING: Final = nullcontext()
 _CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _WRITTEN_AT_ONCE: Final = 512
 _STARTTIME: Final = 19
 """Of the fields that follow the name in /proc/self/stat (proc_pid_stat(5))."""
 
 
-class _Timeline:
+class Timeline:
     """The events of one process, in a file. Synchronization: any thread.
 
-    They are written some at a time, since to write one takes as long as what is measured.
+    They are written several at a time, since writing one takes as long as what is measured.
     """
 
     def __init__(self, file: IO[str]) -> None:
@@ -39,8 +38,27 @@ class _Timeline:
         self._unwritten: list[dict[str, Any]] = []
         file.write("[")
 
+    @contextmanager
+    def observe(self, words: str, waiting: str = "") -> Iterator[None]:
+        """Note what begins and ends: in the calling thread, or what the loop waits for.
+
+        What is waited for overlaps, so it has a line of its own for each worker (`waiting`).
+        """
+        begun = time.monotonic()
+        line = {"cat": "waiting", "id": waiting}
+        if waiting:
+            self.note("b", words, begun, **line)
+        try:
+            yield
+        finally:
+            ended = time.monotonic()
+            if waiting:
+                self.note("e", words, ended, **line)
+            else:
+                self.note("X", words, begun, dur=(ended - begun) * 1e6)
+
     def note(self, phase: str, name: str, at: float, **more: Any) -> None:
-        """An event is in the file, or will be soon; `at` in seconds."""
+        """Add an event; `at` in seconds."""
         thread = threading.get_native_id()
         self._unwritten.append({"ph": phase, "name": name, "ts": at, "tid": thread, **more})
         if thread not in self._threads:
@@ -53,7 +71,7 @@ class _Timeline:
             self.write()
 
     def write(self) -> None:
-        """All that was noted is in the file."""
+        """Write all events to the file."""
         import json  # noqa: PLC0415  only needed here
 
         with self._lock:
@@ -65,83 +83,44 @@ class _Timeline:
             self._file.flush()
 
     def close(self) -> None:
+        """Write all events and the end of the file."""
         self.write()
         self._file.write("\n{}]\n")
         self._file.close()
 
 
-_running: list[_Timeline] = []
-
-
 @contextmanager
-def written_to(path: Path) -> Iterator[None]:
-    """What happens meanwhile is in a new file, which nobody else can read.
+def written_to(path: Path) -> Iterator[Timeline]:
+    """Write a timeline to a new file, which only its owner can read.
 
     Raises: OSError, such as FileExistsError.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
-        timeline = _Timeline(file)
-        _running.append(timeline)
+        timeline = Timeline(file)
         started = _started()
         timeline.note("X", "start Python", started, dur=(time.monotonic() - started) * 1e6)
-        imports = _Imports()
+        imports = _Imports(timeline)
         sys.meta_path.insert(0, imports)
         try:
-            yield
+            yield timeline
         finally:
             sys.meta_path.remove(imports)
-            _running.remove(timeline)
             timeline.close()
 
 
 def _started() -> float:
-    """When this process was, on the monotonic clock, to a hundredth of a second."""
+    """When this process was started, on the monotonic clock, to a hundredth of a second."""
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     since_boot = int(fields[_STARTTIME]) / _CLOCK_TICKS
     return since_boot - time.clock_gettime(time.CLOCK_BOOTTIME) + time.monotonic()
 
 
-def span(name: str, **about: Any) -> AbstractContextManager[None]:
-    """While the context lasts, the calling thread does this."""
-    return _span(name, about) if _running else _NOTHING
-
-
-def step(name: str, of: object) -> AbstractContextManager[None]:
-    """While the context lasts, this is waited for, by somebody who has a line of his own."""
-    return _step(name, str(of)) if _running else _NOTHING
-
-
-def mark(name: str, **about: Any) -> None:
-    """This has happened right now."""
-    for timeline in _running:
-        timeline.note("i", name, time.monotonic(), s="p", args=about)
-
-
-@contextmanager
-def _span(name: str, about: dict[str, Any]) -> Iterator[None]:
-    begun = time.monotonic()
-    try:
-        yield
-    finally:
-        for timeline in _running:
-            timeline.note("X", name, begun, dur=(time.monotonic() - begun) * 1e6, args=about)
-
-
-@contextmanager
-def _step(name: str, of: str) -> Iterator[None]:
-    common = {"cat": "step", "id": of}
-    for timeline in _running:
-        timeline.note("b", name, time.monotonic(), **common)
-    try:
-        yield
-    finally:
-        for timeline in _running:
-            timeline.note("e", name, time.monotonic(), **common)
-
-
 class _Imports:
     """A finder that finds what Python's own does, and notes how long each module takes."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -152,7 +131,7 @@ class _Imports:
             load = spec.loader.exec_module
 
             def noted(module: ModuleType) -> None:
-                with span(f"import {name}"):
+                with self._timeline.observe(f"import {name}"):
                     load(module)
 
             spec.loader.exec_module = noted  # type: ignore[method-assign]

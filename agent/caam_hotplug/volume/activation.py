@@ -1,0 +1,130 @@
+"""One activation of a volume: mapping and mount, from the unlock to the release."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from caam_hotplug.config.rules import Action
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.model import Mapping, State
+from caam_hotplug.volume.hooks import Hooks
+from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.mapping import active_mapping, backend_that_made
+from caam_hotplug.volume.mount import mounted
+from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.release import release
+from caam_hotplug.volume.requests import Request
+from caam_hotplug.volume.target import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The end of an activation without an error."""
+
+    cause: Request | Reevaluate | None
+    """Why it was released in order; None if the lifecycle is to end."""
+    was_writable: bool
+    """Whether it was mounted read-write until the end, so that a departure may have cost data."""
+    is_kept: bool = False
+    """Whether mapping and mount stay, for the next run of the agent."""
+
+
+class Activation:
+    """Mapping and mount of one volume while they are held. Synchronization: loop only."""
+
+    def __init__(self, record: Record, operations: Operations, target: Target) -> None:
+        self._record = record
+        self._operations = operations
+        self._target = target
+        self._status, self._inbox, self._stop = record.status, record.inbox, record.stop
+        self._hooks = Hooks(record.context.units, self._stop)
+
+    async def run(self) -> Released:
+        """Hold mapping and mount until a cause to release them, and release them.
+
+        Raises: HotplugError, OSError if an operation fails; ReleaseError if a release does.
+        """
+        self._operations.took = {}
+        async with AsyncExitStack() as held:
+            mapping = await held.enter_async_context(active_mapping(self._operations, self._target))
+            by = f", by its {backend_that_made(mapping)} key"
+            live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
+            is_writable = False
+            if self._target.plan.rule.action is Action.UNLOCK:
+                self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
+            elif (change := self._record.reason_to_release(self._target)) is not None:
+                return Released(change, was_writable=False)
+            else:
+                self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
+                is_writable = await self._mount(mapping, held)
+            cause = await self._until_released(mapping)
+            if cause is not None:  # flushed and unmounted already, if the medium was there
+                return Released(cause, was_writable=is_writable and self._stop.medium_gone)
+            if self._stop.keeps:
+                return Released(None, was_writable=is_writable, is_kept=True)
+            self._status.publish(State.DETACHING, self._stop.words)
+            await self._hooks.unmounting(self._record.plan_in_force(self._target))
+            return Released(None, was_writable=is_writable)
+
+    async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> bool:
+        """Mount the filesystem, publish that, and return whether it is writable."""
+        mount = await held.enter_async_context(mounted(self._operations, self._target, mapping))
+        access = "read-only" if mount.read_only else "read-write"
+        self._publish_served(
+            State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
+            filesystem=mount.filesystem, read_only=mount.read_only,
+        )  # fmt: skip
+        self._hooks.mounted(self._record.plan_in_force(self._target))
+        return not mount.read_only
+
+    def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
+        self._status.publish(state, reason, steps=dict(self._operations.took), **facts)
+        if not self._inbox.wants_release:
+            self._inbox.grant()
+
+    async def _until_released(self, mapping: Mapping) -> Request | Reevaluate | None:
+        """Wait for a cause to release the volume until nobody uses it; None at the stop signal."""
+        while True:
+            await self._inbox.until(lambda: self._inbox.concerns_active)
+            if self._stop.is_set:
+                return None
+            if self._inbox.request is not None and not self._inbox.wants_release:
+                self._inbox.grant()  # it is mounted or unlocked already
+                continue
+            cause = self._inbox.request or self._record.reason_to_release(self._target)
+            if cause is not None and await self._release(mapping, cause):
+                return cause
+
+    async def _release(self, mapping: Mapping, cause: Request | Reevaluate) -> bool:
+        """Flush and unmount for this cause; False if its users or the stop signal prevent it."""
+        state, reason = self._status.state or State.MOUNTED, self._status.reason
+        self._status.publish(State.DETACHING, cause.words)
+        await self._hooks.unmounting(self._record.plan_in_force(self._target))
+        if self._stop.medium_gone or self._stop.keeps:
+            return False
+        by_rule = self._record.plan_in_force(self._target).rule.on_busy
+        on_busy = cause.on_busy if isinstance(cause, Reevaluate) else by_rule
+        try:
+            await release(self._operations, self._target, mapping, on_busy)
+        except (HotplugError, OSError) as error:
+            if cause is Reevaluate.UDEV:  # it should not be served: the unwinding detaches it
+                log.warning("%s: %s: %s", self._record.volume, cause.words, error)
+                return True
+            if not self._stop.is_set:
+                self._status.publish(state, reason)
+                self._hooks.mounted(self._record.plan_in_force(self._target))
+                self._refuse(cause, error)
+            return False
+        return True
+
+    def _refuse(self, cause: Request | Reevaluate, error: Exception) -> None:
+        if isinstance(cause, Request):
+            self._inbox.refuse(error)
+        else:
+            log.warning("%s: %s: %s", self._record.volume, cause.words, error)

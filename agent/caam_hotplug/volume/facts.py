@@ -1,0 +1,42 @@
+"""What is known of a volume: the kernel's report first, udev's later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from caam_hotplug.config.rules import ON_THE_TABLE
+from caam_hotplug.model import Volume
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A new report, merged with what was known before."""
+
+    volume: Volume
+    is_udevs_first: bool
+    """Whether this is the first report of udev's."""
+    is_kept: bool
+    """Whether the facts are those that the agent has read from the partition table itself."""
+
+
+class Facts:
+    """Merges the reports about one volume. Synchronization: loop only."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.udevs_report = volume if volume.identified else None
+        """Last report of udev's."""
+
+    def merge(self, before: Volume, report: Volume, *, needs_udev: bool) -> Merged:
+        """Merge a report. `needs_udev`: what was known before is not enough to match the rules."""
+        is_udevs = report.identified
+        is_first = is_udevs and self.udevs_report is None
+        is_kept = before.identified and not is_udevs and not needs_udev
+        if is_kept:
+            report = replace(before, awaits_udev=report.awaits_udev)
+        elif is_udevs:
+            self.udevs_report = report
+        if is_first and before.identified:
+            # Facts that udev failed to read (bad sector) do not contradict the earlier ones.
+            missing = [fact for fact in ON_THE_TABLE if getattr(report, fact) is None]
+            report = replace(report, **{fact: getattr(before, fact) for fact in missing})
+        return Merged(report, is_first, is_kept)

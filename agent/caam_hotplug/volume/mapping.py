@@ -1,0 +1,175 @@
+"""The mapping of a volume as a context: made or adopted, and released."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import cast
+
+from caam_hotplug import names
+from caam_hotplug.errors import ForeignMappingError
+from caam_hotplug.formats.blobs import KEY_TYPES, Backend
+from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
+from caam_hotplug.keys import loading
+from caam_hotplug.model import KeyReference, Mapping, VolumeId
+from caam_hotplug.volume.operations import Operations, fields
+from caam_hotplug.volume.target import Target
+from caam_hotplug.volume.worker import to_the_end
+
+log = logging.getLogger(__name__)
+
+# To acquire is to ensure: an absent mapping is made, ours is adopted, a foreign one refused. To
+# release is idempotent, checks the DM-UUID, and is arranged before anything is made, so that a
+# half-made mapping is released too.
+
+
+async def release_key(operations: Operations, volume: VolumeId) -> None:
+    """Unlink the volume's key from the agent's keyring."""
+    await operations.call(
+        "unlink the key", operations.kernel.unlink_key, names.key_description(volume)
+    )
+
+
+@asynccontextmanager
+async def active_mapping(operations: Operations, target: Target) -> AsyncIterator[Mapping]:
+    """Make or adopt the mapping of the target, and release it on the way out.
+
+    Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
+    """
+    kernel, uuid = operations.kernel, target.dm_uuid
+    existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
+    adopted = existing is not None and _as_wanted(existing, target)
+    async with AsyncExitStack() as held:
+        held.push_async_callback(to_the_end, release_mapping, operations, uuid)
+        if existing is not None and adopted:
+            log.warning(
+                "%s: adopting its mapping %s",
+                target.volume,
+                existing.name,
+                extra=fields("adopted", VOLUME=target.volume, MAPPING=existing.name),
+            )
+            _, live = await operations.dm_each(
+                ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
+                ("look for the mapping", partial(kernel.find_mapping, uuid)),
+            )
+        else:
+            if existing is not None:
+                await operations.dm(
+                    "remove the half-made mapping", kernel.remove_mapping, existing.name
+                )
+            live = await _make_mapping(operations, target)
+        operations.stop.check()
+        if live is None:
+            raise ForeignMappingError(f"mapping {target.dm_name} vanished while it was made")
+        yield live
+
+
+def _as_wanted(existing: Mapping, target: Target) -> bool:
+    """Whether a mapping of ours can be adopted; one without a table is to be made anew.
+
+    Raises: ForeignMappingError for one that does something else.
+    """
+    if not existing.table:
+        return False
+    crypt = CryptTarget.from_line(existing.table[0])
+    if len(existing.table) == 1 and crypt is not None and _is_wanted(crypt, target):
+        return True
+    raise ForeignMappingError(
+        f"mapping {existing.name} is not what rule {target.plan.rule.name!r} asks for: "
+        f"{'; '.join(existing.table)}; remove it, or restore the rule it was made with"
+    )
+
+
+def _is_wanted(crypt: CryptTarget, target: Target) -> bool:
+    """Whether the rule asks for this crypt target, under a key of any type that it allows."""
+    rule = target.plan.rule
+    forms = KEY_TYPES.values() if rule.key.form is None else [KEY_TYPES[rule.key.form]]
+    return any(
+        crypt.does_the_same(crypt_target(target.volume, rule.crypt, KeyReference(kind, 0)))
+        for kind in forms
+        if crypt.key_description.startswith(f"{kind}:")
+    )
+
+
+async def _make_mapping(operations: Operations, target: Target) -> Mapping | None:
+    """Make the mapping, and return it, or None if somebody has removed it since.
+
+    dm-crypt copies the key when a table is loaded, so it is in the keyring until right after that.
+    """
+    kernel, plan, name = operations.kernel, target.plan, target.dm_name
+    description = names.key_description(target.volume.id)
+
+    def load_key() -> KeyReference:
+        blob = kernel.read_blob(plan.blob, plan.rule.key.form)
+        return loading.load(kernel, blob, plan.rule.key, description)
+
+    async with AsyncExitStack() as held:
+        held.push_async_callback(to_the_end, release_key, operations, target.volume.id)
+        _, key = await operations.each(
+            ("look who uses it", partial(kernel.require_unused, target.volume)),
+            ("import the blob", load_key),
+        )
+        operations.stop.check()
+        line = crypt_target(target.volume, plan.rule.crypt, key).to_line()
+        read_only = target.volume.read_only
+        *_, live = await operations.dm_each(
+            ("create the mapping", partial(kernel.create_mapping, name, target.dm_uuid)),
+            ("load the table", partial(kernel.load_table, name, line, read_only=read_only)),
+            ("unlink the key", partial(kernel.unlink_key, description)),
+            ("activate the mapping", partial(kernel.activate_mapping, name)),
+            ("look for the mapping", partial(kernel.find_mapping, target.dm_uuid)),
+        )
+        held.pop_all()  # the key is unlinked already
+    return cast("Mapping | None", live)
+
+
+def backend_that_made(mapping: Mapping) -> Backend:
+    """Return the kind of key that a mapping of ours decrypts with."""
+    crypt = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
+    kind = "" if crypt is None else crypt.key_description.partition(":")[0]
+    return next((form for form, of_it in KEY_TYPES.items() if of_it == kind), "tagged")
+
+
+async def release_mapping(operations: Operations, uuid: str) -> None:
+    """Remove the mapping, or have the kernel remove it when its last holder closes it.
+
+    Without a medium nothing waits for holders: an error table replaces the crypt table, which
+    wipes the key in the kernel (crypt_dtr, drivers/md/dm-crypt.c).
+    """
+    if operations.stop.keeps:
+        return
+    left = await operations.dm("remove the mapping", _remove, operations, uuid)
+    if left is not None:
+        fate = "without its key" if operations.stop.medium_gone else "with its key"
+        log.warning(
+            "mapping %s is held open by others; it stays, %s, until they close it",
+            left.name,
+            fate,
+            extra=fields("busy", MAPPING=left.name),
+        )
+
+
+def _remove(operations: Operations, uuid: str) -> Mapping | None:
+    """Remove the mapping, and return what is left of it because others hold it. Worker: dm."""
+    kernel = operations.kernel
+    mapping = kernel.find_mapping(uuid)
+    if mapping is None:
+        return None
+    try:
+        if mapping.open_count:
+            _load_error_table_if_gone(operations, mapping)
+    finally:
+        kernel.remove_mapping(mapping.name)
+    left = kernel.find_mapping(uuid)
+    if left is not None:
+        _load_error_table_if_gone(operations, left)  # its holder has opened it since the first look
+    return left
+
+
+def _load_error_table_if_gone(operations: Operations, mapping: Mapping) -> None:
+    """Replace the crypt table, and with it the key, if the medium has departed. Worker: dm."""
+    crypt = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
+    if operations.stop.medium_gone and crypt is not None:
+        operations.kernel.load_error_table(mapping.name, crypt.length)

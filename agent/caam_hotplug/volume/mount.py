@@ -1,0 +1,139 @@
+"""The mount of a volume as a context: made or adopted, and released."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from caam_hotplug.errors import (
+    MountError,
+    MountPointOccupiedError,
+    NoFilesystemError,
+    shown,
+)
+from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.volume.mount_table import first_of, is_of, mount_at, mounts_at, mounts_of
+from caam_hotplug.volume.operations import Operations, fields
+from caam_hotplug.volume.target import Target
+from caam_hotplug.volume.worker import to_the_end
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def mounted(operations: Operations, target: Target, mapping: Mapping) -> AsyncIterator[Mount]:
+    """Mount or adopt the filesystem of the mapping, and release the mount on the way out.
+
+    Raises: NoFilesystemError; MountPointOccupiedError; MountError.
+    """
+    kernel, name, ask = operations.kernel, target.plan.mount_name, target.plan.rule.mount
+    there = mounts_at(kernel, name)
+    found = first_of(mapping, there)
+    if there and found is None:
+        raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
+
+    kind = ""
+
+    def probe() -> None:
+        nonlocal kind
+        found = kernel.probe(mapping.node, ask.filesystems)
+        if found is None:
+            raise NoFilesystemError(
+                "no known filesystem under this key "
+                f"(looked for {', '.join(ask.filesystems)}): "
+                f"{kernel.blob_directory / target.plan.blob} may belong to another medium"
+            )
+        kind = found
+
+    def mount() -> None:
+        kernel.mount(
+            mapping.node,
+            kind,
+            name,
+            read_only=target.read_only,
+            options=ask.options,
+            filesystem_options=ask.options_for(kind),
+        )
+
+    async with AsyncExitStack() as held:
+        held.push_async_callback(to_the_end, release_mount, operations, name, mapping)
+        if mapping.open_count:
+            await _release_other_mounts(operations, name, mapping)
+        if found is not None:
+            log.warning(
+                "%s: adopting its mount %s",
+                target.volume,
+                found.point,
+                extra=fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point),
+            )
+        else:
+            await operations.each(("probe", probe), ("mount", mount))
+            found = mount_at(kernel, name)
+        if found is None:
+            raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
+        yield found
+
+
+async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
+    """Unmount the mapping from the mount point, and remove the directory.
+
+    A mount in use is detached: its users may finish there, and nobody new gets in. If the medium
+    is there, everything written so far is flushed first. Raises: MountError if it is still there.
+    """
+    kernel = operations.kernel
+    if operations.stop.keeps:
+        return
+    there = mounts_at(kernel, name)
+    found = first_of(mapping, there)
+    if found is None:
+        await operations.call("remove the mount point", kernel.remove_mount_point, name)
+        return
+    try:
+        await _uncover(operations, name, mapping, there)
+        if not operations.stop.medium_gone and not found.read_only:
+            await operations.call("flush", kernel.flush, name, mapping.node)
+    finally:
+        await _unmount_or_detach(operations, name, mapping)
+
+
+async def _uncover(
+    operations: Operations, name: str, mapping: Mapping, there: Sequence[Mount]
+) -> None:
+    """Detach mounts of others that cover ours; it could not be unmounted below them."""
+    for cover in reversed(there):
+        if is_of(cover, mapping):
+            return
+        log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
+        await operations.call("detach", operations.kernel.unmount, name, lazily=True)
+
+
+async def _unmount_or_detach(operations: Operations, name: str, mapping: Mapping) -> None:
+    kernel = operations.kernel
+
+    def unmount() -> MountError | None:
+        try:
+            kernel.unmount(name)
+        except MountError as error:
+            return error
+        kernel.remove_mount_point(name)
+        return None
+
+    refusal = await operations.call("unmount", unmount)
+    if refusal is not None:
+        said = fields("busy", MOUNT_POINT=name)
+        log.warning("%s; detaching it from the tree", refusal, extra=said)
+        try:
+            await operations.call("detach", kernel.unmount, name, lazily=True)
+        finally:
+            await operations.call("remove the mount point", kernel.remove_mount_point, name)
+    if (left := first_of(mapping, mounts_at(kernel, name))) is not None:
+        raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
+
+
+async def _release_other_mounts(operations: Operations, name: str, mapping: Mapping) -> None:
+    """Release mounts at other names; an earlier run may have had other rules."""
+    for other in mounts_of(operations.kernel, mapping):
+        if other != name:
+            await release_mount(operations, other, mapping)

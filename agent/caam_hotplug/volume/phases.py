@@ -1,0 +1,80 @@
+"""The phases of a volume's lifecycle, and what each of them remembers.
+
+There is no state beside the phase: each phase is frozen, and the lifecycle replaces it by the next.
+docs/how-it-works.md has the table of what may happen in which phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from caam_hotplug.config.rules import Plan
+from caam_hotplug.model import State
+from caam_hotplug.volume.target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What every phase remembers."""
+
+    target: Target | None = None
+    """Target of the last attempt."""
+    has_leftover: bool = False
+    """Whether the kernel may have a mapping or mount of ours that this lifecycle does not hold."""
+
+    def to_evaluate(self) -> Evaluate:
+        """Return the phase in which the rules are matched again."""
+        return Evaluate(target=self.target, has_leftover=self.has_leftover)
+
+    def to_idle(self, *, retry_on_blob: bool = False, is_foreign: bool = False) -> Idle:
+        """Return the phase in which nothing is held."""
+        return Idle(
+            target=self.target,
+            has_leftover=self.has_leftover,
+            retry_on_blob=retry_on_blob,
+            is_foreign=is_foreign,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate(Phase):
+    """Identify the volume and match the rules."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued(Phase):
+    """Wait until the mount point is free."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Active(Phase):
+    """Set up mapping and mount, keep them in use, tear them down."""
+
+    target: Target
+    plan: Plan
+    """The plan in force; a reload may replace the target's plan by an equivalent one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idle(Phase):
+    """Hold nothing: ignored, waiting for a blob or for udev, in conflict, or failed."""
+
+    retry_on_blob: bool = False
+    """Whether a new blob is worth another attempt, since the last one was at fault."""
+    is_foreign: bool = False
+    """Whether a mapping that does something else is in the way; it is left alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked(Phase):
+    """Hold nothing, on request: locked or ejected until somebody unlocks the volume."""
+
+    state: State
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken(Phase):
+    """Wait for the medium to depart: a defect of the agent ended the service of this volume."""
