@@ -480,6 +480,46 @@ def test_a_medium_pulled_while_its_unit_ends_waits_no_longer(with_units: Bench) 
     assert isinstance(asked.exception(), RequestRefusedError)
 
 
+def test_a_stop_while_the_unit_of_an_unmount_runs_does_not_start_it_again(
+    with_units: Bench,
+) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.units.takes_s = 5.0
+    asked = bench.ask("lock", volume)
+    bench.wait(1)
+    bench.ask_to_stop()
+    bench.wait(10)
+    assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
+    assert bench.kernel.leftovers() == []
+    assert asked.done()
+
+
+def test_a_departure_while_the_unit_of_an_unmount_runs_does_not_start_it_again(
+    with_units: Bench,
+) -> None:
+    bench = with_units
+    volume = served(bench)
+    bench.units.takes_s = 5.0
+    asked = bench.ask("eject", volume)
+    bench.wait(1)
+    bench.yank()
+    bench.wait(10)
+    assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
+    assert isinstance(asked.exception(), RequestRefusedError)
+
+
+@pytest.mark.parametrize("step", ["probe", "mount"])
+def test_a_volume_that_was_not_mounted_starts_no_unit(with_units: Bench, step: str) -> None:
+    bench = with_units
+    bench.kernel.fail_next(step, errno.EIO)
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    bench.stop()
+    assert bench.units.started == []
+
+
 def test_a_refused_request_starts_the_unit_of_the_mount_again(with_units: Bench) -> None:
     bench = with_units
     volume = served(bench)

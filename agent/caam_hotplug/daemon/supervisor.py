@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, assert_never
 
@@ -251,11 +252,7 @@ class Supervisor:
         has_leftover = volume.id in self._with_leftovers
         self._with_leftovers.discard(volume.id)
         parked = self._parked.pop(volume.id, None) or self._parked_before(volume)
-        phase = (
-            Evaluate(has_leftover=has_leftover)
-            if parked is None
-            else Parked(state=parked.state, reason=parked.reason, has_leftover=has_leftover)
-        )
+        phase = replace(parked or Evaluate(), has_leftover=has_leftover)
         lifecycle = VolumeLifecycle(self._context, volume, phase)
         self._lifecycles[volume.id] = lifecycle
         self._run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))
