@@ -28,52 +28,52 @@ async def mounted(operations: Operations, target: Target, mapping: Mapping) -> A
 
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
-    kernel, name, ask = operations.kernel, target.plan.mount_name, target.plan.rule.mount
+    kernel, name = operations.kernel, target.plan.mount_name
     there = mounts_at(kernel, name)
     found = first_of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
-
-    kind = ""
-
-    def probe() -> None:
-        nonlocal kind
-        found = kernel.probe(mapping.node, ask.filesystems)
-        if found is None:
-            raise NoFilesystemError(
-                "no known filesystem under this key "
-                f"(looked for {', '.join(ask.filesystems)}): "
-                f"{kernel.blob_directory / target.plan.blob} may belong to another medium"
-            )
-        kind = found
-
-    def mount() -> None:
-        kernel.mount(
-            mapping.node,
-            kind,
-            name,
-            read_only=target.read_only,
-            options=ask.options,
-            filesystem_options=ask.options_for(kind),
-        )
-
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, operations, name, mapping)
         if mapping.open_count:
             await _release_other_mounts(operations, name, mapping)
         if found is not None:
-            log.warning(
-                "%s: adopting its mount %s",
-                target.volume,
-                found.point,
-                extra=fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point),
-            )
+            extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
+            log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
         else:
-            await operations.each(("probe", probe), ("mount", mount))
+            await _mount(operations, target, mapping)
             found = mount_at(kernel, name)
         if found is None:
             raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found
+
+
+async def _mount(operations: Operations, target: Target, mapping: Mapping) -> None:
+    kernel, asked = operations.kernel, target.plan.rule.mount
+    filesystem = ""
+
+    def probe() -> None:
+        nonlocal filesystem
+        found = kernel.probe(mapping.node, asked.filesystems)
+        if found is None:
+            raise NoFilesystemError(
+                "no known filesystem under this key "
+                f"(looked for {', '.join(asked.filesystems)}): "
+                f"{kernel.blob_directory / target.plan.blob} may belong to another medium"
+            )
+        filesystem = found
+
+    def mount() -> None:
+        kernel.mount(
+            mapping.node,
+            filesystem,
+            target.plan.mount_name,
+            read_only=target.read_only,
+            options=asked.options,
+            filesystem_options=asked.options_for(filesystem),
+        )
+
+    await operations.each(("probe", probe), ("mount", mount))
 
 
 async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
