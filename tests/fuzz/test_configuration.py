@@ -17,7 +17,8 @@ from caam_hotplug import names
 from caam_hotplug.cli import main as cli
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import KeySource, Match, MountSettings, NoMatch, Plan, Rule, decide
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import KeySource, MountSettings, NoMatch, Plan, Rule, decide
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.config_files import AnyonesFiles

@@ -10,19 +10,18 @@ from typing import Any, Final, Literal
 from hypothesis import strategies as st
 
 from caam_hotplug import names
+from caam_hotplug.config.match import Bytes, Match
 from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
-    Bytes,
     KeySource,
-    Match,
     MountSettings,
     NoMatch,
     Plan,
     Rule,
-    Template,
     decide,
 )
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.kernel import sysfs

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import BUILT_IN, Match, Rule
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, Rule
 from caam_hotplug.daemon import explain
 from caam_hotplug.errors import HotplugError
 from kernel.agents import Room

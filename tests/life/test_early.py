@@ -9,15 +9,9 @@ from dataclasses import replace
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import (
-    BUILT_IN,
-    KeySource,
-    Match,
-    MountSettings,
-    Rule,
-    Template,
-    UnitTemplate,
-)
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, KeySource, MountSettings, Rule
+from caam_hotplug.config.templates import Template, UnitTemplate
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from life.test_interleavings import turns_until_settled

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, Match, MountSettings, OnStop, Rule, Template
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
 from fakes.bench import Bench

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule, UnitTemplate
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule
+from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench

@@ -14,15 +14,9 @@ from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin,
 
 from caam_hotplug import names
 from caam_hotplug.config.conversion import OtherKindError, choices_of, converted
-from caam_hotplug.config.rules import (
-    BUILT_IN,
-    Bytes,
-    Match,
-    MountSettings,
-    Rule,
-    Template,
-    UnitTemplate,
-)
+from caam_hotplug.config.match import Bytes, Match
+from caam_hotplug.config.rules import BUILT_IN, MountSettings, Rule
+from caam_hotplug.config.templates import Template, UnitTemplate
 from caam_hotplug.errors import (
     ConfigError,
     ConfigFault,

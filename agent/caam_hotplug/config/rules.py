@@ -1,19 +1,17 @@
-"""Which rule admits a volume, under which names, or why none does. Pure: values in, values out."""
+"""Which rule matches a volume, under which names, or why none does. Pure: values in, values out."""
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from fnmatch import fnmatchcase
-from typing import ClassVar, Final, Literal
+from typing import Final, Literal
 
 from caam_hotplug import names
+from caam_hotplug.config.match import Match, unknown_facts
+from caam_hotplug.config.templates import Template, UnitTemplate, UnsafeNameError
 from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.formats.crypt_table import Crypt
-from caam_hotplug.model import SECTOR_BYTES, Bus, DevType, Volume
+from caam_hotplug.model import Bus, Volume
 
 MountOption = Literal[
     "nosuid",
@@ -55,200 +53,8 @@ class OnBusy(Enum):
     """They may finish what they have open; the volume stays in use until then."""
 
 
-class Bytes(int):
-    """A size in bytes, written as a number or as a text such as `64MiB`."""
-
-    UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-    @classmethod
-    def from_text(cls, text: str) -> Bytes:
-        """Parse `64MiB`. Raises: ValueError for any other form."""
-        digits = text.rstrip(string.ascii_letters)
-        unit = text[len(digits) :]
-        digits = digits.rstrip(" ")
-        is_number = digits.isascii() and digits.isdigit() and len(digits) <= 20
-        if not is_number or unit not in cls.UNITS:
-            raise ValueError(f"expected a size such as 512MiB or 64GiB, found {text!r}")
-        return cls(int(digits) * cls.UNITS[unit])
-
-
-class UnsafeNameError(ValueError):
-    """A value of the medium cannot become part of a path."""
-
-
-class Template:
-    """A file name with places for what identifies a volume, such as `{partlabel}.bb`."""
-
-    _MAX_LENGTH: ClassVar = names.RENDERED_MAX_LENGTH
-    FIELDS: Final = ("partlabel", "partuuid", "label", "uuid", "serial", "diskseq", "partn")
-
-    def __init__(self, text: str) -> None:
-        """Raises: ValueError if the text has unknown places, or could leave its directory."""
-        self.text = text
-        try:
-            self._parts = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ValueError(f"{text!r}: {error}") from error
-        for literal, place, spec, conversion in self._parts:
-            self._check(literal)
-            if place is not None and (place not in self.FIELDS or spec or conversion):
-                known = ", ".join(f"{{{name}}}" for name in self.FIELDS)
-                raise ValueError(f"{text!r}: {{{place}}} is not one of {known}")
-        if not text or text[0] in ".-":
-            raise ValueError(f"{text!r}: a name must not be empty or start with . or -")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.text!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    @property
-    def places(self) -> set[str]:
-        """Which facts of a volume are part of the name."""
-        return {place for _, place, _, _ in self._parts if place is not None}
-
-    def render(self, volume: Volume) -> str:
-        """The name for this volume. Raises: UnsafeNameError with the reason."""
-        name = "".join(
-            literal + ("" if place is None else self._value(place, volume))
-            for literal, place, _, _ in self._parts
-        )
-        if len(name) > self._MAX_LENGTH:
-            raise UnsafeNameError(
-                f"{self.text!r} becomes {len(name)} characters, more than {self._MAX_LENGTH}"
-            )
-        return name
-
-    def _check(self, literal: str) -> None:
-        """Raises: ValueError for what cannot stand between the places."""
-        if "/" in literal:
-            raise ValueError(f"{self.text!r} names a path; expected one file name")
-        if not names.PLAIN_TEXT.fullmatch(literal):
-            raise ValueError(f"{self.text!r}: file names here are made of A-Z a-z 0-9 . _ -")
-
-    def _value(self, place: str, volume: Volume) -> str:
-        match place:
-            case "diskseq":
-                return str(volume.id.diskseq)
-            case "partn":
-                return str(volume.id.partition)
-        value: str | None = getattr(volume, place)
-        if value is None:
-            raise UnsafeNameError(f"the medium has no {place}")
-        reason = names.why_unsafe(value)
-        if reason is not None:
-            raise UnsafeNameError(f"{place} {value!a} cannot be part of a file name: {reason}")
-        return value
-
-
-class UnitTemplate(Template):
-    """The name of a systemd unit, such as `ingest@{partlabel}.service`."""
-
-    _LITERAL: Final = re.compile(r"[A-Za-z0-9:_.@-]*")
-    _SUFFIXES: Final = (".service", ".target")
-    _MAX_LENGTH: ClassVar = 255
-
-    def __init__(self, text: str) -> None:
-        """Raises: ValueError if it cannot become a unit's name."""
-        super().__init__(text)
-        if not text.endswith(self._SUFFIXES):
-            raise ValueError(f"{text!r}: expected a unit whose name ends in .service or .target")
-
-    def _check(self, literal: str) -> None:
-        if not self._LITERAL.fullmatch(literal):
-            raise ValueError(f"{self.text!r}: unit names here are made of A-Z a-z 0-9 : _ . @ -")
-
-    def _value(self, place: str, volume: Volume) -> str:
-        """Escaped, so that `%I` in the unit is the value (systemd-escape(1))."""
-        return super()._value(place, volume).replace("-", "\\x2d")
-
-
 BLOB_OF_LABEL: Final = Template("{partlabel}.bb")
 NAME_OF_LABEL: Final = Template("{partlabel}")
-
-Globs = str | tuple[str, ...]
-Buses = Bus | tuple[Bus, ...]
-
-
-ON_THE_TABLE: Final = frozenset({"partlabel", "partuuid", "parttype"})
-"""What a look at the partition table tells; of these the kernel's event has a label at most."""
-_OF_UDEV: Final = frozenset({"label", "uuid", "serial", "vendor", "model", "path"})
-
-
-def _unknown_of(volume: Volume) -> frozenset[str]:
-    """The facts that nobody has told of the volume yet."""
-    if not volume.awaits_udev:
-        return frozenset()
-    return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_TABLE - {"partlabel"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """What a volume must be. Absent keys ask for nothing; a list means any of."""
-
-    partlabel: Globs | None = None
-    partuuid: Globs | None = None
-    parttype: Globs | None = None
-    label: Globs | None = None
-    uuid: Globs | None = None
-    serial: Globs | None = None
-    vendor: Globs | None = None
-    model: Globs | None = None
-    path: Globs | None = None
-    bus: Buses | None = None
-    removable: bool | None = None
-    devtype: DevType = DevType.PARTITION
-    min_size: Bytes | None = None
-    max_size: Bytes | None = None
-
-    def failures(self, volume: Volume) -> Iterator[str]:
-        """The conditions that the volume does not meet, in words, in the order of the keys.
-
-        What is not known of it yet fails no condition.
-        """
-        unknown = _unknown_of(volume)
-        for name in _MATCH_KEYS:
-            wanted = getattr(self, name)
-            if wanted is None or name in unknown:
-                continue
-            match name:
-                case "min_size" | "max_size":
-                    size = volume.size * SECTOR_BYTES
-                    if size < wanted if name == "min_size" else size > wanted:
-                        yield f"{name} is {wanted} bytes, the volume has {size}"
-                case "bus":
-                    buses = wanted if isinstance(wanted, tuple) else (wanted,)
-                    if volume.bus not in buses:
-                        listed = ", ".join(bus.value for bus in buses)
-                        yield f"bus is {volume.bus.value}, not {listed}"
-                case "removable":
-                    if volume.removable != wanted:
-                        yield f"removable is {_toml(volume.removable)}, not {_toml(wanted)}"
-                case "devtype":
-                    if volume.devtype is not wanted:
-                        yield f"devtype is {volume.devtype.value}, not {wanted.value}"
-                case _:
-                    yield from _glob_failure(name, getattr(volume, name), wanted)
-
-
-_MATCH_KEYS: Final = tuple(f.name for f in fields(Match))
-
-
-def _toml(value: bool) -> str:
-    return "true" if value else "false"
-
-
-def _glob_failure(name: str, value: str | None, wanted: Globs) -> Iterator[str]:
-    patterns = (wanted,) if isinstance(wanted, str) else wanted
-    listed = ", ".join(repr(pattern) for pattern in patterns)
-    if value is None:
-        yield f"{name} is not there, so it is not {listed}"
-    elif not any(fnmatchcase(value, pattern) for pattern in patterns):
-        yield f"{name} is {value!a}, not {listed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +117,7 @@ class Rule:
     """A unit that is started, and waited for, before the volume is unmounted."""
     unit_within_s: float = 30.0
     """How long an unmount waits for it, in seconds."""
-    match: Match = Match()
+    match: Match = field(default_factory=Match)
     key: KeySource = KeySource()
     crypt: Crypt = field(default_factory=Crypt)
     mount: MountSettings = field(default_factory=MountSettings)
@@ -374,7 +180,7 @@ def decide(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUde
     Undecided only of a volume that awaits udev. Then Admitted holds unless udev contradicts what
     is known already.
     """
-    unknown = _unknown_of(volume)
+    unknown = unknown_facts(volume)
     if volume.opted_out:
         return NoMatch((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:

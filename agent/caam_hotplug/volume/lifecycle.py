@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug import names
+from caam_hotplug.config.match import ON_THE_TABLE
 from caam_hotplug.config.rules import (
-    ON_THE_TABLE,
     Action,
     NeedsUdev,
     NoMatch,

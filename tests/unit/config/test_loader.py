@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import (
-    BUILT_IN,
-    Action,
-    Bytes,
-    KeySource,
-    Match,
-    MountSettings,
-    OnStop,
-    Rule,
-    Template,
-)
+from caam_hotplug.config.match import Bytes, Match
+from caam_hotplug.config.rules import BUILT_IN, Action, KeySource, MountSettings, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import ConfigError
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.kernel.config_files import AnyonesFiles, RootsFiles

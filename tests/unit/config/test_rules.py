@@ -8,20 +8,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from caam_hotplug.config.match import Bytes, Match
 from caam_hotplug.config.rules import (
     BUILT_IN,
     Action,
-    Bytes,
     KeySource,
-    Match,
     MountSettings,
     NoMatch,
     Plan,
     Rule,
-    Template,
-    UnsafeNameError,
     decide,
 )
+from caam_hotplug.config.templates import Template, UnsafeNameError
 from caam_hotplug.model import Bus, DevType, Sectors, Volume, VolumeId
 from unit.volumes import claims, stick, volumes
 
