@@ -18,7 +18,7 @@ from caam_hotplug.cli import main as cli
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
 from caam_hotplug.config.match import Match
-from caam_hotplug.config.rules import KeySource, MountSettings, NoMatch, Plan, Rule, decide
+from caam_hotplug.config.rules import KeySource, MountSettings, NoMatch, Plan, Rule, match_rules
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.config_files import AnyonesFiles
@@ -77,7 +77,7 @@ def load_or_refuse(file: Path = FILE) -> Config | None:
         assert rule.name.isascii()
         assert rule.name.isprintable()
         assert_acts_within_bounds(rule)
-    assert decide(read.rule, stick())
+    assert match_rules(read.rule, stick())
     return read
 
 
@@ -85,7 +85,7 @@ def assert_acts_within_bounds(rule: Rule) -> None:
     """Whatever the rule says, names stay names and a target line is one that the kernel reads."""
     volume = stick(label="l", uuid="u", serial="s", partuuid="p")
     anything = Rule(name="r", key=rule.key, mount=rule.mount)
-    match decide((anything,), volume):
+    match match_rules((anything,), volume):
         case Plan(_, blob, mount_name):
             for name in (blob, mount_name):
                 assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)

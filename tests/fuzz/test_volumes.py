@@ -19,7 +19,7 @@ from caam_hotplug.config.rules import (
     NoMatch,
     Plan,
     Rule,
-    decide,
+    match_rules,
 )
 from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import UnsupportedVolumeError
@@ -209,7 +209,7 @@ def test_whatever_a_medium_says_names_stay_names(
         assert written, "the stick is there"
         return
     assert_is_described_within_bounds(volume)
-    match decide(asked, volume):
+    match match_rules(asked, volume):
         case Plan() as plan:
             assert_stays_within_bounds(volume, plan)
         case NoMatch() as refused:
@@ -224,7 +224,7 @@ def test_a_label_becomes_a_name_or_a_reason(label: str, template: Template) -> N
     volume = volume_of({"ID_PART_ENTRY_NAME": label, "ID_SERIAL_SHORT": label}, {}, {}, "udev")
     assert volume is not None
     rule = Rule(name="all", key=KeySource(blob=template), mount=MountSettings(name=template))
-    match decide((rule,), volume):
+    match match_rules((rule,), volume):
         case Plan() as plan:
             assert_stays_within_bounds(volume, plan)
         case NoMatch() as refused:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from caam_hotplug import errors
-from caam_hotplug.config.rules import BUILT_IN, Plan, decide
+from caam_hotplug.config.rules import BUILT_IN, Plan, match_rules
 from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
 from caam_hotplug.formats.crypt_table import crypt_target
 from caam_hotplug.kernel import caam, keyring
@@ -127,7 +127,7 @@ def test_no_copy_is_made_of_secret_bytes(take: Callable[[SecretBytes], Any]) -> 
 
 
 def test_a_plan_and_its_target_are_made_without_the_key() -> None:
-    plan = decide(BUILT_IN, stick())
+    plan = match_rules(BUILT_IN, stick())
     assert isinstance(plan, Plan)
     wish = Wish(stick(), plan)
     target = crypt_target(stick(), plan.rule.crypt, KeyReference("logon", len(secret())))

@@ -174,7 +174,7 @@ class NeedsUdev:
     """It takes what udev has yet to tell."""
 
 
-def decide(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
+def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
     """The first matching rule with the names it gives, or for each rule why it is not it.
 
     Undecided only of a volume that awaits udev. Then Admitted holds unless udev contradicts what

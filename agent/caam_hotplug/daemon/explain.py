@@ -7,7 +7,7 @@ from contextlib import closing
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Action, NoMatch, Plan, decide
+from caam_hotplug.config.rules import Action, NoMatch, Plan, match_rules
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
 from caam_hotplug.kernel import udev
@@ -28,7 +28,7 @@ def explain(node: str, config: Config) -> Iterator[str]:
         volume = LinuxKernel(config.blob_directory, config.mount_root).identify(volume)
     yield from _facts(volume)
     yield ""
-    match decide(config.rule, volume):
+    match match_rules(config.rule, volume):
         case Plan() as plan:
             yield from _admitted(plan, config, volume)
         case NoMatch() as refused:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import Plan, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.model import (
     Announced,
@@ -209,7 +209,7 @@ class Supervisor:
     def _begin_early(self, volume: Volume) -> None:
         """What udev tells is not waited for by a volume whose rule does not ask for it."""
         is_new = volume.id not in self._lives
-        if is_new and isinstance(decide(self._context.rules, volume), Plan):
+        if is_new and isinstance(match_rules(self._context.rules, volume), Plan):
             self._arrive(volume)
 
     def _depart(self, name: str) -> None:

@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Plan, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.errors import (
     BlobMissingError,
     DeviceInUseError,
@@ -322,7 +322,7 @@ def _admitted(
         parttype=str(identity.type),
         identified=True,
     )
-    match decide(config.rule, volume):
+    match match_rules(config.rule, volume):
         case Plan(rule=rule, blob=blob):
             return rule, blob
         case refused:

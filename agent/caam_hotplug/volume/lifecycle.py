@@ -20,7 +20,7 @@ from caam_hotplug.config.rules import (
     OnStop,
     Plan,
     Rule,
-    decide,
+    match_rules,
 )
 from caam_hotplug.errors import (
     BlobError,
@@ -148,7 +148,7 @@ class VolumeLifecycle:
         """
         if self.status.state is State.FAILED and not self._blob_is_at_fault:
             return False
-        plan = decide(self._context.rules, self.volume)
+        plan = match_rules(self._context.rules, self.volume)
         return self._tried is not None and self._goes_on(self._tried, plan)
 
     def _goes_on(self, wish: Wish, plan: Plan | NoMatch | NeedsUdev) -> bool:
@@ -194,7 +194,7 @@ class VolumeLifecycle:
         """The agent stops: the volume is let go, or left mounted if its rule says so."""
         held = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
         holds = self._inherits or (self._plan is not None and self.status.state in held)
-        match self._plan or decide(self._context.rules, self.volume):
+        match self._plan or match_rules(self._context.rules, self.volume):
             case Plan(rule=Rule(on_stop=OnStop.KEEP)) if holds:
                 self.stop_signal.ask(Reason.KEEP)
             case _:
@@ -331,7 +331,7 @@ class VolumeLifecycle:
                 if self.volume == asked:  # else udev has told of it meanwhile, or will not any more
                     self.status.volume = found
             self.stop_signal.check()
-            match decide(self._context.rules, self.volume):
+            match match_rules(self._context.rules, self.volume):
                 case NeedsUdev() | NoMatch() if self.volume.awaits_udev:
                     pass  # whatever is said of it is said when udev has told
                 case NoMatch() as refused:
@@ -508,7 +508,7 @@ class VolumeLifecycle:
         renewal, self._renewal = self._renewal, None
         if renewal is None:
             return None
-        plan = decide(self._context.rules, self.volume)
+        plan = match_rules(self._context.rules, self.volume)
         if self._goes_on(wish, plan) or isinstance(plan, NeedsUdev):
             return None
         return renewal

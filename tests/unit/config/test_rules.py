@@ -17,7 +17,7 @@ from caam_hotplug.config.rules import (
     NoMatch,
     Plan,
     Rule,
-    decide,
+    match_rules,
 )
 from caam_hotplug.config.templates import Template, UnsafeNameError
 from caam_hotplug.model import Bus, DevType, Sectors, Volume, VolumeId
@@ -218,7 +218,7 @@ def test_a_hostile_label_is_told_escaped() -> None:
 
 
 def test_the_built_in_rule_admits_a_labelled_partition_on_a_removable_bus() -> None:
-    assert decide(BUILT_IN, stick()) == Plan(BUILT_IN[0], "cartridge.bb", "cartridge")
+    assert match_rules(BUILT_IN, stick()) == Plan(BUILT_IN[0], "cartridge.bb", "cartridge")
 
 
 @pytest.mark.parametrize(
@@ -239,11 +239,11 @@ def test_the_built_in_rule_admits_a_labelled_partition_on_a_removable_bus() -> N
 def test_the_built_in_rule_leaves_everything_else_untouched(
     changes: dict[str, Any], why: str
 ) -> None:
-    assert decide(BUILT_IN, stick(**changes)) == NoMatch((("built-in", why),))
+    assert match_rules(BUILT_IN, stick(**changes)) == NoMatch((("built-in", why),))
 
 
 def test_a_device_that_the_board_keeps_us_off_meets_no_rule() -> None:
-    refused = decide((Rule(name="all"),), stick(opted_out=True))
+    refused = match_rules((Rule(name="all"),), stick(opted_out=True))
     assert str(refused) == "udev's property CAAM_HOTPLUG is 0"
 
 
@@ -254,14 +254,16 @@ def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
     by_serial = KeySource(blob=Template("{serial}.bb"))
     rule = Rule(name="by serial", key=by_serial, mount=MountSettings(name=Template("{serial}")))
     begun = stick(serial="ABC", parttype=as_written("08852176-76a2-4897-9536-c3c5c588df44"))
-    refused = decide((rule,), begun)
+    refused = match_rules((rule,), begun)
     assert str(refused) == "it is not finished; run the same `provision` or `migrate` again"
 
 
 def test_an_ignoring_rule_keeps_later_rules_from_the_volume() -> None:
     rules = (Rule(name="not these", action=Action.IGNORE, match=Match(bus=Bus.USB)), *BUILT_IN)
-    assert decide(rules, stick()) == NoMatch((("not these", "matches, and its action is ignore"),))
-    assert isinstance(decide(rules, stick(bus=Bus.MMC)), Plan)
+    assert match_rules(rules, stick()) == NoMatch(
+        (("not these", "matches, and its action is ignore"),)
+    )
+    assert isinstance(match_rules(rules, stick(bus=Bus.MMC)), Plan)
 
 
 def test_an_unsafe_name_does_not_fall_through_to_a_rule_with_another_template() -> None:
@@ -273,14 +275,16 @@ def test_an_unsafe_name_does_not_fall_through_to_a_rule_with_another_template() 
             mount=MountSettings(name=Template("{diskseq}")),
         ),
     )
-    refused = decide(rules, stick(partlabel="a b"))
+    refused = match_rules(rules, stick(partlabel="a b"))
     assert isinstance(refused, NoMatch)
     assert [name for name, _ in refused.reasons] == ["by label"]
 
 
 def test_the_mount_name_is_checked_as_well_as_the_blobs() -> None:
     rule = Rule(name="r", mount=MountSettings(name=Template("{serial}")))
-    assert decide((rule,), stick()) == NoMatch((("r", "matches, but the medium has no serial"),))
+    assert match_rules((rule,), stick()) == NoMatch(
+        (("r", "matches, but the medium has no serial"),)
+    )
 
 
 def test_the_admitted_names_come_from_the_rules_templates() -> None:
@@ -289,18 +293,18 @@ def test_the_admitted_names_come_from_the_rules_templates() -> None:
         key=KeySource(blob=Template("chip-{partn}.bb")),
         mount=MountSettings(name=Template("{partlabel}-{diskseq}")),
     )
-    assert decide((rule,), stick(id=VolumeId(9, 3))) == Plan(rule, "chip-3.bb", "cartridge-9")
+    assert match_rules((rule,), stick(id=VolumeId(9, 3))) == Plan(rule, "chip-3.bb", "cartridge-9")
 
 
 def test_a_refusal_says_for_every_rule_why() -> None:
     rules = (Rule(name="a", match=Match(bus=Bus.MMC)), Rule(name="b", match=Match(serial="1")))
-    assert str(decide(rules, stick())) == (
+    assert str(match_rules(rules, stick())) == (
         "a: bus is usb, not mmc; b: serial is not there, so it is not '1'"
     )
 
 
 def test_a_refusal_without_rules_says_so() -> None:
-    assert str(decide((), stick())) == "there are no rules"
+    assert str(match_rules((), stick())) == "there are no rules"
 
 
 globs = st.none() | st.sampled_from(["*", "?*", "cartridge", "[a-m]*", "[", "[!", "a"])
@@ -326,7 +330,7 @@ def test_the_deciding_rule_is_the_first_without_failures(
 ) -> None:
     assume(not volume.opted_out)
     fitting = [i for i, rule in enumerate(rules) if not list(rule.match.failures(volume))]
-    match decide(rules, volume):
+    match match_rules(rules, volume):
         case Plan() as admitted:
             assert admitted.rule is rules[fitting[0]]
             assert admitted.rule.action is not Action.IGNORE
@@ -341,7 +345,7 @@ def test_the_deciding_rule_is_the_first_without_failures(
 
 @given(claims)
 def test_names_of_an_admitted_volume_are_plain_file_names(label: str | None) -> None:
-    match decide((Rule(name="all"),), stick(partlabel=label)):
+    match match_rules((Rule(name="all"),), stick(partlabel=label)):
         case Plan(_, blob, mount_name):
             assert (blob, mount_name) == (f"{label}.bb", label)
             assert set(mount_name) <= set(string.ascii_letters + string.digits + "._-")
