@@ -243,7 +243,7 @@ class Entry:
     state: State
     reason: str = ""
     rule: str = ""
-    """The name of the rule that admits it; empty if none does."""
+    """The name of the rule that matches it; empty if none does."""
     blob: str = ""
     """The path of its blob; empty like the rule."""
     mapping_name: str = ""

@@ -20,21 +20,21 @@ def said(device: str, config: Config) -> str:
     return "\n".join(explain.explain(device, config))
 
 
-def test_a_device_is_told_with_its_facts_and_the_rule_that_admits_it(room: Room) -> None:
+def test_a_device_is_told_with_its_facts_and_the_rule_that_matches_it(room: Room) -> None:
     with room.medium.disposable():
         told = said(room.medium.partition, ANY)
         assert f"{room.medium.partition}: partition on scsi" in told
         assert "  partlabel  'cartridge-01'" in told
-        assert "rule 'any' admits it" in told
+        assert "rule 'any' matches it" in told
         assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told
         by_link = "/dev/disk/by-partlabel/cartridge-01"
         assert said(by_link, ANY) == told
 
 
-def test_a_device_that_no_rule_admits_is_told_why(room: Room) -> None:
+def test_a_device_that_no_rule_matches_is_told_why(room: Room) -> None:
     with room.medium.disposable():
         told = said(room.medium.partition, Config(rule=BUILT_IN))
-        assert "no rule admits it; it is left untouched" in told
+        assert "no rule matches it; it is left untouched" in told
         assert "rule 'built-in': bus is scsi, not usb, mmc" in told
 
 

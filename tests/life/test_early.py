@@ -103,7 +103,7 @@ def test_a_rule_that_cannot_match_anyway_is_not_waited_for(bench: Bench) -> None
     assert bench.state(announced(bench)) is State.MOUNTED
 
 
-def test_a_medium_that_no_rule_admits_is_not_even_looked_at_before_udev_tells(
+def test_a_medium_that_no_rule_matches_is_not_even_looked_at_before_udev_tells(
     bench: Bench,
 ) -> None:
     bench.renew(Rule(name="r", match=Match(partlabel="other-*")))

@@ -264,12 +264,12 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
-def test_a_volume_that_no_rule_admits_is_left_alone_whatever_is_asked(
+def test_a_volume_that_no_rule_matches_is_left_alone_whatever_is_asked(
     bench: Bench, verb: str
 ) -> None:
     volume = bench.insert("../../etc")
     bench.settle()
-    with pytest.raises(RequestRefusedError, match=r"no rule admits it"):
+    with pytest.raises(RequestRefusedError, match=r"no rule matches it"):
         bench.answer(verb, volume)
     assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
 

@@ -105,7 +105,7 @@ class MountSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: what it admits and what is done then."""
+    """One rule: what it matches and what is done then."""
 
     name: str
     action: Action = Action.MOUNT
@@ -177,8 +177,8 @@ class NeedsUdev:
 def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
     """The first matching rule with the names it gives, or for each rule why it is not it.
 
-    Undecided only of a volume that awaits udev. Then Admitted holds unless udev contradicts what
-    is known already.
+    NeedsUdev is returned only for a volume that awaits udev. For such a volume a Plan holds unless
+    udev contradicts what is known already.
     """
     unknown = unknown_facts(volume)
     if volume.opted_out:
@@ -200,7 +200,7 @@ def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | Nee
 def _made_of(rule: Rule, volume: Volume) -> Plan | NoMatch:
     """What the rule, which matches, makes of the volume."""
     if rule.action is Action.IGNORE:
-        return NoMatch(((rule.name, "matches, and its action is ignore"),))
+        return NoMatch(((rule.name, "its action is ignore"),))
     try:
         return Plan(
             rule,
@@ -210,4 +210,4 @@ def _made_of(rule: Rule, volume: Volume) -> Plan | NoMatch:
             None if rule.on_unmount is None else rule.on_unmount.render(volume),
         )
     except UnsafeNameError as error:
-        return NoMatch(((rule.name, f"matches, but {error}"),))
+        return NoMatch(((rule.name, str(error)),))

@@ -1,4 +1,4 @@
-"""Which rule admits a device and what it will be called, or for each rule why it does not."""
+"""Which rule matches a device and what it will be called, or for each rule why it does not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explain(node: str, config: Config) -> Iterator[str]:
         case Plan() as plan:
             yield from _admitted(plan, config, volume)
         case NoMatch() as refused:
-            yield "no rule admits it; it is left untouched"
+            yield "no rule matches it; it is left untouched"
             for name, why in refused.reasons:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
 
@@ -64,7 +64,7 @@ def _facts(volume: Volume) -> Iterator[str]:
 
 
 def _admitted(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
-    yield f"rule {plan.rule.name!r} admits it"
+    yield f"rule {plan.rule.name!r} matches it"
     yield f"  blob        {config.blob_directory / plan.blob}"
     yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"
     yield f"  cipher      {_cipher(plan)}"

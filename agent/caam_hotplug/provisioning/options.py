@@ -206,7 +206,7 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
                     f"{' and another '.join(differs)}; {remedy}"
                 )
         case refused:
-            yield f"no rule admits it ({refused}); {remedy}"
+            yield f"no rule matches it ({refused}); {remedy}"
 
 
 def _differences(wish: Wish, rule: Rule, blob: str, made: blobs.Blob | None = None) -> list[str]:

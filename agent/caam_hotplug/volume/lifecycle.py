@@ -230,7 +230,7 @@ class VolumeLifecycle:
         else:
             match self.status.state, ask:
                 case State.IGNORED, _:
-                    why = "no rule admits it, so the agent leaves it alone; `explain` says why"
+                    why = "no rule matches it, so the agent leaves it alone; `explain` says why"
                 case (State.MOUNTED | State.UNLOCKED) as state, (Ask.UNLOCK | Ask.RETRY):
                     why = f"it is {state.value} already"
                 case (State.LOCKED | State.EJECTED) as state, Ask.RETRY:
@@ -372,7 +372,7 @@ class VolumeLifecycle:
 
     async def _let_be(self, refused: NoMatch) -> None:
         if self._inherits:
-            log.warning("%s: no rule admits it any more; letting it go", self.volume)
+            log.warning("%s: no rule matches it any more; letting it go", self.volume)
             await self._release_inherited()
         self.status.becomes(State.IGNORED, str(refused), rule="", blob="")
 

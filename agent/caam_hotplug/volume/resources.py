@@ -45,7 +45,7 @@ SIGNAL_GRACE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a volume is to hold: derived from it and the rule that admits it."""
+    """What a volume is to hold: derived from it and the rule that matches it."""
 
     volume: Volume
     plan: Plan

@@ -39,7 +39,7 @@ class VolumeStatus:
 
     @property
     def blob(self) -> str:
-        """The path of the blob that it needs; empty if no rule admits it."""
+        """The path of the blob that it needs; empty if no rule matches it."""
         return "" if self._entry is None else self._entry.blob
 
     def becomes(self, state: State, reason: str = "", **facts: Any) -> None:
