@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from caam_hotplug import names
-from caam_hotplug.config.conversion import OtherKindError, choices_of, converted
+from caam_hotplug.config.convert import OtherKindError, choices_of, converted
 from caam_hotplug.config.match import Bytes, Match
 from caam_hotplug.config.rules import BUILT_IN, MountSettings, Rule
 from caam_hotplug.config.templates import Template, UnitTemplate
