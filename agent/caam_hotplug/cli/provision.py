@@ -169,7 +169,7 @@ def seal_method(parsed: argparse.Namespace) -> tuple[sealing.SealMethod, int]:
 
     options = getattr(parsed, "key_options", "")
     try:
-        checks.require_key_options(options)
+        checks.KEY_OPTIONS.require(options)
     except ValueError as error:
         raise HotplugError(f"use --key-options: {error}") from error
     backend = sealing.backend_here(parsed.backend)

@@ -1,4 +1,4 @@
-"""What is said of a value that is not taken: what was expected, what was found, what was meant."""
+"""The words of a fault: what was expected, what was found, what may have been meant."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from caam_hotplug.errors import shown
 
 
 def mismatch(value: Any, wanted: Any) -> str:
+    """Describe a value that is of another type than the one wanted."""
     choices = list(choices_of(wanted))
     if not choices:
         return f"expected {' or '.join(dict.fromkeys(_kinds(wanted)))}, found {found(value)}"
@@ -38,6 +39,7 @@ _KINDS: Final[dict[Any, str]] = {
 
 
 def _kinds(wanted: Any) -> Iterator[str]:
+    """Yield the words for the type, or for each type of a union."""
     kind = _KINDS.get(get_origin(wanted) or wanted)
     if kind is not None:
         yield kind
@@ -47,10 +49,12 @@ def _kinds(wanted: Any) -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Describe a key that is not known, with the known key that is most like it."""
     return "is not a key here" + (_nearest(key, known) or f"; known are {', '.join(known)}")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
+    """Suggest the known word that is most like this one; empty if none is."""
     import difflib  # noqa: PLC0415  200 kB, and only a mistake needs it
 
     texts = [choice for choice in known if isinstance(choice, str)]
@@ -59,6 +63,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def found(value: Any) -> str:
+    """Spell a value of a file as TOML does, shortened."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -77,7 +82,7 @@ _SHOWN_LENGTH: Final = 60
 
 
 def one_line(problem: object) -> str:
-    """The problem as one line that people read to its end."""
+    """Shorten the problem to one line that a reader reads to its end."""
     line = shown(problem)
     return line if len(line) <= 400 else f"{line[:300]} … {line[-60:]}"
 
@@ -86,6 +91,7 @@ _BARE_KEY: Final = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def key_path(at: str, key: str) -> str:
+    """Join the path of a table and a key, such as `rule[1].match` and `partlabel`."""
     shortened = key if len(key) <= _SHOWN_LENGTH else f"{key[:_SHOWN_LENGTH]}…"
     spelled = key if _BARE_KEY.fullmatch(shortened) else repr(shortened)
     return f"{at}.{spelled}" if at else spelled

@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Turns TOML into dataclasses key by key, so that one mistake does not hide the next."""
+    """Reads the tables of one file and adds its faults to a list."""
 
     def __init__(self, file: Path, faults: list[ConfigFault]) -> None:
         self._file = file
         self._faults = faults
 
     def table(self, table: dict[str, Any], wanted: type[T], at: str) -> T | None:
-        """The dataclass that the table describes; None after a fault was noted."""
+        """Read the table as a dataclass; None if that added a fault."""
         before = len(self._faults)
         hints = _hints(wanted)
         values: dict[str, Any] = {}
@@ -40,12 +40,13 @@ class Reader:
                 self._fault(at or f.name, f"needs the key {f.name!r}")
         if len(self._faults) > before:
             return None
-        described = wanted(**values)
-        for key, problem in checks.contradictions(described):
+        result = wanted(**values)
+        for key, problem in checks.contradictions(result):
             self._fault(messages.key_path(at, key), problem)
-        return described if len(self._faults) == before else None
+        return result if len(self._faults) == before else None
 
     def _value(self, value: Any, wanted: Any, at: str) -> Any:
+        """Read the value at this key; None if that added a fault."""
         if is_dataclass(wanted) and isinstance(wanted, type):
             if isinstance(value, dict):
                 return self.table(value, wanted, at)
@@ -67,15 +68,16 @@ class Reader:
         return self._fault(at, problem)
 
     def _fault(self, at: str, problem: str) -> None:
+        """Add a fault of the value at this key."""
         self._faults.append(ConfigFault(self._file, at, messages.one_line(problem)))
 
 
 _hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
-"""The types of a dataclass's fields, which Python would evaluate anew for every table."""
+"""The types of a dataclass's fields; Python would evaluate them anew for every table."""
 
 
 def _from_toml(wanted: type, value: Any) -> Any:
-    """A value of a type that TOML does not have. Raises: ValueError with what was expected."""
+    """Build a value of a type that TOML lacks. Raises: ValueError with what was expected."""
     if wanted in (Template, UnitTemplate) and isinstance(value, str):
         return wanted(value)
     if wanted is Bytes and isinstance(value, str):
