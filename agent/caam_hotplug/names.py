@@ -92,7 +92,6 @@ NAME_MAX_LENGTH: Final = 36
 """GPT's own limit for a partition label, in UTF-16 units."""
 RENDERED_MAX_LENGTH: Final = 90
 """With prefix, sequence number and partition it still fits a DM name's 127 characters."""
-PLAIN_TEXT: Final = re.compile(r"[A-Za-z0-9._-]*")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 

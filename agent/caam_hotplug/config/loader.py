@@ -1,4 +1,4 @@
-"""TOML files to a Config. A file with one mistake in it is refused whole, naming every mistake."""
+"""Configuration files to a Config. One mistake refuses all of them; every mistake is named."""
 
 from __future__ import annotations
 
@@ -29,59 +29,59 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """All that can be configured."""
+    """The configuration of the agent, as agent.toml and the drop-ins describe it."""
 
     source: Literal["auto", "udev", "kernel"] = "auto"
-    """Who tells of devices; `auto` is udev where udevd runs, else the kernel."""
+    """Source of device events; `auto` is udev where udevd runs, else the kernel."""
     await_udev: bool = False
-    """Whether every medium waits until udev has told of it, even if its rule asks for nothing that
+    """Whether every medium waits until udev has reported it, even if its rule asks for nothing that
     only udev knows."""
     blob_directory: Path = names.BLOB_DIRECTORY
+    """Directory of the blobs; only root may be able to write to it and to those above it."""
     mount_root: Path = names.MOUNT_ROOT
+    """Directory in which the mount points are made and removed."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that goes to the journal."""
     stuck_after_s: float = 10.0
-    """How long a kernel call may take before its volume is called stuck, in seconds."""
+    """Seconds that a kernel call may take before its volume is called stuck."""
     stop_within_s: float = 240.0
-    """How long a stop waits for media to be written out and let go, in seconds."""
+    """Seconds that a stop waits for media to be written out and released."""
     rule: tuple[Rule, ...] = BUILT_IN
-    """In the order in which they are asked."""
+    """Rules in the order in which they are asked; the first that matches a volume applies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropIn:
+    """The content of a file in rules.d."""
+
     rule: tuple[Rule, ...] = ()
+    """Rules that are asked before those of agent.toml."""
 
 
 class Files(Protocol):
-    """How configuration files are read; `kernel.files` has a way to look, and one to act."""
+    """Access to configuration files; `kernel.config_files` has one for reading and one for root."""
 
     def read(self, file: Path) -> bytes:
-        """The file's bytes. Raises: FileNotFoundError; OSError; HotplugError."""
+        """Read the file. Raises: FileNotFoundError; OSError; HotplugError."""
         ...
 
     def names(self, folder: Path) -> list[str]:
-        """What the directory holds, nothing if there is none. Raises: OSError; HotplugError."""
+        """List the directory, empty if it is missing. Raises: OSError; HotplugError."""
         ...
 
 
 def load(file: Path, files: Files, *, required: bool = True) -> Config:
-    """The configuration of a file and of the drop-ins beside it, whose rules are asked first.
+    """Read a configuration file and the drop-ins beside it, whose rules are asked first.
 
-    A file that is not `required` may be missing; then the defaults stand, and the built-in rule
-    if there are no drop-ins either. Raises: ConfigError naming every mistake in every file.
+    A file that is not `required` may be missing. The defaults apply then, and the built-in rule
+    if there are no drop-ins either. Raises: ConfigError with every mistake in every file.
     """
+    _require_no_drop_in(file)
     faults: list[ConfigFault] = []
-    if file.absolute().parent.name == names.RULES_DIRECTORY:
-        belongs_to = file.absolute().parents[1] / names.CONFIG_FILE.name
-        problem = (
-            f"is a drop-in, which is read with the configuration beside {names.RULES_DIRECTORY}; "
-            f"expected that one, such as {shown(belongs_to)}"
-        )
-        raise ConfigError([ConfigFault(file, "", problem)])
     folder = file.parent / names.RULES_DIRECTORY
     config = _read(file, files, Config, faults, required=required)
     found: list[str] = []
-    with _noting(folder, faults):
+    with _collecting(folder, faults):
         found = sorted(name for name in files.names(folder) if name.endswith(".toml"))
     drop_ins = [_read(folder / name, files, DropIn, faults, required=True) for name in found]
     if faults:
@@ -91,13 +91,25 @@ def load(file: Path, files: Files, *, required: bool = True) -> Config:
         config = replace(
             config, rule=(*rules, *(config.rule if config.rule is not BUILT_IN else ()))
         )
-    faults += _same_names(file, config.rule)
+    faults += _duplicates(file, config.rule)
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def _same_names(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:
+def _require_no_drop_in(file: Path) -> None:
+    """Raises: ConfigError for a drop-in, which is no configuration of its own."""
+    if file.absolute().parent.name == names.RULES_DIRECTORY:
+        belongs_to = file.absolute().parents[1] / names.CONFIG_FILE.name
+        problem = (
+            f"is a drop-in, which is read with the configuration beside {names.RULES_DIRECTORY}; "
+            f"expected that one, such as {shown(belongs_to)}"
+        )
+        raise ConfigError([ConfigFault(file, "", problem)])
+
+
+def _duplicates(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:
+    """Yield a fault for each name that several rules have."""
     for name, times in Counter(rule.name for rule in rules).items():
         if times > 1:
             problem = f"{times} rules are called {name!r}; the name tells them apart in messages"
@@ -105,8 +117,8 @@ def _same_names(file: Path, rules: tuple[Rule, ...]) -> Iterator[ConfigFault]:
 
 
 @contextmanager
-def _noting(file: Path, faults: list[ConfigFault]) -> Iterator[None]:
-    """Why the file is not read becomes a fault."""
+def _collecting(file: Path, faults: list[ConfigFault]) -> Iterator[None]:
+    """Turn the error that kept the file from being read into a fault."""
     try:
         yield
     except UnsafePathError as error:
@@ -121,8 +133,8 @@ def _noting(file: Path, faults: list[ConfigFault]) -> Iterator[None]:
 def _read(
     file: Path, files: Files, wanted: type[T], faults: list[ConfigFault], *, required: bool
 ) -> T:
-    """What the file describes; the defaults if it is missing, or after a fault was noted."""
-    with _noting(file, faults):
+    """Read one file; the defaults if it is missing, or if that added a fault."""
+    with _collecting(file, faults):
         try:
             content = files.read(file)
         except FileNotFoundError:
@@ -147,9 +159,10 @@ _MAX_KEY_PARTS: Final = 100
 
 
 def _require_short_keys(content: bytes) -> None:
-    """Raises: UnfitFileError for a key of so many parts that tomllib would be busy for hours.
+    """Raises: UnfitFileError for a key of so many parts that tomllib would need hours for it.
 
-    Its time grows faster than the square of their number. No key here has more than four.
+    The time that it needs grows faster than the square of their number. A valid key has four at
+    most.
     """
     for piece in _BESIDE_KEYS.split(_COMMENT.sub(b"", content)):
         if piece.count(b".") > _MAX_KEY_PARTS:

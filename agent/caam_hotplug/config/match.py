@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -15,12 +15,12 @@ Buses = Bus | tuple[Bus, ...]
 
 
 ON_THE_TABLE: Final = frozenset({"partlabel", "partuuid", "parttype"})
-"""What a look at the partition table tells; of these the kernel's event has a label at most."""
+"""Facts that the partition table holds; the kernel's event has the label at most."""
 _OF_UDEV: Final = frozenset({"label", "uuid", "serial", "vendor", "model", "path"})
 
 
 def unknown_facts(volume: Volume) -> frozenset[str]:
-    """The facts that nobody has told of the volume yet."""
+    """List the facts that neither the kernel nor udev has reported yet."""
     if not volume.awaits_udev:
         return frozenset()
     return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_TABLE - {"partlabel"})
@@ -30,42 +30,54 @@ class Bytes(int):
     """A size in bytes, written as a number or as a text such as `64MiB`."""
 
     UNITS: Final = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    FORM: Final = re.compile(r"([0-9]{1,20}) *(|KiB|MiB|GiB|TiB)")
 
     @classmethod
     def from_text(cls, text: str) -> Bytes:
         """Parse `64MiB`. Raises: ValueError for any other form."""
-        digits = text.rstrip(string.ascii_letters)
-        unit = text[len(digits) :]
-        digits = digits.rstrip(" ")
-        is_number = digits.isascii() and digits.isdigit() and len(digits) <= 20
-        if not is_number or unit not in cls.UNITS:
+        size = cls.FORM.fullmatch(text)
+        if size is None:
             raise ValueError(f"expected a size such as 512MiB or 64GiB, found {text!r}")
-        return cls(int(digits) * cls.UNITS[unit])
+        return cls(int(size[1]) * cls.UNITS[size[2]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """What a volume must be. Absent keys ask for nothing; a list means any of."""
+    """Conditions on a volume. An absent key asks for nothing; a list means any of its entries."""
 
     partlabel: Globs | None = None
+    """Globs for the partition's label in the partition table."""
     partuuid: Globs | None = None
+    """Globs for the partition's identifier in the partition table."""
     parttype: Globs | None = None
+    """Globs for the partition's type identifier in the partition table."""
     label: Globs | None = None
+    """Globs for the label of a filesystem or LUKS header that is there in clear."""
     uuid: Globs | None = None
+    """Globs for the identifier of a filesystem or LUKS header that is there in clear."""
     serial: Globs | None = None
+    """Globs for the disk's serial number."""
     vendor: Globs | None = None
+    """Globs for the disk's vendor."""
     model: Globs | None = None
+    """Globs for the disk's model."""
     path: Globs | None = None
+    """Globs for the socket that the disk sits in, udev's ID_PATH."""
     bus: Buses | None = None
+    """Buses that the disk may be attached to."""
     removable: bool | None = None
+    """Whether users may pull the disk: the kernel's flag, or a USB stick, or an SD card."""
     devtype: DevType = DevType.PARTITION
+    """Kind of device: a partition, or a whole disk."""
     min_size: Bytes | None = None
+    """Least size of the volume, in bytes or as a text such as 64MiB."""
     max_size: Bytes | None = None
+    """Greatest size of the volume, in bytes or as a text such as 64GiB."""
 
     def failures(self, volume: Volume) -> Iterator[str]:
-        """The conditions that the volume does not meet, in words, in the order of the keys.
+        """Yield, in words, the conditions that the volume does not meet, in the order of the keys.
 
-        What is not known of it yet fails no condition.
+        A fact that is not known yet fails no condition.
         """
         unknown = unknown_facts(volume)
         for name in _MATCH_KEYS:
@@ -96,10 +108,12 @@ _MATCH_KEYS: Final = tuple(f.name for f in fields(Match))
 
 
 def _toml(value: bool) -> str:
+    """Spell the value as TOML does."""
     return "true" if value else "false"
 
 
 def _glob_failure(name: str, value: str | None, wanted: Globs) -> Iterator[str]:
+    """Yield why none of the globs fits the value, or nothing."""
     patterns = (wanted,) if isinstance(wanted, str) else wanted
     listed = ", ".join(repr(pattern) for pattern in patterns)
     if value is None:

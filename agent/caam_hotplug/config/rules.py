@@ -28,7 +28,7 @@ FilesystemName = Literal["ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat"]
 
 
 class Action(Enum):
-    """How far a rule goes."""
+    """Extent of what a rule has done with a volume."""
 
     MOUNT = "mount"
     UNLOCK = "unlock"
@@ -36,21 +36,21 @@ class Action(Enum):
 
 
 class OnStop(Enum):
-    """What a clean stop of the agent does with a volume."""
+    """Treatment of a volume when the agent stops cleanly."""
 
     LOCK = "lock"
     KEEP = "keep"
 
 
 class OnBusy(Enum):
-    """What becomes of those who use a volume that is to be locked or ejected on request."""
+    """Treatment of other users of a volume that is to be locked or ejected on request."""
 
     REFUSE = "refuse"
-    """The request is refused, and says who they are."""
+    """The request is refused, and the message names them."""
     SIGNAL = "signal"
-    """They are told to end (SIGTERM), then made to (SIGKILL)."""
+    """They get SIGTERM, and SIGKILL if they do not end."""
     DETACH = "detach"
-    """They may finish what they have open; the volume stays in use until then."""
+    """They may go on with open files; the volume stays in use until they close them."""
 
 
 BLOB_OF_LABEL: Final = Template("{partlabel}.bb")
@@ -59,21 +59,21 @@ NAME_OF_LABEL: Final = Template("{partlabel}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeySource:
-    """Where the key comes from."""
+    """Where the key of a volume comes from."""
 
     backend: Literal["auto", "tagged", "trusted", "encrypted"] = "auto"
-    """`tagged`: NXP's /dev/caam-keygen and tagged keys. `trusted`, `encrypted`: the kernel's key
-    types of those names. `auto`: whichever has made the blob."""
+    """Who has sealed the key: NXP's caam-keygen (`tagged`), the kernel's key type `trusted` or
+    `encrypted`, or the one that the blob's form tells (`auto`)."""
     blob: Template = BLOB_OF_LABEL
-    """The blob's file name in the blob directory."""
+    """File name of the blob in the blob directory."""
     length: int = 0
-    """In bytes, of a trusted key whose blob does not tell it, as no CAAM has sealed it; else 0."""
+    """Length in bytes of a trusted key that no CAAM has sealed; 0 where the blob tells it."""
     options: str = ""
-    """What a trust source needs beside the blob, such as `keyhandle=0x81000001` of a TPM."""
+    """Options of the trust source, such as `keyhandle=0x81000001` of a TPM."""
 
     @property
     def form(self) -> Backend | None:
-        """The form that its blob must have; None for any."""
+        """The form that the blob must have; None for any."""
         return None if self.backend == "auto" else self.backend
 
 
@@ -90,65 +90,78 @@ class MountSettings:
     """Where and how the volume is mounted."""
 
     name: Template = NAME_OF_LABEL
-    """The mount point's name in the mount root."""
+    """Name of the mount point in the mount root."""
     filesystems: tuple[FilesystemName, ...] = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
+    """Filesystems that may be mounted."""
     options: tuple[MountOption, ...] = ("nosuid", "nodev", "noexec")
+    """Options of the mount; a list here replaces the default."""
     read_only: bool = False
+    """Whether the volume is mounted read-only even if it could be written."""
     filesystem_options: dict[FilesystemName, tuple[str, ...]] = field(default_factory=dict)
-    """Added to what the agent always asks for: errors=remount-ro for ext4, nouuid for xfs."""
+    """Options of each filesystem, added to errors=remount-ro for ext4 and nouuid for xfs."""
 
     def options_for(self, filesystem: str) -> tuple[str, ...]:
-        """The filesystem's own options; of two that contradict each other the last one holds."""
+        """List the filesystem's own options; of two that contradict each other the last applies."""
         asked = {str(name): options for name, options in self.filesystem_options.items()}
         return _ALWAYS.get(filesystem, ()) + asked.get(filesystem, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One rule: what it matches and what is done then."""
+    """Which volumes a rule matches, and what is done with them."""
 
     name: str
+    """Name of the rule in messages; every rule needs its own."""
     action: Action = Action.MOUNT
+    """What is done: `mount`, only `unlock`, or `ignore` (leave it untouched)."""
     on_stop: OnStop = OnStop.LOCK
+    """What a clean stop of the agent does: `lock` unmounts and forgets the key, `keep` leaves the
+    volume as it is."""
     on_busy: OnBusy = OnBusy.REFUSE
+    """What a lock or eject on request does about other users: `refuse` and name them, `signal` them
+    to end, or `detach` and let them finish."""
     on_mount: UnitTemplate | None = None
-    """A unit that is started when the volume is mounted."""
+    """Unit of systemd that is started when the volume is mounted."""
     on_unmount: UnitTemplate | None = None
-    """A unit that is started, and waited for, before the volume is unmounted."""
+    """Unit of systemd that is started, and waited for, before the volume is unmounted."""
     unit_within_s: float = 30.0
-    """How long an unmount waits for it, in seconds."""
+    """Seconds that an unmount waits for the unit of `on_unmount`."""
     match: Match = field(default_factory=Match)
+    """Conditions that a volume must meet, all of them."""
     key: KeySource = KeySource()
+    """Origin of the key."""
     crypt: Crypt = field(default_factory=Crypt)
+    """Encryption of the volume."""
     mount: MountSettings = field(default_factory=MountSettings)
+    """Place and options of the mount."""
 
     def asks_for(self, facts: frozenset[str]) -> bool:
-        """Whether it takes one of these facts to tell what the rule makes of a volume."""
+        """Whether a condition or a name of the rule depends on one of these facts."""
         templates = (self.key.blob, self.mount.name, self.on_mount, self.on_unmount)
-        places = {place for template in templates if template for place in template.places}
-        return any(getattr(self.match, f, None) is not None or f in places for f in facts)
+        used = {name for template in templates if template for name in template.placeholders}
+        return any(getattr(self.match, f, None) is not None or f in used for f in facts)
 
 
 BUILT_IN: Final = (
     Rule(name="built-in", match=Match(bus=(Bus.USB, Bus.MMC), removable=True, partlabel="?*")),
 )
-"""The common case, for a board without a configuration file."""
+"""The rule of a board without a configuration file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A rule wants the volume, under these names."""
+    """The rule that matches a volume, with the names that it gives."""
 
     rule: Rule
     blob: str
-    """File name in the blob directory."""
+    """File name of the blob in the blob directory."""
     mount_name: str
-    """Name of the mount point in the mount root; a part of the DM name too."""
+    """Name of the mount point in the mount root, and part of the DM name."""
     on_mount: str | None = None
     on_unmount: str | None = None
 
     def makes_the_same(self, other: Plan) -> bool:
-        """Whether a volume that is held as the other has it can stay as it is."""
+        """Whether a volume that follows the other plan already follows this one."""
         mine, others = (
             (plan.blob, plan.mount_name, plan.rule.action, plan.rule.crypt, plan.rule.mount)
             for plan in (self, other)
@@ -158,10 +171,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class NoMatch:
-    """No rule wants the volume."""
+    """No rule matches the volume, or the one that matches leaves it untouched."""
 
     reasons: tuple[tuple[str, str], ...]
-    """Pairs of a rule's name and its first condition that failed; a name may be empty."""
+    """Pairs of a rule's name and why it does not apply; a name may be empty."""
 
     def __str__(self) -> str:
         if not self.reasons:
@@ -171,11 +184,11 @@ class NoMatch:
 
 @dataclass(frozen=True, slots=True)
 class NeedsUdev:
-    """It takes what udev has yet to tell."""
+    """The rules ask for a fact that only udev knows and has not reported yet."""
 
 
 def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
-    """The first matching rule with the names it gives, or for each rule why it is not it.
+    """Choose the first rule that matches the volume, or say for each rule why it does not.
 
     NeedsUdev is returned only for a volume that awaits udev. For such a volume a Plan holds unless
     udev contradicts what is known already.
@@ -193,12 +206,12 @@ def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | Nee
             continue
         if rule.asks_for(unknown):
             return NeedsUdev()
-        return _made_of(rule, volume)
+        return _apply(rule, volume)
     return NoMatch(tuple(reasons))
 
 
-def _made_of(rule: Rule, volume: Volume) -> Plan | NoMatch:
-    """What the rule, which matches, makes of the volume."""
+def _apply(rule: Rule, volume: Volume) -> Plan | NoMatch:
+    """Give the volume the names of the rule, whose conditions it meets."""
     if rule.action is Action.IGNORE:
         return NoMatch(((rule.name, "its action is ignore"),))
     try:
