@@ -115,9 +115,9 @@ def test_a_page_says_all_that_the_parser_knows() -> None:
 
 def test_the_configurations_page_has_every_key_with_the_words_of_the_installed_file() -> None:
     said = rendered(GENERATED["docs/man/caam-hotplug.toml.5"])
-    assert 'on_stop = "lock" What a clean stop of the agent does: "lock" unmounts' in said
+    assert 'on_stop = "lock" Treatment at a clean stop of the agent: "lock" unmounts' in said
     assert 'label = "backup-*" uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8" Label and' in said
-    assert "[rule.mount] Where and how it is mounted." in said
+    assert "[rule.mount] Place and options of the mount." in said
     assert "EXAMPLE A second rule as an example" in said
     assert '[rule.mount.filesystem_options] vfat = ["utf8"]' in said
 
