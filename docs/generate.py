@@ -250,6 +250,7 @@ _EXAMPLE: Final = "\n# [[rule]]\n"
 def page_of_settings(text: str) -> str:
     """The manual page of the configuration, from the installed file's own words."""
     shown, _, example = text.partition(_EXAMPLE)
+    shown = re.sub(r"\A#:schema .*\n", "", shown)
     page = title("caam-hotplug.toml", 5)
     page += ".SH NAME\ncaam\\-hotplug.toml \\- which media are unlocked and mounted, and how\n"
     page += f".SH SYNOPSIS\n.I {escaped(str(names.CONFIG_FILE))}\n.br\n"

@@ -113,12 +113,12 @@ class Rule:
     name: str
     """Name of the rule in messages; every rule needs its own."""
     action: Action = Action.MOUNT
-    """What is done: `mount`, only `unlock`, or `ignore` (leave it untouched)."""
+    """Extent of the action: `mount`, only `unlock`, or `ignore` (leave it untouched)."""
     on_stop: OnStop = OnStop.LOCK
-    """What a clean stop of the agent does: `lock` unmounts and forgets the key, `keep` leaves the
-    volume as it is."""
+    """Treatment at a clean stop of the agent: `lock` unmounts and forgets the key, `keep` leaves
+    the volume as it is."""
     on_busy: OnBusy = OnBusy.REFUSE
-    """What a lock or eject on request does about other users: `refuse` and name them, `signal` them
+    """Treatment of other users at a request to lock or eject: `refuse` and name them, `signal` them
     to end, or `detach` and let them finish."""
     on_mount: UnitTemplate | None = None
     """Unit of systemd that is started when the volume is mounted."""
