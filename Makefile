@@ -37,7 +37,8 @@ help:
 
 # After a change of the command line or of config/agent.toml.
 man: $(VENV)/.installed
-	$(PYTHON) docs/generate.py
+	$(PYTHON) docs/generate_man.py
+	$(PYTHON) docs/generate_completions.py
 	$(PYTHON) docs/generate_schema.py
 	$(PYTHON) docs/generate_dbus.py
 
@@ -55,7 +56,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check agent tests docs
 	$(VENV)/bin/ruff format --check agent tests docs
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy docs/generate.py docs/generate_schema.py
+	$(VENV)/bin/mypy docs/generate_man.py docs/generate_completions.py docs/generate_schema.py
 	$(VENV)/bin/lint-imports
 
 check: lint

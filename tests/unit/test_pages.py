@@ -6,19 +6,20 @@ import argparse
 import os
 import pty
 import re
-import runpy
 import select
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import generate_completions
+import generate_man
 import pytest
 
+from caam_hotplug.cli import main as cli
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-generate = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "docs" / "generate.py")))
-GENERATED: dict[str, str] = generate.generated()
-PAGES = [name for name in GENERATED if name.startswith("docs/man/")]
+PAGES = generate_man.generated()
+GENERATED = PAGES | generate_completions.completions(cli._parser())
 HOSTILE = r"""[
   {"label": "cartridge-01", "device": "/dev/sdb1", "state": "mounted"},
   {"label": "$(touch ran)", "device": "/dev/sdc1"},
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def of_everything() -> dict[str, str]:
-    return {"everything.1": generate.page_of_parser(parser())}
+    return {"everything.1": generate_man.page_of_parser(parser())}
 
 
 def complaints(page: str) -> list[str]:
@@ -125,7 +126,7 @@ def test_the_configurations_page_has_every_key_with_the_words_of_the_installed_f
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A directory with the completions of the parser that has everything, and the program."""
-    for name, text in generate.completions(parser()).items():
+    for name, text in generate_completions.completions(parser()).items():
         (tmp_path / Path(name).name).write_text(text)
     program = tmp_path / "caam-hotplug"
     program.write_text(f"#!/bin/sh\n[ \"$*\" = 'status --json' ] && cat <<'X'\n{HOSTILE}\nX\n")
