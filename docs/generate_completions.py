@@ -19,8 +19,8 @@ def main() -> None:
 
 
 _PLAIN: Final = "[A-Za-z0-9_][A-Za-z0-9._-]*"
-# A label is anybody's text, and root's shell would expand what it is offered: only names that the
-# agent takes as well pass.
+# Anybody may write a label, and root's shell would expand it. Only names that the agent accepts as
+# well are offered.
 _VOLUMES: Final = (
     "timeout 1 caam-hotplug status --json 2>/dev/null | "
     f"""grep -oiE '"(label|device)": *"(/dev/)?{_PLAIN}"' | sed 's/"$//; s/.*"//' | sort -u"""
@@ -36,7 +36,7 @@ _PREAMBLE: Final = {
 
 
 def completions(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """What every shell offers after the program's name, by the file that says so."""
+    """Make the completions of every shell, by their path in the repository."""
     for _, one, _ in commands(parser, parser.prog, ""):
         for action in shown(one):
             offered = _offered(action)
@@ -55,7 +55,7 @@ def completions(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def _offered(action: argparse.Action) -> Any:
-    """What can stand in the place of an argument, by its name in the help."""
+    """Choose the words that a shell offers for an argument, by its name in the help."""
     metavar = action.metavar if isinstance(action.metavar, str) else ""
     if "LABEL|" in metavar or "|LABEL" in metavar or metavar == "VOLUME":
         return _function("volumes")
@@ -67,6 +67,7 @@ def _offered(action: argparse.Action) -> Any:
 
 
 def _function(name: str) -> dict[str, str]:
+    """Name the shell function that lists such words, for each shell."""
     function = f"_caam_hotplug_{name}"
     return {"bash": function, "zsh": function, "fish": f"({function})"}
 
