@@ -122,7 +122,8 @@ def _collecting(file: Path, faults: list[ConfigFault]) -> Iterator[None]:
     try:
         yield
     except UnsafePathError as error:
-        problem = f"{error.cause}, and who rules the configuration rules the agent: {error.remedy}"
+        why = "who can change the configuration controls the agent"
+        problem = f"{error.cause}, and {why}: {error.remedy}"
         faults.append(ConfigFault(error.component, "", problem))
     except HotplugError as error:
         faults.append(ConfigFault(file, "", f"cannot be read: {error}"))
