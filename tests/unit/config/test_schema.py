@@ -23,16 +23,8 @@ from caam_hotplug.config.match import Bytes
 from caam_hotplug.config.templates import Template, UnitTemplate
 from caam_hotplug.errors import ConfigError
 from caam_hotplug.kernel.config_files import AnyonesFiles
-from unit.config.test_loader import (
-    COMMENTED,
-    FILE_FAULTS,
-    INSTALLED,
-    RULE_FAULTS,
-    SINGLE,
-    documents,
-    in_rule,
-    single_keys,
-)
+from unit.config.files import COMMENTED, INSTALLED, SINGLE, documents, in_rule, single_keys
+from unit.config.mistakes import FILE_FAULTS, RULE_FAULTS
 
 REPOSITORY = Path(__file__).parents[3]
 GENERATED = generate_schema.generated()
