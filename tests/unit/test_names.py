@@ -33,7 +33,7 @@ def test_a_mappings_uuid_leads_back_to_its_volume(volume: VolumeId) -> None:
         "XCAAM-HOTPLUG-7-1",
     ],
 )
-def test_another_uuid_is_not_ours(uuid: str) -> None:
+def test_another_uuid_is_not_the_agents(uuid: str) -> None:
     assert names.volume_of_dm_uuid(uuid) is None
 
 

@@ -28,16 +28,16 @@ HOSTILE = r"""[
   {"label": "-rf"},
   {"label": "a b"}
 ]"""
-"""What `status --json` might print; labels are anybody's text."""
+"""Output that `status --json` might print; anybody may write a label."""
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_what_is_committed_is_what_would_be_written(name: str) -> None:
+def test_the_committed_file_is_what_the_generator_writes(name: str) -> None:
     assert (REPOSITORY / name).read_text() == GENERATED[name], "run `make man`"
 
 
 def parser() -> argparse.ArgumentParser:
-    """A parser with everything that the program's own may have."""
+    """Make a parser with everything that the program's own may have."""
     made = argparse.ArgumentParser(
         prog="caam-hotplug",
         description="Does what is needed.",
@@ -69,7 +69,7 @@ def of_everything() -> dict[str, str]:
 
 
 def complaints(page: str) -> list[str]:
-    """What the renderers have against a page; there is no date in ours, on purpose."""
+    """List the complaints of the renderers about a page, which has no date on purpose."""
     found = []
     for command in (["groff", "-man", "-Tutf8", "-ww", "-z"], ["mandoc", "-T", "lint"]):
         done = subprocess.run(command, input=page, capture_output=True, text=True)
@@ -93,7 +93,7 @@ def rendered(page: str) -> str:
     return " ".join(re.sub(".\b", "", done.stdout).split())  # bold is a letter struck twice
 
 
-def test_a_page_says_all_that_the_parser_knows() -> None:
+def test_a_page_has_all_that_the_parser_has() -> None:
     said = rendered(of_everything()["everything.1"])
     for words in (
         "caam-hotplug eject LABEL|DEVICE [--on-busy HOW] [--json]",
@@ -125,7 +125,7 @@ def test_the_configurations_page_has_every_key_with_the_words_of_the_installed_f
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with the completions of the parser that has everything, and the program."""
+    """Make a directory with the completions of such a parser, and the program."""
     for name, text in generate_completions.completions(parser()).items():
         (tmp_path / Path(name).name).write_text(text)
     program = tmp_path / "caam-hotplug"
@@ -140,7 +140,7 @@ def in_place(place: Path) -> dict[str, str]:
 
 
 def bash_offers(place: Path, line: str) -> set[str]:
-    """What bash offers for the last word of the line."""
+    """Ask bash for its offers for the last word of the line."""
     words = " ".join(f"'{word}'" for word in line.split(" "))
     script = (
         f"source ./caam-hotplug.bash; COMP_WORDS=({words})\n"
@@ -152,7 +152,7 @@ def bash_offers(place: Path, line: str) -> set[str]:
 
 
 def fish_offers(place: Path, line: str) -> set[str]:
-    """What fish offers for the last word of the line."""
+    """Ask fish for its offers for the last word of the line."""
     script = f"source ./caam-hotplug.fish; complete -C '{line}'"
     return {one.split("\t")[0] for one in asked(["fish", "--no-config", "-c", script], place)}
 

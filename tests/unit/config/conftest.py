@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where a test writes its configuration."""
+    """Name the file that a test writes its configuration to."""
     return tmp_path / "agent.toml"

@@ -21,20 +21,23 @@ INSTALLED = Path(__file__).parents[3] / "config" / "agent.toml"
 COMMENTED = re.compile(r"^# (\[.+\]|[a-z_0-9]+ = .+)$", re.MULTILINE)
 """A key or a table header behind a comment sign, as opposed to prose."""
 SINGLE = COMMENTED.findall(INSTALLED.read_text(encoding="utf-8").split("\n# [[rule]]\n")[0])
+"""Keys behind a comment sign that the file shows before its example."""
 
 
 def loaded(file: Path, text: str) -> Config:
+    """Write the text to the file and load it."""
     file.write_text(text)
     return loader.load(file, AnyonesFiles())
 
 
 def faults(file: Path, text: str) -> list[str]:
-    """Every fault of the text as `KEY PATH: PROBLEM`."""
+    """List every fault of the text as `KEY PATH: PROBLEM`."""
     file.write_text(text)
     return faults_of(file)
 
 
 def faults_of(file: Path) -> list[str]:
+    """List every fault of the file and its drop-ins as `KEY PATH: PROBLEM`."""
     with pytest.raises(ConfigError) as caught:
         loader.load(file, AnyonesFiles())
     assert str(caught.value) == "\n".join(str(fault) for fault in caught.value.faults)
@@ -42,6 +45,7 @@ def faults_of(file: Path) -> list[str]:
 
 
 def in_rule(line: str) -> str:
+    """Make a configuration of one rule with this line."""
     return f'[[rule]]\nname = "r"\n{line}\n'
 
 

@@ -34,7 +34,7 @@ FILE_FAULTS = [
     ("[rule]", "rule: expected tables [[rule]], found a table"),
     ("[[rule]]", "rule[1]: needs the key 'name'"),
 ]  # fmt: skip
-"""A text and the fault that is found in it."""
+"""Pairs of a text and its fault."""
 
 
 RULE_FAULTS = [
@@ -97,4 +97,4 @@ RULE_FAULTS = [
         "'exfta'; did you mean 'exfat'?",
     ),
 ]  # fmt: skip
-"""A line of a rule and the fault that is found in it."""
+"""Pairs of a line of a rule and its fault."""

@@ -28,21 +28,19 @@ def test_a_fault_is_shown_with_file_key_and_problem(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "fault"), FILE_FAULTS)
-def test_a_fault_of_the_file_is_told_with_what_was_expected(
-    text: str, fault: str, file: Path
-) -> None:
+def test_a_fault_of_the_file_says_what_was_expected(text: str, fault: str, file: Path) -> None:
     assert faults(file, text) == [fault]
 
 
 @pytest.mark.parametrize(("line", "fault"), RULE_FAULTS)
-def test_a_fault_of_a_rule_is_told_with_the_rules_number(line: str, fault: str, file: Path) -> None:
+def test_a_fault_of_a_rule_has_the_rules_number(line: str, fault: str, file: Path) -> None:
     assert faults(file, in_rule(line)) == [f"rule[1].{fault}"]
 
 
 @pytest.mark.parametrize(
     "line", ["match.removable = 1", "match.partlabel = 5", "crypt.offset = 0.5"]
 )
-def test_a_value_of_another_type_is_told(line: str, file: Path) -> None:
+def test_a_value_of_another_type_is_a_fault(line: str, file: Path) -> None:
     (fault,) = faults(file, in_rule(line))
     assert fault.startswith(f"rule[1].{line.partition(' ')[0]}: expected ")
 
@@ -79,12 +77,12 @@ def test_rules_of_the_same_name_are_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["source = ", "= 1", "[rule", "a = 1\na = 2", "a = 'x", "\0"])
-def test_what_is_not_toml_is_told(text: str, file: Path) -> None:
+def test_a_text_that_is_not_toml_is_a_fault(text: str, file: Path) -> None:
     (fault,) = faults(file, text)
     assert fault.startswith(": is not TOML: ")
 
 
-def test_what_is_not_utf8_is_told(file: Path) -> None:
+def test_a_text_that_is_not_utf8_is_a_fault(file: Path) -> None:
     file.write_bytes(b'source = "\xff"')
     (fault,) = faults_of(file)
     assert fault.startswith(": is not TOML: 'utf-8' codec can't decode byte 0xff")
@@ -111,13 +109,13 @@ HUGE = "0x1" + "0" * 5000
         (f"a{'.a' * 5000} = 1", ": cannot be read: has a key of more than 100 parts"),
     ],
 )  # fmt: skip
-def test_what_is_absurdly_large_is_told_in_a_line_that_people_read(
+def test_an_absurdly_large_value_is_named_in_a_short_line(
     text: str, fault: str, file: Path
 ) -> None:
-    (told,) = faults(file, text)
-    assert told.startswith(fault)
-    assert len(told) < 500
-    assert told.isprintable()
+    (found,) = faults(file, text)
+    assert found.startswith(fault)
+    assert len(found) < 500
+    assert found.isprintable()
 
 
 def test_dots_in_prose_are_no_parts_of_a_key(file: Path) -> None:
@@ -165,7 +163,7 @@ def test_dots_in_prose_are_no_parts_of_a_key(file: Path) -> None:
         ),
     ],
 )
-def test_keys_that_contradict_each_other_are_told(line: str, fault: str, file: Path) -> None:
+def test_keys_that_contradict_each_other_are_a_fault(line: str, fault: str, file: Path) -> None:
     assert faults(file, in_rule(line)) == [f"rule[1].{fault}"]
 
 

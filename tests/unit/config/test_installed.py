@@ -26,7 +26,7 @@ from unit.config.files import (
 )
 
 
-def test_the_installed_file_does_what_the_agent_does_without_one() -> None:
+def test_the_installed_file_has_the_same_effect_as_none() -> None:
     installed = loader.load(INSTALLED, AnyonesFiles())
     rules = tuple(replace(rule, name=BUILT_IN[0].name) for rule in installed.rule)
     assert replace(installed, rule=rules) == Config()
@@ -40,7 +40,7 @@ def test_the_installed_file_shows_every_key(described: type[Any]) -> None:
         assert re.search(key, text, re.MULTILINE), field.name
 
 
-def test_the_installed_file_is_valid_with_every_comment_sign_taken_away(file: Path) -> None:
+def test_the_installed_file_is_valid_without_any_comment_sign(file: Path) -> None:
     everything = loaded(file, COMMENTED.sub(r"\1", INSTALLED.read_text(encoding="utf-8")))
     assert [rule.name for rule in everything.rule] == ["removable", "cartridge"]
     cartridge = everything.rule[1]
@@ -48,7 +48,7 @@ def test_the_installed_file_is_valid_with_every_comment_sign_taken_away(file: Pa
     assert cartridge.mount.filesystem_options["vfat"] == ("utf8",)
 
 
-def test_what_the_installed_file_shows_as_a_default_is_the_default() -> None:
+def test_a_default_that_the_installed_file_shows_is_the_default() -> None:
     text = INSTALLED.read_text(encoding="utf-8")
     table = tomllib.loads(COMMENTED.sub(r"\1", text))
     first = table["rule"][0]
@@ -65,7 +65,7 @@ def test_what_the_installed_file_shows_as_a_default_is_the_default() -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as TOML gives it."""
+    """Spell a value as TOML gives it."""
     match value:
         case Enum():
             return value.value

@@ -116,26 +116,26 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
     )
 
 
-def test_a_file_that_is_not_there_is_told(file: Path) -> None:
+def test_a_missing_file_is_a_fault(file: Path) -> None:
     assert faults_of(file) == [": cannot be read: No such file or directory"]
 
 
-def test_a_directory_is_no_configuration(file: Path) -> None:
+def test_a_directory_is_refused(file: Path) -> None:
     file.mkdir()
     assert faults_of(file) == [": cannot be read: is a directory"]
 
 
-def test_a_fifo_is_no_configuration_and_is_not_waited_for(file: Path) -> None:
+def test_a_fifo_is_refused_without_a_wait(file: Path) -> None:
     os.mkfifo(file)
     assert faults_of(file) == [": cannot be read: is not a regular file"]
 
 
-def test_a_device_without_end_is_no_configuration(file: Path) -> None:
+def test_an_endless_device_is_refused(file: Path) -> None:
     file.symlink_to("/dev/zero")
     assert faults_of(file) == [": cannot be read: is not a regular file"]
 
 
-def test_a_file_of_a_disks_size_is_no_configuration(file: Path) -> None:
+def test_a_file_of_a_disks_size_is_refused(file: Path) -> None:
     file.touch()
     os.truncate(file, 10**12)
     assert faults_of(file) == [": cannot be read: has more than 262144 bytes"]
@@ -147,18 +147,18 @@ def test_a_link_that_leads_nowhere_is_not_a_missing_file(file: Path) -> None:
         loader.load(file, AnyonesFiles(), required=False)
 
 
-def test_without_a_file_and_drop_ins_the_built_in_rule_stands(file: Path) -> None:
+def test_the_built_in_rule_applies_without_a_file_and_drop_ins(file: Path) -> None:
     assert loader.load(file, AnyonesFiles(), required=False) == Config()
 
 
-def test_where_nothing_is_installed_the_built_in_rule_stands_for_root_too(
+def test_the_built_in_rule_applies_for_root_where_nothing_is_installed(
     roots_folder: Path,
 ) -> None:
     for file in (roots_folder / "agent.toml", roots_folder / "caam-hotplug" / "agent.toml"):
         assert loader.load(file, RootsFiles(), required=False) == Config()
 
 
-def test_a_folder_of_drop_ins_that_is_a_file_is_told(file: Path) -> None:
+def test_a_file_in_place_of_the_drop_ins_directory_is_a_fault(file: Path) -> None:
     (file.parent / "rules.d").write_text("")
     assert faults(file, "") == [": cannot be read: Not a directory"]
 
@@ -183,7 +183,7 @@ def test_drop_ins_replace_the_built_in_rule(file: Path) -> None:
     assert [rule.name for rule in loaded(file, 'log_level = "debug"').rule] == ["mine"]
 
 
-def test_drop_ins_without_rules_leave_the_built_in_rule(file: Path) -> None:
+def test_the_built_in_rule_applies_beside_drop_ins_without_rules(file: Path) -> None:
     drop_in(file, "a.toml", "")
     assert loaded(file, "").rule == BUILT_IN
 
@@ -193,7 +193,7 @@ def test_a_drop_in_holds_rules_only(file: Path) -> None:
     assert faults(file, "") == ["mount_root: is not a key here; known are rule"]
 
 
-def test_faults_of_every_file_are_told_together(file: Path) -> None:
+def test_the_faults_of_all_files_are_named_together(file: Path) -> None:
     first = drop_in(file, "a.toml", in_rule("action = 1"))
     second = drop_in(file, "b.toml", "not toml")
     file.write_text("xyzzy = 1")
@@ -209,7 +209,7 @@ def test_names_must_differ_across_files(file: Path) -> None:
 
 
 @given(documents.map(str.encode) | single_keys.map(str.encode) | st.binary(max_size=60))
-def test_whatever_a_file_holds_it_is_read_or_refused_in_words(
+def test_a_file_of_any_content_is_read_or_refused_with_a_reason(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     file = tmp_path_factory.getbasetemp() / f"any-{os.getpid()}.toml"

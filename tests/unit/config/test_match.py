@@ -85,19 +85,17 @@ def test_a_condition_that_the_volume_meets_does_not_fail(match: Match) -> None:
         ),
     ],
 )
-def test_a_condition_that_the_volume_does_not_meet_is_told_in_words(
-    match: Match, failure: str
-) -> None:
+def test_a_condition_that_the_volume_does_not_meet_is_described(match: Match, failure: str) -> None:
     assert list(match.failures(stick())) == [failure]
 
 
-def test_a_rule_asks_for_partitions_unless_it_says_otherwise() -> None:
+def test_a_rule_matches_only_partitions_by_default() -> None:
     disk = stick(devtype=DevType.DISK)
     assert list(Match().failures(disk)) == ["devtype is disk, not partition"]
     assert list(Match(devtype=DevType.DISK).failures(disk)) == []
 
 
-def test_every_failed_condition_is_told_in_the_order_of_the_keys() -> None:
+def test_every_failed_condition_is_named_in_the_order_of_the_keys() -> None:
     match = Match(max_size=Bytes(1), bus=Bus.MMC, partlabel="x")
     assert [failure.split()[0] for failure in match.failures(stick())] == [
         "partlabel",
@@ -106,7 +104,7 @@ def test_every_failed_condition_is_told_in_the_order_of_the_keys() -> None:
     ]
 
 
-def test_a_hostile_label_is_told_escaped() -> None:
+def test_a_hostile_label_is_shown_escaped() -> None:
     volume = stick(partlabel="a\n\x1b[2J")
     assert next(Match(partlabel="x").failures(volume)) == ("partlabel is 'a\\n\\x1b[2J', not 'x'")
 

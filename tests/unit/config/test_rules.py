@@ -49,20 +49,20 @@ def test_the_built_in_rule_leaves_everything_else_untouched(
     assert match_rules(BUILT_IN, stick(**changes)) == NoMatch((("built-in", why),))
 
 
-def test_a_device_that_the_board_keeps_us_off_meets_no_rule() -> None:
-    refused = match_rules((Rule(name="all"),), stick(opted_out=True))
-    assert str(refused) == "udev's property CAAM_HOTPLUG is 0"
+def test_no_rule_matches_a_device_that_a_udev_rule_opts_out() -> None:
+    result = match_rules((Rule(name="all"),), stick(opted_out=True))
+    assert str(result) == "udev's property CAAM_HOTPLUG is 0"
 
 
 @pytest.mark.parametrize("as_written", [str.lower, str.upper])
-def test_a_medium_that_is_not_finished_meets_no_rule_whatever_it_asks_for(
+def test_no_rule_matches_an_unfinished_medium(
     as_written: Callable[[str], str],
 ) -> None:
     by_serial = KeySource(blob=Template("{serial}.bb"))
     rule = Rule(name="by serial", key=by_serial, mount=MountSettings(name=Template("{serial}")))
     begun = stick(serial="ABC", parttype=as_written("08852176-76a2-4897-9536-c3c5c588df44"))
-    refused = match_rules((rule,), begun)
-    assert str(refused) == "it is not finished; run the same `provision` or `migrate` again"
+    result = match_rules((rule,), begun)
+    assert str(result) == "it is not finished; run the same `provision` or `migrate` again"
 
 
 def test_an_ignoring_rule_keeps_later_rules_from_the_volume() -> None:
@@ -80,9 +80,9 @@ def test_an_unsafe_name_does_not_fall_through_to_a_rule_with_another_template() 
             mount=MountSettings(name=Template("{diskseq}")),
         ),
     )
-    refused = match_rules(rules, stick(partlabel="a b"))
-    assert isinstance(refused, NoMatch)
-    assert [name for name, _ in refused.reasons] == ["by label"]
+    result = match_rules(rules, stick(partlabel="a b"))
+    assert isinstance(result, NoMatch)
+    assert [name for name, _ in result.reasons] == ["by label"]
 
 
 def test_the_mount_name_is_checked_as_well_as_the_blobs() -> None:
@@ -99,14 +99,14 @@ def test_the_names_come_from_the_rules_templates() -> None:
     assert match_rules((rule,), stick(id=VolumeId(9, 3))) == Plan(rule, "chip-3.bb", "cartridge-9")
 
 
-def test_a_refusal_says_for_every_rule_why() -> None:
+def test_no_match_has_a_reason_for_every_rule() -> None:
     rules = (Rule(name="a", match=Match(bus=Bus.MMC)), Rule(name="b", match=Match(serial="1")))
     assert str(match_rules(rules, stick())) == (
         "a: bus is usb, not mmc; b: serial is not there, so it is not '1'"
     )
 
 
-def test_a_refusal_without_rules_says_so() -> None:
+def test_no_match_without_rules_says_that_there_are_none() -> None:
     assert str(match_rules((), stick())) == "there are no rules"
 
 
@@ -128,7 +128,7 @@ rule_lists = st.lists(
 
 
 @given(rule_lists, volumes)
-def test_the_deciding_rule_is_the_first_without_failures(
+def test_the_rule_of_a_plan_is_the_first_without_failures(
     rules: tuple[Rule, ...], volume: Volume
 ) -> None:
     assume(not volume.opted_out)
@@ -155,5 +155,5 @@ def test_names_of_a_volume_that_a_rule_matches_are_plain_file_names(label: str |
             assert (blob, mount_name) == (f"{label}.bb", label)
             assert set(mount_name) <= set(string.ascii_letters + string.digits + "._-")
             assert mount_name[0] not in ".-"
-        case NoMatch() as refused:
-            assert "cannot be part of a file name" in str(refused) or label is None
+        case NoMatch() as no_match:
+            assert "cannot be part of a file name" in str(no_match) or label is None

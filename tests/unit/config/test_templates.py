@@ -59,12 +59,12 @@ def test_templates_are_equal_if_their_texts_are() -> None:
     assert repr(Template("{uuid}")) == "Template('{uuid}')"
 
 
-def test_a_place_that_the_medium_does_not_fill_is_told() -> None:
+def test_a_placeholder_that_the_medium_has_no_value_for_is_named() -> None:
     with pytest.raises(UnsafeNameError, match=r"^the medium has no serial$"):
         Template("{serial}").render(stick())
 
 
-def test_a_value_that_could_lead_elsewhere_is_told_escaped() -> None:
+def test_a_value_that_could_lead_elsewhere_is_shown_escaped() -> None:
     with pytest.raises(UnsafeNameError) as caught:
         Template("{partlabel}.bb").render(stick(partlabel="../ü"))
     assert str(caught.value) == (
