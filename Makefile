@@ -29,7 +29,7 @@ help:
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
 	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent CYCLES=12"
 	@echo "                WHAT=cycles,storm,scaling,start,idle measures the rest as well: twenty minutes"
-	@echo "make man        writes docs/man, docs/dbus.md and config/completions anew from what they describe"
+	@echo "make man        writes docs/man, docs/dbus.md, config/completions and config/*.schema.json anew"
 	@echo "make vm-shell   a shell in the virtual machine"
 	@echo "make install    into DESTDIR= with PREFIX=/usr; make uninstall takes it away"
 	@echo "make deb        a Debian package in build/; ARCH=arm64 for another architecture"
@@ -37,7 +37,9 @@ help:
 
 # After a change of the command line or of config/agent.toml.
 man: $(VENV)/.installed
-	$(PYTHON) docs/generate.py
+	$(PYTHON) docs/generate_man.py
+	$(PYTHON) docs/generate_completions.py
+	$(PYTHON) docs/generate_schema.py
 	$(PYTHON) docs/generate_dbus.py
 
 setup: $(VENV)/.installed
@@ -54,7 +56,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check agent tests tools docs
 	$(VENV)/bin/ruff format --check agent tests tools docs
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy docs/generate.py
+	$(VENV)/bin/mypy docs/generate_man.py docs/generate_completions.py docs/generate_schema.py
 	$(VENV)/bin/lint-imports
 
 check: lint

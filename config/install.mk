@@ -33,7 +33,7 @@ FILES = \
   $(call into,$(UNITDIR),config/caam-hotplug*.service config/caam-hotplug*.socket) \
   $(call as,$(UDEVDIR)/$(UDEV_RULE),rules/50-caam-hotplug.rules) \
   $(call as,$(SYSUSERSDIR)/caam-hotplug.conf,config/sysusers.conf) \
-  $(call into,$(DATADIR)/caam-hotplug,config/agent.toml) \
+  $(call into,$(DATADIR)/caam-hotplug,config/agent.toml config/*.schema.json) \
   $(call into,$(DBUSDIR),config/org.*.conf) \
   $(call into,$(DATADIR)/dbus-1/system-services,config/org.*.service) \
   $(call into,$(DATADIR)/dbus-1/interfaces,config/org.*.xml) \
@@ -59,8 +59,11 @@ install:
 	@if [ "$(BINDIR)" != /usr/bin ]; then \
 	    sed -i 's|=/usr/bin/caam-hotplug|=$(BINDIR)/caam-hotplug|' "$(DESTDIR)$(UNITDIR)"/caam-hotplug*.service; \
 	fi
+	@if [ "$(DATADIR)" != /usr/share ]; then \
+	    sed -i '1s|/usr/share|$(DATADIR)|' "$(DESTDIR)$(DATADIR)/caam-hotplug/agent.toml"; \
+	fi
 	@if [ ! -e "$(DESTDIR)$(CONFIGURATION)" ]; then \
-	    install -D -m 0644 config/agent.toml "$(DESTDIR)$(CONFIGURATION)"; \
+	    install -D -m 0644 "$(DESTDIR)$(DATADIR)/caam-hotplug/agent.toml" "$(DESTDIR)$(CONFIGURATION)"; \
 	fi
 	@if [ -n "$(COMPILE_WITH)" ]; then \
 	    $(COMPILE_WITH) -m compileall -q $(if $(DESTDIR),-s "$(DESTDIR)") "$(DESTDIR)$(HOMEDIR)"; \

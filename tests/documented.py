@@ -17,7 +17,7 @@ NO_COMMANDS: Final = {
     "medium plugged in": "a picture",
     "ready: 1 rules, events from udev": "the journal",
     "'cartridge-07' (sdb1, 9-1): waiting: no blob /data/caam/cartridge-07.bb": "the journal",
-    "no rule admits it; it is left untouched": "output of explain",
+    "no rule matches it; it is left untouched": "output of explain",
     "agent/caam_hotplug/     the package; a module imports only from those below it": "the tree",
 }
 """The first lines of blocks that have no language and yet no commands."""

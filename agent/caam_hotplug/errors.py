@@ -1,4 +1,4 @@
-"""Everything the agent raises on purpose: one hierarchy.
+"""All errors that the agent raises on purpose, in one hierarchy.
 
 A message says operation, subject and cause, and what to do where that is known. No message
 carries key material.
@@ -12,24 +12,24 @@ from pathlib import Path
 
 
 class HotplugError(Exception):
-    """Something refused, in words for the reader of the journal."""
+    """A refusal or failure, in words for the reader of the journal."""
 
 
 def shown(text: object) -> str:
-    """The text as a line of a message: escaped where a terminal would act on it or not show it."""
+    """Escape the text where a terminal would act on it, or not show it."""
     plain = str(text)
     return plain if plain.isprintable() else ascii(plain)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigFault:
-    """One thing wrong in a configuration file."""
+    """A mistake in a configuration file."""
 
     file: Path
     key_path: str
-    """Where in the file, such as `rule[1].match.partlabel`; empty for the file as a whole."""
+    """Place in the file, such as `rule[1].match.partlabel`; empty for the file as a whole."""
     problem: str
-    """What was found, what was expected, and a suggestion where there is one."""
+    """The found value, the expected one, and a suggestion where there is one."""
 
     def __str__(self) -> str:
         place = f"{shown(self.file)}: {self.key_path}" if self.key_path else shown(self.file)
@@ -37,7 +37,7 @@ class ConfigFault:
 
 
 class ConfigError(HotplugError):
-    """A configuration that was refused whole, with every fault found in it."""
+    """The configuration is refused as a whole, for the faults found in it."""
 
     def __init__(self, faults: list[ConfigFault]) -> None:
         super().__init__("\n".join(str(fault) for fault in faults))
@@ -45,82 +45,82 @@ class ConfigError(HotplugError):
 
 
 class UnsafePathError(HotplugError):
-    """Someone other than root could lead this path elsewhere, or change what lies there."""
+    """Another user than root could lead this path elsewhere, or change the file at its end."""
 
     def __init__(self, path: Path, component: Path, cause: str, remedy: str) -> None:
         super().__init__(f"open {shown(path)}: {shown(component)} {cause}; {remedy}")
         self.component = component
-        """Which part of the path it is."""
+        """The part of the path that is unsafe."""
         self.cause = cause
         self.remedy = remedy
 
 
 class UnfitFileError(HotplugError):
-    """A file is of a kind or a size that is not read; the message says which."""
+    """A file has a kind or size that the agent does not read; the message says which."""
 
 
 class UnsupportedVolumeError(HotplugError):
-    """The volume asks for something that would harm it, such as an IV that wraps."""
+    """The volume would be harmed, such as by an IV that wraps."""
 
 
 class DeviceInUseError(HotplugError):
-    """Something else uses the volume; who, is in the words."""
+    """Another user has the volume; the message names it."""
 
 
 class DeviceLockedError(DeviceInUseError):
-    """A program has the whole disk to itself, and udev waits for its end as well."""
+    """A program has locked the whole disk, and udev waits for it as well."""
 
 
 class BlobError(HotplugError):
-    """The black blob's file cannot be taken: its kind, size or form."""
+    """The file is no usable blob: its kind, size or form is wrong."""
 
 
 class BlobMissingError(BlobError):
-    """There is no blob of that name (yet)."""
+    """No blob of that name exists yet."""
 
 
 class BlobRejectedError(HotplugError):
-    """The CAAM refused the black blob: damaged, or sealed on another chip."""
+    """The CAAM refused the black blob: it is damaged, or sealed on another chip."""
 
 
 class MasterKeyError(HotplugError):
-    """The trusted key that others are encrypted under is missing, or of another board."""
+    """The trusted key that encrypts other keys is missing, or belongs to another board."""
 
 
 class NoFilesystemError(HotplugError):
-    """Nothing known lies under this key: a wrong key, or a medium that was never formatted."""
+    """The key shows no known filesystem: it is wrong, or the medium was never formatted."""
 
 
 class ReleaseError(HotplugError):
-    """Something of ours could not be let go; the next start of the agent tries again."""
+    """A resource of the agent could not be released; the next start tries again."""
 
 
 class RequestRefusedError(HotplugError):
-    """What was asked of a volume cannot be done as it is; the words say why and what to do."""
+    """The volume's state does not allow the request; the message says why and what to do."""
 
 
-_HOLDERS_TOLD = 32
+_MAX_HOLDERS = 32
 
 
 class VolumeBusyError(RequestRefusedError):
-    """Somebody uses the volume, and its rule says that it is not taken from them."""
+    """Processes use the volume, and its rule does not take it from them."""
 
     def __init__(self, what: str, holders: tuple[str, ...]) -> None:
-        told = holders[:_HOLDERS_TOLD]
-        if len(holders) > len(told):
-            told += (f"and {len(holders) - len(told)} more",)
-        who = "; ".join(told) or "by whom cannot be told from here"
+        named = holders[:_MAX_HOLDERS]
+        if len(holders) > len(named):
+            named += (f"and {len(holders) - len(named)} more",)
+        who = "; ".join(named) or "by a process that is not visible from here"
         super().__init__(f"{what} is in use: {who}")
-        self.holders = told
-        """Who, a text each."""
+        self.holders = named
+        """A text for each process."""
 
 
 class ForeignMappingError(HotplugError):
-    """A mapping bears our name or UUID but is not what we would have made."""
+    """A mapping has a name or UUID of the agent, but a table that the agent would not load."""
 
 
 class MountPointOccupiedError(HotplugError):
-    """The mount point exists with content, or something else is mounted there."""
+    """The mount point has content, or another mount."""
 
 
 class KernelError(HotplugError, OSError):

@@ -1,4 +1,4 @@
-"""What the agent talks about: volumes, mappings, mounts, states and events. Values only."""
+"""Values that every part of the agent shares: volumes, mappings, mounts, states, events."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SECTOR_BYTES = 512
 
 KeySerial = NewType("KeySerial", int)
 KeyType = Literal["logon", "trusted", "encrypted"]
-"""The kernel's type of a key that dm-crypt takes from a keyring (dm-crypt.rst)."""
+"""Type of a key that dm-crypt takes from a keyring (dm-crypt.rst)."""
 
 
 class Bus(Enum):
-    """What a medium is attached to, from the sysfs chain of its disk."""
+    """Bus that a medium is attached to, from the sysfs chain of its disk."""
 
     USB = "usb"
     MMC = "mmc"
@@ -33,14 +33,14 @@ class Bus(Enum):
 
 
 def number(text: str) -> int:
-    """The number, as the kernel prints an unsigned one. Raises: ValueError for any other form."""
+    """Parse an unsigned number as the kernel prints it. Raises: ValueError for any other form."""
     if not _is_number(text):
         raise ValueError(f"expected a whole number, found {text[:20]!a}")
     return int(text)
 
 
 class DevType(Enum):
-    """A partition, or a whole disk."""
+    """Kind of block device: a partition, or a whole disk."""
 
     PARTITION = "partition"
     DISK = "disk"
@@ -48,7 +48,7 @@ class DevType(Enum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class VolumeId:
-    """Which volume of this boot: the disk's sequence number and the partition on it.
+    """Identity of a volume within this boot: the disk's sequence number and the partition.
 
     The kernel gives every insertion a new number (`/sys/block/X/diskseq`), so the same `sdb1`
     two seconds later is another volume.
@@ -56,14 +56,14 @@ class VolumeId:
 
     diskseq: int
     partition: int
-    """The partition's number, 0 for a whole disk."""
+    """Number of the partition, 0 for a whole disk."""
 
     def __str__(self) -> str:
         return f"{self.diskseq}-{self.partition}"
 
     @classmethod
     def from_text(cls, text: str) -> VolumeId | None:
-        """The inverse of `str()`, or None if the text has another form."""
+        """Parse what `str()` returns; None for any other form."""
         diskseq, _, partition = text.partition("-")
         if not (_is_number(diskseq) and _is_number(partition)):
             return None
@@ -71,13 +71,13 @@ class VolumeId:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it is what the kernel prints for an unsigned number, which int() is wider than."""
+    """Whether the kernel would print an unsigned number so; int() takes more forms."""
     return len(text) <= 20 and text.isascii() and text.isdigit() and (text == "0" or text[0] != "0")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class DeviceNumber:
-    """A block device's dev_t."""
+    """Device number (dev_t) of a block device."""
 
     major: int
     minor: int
@@ -87,10 +87,7 @@ class DeviceNumber:
 
     @classmethod
     def from_text(cls, text: str) -> DeviceNumber:
-        """Parse `8:17`, as sysfs and mountinfo spell it.
-
-        Raises: ValueError for any other form.
-        """
+        """Parse `8:17`, as sysfs and mountinfo spell it. Raises: ValueError for any other form."""
         major, _, minor = text.removesuffix("\n").partition(":")
         if not (_is_number(major) and _is_number(minor)):
             raise ValueError(f"expected a device number such as 8:17, found {text[:20]!a}")
@@ -99,21 +96,21 @@ class DeviceNumber:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """One partition or whole disk, as it is at this moment.
+    """A partition or whole disk, as it is at this moment.
 
-    Texts are what the medium claims and therefore an attacker's; None means the medium or the
-    kernel says nothing of it.
+    Texts come from the medium, so an attacker may have written them. None stands for a fact that
+    neither the medium nor the kernel has.
     """
 
     id: VolumeId
     name: str
-    """The kernel's name, such as `sdb1`: for people; it identifies nothing."""
+    """Name that the kernel gives, such as `sdb1`. Users read it; it identifies nothing."""
     number: DeviceNumber
     devtype: DevType
     size: Sectors
     bus: Bus
     removable: bool
-    """The kernel's removable flag, or a bus that people plug (USB, MMC card slots)."""
+    """Whether users may pull it: the kernel's removable flag, USB, or an MMC card slot."""
     read_only: bool
     partlabel: str | None = None
     partuuid: str | None = None
@@ -124,17 +121,17 @@ class Volume:
     vendor: str | None = None
     model: str | None = None
     path: str | None = None
-    """udev's ID_PATH: the socket it sits in."""
+    """Socket that the disk sits in: udev's ID_PATH."""
     opted_out: bool = False
-    """A udev rule of the board keeps the agent off this device."""
+    """Whether a udev rule of the board keeps the agent off this device."""
     identified: bool = True
-    """False where no udevd told label and identifiers, so that they must be probed."""
+    """Whether udev has reported label and identifiers; otherwise they must be probed."""
     awaits_udev: bool = False
-    """The kernel has told of it and udev has yet to: what only udev knows is None until then."""
+    """Whether udev has yet to report it; until then all facts that only udev knows are None."""
 
     @property
     def node(self) -> str:
-        """The device node that devtmpfs keeps."""
+        """Device node that devtmpfs keeps."""
         return f"/dev/{self.name}"
 
     def __str__(self) -> str:
@@ -144,28 +141,28 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Appeared:
-    """The volume is present: it arrived, or something about it may have changed."""
+    """A volume is present: it arrived, or one of its facts may have changed."""
 
     volume: Volume
 
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """The volume is present, and all that is known of it is what the kernel has told."""
+    """A volume is present, and only the kernel has reported it so far."""
 
     volume: Volume
 
 
 @dataclass(frozen=True, slots=True)
 class Disappeared:
-    """No device sits at this kernel name any more."""
+    """No device has this kernel name any more."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class EventsLost:
-    """The kernel dropped events: only a look at all of sysfs tells what is true."""
+    """The kernel dropped events; only a scan of sysfs tells what is present."""
 
 
 Event = Appeared | Announced | Disappeared | EventsLost
@@ -179,18 +176,18 @@ class Mapping:
     uuid: str
     number: DeviceNumber
     table: tuple[str, ...]
-    """Its target lines as `START LENGTH TYPE PARAMETERS`; empty while none is live."""
+    """Target lines as `START LENGTH TYPE PARAMETERS`; empty while none is live."""
     open_count: int
 
     @property
     def node(self) -> str:
-        """The device node that devtmpfs makes at once, whether or not udevd runs."""
+        """Device node that devtmpfs makes at once, whether or not udevd runs."""
         return f"/dev/dm-{self.number.minor}"
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of /proc/self/mountinfo, as far as it matters here (proc_pid_mountinfo(5))."""
+    """A line of /proc/self/mountinfo, as far as it matters here (proc_pid_mountinfo(5))."""
 
     number: DeviceNumber
     point: str
@@ -198,7 +195,7 @@ class Mount:
     read_only: bool
     filesystem: str
     identity: int = field(default=0, compare=False)
-    """The kernel's number of the mount: the same in no two places or namespaces."""
+    """Number that the kernel gives the mount: unique across places and namespaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +205,16 @@ class Holder:
     pid: int
     command: str
     holds: str
-    """What of it, in words, such as `has /run/media/x/file open`."""
+    """How the process holds it, in words, such as `has /run/media/x/file open`."""
     is_user: bool = True
-    """Whether it uses the filesystem, or only keeps a copy of the mount."""
+    """Whether the process uses the filesystem; otherwise it only keeps a copy of the mount."""
 
     def __str__(self) -> str:
         return f"pid {self.pid} ({shown(self.command)}) {shown(self.holds)}"
 
 
 class State(Enum):
-    """What is true of a volume, as published. The meanings are in the README's table."""
+    """State of a volume, as published. README.md has the meanings."""
 
     IGNORED = "ignored"
     WAITING = "waiting"
@@ -237,26 +234,26 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is true of one volume, as it is published."""
+    """Published status of a volume."""
 
     volume: Volume
     state: State
     reason: str = ""
     rule: str = ""
-    """The name of the rule that admits it; empty if none does."""
+    """Name of the rule that matches it; empty if none does."""
     blob: str = ""
-    """The path of its blob; empty like the rule."""
+    """Path of its blob; empty if no rule matches."""
     mapping_name: str = ""
-    """Of a mapping that is live, with its node; else empty."""
+    """Name of its live mapping; empty without one, like the node."""
     mapping_node: str = ""
     mount_point: str = ""
-    """Empty while it is not mounted, like what follows."""
+    """Mount point; empty while it is not mounted, like the filesystem."""
     filesystem: str = ""
     read_only: bool = False
     since: float = field(default=0.0, compare=False)
-    """When it came to this state, in seconds of CLOCK_REALTIME."""
+    """Time at which it came to this state, in seconds of CLOCK_REALTIME."""
     steps: abc.Mapping[str, float] = field(default_factory=dict)
-    """How long each step of its last unlocking took, in seconds."""
+    """Seconds that each step of its last unlocking took."""
 
 
 class SecretBytes:
@@ -285,7 +282,7 @@ class SecretBytes:
         return f"<{len(self.buffer)} secret bytes>"
 
     def __reduce_ex__(self, _protocol: object) -> NoReturn:
-        """Copies, which pickle, copy and dataclasses.asdict make, would not be overwritten."""
+        """Refuse the copies of pickle, copy and asdict, which nobody would overwrite."""
         raise TypeError("secret bytes are not copied")
 
     def wipe(self) -> None:
@@ -299,4 +296,4 @@ class KeyReference:
 
     type: KeyType
     length: int
-    """The payload's, in bytes, which the table must say."""
+    """Length of the payload in bytes, which the table must say."""

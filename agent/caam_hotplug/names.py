@@ -1,4 +1,4 @@
-"""Every name that others see, spelled once."""
+"""Names that other programs see, each spelled once."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ PROGRAM: Final = "caam-hotplug"
 
 CONFIG_FILE: Final = Path("/etc/caam-hotplug/agent.toml")
 RULES_DIRECTORY: Final = "rules.d"
-"""Drop-ins, in a folder of this name beside the configuration file."""
+"""Directory of the drop-ins, beside the configuration file."""
 
 BLOB_DIRECTORY: Final = Path("/data/caam")
-"""Where NXP's caam-keygen keeps keys and blobs."""
+"""Directory in which NXP's caam-keygen keeps keys and blobs."""
 MOUNT_ROOT: Final = Path("/run/media")
 
 CAAM_DEVICE: Final = Path("/dev/caam-keygen")
 HOLDERS_SOCKET: Final = Path("/run/caam-hotplug/holders")
-"""Where a program with the right to look into other processes answers who uses a volume."""
+"""Socket of the program that may look into other processes and says who uses a volume."""
 UDEV_CONTROL: Final = Path("/run/udev/control")
 
 DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"
-"""libdevmapper's convention: a DM-UUID starts with the subsystem that owns the mapping."""
+"""Prefix of a DM-UUID; libdevmapper has the subsystem that owns the mapping there."""
 DM_NAME_PREFIX: Final = "caam-"
 KEY_PREFIX: Final = "caam-hotplug:"
-"""A logon key's description must start with a prefix and a colon (keyrings(7))."""
+"""Prefix of a logon key's description, which must have one and a colon (keyrings(7))."""
 
 COMMAND_DM_UUID_PREFIX: Final = "CAAM-COMMAND-"
-"""Of what a command makes for itself; the agent would adopt or sweep what has its own prefix."""
+"""Prefix for mappings of commands; the agent would adopt or release one with its own prefix."""
 
 UNFINISHED_TYPE: Final = "08852176-76a2-4897-9536-c3c5c588df44"
-"""The partition type of a medium that `provision` or `migrate` has begun and not finished."""
+"""Partition type of a medium that `provision` or `migrate` has begun and not finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ SOCKET_UNIT: Final = f"{PROGRAM}.socket"
 HOLDERS_UNIT: Final = f"{PROGRAM}-holders.socket"
 
 MOUNT_POINT_MODE: Final = 0o500
-"""The mode of a directory that we made. It tells ours from the board's own after a crash, and
-nobody writes into it while nothing is mounted there."""
+"""Mode of a mount point that the agent made. It tells the agent's directories from the board's own
+after a crash. Nobody writes into the directory while nothing is mounted there."""
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
-"""A udev property: a board's rule that sets it to 0 keeps the agent off that device."""
+"""udev property that a board's rule sets to 0 to keep the agent off a device."""
 
 OPERATORS: Final = "caam-hotplug"
-"""The group whose members may ask for what root may, over D-Bus."""
+"""Group whose members may request over D-Bus all that root may."""
 BUS_NAME: Final = "org.caamhotplug1"
 BUS_PATH: Final = "/org/caamhotplug1"
 BUS_MANAGER: Final = "org.caamhotplug1.Manager"
@@ -89,20 +89,19 @@ BUS_VOLUME: Final = "org.caamhotplug1.Volume"
 BUS_ERROR_PREFIX: Final = "org.caamhotplug1.Error."
 
 NAME_MAX_LENGTH: Final = 36
-"""GPT's own limit for a partition label, in UTF-16 units."""
+"""Longest partition label that a GPT can hold, in UTF-16 units."""
 RENDERED_MAX_LENGTH: Final = 90
-"""With prefix, sequence number and partition it still fits a DM name's 127 characters."""
-PLAIN_TEXT: Final = re.compile(r"[A-Za-z0-9._-]*")
+"""Longest name from a template; with prefix and volume it fits the 127 characters of a DM name."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def dm_uuid(volume: VolumeId) -> str:
-    """The DM-UUID of a volume's mapping: ours by its prefix, its owner by the rest."""
+    """Spell the DM-UUID of a volume's mapping: the agent's prefix, then the volume."""
     return f"{DM_UUID_PREFIX}{volume}"
 
 
 def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
-    """The volume that a DM-UUID names, or None if the mapping is not ours."""
+    """Read the volume from a DM-UUID; None if the mapping is not the agent's."""
     from caam_hotplug.model import VolumeId  # noqa: PLC0415  a command that starts has no use for it
 
     if not uuid.startswith(DM_UUID_PREFIX):
@@ -111,25 +110,25 @@ def volume_of_dm_uuid(uuid: str) -> VolumeId | None:
 
 
 def dm_name(volume: VolumeId, mount_name: str) -> str:
-    """The DM name: unique to the insertion, since a holder may still pin an earlier one."""
+    """Spell the DM name, unique to the insertion: a holder may still pin an earlier one."""
     return f"{DM_NAME_PREFIX}{mount_name}-{volume}"
 
 
 def key_description(volume: VolumeId) -> str:
-    """The description of the volume's logon key."""
+    """Spell the description of the volume's key."""
     return f"{KEY_PREFIX}{volume}"
 
 
 def bus_path(volume: VolumeId) -> str:
-    """The D-Bus path of a volume's object; a hyphen may not stand in one."""
+    """Spell the D-Bus path of a volume's object, in which no hyphen may stand."""
     return f"{BUS_PATH}/volumes/{volume.diskseq}_{volume.partition}"
 
 
 def why_unsafe(name: str) -> str | None:
-    """Why a text must not become part of a path, or None if it may.
+    """Say why a text must not become part of a path; None if it may.
 
-    Labels and serial numbers are an attacker's text; this is the only gate between them and a
-    file name.
+    An attacker may have written labels and serial numbers. No other check stands between them and
+    a file name.
     """
     if not name:
         return "it is empty"

@@ -74,7 +74,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using run' -l trace -xka "(__fi
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a check -d 'say what is wrong in a configuration file'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using check' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using check; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d FILE
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a explain -d 'say which rule admits a device, or why none'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a explain -d 'say which rule matches a device, or why none'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_devices)" -d 'a device node such as /dev/sdb1'
@@ -135,7 +135,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l json -d 'one J
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a status -d 'Show the media and their states.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -s h -l help -d 'show this help message and exit'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -l all -d 'also those that no rule admits'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -l all -d 'also those that no rule matches'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using status' -l json -d 'all, for programs'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a watch -d 'Say what changes, a line each, until interrupted.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using watch' -s h -l help -d 'show this help message and exit'

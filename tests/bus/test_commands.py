@@ -48,7 +48,7 @@ async def test_status_is_a_table_of_what_the_rules_admit(
     assert first.endswith(" d   /run/media/cartridge (ext4, read-only)")
     assert second.startswith("other      /dev/sdc1  100 MiB   waiting  ")
     assert second.endswith("  no blob /data/caam/other.bb")
-    assert hidden == "(1 that no rule admits: --all)"
+    assert hidden == "(1 that no rule matches: --all)"
     assert "\x1b" not in told.stdout
     everything = await bus.cli("status", "--all")
     assert everything.stdout.splitlines()[1].startswith("-          /dev/sda   100 MiB   ignored")

@@ -74,7 +74,7 @@ async def test_what_the_page_on_debugging_looks_at_can_be_looked_at(
     await guest.until_mounted(POINT)
     shown = await looked_at(guest, "docs/debugging.md")
     assert "agent.toml: valid" in shown
-    assert "rule 'built-in' admits it" in shown
+    assert "rule 'built-in' matches it" in shown
     assert "ID_PART_ENTRY_NAME=cartridge-01" in shown
     assert "capi:tk(cbc(aes))-plain" in shown
 

@@ -1,1 +1,1 @@
-"""Inputs of an attacker, and of accident: any of them is read or refused in words."""
+"""Inputs from an attacker or from accident: each is read, or refused with a reason."""

@@ -1,4 +1,4 @@
-"""Says at the end of a run how many inputs were tried."""
+"""Print at the end of a run how many inputs were tried."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fuzz.inputs import PROFILE, TRIED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A hang ends the run with a look at where it hangs.
+    """End a hanging run with the stack of where it hangs.
 
-    A signal would not do: Hypothesis takes what its handler raises for a failure of the test, and
-    tries the input that hangs once more.
+    A signal would not do: Hypothesis takes the exception of its handler for a failure of the test,
+    and tries the hanging input once more.
     """
     for item in items:
         if "fuzz" in item.path.parts:
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The figures that docs/reliability.md quotes."""
+    """Print the figures that docs/reliability.md quotes."""
     if not TRIED.total():
         return
     terminalreporter.section("inputs tried")

@@ -2,9 +2,9 @@
 
     .venv/bin/pip install atheris      # not among the dev packages: large, few platforms
     PYTHONPATH=agent:tests .venv/bin/python -m fuzz.guided \
-        test_blobs:test_a_file_is_taken_exactly_if_it_has_a_blobs_form -max_total_time=60
+        test_blobs:test_a_file_is_read_exactly_if_it_has_a_blobs_form -max_total_time=60
 
-What follows the test's name goes to libFuzzer. It ends at the first failure, or when told to.
+All after the test's name goes to libFuzzer. It ends at the first failure, or at its limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import atheris
 
 
 def main() -> None:
-    """Fuzzes until a failure or the end of the time given. Does not return."""
+    """Fuzz until a failure or the end of the given time. Does not return."""
     module, _, test = sys.argv.pop(1).partition(":")
     with atheris.instrument_imports(include=["caam_hotplug"]):
         one = getattr(importlib.import_module(f"fuzz.{module}"), test)

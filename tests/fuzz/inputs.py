@@ -1,7 +1,7 @@
-"""How many inputs a test tries, and the count of those that it has tried.
+"""Number of inputs that a test tries, and the count of those tried.
 
 `make check` tries the same few hundred each time. `make fuzz`, or HYPOTHESIS_PROFILE=many, tries
-20,000 new ones per target. A hang is ended by pytest-timeout, which shows where it hung.
+20,000 new ones per target. pytest-timeout ends a hang and shows where it was.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _SETTINGS: Final = settings(
 TRIED: Final[Counter[str]] = Counter()
 """Inputs tried so far, by target."""
 
-SCRATCH: Final = Path(tempfile.mkdtemp(prefix="caam-hotplug-fuzz-"))
-"""Where inputs that must be files are written. Not a fixture, so that a test is a function of its
-input alone, which a coverage-guided fuzzer can call too (tests/fuzz/guided.py)."""
-atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+INPUT_FILES: Final = Path(tempfile.mkdtemp(prefix="caam-hotplug-fuzz-"))
+"""Directory for inputs that must be files. It is no fixture: a test is a function of its input
+alone, so that a coverage-guided fuzzer can call it too (tests/fuzz/guided.py)."""
+atexit.register(shutil.rmtree, INPUT_FILES, ignore_errors=True)
 
 
-def tries(what: str, /, **inputs: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """The test is called with many inputs, each of them counted for the target."""
+def tries(target: str, /, **inputs: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
+    """Call the test with many inputs, and count them for the target."""
 
     def decorate(test: Callable[..., None]) -> Any:
-        TRIED[what] = 0
+        TRIED[target] = 0
 
         @wraps(test)
         def counted(**values: Any) -> None:
-            TRIED[what] += 1
+            TRIED[target] += 1
             test(**values)
 
         return settings(_SETTINGS)(given(**inputs)(counted))
@@ -61,30 +61,32 @@ _KEPT: Final = st.sampled_from([b"", b" ", b"\n", b"\0", b"\xff", b"0", b"-1", b
 
 @st.composite
 def mutated(draw: st.DrawFn, valid: st.SearchStrategy[bytes]) -> bytes:
-    """A valid input with a few of its parts replaced, repeated, moved or cut off."""
-    data = draw(valid)
+    """Draw a valid input with a few parts replaced, repeated, moved or cut off."""
+    content = draw(valid)
     for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(0, len(data)))
-        end = draw(st.integers(start, min(len(data), start + 24)))
+        start = draw(st.integers(0, len(content)))
+        end = draw(st.integers(start, min(len(content), start + 24)))
         match draw(st.sampled_from(["replace", "repeat", "move", "flip", "cut"])):
             case "replace":
-                data = data[:start] + draw(_KEPT | st.binary(max_size=8)) + data[end:]
+                content = content[:start] + draw(_KEPT | st.binary(max_size=8)) + content[end:]
             case "repeat":
-                data = data[:end] + data[start:end] * draw(st.integers(1, 4)) + data[end:]
+                content = (
+                    content[:end] + content[start:end] * draw(st.integers(1, 4)) + content[end:]
+                )
             case "move":
-                to = draw(st.integers(0, len(data)))
-                part, rest = data[start:end], data[:start] + data[end:]
-                data = rest[:to] + part + rest[to:]
-            case "flip" if start < len(data):
+                to = draw(st.integers(0, len(content)))
+                part, rest = content[start:end], content[:start] + content[end:]
+                content = rest[:to] + part + rest[to:]
+            case "flip" if start < len(content):
                 bit = 1 << draw(st.integers(0, 7))
-                data = data[:start] + bytes([data[start] ^ bit]) + data[start + 1 :]
+                content = content[:start] + bytes([content[start] ^ bit]) + content[start + 1 :]
             case "cut":
-                data = data[:start]
-    return data
+                content = content[:start]
+    return content
 
 
 def put(path: Path, kind: str, content: bytes = b"") -> None:
-    """What lies at the path is of this kind, whatever was there before."""
+    """Put a file of this kind at the path, in place of any other."""
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     else:
@@ -100,7 +102,7 @@ def put(path: Path, kind: str, content: bytes = b"") -> None:
             path.symlink_to(path.name)
         case "link to nowhere":
             path.symlink_to("nowhere")
-        case "link to a device without end":
+        case "link to an endless device":
             path.symlink_to("/dev/zero")
         case "link to the file":
             other = path.with_suffix(".real")
@@ -123,7 +125,7 @@ KINDS: Final = st.sampled_from(
         "fifo",
         "link to itself",
         "link to nowhere",
-        "link to a device without end",
+        "link to an endless device",
         "link to the file",
         "device",
         "nothing",

@@ -1,4 +1,4 @@
-"""Any file in a blob's place is a blob of plausible form, or refused with what is wrong."""
+"""Any file in a blob's place is a blob of plausible form, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from caam_hotplug import names
 from caam_hotplug.errors import BlobError, BlobMissingError, CaamError, HotplugError
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import blob_files, caam
-from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
+from fuzz.inputs import INPUT_FILES, KINDS, mutated, put, tries
 
-FOLDER: Final = SCRATCH / "blobs"
+FOLDER: Final = INPUT_FILES / "blobs"
 FOLDER.mkdir()
 NAME: Final = "cartridge.bb"
 DEVICE: Final = FOLDER / "not-a-caam"
@@ -28,7 +28,7 @@ payloads = st.integers(0, 140).map(bytes) | st.binary(max_size=140)
 
 @st.composite
 def headed(draw: st.DrawFn) -> bytes:
-    """A tag header, right or with any of its fields wrong, and something behind it."""
+    """Draw a tag header, valid or with any field wrong, and a payload."""
     payload = draw(payloads)
     fields = [MAGIC, 0, draw(any_number), draw(st.integers(16, 64)), len(payload)]
     for field in draw(st.sets(st.integers(0, 4), max_size=2)):
@@ -52,7 +52,7 @@ def is_one(content: bytes) -> bool:
 def read_or_refuse(
     directory: Path, name: str, wanted: blobs.Backend | None = None
 ) -> blobs.Blob | None:
-    """The blob; None where it was refused with its path and nothing of its content."""
+    """Read the blob; None where it was refused with its path and without its content."""
     try:
         return blob_files.read(directory, name, wanted)
     except BlobError as error:
@@ -64,7 +64,7 @@ def read_or_refuse(
 
 
 @tries("blob: any content", content=contents)
-def test_a_file_is_taken_exactly_if_it_has_a_blobs_form(content: bytes) -> None:
+def test_a_file_is_read_exactly_if_it_has_a_blobs_form(content: bytes) -> None:
     put(FOLDER / NAME, "file", content)
     blob = read_or_refuse(FOLDER, NAME, "tagged")
     assert (blob and blob.content) == (content if is_one(content) else None)
@@ -76,7 +76,7 @@ texts = of_the_kernel | of_the_kernel.map(lambda text: text + b"\n") | mutated(o
 
 
 @tries("blob: any content, in any form", content=contents | texts | st.binary(max_size=600))
-def test_whatever_is_taken_is_what_the_kernel_can_be_given(content: bytes) -> None:
+def test_every_blob_that_is_read_is_one_that_the_kernel_takes(content: bytes) -> None:
     put(FOLDER / NAME, "file", content)
     match read_or_refuse(FOLDER, NAME):
         case blobs.Tagged():
@@ -92,7 +92,7 @@ def test_whatever_is_taken_is_what_the_kernel_can_be_given(content: bytes) -> No
 
 
 @tries("blob: any kind of file, of any size", kind=KINDS, size=any_number)
-def test_what_is_no_file_of_a_blobs_size_is_refused(kind: str, size: int) -> None:
+def test_anything_but_a_file_of_a_blobs_size_is_refused(kind: str, size: int) -> None:
     path = FOLDER / NAME
     put(path, kind, GOOD)
     if kind == "file":
@@ -115,7 +115,7 @@ def test_a_name_that_no_template_gives_reads_nothing(name: str) -> None:
 
 
 @tries("blob: any bytes to the CAAM's driver", blob=contents)
-def test_what_reaches_the_driver_never_overflows_it(blob: bytes) -> None:
+def test_no_blob_overflows_the_driver(blob: bytes) -> None:
     try:
         caam.import_blob(DEVICE, blob)
     except CaamError as error:

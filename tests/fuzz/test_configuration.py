@@ -1,4 +1,4 @@
-"""Any file in the configuration's place is a configuration, or refused with words for people."""
+"""Any file in the configuration's place is a configuration, or refused with a readable reason."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from caam_hotplug import names
 from caam_hotplug.cli import main as cli
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import KeySource, Match, MountSettings, NoMatch, Plan, Rule, decide
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import KeySource, MountSettings, NoMatch, Plan, Rule, match_rules
 from caam_hotplug.errors import ConfigError, UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.config_files import AnyonesFiles
 from caam_hotplug.model import KeyReference
-from fuzz.inputs import KINDS, SCRATCH, mutated, put, tries
+from fuzz.inputs import INPUT_FILES, KINDS, mutated, put, tries
 from unit.volumes import stick
 
-FOLDER: Final = SCRATCH / "configuration"
+FOLDER: Final = INPUT_FILES / "configuration"
 FILE: Final = FOLDER / "agent.toml"
 DROP_INS: Final = FOLDER / names.RULES_DIRECTORY
 DROP_INS.mkdir(parents=True)
 
 LONGEST_PROBLEM: Final = 500
-"""Characters. Nobody reads a longer line, and a journal cuts it."""
+"""Characters of a line that a reader still reads."""
 
 _INSTALLED: Final = (Path(__file__).parents[2] / "config" / "agent.toml").read_text("utf-8")
 EVERYTHING: Final = re.sub(r"^# (\[.+\]|[a-z_0-9]+ = .+)$", r"\1", _INSTALLED, flags=re.MULTILINE)
-"""The installed file with every comment sign taken away: each key once or twice."""
+"""The installed file without comment signs: each key once or twice."""
 SHORT: Final = b"""\
 log_level = "debug"
 [[rule]]
@@ -52,7 +53,7 @@ KEYS: Final = [
 
 
 def load_or_refuse(file: Path = FILE) -> Config | None:
-    """The configuration, which does what it may; None where it was refused as it must be."""
+    """Load the configuration and check its bounds; None where it was refused with a reason."""
     try:
         read = loader.load(file, AnyonesFiles())
     except ConfigError as error:
@@ -76,15 +77,15 @@ def load_or_refuse(file: Path = FILE) -> Config | None:
         assert rule.name.isascii()
         assert rule.name.isprintable()
         assert_acts_within_bounds(rule)
-    assert decide(read.rule, stick())
+    assert match_rules(read.rule, stick())
     return read
 
 
 def assert_acts_within_bounds(rule: Rule) -> None:
-    """Whatever the rule says, names stay names and a target line is one that the kernel reads."""
+    """Assert that the rule gives names only, and a target line that the kernel reads."""
     volume = stick(label="l", uuid="u", serial="s", partuuid="p")
     anything = Rule(name="r", key=rule.key, mount=rule.mount)
-    match decide((anything,), volume):
+    match match_rules((anything,), volume):
         case Plan(_, blob, mount_name):
             for name in (blob, mount_name):
                 assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name)
@@ -126,7 +127,7 @@ def test_a_damaged_file_is_read_or_refused(content: bytes) -> None:
 
 
 def quoted(text: str) -> str:
-    """A TOML basic string of the text."""
+    """Spell the text as a TOML basic string."""
     return (
         '"' + "".join(c if c.isalnum() and c.isascii() else f"\\U{ord(c):08x}" for c in text) + '"'
     )
@@ -178,7 +179,7 @@ def test_toml_of_any_form_is_read_or_refused(text: str) -> None:
 
 @contextlib.contextmanager
 def drop_ins(files: dict[bytes, tuple[str, bytes]]) -> Iterator[None]:
-    """The drop-in folder holds these files while the context is open."""
+    """Keep these files in the drop-in folder while the context is open."""
     paths = [Path(os.fsdecode(os.fsencode(DROP_INS) + b"/" + name)) for name in files]
     for path, (kind, content) in zip(paths, files.values(), strict=True):
         put(path, kind, content)
@@ -215,12 +216,12 @@ def test_drop_ins_of_any_kind_are_read_or_refused(
 
 
 @tries(
-    "configuration: `check` of whatever lies there",
+    "configuration: `check` of any file",
     kind=KINDS,
     content=contents | mutated(st.just(SHORT)),
     name=st.sampled_from(["agent.toml", "x.toml", "\udcff.toml", "rules.d/10-a.toml", "a\x1b[2J"]),
 )
-def test_check_says_valid_or_what_is_wrong(kind: str, content: bytes, name: str) -> None:
+def test_check_prints_valid_or_every_fault(kind: str, content: bytes, name: str) -> None:
     file = FOLDER / name
     put(file, kind, content)
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict") for _ in "oe")
@@ -229,19 +230,20 @@ def test_check_says_valid_or_what_is_wrong(kind: str, content: bytes, name: str)
             status = cli.main(["check", str(file)])
     finally:
         put(file, "nothing")
-    said = {stream: written(stream) for stream in (out, err)}
-    assert all(line.isprintable() for text in said.values() for line in text.splitlines())
+    printed = {stream: written(stream) for stream in (out, err)}
+    assert all(line.isprintable() for text in printed.values() for line in text.splitlines())
     match status:
         case 0:
-            assert ": valid; rules in the order they are asked: " in said[out]
+            assert ": valid; rules in the order they are asked: " in printed[out]
         case 1:
-            assert said[out] == ""
-            assert str(FOLDER) in said[err]
+            assert printed[out] == ""
+            assert str(FOLDER) in printed[err]
         case _:
             raise AssertionError(status)
 
 
 def written(stream: Any) -> str:
+    """Return all that was printed to the stream."""
     stream.flush()
     text: str = stream.buffer.getvalue().decode()
     return text

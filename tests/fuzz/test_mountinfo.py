@@ -19,7 +19,7 @@ LINES: Final = [
 
 
 def parse_or_refuse(line: bytes) -> Mount | None:
-    """As `mounts` reads the line; None where it was refused with words of what was expected."""
+    """Parse the line as `mounts` does; None where it was refused with what was expected."""
     text = line.decode(errors="surrogateescape")
     try:
         mount = filesystem.parse_mount(text)
@@ -61,7 +61,7 @@ def test_fields_in_any_order_are_a_mount_or_refused(parts: list[str]) -> None:
 
 
 def escaped(name: bytes) -> bytes:
-    """As the kernel writes a name (mangle_path in fs/seq_file.c, with the characters of
+    """Escape a name as the kernel does (mangle_path in fs/seq_file.c, with the characters of
     show_mountinfo in fs/proc_namespace.c)."""
     return b"".join(b"\\%03o" % c if c in b" \t\n\\#" else bytes([c]) for c in name)
 

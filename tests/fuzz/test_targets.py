@@ -1,4 +1,4 @@
-"""Any table of a mapping is a target of ours, or none; any DM-UUID a volume of ours, or none."""
+"""Any table of a mapping is a target or none, and any DM-UUID names a volume or none."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LINES: Final = [
 
 
 def parse(line: str) -> CryptTarget | None:
-    """The target, which is the one that its own line tells; None for another line."""
+    """Parse the line, and check that its target has the same line; None for another line."""
     target = CryptTarget.from_line(line)
     if target is not None:
         assert CryptTarget.from_line(target.to_line()) == target
         assert target.does_the_same(target)
         for number in (target.length, target.key_bytes, target.iv_offset, target.offset):
             assert number >= 0
-        # Nothing is passed over: the same words, but for the order of the options.
+        # No word is lost: only the order of the options may differ.
         assert sorted(target.to_line().split(" ")) == sorted(line.split(" "))
     return target
 

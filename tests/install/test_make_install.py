@@ -13,9 +13,12 @@ from install.tree import AGENT, REPOSITORY, copied_to, files_below, version
 
 HOME: Final = "usr/lib/caam-hotplug"
 CONFIGURATION: Final = "etc/caam-hotplug/agent.toml"
+SCHEMA: Final = "agent.schema.json"
 PLACES: Final = {
     "config/program": "usr/bin/caam-hotplug",
     "config/agent.toml": "usr/share/caam-hotplug/agent.toml",
+    "config/agent.schema.json": "usr/share/caam-hotplug/agent.schema.json",
+    "config/drop-in.schema.json": "usr/share/caam-hotplug/drop-in.schema.json",
     "config/caam-hotplug-holders.socket": "usr/lib/systemd/system/caam-hotplug-holders.socket",
     "config/caam-hotplug-holders@.service": "usr/lib/systemd/system/caam-hotplug-holders@.service",
     "config/caam-hotplug.service": "usr/lib/systemd/system/caam-hotplug.service",
@@ -82,9 +85,13 @@ def test_what_the_program_imports_is_not_the_environments_choice() -> None:
     assert (REPOSITORY / "config/program").read_text().startswith("#!/usr/bin/python3 -I\n")
 
 
-def test_under_another_prefix_the_service_starts_the_program_there(tmp_path: Path) -> None:
+def test_under_another_prefix_what_is_installed_names_the_files_there(tmp_path: Path) -> None:
     make("install", tmp_path, "PREFIX=/usr/local")
     assert (tmp_path / "usr/local/bin/caam-hotplug").exists()
+    schema = f"#:schema /usr/local/share/caam-hotplug/{SCHEMA}\n"
+    for file in ("usr/local/share/caam-hotplug/agent.toml", CONFIGURATION):
+        assert (tmp_path / file).read_text().startswith(schema)
+    assert (tmp_path / "usr/local/share/caam-hotplug" / SCHEMA).exists()
     unit = (tmp_path / "usr/local/lib/systemd/system/caam-hotplug.service").read_text()
     assert "ExecStart=/usr/local/bin/caam-hotplug run" in unit
     assert "/usr/bin/" not in unit

@@ -12,9 +12,11 @@ import pytest
 from install.tree import REPOSITORY, copied_to, files_below, version
 
 BESIDE: Final = {
+    "agent.schema.json",
     "agent.toml",
     "caam-hotplug.service",
     "caam-hotplug.socket",
+    "drop-in.schema.json",
     "50-caam-hotplug.rules",
 }
 """What the service needs besides its program, below share/caam-hotplug."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import BUILT_IN, Match, Rule
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, Rule
 from caam_hotplug.daemon import explain
 from caam_hotplug.errors import HotplugError
 from fakes.contract import until
@@ -22,12 +23,12 @@ def said(device: str, config: Config) -> str:
     return "\n".join(explain.explain(device, config))
 
 
-def test_a_device_is_told_with_its_facts_and_the_rule_that_admits_it(room: Room) -> None:
+def test_a_device_is_told_with_its_facts_and_the_rule_that_matches_it(room: Room) -> None:
     with room.medium.disposable():
         told = said(room.medium.partition, ANY)
         assert f"{room.medium.partition}: partition on scsi" in told
         assert "  partlabel  'cartridge-01'" in told
-        assert "rule 'any' admits it" in told
+        assert "rule 'any' matches it" in told
         assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told
         by_link = "/dev/disk/by-partlabel/cartridge-01"
         assert said(by_link, ANY) == told
@@ -44,13 +45,13 @@ def test_a_device_of_which_udev_has_not_told_is_told_as_its_partition_table_has_
     run("udevadm", "settle")
     assert "  partlabel  'cartridge-01'" in told
     assert "  udev has not told of it yet, and may tell more" in told
-    assert "rule 'any' admits it" in told
+    assert "rule 'any' matches it" in told
 
 
-def test_a_device_that_no_rule_admits_is_told_why(room: Room) -> None:
+def test_a_device_that_no_rule_matches_is_told_why(room: Room) -> None:
     with room.medium.disposable():
         told = said(room.medium.partition, Config(rule=BUILT_IN))
-        assert "no rule admits it; it is left untouched" in told
+        assert "no rule matches it; it is left untouched" in told
         assert "rule 'built-in': bus is scsi, not usb, mmc" in told
 
 

@@ -357,8 +357,8 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> Non
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ('match = { partlabel = "other" }', "no rule admits it"),
-        ('action = "ignore"', "no rule admits it"),
+        ('match = { partlabel = "other" }', "no rule matches it"),
+        ('action = "ignore"', "no rule matches it"),
         ('key = { backend = "tagged" }', "would not open it with a trusted key"),
         ('crypt = { cipher = "capi:tk(cbc(aes))-plain" }', "would not open it with a trusted key"),
         (f'key = {{ blob = "{LABEL}.bb" }}', "opens all its media with"),

@@ -20,8 +20,8 @@ from kernel.witness import Board, run
 
 def test_a_blank_medium_is_made_and_nothing_is_left_but_medium_and_blob(bench: Bench) -> None:
     done = bench.provision()
-    assert (done.status, done.err) == (0, "note: no rule admits it (built-in: bus is scsi, not usb,"
-                                          " mmc); the same command with --rule writes one that "
+    assert (done.status, done.err) == (0, "note: no rule matches it (built-in: bus is scsi, not "
+                                          "usb, mmc); the same command with --rule writes one that "
                                           "does\n")  # fmt: skip
     assert done.out == (f"{bench.medium.partition}: {LABEL} is made; its key is in {bench.blob}\n")
     bench.is_made()
@@ -60,7 +60,7 @@ def test_a_rule_is_written_once_and_says_what_the_medium_has(bench: Bench) -> No
     assert "the built-in one no longer applies" in done.err
     assert rule.stat().st_mode == 0o100644
     explained = bench.run("explain", bench.medium.partition)
-    assert f"rule '{LABEL}' admits it" in explained.out
+    assert f"rule '{LABEL}' matches it" in explained.out
     again = bench.provision(*options)
     assert (again.status, "was made before" in again.out) == (0, True), again.err
     other = bench.provision("--rule")

@@ -22,7 +22,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from caam_hotplug.config.rules import BUILT_IN, Action, Match, OnStop, Rule
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, Action, OnStop, Rule
 from caam_hotplug.errors import DmError, HotplugError, KernelError, MountError
 from caam_hotplug.model import State
 from fakes.bench import Bench

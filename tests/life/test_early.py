@@ -9,15 +9,9 @@ from dataclasses import replace
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import (
-    BUILT_IN,
-    KeySource,
-    Match,
-    MountSettings,
-    Rule,
-    Template,
-    UnitTemplate,
-)
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, KeySource, MountSettings, Rule
+from caam_hotplug.config.templates import Template, UnitTemplate
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -110,7 +104,7 @@ def test_a_rule_that_cannot_match_anyway_is_not_waited_for(bench: Bench) -> None
     assert bench.state(announced(bench)) is State.MOUNTED
 
 
-def test_a_medium_that_no_rule_admits_is_not_even_looked_at_before_udev_tells(
+def test_a_medium_that_no_rule_matches_is_not_even_looked_at_before_udev_tells(
     bench: Bench,
 ) -> None:
     bench.renew(Rule(name="r", match=Match(partlabel="other-*")))

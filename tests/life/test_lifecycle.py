@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, Match, MountSettings, OnStop, Rule, Template
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
 from fakes.bench import Bench
@@ -64,7 +66,7 @@ def test_an_unsafe_removal_is_shown_until_the_next_arrival(bench: Bench) -> None
     assert bench.state(first) is State.GONE
 
 
-def test_a_volume_that_no_rule_admits_is_not_touched(bench: Bench) -> None:
+def test_a_volume_that_no_rule_matches_is_not_touched(bench: Bench) -> None:
     volume = bench.insert("../../etc")
     bench.settle()
     assert bench.state(volume) is State.IGNORED
@@ -359,7 +361,7 @@ def test_a_mapping_that_does_something_else_is_left_alone_until_its_medium_leave
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_that_no_rule_admits_any_more_is_let_go_at_the_next_start(bench: Bench) -> None:
+def test_a_volume_that_no_rule_matches_any_more_is_let_go_at_the_next_start(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
     bench.kill()

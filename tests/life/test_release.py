@@ -9,15 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import (
-    BUILT_IN,
-    Action,
-    MountSettings,
-    OnBusy,
-    OnStop,
-    Rule,
-    UnitTemplate,
-)
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
+from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import BlobError, DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, State, Volume, VolumeId
 from fakes.bench import Bench

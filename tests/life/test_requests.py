@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule, UnitTemplate
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule
+from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench
@@ -277,12 +278,12 @@ def test_a_retry_of_what_has_been_mounted_meanwhile_is_granted(bench: Bench) -> 
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
-def test_a_volume_that_no_rule_admits_is_left_alone_whatever_is_asked(
+def test_a_volume_that_no_rule_matches_is_left_alone_whatever_is_asked(
     bench: Bench, verb: str
 ) -> None:
     volume = bench.insert("../../etc")
     bench.settle()
-    with pytest.raises(RequestRefusedError, match=r"no rule admits it"):
+    with pytest.raises(RequestRefusedError, match=r"no rule matches it"):
         bench.answer(verb, volume)
     assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
 

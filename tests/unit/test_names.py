@@ -33,7 +33,7 @@ def test_a_mappings_uuid_leads_back_to_its_volume(volume: VolumeId) -> None:
         "XCAAM-HOTPLUG-7-1",
     ],
 )
-def test_another_uuid_is_not_ours(uuid: str) -> None:
+def test_another_uuid_is_not_the_agents(uuid: str) -> None:
     assert names.volume_of_dm_uuid(uuid) is None
 
 
@@ -75,7 +75,7 @@ def test_an_unsafe_name_is_refused_with_the_reason(name: str, why: str) -> None:
 
 
 @given(st.text(max_size=40) | st.text(alphabet="a/.-\0\n", max_size=6))
-def test_no_name_is_admitted_that_could_lead_elsewhere(name: str) -> None:
-    admitted = names.why_unsafe(name) is None
-    safe = 0 < len(name) <= 36 and set(name) <= ALLOWED and name[0] not in ".-"
-    assert admitted == safe
+def test_a_name_that_could_lead_elsewhere_is_unsafe(name: str) -> None:
+    is_safe = names.why_unsafe(name) is None
+    expected = 0 < len(name) <= 36 and set(name) <= ALLOWED and name[0] not in ".-"
+    assert is_safe == expected

@@ -6,19 +6,20 @@ import argparse
 import os
 import pty
 import re
-import runpy
 import select
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import generate_completions
+import generate_man
 import pytest
 
+from caam_hotplug.cli import main as cli
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-generate = SimpleNamespace(**runpy.run_path(str(REPOSITORY / "docs" / "generate.py")))
-GENERATED: dict[str, str] = generate.generated()
-PAGES = [name for name in GENERATED if name.startswith("docs/man/")]
+PAGES = generate_man.generated()
+GENERATED = PAGES | generate_completions.completions(cli._parser())
 HOSTILE = r"""[
   {"label": "cartridge-01", "device": "/dev/sdb1", "state": "mounted"},
   {"label": "$(touch ran)", "device": "/dev/sdc1"},
@@ -27,16 +28,16 @@ HOSTILE = r"""[
   {"label": "-rf"},
   {"label": "a b"}
 ]"""
-"""What `status --json` might print; labels are anybody's text."""
+"""Output that `status --json` might print; anybody may write a label."""
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_what_is_committed_is_what_would_be_written(name: str) -> None:
+def test_the_committed_file_is_what_the_generator_writes(name: str) -> None:
     assert (REPOSITORY / name).read_text() == GENERATED[name], "run `make man`"
 
 
 def parser() -> argparse.ArgumentParser:
-    """A parser with everything that the program's own may have."""
+    """Make a parser with everything that the program's own may have."""
     made = argparse.ArgumentParser(
         prog="caam-hotplug",
         description="Does what is needed.",
@@ -64,11 +65,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def of_everything() -> dict[str, str]:
-    return {"everything.1": generate.page_of_parser(parser())}
+    return {"everything.1": generate_man.page_of_parser(parser())}
 
 
 def complaints(page: str) -> list[str]:
-    """What the renderers have against a page; there is no date in ours, on purpose."""
+    """List the complaints of the renderers about a page, which has no date on purpose."""
     found = []
     for command in (["groff", "-man", "-Tutf8", "-ww", "-z"], ["mandoc", "-T", "lint"]):
         done = subprocess.run(command, input=page, capture_output=True, text=True)
@@ -92,7 +93,7 @@ def rendered(page: str) -> str:
     return " ".join(re.sub(".\b", "", done.stdout).split())  # bold is a letter struck twice
 
 
-def test_a_page_says_all_that_the_parser_knows() -> None:
+def test_a_page_has_all_that_the_parser_has() -> None:
     said = rendered(of_everything()["everything.1"])
     for words in (
         "caam-hotplug eject LABEL|DEVICE [--on-busy HOW] [--json]",
@@ -115,17 +116,17 @@ def test_a_page_says_all_that_the_parser_knows() -> None:
 
 def test_the_configurations_page_has_every_key_with_the_words_of_the_installed_file() -> None:
     said = rendered(GENERATED["docs/man/caam-hotplug.toml.5"])
-    assert 'on_stop = "lock" What a clean stop of the agent does: "lock" unmounts' in said
+    assert 'on_stop = "lock" Treatment at a clean stop of the agent: "lock" unmounts' in said
     assert 'label = "backup-*" uuid = "6ba7b810-9dad-11d1-80b4-00c04fd430c8" Label and' in said
-    assert "[rule.mount] Where and how it is mounted." in said
+    assert "[rule.mount] Place and options of the mount." in said
     assert "EXAMPLE A second rule as an example" in said
     assert '[rule.mount.filesystem_options] vfat = ["utf8"]' in said
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with the completions of the parser that has everything, and the program."""
-    for name, text in generate.completions(parser()).items():
+    """Make a directory with the completions of such a parser, and the program."""
+    for name, text in generate_completions.completions(parser()).items():
         (tmp_path / Path(name).name).write_text(text)
     program = tmp_path / "caam-hotplug"
     program.write_text(f"#!/bin/sh\n[ \"$*\" = 'status --json' ] && cat <<'X'\n{HOSTILE}\nX\n")
@@ -139,7 +140,7 @@ def in_place(place: Path) -> dict[str, str]:
 
 
 def bash_offers(place: Path, line: str) -> set[str]:
-    """What bash offers for the last word of the line."""
+    """Ask bash for its offers for the last word of the line."""
     words = " ".join(f"'{word}'" for word in line.split(" "))
     script = (
         f"source ./caam-hotplug.bash; COMP_WORDS=({words})\n"
@@ -151,7 +152,7 @@ def bash_offers(place: Path, line: str) -> set[str]:
 
 
 def fish_offers(place: Path, line: str) -> set[str]:
-    """What fish offers for the last word of the line."""
+    """Ask fish for its offers for the last word of the line."""
     script = f"source ./caam-hotplug.fish; complete -C '{line}'"
     return {one.split("\t")[0] for one in asked(["fish", "--no-config", "-c", script], place)}
 

@@ -1,4 +1,4 @@
-"""No output shows a key: no exception, repr, log line or copy, and no traceback with locals."""
+"""No output shows a key: no exception, repr, log line, copy or traceback with locals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from caam_hotplug import errors
-from caam_hotplug.config.rules import BUILT_IN, Plan, decide
+from caam_hotplug.config.rules import BUILT_IN, Plan, match_rules
 from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
 from caam_hotplug.formats.crypt_table import crypt_target
 from caam_hotplug.kernel import caam, keyring
@@ -28,14 +28,14 @@ from caam_hotplug.volume.target import Target
 from unit.volumes import stick
 
 KEY = bytes.fromhex("4f6174610000000001000000100000001000000099a1b7c3d5e9f1020b1d2f41536577")
-"""As a tagged key is: a header, then a black key of 16 bytes; some of both are printable."""
+"""A tagged key: a header, then a black key of 16 bytes. Some bytes of both are printable."""
 BLOB = struct.pack("=5I", 0x5461674F, 0, 1, 16, 64) + bytes(range(100, 164))
 WINDOW = 6
-"""Bytes in a row. As many of a key would be half of one of 16 bytes, read through a mistake."""
+"""Bytes in a row that show a key: an accident that reads half of 16 bytes would have as many."""
 
 
 def spellings(part: bytes) -> set[str]:
-    """How a part of the key might be written."""
+    """List the ways in which a part of the key might be written."""
     return {
         part.decode("latin-1"),
         repr(part)[2:-1],
@@ -50,16 +50,16 @@ def spellings(part: bytes) -> set[str]:
 
 
 def shows_the_key(text: str) -> bool:
-    """Whether the text has any few bytes of the black key in a row, however they are written."""
+    """Whether the text has a few bytes of the black key in a row, in any spelling."""
     black = KEY[-16:]
     parts = (black[at : at + WINDOW] for at in range(len(black) - WINDOW + 1))
     return any(spelled in text for part in parts for spelled in spellings(part))
 
 
 def with_locals(error: BaseException) -> str:
-    """The traceback as a crash reporter's would be, with every frame's variables."""
-    told = traceback.TracebackException.from_exception(error, capture_locals=True, compact=False)
-    return "".join(told.format())
+    """Format the traceback as a crash reporter does, with the variables of every frame."""
+    trace = traceback.TracebackException.from_exception(error, capture_locals=True, compact=False)
+    return "".join(trace.format())
 
 
 def secret() -> SecretBytes:
@@ -93,13 +93,15 @@ def test_secret_bytes_are_shown_by_their_length(write: Callable[[object], str]) 
 
 @dataclass(frozen=True)
 class Holder:
-    """Anything that holds a key beside other things."""
+    """An object that holds a key beside other values."""
 
     name: str
     key: SecretBytes
 
 
-def test_what_holds_secret_bytes_does_not_show_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_holder_of_secret_bytes_does_not_show_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     held = Holder("x", secret())
     logging.getLogger("caam_hotplug").error("held: %s %r", held, {"key": held.key})
     assert "<35 secret bytes>" in caplog.text
@@ -127,7 +129,7 @@ def test_no_copy_is_made_of_secret_bytes(take: Callable[[SecretBytes], Any]) -> 
 
 
 def test_a_plan_and_its_target_are_made_without_the_key() -> None:
-    plan = decide(BUILT_IN, stick())
+    plan = match_rules(BUILT_IN, stick())
     assert isinstance(plan, Plan)
     held = Target(stick(), plan)
     target = crypt_target(stick(), plan.rule.crypt, KeyReference("logon", len(secret())))
@@ -137,15 +139,15 @@ def test_a_plan_and_its_target_are_made_without_the_key() -> None:
 
 
 def every_error() -> list[type[HotplugError]]:
-    """The whole hierarchy."""
+    """List the whole hierarchy of errors."""
     found = [errors.HotplugError]
     for kind in found:
         found += kind.__subclasses__()
     return found
 
 
-def what_is_told_of(kind: type[HotplugError]) -> str:
-    """All that is shown of an error of this kind, with a key in its arguments and around it."""
+def shown_of(kind: type[HotplugError]) -> str:
+    """Show an error of this kind, with a key in its arguments and around it."""
     with pytest.raises(HotplugError) as caught, secret() as key:
         error = kind.__new__(kind)
         Exception.__init__(error, f"with {key}", key)
@@ -156,13 +158,13 @@ def what_is_told_of(kind: type[HotplugError]) -> str:
 
 def test_an_error_that_is_raised_over_secret_bytes_does_not_show_them() -> None:
     for kind in every_error():
-        told = what_is_told_of(kind)
-        assert "<35 secret bytes>" in told
-        assert not shows_the_key(told)
+        shown = shown_of(kind)
+        assert "<35 secret bytes>" in shown
+        assert not shows_the_key(shown)
 
 
-def of_driver(monkeypatch: pytest.MonkeyPatch, outcome: OSError | None) -> None:
-    """The kernel's driver writes the key where it is asked to, and then succeeds or fails."""
+def replace_driver(monkeypatch: pytest.MonkeyPatch, outcome: OSError | None) -> None:
+    """Replace the driver by one that writes the key as asked, and then succeeds or fails."""
 
     def ioctl(_file: int, _request: int, argument: bytearray) -> int:
         ctypes.memmove(struct.unpack_from("=Q", argument, 32)[0], KEY, len(KEY))
@@ -181,25 +183,25 @@ def test_an_import_that_fails_after_the_key_was_written_does_not_show_it(
     number: int, kind: type[HotplugError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "caam").touch()
-    of_driver(monkeypatch, OSError(number, "x"))
+    replace_driver(monkeypatch, OSError(number, "x"))
     with pytest.raises(kind) as caught:
         caam.import_blob(tmp_path / "caam", BLOB)
-    told = with_locals(caught.value)
-    assert "secret bytes>" in told
-    assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+    trace = with_locals(caught.value)
+    assert "secret bytes>" in trace
+    assert not shows_the_key(f"{caught.value} {caught.value!r} {trace}")
 
 
 def test_a_key_that_the_keyring_refuses_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "caam").touch()
-    of_driver(monkeypatch, None)
+    replace_driver(monkeypatch, None)
     with caam.import_blob(tmp_path / "caam", BLOB) as key:
         assert bytes(key.buffer) == KEY
         # A logon key's description must have a prefix, so that no kernel takes this one.
         with pytest.raises(OSError) as caught:
             keyring.add_key("logon", "without-prefix", key)
-        told = with_locals(caught.value)
-        assert "payload = <35 secret bytes>" in told
-        assert not shows_the_key(f"{caught.value} {caught.value!r} {told}")
+        trace = with_locals(caught.value)
+        assert "payload = <35 secret bytes>" in trace
+        assert not shows_the_key(f"{caught.value} {caught.value!r} {trace}")
     assert bytes(key.buffer) == bytes(len(KEY))

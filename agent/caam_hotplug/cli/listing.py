@@ -47,7 +47,7 @@ def table(
         yield "no media"
     hidden = len(volumes) - len(listed)
     if hidden:
-        yield f"({hidden} that no rule admits: --all)"
+        yield f"({hidden} that no rule matches: --all)"
 
 
 def to_json(volumes: Sequence[ShownVolume], version: str, counters: Mapping[str, int]) -> str:

@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path, metavar="FILE")
     check.set_defaults(command=_check)
 
-    explain = commands.add_parser("explain", help="say which rule admits a device, or why none")
+    explain = commands.add_parser("explain", help="say which rule matches a device, or why none")
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)

@@ -164,12 +164,12 @@ def add_key_choices(parser: argparse.ArgumentParser, *, makes_key: bool = True) 
 
 def seal_method(parsed: argparse.Namespace) -> tuple[sealing.SealMethod, int]:
     """How the key is to be sealed, and its length. Raises: HotplugError."""
-    from caam_hotplug.config import loader  # noqa: PLC0415  only needed by some commands
+    from caam_hotplug.config import checks  # noqa: PLC0415  only needed by some commands
     from caam_hotplug.keys import sealing  # noqa: PLC0415  only needed by some commands
 
     options = getattr(parsed, "key_options", "")
     try:
-        loader.require_key_options(options)
+        checks.KEY_OPTIONS.require(options)
     except ValueError as error:
         raise HotplugError(f"use --key-options: {error}") from error
     backend = sealing.backend_here(parsed.backend)

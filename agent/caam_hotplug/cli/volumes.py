@@ -55,7 +55,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         + 'Beside "volumes" there are "version" and "counters" (how often each state was '
         "reached).\n",
     )
-    status.add_argument("--all", action="store_true", help="also those that no rule admits")
+    status.add_argument("--all", action="store_true", help="also those that no rule matches")
     status.add_argument("--json", action="store_true", help="all, for programs")
 
     watch = _add(

@@ -1,4 +1,4 @@
-"""Which rule admits a device and what it will be called, or for each rule why it does not."""
+"""Which rule matches a device and what it will be called, or for each rule why it does not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Action, NoMatch, Plan, decide
+from caam_hotplug.config.rules import Action, NoMatch, Plan, match_rules
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
 from caam_hotplug.kernel import udev
@@ -31,11 +31,11 @@ def explain(node: str, config: Config) -> Iterator[str]:
     if awaits_udev:
         yield "  udev has not told of it yet, and may tell more"
     yield ""
-    match decide(config.rule, volume):
+    match match_rules(config.rule, volume):
         case Plan() as plan:
             yield from _admitted(plan, config, volume)
         case NoMatch() as refused:
-            yield "no rule admits it; it is left untouched"
+            yield "no rule matches it; it is left untouched"
             for name, why in refused.reasons:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
 
@@ -67,7 +67,7 @@ def _facts(volume: Volume) -> Iterator[str]:
 
 
 def _admitted(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
-    yield f"rule {plan.rule.name!r} admits it"
+    yield f"rule {plan.rule.name!r} matches it"
     yield f"  blob        {config.blob_directory / plan.blob}"
     yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"
     yield f"  cipher      {_cipher(plan)}"

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Final, assert_never
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import Plan, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.model import (
     Announced,
@@ -214,7 +214,7 @@ class Supervisor:
     def _arrive_early(self, volume: Volume) -> None:
         """Start without udev's report, if the volume's rule does not need it."""
         is_new = volume.id not in self._lifecycles
-        if is_new and isinstance(decide(self._context.rules, volume), Plan):
+        if is_new and isinstance(match_rules(self._context.rules, volume), Plan):
             self._arrive(volume)
 
     def _depart(self, name: str) -> None:

@@ -1,9 +1,9 @@
-"""A key sealed for storage: its three forms, told apart by their bytes. Pure.
+"""Sealed keys in their three forms, told apart by their bytes. Pure.
 
     form       made by                  bytes
     tagged     NXP's caam-keygen        a tag header, then the black blob
     trusted    key type `trusted`       the sealed blob in hex, as keyctl pipe prints it; or raw,
-                                        which no one can tell by looking
+                                        which its bytes do not tell
     encrypted  key type `encrypted`     FORMAT trusted:MASTER LENGTH HEX, as keyctl pipe prints it
 
     offset  field of the tag header, in host order
@@ -31,10 +31,10 @@ from caam_hotplug.model import KeyType
 
 Backend = Literal["tagged", "trusted", "encrypted"]
 Seal = Literal["ecb", "ccm"]
-"""How the CAAM covers a black key in memory; a `ccm` key notices that it was changed."""
+"""Encryption of a black key in memory; the CAAM notices a changed key with `ccm` only."""
 
 MAX_BYTES: Final = 4096
-"""No blob's file is longer, whatever its form."""
+"""Longest file of a blob, in any form."""
 
 _TAG: Final = struct.Struct("=5I")
 _TAG_MAGIC: Final = 0x5461674F
@@ -44,8 +44,7 @@ _CCM_OVERHEAD: Final = 12
 _KEY_BYTES: Final = range(16, 65)
 TAGGED_KEY_MAX_BYTES: Final = _TAG.size + _KEY_BYTES[-1] + _CCM_OVERHEAD
 TAGGED_MAX_BYTES: Final = TAGGED_KEY_MAX_BYTES + _BLOB_OVERHEAD
-"""Some kernels copy the length they are told into a fixed buffer, so nothing longer may ever be
-handed to caam-keygen."""
+"""Longest blob that caam-keygen may be given: some kernels copy any length into a fixed buffer."""
 
 _TRUSTED_MAX_BYTES: Final = 512
 """MAX_BLOB_SIZE of keys/trusted-type.h."""
@@ -61,32 +60,32 @@ ENCRYPTED_KEY_BYTES: Final = range(20, 129)
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """A tag header and a black blob; nothing of it is secret."""
+    """A tag header and a black blob. No part is secret."""
 
     content: bytes
     type: int
     seal: Seal
     key_bytes: int
-    """Of the key itself, not of the tagged key that dm-crypt is given."""
+    """Length of the key itself, not of the tagged key that dm-crypt gets."""
 
     @property
     def blob_bytes(self) -> int:
-        """Without the tag header."""
+        """Length of the black blob, without the tag header."""
         return len(self.content) - _TAG.size
 
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """What a trust source, such as the CAAM, has sealed for the kernel; nothing of it is secret."""
+    """A key that a trust source, such as the CAAM, has sealed for the kernel. No part is secret."""
 
     content: bytes
-    """Not in hex."""
+    """Sealed bytes, not in hex."""
 
     @property
     def key_bytes(self) -> int | None:
-        """The key's length if the CAAM has sealed it, which adds 48 bytes; None if it cannot have.
+        """Length of the key if the CAAM has sealed it, which adds 48 bytes; None if it cannot have.
 
-        A blob of another source may happen to have a length that fits.
+        The blob of another trust source may have such a length, too.
         """
         length = len(self.content) - _BLOB_OVERHEAD
         return length if length in TRUSTED_KEY_BYTES else None
@@ -94,13 +93,13 @@ class Trusted:
 
 @dataclass(frozen=True, slots=True)
 class Encrypted:
-    """A key encrypted under a trusted one, the master; nothing of it is secret."""
+    """A key encrypted under a trusted one, the master. No part is secret."""
 
     content: bytes
-    """The text that the kernel loads."""
+    """Text that the kernel loads."""
     format: str
     master: str
-    """The description of the trusted key, and its blob's name without the ending."""
+    """Description of the trusted key, and name of its blob without the ending."""
     key_bytes: int
 
 
@@ -111,11 +110,11 @@ KEY_TYPES: Final[dict[Backend, KeyType]] = {
     "trusted": "trusted",
     "encrypted": "encrypted",
 }
-"""The type that the key of such a blob has in a keyring."""
+"""Type that the key of a blob has in a keyring, by the blob's backend."""
 
 
 def backend_of(blob: Blob) -> Backend:
-    """Which of them made it, and loads it."""
+    """Name the backend that made the blob and loads it."""
     match blob:
         case Tagged():
             return "tagged"
@@ -126,9 +125,9 @@ def backend_of(blob: Blob) -> Backend:
 
 
 def parse(content: bytes, wanted: Backend | None = None) -> Blob:
-    """The blob that these bytes are, in the form that is wanted or in any.
+    """Read a blob in the form that is wanted, or in any form.
 
-    Raises: BlobError with what is wrong with them, for a file that a caller names.
+    Raises: BlobError with the mistake; the caller knows the file.
     """
     blob = _parsed(content, wanted)
     if wanted is not None and backend_of(blob) != wanted:
@@ -137,6 +136,7 @@ def parse(content: bytes, wanted: Backend | None = None) -> Blob:
 
 
 def _parsed(content: bytes, wanted: Backend | None) -> Blob:
+    """Read a blob in the form that its bytes tell. Raises: BlobError."""
     text = content.strip()
     if _has_tag(content) if wanted != "trusted" else _is_tagged(content):
         return _tagged(content)
@@ -144,7 +144,7 @@ def _parsed(content: bytes, wanted: Backend | None) -> Blob:
         return _encrypted(text)
     if text and all(byte in string.hexdigits.encode() for byte in text):
         return _trusted_of_hex(text)
-    if wanted == "trusted":  # raw bytes say nothing of themselves
+    if wanted == "trusted":  # raw bytes have no header
         return _trusted(content)
     if wanted == "tagged" or len(content) < _TAG.size:
         return _tagged(content)
@@ -155,7 +155,7 @@ def _parsed(content: bytes, wanted: Backend | None) -> Blob:
 
 
 def _has_tag(content: bytes) -> bool:
-    """Whether it starts with a tag header, of which magic or length may be damaged, not both."""
+    """Whether it starts with a tag header whose magic and length are not both damaged."""
     if len(content) < _TAG.size:
         return False
     magic, _, _, _, object_bytes = _TAG.unpack_from(content)
@@ -163,7 +163,7 @@ def _has_tag(content: bytes) -> bool:
 
 
 def _is_tagged(content: bytes) -> bool:
-    """Whether it is one for certain: raw bytes would have to be alike in twelve of their bytes."""
+    """Whether it is a tagged blob for certain: raw bytes would have to agree in twelve bytes."""
     if len(content) < _TAG.size:
         return False
     magic, version, _, _, object_bytes = _TAG.unpack_from(content)
@@ -171,6 +171,7 @@ def _is_tagged(content: bytes) -> bool:
 
 
 def _tagged(content: bytes) -> Tagged:
+    """Read a tag header and a black blob. Raises: BlobError."""
     if len(content) < _TAG.size:
         raise BlobError(f"is cut short: {len(content)} bytes, the tag header alone has {_TAG.size}")
     magic, version, kind, red_bytes, object_bytes = _TAG.unpack_from(content)
@@ -193,12 +194,14 @@ def _tagged(content: bytes) -> Tagged:
 
 
 def _trusted_of_hex(text: bytes) -> Trusted:
+    """Read a trusted key's blob in hex. Raises: BlobError."""
     if len(text) % 2:
         raise BlobError(f"is cut short: {len(text)} hex digits, half a byte too few")
     return _trusted(bytes.fromhex(text.decode()))
 
 
 def _trusted(content: bytes) -> Trusted:
+    """Read a trusted key's raw blob. Raises: BlobError."""
     if not _BLOB_OVERHEAD < len(content) <= _TRUSTED_MAX_BYTES:
         raise BlobError(
             f"is cut short or no trusted key's blob: {len(content)} bytes, expected "
@@ -208,6 +211,7 @@ def _trusted(content: bytes) -> Trusted:
 
 
 def _encrypted(text: bytes) -> Encrypted:
+    """Read an encrypted key as keyctl pipe prints it. Raises: BlobError."""
     found = _ENCRYPTED.fullmatch(text.decode("ascii", "replace"))
     if found is None:
         raise BlobError(

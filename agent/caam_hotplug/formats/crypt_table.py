@@ -28,7 +28,7 @@ CIPHERS: Final[dict[KeyType, str]] = {
     "trusted": "aes-xts-plain64",
     "encrypted": "aes-xts-plain64",
 }
-"""What `auto` means in a rule, by the type of the key."""
+"""Meaning of `auto` in a rule, by the type of the key."""
 
 _PLAIN_IV: Final = re.compile(r"-plain(be)?$")
 _IV_WRAPS_AT: Final = 1 << 32
@@ -42,26 +42,29 @@ Flag = Literal[
     "no_write_workqueue",
     "iv_large_sectors",
 ]
-"""dm-crypt's optional parameters that a rule may ask for (dm-crypt.rst)."""
+"""Optional parameters of dm-crypt that a rule may ask for (dm-crypt.rst)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crypt:
-    """How the medium is encrypted; what no header says, a rule must."""
+    """How a volume is encrypted. Plain dm-crypt has no header, so a rule must say it."""
 
     cipher: str = "auto"
-    """`auto`: what suits the key, see `CIPHERS`."""
+    """Cipher as dm-crypt spells it. `auto` is capi:tk(cbc(aes))-plain for a tagged key and
+    aes-xts-plain64 for any other."""
     sector_size: Literal[512, 1024, 2048, 4096] = 512
+    """Bytes that are encrypted as one."""
     offset: int = 0
-    """Where the ciphertext starts on the volume, in 512-byte sectors."""
+    """Start of the ciphertext on the volume, in 512-byte sectors."""
     iv_offset: int = 0
-    """Added to the sector number that makes the IV, in 512-byte sectors."""
+    """Number that is added to a sector's number to make its IV, in 512-byte sectors."""
     flags: tuple[Flag, ...] = ()
+    """Optional parameters of dm-crypt."""
 
 
 @dataclass(frozen=True, slots=True)
 class CryptTarget:
-    """One dm-crypt target that covers a whole mapping."""
+    """A dm-crypt target that covers a whole mapping."""
 
     length: Sectors
     cipher: str
@@ -74,7 +77,7 @@ class CryptTarget:
     options: frozenset[str]
 
     def to_line(self) -> str:
-        """The line that a table load takes."""
+        """Spell the target as the line that a table load takes."""
         options = f" {len(self.options)} {' '.join(sorted(self.options))}" if self.options else ""
         return (
             f"0 {self.length} crypt {self.cipher} :{self.key_bytes}:{self.key_description} "
@@ -83,14 +86,14 @@ class CryptTarget:
 
     @classmethod
     def from_line(cls, line: str) -> CryptTarget | None:
-        """The inverse of `to_line`, or None for any other target or a key that is in no keyring."""
+        """Read a target line; None for any other target, or for a key that is in no keyring."""
         fields = line.split(" ")
         if len(fields) < 8 or fields[0] != "0" or fields[2] != "crypt":
             return None
         _, length, _, cipher, key, iv_offset, device, offset, *listed = fields
         empty, _, sized = key.partition(":")
         key_bytes, colon, description = sized.partition(":")
-        # A table that is read more widely than the kernel writes it might be taken for ours.
+        # Only the kernel's own spelling is accepted: another table must not pass for ours.
         options = frozenset(listed[1:])
         is_counted = not listed or (options and listed[0] == str(len(listed) - 1))
         has_twins = len(options) < len(listed[1:])
@@ -111,7 +114,7 @@ class CryptTarget:
             return None
 
     def does_the_same(self, other: CryptTarget) -> bool:
-        """Whether both map the same bytes alike, whatever the size of the key that was used."""
+        """Whether both map the same bytes in the same way, with a key of any size."""
         return (
             self.length == other.length
             and self.cipher == other.cipher
@@ -124,12 +127,12 @@ class CryptTarget:
 
 
 def cipher_for(crypt: Crypt, kind: KeyType) -> str:
-    """The cipher of a rule's media whose keys have this type."""
+    """Resolve `auto` for a key of this type."""
     return CIPHERS[kind] if crypt.cipher == "auto" else crypt.cipher
 
 
 def crypt_target(volume: Volume, crypt: Crypt, key: KeyReference) -> CryptTarget:
-    """The target for a volume under a rule, with such a key under the volume's description.
+    """Build the target for a volume under a rule, with a key under the volume's description.
 
     Raises: UnsupportedVolumeError if the ciphertext would not fit or its IV would repeat.
     """

@@ -8,7 +8,7 @@ What has been done so far is read off the journal, a file beside the blobs, and 
     there, with its last record     as it was                   ends it
 
 The journal is on the board's disk before the medium is touched. The first that is done to that is
-the mark, by which no rule admits it, here or elsewhere: a partition type of its own, and an
+the mark, by which no rule matches it, here or elsewhere: a partition type of its own, and an
 identifier that only this journal has. Then its bytes go from key to key (`reencryption`). The last
 three acts are to put the new blob in the place of the old one, which is kept under another name, to
 give the partition back what it said of itself, and to remove the journal.
@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Plan, Rule, decide
+from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.errors import (
     BlobMissingError,
     DeviceInUseError,
@@ -55,7 +55,7 @@ from caam_hotplug.provisioning import migration_journal, reencryption, temporary
 
 MARK: Final = UUID(names.UNFINISHED_TYPE)
 MARKED_NAME: Final = "(caam-hotplug: migrating)"
-"""A label for people, with blanks and parentheses; by the type no rule admits it."""
+"""A label for people, with blanks and parentheses; by the type no rule matches it."""
 _DIRECT: Final = os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Tell = Callable[[str], None]
@@ -324,13 +324,13 @@ def _admitted(
         parttype=str(identity.type),
         identified=True,
     )
-    match decide(config.rule, volume):
+    match match_rules(config.rule, volume):
         case Plan(rule=rule, blob=blob):
             return rule, blob
         case refused:
             raise HotplugError(
                 f"migrate {volume.node}: how it is encrypted is for a rule to say, and no rule "
-                f"admits it ({refused})"
+                f"matches it ({refused})"
             )
 
 

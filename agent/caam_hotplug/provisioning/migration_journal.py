@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, get_type_hints
 from uuid import UUID
 
 from caam_hotplug import names
-from caam_hotplug.config.conversion import converted
+from caam_hotplug.config.convert import converted
 from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.kernel import atomic_files, paths

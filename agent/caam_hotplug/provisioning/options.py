@@ -11,7 +11,7 @@ from uuid import UUID
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config, load
-from caam_hotplug.config.rules import BUILT_IN, NoMatch, Plan, Rule, decide
+from caam_hotplug.config.rules import BUILT_IN, NoMatch, Plan, Rule, match_rules
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
 from caam_hotplug.kernel import atomic_files, blob_files, config_files, mkfs, paths, udev
@@ -160,7 +160,7 @@ def require_rule_decides(wish: Wish, config: Config, disk: Volume) -> None:
     if wish.rule_file is None:
         return
     rules = load(wish.config_file, _WithDropIn(wish.rule_file, wish.rule_text), required=False).rule
-    match decide(rules, _partition_of(wish, config, disk)):
+    match match_rules(rules, _partition_of(wish, config, disk)):
         case Plan(rule=rule, blob=blob):
             differs = _differences(wish, rule, blob)
             why = f"would not open the medium, which has another {' and another '.join(differs)}"
@@ -196,7 +196,7 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
     if wish.rule_file is not None:
         return
     remedy = "the same command with --rule writes one that does"
-    match decide(config.rule, _partition_of(wish, config, disk)):
+    match match_rules(config.rule, _partition_of(wish, config, disk)):
         case Plan(rule=rule, blob=blob):
             made = blob_files.read(config.blob_directory, f"{wish.label}.bb", wish.method.backend)
             differs = _differences(wish, rule, blob, made)
@@ -206,7 +206,7 @@ def advice(wish: Wish, config: Config, disk: Volume) -> Iterator[str]:
                     f"{' and another '.join(differs)}; {remedy}"
                 )
         case refused:
-            yield f"no rule admits it ({refused}); {remedy}"
+            yield f"no rule matches it ({refused}); {remedy}"
 
 
 def _differences(wish: Wish, rule: Rule, blob: str, made: blobs.Blob | None = None) -> list[str]:

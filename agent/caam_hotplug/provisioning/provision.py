@@ -11,7 +11,7 @@ What has been done so far is read off the blob directory and the medium, in this
 A blob is on the disk before the medium is touched. It is not settled (it has a second, temporary
 name) until the medium bears the mark; so one that is not settled can be taken back, and one that is
 settled is never touched again. The mark is a partition with a type of its own, which no rule
-admits, and says by its identifier which label, blob and recovery file the medium was begun
+matches, and says by its identifier which label, blob and recovery file the medium was begun
 with; to write the label in its place is the last act.
 
 A recovery file is written before the blob, and is not settled until the medium bears the mark. So
@@ -68,7 +68,7 @@ Tell = Callable[[str], None]
 MARK: Final = UUID(names.UNFINISHED_TYPE)
 """The partition type of a medium that is not finished, and the namespace of its identifiers."""
 MARKED_NAME: Final = "(caam-hotplug: not finished)"
-"""A label for people, with blanks and parentheses; by the type no rule admits it."""
+"""A label for people, with blanks and parentheses; by the type no rule matches it."""
 
 
 @dataclass(frozen=True, slots=True)

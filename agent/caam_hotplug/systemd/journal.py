@@ -39,7 +39,7 @@ class Event(Enum):
     """The mapping is live; a mount may follow."""
     MOUNTED = "d34349d68bac470593fc94e755e26a22"
     IGNORED = "add5ee8539a7462ebaf995c84a651afd"
-    """No rule admits the volume."""
+    """No rule matches the volume."""
     WAITING = "86d090847b54463abd539189fa009564"
     FAILED = "ed926665d938401c82c932addd7ca5a0"
     """A step was refused."""

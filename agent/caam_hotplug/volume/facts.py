@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from caam_hotplug.config.rules import ON_THE_TABLE
+from caam_hotplug.config.match import ON_THE_TABLE
 from caam_hotplug.model import Volume
 
 

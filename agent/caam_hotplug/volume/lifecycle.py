@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import NeedsUdev, NoMatch, Plan, decide
+from caam_hotplug.config.rules import NeedsUdev, NoMatch, Plan, match_rules
 from caam_hotplug.errors import (
     BlobError,
     BlobMissingError,
@@ -132,7 +132,7 @@ class VolumeLifecycle:
     async def _follow_rules(self) -> Phase:
         await self._identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
-        match decide(self._context.rules, self.record.volume):
+        match match_rules(self._context.rules, self.record.volume):
             case NeedsUdev() | NoMatch() if self.record.volume.awaits_udev:
                 return self._phase.to_idle()  # and publish nothing before udev's report
             case NoMatch() as why:
@@ -170,7 +170,7 @@ class VolumeLifecycle:
 
     async def _ignore(self, why: NoMatch) -> Phase:
         if self._phase.has_leftover:
-            log.warning("%s: no rule admits it any more; releasing it", self.record.volume)
+            log.warning("%s: no rule matches it any more; releasing it", self.record.volume)
             await self._release_leftover()
         self._status.publish(State.IGNORED, str(why), rule="", blob="")
         return Idle(target=self._phase.target)

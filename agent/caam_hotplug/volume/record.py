@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, decide
+from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.facts import Facts
@@ -95,7 +95,7 @@ class Record:
         """End the lifecycle: release the volume, or leave it mounted if its rule says so."""
         serving = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
         active = self.phase if isinstance(self.phase, Active) else None
-        plan = active.plan if active else decide(self.context.rules, self.volume)
+        plan = active.plan if active else match_rules(self.context.rules, self.volume)
         holds = self.phase.has_leftover or (active is not None and self.status.state in serving)
         keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
         self.stop.set(Reason.KEEP if keeps and holds else Reason.STOP)
@@ -146,7 +146,7 @@ class Record:
         change = self.inbox.take_change()
         if change is None:
             return None
-        plan = decide(self.context.rules, self.volume)
+        plan = match_rules(self.context.rules, self.volume)
         if self._agrees(target, plan) or isinstance(plan, NeedsUdev):
             return None
         return change
@@ -174,14 +174,14 @@ class Record:
         if self.status.state is State.FAILED and not self._retries_on_blob:
             return False
         target = self.phase.target
-        plan = decide(self.context.rules, self.volume)
+        plan = match_rules(self.context.rules, self.volume)
         return target is not None and self._agrees(target, plan)
 
     def _needs_udev(self, volume: Volume) -> bool:
         """Whether the rules cannot be matched without udev's report."""
         if isinstance(self.phase, Active) or not volume.awaits_udev:
             return False
-        return not isinstance(decide(self.context.rules, volume), Plan)
+        return not isinstance(match_rules(self.context.rules, volume), Plan)
 
     @property
     def _retries_on_blob(self) -> bool:

@@ -56,7 +56,7 @@ def refusal(ask: Ask, state: State | None) -> str | None:
     """Return why this cannot be asked of a volume in that state, or None if it can."""
     match state, ask:
         case State.IGNORED, _:
-            return "no rule admits it, so the agent leaves it alone; `explain` says why"
+            return "no rule matches it, so the agent leaves it alone; `explain` says why"
         case (State.MOUNTED | State.UNLOCKED) as state, Ask.UNLOCK:
             return f"it is {state.value} already"
         case (State.LOCKED | State.EJECTED) as state, Ask.RETRY:

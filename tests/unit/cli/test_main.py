@@ -74,8 +74,8 @@ def test_a_file_of_a_stranger_is_checked_with_a_warning_and_not_run(
     os.chown(file, STRANGER, 0)
     assert cli.main(["check", str(file)]) == 0
     why = (
-        f"{file}: belongs to user {STRANGER}, not to root, and who rules the configuration rules "
-        f"the agent: chown root {file}\n"
+        f"{file}: belongs to user {STRANGER}, not to root, and who can change the "
+        f"configuration controls the agent: chown root {file}\n"
     )
     assert capsys.readouterr().err == f"warning: `run` will refuse this: {why}"
     assert cli.main(["run", "--config", str(file)]) == 1

@@ -16,7 +16,8 @@ import pytest
 
 from caam_hotplug.cli.main import main
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import KeySource, Match, Rule
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import KeySource, Rule
 from caam_hotplug.doctor import caam, environment, kernel, report, runner, self_test, service
 from caam_hotplug.doctor.board import Site, is_harmless, is_open_to_service
 from caam_hotplug.doctor.result import Result, Status, Verdict, failure, ok, unknown, warning

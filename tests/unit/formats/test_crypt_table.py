@@ -25,7 +25,7 @@ TARGET = CryptTarget(
 )
 
 
-def test_the_default_rules_line_is_that_of_nxps_procedure() -> None:
+def test_the_line_of_the_built_in_rule_is_that_of_nxps_procedure() -> None:
     assert crypt_target(stick(), Crypt(), KeyReference("logon", 36)).to_line() == LINE
 
 
@@ -63,12 +63,12 @@ def test_a_line_with_options_is_read() -> None:
         f"{LINE} 2 allow_discards same_cpu_crypt same_cpu_crypt",
     ],
 )
-def test_another_line_is_no_target_of_ours(line: str) -> None:
+def test_another_line_is_no_target_of_the_agent(line: str) -> None:
     assert CryptTarget.from_line(line) is None
 
 
 @given(st.lists(st.sampled_from([*LINE.split(" "), "1", "a"]), max_size=12).map(" ".join))
-def test_no_line_of_the_kernels_raises(line: str) -> None:
+def test_no_line_raises(line: str) -> None:
     target = CryptTarget.from_line(line)
     assert target is None or target.to_line().startswith("0 ")
 

@@ -37,15 +37,15 @@ def refusals(folder: Path) -> list[str]:
 
 def of_stranger(component: Path) -> str:
     return (
-        f"{component}: belongs to user {STRANGER}, not to root, and who rules the configuration "
-        f"rules the agent: chown root {component}"
+        f"{component}: belongs to user {STRANGER}, not to root, and who can change the "
+        f"configuration controls the agent: chown root {component}"
     )
 
 
 def writable(component: Path) -> str:
     return (
-        f"{component}: can be written by others than root, and who rules the configuration rules "
-        f"the agent: chmod go-w {component}"
+        f"{component}: can be written by others than root, and who can change the "
+        f"configuration controls the agent: chmod go-w {component}"
     )
 
 
@@ -79,8 +79,8 @@ def test_a_sticky_directory_is_one_that_others_may_write(folder: Path, part: str
     component = folder.parent / part
     component.chmod(0o1777)
     assert refusals(folder) == [
-        f"{component}: is a place where everyone may put files, sticky as it is, and who rules "
-        "the configuration rules the agent: choose one where only root may"
+        f"{component}: is a place where everyone may put files, sticky as it is, and who can "
+        "change the configuration controls the agent: choose one where only root may"
     ]
 
 
@@ -104,8 +104,8 @@ def test_a_link_refuses_the_configuration_wherever_it_leads(folder: Path, part: 
 def test_a_link_above_the_configuration_refuses_it(folder: Path) -> None:
     (folder.parent / "link").symlink_to("etc")
     assert refusals(folder.parent / "link") == [
-        f"{folder.parent}/link: is not a directory but a link or a file, and who rules the "
-        "configuration rules the agent: name a path without links"
+        f"{folder.parent}/link: is not a directory but a link or a file, and who can change the "
+        "configuration controls the agent: name a path without links"
     ]
 
 

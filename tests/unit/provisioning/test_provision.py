@@ -208,7 +208,7 @@ ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
 DECIDING = {
     "cipher": ("and would not open the medium, which has another cipher;", ALL),
     "blob": ("which has another blob;", ALL + 'key = { blob = "all.bb" }\n'),
-    "ignore": ("and matches, and its action is ignore;", ALL + 'action = "ignore"\n'),
+    "ignore": ("and its action is ignore;", ALL + 'action = "ignore"\n'),
 }
 PLAIN64 = "capi:tk(cbc(aes))-plain64"
 
