@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import sdbus
-from sdbus.sd_bus_internals import SdBusMessage
 
 from caam_hotplug import names
 from caam_hotplug.cli import listing
@@ -22,6 +21,7 @@ from caam_hotplug.dbus.client import (
     in_words,
 )
 from caam_hotplug.dbus.connection import BUS
+from caam_hotplug.dbus.sdbus_internals import SdBusMessage
 from caam_hotplug.dbus.volume_view import ShownVolume
 
 _Properties = dict[str, tuple[str, Any]]

@@ -9,8 +9,8 @@ import socket
 from typing import Any
 
 import sdbus
-from sdbus.sd_bus_internals import SdBusMessage, SdBusRequestNameExistsError
 
+from caam_hotplug.dbus.sdbus_internals import SdBusMessage, SdBusRequestNameExistsError
 from caam_hotplug.errors import HotplugError
 
 BUS: tuple[str, str, str] = (

@@ -19,11 +19,11 @@ from sdbus import (
     DbusUnprivilegedFlag,
     SdBusBaseError,
 )
-from sdbus.sd_bus_internals import SdBusInterface, SdBusMessage
 
 from caam_hotplug import __version__, errors, names
 from caam_hotplug.dbus.authorization import Callers, apart
 from caam_hotplug.dbus.connection import Connection, words
+from caam_hotplug.dbus.sdbus_internals import SdBusInterface, SdBusMessage, stop_export
 from caam_hotplug.errors import HotplugError, RequestRefusedError, VolumeBusyError, shown
 from caam_hotplug.model import SECTOR_BYTES, Entry, State, VolumeId
 from caam_hotplug.systemd import journal
@@ -390,7 +390,7 @@ class _Exported:
         What sdbus calls is held by its interface, which Python's collector cannot look into: as
         long as that and we hold each other, neither is freed.
         """
-        self.interface._stop_export()  # sdbus has no other way to take it away
+        stop_export(self.interface)
         del self.interface
 
     def _get(self, name: str, message: SdBusMessage) -> None:
