@@ -17,7 +17,8 @@ from bus.conftest import folder_for_all
 from bus.private import PrivateBus
 from caam_hotplug import names
 from caam_hotplug.dbus.connection import Connection
-from caam_hotplug.dbus.objects import ArgumentsError, error_text, power_off
+from caam_hotplug.dbus.error_names import ArgumentsError, error_text
+from caam_hotplug.dbus.objects import power_off
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.model import State, VolumeId

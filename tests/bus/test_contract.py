@@ -12,8 +12,8 @@ import pytest
 from bus.agents import FakeRegistry, StrangeError, mounted
 from bus.private import REPOSITORY, PrivateBus
 from caam_hotplug import errors, names
-from caam_hotplug.dbus import objects
-from caam_hotplug.dbus.objects import ERROR_NAMES, error_name, error_text
+from caam_hotplug.dbus import error_names
+from caam_hotplug.dbus.error_names import ERROR_NAMES, error_name, error_text
 from caam_hotplug.dbus.service import Service
 from unit.volumes import STICK
 
@@ -101,7 +101,7 @@ def of_ours(module: Any) -> list[type[Exception]]:
     ]
 
 
-@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(objects), ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(error_names), ids=lambda k: k.__name__)
 def test_every_error_has_a_name_of_its_own(kind: type[Exception]) -> None:
     assert kind in ERROR_NAMES
     sharing = {other for other, name in ERROR_NAMES.items() if name == ERROR_NAMES[kind]}

@@ -8,30 +8,31 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, Protocol
 
-from sdbus import (
-    DbusPropertyConstFlag,
-    DbusPropertyEmitsChangeFlag,
-    DbusUnprivilegedFlag,
-    SdBusBaseError,
-)
+from sdbus import DbusUnprivilegedFlag, SdBusBaseError
 
-from caam_hotplug import __version__, errors, names
+from caam_hotplug import names
 from caam_hotplug.dbus.authorization import Callers, apart
 from caam_hotplug.dbus.connection import Connection, words
-from caam_hotplug.dbus.sdbus_internals import SdBusInterface, SdBusMessage, stop_export
-from caam_hotplug.errors import HotplugError, RequestRefusedError, VolumeBusyError, shown
-from caam_hotplug.model import SECTOR_BYTES, Entry, State, VolumeId
+from caam_hotplug.dbus.error_names import (
+    ERROR_NAMES,
+    ArgumentsError,
+    NotPermittedError,
+    error_name,
+    error_text,
+)
+from caam_hotplug.dbus.exported import ExportedObject, Method
+from caam_hotplug.dbus.properties import MANAGER, VOLUME, Property, values_of
+from caam_hotplug.dbus.sdbus_internals import SdBusMessage
+from caam_hotplug.errors import HotplugError, RequestRefusedError, shown
+from caam_hotplug.model import Entry, State, VolumeId
 from caam_hotplug.systemd import journal
 
 log = logging.getLogger(__name__)
 
-_U32: Final = 2**32 - 1
-_U64: Final = 2**64 - 1
 _EXPLAIN_WITHIN_S: Final = 60.0
 _DEFECT: Final = "a defect of the agent; the journal has the details"
 
@@ -63,109 +64,6 @@ class StatusRegistry(Protocol):
     def entries(self) -> list[Entry]: ...
 
 
-class ArgumentsError(HotplugError):
-    """The arguments of a call have the right types and the wrong values."""
-
-
-class NotPermittedError(HotplugError):
-    """Whoever asked may look, but not ask for this."""
-
-
-ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
-    ArgumentsError: "org.freedesktop.DBus.Error.InvalidArgs",
-    NotPermittedError: "org.freedesktop.DBus.Error.AccessDenied",
-    HotplugError: f"{names.BUS_ERROR_PREFIX}Failed",
-    errors.ConfigError: f"{names.BUS_ERROR_PREFIX}Configuration",
-    errors.UnsafePathError: f"{names.BUS_ERROR_PREFIX}UnsafePath",
-    errors.UnfitFileError: f"{names.BUS_ERROR_PREFIX}UnfitFile",
-    errors.UnsupportedVolumeError: f"{names.BUS_ERROR_PREFIX}UnsupportedVolume",
-    errors.DeviceInUseError: f"{names.BUS_ERROR_PREFIX}DeviceInUse",
-    errors.DeviceLockedError: f"{names.BUS_ERROR_PREFIX}DeviceLocked",
-    errors.BlobError: f"{names.BUS_ERROR_PREFIX}Blob",
-    errors.BlobMissingError: f"{names.BUS_ERROR_PREFIX}BlobMissing",
-    errors.MasterKeyError: f"{names.BUS_ERROR_PREFIX}MasterKey",
-    errors.BlobRejectedError: f"{names.BUS_ERROR_PREFIX}BlobRejected",
-    errors.NoFilesystemError: f"{names.BUS_ERROR_PREFIX}NoFilesystem",
-    errors.ReleaseError: f"{names.BUS_ERROR_PREFIX}Release",
-    errors.RequestRefusedError: f"{names.BUS_ERROR_PREFIX}RequestRefused",
-    errors.VolumeBusyError: f"{names.BUS_ERROR_PREFIX}VolumeBusy",
-    errors.ForeignMappingError: f"{names.BUS_ERROR_PREFIX}ForeignMapping",
-    errors.MountPointOccupiedError: f"{names.BUS_ERROR_PREFIX}MountPointOccupied",
-    errors.KernelError: f"{names.BUS_ERROR_PREFIX}Kernel",
-    errors.CaamError: f"{names.BUS_ERROR_PREFIX}Caam",
-    errors.KeyringError: f"{names.BUS_ERROR_PREFIX}Keyring",
-    errors.DmError: f"{names.BUS_ERROR_PREFIX}DeviceMapper",
-    errors.MappingBusyError: f"{names.BUS_ERROR_PREFIX}MappingBusy",
-    errors.MountError: f"{names.BUS_ERROR_PREFIX}Mount",
-    errors.MountBusyError: f"{names.BUS_ERROR_PREFIX}MountBusy",
-    OSError: f"{names.BUS_ERROR_PREFIX}Failed",
-}
-"""Under which name each error goes over the bus. A class that has none goes under its base's."""
-
-
-def error_name(error: Exception) -> str:
-    """The D-Bus name of the error, or of the nearest class above it that has one."""
-    return next(ERROR_NAMES[kind] for kind in type(error).__mro__ if kind in ERROR_NAMES)
-
-
-def error_text(error: Exception) -> str:
-    """The error's words as a D-Bus string; each holder of a busy volume has a line of its own."""
-    text = str(error)
-    if isinstance(error, VolumeBusyError) and error.holders:
-        before = text.removesuffix("; ".join(error.holders)).rstrip()
-        return "\n".join(shown(line) for line in (before, *error.holders))
-    return "\n".join(shown(line) for line in text.split("\n"))
-
-
-@dataclass(frozen=True, slots=True)
-class _Property:
-    signature: str
-    value: Callable[[Any], Any]
-    flags: int = DbusPropertyEmitsChangeFlag
-
-
-@dataclass(frozen=True, slots=True)
-class _Method:
-    act: Callable[..., Awaitable[Any]]
-    """Takes who asks, and the arguments."""
-    takes: str = ""
-    argument_names: tuple[str, ...] = ()
-    returns: str = ""
-    result_names: tuple[str, ...] = ()
-    checked: bool = True
-    """Whether only root and the operators may ask, whatever the bus's own policy lets through."""
-
-
-_VOLUME: Final[Mapping[str, _Property]] = {
-    "Label": _Property("s", lambda entry: shown(entry.volume.partlabel or "")),
-    "PartUuid": _Property("s", lambda entry: shown(entry.volume.partuuid or "")),
-    "Device": _Property("s", lambda entry: shown(entry.volume.node), DbusPropertyConstFlag),
-    "DiskSeq": _Property(
-        "t", lambda entry: min(entry.volume.id.diskseq, _U64), DbusPropertyConstFlag
-    ),
-    "Partition": _Property(
-        "u", lambda entry: min(entry.volume.id.partition, _U32), DbusPropertyConstFlag
-    ),
-    "Rule": _Property("s", lambda entry: shown(entry.rule)),
-    "State": _Property("s", lambda entry: entry.state.value),
-    "StateReason": _Property("s", lambda entry: shown(entry.reason)),
-    "MountPoint": _Property("s", lambda entry: shown(entry.mount_point)),
-    "MappingDevice": _Property("s", lambda entry: shown(entry.mapping_node)),
-    "Filesystem": _Property("s", lambda entry: shown(entry.filesystem)),
-    "Size": _Property("t", lambda entry: min(entry.volume.size * SECTOR_BYTES, _U64)),
-    "ReadOnly": _Property("b", lambda entry: entry.read_only),
-    "Since": _Property("t", lambda entry: min(max(0, int(entry.since * 1e6)), _U64)),
-    "Steps": _Property(
-        "a{sd}", lambda entry: {shown(step): float(took) for step, took in entry.steps.items()}
-    ),
-}
-_MANAGER: Final[Mapping[str, _Property]] = {
-    "Version": _Property("s", lambda _registry: __version__, DbusPropertyConstFlag),
-    # Asked for, not told: they change with every state, which is told already.
-    "Counters": _Property("a{st}", lambda registry: dict(registry.counters), 0),
-}
-
-
 class Objects:
     """The objects on one connection. Synchronization: loop only."""
 
@@ -182,18 +80,18 @@ class Objects:
         self._agent = agent
         self._callers = Callers(connection, group)
         self._calls: set[asyncio.Task[None]] = set()
-        self._volumes: dict[VolumeId, _Exported] = {}
+        self._volumes: dict[VolumeId, ExportedObject] = {}
         self._manager_slot = connection.bus.add_object_manager(names.BUS_PATH)
         self._manager = self._export(
             names.BUS_PATH,
             names.BUS_MANAGER,
-            _MANAGER,
-            lambda: _values(_MANAGER, registry),
+            MANAGER,
+            lambda: values_of(MANAGER, registry),
             {
-                "Explain": _Method(
+                "Explain": Method(
                     self._explain, "s", ("device",), "s", ("explanation",), checked=False
                 ),
-                "Reload": _Method(self._reload, "", (), "as", ("notices",)),
+                "Reload": Method(self._reload, "", (), "as", ("notices",)),
             },
         )
         for entry in registry.entries():
@@ -204,7 +102,7 @@ class Objects:
         which = entry.volume.id
         exported = self._volumes.get(which)
         if exported is not None and entry.state is not State.GONE:
-            self._send(exported.become(_values(_VOLUME, entry)))
+            self._send(exported.become(values_of(VOLUME, entry)))
             return
         # One that comes takes the place of those that have left unsafely.
         present = {known.volume.id for known in self._registry.entries()}
@@ -225,19 +123,19 @@ class Objects:
 
     def _add(self, which: VolumeId, entry: Entry) -> None:
         path = names.bus_path(which)
-        values = _values(_VOLUME, entry)
+        values = values_of(VOLUME, entry)
         self._volumes[which] = self._export(
             path,
             names.BUS_VOLUME,
-            _VOLUME,
+            VOLUME,
             lambda: values,
             {
-                "Unlock": _Method(partial(self._unlock, which)),
-                "Lock": _Method(partial(self._lock, which)),
-                "Eject": _Method(
+                "Unlock": Method(partial(self._unlock, which)),
+                "Lock": Method(partial(self._lock, which)),
+                "Eject": Method(
                     partial(self._eject, which), "a{sv}", ("options",), "s", ("outcome",)
                 ),
-                "Retry": _Method(partial(self._retry, which)),
+                "Retry": Method(partial(self._retry, which)),
             },
         )
         self._sent(self._connection.bus.emit_object_added, path)
@@ -280,11 +178,11 @@ class Objects:
         self,
         path: str,
         interface: str,
-        properties: Mapping[str, _Property],
+        properties: Mapping[str, Property],
         values: Callable[[], Mapping[str, Any]],
-        methods: Mapping[str, _Method],
-    ) -> _Exported:
-        exported = _Exported(self._connection, path, interface, properties, values)
+        methods: Mapping[str, Method],
+    ) -> ExportedObject:
+        exported = ExportedObject(self._connection, path, interface, properties, values)
         for name, method in methods.items():
             exported.interface.add_method(
                 name,
@@ -298,12 +196,12 @@ class Objects:
         self._connection.bus.add_interface(exported.interface, path, interface)
         return exported
 
-    def _take(self, name: str, method: _Method, request: SdBusMessage) -> None:
+    def _take(self, name: str, method: Method, request: SdBusMessage) -> None:
         call = asyncio.get_running_loop().create_task(self._answer(name, method, request))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
-    async def _answer(self, name: str, method: _Method, request: SdBusMessage) -> None:
+    async def _answer(self, name: str, method: Method, request: SdBusMessage) -> None:
         subject = f"{name} {request.path}"
         try:
             by = await self._permitted(subject, request.sender) if method.checked else ""
@@ -344,61 +242,6 @@ class Objects:
         except SdBusBaseError as error:
             log.debug("the bus takes nothing: %s", words(error))
             self._connection.lost.set()
-
-
-class _Exported:
-    """One object with one interface of ours, and the values that it shows."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        path: str,
-        name: str,
-        properties: Mapping[str, _Property],
-        values: Callable[[], Mapping[str, Any]],
-    ) -> None:
-        self.path = path
-        self.interface = SdBusInterface()
-        self._connection = connection
-        self._name = name
-        self._properties = properties
-        self._values = values
-        for property_name, of in properties.items():
-            self.interface.add_property(
-                property_name, of.signature, partial(self._get, property_name), None, of.flags
-            )
-
-    def become(self, values: Mapping[str, Any]) -> SdBusMessage | None:
-        """It shows these values from now on. Returns the signal that says what has changed."""
-        before, self._values = self._values(), lambda: values
-        changed = {
-            name: (self._properties[name].signature, value)
-            for name, value in values.items()
-            if value != before[name]
-        }
-        if not changed:
-            return None
-        signal = self._connection.bus.new_signal_message(
-            self.path, "org.freedesktop.DBus.Properties", "PropertiesChanged"
-        )
-        signal.append_data("sa{sv}as", self._name, changed, [])
-        return signal
-
-    def remove(self) -> None:
-        """It is not there any more.
-
-        What sdbus calls is held by its interface, which Python's collector cannot look into: as
-        long as that and we hold each other, neither is freed.
-        """
-        stop_export(self.interface)
-        del self.interface
-
-    def _get(self, name: str, message: SdBusMessage) -> None:
-        message.append_data(self._properties[name].signature, self._values()[name])
-
-
-def _values(properties: Mapping[str, _Property], subject: object) -> dict[str, Any]:
-    return {name: of.value(subject) for name, of in properties.items()}
 
 
 def power_off(options: Mapping[str, tuple[str, Any]]) -> bool:
