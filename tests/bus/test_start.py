@@ -19,7 +19,7 @@ NOT_FOR_HELP = NOT_FOR_STATUS | {"asyncio", "sdbus", "json"}
 NOT_FOR_THE_AGENT = {
     "_ssl", "argparse", "bz2", "decimal", "difflib", "gettext", "lzma", "shutil", "tempfile",
     "uuid", "caam_hotplug.cli.keys", "caam_hotplug.cli.migrate", "caam_hotplug.cli.provision",
-    "caam_hotplug.cli.volumes", "caam_hotplug.dbus.client",
+    "caam_hotplug.cli.agent_commands", "caam_hotplug.dbus.client",
 }  # fmt: skip
 
 

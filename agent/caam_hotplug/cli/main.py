@@ -140,13 +140,12 @@ def _as_the_service() -> SimpleNamespace:
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415
 
-    from caam_hotplug.cli import keys, migrate, provision  # noqa: PLC0415
-    from caam_hotplug.cli import volumes as operator  # noqa: PLC0415
+    from caam_hotplug.cli import agent_commands, keys, migrate, provision  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
         description="Unlocks and mounts encrypted removable media with keys of the CAAM.",
-        epilog=_EXAMPLES + operator.EXIT_STATUS,
+        epilog=_EXAMPLES + agent_commands.EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{names.PROGRAM} {__version__}")
@@ -180,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     # For the service that the agent asks; people ask `status`.
     holders = commands.add_parser("holders")
     holders.set_defaults(command=_holders)
-    operator.add_commands(commands)
+    agent_commands.add_commands(commands)
     return parser
 
 
