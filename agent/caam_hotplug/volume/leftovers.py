@@ -68,7 +68,7 @@ async def release_orphan(
     Its medium may hang, so this happens beside the lives of the others, not before them.
     """
     volume = names.volume_of_dm_uuid(orphan.uuid)
-    said = fields("swept", VOLUME=volume, MAPPING=orphan.name)
+    said = fields("leftover-released", VOLUME=volume, MAPPING=orphan.name)
     log.warning("sweeping mapping %s: its medium has gone", orphan.name, extra=said)
     try:
         with ExitStack() as claimed:

@@ -13,7 +13,7 @@ from caam_hotplug.systemd.notify import Notifier
 
 @pytest.fixture(autouse=True)
 def unmanaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has started this process to be notified."""
+    """Remove the variables of a service manager that may have started the tests."""
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -26,7 +26,7 @@ def service_manager() -> Iterator[socket.socket]:
         yield receiver
 
 
-def test_with_no_descriptor_left_nothing_is_told_and_nothing_fails(
+def test_with_no_descriptor_left_nothing_is_sent_and_nothing_fails(
     service_manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service_manager.bind(str(tmp_path / "notify"))
@@ -65,7 +65,7 @@ def test_an_abstract_address_is_written_with_an_at_sign(
     assert service_manager.recv(4096) == b"READY=1"
 
 
-def test_without_a_service_manager_nobody_is_told(service_manager: socket.socket) -> None:
+def test_without_a_service_manager_nothing_is_sent(service_manager: socket.socket) -> None:
     notifier = Notifier()
     notifier.tell("READY=1")
     assert notifier.watchdog_s is None
@@ -82,7 +82,7 @@ def test_a_service_manager_that_is_gone_is_no_error(
     assert not address.exists()
 
 
-def test_programs_that_we_start_do_not_inherit_the_socket_and_the_watchdog(
+def test_programs_that_the_agent_starts_get_neither_the_socket_nor_the_watchdog(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
