@@ -114,7 +114,7 @@ async def _serve(config: Config, load: Load) -> None:
             await service.tried(_BUS_WITHIN_S)
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
-            notifier.tell("READY=1", f"STATUS={registry.summary()}")
+            notifier.send("READY=1", f"STATUS={registry.summary()}")
             watchdog = asyncio.create_task(_feed_watchdog(notifier))
             gc.collect()
             gc.freeze()  # what there is by now stays, and need not be looked through at each medium
@@ -122,7 +122,7 @@ async def _serve(config: Config, load: Load) -> None:
                 devices.prepare()
                 await context.dm_worker.run(kernel.prepare, late=lambda _why: None)
                 await stopped.wait()
-                notifier.tell("STOPPING=1")
+                notifier.send("STOPPING=1")
                 log.info("stopping", extra=journal.event(journal.Event.STOPPING))
                 supervisor.stop()
                 left_behind = await supervisor.ended(config.stop_within_s)
@@ -173,7 +173,7 @@ class _Status:
 
     def _tell(self) -> None:
         self._told = None
-        self._notifier.tell(f"STATUS={self._registry.summary()}")
+        self._notifier.send(f"STATUS={self._registry.summary()}")
 
 
 class Agent:
@@ -214,7 +214,7 @@ class Agent:
 
     async def _reload(self) -> list[str]:
         event = journal.Event
-        self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = await asyncio.to_thread(self._load)
             self._supervisor.renew(config.rule)
@@ -225,7 +225,7 @@ class Agent:
             log.error("the configuration is refused; the rules before stay in force", extra=refused)
             raise
         finally:
-            self._notifier.tell("READY=1")
+            self._notifier.send("READY=1")
         logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
         log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
         notices = [
@@ -301,7 +301,7 @@ def _give_up(held: list[str], within_s: float) -> NoReturn:
 async def _feed_watchdog(notifier: Notifier) -> None:
     """The loop that does the work is what keeps the watchdog quiet."""
     while notifier.watchdog_s is not None:
-        notifier.tell("WATCHDOG=1")
+        notifier.send("WATCHDOG=1")
         await asyncio.sleep(notifier.watchdog_s / 2)
 
 

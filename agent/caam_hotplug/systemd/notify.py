@@ -18,7 +18,7 @@ class Notifier:
         self.watchdog_s = int(watchdog_us) / 1e6 if usable else None
         """Longest time between two pings of the watchdog, or None without a watchdog."""
 
-    def tell(self, *assignments: str) -> None:
+    def send(self, *assignments: str) -> None:
         """Send the assignments, such as `READY=1`.
 
         A service manager that is gone is no error, nor is a lack of file descriptors.
