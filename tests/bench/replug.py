@@ -158,7 +158,8 @@ def measured(which: str, cycles: int, by_hand: bool, file: Path | None) -> dict[
     agent = asked(which)
     if agent.volume.state != "mounted":
         raise ReplugError(
-            f"measure {agent.volume.called}: it is not mounted, but {agent.volume.said}; "
+            f"measure {agent.volume.display_name}: it is not mounted, but "
+            f"{agent.volume.status_text}; "
             f"`{names.PROGRAM} explain {shown(agent.volume.device)}` says more"
         )
     medium = Medium.there(Path(agent.volume.device).name, agent.volume.mount_point)
@@ -216,7 +217,7 @@ def asked(which: str) -> Agent:
 
     async def ask(agent: client.Remote) -> None:
         call = agent.connection.call
-        volume = await agent.again(await agent.volume(which))
+        volume = await agent.read(await agent.volume(which))
         pid = await call(connection.BUS, "GetConnectionUnixProcessID", "s", names.BUS_NAME)
         try:
             _, systemd = await call(SYSTEMD, "Get", "ss", f"{SYSTEMD[0]}.Manager", "Version")

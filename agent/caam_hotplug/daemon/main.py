@@ -111,7 +111,7 @@ async def _serve(config: Config, load: Load) -> None:
             held.callback(events.end)
             _watch_blobs(config.blob_directory, supervisor, held)
             events.begin()
-            await service.tried(_BUS_WITHIN_S)
+            await service.first_attempt(_BUS_WITHIN_S)
             began = journal.event(journal.Event.STARTED)
             log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
             notifier.send("READY=1", f"STATUS={registry.summary()}")

@@ -14,7 +14,7 @@ class ArgumentsError(HotplugError):
 
 
 class NotPermittedError(HotplugError):
-    """Whoever asked may look, but not ask for this."""
+    """The caller may read, but not make this request."""
 
 
 ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
@@ -46,16 +46,16 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.MountBusyError: f"{names.BUS_ERROR_PREFIX}MountBusy",
     OSError: f"{names.BUS_ERROR_PREFIX}Failed",
 }
-"""Under which name each error goes over the bus. A class that has none goes under its base's."""
+"""D-Bus name of each error. A class without one has the name of its base."""
 
 
 def error_name(error: Exception) -> str:
-    """The D-Bus name of the error, or of the nearest class above it that has one."""
+    """Return the D-Bus name of the error, or of its nearest base class that has one."""
     return next(ERROR_NAMES[kind] for kind in type(error).__mro__ if kind in ERROR_NAMES)
 
 
 def error_text(error: Exception) -> str:
-    """The error's words as a D-Bus string; each holder of a busy volume has a line of its own."""
+    """Return the error's message as a D-Bus string; each holder of a volume has a line."""
     text = str(error)
     if isinstance(error, VolumeBusyError) and error.holders:
         before = text.removesuffix("; ".join(error.holders)).rstrip()

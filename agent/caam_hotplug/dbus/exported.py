@@ -1,4 +1,4 @@
-"""One object on the bus, with one interface of the agent's."""
+"""An object on the bus with one interface."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from caam_hotplug.dbus.sdbus_internals import SdBusInterface, SdBusMessage, stop
 
 @dataclass(frozen=True, slots=True)
 class Method:
+    """A method of an object: its signatures, and the function that it calls."""
+
     act: Callable[..., Awaitable[Any]]
-    """Takes who asks, and the arguments."""
+    """Takes the caller and the arguments."""
     takes: str = ""
     argument_names: tuple[str, ...] = ()
     returns: str = ""
     result_names: tuple[str, ...] = ()
-    checked: bool = True
-    """Whether only root and the operators may ask, whatever the bus's own policy lets through."""
+    is_restricted: bool = True
+    """Whether only root and the operators may call it, even if the policy of the bus is laxer."""
 
 
 class ExportedObject:
-    """One object with one interface of ours, and the values that it shows."""
+    """An object with one interface, and the values of its properties."""
 
     def __init__(
         self,
@@ -41,13 +43,13 @@ class ExportedObject:
         self._name = name
         self._properties = properties
         self._values = values
-        for property_name, of in properties.items():
+        for property_name, shape in properties.items():
             self.interface.add_property(
-                property_name, of.signature, partial(self._get, property_name), None, of.flags
+                property_name, shape.signature, partial(self._get, property_name), None, shape.flags
             )
 
-    def become(self, values: Mapping[str, Any]) -> SdBusMessage | None:
-        """It shows these values from now on. Returns the signal that says what has changed."""
+    def update(self, values: Mapping[str, Any]) -> SdBusMessage | None:
+        """Set the values. Returns the signal about those that changed, or None."""
         before, self._values = self._values(), lambda: values
         changed = {
             name: (self._properties[name].signature, value)
@@ -63,10 +65,10 @@ class ExportedObject:
         return signal
 
     def remove(self) -> None:
-        """It is not there any more.
+        """Take the object off the bus.
 
-        What sdbus calls is held by its interface, which Python's collector cannot look into: as
-        long as that and we hold each other, neither is freed.
+        The interface of sdbus holds its callbacks, but Python's garbage collector cannot see that.
+        The interface and this object hold each other, so one reference must be deleted here.
         """
         stop_export(self.interface)
         del self.interface

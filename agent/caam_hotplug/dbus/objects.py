@@ -1,4 +1,4 @@
-"""What is on the bus: the manager's object and one for every volume.
+"""The objects on the bus: the manager and one for every volume.
 
 `config/org.caamhotplug1.xml` is the contract; a test compares it with what is exported here.
 """
@@ -15,8 +15,8 @@ from typing import Any, Final, Protocol
 from sdbus import DbusUnprivilegedFlag, SdBusBaseError
 
 from caam_hotplug import names
-from caam_hotplug.dbus.authorization import Callers, apart
-from caam_hotplug.dbus.connection import Connection, words
+from caam_hotplug.dbus.authorization import Callers, run_in_thread
+from caam_hotplug.dbus.connection import Connection, error_message
 from caam_hotplug.dbus.error_names import (
     ERROR_NAMES,
     ArgumentsError,
@@ -38,7 +38,7 @@ _DEFECT: Final = "a defect of the agent; the journal has the details"
 
 
 class Requests(Protocol):
-    """Who does what is asked of a volume: the supervisor."""
+    """Carries out requests for a volume: the supervisor."""
 
     async def lock(self, volume: VolumeId, by: str) -> None: ...
     async def eject(self, volume: VolumeId, by: str, *, power_off: bool = True) -> str: ...
@@ -47,17 +47,17 @@ class Requests(Protocol):
 
 
 class Agent(Protocol):
-    """Who does what is asked of the agent as a whole."""
+    """Carries out requests for the agent as a whole."""
 
     async def reload(self, by: str) -> list[str]: ...
 
     def explain(self, device: str) -> str:
-        """Synchronization: called in a thread of its own, since it may read from a sick medium."""
+        """Synchronization: called in its own thread, since it may read from a faulty medium."""
         ...
 
 
 class StatusRegistry(Protocol):
-    """What is true of the volumes."""
+    """Has the published status of every volume."""
 
     counters: Counter[str]
 
@@ -74,7 +74,7 @@ class Objects:
         agent: Callable[[], tuple[Requests, Agent] | None],
         group: str = names.OPERATORS,
     ) -> None:
-        """`agent`: who does what is asked for, or None while nobody does."""
+        """`agent`: returns who carries out requests, or None while the agent starts or stops."""
         self._connection = connection
         self._registry = registry
         self._agent = agent
@@ -89,22 +89,22 @@ class Objects:
             lambda: values_of(MANAGER, registry),
             {
                 "Explain": Method(
-                    self._explain, "s", ("device",), "s", ("explanation",), checked=False
+                    self._explain, "s", ("device",), "s", ("explanation",), is_restricted=False
                 ),
                 "Reload": Method(self._reload, "", (), "as", ("notices",)),
             },
         )
         for entry in registry.entries():
-            self.show(entry)
+            self.update(entry)
 
-    def show(self, entry: Entry) -> None:
-        """The volume's object says this, or is not there if the board has no such volume."""
+    def update(self, entry: Entry) -> None:
+        """Update the volume's object, or add or remove it as the status registry does."""
         which = entry.volume.id
         exported = self._volumes.get(which)
         if exported is not None and entry.state is not State.GONE:
-            self._send(exported.become(values_of(VOLUME, entry)))
+            self._send(exported.update(values_of(VOLUME, entry)))
             return
-        # One that comes takes the place of those that have left unsafely.
+        # The registry forgets volumes that were removed unsafely when another one arrives.
         present = {known.volume.id for known in self._registry.entries()}
         for departed in [known for known in self._volumes if known not in present]:
             self._remove(departed)
@@ -112,7 +112,7 @@ class Objects:
             self._add(which, entry)
 
     async def close(self) -> None:
-        """No object is there, and no call is under way."""
+        """Remove all objects and cancel all calls."""
         for which in list(self._volumes):
             self._remove(which)
         self._manager.remove()
@@ -138,11 +138,11 @@ class Objects:
                 "Retry": Method(partial(self._retry, which)),
             },
         )
-        self._sent(self._connection.bus.emit_object_added, path)
+        self._try_to_send(self._connection.bus.emit_object_added, path)
 
     def _remove(self, which: VolumeId) -> None:
         exported = self._volumes.pop(which)
-        self._sent(self._connection.bus.emit_object_removed, exported.path)
+        self._try_to_send(self._connection.bus.emit_object_removed, exported.path)
         exported.remove()
 
     async def _unlock(self, which: VolumeId, by: str) -> None:
@@ -158,20 +158,22 @@ class Objects:
         return shown(await self._requests().eject(which, by, power_off=power_off(options)))
 
     async def _reload(self, by: str) -> list[str]:
-        return [shown(notice) for notice in await self._asked()[1].reload(by)]
+        return [shown(notice) for notice in await self._running_agent()[1].reload(by)]
 
     async def _explain(self, _by: str, device: str) -> str:
-        agent = self._asked()[1]
-        text = await apart(f"explain {device}", partial(agent.explain, device), _EXPLAIN_WITHIN_S)
+        agent = self._running_agent()[1]
+        text = await run_in_thread(
+            f"explain {device}", partial(agent.explain, device), _EXPLAIN_WITHIN_S
+        )
         return "\n".join(shown(line) for line in text.split("\n"))
 
     def _requests(self) -> Requests:
-        return self._asked()[0]
+        return self._running_agent()[0]
 
-    def _asked(self) -> tuple[Requests, Agent]:
+    def _running_agent(self) -> tuple[Requests, Agent]:
         agent = self._agent()
         if agent is None:
-            raise RequestRefusedError("the agent is starting or stopping; ask again when it runs")
+            raise RequestRefusedError("the agent is starting or stopping; try again later")
         return agent
 
     def _export(
@@ -191,12 +193,12 @@ class Objects:
                 method.returns,
                 method.result_names,
                 DbusUnprivilegedFlag,
-                partial(self._take, name, method),
+                partial(self._begin, name, method),
             )
         self._connection.bus.add_interface(exported.interface, path, interface)
         return exported
 
-    def _take(self, name: str, method: Method, request: SdBusMessage) -> None:
+    def _begin(self, name: str, method: Method, request: SdBusMessage) -> None:
         call = asyncio.get_running_loop().create_task(self._answer(name, method, request))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
@@ -204,48 +206,48 @@ class Objects:
     async def _answer(self, name: str, method: Method, request: SdBusMessage) -> None:
         subject = f"{name} {request.path}"
         try:
-            by = await self._permitted(subject, request.sender) if method.checked else ""
+            by = await self._permitted(subject, request.sender) if method.is_restricted else ""
             result = await method.act(by, *request.parse_to_tuple())
             reply = request.create_reply()
             if method.returns:
                 reply.append_data(method.returns, result)
         except (HotplugError, OSError) as error:
             reply = request.create_error_reply(error_name(error), error_text(error))
-        except Exception:  # a defect of ours must not end the service, nor leave a call unanswered
+        except Exception:  # a defect must neither end the service nor leave a call without reply
             log.exception("%s: a defect of the agent ended it", subject)
             reply = request.create_error_reply(ERROR_NAMES[HotplugError], _DEFECT)
         if request.expect_reply:
             self._send(reply)
 
     async def _permitted(self, subject: str, sender: str | None) -> str:
-        """Who asks, in words. Raises: NotPermittedError if only others may ask for this."""
+        """Return the caller as text. Raises: NotPermittedError if it is no operator."""
         caller = await self._callers.caller(sender or "")
         if not caller.is_operator:
-            why = "only root and the operators may ask for it"
+            why = "only root and the operators may request it"
             refused = journal.event(
                 journal.Event.REQUEST_REFUSED, request=subject, requested_by=caller, reason=why
             )
             log.warning("%s: refused to %s", subject, caller, extra=refused)
             raise NotPermittedError(
-                f"{subject}: only root and members of group {self._callers.group} may ask for it"
+                f"{subject}: only root and members of group {self._callers.group} may request it"
             )
         return str(caller)
 
     def _send(self, message: SdBusMessage | None) -> None:
         if message is not None:
-            self._sent(message.send)
+            self._try_to_send(message.send)
 
-    def _sent(self, send: Callable[..., None], *arguments: str) -> None:
-        """The bus has it; a bus that takes nothing any more is lost."""
+    def _try_to_send(self, send: Callable[..., None], *arguments: str) -> None:
+        """Send; a bus that takes nothing any more is lost."""
         try:
             send(*arguments)
         except SdBusBaseError as error:
-            log.debug("the bus takes nothing: %s", words(error))
+            log.debug("the bus takes nothing: %s", error_message(error))
             self._connection.lost.set()
 
 
 def power_off(options: Mapping[str, tuple[str, Any]]) -> bool:
-    """What the options of Eject say. Raises: ArgumentsError for one that it does not know."""
+    """Return whether to power off, by the options of Eject. Raises: ArgumentsError."""
     for name, (signature, _) in options.items():
         if name != "power-off":
             raise ArgumentsError(f"eject: {shown(name)} is no option; there is 'power-off'")

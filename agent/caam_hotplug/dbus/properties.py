@@ -18,6 +18,8 @@ _U64: Final = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class Property:
+    """A property of an object: its type, and how its value is read."""
+
     signature: str
     value: Callable[[Any], Any]
     flags: int = DbusPropertyEmitsChangeFlag
@@ -42,16 +44,17 @@ VOLUME: Final[Mapping[str, Property]] = {
     "Size": Property("t", lambda entry: min(entry.volume.size * SECTOR_BYTES, _U64)),
     "ReadOnly": Property("b", lambda entry: entry.read_only),
     "Since": Property("t", lambda entry: min(max(0, int(entry.since * 1e6)), _U64)),
-    "Steps": Property(
+    "StepDurations": Property(
         "a{sd}", lambda entry: {shown(step): float(took) for step, took in entry.steps.items()}
     ),
 }
 MANAGER: Final[Mapping[str, Property]] = {
     "Version": Property("s", lambda _registry: __version__, DbusPropertyConstFlag),
-    # Asked for, not told: they change with every state, which is told already.
+    # Changes are not signalled: each comes with a change of state, which is.
     "Counters": Property("a{st}", lambda registry: dict(registry.counters), 0),
 }
 
 
 def values_of(properties: Mapping[str, Property], subject: object) -> dict[str, Any]:
-    return {name: of.value(subject) for name, of in properties.items()}
+    """Return the properties' values for an entry or for the status registry."""
+    return {name: shape.value(subject) for name, shape in properties.items()}
