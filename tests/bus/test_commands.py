@@ -256,8 +256,8 @@ async def test_a_reload_without_answer_ends_at_its_time_limit(
     async def reload(asked: client.Remote) -> None:
         await asked.reload(0.5)
 
-    with pytest.raises(client.NotRunningError, match="tell of the rule: the agent ended or did"):
-        await asyncio.to_thread(client.run, "tell of the rule", reload)
+    with pytest.raises(client.NotRunningError, match="read the rule: the agent ended or did"):
+        await asyncio.to_thread(client.run, "read the rule", reload)
     assert [asked[0] for asked in agent.asked] == ["reload"]
     go_on.set()
 

@@ -93,7 +93,7 @@ def test_every_name_of_an_error_is_in_the_reference() -> None:
         assert f"`{name.removeprefix(names.BUS_ERROR_PREFIX)}`" in page
 
 
-def of_ours(module: Any) -> list[type[Exception]]:
+def errors_of(module: Any) -> list[type[Exception]]:
     return [
         kind
         for _, kind in inspect.getmembers(module, inspect.isclass)
@@ -101,7 +101,9 @@ def of_ours(module: Any) -> list[type[Exception]]:
     ]
 
 
-@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(error_names), ids=lambda k: k.__name__)
+@pytest.mark.parametrize(
+    "kind", errors_of(errors) + errors_of(error_names), ids=lambda k: k.__name__
+)
 def test_every_error_has_its_own_name(kind: type[Exception]) -> None:
     assert kind in ERROR_NAMES
     sharing = {other for other, name in ERROR_NAMES.items() if name == ERROR_NAMES[kind]}
