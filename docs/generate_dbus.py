@@ -1,4 +1,4 @@
-"""Writes docs/dbus.md from config/org.caamhotplug1.xml: python3 docs/generate_dbus.py"""
+"""Write docs/dbus.md from config/org.caamhotplug1.xml: python3 docs/generate_dbus.py"""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ BEGIN = """\
 # The D-Bus interface
 
 This page is made from `config/org.caamhotplug1.xml` by `docs/generate_dbus.py`. The service is
-optional: the agent serves media without a bus too, and then says so once in the journal.
+optional: without a bus the agent serves media all the same, and says so once in the journal.
 
 """
 END = """\
-## Who may do what
+## Access
 
-| | look | Explain | Reload, Unlock, Lock, Eject, Retry |
+| | read | Explain | Reload, Unlock, Lock, Eject, Retry |
 |---|---|---|---|
 | root | yes | yes | yes |
 | members of group `caam-hotplug` | yes | yes | yes |
 | everyone else | yes | no | no |
 
-The bus holds to this by `config/org.caamhotplug1.conf`, which is installed in
-`/usr/share/dbus-1/system.d`. For the last column the agent asks the bus who has sent the message,
-and looks again itself. It logs who asked for what, and whom it has refused.
+The policy of the bus is `config/org.caamhotplug1.conf`, which is installed in
+`/usr/share/dbus-1/system.d`. For the last column the agent also asks the bus for the sender of the
+message, and checks its permission itself. It logs the sender of each request, refused or not.
 
 ## Errors
 
-Errors are named `org.caamhotplug1.Error.*`. The message says operation, subject and cause, and what
-to do where that is known.
+Errors are named `org.caamhotplug1.Error.*`. The message names operation, subject and cause, and if
+possible what to do.
 
 | name | when |
 |---|---|
 | `RequestRefused` | the volume's state does not allow it |
-| `VolumeBusy` | somebody uses it; the message has a line for each process |
-| `Configuration` | Reload found a mistake; a line each |
-| `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or none |
+| `VolumeBusy` | processes use the volume; the message has a line for each |
+| `Configuration` | Reload found mistakes; the message has a line for each |
+| `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or not a blob |
 | `MasterKey` | the trusted key that the blob is encrypted under is absent, or of another board |
-| `NoFilesystem` | nothing known lies under this key |
-| `DeviceInUse`, `DeviceLocked` | something else uses it |
-| `ForeignMapping`, `MountPointOccupied` | something else is in the way |
-| `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | it would be unsafe |
-| `Release` | something could not be let go |
-| `MappingBusy`, `MountBusy` | the kernel says that it is in use |
-| `Kernel`, `Caam`, `Keyring`, `DeviceMapper`, `Mount` | a call failed |
-| `Failed` | anything else; the journal has more |
+| `NoFilesystem` | no known filesystem under this key |
+| `DeviceInUse`, `DeviceLocked` | another program uses the device |
+| `ForeignMapping`, `MountPointOccupied` | another mapping or mount has the name |
+| `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | the volume or the file is not safe to use |
+| `Release` | a part of the volume could not be released |
+| `MappingBusy`, `MountBusy` | the kernel reports mapping or mount in use |
+| `Kernel`, `Caam`, `Keyring`, `DeviceMapper`, `Mount` | a call to the kernel failed |
+| `Failed` | any other failure; the journal has more |
 
-An option of Eject that is not known is `org.freedesktop.DBus.Error.InvalidArgs`. Who may not ask
+An unknown option of Eject is `org.freedesktop.DBus.Error.InvalidArgs`. A sender without permission
 gets `org.freedesktop.DBus.Error.AccessDenied`.
 
 ## With busctl
@@ -72,27 +72,29 @@ gets `org.freedesktop.DBus.Error.AccessDenied`.
 
 
 def reference(contract: Path) -> str:
-    """The page, from the contract's comments and types."""
-    text = contract.read_text()
-    head = text.partition("<!--\n")[2].partition("-->\n<node>")[0]
+    """Return the page, made from the contract's comments and types."""
+    source = contract.read_text()
+    head = source.partition("<!--\n")[2].partition("-->\n<node>")[0]
     lines = [BEGIN, head, "\n"]
-    root = ET.fromstring(text, ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
-    for interface, words in _documented(root, "interface"):
-        lines.append(f"## {interface.get('name')}\n\n{words}\n\n")
+    root = ET.fromstring(source, ET.XMLParser(target=ET.TreeBuilder(insert_comments=True)))
+    for interface, text in _documented(root, "interface"):
+        lines.append(f"## {interface.get('name')}\n\n{text}\n\n")
         lines.extend(_methods(interface))
         lines.append("\n| property | type | |\n|---|---|---|\n")
-        for of, words_of in _documented(interface, "property"):
-            notes = [n.get("value") or "" for n in of.iter("annotation") if n.get("name") == EMITS]
+        for member, meaning in _documented(interface, "property"):
+            notes = [
+                n.get("value") or "" for n in member.iter("annotation") if n.get("name") == EMITS
+            ]
             more = "".join(SIGNALLED.get(note, "") for note in notes)
-            lines.append(f"| `{of.get('name')}` | `{of.get('type')}` | {words_of}{more} |\n")
+            lines.append(f"| `{member.get('name')}` | `{member.get('type')}` | {meaning}{more} |\n")
         lines.append("\n")
     return "".join([*lines, END])
 
 
 def _methods(interface: ET.Element) -> Iterator[str]:
-    for method, words in _documented(interface, "method"):
+    for method, text in _documented(interface, "method"):
         arguments = list(_documented(method, "arg"))
-        taken, given = (
+        takes, returns = (
             ", ".join(
                 f"{a.get('name')}: {a.get('type')}"
                 for a, _ in arguments
@@ -100,20 +102,20 @@ def _methods(interface: ET.Element) -> Iterator[str]:
             )
             for direction in ("in", "out")
         )
-        returns = f" → {given}" if given else ""
-        yield f"- **`{method.get('name')}({taken}){returns}`** {words}\n"
-        for argument, words_of in arguments:
-            yield f"  - `{argument.get('name')}`: {words_of}\n"
+        result = f" → {returns}" if returns else ""
+        yield f"- **`{method.get('name')}({takes}){result}`** {text}\n"
+        for argument, meaning in arguments:
+            yield f"  - `{argument.get('name')}`: {meaning}\n"
 
 
 def _documented(parent: ET.Element, tag: str) -> Iterator[tuple[ET.Element, str]]:
-    """The children of this tag, each with the comment before it as one line."""
-    words = ""
+    """Yield the children of this tag, each with the comment before it as one line."""
+    comment = ""
     for child in parent:
         if child.tag is ET.Comment:
-            words = " ".join((child.text or "").split())
+            comment = " ".join((child.text or "").split())
         elif child.tag == tag:
-            yield child, words
+            yield child, comment
 
 
 if __name__ == "__main__":

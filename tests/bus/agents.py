@@ -1,4 +1,4 @@
-"""Who is behind the service in these tests, in the words of its protocols."""
+"""Fakes of the status registry and of the agent behind the service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unit.volumes import STICK
 
 
 class FakeRegistry:
-    """Publishes what a test says."""
+    """A status registry that publishes what a test passes."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
@@ -29,7 +29,7 @@ class FakeRegistry:
         self._listeners.append(listener)
 
     def publish(self, volume: Volume, state: State, reason: str = "", **more: Any) -> Entry:
-        """This is true of the volume."""
+        """Publish the status of the volume."""
         entry = Entry(volume, state, reason, **more)
         self.counters[state.value] += 1
         if state is State.GONE:
@@ -41,24 +41,24 @@ class FakeRegistry:
         return entry
 
     def forget(self, volume: Volume) -> None:
-        """The volume is not listed any more, and nobody is told."""
+        """Remove the volume without calling a listener."""
         del self._entries[volume.id]
 
 
 class FakeAgent:
-    """Does what is asked, or what a test has it do in its place."""
+    """An agent that carries out requests, or what a test sets in their place."""
 
     def __init__(self, registry: FakeRegistry) -> None:
         self.registry = registry
         self.asked: list[tuple[Any, ...]] = []
         self.instead: Callable[[], Any] | None = None
-        """Called in place of the next act; an awaitable is awaited."""
+        """Called in place of the next request; an awaitable is awaited."""
         self.notices: list[str] = []
         self.thread: threading.Thread | None = None
-        """That in which the last explanation was made."""
+        """The thread of the last explanation."""
 
     async def _do(self, *what: Any) -> bool:
-        """Whether the act itself is left to do."""
+        """Record the request, and return whether it is still to be carried out."""
         self.asked.append(what)
         if self.instead is None:
             return True
@@ -102,7 +102,7 @@ class FakeAgent:
 
 
 def mounted(registry: FakeRegistry, volume: Volume = STICK, **more: Any) -> Entry:
-    """The volume is published as mounted."""
+    """Publish the volume as mounted."""
     return registry.publish(
         volume,
         State.MOUNTED,
@@ -119,12 +119,12 @@ def mounted(registry: FakeRegistry, volume: Volume = STICK, **more: Any) -> Entr
 
 
 def again(**changes: Any) -> Volume:
-    """The same volume with other facts."""
+    """Return the same volume with other facts."""
     return replace(STICK, **changes)
 
 
 def raising(error: BaseException) -> Callable[[], None]:
-    """For `FakeAgent.instead`: the act fails like this."""
+    """Return a function for `FakeAgent.instead` that raises the error."""
 
     def fail() -> None:
         raise error
@@ -133,4 +133,4 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 class StrangeError(HotplugError):
-    """A class that the table of names does not know."""
+    """An error without a D-Bus name."""

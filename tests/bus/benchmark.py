@@ -1,4 +1,4 @@
-"""Prints how long `status` takes to start and what sdbus costs: python3 tests/bus/benchmark.py
+"""Print how long `status` takes to start and the cost of sdbus: python3 tests/bus/benchmark.py
 
 The budget: `status` takes no more than 1.5 times as long as `python3 -c 'import asyncio'`.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, _agent(Path(folder)) as environment:
         base, status, sdbus = [], [], []
-        for _ in range(parsed.times):  # in turn, so that a busy moment is everybody's
+        for _ in range(parsed.times):  # in turn, so that a busy moment affects all
             base.append(_seconds(ASYNCIO, environment))
             status.append(_seconds(STATUS, environment))
             sdbus.append(_seconds(["-c", "import asyncio, sdbus"], environment))
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 class _agent:
-    """A bus and an agent with one volume on it, for `status` to ask. Holds their environment."""
+    """A bus and an agent with one volume, for `status`. Returns their environment."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -95,7 +95,7 @@ async def main():
     registry = FakeRegistry()
     mounted(registry)
     async with Service(registry) as service:
-        await service.tried(30)
+        await service.first_attempt(30)
         print("ready", flush=True)
         await asyncio.Event().wait()
 asyncio.run(main())
@@ -103,7 +103,7 @@ asyncio.run(main())
 
 
 def _seconds(arguments: list[str], environment: dict[str, str]) -> float:
-    """Of the processor, so that what else the machine does matters less."""
+    """Return processor time, which depends less on the load of the machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     _output(arguments, environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""A private bus, and the service on it with a fake agent behind."""
+"""A private bus, and the service on it with a fake agent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ settings.load_profile("bus")
 
 @contextmanager
 def folder_for_all() -> Iterator[Path]:
-    """A directory that every user may enter, unlike pytest's own."""
+    """Make a directory that every user may enter, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp(prefix="caam-bus-"))
     folder.chmod(0o755)
     try:
@@ -37,7 +37,7 @@ def folder_for_all() -> Iterator[Path]:
 
 @pytest.fixture
 def private_bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateBus]:
-    """A bus that has not been started, where the system's bus is looked for."""
+    """A bus at the address of the system bus, not started yet."""
     with folder_for_all() as folder:
         bus = PrivateBus(folder)
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
@@ -47,7 +47,7 @@ def private_bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[PrivateBus]:
 
 @pytest.fixture
 def bus(private_bus: PrivateBus) -> PrivateBus:
-    """A bus that runs, with our policy."""
+    """A running bus with the agent's policy."""
     private_bus.start()
     return private_bus
 
@@ -64,7 +64,7 @@ def agent(registry: FakeRegistry) -> FakeAgent:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What the event loop had when a test began."""
+    """Tasks and descriptors at the begin of a test."""
 
     tasks: int
     descriptors: int
@@ -72,7 +72,7 @@ class Loop:
 
 @pytest_asyncio.fixture
 async def nothing_left() -> AsyncIterator[None]:
-    """The test leaves no task and no descriptor behind."""
+    """Check that the test leaves no task and no descriptor open."""
     asyncio.get_running_loop()
     before = Loop(len(asyncio.all_tasks()), descriptors())
     yield
@@ -81,7 +81,7 @@ async def nothing_left() -> AsyncIterator[None]:
 
 
 def descriptors() -> int:
-    """How many descriptors this process has open."""
+    """Return the number of open descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -90,16 +90,16 @@ async def service(
     bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent, nothing_left: None
 ) -> AsyncIterator[Service]:
     """The service, on the bus."""
-    async with Service(registry, look_again_s=0.05) as service:
+    async with Service(registry, retry_after_s=0.05) as service:
         service.accept(agent, agent)
-        await service.tried(30)
+        await service.first_attempt(30)
         yield service
 
 
 @pytest_asyncio.fixture
 async def client(service: Service) -> AsyncIterator[Connection]:
-    """A client in the tests' own process, for what the order of messages decides."""
+    """A client in the process of the tests, for tests of the order of messages."""
     connection = Connection()
-    await connection.greet()
+    await connection.ping()
     yield connection
     connection.close()

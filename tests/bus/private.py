@@ -1,4 +1,4 @@
-"""A bus of the tests' own, with the policy of the system's and ours."""
+"""A private bus with the policy of the system bus and the agent's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 POLICY: Final = REPOSITORY / "config" / "org.caamhotplug1.conf"
-STRANGER: Final = pwd.getpwnam("nobody").pw_uid
-"""Somebody else than root; dbus-daemon lets in only whom the user database knows."""
+OTHER_USER: Final = pwd.getpwnam("nobody").pw_uid
+"""A user other than root. dbus-daemon accepts only users of the user database."""
 LAX: Final = '<busconfig><policy context="default"><allow own="*"/><allow send_type="method_call"/>'
 LAX_POLICY: Final = f"{LAX}</policy></busconfig>"
 
@@ -42,12 +42,12 @@ _SYSTEM: Final = """\
   <include>{folder}/ours.conf</include>
 </busconfig>
 """
-"""The rules of /usr/share/dbus-1/system.conf, as far as they concern us."""
+"""The rules of /usr/share/dbus-1/system.conf that concern the agent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a client has left."""
+    """Exit status and output of a client."""
 
     returncode: int
     stdout: str
@@ -55,7 +55,7 @@ class Done:
 
 
 class PrivateBus:
-    """A dbus-daemon, which can be stopped, held and started again at the same address."""
+    """A dbus-daemon that can be stopped, held, and started again at the same address."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ class PrivateBus:
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self, policy: str | None = None) -> None:
-        """It takes connections. `policy`: in place of ours."""
+        """Start the bus. `policy`: in place of the agent's."""
         (self.folder / "ours.conf").write_text(POLICY.read_text() if policy is None else policy)
         (self.folder / "bus.conf").write_text(_SYSTEM.format(folder=self.folder))
         (self.folder / "socket").unlink(missing_ok=True)
@@ -78,44 +78,44 @@ class PrivateBus:
         (self.folder / "socket").chmod(0o666)
 
     def stop(self) -> None:
-        """It was killed."""
+        """Kill the bus."""
         if self._daemon is not None:
             self._daemon.kill()
             self._daemon.wait()
             self._daemon = None
 
     def hold(self) -> None:
-        """It takes connections, and answers nobody."""
+        """Make the bus accept connections without answering."""
         assert self._daemon is not None
         self._daemon.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """It answers again."""
+        """Make the bus answer again."""
         assert self._daemon is not None
         self._daemon.send_signal(signal.SIGCONT)
 
     async def busctl(self, *arguments: str, **options: Any) -> Done:
-        """systemd's client."""
+        """Run the client of systemd."""
         return await run("busctl", f"--address={self.address}", *arguments, **options)
 
     async def gdbus(self, verb: str, *arguments: str, **options: Any) -> Done:
-        """GLib's client."""
+        """Run the client of GLib."""
         return await run("gdbus", verb, "--address", self.address, *arguments, **options)
 
     async def cli(self, *arguments: str, **options: Any) -> Done:
-        """Our own command line."""
+        """Run a command of caam-hotplug."""
         return await run(*program(*arguments), **options)
 
 
 def program(*arguments: str) -> list[str]:
-    """The command line `caam-hotplug` of this tree."""
+    """Return the command line of `caam-hotplug` in this tree."""
     return [sys.executable, "-m", "caam_hotplug.cli.main", *arguments]
 
 
 async def run(
     *command: str, user: int = 0, groups: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> Done:
-    """The command has ended. `user`, `groups`: who runs it."""
+    """Run the command to its end. `user`, `groups`: those of its process."""
     process = await begun(*command, user=user, groups=groups, env=env)
     stdout, stderr = await process.communicate()
     assert process.returncode is not None
@@ -125,8 +125,8 @@ async def run(
 async def begun(
     *command: str, user: int = 0, groups: tuple[int, ...] = (), env: dict[str, str] | None = None
 ) -> asyncio.subprocess.Process:
-    """The command runs, and can be interrupted even if this process was told to ignore that."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does in the background
+    """Start the command so that SIGINT interrupts it, even if this process ignores SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does so for background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     who: dict[str, Any] = {}
     if user:
@@ -143,10 +143,10 @@ async def begun(
 
 
 async def until(process: asyncio.subprocess.Process, words: str) -> str:
-    """The next line of its output that has these words."""
+    """Return the next line of output that has the words."""
     assert process.stdout is not None
     async with asyncio.timeout(30):
         while line := (await process.stdout.readline()).decode():
             if words in line:
                 return line
-    raise AssertionError(f"not said: {words}")
+    raise AssertionError(f"no line with: {words}")

@@ -17,7 +17,8 @@ from bus.conftest import folder_for_all
 from bus.private import PrivateBus
 from caam_hotplug import names
 from caam_hotplug.dbus.connection import Connection
-from caam_hotplug.dbus.objects import ArgumentsError, error_text, power_off
+from caam_hotplug.dbus.error_names import ArgumentsError, error_text
+from caam_hotplug.dbus.objects import power_off
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.model import State, VolumeId
@@ -59,7 +60,7 @@ Ask = Callable[[Callable[[Connection], Coroutine[Any, Any, Any]]], Any]
 
 @pytest.fixture(scope="module")
 def asked() -> Iterator[tuple[Ask, FakeAgent, FakeRegistry]]:
-    """Runs something with a client of a service, on a loop that all examples share."""
+    """Return a function that runs work with a client, on a loop that all examples share."""
     registry = FakeRegistry()
     agent = FakeAgent(registry)
     with (
@@ -74,7 +75,7 @@ def asked() -> Iterator[tuple[Ask, FakeAgent, FakeRegistry]]:
         async def begin() -> tuple[Service, Connection]:
             service = await Service(registry).__aenter__()
             service.accept(agent, agent)
-            await service.tried(30)
+            await service.first_attempt(30)
             mounted(registry)
             return service, Connection()
 
@@ -91,7 +92,7 @@ def asked() -> Iterator[tuple[Ask, FakeAgent, FakeRegistry]]:
 @given(options)
 @example({"power-off": ("b", False)})
 @example({"power-off": ("v", ("b", True))})
-def test_any_options_of_eject_are_taken_or_refused_by_name(
+def test_any_options_of_eject_are_accepted_or_refused_by_name(
     asked: tuple[Ask, FakeAgent, FakeRegistry], given_options: dict[str, Any]
 ) -> None:
     ask, agent, _ = asked
@@ -113,7 +114,7 @@ def test_any_options_of_eject_are_taken_or_refused_by_name(
 
 
 @given(st.dictionaries(attackers_texts, st.tuples(attackers_texts, st.integers())))
-def test_options_are_refused_in_words_that_a_terminal_shows(found: dict[str, Any]) -> None:
+def test_options_are_refused_in_printable_text(found: dict[str, Any]) -> None:
     try:
         assert power_off(found) is bool(found.get("power-off", ("b", True))[1])
     except ArgumentsError as error:
@@ -131,13 +132,13 @@ def test_any_text_may_be_explained(asked: tuple[Ask, FakeAgent, FakeRegistry], d
     async def explain(client: Connection) -> Any:
         return await client.call(MANAGER, "Explain", "s", device)
 
-    told = ask(explain)
+    result = ask(explain)
     assert agent.asked == [("explain", device)]
-    assert all(line.isprintable() for line in told.split("\n"))
+    assert all(line.isprintable() for line in result.split("\n"))
 
 
 @given(volumes, attackers_texts, st.floats(), st.dictionaries(attackers_texts, st.floats()))
-def test_whatever_a_volume_says_of_itself_it_can_be_read(
+def test_a_volume_with_any_texts_can_be_read(
     asked: tuple[Ask, FakeAgent, FakeRegistry],
     volume: Any,
     text: str,
@@ -159,11 +160,11 @@ def test_whatever_a_volume_says_of_itself_it_can_be_read(
         finally:
             registry.publish(volume, State.GONE)
 
-    told = ask(read)
-    assert told["StateReason"] == ("s", shown(text))
-    assert told["Label"] == ("s", shown(volume.partlabel or ""))
-    assert told["DiskSeq"] == ("t", volume.id.diskseq)
-    assert len(told) == 15
+    result = ask(read)
+    assert result["StateReason"] == ("s", shown(text))
+    assert result["Label"] == ("s", shown(volume.partlabel or ""))
+    assert result["DiskSeq"] == ("t", volume.id.diskseq)
+    assert len(result) == 15
 
 
 @given(volume_ids, volume_ids)
@@ -174,8 +175,8 @@ def test_every_volume_has_a_valid_path_of_its_own(one: VolumeId, other: VolumeId
 
 
 @given(st.lists(attackers_texts, min_size=1).map("\n".join))
-def test_the_words_of_any_error_are_lines_that_a_terminal_shows(words: str) -> None:
-    told = error_text(HotplugError(words))
-    told.encode()
-    assert "\0" not in told
-    assert all(line.isprintable() for line in told.split("\n"))
+def test_the_text_of_any_error_is_printable_lines(words: str) -> None:
+    result = error_text(HotplugError(words))
+    result.encode()
+    assert "\0" not in result
+    assert all(line.isprintable() for line in result.split("\n"))

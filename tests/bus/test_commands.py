@@ -29,27 +29,27 @@ OTHER = again(id=VolumeId(8, 1), name="sdc1", partlabel="other")
 IGNORED = again(id=VolumeId(3, 0), name="sda", partlabel=None)
 
 
-def refused(told: Done) -> str:
-    """What a refused command has said: nothing on standard output."""
-    assert (told.returncode, told.stdout) == (1, "")
-    return told.stderr
+def refused(result: Done) -> str:
+    """Return standard error of a refused command, and check that standard output is empty."""
+    assert (result.returncode, result.stdout) == (1, "")
+    return result.stderr
 
 
-async def test_status_is_a_table_of_what_the_rules_admit(
+async def test_status_is_a_table_of_the_volumes_that_rules_match(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     registry.publish(IGNORED, State.IGNORED, "no rule")
     mounted(registry, again(size=Sectors(30310400)), read_only=True)
     registry.publish(OTHER, State.WAITING, "no blob /data/caam/other.bb", rule="sticks")
-    told = await bus.cli("status")
-    head, first, second, hidden = told.stdout.splitlines()
+    result = await bus.cli("status")
+    head, first, second, hidden = result.stdout.splitlines()
     assert head.split("  ")[0] == "LABEL"
     assert first.startswith("cartridge  /dev/sdb1  14.5 GiB  mounted  ")
     assert first.endswith(" d   /run/media/cartridge (ext4, read-only)")
     assert second.startswith("other      /dev/sdc1  100 MiB   waiting  ")
     assert second.endswith("  no blob /data/caam/other.bb")
     assert hidden == "(1 that no rule matches: --all)"
-    assert "\x1b" not in told.stdout
+    assert "\x1b" not in result.stdout
     everything = await bus.cli("status", "--all")
     assert everything.stdout.splitlines()[1].startswith("-          /dev/sda   100 MiB   ignored")
 
@@ -62,8 +62,8 @@ async def test_status_for_programs_has_the_documented_keys(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     mounted(registry)
-    told = await bus.cli("status", "--json")
-    status = json.loads(told.stdout)
+    result = await bus.cli("status", "--json")
+    status = json.loads(result.stdout)
     assert status.keys() == {"version", "counters", "volumes"}
     assert status["counters"] == {"mounted": 1}
     assert status["volumes"] == [
@@ -92,7 +92,7 @@ async def test_status_for_programs_has_the_documented_keys(
 
 
 async def on_terminal(*arguments: str, **env: str) -> str:
-    """What the command shows on a terminal."""
+    """Return the output of the command on a terminal."""
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *program(*arguments),
@@ -107,7 +107,7 @@ async def on_terminal(*arguments: str, **env: str) -> str:
     return shown
 
 
-async def test_colours_are_for_a_terminal_whose_reader_wants_them(
+async def test_colours_are_for_a_terminal_unless_turned_off(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     mounted(registry)
@@ -118,29 +118,29 @@ async def test_colours_are_for_a_terminal_whose_reader_wants_them(
 
 
 @pytest.mark.parametrize("which", ["cartridge", "/dev/sdb1", "/run/media/cartridge", "/dev/dm-0"])
-async def test_a_volume_is_meant_by_label_device_or_mount_point(
+async def test_a_volume_is_selected_by_label_device_or_mount_point(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent, which: str
 ) -> None:
     mounted(registry)
     registry.publish(OTHER, State.UNLOCKING)
-    told = await bus.cli("lock", which)
-    assert told == Done(0, "cartridge: locked: asked for\n", "")
+    result = await bus.cli("lock", which)
+    assert result == Done(0, "cartridge: locked: asked for\n", "")
     assert agent.asked[0][:2] == ("lock", STICK.id)
 
 
-async def test_a_volume_is_meant_by_a_link_to_its_device(
+async def test_a_volume_is_selected_by_a_link_to_its_device(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent, tmp_path: Path
 ) -> None:
     mounted(registry)
     (tmp_path / "usb-Ultra-part1").symlink_to("/dev/sdb1")
-    told = await bus.cli("eject", str(tmp_path / "usb-Ultra-part1"))
-    assert told == Done(0, "cartridge: safe to remove\n", "")
-    told = await bus.cli("unlock", str(tmp_path / ".." / tmp_path.name / "usb-Ultra-part1"))
-    assert told == Done(0, "cartridge: mounted: /run/media/cartridge (ext4)\n", "")
+    result = await bus.cli("eject", str(tmp_path / "usb-Ultra-part1"))
+    assert result == Done(0, "cartridge: safe to remove\n", "")
+    result = await bus.cli("unlock", str(tmp_path / ".." / tmp_path.name / "usb-Ultra-part1"))
+    assert result == Done(0, "cartridge: mounted: /run/media/cartridge (ext4)\n", "")
     assert [asked[0] for asked in agent.asked] == ["eject", "unlock"]
 
 
-async def test_a_label_that_two_have_is_refused_with_both_devices(
+async def test_a_label_of_two_volumes_is_refused_with_both_devices(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -153,7 +153,7 @@ async def test_a_label_that_two_have_is_refused_with_both_devices(
     assert (await bus.cli("eject", "/dev/sdc1")).returncode == 0
 
 
-async def test_a_volume_that_has_left_is_not_meant_if_another_is_there(
+async def test_a_removed_volume_is_not_selected_if_another_is_present(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     registry.publish(STICK, State.REMOVED_UNSAFELY)
@@ -168,11 +168,11 @@ async def test_a_volume_that_has_left_is_not_meant_if_another_is_there(
     [
         ("Cartridge", "no such volume; there are: cartridge"),
         ("/dev/sdz1", "no such volume; there are: cartridge"),
-        ("/dev/sdb", "is not a volume itself; name the partition: /dev/sdb1"),
+        ("/dev/sdb", "it is not a volume; name the partition: /dev/sdb1"),
         ("", "no such volume; there are: cartridge"),
     ],
 )
-async def test_what_is_no_volume_is_refused_with_what_there_is(
+async def test_a_text_that_names_no_volume_is_refused_with_the_present_volumes(
     bus: PrivateBus, service: Service, registry: FakeRegistry, which: str, why: str
 ) -> None:
     mounted(registry)
@@ -180,13 +180,13 @@ async def test_what_is_no_volume_is_refused_with_what_there_is(
     assert refused(await bus.cli("lock", which)) == f"caam-hotplug: lock {which}: {why}\n"
 
 
-async def test_without_media_nothing_is_meant(bus: PrivateBus, service: Service) -> None:
+async def test_without_media_no_volume_is_selected(bus: PrivateBus, service: Service) -> None:
     assert refused(await bus.cli("lock", "\x1b[2J")) == (
         "caam-hotplug: lock '\\x1b[2J': no such volume; there are no media\n"
     )
 
 
-async def test_a_refusal_is_one_line_in_the_agents_words(
+async def test_a_refusal_is_one_line_with_the_agents_message(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -195,7 +195,7 @@ async def test_a_refusal_is_one_line_in_the_agents_words(
     assert refused(await bus.cli("unlock", "cartridge")) == f"caam-hotplug: {why}\n"
 
 
-async def test_who_holds_a_busy_volume_is_told_a_line_each(
+async def test_each_holder_of_a_busy_volume_has_a_line(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -216,7 +216,7 @@ async def test_eject_may_leave_the_power_on(
     assert agent.asked[0][3] is False
 
 
-async def test_reload_tells_notes_or_every_mistake(
+async def test_reload_prints_notices_or_every_mistake(
     bus: PrivateBus, service: Service, agent: FakeAgent
 ) -> None:
     agent.notices = ["blob_directory: at the next start"]
@@ -247,7 +247,7 @@ async def test_a_request_may_take_longer_than_a_bus_call_usually_may(
     assert (await waiting.communicate())[0] == b"cartridge: safe to remove\n"
 
 
-async def test_a_reload_that_is_not_answered_in_time_is_given_up(
+async def test_a_reload_without_answer_ends_at_its_time_limit(
     bus: PrivateBus, service: Service, agent: FakeAgent
 ) -> None:
     go_on = asyncio.Event()
@@ -256,8 +256,8 @@ async def test_a_reload_that_is_not_answered_in_time_is_given_up(
     async def reload(asked: client.Remote) -> None:
         await asked.reload(0.5)
 
-    with pytest.raises(client.NotRunningError, match="tell of the rule: the agent ended, or said"):
-        await asyncio.to_thread(client.run, "tell of the rule", reload)
+    with pytest.raises(client.NotRunningError, match="read the rule: the agent ended or did"):
+        await asyncio.to_thread(client.run, "read the rule", reload)
     assert [asked[0] for asked in agent.asked] == ["reload"]
     go_on.set()
 
@@ -266,16 +266,16 @@ async def test_a_reload_that_is_not_answered_in_time_is_given_up(
 async def test_without_a_bus_or_an_agent_the_exit_status_is_3(
     private_bus: PrivateBus, command: list[str]
 ) -> None:
-    told = await private_bus.cli(*command)
-    assert (told.returncode, told.stdout) == (3, "")
-    assert told.stderr == (
+    result = await private_bus.cli(*command)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr == (
         f"caam-hotplug: {command[0]}: connect to the system bus: No such file or directory; "
         "the agent may run all the same: systemctl status caam-hotplug\n"
     )
     private_bus.start()
-    told = await private_bus.cli(*command)
-    assert (told.returncode, told.stdout) == (3, "")
-    assert told.stderr == (
+    result = await private_bus.cli(*command)
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr == (
         f"caam-hotplug: {command[0]}: the agent does not run, or is not on the bus; "
         "systemctl status caam-hotplug\n"
     )
@@ -284,34 +284,34 @@ async def test_without_a_bus_or_an_agent_the_exit_status_is_3(
 async def test_without_sdbus_the_exit_status_is_3(private_bus: PrivateBus, tmp_path: Path) -> None:
     (tmp_path / "sdbus.py").write_text("raise ModuleNotFoundError(\"No module named 'sdbus'\")\n")
     path = f"{tmp_path}:{Path(names.__file__).parents[1]}"
-    told = await private_bus.cli("status", env={"PYTHONPATH": path})
-    assert told.returncode == 3
-    assert told.stderr == (
-        "caam-hotplug: status: No module named 'sdbus'; the agent is asked over D-Bus: "
+    result = await private_bus.cli("status", env={"PYTHONPATH": path})
+    assert result.returncode == 3
+    assert result.stderr == (
+        "caam-hotplug: status: No module named 'sdbus'; the command needs D-Bus: "
         "install python3-sdbus, or the extra `dbus`\n"
     )
 
 
-async def test_an_agent_that_ends_under_a_request_is_told(
+async def test_a_request_fails_when_the_agent_ends(
     bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
     agent.instead = asyncio.Event().wait  # type: ignore[assignment]
     async with Service(registry) as service:
         service.accept(agent, agent)
-        await service.tried(30)
+        await service.first_attempt(30)
         waiting = await begun(*program("eject", "cartridge"))
         while not agent.asked:
             await asyncio.sleep(0.01)
     stdout, stderr = await waiting.communicate()
     assert (waiting.returncode, stdout) == (3, b"")
     assert stderr.decode() == (
-        "caam-hotplug: eject cartridge: the agent ended, or said nothing; "
+        "caam-hotplug: eject cartridge: the agent ended or did not answer; "
         "journalctl -u caam-hotplug\n"
     )
 
 
-async def test_a_bus_that_ends_under_a_request_is_told(
+async def test_a_request_fails_when_the_bus_ends(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -327,7 +327,7 @@ async def test_a_bus_that_ends_under_a_request_is_told(
 
 @asynccontextmanager
 async def watching(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`watch` runs, until it is interrupted like a person does it."""
+    """Run `watch` until it is interrupted as by Ctrl-C."""
     process = await begun(*program("watch", *arguments))
     yield process
     process.send_signal(signal.SIGINT)
@@ -336,7 +336,7 @@ async def watching(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]
     assert (process.returncode, stderr) == (0, b"")
 
 
-async def test_watch_says_what_is_there_and_every_change_in_a_line(
+async def test_watch_prints_a_line_for_each_volume_and_each_change(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     registry.publish(STICK, State.UNLOCKING, "with a blob")
@@ -366,7 +366,7 @@ async def events(watch: asyncio.subprocess.Process, count: int) -> list[dict[str
     return found
 
 
-async def test_watch_for_programs_tells_every_change_as_an_object(
+async def test_watch_for_programs_prints_every_change_as_an_object(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     mounted(registry)
@@ -377,9 +377,9 @@ async def test_watch_for_programs_tells_every_change_as_an_object(
         registry.publish(OTHER, State.UNLOCKING)
         registry.publish(OTHER, State.UNLOCKING, steps={"x": 1.0})
         registry.publish(OTHER, State.GONE)
-        told = await events(watch, 3)
-        assert [event["event"] for event in told] == ["added", "changed", "removed"]
-        assert {event["volume"]["label"] for event in told} == {"other"}
+        result = await events(watch, 3)
+        assert [event["event"] for event in result] == ["added", "changed", "removed"]
+        assert {event["volume"]["label"] for event in result} == {"other"}
 
 
 async def test_watch_goes_on_over_restarts_of_the_agent(
@@ -390,7 +390,7 @@ async def test_watch_goes_on_over_restarts_of_the_agent(
         for _ in range(3):
             mounted(registry)
             async with Service(registry) as service:
-                await service.tried(30)
+                await service.first_attempt(30)
                 assert (await until(watch, "agent"))[9:] == "the agent runs\n"
                 await until(watch, "cartridge (/dev/sdb1): mounted")
             await until(watch, "the agent has stopped; waiting for it")
@@ -408,7 +408,7 @@ async def test_watch_ends_with_the_bus(
     assert stderr == b"caam-hotplug: watch: the bus has gone\n"
 
 
-async def test_whoever_reads_only_the_first_lines_is_no_error(
+async def test_a_reader_that_closes_the_pipe_is_no_error(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     mounted(registry)
@@ -424,7 +424,7 @@ async def test_whoever_reads_only_the_first_lines_is_no_error(
     assert await watch.stderr.read() == b""
 
 
-async def test_no_change_is_lost_or_told_twice_whenever_watch_begins(
+async def test_no_change_is_lost_or_printed_twice_whenever_watch_begins(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
     registry.publish(STICK, State.UNLOCKING, "0")
@@ -439,24 +439,24 @@ async def test_no_change_is_lost_or_told_twice_whenever_watch_begins(
 
     counter = asyncio.create_task(count())
     async with watching("--json") as watch:
-        told = [int(event["volume"]["reason"]) for event in await events(watch, 300)]
+        result = [int(event["volume"]["reason"]) for event in await events(watch, 300)]
     counting = False
     await counter
-    assert told == list(range(told[0], told[0] + 300))
+    assert result == list(range(result[0], result[0] + 300))
 
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(-5, "0 s"), (0, "0 s"), (59, "59 s"), (60, "1 min"), (7199, "1 h"), (90000, "1 d")],
 )
-def test_how_long_a_state_lasts_is_told_in_one_unit(seconds: int, shown: str) -> None:
+def test_the_duration_of_a_state_has_one_unit(seconds: int, shown: str) -> None:
     volume = ShownVolume(device="/dev/x", state="mounted", since_us=10**15)
     now = 10**15 + seconds * 10**6
-    row = list(listing.table([volume], everything=True, coloured=False, now_us=now))[1]
+    row = list(listing.table([volume], include_ignored=True, coloured=False, now_us=now))[1]
     assert row == f"-      /dev/x  0 B   mounted  {shown}"
 
 
-def test_a_state_or_a_key_of_a_newer_agent_is_shown_as_it_is() -> None:
+def test_a_state_of_a_newer_agent_is_shown_and_an_unknown_key_ignored() -> None:
     volume = ShownVolume.from_properties({"State": "resting", "Later": 1, "Label": "a"})
     assert volume == ShownVolume(label="a", state="resting")
     assert listing.in_colour("resting", "resting") == "resting"

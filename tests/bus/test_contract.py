@@ -1,4 +1,4 @@
-"""config/org.caamhotplug1.xml is what the service exports, and says what each of it is."""
+"""The service exports what config/org.caamhotplug1.xml says and documents."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from bus.agents import FakeRegistry, StrangeError, mounted
 from bus.private import REPOSITORY, PrivateBus
 from caam_hotplug import errors, names
-from caam_hotplug.dbus import objects
-from caam_hotplug.dbus.objects import ERROR_NAMES, error_name, error_text
+from caam_hotplug.dbus import error_names
+from caam_hotplug.dbus.error_names import ERROR_NAMES, error_name, error_text
 from caam_hotplug.dbus.service import Service
 from unit.volumes import STICK
 
@@ -24,7 +24,7 @@ Described = dict[str, dict[str, Any]]
 
 
 def described(xml: str) -> Described:
-    """Our interfaces by name, and what each of their members is."""
+    """Return the agent's interfaces by name, and their members."""
     found: Described = {}
     for interface in ET.fromstring(xml).iter("interface"):
         if not interface.get("name", "").startswith(names.BUS_NAME):
@@ -52,8 +52,8 @@ async def test_the_service_exports_what_the_contract_says(
     mounted(registry)
     exported: Described = {}
     for path in (names.BUS_PATH, names.bus_path(STICK.id)):
-        told = await bus.gdbus("introspect", "-d", names.BUS_NAME, "-o", path, "--xml")
-        exported |= described(told.stdout)
+        result = await bus.gdbus("introspect", "-d", names.BUS_NAME, "-o", path, "--xml")
+        exported |= described(result.stdout)
     assert exported == described(CONTRACT.read_text())
 
 
@@ -93,7 +93,7 @@ def test_every_name_of_an_error_is_in_the_reference() -> None:
         assert f"`{name.removeprefix(names.BUS_ERROR_PREFIX)}`" in page
 
 
-def of_ours(module: Any) -> list[type[Exception]]:
+def errors_of(module: Any) -> list[type[Exception]]:
     return [
         kind
         for _, kind in inspect.getmembers(module, inspect.isclass)
@@ -101,20 +101,22 @@ def of_ours(module: Any) -> list[type[Exception]]:
     ]
 
 
-@pytest.mark.parametrize("kind", of_ours(errors) + of_ours(objects), ids=lambda k: k.__name__)
-def test_every_error_has_a_name_of_its_own(kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "kind", errors_of(errors) + errors_of(error_names), ids=lambda k: k.__name__
+)
+def test_every_error_has_its_own_name(kind: type[Exception]) -> None:
     assert kind in ERROR_NAMES
     sharing = {other for other, name in ERROR_NAMES.items() if name == ERROR_NAMES[kind]}
     assert sharing in ({kind}, {errors.HotplugError, OSError})
 
 
-def test_an_error_without_a_name_goes_under_that_of_the_class_above_it() -> None:
+def test_an_error_without_a_name_has_the_name_of_its_base_class() -> None:
     assert error_name(StrangeError("x")) == "org.caamhotplug1.Error.Failed"
     assert error_name(PermissionError(1, "x")) == "org.caamhotplug1.Error.Failed"
     assert error_name(errors.MountBusyError("a", "b", 16)) == "org.caamhotplug1.Error.MountBusy"
 
 
-def test_the_message_of_an_error_is_its_words_for_a_line() -> None:
+def test_the_message_of_an_error_is_printable_lines() -> None:
     assert error_text(errors.DmError("load table of", "x", 22)) == (
         "load table of x: Invalid argument"
     )

@@ -1,4 +1,4 @@
-"""Who may look and who may ask, by the bus's policy and by the service's own look at the sender."""
+"""Permission to read and to make requests, by the policy of the bus and by the service's check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from bus.agents import FakeAgent, FakeRegistry, mounted
-from bus.private import LAX_POLICY, POLICY, STRANGER, PrivateBus, begun, until
+from bus.private import LAX_POLICY, OTHER_USER, POLICY, PrivateBus, begun, until
 from caam_hotplug import names
 from caam_hotplug.dbus import authorization
 from caam_hotplug.dbus.service import Service
@@ -23,7 +23,7 @@ from unit.volumes import STICK
 
 PATH = names.bus_path(STICK.id)
 GROUP = "games"
-"""A group that every Debian has, in the place of ours."""
+"""A group that every Debian has, in place of caam-hotplug."""
 READING = [
     ("introspect", names.BUS_NAME, PATH),
     ("tree", names.BUS_NAME),
@@ -46,11 +46,11 @@ EXPLAINING = ("call", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER, "Explai
 async def guarded(
     private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> AsyncIterator[PrivateBus]:
-    """The bus with our policy, whose group is one that there is, and the service on it."""
+    """The service on a bus with the agent's policy, for a group that exists."""
     private_bus.start(POLICY.read_text().replace('group="caam-hotplug"', f'group="{GROUP}"'))
     async with Service(registry, group=GROUP) as service:
         service.accept(agent, agent)
-        await service.tried(30)
+        await service.first_attempt(30)
         mounted(registry)
         yield private_bus
 
@@ -59,11 +59,11 @@ async def guarded(
 async def lax(
     private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> AsyncIterator[PrivateBus]:
-    """The service on a bus whose policy lets everyone call everything."""
+    """The service on a bus whose policy permits every call."""
     private_bus.start(LAX_POLICY)
     async with Service(registry, group=GROUP) as service:
         service.accept(agent, agent)
-        await service.tried(30)
+        await service.first_attempt(30)
         mounted(registry)
         yield private_bus
 
@@ -73,15 +73,15 @@ def gid() -> int:
 
 
 @pytest.mark.parametrize("what", READING, ids=lambda what: what[-1])
-async def test_everyone_may_look(guarded: PrivateBus, what: tuple[str, ...]) -> None:
-    told = await guarded.busctl(*what, user=STRANGER)
-    assert (told.returncode, told.stderr) == (0, "")
+async def test_everyone_may_read(guarded: PrivateBus, what: tuple[str, ...]) -> None:
+    result = await guarded.busctl(*what, user=OTHER_USER)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
-async def test_everyone_hears_what_changes(guarded: PrivateBus, registry: FakeRegistry) -> None:
+async def test_everyone_receives_changes(guarded: PrivateBus, registry: FakeRegistry) -> None:
     monitor = await begun(
         "stdbuf", "-oL", "gdbus", "monitor", "--address", guarded.address, "-d", names.BUS_NAME,
-        user=STRANGER,
+        user=OTHER_USER,
     )  # fmt: skip
     await until(monitor, "is owned by")
     heard = asyncio.create_task(until(monitor, "PropertiesChanged"))
@@ -96,56 +96,58 @@ async def test_everyone_hears_what_changes(guarded: PrivateBus, registry: FakeRe
 
 
 @pytest.mark.parametrize("what", [*CHANGING, EXPLAINING], ids=lambda what: what[4])
-async def test_a_stranger_may_not_ask(
+async def test_other_users_may_not_make_requests(
     guarded: PrivateBus, agent: FakeAgent, what: tuple[str, ...]
 ) -> None:
-    told = await guarded.busctl(*what, user=STRANGER)
-    assert told.returncode != 0
-    assert "Access denied" in told.stderr or "Rejected send message" in told.stderr
+    result = await guarded.busctl(*what, user=OTHER_USER)
+    assert result.returncode != 0
+    assert "Access denied" in result.stderr or "Rejected send message" in result.stderr
     assert agent.asked == []
 
 
 @pytest.mark.parametrize("what", [*CHANGING, EXPLAINING], ids=lambda what: what[4])
-async def test_root_and_members_of_the_group_may_ask(
+async def test_root_and_members_of_the_group_may_make_requests(
     guarded: PrivateBus, agent: FakeAgent, what: tuple[str, ...]
 ) -> None:
     assert (await guarded.busctl(*what)).returncode == 0
-    told = await guarded.busctl(*what, user=STRANGER, groups=(gid(),))
-    assert (told.returncode, told.stderr) == (0, "")
+    result = await guarded.busctl(*what, user=OTHER_USER, groups=(gid(),))
+    assert (result.returncode, result.stderr) == (0, "")
     assert len(agent.asked) == 2
     if what is not EXPLAINING:
         assert agent.asked[1][-1 if what[4] != "Eject" else 2].startswith(
-            f"uid {STRANGER} (nobody), pid "
+            f"uid {OTHER_USER} (nobody), pid "
         )
 
 
 @pytest.mark.parametrize("what", CHANGING, ids=lambda what: what[4])
-async def test_a_lax_policy_does_not_open_what_changes_something(
+async def test_a_lax_policy_does_not_permit_changes(
     lax: PrivateBus, agent: FakeAgent, caplog: pytest.LogCaptureFixture, what: tuple[str, ...]
 ) -> None:
-    told = await lax.busctl(*what, user=STRANGER)
-    assert told.returncode != 0
-    assert "Access denied" in told.stderr
+    result = await lax.busctl(*what, user=OTHER_USER)
+    assert result.returncode != 0
+    assert "Access denied" in result.stderr
     assert agent.asked == []
     [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert f"{what[4]} {what[2]}: refused to uid {STRANGER} (nobody), pid " in (record.getMessage())
-    assert (await lax.busctl(*what, user=STRANGER, groups=(gid(),))).returncode == 0
+    assert f"{what[4]} {what[2]}: refused to uid {OTHER_USER} (nobody), pid " in (
+        record.getMessage()
+    )
+    assert (await lax.busctl(*what, user=OTHER_USER, groups=(gid(),))).returncode == 0
 
 
-async def test_a_group_that_is_not_there_has_no_members(
+async def test_a_group_that_does_not_exist_has_no_members(
     private_bus: PrivateBus, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     private_bus.start(LAX_POLICY)
     mounted(registry)
     async with Service(registry, group="no-such-group") as service:
         service.accept(agent, agent)
-        await service.tried(30)
-        told = await private_bus.busctl(*CHANGING[1], user=STRANGER)
-        assert "Access denied" in told.stderr
+        await service.first_attempt(30)
+        result = await private_bus.busctl(*CHANGING[1], user=OTHER_USER)
+        assert "Access denied" in result.stderr
         assert (await private_bus.busctl(*CHANGING[1])).returncode == 0
 
 
-async def test_a_user_database_that_does_not_answer_lets_nobody_in_and_holds_up_nobody(
+async def test_without_an_answer_of_the_user_database_a_request_is_refused_and_others_go_on(
     lax: PrivateBus, agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = threading.Event()
@@ -156,19 +158,19 @@ async def test_a_user_database_that_does_not_answer_lets_nobody_in_and_holds_up_
 
     monkeypatch.setattr(authorization.pwd, "getpwuid", hang)
     monkeypatch.setattr(authorization, "_LOOK_UP_WITHIN_S", 0.5)
-    told = await lax.busctl(*CHANGING[1], user=STRANGER, groups=(gid(),))
-    assert f"look up user {STRANGER}: no answer within 0.5 s" in told.stderr
+    result = await lax.busctl(*CHANGING[1], user=OTHER_USER, groups=(gid(),))
+    assert f"look up user {OTHER_USER}: no answer within 0.5 s" in result.stderr
     assert agent.asked == []
     assert (await lax.busctl(*CHANGING[1])).returncode == 0  # root does not wait for it
     answer.set()
 
 
-def test_a_member_is_known_by_the_senders_process_or_else_by_the_database() -> None:
+def test_membership_is_read_from_the_process_or_else_from_the_database() -> None:
     mail = pwd.getpwnam("mail")
     assert authorization._is_member("mail", mail.pw_uid, None)
     assert authorization._user(54321) == "without a name"
-    assert authorization._is_member("mail", STRANGER, [mail.pw_gid])
+    assert authorization._is_member("mail", OTHER_USER, [mail.pw_gid])
     assert not authorization._is_member("mail", mail.pw_uid, [])
-    assert not authorization._is_member("mail", STRANGER, None)
+    assert not authorization._is_member("mail", OTHER_USER, None)
     assert not authorization._is_member("no-such-group", mail.pw_uid, None)
     assert os.getuid() == 0

@@ -1,4 +1,4 @@
-"""What the service shows and says, and what becomes of it when the bus goes."""
+"""The objects and messages of the service, and its behaviour when the bus goes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ HOSTILE = [
 
 async def properties(client: Connection, path: str = PATH) -> dict[str, Any]:
     target = (names.BUS_NAME, path, "org.freedesktop.DBus.Properties")
-    told = await client.call(target, "GetAll", "s", names.BUS_VOLUME)
-    return {name: value for name, (_, value) in told.items()}
+    result = await client.call(target, "GetAll", "s", names.BUS_VOLUME)
+    return {name: value for name, (_, value) in result.items()}
 
 
 async def objects(client: Connection) -> dict[str, Any]:
-    told = await client.call(OBJECTS, "GetManagedObjects")
-    return {path: what[names.BUS_VOLUME] for path, what in told.items() if names.BUS_VOLUME in what}
+    result = await client.call(OBJECTS, "GetManagedObjects")
+    return {
+        path: what[names.BUS_VOLUME] for path, what in result.items() if names.BUS_VOLUME in what
+    }
 
 
 @asynccontextmanager
 async def signals(client: Connection) -> AsyncIterator[list[tuple[str, Any]]]:
-    """What the service signals meanwhile: the member's name, and its arguments after the path's."""
+    """Collect the signals of the service: member, and arguments after the path."""
     heard: list[tuple[str, Any]] = []
     slots = [
         await client.bus.match_signal_async(
@@ -68,9 +70,7 @@ async def signals(client: Connection) -> AsyncIterator[list[tuple[str, Any]]]:
         slot.close()
 
 
-async def test_a_volume_shows_all_that_is_true_of_it(
-    client: Connection, registry: FakeRegistry
-) -> None:
+async def test_a_volume_shows_its_whole_status(client: Connection, registry: FakeRegistry) -> None:
     mounted(registry, again(partuuid="6f1c", size=Sectors(2**40)), read_only=True)
     assert await properties(client) == {
         "Label": "cartridge",
@@ -87,7 +87,7 @@ async def test_a_volume_shows_all_that_is_true_of_it(
         "Size": 2**49,
         "ReadOnly": True,
         "Since": 1_700_000_000_250_000,
-        "Steps": {"import the blob": 0.5, "mount": 0.25},
+        "StepDurations": {"import the blob": 0.5, "mount": 0.25},
     }
 
 
@@ -96,11 +96,11 @@ async def test_the_manager_shows_version_and_counters(
 ) -> None:
     mounted(registry)
     mounted(registry, again(id=VolumeId(2**64 - 1, 0)))
-    told = await bus.busctl(
+    result = await bus.busctl(
         "--json=short", "get-property", names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER,
         "Counters", "Version",
     )  # fmt: skip
-    counters, version = told.stdout.splitlines()
+    counters, version = result.stdout.splitlines()
     assert json.loads(counters) == {"type": "a{st}", "data": {"mounted": 2}}
     assert json.loads(version)["data"]
     assert (await bus.busctl("tree", "--list", names.BUS_NAME)).stdout.split()[-2:] == [
@@ -109,18 +109,18 @@ async def test_the_manager_shows_version_and_counters(
     ]
 
 
-async def test_what_was_true_before_there_was_a_bus_is_shown(
+async def test_a_status_from_before_the_bus_is_shown(
     bus: PrivateBus, registry: FakeRegistry, nothing_left: None
 ) -> None:
     mounted(registry)
     async with Service(registry) as service:
-        await service.tried(30)
+        await service.first_attempt(30)
         client = Connection()
         assert list(await objects(client)) == [PATH]
         client.close()
 
 
-async def test_coming_changing_and_going_are_signalled_in_order_and_no_more_than_has_changed(
+async def test_additions_changes_and_removals_are_signalled_in_order_without_unchanged_properties(
     client: Connection, registry: FakeRegistry
 ) -> None:
     async with signals(client) as heard:
@@ -137,14 +137,14 @@ async def test_coming_changing_and_going_are_signalled_in_order_and_no_more_than
     assert heard[0][1][2][names.BUS_VOLUME]["State"] == ("s", "unlocking")
     assert heard[1][1] == (PATH, names.BUS_VOLUME, {"State": ("s", "mounting")}, [])
     assert set(heard[2][1][2]) == {
-        "State", "StateReason", "MountPoint", "MappingDevice", "Filesystem", "Since", "Steps",
-        "Rule",
+        "State", "StateReason", "MountPoint", "MappingDevice", "Filesystem", "Since", "Rule",
+        "StepDurations",
     }  # fmt: skip
     assert heard[3][1][1] == PATH
     assert names.BUS_VOLUME in heard[3][1][2]
 
 
-async def test_a_property_that_is_asked_for_after_its_signal_has_at_least_that_value(
+async def test_a_property_read_after_its_signal_has_at_least_that_value(
     client: Connection, registry: FakeRegistry
 ) -> None:
     registry.publish(STICK, State.UNLOCKING)
@@ -156,7 +156,7 @@ async def test_a_property_that_is_asked_for_after_its_signal_has_at_least_that_v
             assert heard[-1][1][2]["StateReason"] == ("s", f"{n}")
 
 
-async def test_a_volume_that_the_board_forgot_goes_with_the_next_news(
+async def test_a_volume_that_the_registry_forgot_is_removed_at_the_next_change(
     client: Connection, registry: FakeRegistry
 ) -> None:
     registry.publish(STICK, State.REMOVED_UNSAFELY)
@@ -176,7 +176,7 @@ async def test_the_same_insertion_may_come_again(
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-async def test_what_a_medium_says_of_itself_is_shown_harmless(
+async def test_texts_of_a_medium_are_escaped(
     bus: PrivateBus, service: Service, registry: FakeRegistry, text: str
 ) -> None:
     hostile = again(partlabel=text, partuuid=text, name=text)
@@ -184,9 +184,9 @@ async def test_what_a_medium_says_of_itself_is_shown_harmless(
         hostile, State.FAILED, text, rule=text, mount_point=text, mapping_node=text,
         filesystem=text, steps={text: 1.0},
     )  # fmt: skip
-    told = await bus.busctl("--json=short", "call", *OBJECTS, "GetManagedObjects")
-    assert told.returncode == 0, told.stderr
-    label = json.loads(told.stdout)["data"][0][PATH][names.BUS_VOLUME]["Label"]["data"]
+    result = await bus.busctl("--json=short", "call", *OBJECTS, "GetManagedObjects")
+    assert result.returncode == 0, result.stderr
+    label = json.loads(result.stdout)["data"][0][PATH][names.BUS_VOLUME]["Label"]["data"]
     assert label.isprintable()
     assert label == (text if text.isprintable() else ascii(text))
     with_gdbus = await bus.gdbus(
@@ -199,7 +199,7 @@ async def test_what_a_medium_says_of_itself_is_shown_harmless(
 @pytest.mark.parametrize(
     ("method", "asked"), [("Lock", "lock"), ("Unlock", "unlock"), ("Retry", "retry")]
 )
-async def test_a_request_is_passed_on_with_who_asked_and_its_signals_come_before_its_answer(
+async def test_a_request_is_passed_on_with_its_sender_and_signals_come_before_the_reply(
     client: Connection, registry: FakeRegistry, agent: FakeAgent, method: str, asked: str
 ) -> None:
     registry.publish(STICK, State.FAILED)
@@ -212,23 +212,23 @@ async def test_a_request_is_passed_on_with_who_asked_and_its_signals_come_before
     assert ", :1." in by
 
 
-async def test_eject_takes_options_and_tells_the_outcome(
+async def test_eject_takes_options_and_returns_the_outcome(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
     eject = ("call", *VOLUME, "Eject", "a{sv}")
-    told = await bus.busctl(*eject, "0")
-    assert told.stdout == 's "cartridge: safe to remove"\n'
-    told = await bus.busctl(*eject, "1", "power-off", "b", "false")
-    assert told.returncode == 0
+    result = await bus.busctl(*eject, "0")
+    assert result.stdout == 's "cartridge: safe to remove"\n'
+    result = await bus.busctl(*eject, "1", "power-off", "b", "false")
+    assert result.returncode == 0
     assert [asked[3] for asked in agent.asked] == [True, False]
     for options, why in (
         (("1", "force", "b", "true"), "force is no option; there is 'power-off'"),
         (("1", "power-off", "s", "yes"), "option 'power-off' is a boolean (b), not s"),
     ):
-        told = await bus.busctl(*eject, *options)
-        assert told.returncode == 1
-        assert why in told.stderr
+        result = await bus.busctl(*eject, *options)
+        assert result.returncode == 1
+        assert why in result.stderr
     assert len(agent.asked) == 2
 
 
@@ -236,13 +236,13 @@ async def test_reload_and_explain_are_passed_on(
     bus: PrivateBus, service: Service, agent: FakeAgent
 ) -> None:
     agent.notices = ["blob_directory: at the next start", "a\x1b"]
-    told = await bus.gdbus(
+    result = await bus.gdbus(
         "call", "-d", names.BUS_NAME, "-o", names.BUS_PATH, "-m", f"{names.BUS_MANAGER}.Reload"
     )
-    assert told.stdout == "(['blob_directory: at the next start', \"'a\\\\x1b'\"],)\n"
+    assert result.stdout == "(['blob_directory: at the next start', \"'a\\\\x1b'\"],)\n"
     assert agent.asked[0][1].startswith("uid 0 (root), pid ")
-    told = await bus.busctl("--json=short", "call", *MANAGER, "Explain", "s", "/dev/sdb1")
-    assert json.loads(told.stdout)["data"] == ["/dev/sdb1: a device\n  rule 'a': no"]
+    result = await bus.busctl("--json=short", "call", *MANAGER, "Explain", "s", "/dev/sdb1")
+    assert json.loads(result.stdout)["data"] == ["/dev/sdb1: a device\n  rule 'a': no"]
     assert agent.thread is not threading.main_thread()
 
 
@@ -262,7 +262,7 @@ async def test_reload_and_explain_are_passed_on(
     ],
     ids=lambda value: type(value).__name__,
 )
-async def test_a_failure_is_told_under_its_name_and_the_service_goes_on(
+async def test_a_failure_has_its_error_name_and_the_service_goes_on(
     client: Connection,
     registry: FakeRegistry,
     agent: FakeAgent,
@@ -273,27 +273,27 @@ async def test_a_failure_is_told_under_its_name_and_the_service_goes_on(
 ) -> None:
     mounted(registry)
     agent.instead = raising(error)
-    with pytest.raises(sdbus.SdBusBaseError) as told:
+    with pytest.raises(sdbus.SdBusBaseError) as result:
         await client.call(VOLUME, "Lock")
-    assert told.value.args == (f"org.caamhotplug1.Error.{name}", message)
+    assert result.value.args == (f"org.caamhotplug1.Error.{name}", message)
     logged = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert bool(logged) == isinstance(error, ZeroDivisionError)
     assert await client.call(VOLUME, "Lock") is None
 
 
-async def test_requests_are_refused_until_somebody_takes_them(
+async def test_requests_are_refused_until_the_agent_accepts_them(
     bus: PrivateBus, registry: FakeRegistry, nothing_left: None
 ) -> None:
     mounted(registry)
     async with Service(registry) as service:
-        await service.tried(30)
-        told = await bus.busctl("call", *VOLUME, "Lock")
-        assert "the agent is starting or stopping" in told.stderr
-        told = await bus.busctl("call", *MANAGER, "Explain", "s", "/dev/sdb1")
-        assert "the agent is starting or stopping" in told.stderr
+        await service.first_attempt(30)
+        result = await bus.busctl("call", *VOLUME, "Lock")
+        assert "the agent is starting or stopping" in result.stderr
+        result = await bus.busctl("call", *MANAGER, "Explain", "s", "/dev/sdb1")
+        assert "the agent is starting or stopping" in result.stderr
 
 
-async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
+async def test_a_request_is_answered_although_its_volume_goes_meanwhile(
     client: Connection, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -314,7 +314,7 @@ async def test_a_request_is_answered_though_its_volume_goes_meanwhile(
         await call
 
 
-async def test_a_request_that_waits_holds_up_neither_reading_nor_other_requests(
+async def test_a_waiting_request_delays_neither_reads_nor_other_requests(
     client: Connection, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry)
@@ -322,7 +322,7 @@ async def test_a_request_that_waits_holds_up_neither_reading_nor_other_requests(
     agent.instead = go_on.wait  # type: ignore[assignment]
     call = client.begin(VOLUME, "Eject", "a{sv}", {})
     while not agent.asked:
-        await client.greet()
+        await client.ping()
     assert (await properties(client))["State"] == "mounted"
     assert await client.call(MANAGER, "Reload") == []
     go_on.set()
@@ -337,10 +337,10 @@ async def test_a_stop_does_not_wait_for_a_request_under_way(
     client = Connection()
     async with Service(registry) as service:
         service.accept(agent, agent)
-        await service.tried(30)
+        await service.first_attempt(30)
         call = client.begin(VOLUME, "Lock")
         while not agent.asked:
-            await client.greet()
+            await client.ping()
     with pytest.raises(sdbus.SdBusBaseError):
         await asyncio.wait_for(call, 30)
     client.close()
@@ -348,7 +348,7 @@ async def test_a_stop_does_not_wait_for_a_request_under_way(
 
 @pytest.fixture
 def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
-    """Set when the service looks for a bus for the third time."""
+    """Set when the service tries to connect for the third time."""
     event = asyncio.Event()
     made = 0
 
@@ -364,7 +364,7 @@ def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     return event
 
 
-async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
+async def test_without_a_bus_one_message_is_logged_and_the_registry_works(
     private_bus: PrivateBus,
     registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
@@ -372,21 +372,21 @@ async def test_without_a_bus_it_is_said_once_and_the_board_is_not_disturbed(
     tried_again: asyncio.Event,
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
-    async with Service(registry, look_again_s=0.001) as service:
-        await service.tried(30)
+    async with Service(registry, retry_after_s=0.001) as service:
+        await service.first_attempt(30)
         mounted(registry)
         await asyncio.wait_for(tried_again.wait(), 30)
     assert caplog.record_tuples == [
         (
             "caam_hotplug.dbus.service",
             logging.INFO,
-            "no system bus, and media are served without: connect to the system bus: "
+            "no system bus, media are served without it: connect to the system bus: "
             "No such file or directory",
         )
     ]
 
 
-async def test_without_sdbus_it_is_said_once(
+async def test_without_sdbus_one_message_is_logged(
     registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -398,15 +398,15 @@ async def test_without_sdbus_it_is_said_once(
     monkeypatch.delattr("caam_hotplug.dbus.objects", raising=False)
     monkeypatch.setitem(sys.modules, "sdbus", None)
     async with Service(registry) as service:
-        await service.tried(30)
+        await service.first_attempt(30)
         mounted(registry)
     [message] = caplog.messages
-    assert message.startswith("no system bus, and media are served without: ")
+    assert message.startswith("no system bus, media are served without it: ")
     assert "sdbus" in message
-    assert message.endswith("the extra `dbus` brings it")
+    assert message.endswith("install sdbus (the extra `dbus`)")
 
 
-async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
+async def test_a_name_of_another_process_is_logged_and_taken_once_it_is_free(
     bus: PrivateBus,
     registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
@@ -416,8 +416,8 @@ async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
     mounted(registry)
     other = Connection()
     await other.own(names.BUS_NAME)
-    async with Service(registry, look_again_s=0.001) as service:
-        await service.tried(30)
+    async with Service(registry, retry_after_s=0.001) as service:
+        await service.first_attempt(30)
         assert caplog.messages[0].endswith(
             "own org.caamhotplug1 on the system bus: another process has it"
         )
@@ -426,7 +426,7 @@ async def test_a_name_that_another_has_is_said_and_taken_once_it_is_free(
     assert len(caplog.messages) == 2
 
 
-async def test_a_policy_that_is_not_installed_is_said_once(
+async def test_a_policy_that_is_not_installed_is_logged_once(
     private_bus: PrivateBus,
     registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
@@ -435,8 +435,8 @@ async def test_a_policy_that_is_not_installed_is_said_once(
 ) -> None:
     caplog.set_level(logging.INFO, "caam_hotplug")
     private_bus.start(policy="<busconfig/>")
-    async with Service(registry, look_again_s=0.001) as service:
-        await service.tried(30)
+    async with Service(registry, retry_after_s=0.001) as service:
+        await service.first_attempt(30)
         await asyncio.wait_for(tried_again.wait(), 30)
     [message] = caplog.messages
     assert "own org.caamhotplug1 on the system bus: " in message
@@ -444,13 +444,13 @@ async def test_a_policy_that_is_not_installed_is_said_once(
 
 
 async def on_bus(caplog: pytest.LogCaptureFixture, times: int = 1) -> None:
-    """The service has said so often that it is on the bus."""
+    """Wait until the service has logged that often that it is on the bus."""
     async with asyncio.timeout(30):
         while caplog.text.count("on the system bus as") < times:
             await asyncio.sleep(0.01)
 
 
-async def test_a_bus_that_goes_and_comes_back_finds_what_is_true_then(
+async def test_a_bus_that_comes_back_shows_the_current_status(
     bus: PrivateBus,
     service: Service,
     registry: FakeRegistry,
@@ -475,18 +475,18 @@ async def test_a_bus_that_goes_and_comes_back_finds_what_is_true_then(
     assert len(agent.asked) == 3
 
 
-async def test_news_while_the_bus_dies_reach_the_board_unharmed(
+async def test_changes_while_the_bus_ends_reach_the_registry(
     bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.publish(STICK, State.UNLOCKING)
     bus.stop()
-    for n in range(1000):  # the loop has not been told yet
+    for n in range(1000):  # the loop has not noticed yet
         registry.publish(again(id=VolumeId(n, 1)), State.UNLOCKING, f"{n}")
     assert len(registry.entries()) == 1000
     assert "a defect" not in caplog.text
 
 
-async def test_a_bus_that_answers_nobody_holds_up_nothing(
+async def test_a_bus_that_does_not_answer_delays_nothing(
     private_bus: PrivateBus,
     registry: FakeRegistry,
     caplog: pytest.LogCaptureFixture,
@@ -496,13 +496,13 @@ async def test_a_bus_that_answers_nobody_holds_up_nothing(
     private_bus.hold()
     async with Service(registry) as service:
         async with asyncio.timeout(10):
-            await service.tried(0.2)
+            await service.first_attempt(0.2)
         mounted(registry)
     assert "a defect" not in caplog.text
     private_bus.resume()
 
 
-async def test_a_bus_that_stops_reading_costs_no_more_than_itself(
+async def test_a_bus_that_stops_reading_causes_no_defect(
     bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.publish(STICK, State.UNLOCKING)
@@ -513,14 +513,14 @@ async def test_a_bus_that_stops_reading_costs_no_more_than_itself(
     assert "a defect" not in caplog.text
 
 
-async def test_a_defect_in_showing_a_volume_costs_the_board_nothing(
+async def test_a_defect_in_showing_a_volume_does_not_affect_others(
     bus: PrivateBus, service: Service, registry: FakeRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.publish(STICK, State.UNLOCKING, steps=None)
     assert "a defect of the agent's D-Bus service" in caplog.text
     mounted(registry, again(id=VolumeId(8, 1)))
-    told = await bus.busctl("tree", "--list", names.BUS_NAME)
-    assert names.bus_path(VolumeId(8, 1)) in told.stdout
+    result = await bus.busctl("tree", "--list", names.BUS_NAME)
+    assert names.bus_path(VolumeId(8, 1)) in result.stdout
 
 
 async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
@@ -530,14 +530,14 @@ async def test_the_name_is_free_and_the_objects_are_gone_after_the_stop(
     client = Connection()
     async with signals(client) as heard:
         async with Service(registry) as service:
-            await service.tried(30)
+            await service.first_attempt(30)
         while await client.call(BUS, "NameHasOwner", "s", names.BUS_NAME):
             pass
     assert [member for member, _ in heard][-1:] == ["InterfacesRemoved"]
     client.close()
 
 
-async def test_volumes_that_come_and_go_leave_no_object_behind(
+async def test_added_and_removed_volumes_leave_no_object_in_memory(
     service: Service, registry: FakeRegistry
 ) -> None:
     def come_and_go() -> None:

@@ -1,4 +1,4 @@
-"""The agent on the guest's system bus, with the clients that people have, and our own."""
+"""The agent on the system bus of the guest, with busctl, gdbus and `caam-hotplug`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ NAME = "org.caamhotplug1"
 MANAGER = "/org/caamhotplug1"
 VOLUME = f"{NAME}.Volume"
 MEMBER = "setpriv --reuid=nobody --regid=nogroup --groups caam-hotplug"
-STRANGER = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
+OTHER_USER = "setpriv --reuid=nobody --regid=nogroup --clear-groups"
 
 
 async def cli(guest: Guest, *arguments: str, who: str = "", check: bool = True) -> Completed:
-    """What `caam-hotplug` says."""
+    """Run `caam-hotplug`."""
     return await guest.sh(f"{who} caam-hotplug {shlex.join(arguments)}", check=check, timeout_s=300)
 
 
 async def busctl(guest: Guest, *arguments: str, who: str = "", check: bool = True) -> Completed:
-    """What `busctl` says."""
+    """Run `busctl`."""
     return await guest.sh(
         f"{who} busctl --timeout=240 {shlex.join(arguments)}", check=check, timeout_s=300
     )
 
 
 async def path_of(guest: Guest, label: str = "cartridge-01") -> str:
-    """The object of the volume with this label."""
-    told = await busctl(
+    """Return the path of the volume with this label."""
+    result = await busctl(
         guest, "--json=short", "call", NAME, MANAGER,
         "org.freedesktop.DBus.ObjectManager", "GetManagedObjects",
     )  # fmt: skip
-    objects = json.loads(told.stdout)["data"][0]
+    objects = json.loads(result.stdout)["data"][0]
     [path] = [
         path
         for path, interfaces in objects.items()
@@ -50,16 +50,16 @@ async def path_of(guest: Guest, label: str = "cartridge-01") -> str:
 
 
 async def shown(guest: Guest, path: str) -> dict[str, Any]:
-    """The properties of the volume's object."""
-    told = await busctl(
+    """Return the properties of the volume's object."""
+    result = await busctl(
         guest, "--json=short", "call", NAME, path,
         "org.freedesktop.DBus.Properties", "GetAll", "s", VOLUME,
     )  # fmt: skip
-    return {name: value["data"] for name, value in json.loads(told.stdout)["data"][0].items()}
+    return {name: value["data"] for name, value in json.loads(result.stdout)["data"][0].items()}
 
 
 async def until_state(guest: Guest, state: str, label: str = "cartridge-01") -> None:
-    """The volume is shown in this state."""
+    """Wait until the volume is shown in this state."""
     await guest.until(
         f"caam-hotplug status --json | python3 -c 'import json, sys; sys.exit(not any("
         f'v["label"] == "{label}" and v["state"] == "{state}" '
@@ -78,21 +78,21 @@ async def test_a_volume_is_on_the_bus_from_the_plug_to_the_pull(
     await until_state(guest, "mounted")
     path = await path_of(guest)
     assert re.fullmatch(r"/org/caamhotplug1/volumes/[0-9]+_1", path)
-    told = await shown(guest, path)
-    assert told["Device"] == "/dev/sda1"
-    assert told["MountPoint"] == POINT
-    assert told["Filesystem"] == "ext4"
-    assert told["ReadOnly"] is False
-    assert path.endswith(f"/{told['DiskSeq']}_{told['Partition']}")
+    result = await shown(guest, path)
+    assert result["Device"] == "/dev/sda1"
+    assert result["MountPoint"] == POINT
+    assert result["Filesystem"] == "ext4"
+    assert result["ReadOnly"] is False
+    assert path.endswith(f"/{result['DiskSeq']}_{result['Partition']}")
     size = (await guest.run("blockdev", "--getsize64", "/dev/sda1")).stdout
-    assert told["Size"] == int(size)
+    assert result["Size"] == int(size)
     source = (await guest.run("findmnt", "-no", "SOURCE", POINT)).stdout.strip()
     node = (await guest.run("readlink", "-f", source)).stdout.strip()
-    assert told["MappingDevice"] == node
+    assert result["MappingDevice"] == node
     now = int((await guest.run("date", "+%s")).stdout)
-    assert 0 <= now - told["Since"] / 1e6 < 600
-    assert told["Steps"]
-    assert all(took >= 0 for took in told["Steps"].values())
+    assert 0 <= now - result["Since"] / 1e6 < 600
+    assert result["StepDurations"]
+    assert all(took >= 0 for took in result["StepDurations"].values())
     await stick.pull()
     await agent.until_said("cartridge-01.*removed-unsafely")
     heard = await guest.read("/tmp/heard")
@@ -103,24 +103,24 @@ async def test_a_volume_is_on_the_bus_from_the_plug_to_the_pull(
     await guest.sh("pkill gdbus")
 
 
-async def test_a_medium_that_is_ejected_stays_so_until_it_is_unlocked_by_hand(
+async def test_an_ejected_medium_stays_ejected_until_it_is_unlocked_by_request(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    told = await cli(guest, "eject", "--no-power-off", "cartridge-01")
-    assert told.stdout == "cartridge-01: safe to remove\n"
+    result = await cli(guest, "eject", "--no-power-off", "cartridge-01")
+    assert result.stdout == "cartridge-01: safe to remove\n"
     assert await agent.leftovers() == []
     await until_state(guest, "ejected")
     await guest.sh("udevadm trigger --settle --action=change /dev/sda1")
     await until_state(guest, "ejected")
-    await agent.start()  # once more, and nothing of it is written down but on the device's node
+    await agent.start()  # a new run knows of the eject only from the device's node
     await until_state(guest, "ejected")
     assert await agent.leftovers() == []
     assert "eject" in await agent.until_said("asked for by .*uid 0 .root., pid [0-9]+, :1")
-    told = await cli(guest, "unlock", "/dev/sda1")
-    assert told.stdout == f"cartridge-01: mounted: {POINT} (ext4)\n"
+    result = await cli(guest, "unlock", "/dev/sda1")
+    assert result.stdout == f"cartridge-01: mounted: {POINT} (ext4)\n"
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
 
 
@@ -130,8 +130,8 @@ async def test_eject_over_the_bus_says_that_it_is_safe_to_remove(
     await agent.start()
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    told = await busctl(guest, "call", NAME, await path_of(guest), VOLUME, "Eject", "a{sv}", "0")
-    assert "safe to remove" in told.stdout
+    result = await busctl(guest, "call", NAME, await path_of(guest), VOLUME, "Eject", "a{sv}", "0")
+    assert "safe to remove" in result.stdout
     assert await agent.leftovers() == []
     await stick.pull()
 
@@ -145,17 +145,17 @@ async def test_a_busy_volume_is_not_ejected_and_its_holder_is_named(
     await guest.sh(f"sleep 1000 < {POINT}/hello.txt >/dev/null 2>&1 & echo $! >/tmp/holder")
     pid = (await guest.sh("cat /tmp/holder")).stdout.strip()
     assert POINT in (await cli(guest, "status")).stdout
-    told = await cli(guest, "eject", "cartridge-01", check=False)
-    assert told.returncode == 1
-    first, *holders = told.stderr.splitlines()
+    result = await cli(guest, "eject", "cartridge-01", check=False)
+    assert result.returncode == 1
+    first, *holders = result.stderr.splitlines()
     assert first == f"caam-hotplug: eject cartridge-01: {POINT} is in use:"
     assert [line for line in holders if f"pid {pid} (sleep)" in line and "hello.txt" in line]
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
     await until_state(guest, "mounted")
-    told = await busctl(
+    result = await busctl(
         guest, "call", NAME, await path_of(guest), VOLUME, "Eject", "a{sv}", "0", check=False
     )
-    assert f"pid {pid}" in told.stderr
+    assert f"pid {pid}" in result.stderr
     await guest.sh(f"kill {pid}")
     assert (await cli(guest, "eject", "--no-power-off", POINT)).returncode == 0
 
@@ -186,7 +186,7 @@ async def test_lock_unlock_and_retry_by_every_name_of_a_volume(
     assert status["counters"]["mounted"] == 2
 
 
-async def test_reload_brings_rules_into_force_or_changes_nothing(
+async def test_reload_applies_the_rules_or_changes_nothing(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.configure('[[rule]]\nname = "none"\naction = "ignore"\n')
@@ -197,8 +197,8 @@ async def test_reload_brings_rules_into_force_or_changes_nothing(
     refused = await cli(guest, "reload", check=False)
     assert refused.returncode == 1
     assert "did you mean 'partlabel'?" in refused.stderr
-    told = await busctl(guest, "call", NAME, MANAGER, f"{NAME}.Manager", "Reload", check=False)
-    assert "partlable" in told.stderr
+    result = await busctl(guest, "call", NAME, MANAGER, f"{NAME}.Manager", "Reload", check=False)
+    assert "partlable" in result.stderr
     await until_state(guest, "ignored")
     await agent.configure(ANY_BUS)
     assert (await cli(guest, "reload")).stdout.endswith("the configuration is in force\n")
@@ -212,19 +212,19 @@ async def test_explain_over_the_bus_is_what_the_command_says(
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
     await guest.run("udevadm", "settle")  # or it may tell more between the two
-    told = await busctl(
+    result = await busctl(
         guest, "--json=short", "call", NAME, MANAGER, f"{NAME}.Manager", "Explain", "s",
         "/dev/sda1",
     )  # fmt: skip
     with_command = await cli(guest, "explain", "/dev/sda1")
-    assert json.loads(told.stdout)["data"][0].strip() == with_command.stdout.strip()
-    told = await busctl(
+    assert json.loads(result.stdout)["data"][0].strip() == with_command.stdout.strip()
+    result = await busctl(
         guest, "call", NAME, MANAGER, f"{NAME}.Manager", "Explain", "s", "/dev/null", check=False
     )
-    assert "it is no block device" in told.stderr
+    assert "it is no block device" in result.stderr
 
 
-async def test_what_the_page_on_the_bus_asks_is_answered(
+async def test_every_command_of_the_page_on_the_bus_works(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -242,19 +242,19 @@ async def test_what_the_page_on_the_bus_asks_is_answered(
     await until_state(guest, "ejected")
 
 
-async def test_everyone_may_look_and_only_root_and_the_operators_may_ask(
+async def test_everyone_may_read_and_only_root_and_operators_may_make_requests(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
     await until_state(guest, "mounted")
-    told = await cli(guest, "status", who=STRANGER)
-    assert POINT in told.stdout
+    result = await cli(guest, "status", who=OTHER_USER)
+    assert POINT in result.stdout
     path = await path_of(guest)
-    assert (await busctl(guest, "introspect", NAME, path, who=STRANGER)).returncode == 0
+    assert (await busctl(guest, "introspect", NAME, path, who=OTHER_USER)).returncode == 0
     for command in (["lock", "cartridge-01"], ["eject", "cartridge-01"], ["reload"]):
-        refused = await cli(guest, *command, who=STRANGER, check=False)
+        refused = await cli(guest, *command, who=OTHER_USER, check=False)
         assert refused.returncode == 1
         assert "only root and members of group caam-hotplug" in refused.stderr
     await until_state(guest, "mounted")
@@ -277,8 +277,10 @@ async def test_a_lax_policy_does_not_open_the_agent(
     await until_state(guest, "mounted")
     path = await path_of(guest)
     for method in (["Lock"], ["Unlock"], ["Retry"], ["Eject", "a{sv}", "0"]):
-        told = await busctl(guest, "call", NAME, path, VOLUME, *method, who=STRANGER, check=False)
-        assert "Access denied" in told.stderr
+        result = await busctl(
+            guest, "call", NAME, path, VOLUME, *method, who=OTHER_USER, check=False
+        )
+        assert "Access denied" in result.stderr
     assert "refused to uid" in await agent.until_said("refused to uid .*nobody", times=4)
     await until_state(guest, "mounted")
     await guest.sh(f"rm {lax}; systemctl reload dbus")
@@ -297,21 +299,21 @@ async def test_watch_follows_over_a_crash_and_a_restart_that_adopts(
     await agent.start()
     await guest.until("grep -q 'the agent runs' /tmp/watched")
     await guest.until("test $(grep -c ': mounted: ' /tmp/watched) = 2")
-    told = await shown(guest, await path_of(guest))
-    assert told["State"] == "mounted"
-    assert told["MountPoint"] == POINT
+    result = await shown(guest, await path_of(guest))
+    assert result["State"] == "mounted"
+    assert result["MountPoint"] == POINT
     await guest.sh("pkill -INT -f 'caam-hotplug watch'")
 
 
 @pytest.mark.parametrize("back", [True, False])
-async def test_without_a_bus_media_are_served_and_it_is_said_once(
+async def test_without_a_bus_media_are_served_and_one_message_is_logged(
     guest: Guest, agent: InstalledAgent, medium: Path, back: bool
 ) -> None:
     await agent.stop()
     if not back:
         await guest.sh("systemctl stop dbus.socket dbus.service")
         await agent.start()
-        await agent.until_said("no system bus, and media are served without")
+        await agent.until_said("no system bus, media are served without it")
     else:
         await agent.start()
         await agent.until_said("on the system bus as org.caamhotplug1")
@@ -319,8 +321,8 @@ async def test_without_a_bus_media_are_served_and_it_is_said_once(
         await agent.until_said("the system bus has gone")
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    told = await cli(guest, "status", check=False)
-    assert told.returncode == 3
+    result = await cli(guest, "status", check=False)
+    assert result.returncode == 3
     await guest.sh("systemctl start dbus.socket")
     await agent.until_said("on the system bus as org.caamhotplug1", times=1 + back)
     await until_state(guest, "mounted")
@@ -329,15 +331,15 @@ async def test_without_a_bus_media_are_served_and_it_is_said_once(
     await agent.until_said("cartridge-01.*removed-unsafely")
 
 
-async def test_a_hostile_label_is_shown_harmless(
+async def test_a_hostile_label_is_escaped(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await agent.start()
     label = "\x1b[2J\u202e\U0001f4a5"
     await guest.plug_usb(labelled(tmp_path, label))
     await guest.until("caam-hotplug status --all | grep -q u202e")
-    told = await cli(guest, "status", "--all")
-    assert "\x1b" not in told.stdout
+    result = await cli(guest, "status", "--all")
+    assert "\x1b" not in result.stdout
     listed = json.loads((await cli(guest, "status", "--json")).stdout)["volumes"]
     assert ascii(label) in [volume["label"] for volume in listed]
     gdbus = await guest.sh(

@@ -1,4 +1,4 @@
-"""The journal as an audit trail: asked by the identifier of an event, it answers with fields."""
+"""The journal as an audit trail: entries are found by the identifier of their event."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vm.installed import InstalledAgent
 
 
 async def asked(guest: Guest, pid: int, event: Event) -> list[dict[str, str]]:
-    """The entries of this run of the agent that `journalctl MESSAGE_ID=…` finds."""
+    """Return the entries of this run of the agent that `journalctl MESSAGE_ID=…` finds."""
     query = ["journalctl", "-o", "json", "--no-pager", f"_PID={pid}", f"MESSAGE_ID={event.value}"]
     await guest.run("journalctl", "--sync")
     lines = (await guest.run(*query)).stdout.splitlines()
@@ -21,11 +21,11 @@ async def asked(guest: Guest, pid: int, event: Event) -> list[dict[str, str]]:
 
 
 def text(value: Any) -> str:
-    """A field's value; journalctl writes what is not printable as a list of bytes."""
+    """Return a field's value; journalctl prints a binary one as a list of bytes."""
     return bytes(value).decode() if isinstance(value, list) else str(value)
 
 
-async def test_what_was_unlocked_with_which_blob_and_how_it_left_can_be_asked(
+async def test_unlocking_with_its_blob_and_removal_can_be_queried(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -52,7 +52,7 @@ async def test_what_was_unlocked_with_which_blob_and_how_it_left_can_be_asked(
     assert removed["PRIORITY"] == "4"
 
 
-async def test_what_was_refused_and_why_can_be_asked_and_a_label_stays_in_its_field(
+async def test_a_refusal_can_be_queried_and_a_label_stays_in_its_field(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     label = "a\nPRIORITY=0\nMESSAGE_ID=0"
@@ -67,7 +67,9 @@ async def test_what_was_refused_and_why_can_be_asked_and_a_label_stays_in_its_fi
     assert refused["PRIORITY"] == "6"
 
 
-async def test_an_agents_start_and_stop_can_be_asked(guest: Guest, agent: InstalledAgent) -> None:
+async def test_start_and_stop_of_the_agent_can_be_queried(
+    guest: Guest, agent: InstalledAgent
+) -> None:
     await agent.start()
     pid = await agent.main_pid()
     assert len(await asked(guest, pid, Event.STARTED)) == 1

@@ -110,7 +110,7 @@ BY_TESTS: Final = {
         "caam-hotplug status",
         "caam-hotplug eject cartridge-01",
     ],
-    "tests/e2e/test_bus.py::test_what_the_page_on_the_bus_asks_is_answered": [
+    "tests/e2e/test_bus.py::test_every_command_of_the_page_on_the_bus_works": [
         "busctl tree org.caamhotplug1",
         "busctl introspect org.caamhotplug1 /org/caamhotplug1/volumes/9_1",
         "busctl --timeout=600 call org.caamhotplug1 /org/caamhotplug1/volumes/9_1 "
@@ -156,7 +156,7 @@ BY_TESTS: Final = {
     "tests/kernel/test_throughput.py::test_every_combination_has_figures_in_one_run": [
         "python3 measure throughput --json > board.json",
     ],
-    "tests/unit/cli/test_main.py::test_a_valid_file_is_called_so_with_its_rules_in_order": [
+    "tests/unit/cli/test_main.py::test_a_valid_file_is_reported_with_its_rules_in_order": [
         "caam-hotplug check agent.toml",
     ],
     "tests/unit/cli/test_main.py::test_a_file_that_run_would_refuse_is_valid_with_a_warning": [

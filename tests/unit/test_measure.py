@@ -58,7 +58,7 @@ def test_a_command_is_needed(copied: Path) -> None:
 
 
 def typed() -> set[str]:
-    """Find what the help and the pages tell people to type after `python3 measure`."""
+    """Find what the help and the pages tell users to type after `python3 measure`."""
     in_help = {
         found[1]
         for text in (command_line.EXAMPLES, command_line.REPLUG_EXAMPLES,

@@ -1,4 +1,4 @@
-"""Python's modules that others import in passing and nobody here has a use for."""
+"""Placeholders for modules of Python that others import and the agent does not use."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import sys
 from types import ModuleType
 
 
-class _Sonames(ModuleType):
-    """In place of ctypes.util."""
+class _CtypesUtil(ModuleType):
+    """Stands in for ctypes.util."""
 
     @staticmethod
     def find_library(name: str) -> str:
-        """What the library of this name is called where it is installed."""
+        """Return the file name under which the library is installed."""
         return f"lib{name}.so.1"
 
 
 def leave_out() -> None:
-    """They do not come into this process's memory, if they have not yet.
+    """Keep the modules out of the memory of this process, unless they are loaded already.
 
-    asyncio imports ssl and does without where Python has none: OpenSSL takes 4 MB. pyudev asks
-    ctypes.util for libudev, which would start ldconfig, may try gcc, and imports what unpacks
-    archives.
+    asyncio imports ssl and does without it if Python has none: OpenSSL takes 4 MB. pyudev asks
+    ctypes.util for libudev. That would start ldconfig, perhaps gcc, and import archive formats.
     """
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
-    sys.modules.setdefault("ctypes.util", _Sonames("ctypes.util"))
+    sys.modules.setdefault("ctypes.util", _CtypesUtil("ctypes.util"))

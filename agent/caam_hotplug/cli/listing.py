@@ -1,4 +1,4 @@
-"""Volumes as a table for people, and as JSON for programs."""
+"""Volumes as a table for users, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _COLOURS: Final = {
     "conflict": "33",
     "waiting": "33",
 }
-_SPANS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_DURATION_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+_SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def table(
     volumes: Sequence[ShownVolume],
     *,
-    everything: bool,
+    include_ignored: bool,
     coloured: bool,
     now_us: int | None = None,
 ) -> Iterator[str]:
-    """Lines for people. `now_us`: microseconds since 1970."""
+    """Yield the lines of the table. `now_us`: microseconds since 1970."""
     now = time.time_ns() // 1000 if now_us is None else now_us
-    listed = [v for v in volumes if everything or v.state != "ignored"]
+    listed = [v for v in volumes if include_ignored or v.state != "ignored"]
     if listed:
         rows = [_HEAD, *(_row(volume, now) for volume in listed)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
@@ -51,20 +51,20 @@ def table(
 
 
 def to_json(volumes: Sequence[ShownVolume], version: str, counters: Mapping[str, int]) -> str:
-    """One object for programs."""
-    import json  # noqa: PLC0415  only programs ask for it
+    """Return one JSON object."""
+    import json  # noqa: PLC0415  only --json needs it
 
     listed = [as_json(volume) for volume in volumes]
     return json.dumps({"version": version, "counters": counters, "volumes": listed}, indent=2)
 
 
 def as_json(volume: ShownVolume) -> dict[str, Any]:
-    """The volume's keys and values."""
+    """Return the volume's keys and values."""
     return asdict(volume)
 
 
 def in_colour(text: str, state: str) -> str:
-    """The text in the state's colour, where it has one."""
+    """Return the text in the colour of the state, if it has one."""
     colour = _COLOURS.get(state)
     return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
@@ -75,21 +75,22 @@ def _row(volume: ShownVolume, now_us: int) -> tuple[str, ...]:
         shown(volume.device),
         _size(volume.size_bytes),
         shown(volume.state),
-        _span(now_us - volume.since_us),
-        volume.where,
+        _duration(now_us - volume.since_us),
+        volume.mount_or_reason,
     )
 
 
 def _size(count: int) -> str:
     amount, unit = float(count), 0
-    while amount >= 1024 and unit < len(_UNITS) - 1:
+    while amount >= 1024 and unit < len(_SIZE_UNITS) - 1:
         amount, unit = amount / 1024, unit + 1
-    return f"{amount:.3g} {_UNITS[unit]}" if amount < 1000 else f"{amount:.0f} {_UNITS[unit]}"
+    digits = f"{amount:.3g}" if amount < 1000 else f"{amount:.0f}"
+    return f"{digits} {_SIZE_UNITS[unit]}"
 
 
-def _span(microseconds: int) -> str:
+def _duration(microseconds: int) -> str:
     seconds = max(0, microseconds // 1_000_000)
-    for length, unit in _SPANS:
+    for length, unit in _DURATION_UNITS:
         if seconds >= length:
             return f"{seconds // length} {unit}"
     return "0 s"

@@ -1,7 +1,6 @@
 """The command line `caam-hotplug`.
 
-What only one command uses is imported by that command: on a board's processor a module that nobody
-needs is felt.
+A module that only one command needs is imported by that command: imports are slow on a board.
 """
 
 from __future__ import annotations
@@ -24,40 +23,41 @@ if TYPE_CHECKING:
 
     from caam_hotplug.config import loader
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Parsed = argparse.Namespace | SimpleNamespace
 
 _EXAMPLES = """\
 examples:
   caam-hotplug run                            with the installed configuration
-  caam-hotplug run --config /root/my.toml     in the foreground, for a try
+  caam-hotplug run --config /root/my.toml     in the foreground, with another file
   caam-hotplug check /etc/caam-hotplug/agent.toml
   caam-hotplug explain /dev/sdb1              which rule, or why none
-  caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases nothing by itself
+  caam-hotplug provision /dev/sdb --label cartridge-01    make a medium; erases only with --erase
   caam-hotplug key list                       the keys of this board
   caam-hotplug migrate cartridge-01 --to trusted    to a key of another kind, where it is
   caam-hotplug doctor                         why it does not work on this board
   caam-hotplug status                         the media and their states
-  caam-hotplug eject cartridge-01             let a medium go, so that it can be pulled
+  caam-hotplug eject cartridge-01             release a medium, so that it can be pulled
 
 """
 
 _ENDED_BY_SIGINT: Final = 128 + 2
 _ENDED_BY_SIGPIPE: Final = 128 + 13
-"""As a shell has it of a program that the signal has ended."""
+"""The exit statuses that a shell reports for a program ended by these signals."""
 
 _DOCTOR: Final = """\
-Looks at everything the agent needs, one line each, with the remedy where something is amiss.
-It needs root, but not the agent, which may run meanwhile. It changes nothing on any medium:
-its trial of the CAAM is a throwaway key over a volume in memory. docs/doctor.md explains every
-line. Colours are for a terminal only, and NO_COLOR takes them away.
+Checks everything that the agent needs. Each result is a line, with the remedy if a check fails.
+It needs root. The agent may run meanwhile, but need not. It changes nothing on any medium: it tests
+the CAAM with a test key over a volume in memory. docs/doctor.md explains every line. Colours are
+for a terminal only; NO_COLOR turns them off.
 """
 _DOCTOR_EPILOG: Final = """\
 examples:
   sudo caam-hotplug doctor
   sudo caam-hotplug doctor --json             for programs, or for a report to the maintainers
 
-exit status: 0 all is well as far as it can be told; 1 failures, or it could not look;
-2 wrong usage; 3 warnings
+exit status: 0 no check failed; 1 failures, or the checks could not run; 2 wrong usage;
+3 warnings
 """
 
 
@@ -65,16 +65,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that the arguments name; the return value is the exit status."""
     lean_imports.leave_out()
     words = sys.argv[1:] if arguments is None else arguments
-    parsed = _as_the_service() if words == ["run"] else _parser().parse_args(words)
+    parsed = _run_without_options() if words == ["run"] else _parser().parse_args(words)
     try:
-        with redirect_stdout(_Answer(sys.stdout)) as answer:
+        with redirect_stdout(_Output(sys.stdout)) as output:
             status = int(parsed.command(parsed))
-            answer.flush()
-    except BrokenPipeError:  # whoever read has had enough
-        _write_no_more()
+            output.flush()
+    except BrokenPipeError:  # the reader has closed the pipe
+        _discard_output()
         return _ENDED_BY_SIGPIPE
     except _UnwrittenError as error:
-        _write_no_more()
+        _discard_output()
         print(f"{names.PROGRAM}: {error}", file=sys.stderr)
     except ConfigError as error:
         for fault in error.faults:
@@ -90,25 +90,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _UnwrittenError(Exception):
-    """The answer could not be written, as on a disk that is full. No error of what was asked."""
+    """The output could not be written, as on a full disk. The command itself did not fail."""
 
 
-class _Answer(io.TextIOBase):
-    """Standard output, whose errors say what they are about."""
+class _Output(io.TextIOBase):
+    """Standard output whose errors say that writing it failed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._named():
+        with self._errors_named():
             return self._stream.write(text)
 
     def flush(self) -> None:
-        with self._named():
+        with self._errors_named():
             self._stream.flush()
 
     def close(self) -> None:
-        """It stays open for Python's end."""
+        """Leave the stream open: Python flushes it at its end."""
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -117,36 +117,35 @@ class _Answer(io.TextIOBase):
         return self._stream.fileno()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise _UnwrittenError(f"write the answer: {error.strerror}") from error
+            raise _UnwrittenError(f"write the output: {error.strerror}") from error
 
 
-def _write_no_more() -> None:
-    """Python does not complain again when it flushes standard output at its end."""
-    with suppress(OSError, ValueError):  # what stands for it in a test has no descriptor
+def _discard_output() -> None:
+    """Keep Python from reporting the error once more when it flushes standard output at its end."""
+    with suppress(OSError, ValueError):  # the stream of a test has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _as_the_service() -> SimpleNamespace:
-    """`run` alone, as the parser has it. The parser would stay in the agent's memory: 1 MB."""
+def _run_without_options() -> SimpleNamespace:
+    """Return what the parser makes of `run` alone. The parser would take 1 MB of memory."""
     return SimpleNamespace(command=_run, config=None, trace=None)
 
 
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415
 
-    from caam_hotplug.cli import keys, migrate, provision  # noqa: PLC0415
-    from caam_hotplug.cli import volumes as operator  # noqa: PLC0415
+    from caam_hotplug.cli import agent_commands, keys, migrate, provision  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
         description="Unlocks and mounts encrypted removable media with keys of the CAAM.",
-        epilog=_EXAMPLES + operator.EXIT_STATUS,
+        epilog=_EXAMPLES + agent_commands.EXIT_STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{names.PROGRAM} {__version__}")
@@ -154,43 +153,49 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, prog=names.PROGRAM
     )
+    _add_run(commands)
+    _add_check_and_explain(commands)
+    provision.add_to(commands, _add_config, _load_to_act)
+    keys.add_to(commands, _add_config, _load_to_act)
+    migrate.add_to(commands, _add_config, _load_to_act)
+    _add_doctor(commands, argparse.RawDescriptionHelpFormatter)
+    # Without help: only the agent asks it, through its socket. Users have `status`.
+    holders = commands.add_parser("holders")
+    holders.set_defaults(command=_holders)
+    agent_commands.add_commands(commands)
+    return parser
 
+
+def _add_run(commands: Commands) -> None:
     run = commands.add_parser("run", help="run the agent in the foreground, as the service does")
     _add_config(run)
     run.add_argument(
         "--trace",
         type=Path,
         metavar="FILE",
-        help="write there what takes how long, for Perfetto or chrome://tracing",
+        help="write a timeline there, for Perfetto or chrome://tracing",
     )
     run.set_defaults(command=_run)
 
-    check = commands.add_parser("check", help="say what is wrong in a configuration file")
+
+def _add_check_and_explain(commands: Commands) -> None:
+    check = commands.add_parser("check", help="report the mistakes in a configuration file")
     check.add_argument("file", type=Path, metavar="FILE")
     check.set_defaults(command=_check)
 
-    explain = commands.add_parser("explain", help="say which rule matches a device, or why none")
+    explain = commands.add_parser("explain", help="show which rule matches a device, or why none")
     explain.add_argument("device", metavar="DEVICE", help="a device node such as /dev/sdb1")
     _add_config(explain)
     explain.set_defaults(command=_explain)
-    provision.add_to(commands, _add_config, _load_to_act)
-    keys.add_to(commands, _add_config, _load_to_act)
-    migrate.add_to(commands, _add_config, _load_to_act)
-    _add_doctor(commands, argparse.RawDescriptionHelpFormatter)
-    # For the service that the agent asks; people ask `status`.
-    holders = commands.add_parser("holders")
-    holders.set_defaults(command=_holders)
-    operator.add_commands(commands)
-    return parser
 
 
 def _add_doctor(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: Commands,
     formatter: type[argparse.HelpFormatter],
 ) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="say what keeps the agent from working on this board, and what to do",
+        help="check what the agent needs on this board, and say what to do",
         description=_DOCTOR,
         epilog=_DOCTOR_EPILOG,
         formatter_class=formatter,
@@ -210,7 +215,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(parsed: Parsed, reader: loader.Files) -> loader.Config:
-    """The configuration that was named, or else the installed one, which need not be there."""
+    """Load the named configuration, or else the installed one, which need not exist."""
     from caam_hotplug.config import loader  # noqa: PLC0415
 
     file = names.CONFIG_FILE if parsed.config is None else parsed.config
@@ -223,8 +228,8 @@ def _load_to_act(parsed: argparse.Namespace) -> loader.Config:
     return _load(parsed, config_files.RootsFiles())
 
 
-def _warn_of_strangers(load: Callable[[loader.Files], loader.Config]) -> None:
-    """What looks at a configuration that `run` would refuse for its owner or mode says so."""
+def _warn_if_run_would_refuse(load: Callable[[loader.Files], loader.Config]) -> None:
+    """Print a warning if `run` would refuse the configuration for its owner or mode."""
     from caam_hotplug.kernel import config_files  # noqa: PLC0415
 
     try:
@@ -253,7 +258,7 @@ def _check(parsed: argparse.Namespace) -> int:
     from caam_hotplug.kernel import config_files  # noqa: PLC0415
 
     loaded = loader.load(parsed.file, config_files.AnyonesFiles())
-    _warn_of_strangers(lambda reader: loader.load(parsed.file, reader))
+    _warn_if_run_would_refuse(lambda reader: loader.load(parsed.file, reader))
     rules = ", ".join(rule.name for rule in loaded.rule) or "none"
     print(f"{shown(parsed.file)}: valid; rules in the order they are asked: {rules}")
     return 0
@@ -264,21 +269,21 @@ def _explain(parsed: argparse.Namespace) -> int:
     from caam_hotplug.kernel import config_files  # noqa: PLC0415
 
     loaded = _load(parsed, config_files.AnyonesFiles())
-    _warn_of_strangers(lambda reader: _load(parsed, reader))
+    _warn_if_run_would_refuse(lambda reader: _load(parsed, reader))
     for line in explain.explain(parsed.device, loaded):
         print(line)
     return 0
 
 
 def _holders(_parsed: argparse.Namespace) -> int:
-    from caam_hotplug.kernel import open_files  # noqa: PLC0415  only this command looks at processes
+    from caam_hotplug.kernel import open_files  # noqa: PLC0415  only this command reads processes
 
     open_files.answer(sys.stdin, sys.stdout)
     return 0
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from caam_hotplug.doctor import runner  # noqa: PLC0415  only `doctor` needs its looks
+    from caam_hotplug.doctor import runner  # noqa: PLC0415  only `doctor` needs its checks
 
     return runner.examine(parsed.config, sys.stdout, as_json=parsed.json)
 

@@ -64,7 +64,7 @@ class Agent:
 
     async def _reload(self) -> list[str]:
         event = journal.Event
-        self._notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = await asyncio.to_thread(self._load)
             self._supervisor.reevaluate(config.rule)
@@ -75,7 +75,7 @@ class Agent:
             log.error("the configuration is refused; the rules before stay in force", extra=refused)
             raise
         finally:
-            self._notifier.tell("READY=1")
+            self._notifier.send("READY=1")
         logging.getLogger("caam_hotplug").setLevel(config.log_level.upper())
         log.info("reloaded: %d rules", len(config.rule), extra=journal.event(event.RELOADED))
         notices = [

@@ -7,7 +7,8 @@ import gc
 import logging
 import os
 import signal
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
@@ -65,10 +66,10 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
         loop.add_signal_handler(number, stopped.set)
 
     notifier, registry = Notifier(), StatusRegistry()
-    source = udev.default_source() if config.source == "auto" else config.source
+    registry.listen(_StatusLine(notifier, registry).update_soon)
     kernel = LinuxKernel(config.blob_directory, config.mount_root)
     context = _new_context(kernel, config, registry, observe)
-    registry.listen(_StatusLine(notifier, registry).update_soon)
+    source = udev.default_source() if config.source == "auto" else config.source
     # Subscribed from here on: what is enumerated below is complete.
     devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
@@ -85,24 +86,31 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             held.callback(events.end)
             held.enter_context(blobs_watched(config.blob_directory, supervisor))
             events.begin()
-            await service.tried(_BUS_WITHIN_S)
-            began = journal.event(journal.Event.STARTED)
-            log.info("ready: %d rules, events from %s", len(config.rule), source, extra=began)
-            notifier.tell("READY=1", f"STATUS={registry.summary()}")
-            watchdog = asyncio.create_task(_ping_watchdog(notifier))
-            gc.collect()
-            gc.freeze()  # objects made until now stay, and need not be visited at each medium
-            try:
+            await service.first_attempt(_BUS_WITHIN_S)
+            async with _ready(
+                notifier, registry, f"{len(config.rule)} rules, events from {source}"
+            ):
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
                 await _stop(supervisor, notifier, config.stop_within_s)
-            finally:
-                watchdog.cancel()
-                with suppress(asyncio.CancelledError):
-                    await watchdog
-                supervisor.stop()
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
+
+
+@asynccontextmanager
+async def _ready(notifier: Notifier, registry: StatusRegistry, words: str) -> AsyncIterator[None]:
+    """Report that the agent is ready, and ping the watchdog until the context ends."""
+    log.info("ready: %s", words, extra=journal.event(journal.Event.STARTED))
+    notifier.send("READY=1", f"STATUS={registry.summary()}")
+    watchdog = asyncio.create_task(_ping_watchdog(notifier))
+    gc.collect()
+    gc.freeze()  # objects made until now stay, and need not be visited at each medium
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+        with suppress(asyncio.CancelledError):
+            await watchdog
 
 
 def _new_context(
@@ -131,7 +139,7 @@ def _new_context(
 
 async def _stop(supervisor: Supervisor, notifier: Notifier, within_s: float) -> None:
     """Release the volumes; end the process if that takes too long."""
-    notifier.tell("STOPPING=1")
+    notifier.send("STOPPING=1")
     log.info("stopping", extra=journal.event(journal.Event.STOPPING))
     supervisor.stop()
     unreleased = await supervisor.ended(within_s)
@@ -164,13 +172,13 @@ class _StatusLine:
 
     def _update(self) -> None:
         self._timer = None
-        self._notifier.tell(f"STATUS={self._registry.summary()}")
+        self._notifier.send(f"STATUS={self._registry.summary()}")
 
 
 async def _ping_watchdog(notifier: Notifier) -> None:
     """Ping the watchdog from the loop that does the work, so that it notices when that hangs."""
     while notifier.watchdog_s is not None:
-        notifier.tell("WATCHDOG=1")
+        notifier.send("WATCHDOG=1")
         await asyncio.sleep(notifier.watchdog_s / 2)
 
 

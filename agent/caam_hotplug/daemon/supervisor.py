@@ -61,6 +61,7 @@ class Supervisor:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self.stop()
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
     def start(self, present: Iterable[Appeared], there: Iterable[Volume]) -> None:
@@ -100,7 +101,7 @@ class Supervisor:
                 assert_never(event)
 
     def stop(self) -> None:
-        """Ask every lifecycle to end; leaving the context waits for them."""
+        """Ask every lifecycle to end; leaving the context does that too, and waits for them."""
         self._stopping = True
         self._next.clear()
         for lifecycle in self._lifecycles.values():
@@ -273,9 +274,8 @@ class Supervisor:
             await lifecycle.run()
         except Exception:  # a defect of ours must not cost the other volumes their mounts
             defect = journal.event(journal.Event.DEFECT, volume=record.volume)
-            log.exception(
-                "%s: a defect of the agent ended its service", record.volume, extra=defect
-            )
+            words = "%s: a defect of the agent ended its service"
+            log.exception(words, record.volume, extra=defect)
             record.publish_defect(State.FAILED)
             await record.stop.until(lambda: False)
             if record.stop.medium_gone:
@@ -290,13 +290,10 @@ class Supervisor:
 
     async def _release_orphan(self, orphan: Mapping) -> None:
         context = self._context
-        worker = context.new_worker(f"leftover {orphan.name}")
+        worker, points = context.new_worker(f"leftover {orphan.name}"), context.mount_points
         try:
-            await release_orphan(
-                context.kernel, worker, context.dm_worker, context.mount_points, orphan
-            )
+            await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
         except Exception:  # a defect of ours must not cost present volumes their mounts
             defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
-            log.exception(
-                "release leftover %s: a defect of the agent ended it", orphan.name, extra=defect
-            )
+            words = "release leftover %s: a defect of the agent ended it"
+            log.exception(words, orphan.name, extra=defect)

@@ -1,1 +1,1 @@
-"""The agent on the system bus, and the client that asks it."""
+"""The agent's service on the system bus, and its client."""

@@ -1,4 +1,4 @@
-"""Who asks something of the agent over the bus, and whether they may."""
+"""Identification of a sender on the bus, and whether it may make requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from sdbus import SdBusBaseError
 
-from caam_hotplug.dbus.connection import BUS, Connection, words
+from caam_hotplug.dbus.connection import BUS, Connection, error_message
 from caam_hotplug.errors import HotplugError
 
 T = TypeVar("T")
@@ -24,46 +24,46 @@ _LOOK_UP_WITHIN_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a message."""
+    """The sender of a message."""
 
     uid: int
     user: str
     pid: int
-    """0 if the bus does not tell."""
+    """0 if the bus does not report it."""
     address: str
     """The unique name on the bus, such as `:1.42`."""
     is_operator: bool
-    """Root, or a member of the operators' group."""
+    """Whether it is root or a member of the operators' group."""
 
     def __str__(self) -> str:
         return f"uid {self.uid} ({self.user}), pid {self.pid or 'unknown'}, {self.address}"
 
 
 class Callers:
-    """Tells who a sender is. Synchronization: loop only."""
+    """Identifies senders. Synchronization: loop only."""
 
     def __init__(self, connection: Connection, group: str) -> None:
         self._connection = connection
         self.group = group
 
     async def caller(self, sender: str) -> Caller:
-        """Who it is, as the bus and the user database say.
+        """Identify the sender by the bus and the user database.
 
-        Raises: HotplugError if they do not say; nobody is let through then.
+        Raises: HotplugError if one of them does not answer. The request is refused then.
         """
         try:
-            told = await self._connection.call(BUS, "GetConnectionCredentials", "s", sender)
+            reply = await self._connection.call(BUS, "GetConnectionCredentials", "s", sender)
         except SdBusBaseError as error:
-            raise HotplugError(f"find out who {sender} is: {words(error)}") from error
-        credentials = {name: value for name, (_, value) in told.items()}
+            raise HotplugError(f"identify {sender}: {error_message(error)}") from error
+        credentials = {name: value for name, (_, value) in reply.items()}
         uid = credentials.get("UnixUserID")
         if uid is None:
-            raise HotplugError(f"find out who {sender} is: the bus does not tell the user")
+            raise HotplugError(f"identify {sender}: the bus does not report its user")
         pid = credentials.get("ProcessID", 0)
-        if uid == 0:  # nor does root wait for a user database in the network
+        if uid == 0:  # root need not wait for a user database in the network
             return Caller(0, "root", pid, sender, is_operator=True)
         groups = credentials.get("UnixGroupIDs")
-        user, is_member = await apart(
+        user, is_member = await run_in_thread(
             f"look up user {uid}",
             lambda: (_user(uid), _is_member(self.group, uid, groups)),
             _LOOK_UP_WITHIN_S,
@@ -79,7 +79,7 @@ def _user(uid: int) -> str:
 
 
 def _is_member(group: str, uid: int, groups: list[int] | None) -> bool:
-    """`groups`: those of the sender's process, or None if the bus did not tell them."""
+    """`groups`: those of the sender's process, or None if the bus does not report them."""
     try:
         gid = grp.getgrnam(group).gr_gid
         if groups is None:
@@ -90,12 +90,12 @@ def _is_member(group: str, uid: int, groups: list[int] | None) -> bool:
     return gid in groups
 
 
-async def apart(what: str, look: Callable[[], T], within_s: float) -> T:
-    """What the look has found, in a thread of its own.
+async def run_in_thread(what: str, read: Callable[[], T], within_s: float) -> T:
+    """Return the result of the call, which runs in its own thread.
 
-    It only looks, so unlike a lane's call it may be abandoned: nothing that it makes is left.
+    The call must change nothing, so that it may be abandoned. A worker's call may not be.
 
-    Raises: HotplugError if it takes longer; what it raises itself.
+    Raises: HotplugError if it takes longer; whatever the call raises.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[T] = loop.create_future()
@@ -106,11 +106,11 @@ async def apart(what: str, look: Callable[[], T], within_s: float) -> T:
 
     def work() -> None:
         try:
-            told = (outcome.set_result, look())
-        except BaseException as error:  # noqa: BLE001  handed on, whatever it is
-            told = (outcome.set_exception, error)  # type: ignore[assignment]
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, *told)
+            result = (outcome.set_result, read())
+        except BaseException as error:  # noqa: BLE001  passed on to the caller
+            result = (outcome.set_exception, error)  # type: ignore[assignment]
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, *result)
 
     threading.Thread(target=work, name=what, daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""The running agent, as a program sees it over the bus."""
+"""A client of the running agent, over the bus."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any, Final
 import sdbus
 
 from caam_hotplug import names
-from caam_hotplug.dbus.connection import Connection, NoBusError, words
-from caam_hotplug.dbus.volume_view import ShownVolume, chosen
+from caam_hotplug.dbus.connection import Connection, NoBusError, error_message
+from caam_hotplug.dbus.volume_view import ShownVolume, select
 from caam_hotplug.errors import HotplugError, shown
 
 MANAGER: Final = (names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER)
 OBJECTS: Final = (names.BUS_NAME, names.BUS_PATH, "org.freedesktop.DBus.ObjectManager")
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-_FOR_EVER_US: Final = 2**63 - 1
+_NO_TIME_LIMIT_US: Final = 2**63 - 1
 
-_NOT_THERE = (sdbus.DbusServiceUnknownError, sdbus.DbusNameHasNoOwnerError)
+_NOT_RUNNING = (sdbus.DbusServiceUnknownError, sdbus.DbusNameHasNoOwnerError)
 _ENDED = (sdbus.DbusNoReplyError, sdbus.DbusDisconnectedError)
 _NO_OBJECT = (sdbus.DbusUnknownObjectError, sdbus.DbusUnknownMethodError)
 
 
 class NotRunningError(HotplugError):
-    """There is no agent to ask, or no bus to ask it over."""
+    """No agent answers, or there is no bus."""
 
 
 def run(what: str, work: Callable[[Remote], Coroutine[Any, Any, None]]) -> None:
-    """The work has been done with the agent. Raises: NotRunningError; HotplugError if refused."""
+    """Do the work with the running agent.
+
+    Raises: NotRunningError; HotplugError if the agent refuses it.
+    """
 
     async def connected() -> None:
         try:
@@ -46,49 +49,52 @@ def run(what: str, work: Callable[[Remote], Coroutine[Any, Any, None]]) -> None:
 
 
 class Remote:
-    """The agent, asked for one command."""
+    """The running agent, as one command sees it."""
 
     def __init__(self, connection: Connection, what: str) -> None:
-        """`what`: the command, which errors begin with."""
+        """`what`: the command, with which errors begin."""
         self.connection = connection
         self.what = what
 
     async def volumes(self) -> list[ShownVolume]:
-        """All volumes, in the order in which they came."""
+        """Return all volumes in the order of their arrival."""
         return sorted((await self._by_path()).values(), key=lambda v: (v.diskseq, v.partition))
 
     async def manager(self) -> dict[str, Any]:
-        """The manager's properties by their names."""
+        """Return the manager's properties by their names."""
         target = (names.BUS_NAME, names.BUS_PATH, PROPERTIES)
-        told = await self._call(self.what, target, "GetAll", "s", names.BUS_MANAGER)
-        return {name: value for name, (_, value) in told.items()}
+        reply = await self._call(self.what, target, "GetAll", "s", names.BUS_MANAGER)
+        return {name: value for name, (_, value) in reply.items()}
 
     async def volume(self, text: str) -> RemoteVolume:
-        """The volume that is meant. Raises: HotplugError if it is none, or not one alone."""
-        by_path = await self._by_path()
-        path = chosen(text, by_path, self.what)
-        return RemoteVolume(path, by_path[path].called)
+        """Return the volume that the text names.
 
-    async def again(self, volume: RemoteVolume) -> ShownVolume:
-        """What the agent says of the volume now."""
+        Raises: HotplugError if the text names none, or more than one.
+        """
+        by_path = await self._by_path()
+        path = select(text, by_path, self.what)
+        return RemoteVolume(path, by_path[path].display_name)
+
+    async def read(self, volume: RemoteVolume) -> ShownVolume:
+        """Return the volume's current properties."""
         target = (names.BUS_NAME, volume.path, PROPERTIES)
-        subject = f"{self.what} {volume.called}"
-        told = await self._call(subject, target, "GetAll", "s", names.BUS_VOLUME)
-        return ShownVolume.from_properties({name: value for name, (_, value) in told.items()})
+        subject = f"{self.what} {volume.display_name}"
+        reply = await self._call(subject, target, "GetAll", "s", names.BUS_VOLUME)
+        return ShownVolume.from_properties({name: value for name, (_, value) in reply.items()})
 
     async def change(self, volume: RemoteVolume, method: str, *arguments: Any) -> Any:
-        """The method's result; it takes as long as the medium needs."""
-        self.connection.bus.method_call_timeout_usec = _FOR_EVER_US
+        """Return the method's result. There is no time limit, since a medium may be slow."""
+        self.connection.bus.method_call_timeout_usec = _NO_TIME_LIMIT_US
         target = (names.BUS_NAME, volume.path, names.BUS_VOLUME)
-        return await self._call(f"{self.what} {volume.called}", target, method, *arguments)
+        return await self._call(f"{self.what} {volume.display_name}", target, method, *arguments)
 
     async def reload(self, within_s: float | None = None) -> list[str]:
-        """What the agent notes about its new configuration.
+        """Make the agent read its configuration again, and return its notices.
 
-        Raises: NotRunningError if it has said nothing within that time, if one is given.
+        Raises: NotRunningError if it does not answer within that time, if one is given.
         """
-        patience_us = _FOR_EVER_US if within_s is None else int(within_s * 1_000_000)
-        self.connection.bus.method_call_timeout_usec = patience_us
+        limit_us = _NO_TIME_LIMIT_US if within_s is None else int(within_s * 1_000_000)
+        self.connection.bus.method_call_timeout_usec = limit_us
         return list(await self._call(self.what, MANAGER, "Reload"))
 
     async def _by_path(self) -> dict[str, ShownVolume]:
@@ -105,22 +111,22 @@ class Remote:
                 raise NotRunningError(f"{subject}: the bus has gone")
             return reply.result()
         except sdbus.SdBusBaseError as error:
-            raise in_words(error, subject) from error
+            raise command_error(error, subject) from error
         finally:
             reply.cancel()
             lost.cancel()
 
 
 class RemoteVolume:
-    """A volume of the agent's."""
+    """A volume of the running agent."""
 
-    def __init__(self, path: str, called: str) -> None:
+    def __init__(self, path: str, display_name: str) -> None:
         self.path = path
-        self.called = called
+        self.display_name = display_name
 
 
 def volumes_of(objects: dict[str, dict[str, dict[str, tuple[str, Any]]]]) -> dict[str, ShownVolume]:
-    """The volumes by their paths. `objects`: what GetManagedObjects tells."""
+    """Return the volumes by their paths. `objects`: the reply of GetManagedObjects."""
     return {
         path: ShownVolume.from_properties(
             {name: value for name, (_, value) in interfaces[names.BUS_VOLUME].items()}
@@ -130,28 +136,28 @@ def volumes_of(objects: dict[str, dict[str, dict[str, tuple[str, Any]]]]) -> dic
     }
 
 
-def in_words(error: sdbus.SdBusBaseError, subject: str) -> HotplugError:
-    """The error as a command tells it: operation, subject, cause, and what to do."""
+def command_error(error: sdbus.SdBusBaseError, subject: str) -> HotplugError:
+    """Return the error as a command reports it: operation, subject, cause, and what to do."""
     match error:
-        case _ if isinstance(error, _NOT_THERE):
+        case _ if isinstance(error, _NOT_RUNNING):
             return NotRunningError(
                 f"{subject}: the agent does not run, or is not on the bus; "
                 f"systemctl status {names.PROGRAM}"
             )
         case _ if isinstance(error, _ENDED):
             return NotRunningError(
-                f"{subject}: the agent ended, or said nothing; journalctl -u {names.PROGRAM}"
+                f"{subject}: the agent ended or did not answer; journalctl -u {names.PROGRAM}"
             )
         case _ if isinstance(error, _NO_OBJECT):
-            return HotplugError(f"{subject}: the volume is not there any more")
+            return HotplugError(f"{subject}: the volume has gone")
         case sdbus.DbusAccessDeniedError():
             return HotplugError(
-                f"{subject}: only root and members of group {names.OPERATORS} may ask for it; "
+                f"{subject}: only root and members of group {names.OPERATORS} may request it; "
                 "use sudo, or have root add you to the group"
             )
         case _ if str(error.args[0]).startswith(names.BUS_ERROR_PREFIX):
-            text = "\n".join(shown(line) for line in words(error).split("\n"))
+            text = "\n".join(shown(line) for line in error_message(error).split("\n"))
             operation = subject.split(" ", 1)[0]
             return HotplugError(text if text.startswith(operation) else f"{subject}: {text}")
         case _:
-            return HotplugError(f"{subject}: {shown(words(error))}")
+            return HotplugError(f"{subject}: {shown(error_message(error))}")

@@ -1,4 +1,4 @@
-"""The agent on the system bus, if there is one: it serves media with or without."""
+"""The agent's service on the system bus. Without a bus the agent serves media all the same."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LOOK_AGAIN_S: Final = 10.0
+_RETRY_AFTER_S: Final = 10.0
 
 
 class StatusRegistry(Protocol):
-    """Where the volumes' states are published: `board.Board`."""
+    """Publishes the status of every volume: `status_registry.StatusRegistry`."""
 
     counters: Counter[str]
-    """How often a volume came to each state, by the state's name."""
+    """How often volumes came to each state, by the state's name."""
 
     def entries(self) -> list[Entry]: ...
     def listen(self, listener: Callable[[Entry], None]) -> None: ...
 
 
 class Service:
-    """What the board says is on the bus whenever there is one, and requests are passed on.
+    """Shows the status registry on the bus whenever there is one, and passes requests on.
 
     Synchronization: loop only.
     """
@@ -43,19 +43,19 @@ class Service:
         registry: StatusRegistry,
         *,
         group: str = names.OPERATORS,
-        look_again_s: float = _LOOK_AGAIN_S,
+        retry_after_s: float = _RETRY_AFTER_S,
     ) -> None:
         self._registry = registry
         self._group = group
-        self._look_again_s = look_again_s
+        self._retry_after_s = retry_after_s
         self._agent: tuple[Requests, Agent] | None = None
         self._objects: Objects | None = None
-        self._tried = asyncio.Event()
-        self._said_without = False
-        registry.listen(self._heard)
+        self._attempted = asyncio.Event()
+        self._is_absence_logged = False
+        registry.listen(self._update)
 
     async def __aenter__(self) -> Service:
-        self._task = asyncio.create_task(self._stay())
+        self._task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(
@@ -69,25 +69,25 @@ class Service:
             await self._task
 
     def accept(self, requests: Requests, agent: Agent) -> None:
-        """Requests go to these from now on; until then they are refused."""
+        """Pass requests on to these from now on; until then they are refused."""
         self._agent = (requests, agent)
 
-    async def tried(self, within_s: float) -> None:
-        """The agent is on the bus, or it was tried for once, or so much time has passed."""
+    async def first_attempt(self, within_s: float) -> None:
+        """Wait until the agent is on the bus, or has tried once, or the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._tried.wait()
+                await self._attempted.wait()
 
-    async def _stay(self) -> None:
+    async def _run(self) -> None:
         try:
             from caam_hotplug.dbus import connection, objects  # noqa: PLC0415  sdbus is an extra
         except ImportError as error:
-            self._say_without(f"{error}; the extra `dbus` brings it")
+            self._log_absence(f"{error}; install sdbus (the extra `dbus`)")
             return
         clock = asyncio.get_running_loop().time
         while True:
             begun = clock()
-            with self._contained():
+            with self._defects_logged():
                 try:
                     link = connection.Connection()
                     try:
@@ -95,41 +95,41 @@ class Service:
                     finally:
                         link.close()
                 except connection.NoBusError as error:
-                    self._say_without(str(error))
-            # Nothing tells of a bus that comes, so it is looked for. One that was there may be
-            # back at once: its socket is the service manager's.
-            if clock() - begun < self._look_again_s:
-                await asyncio.sleep(self._look_again_s)
+                    self._log_absence(str(error))
+            # No event announces a bus, so the attempt is repeated. After a bus has gone, the next
+            # attempt is made at once: systemd holds its socket, and connecting starts it again.
+            if clock() - begun < self._retry_after_s:
+                await asyncio.sleep(self._retry_after_s)
 
     async def _serve(self, link: Connection, make_objects: type[Objects]) -> None:
-        """The agent was on the bus, until the bus went away. Raises: NoBusError."""
-        await link.greet()
+        """Stay on the bus until it goes away. Raises: NoBusError."""
+        await link.ping()
         self._objects = make_objects(link, self._registry, lambda: self._agent, self._group)
         try:
             await link.own(names.BUS_NAME)
             log.info("on the system bus as %s", names.BUS_NAME)
-            self._said_without = False
-            self._tried.set()
+            self._is_absence_logged = False
+            self._attempted.set()
             await link.lost.wait()
-            log.warning("the system bus has gone; the agent goes on without it")
+            log.warning("the system bus has gone; media are served without it")
         finally:
             objects, self._objects = self._objects, None
             await objects.close()
 
-    def _heard(self, entry: Entry) -> None:
+    def _update(self, entry: Entry) -> None:
         if self._objects is not None:
-            with self._contained():
-                self._objects.show(entry)
+            with self._defects_logged():
+                self._objects.update(entry)
 
-    def _say_without(self, why: str) -> None:
-        self._tried.set()
-        if not self._said_without:
-            self._said_without = True
-            log.info("no system bus, and media are served without: %s", why)
+    def _log_absence(self, why: str) -> None:
+        self._attempted.set()
+        if not self._is_absence_logged:
+            self._is_absence_logged = True
+            log.info("no system bus, media are served without it: %s", why)
 
     @contextmanager
-    def _contained(self) -> Iterator[None]:
+    def _defects_logged(self) -> Iterator[None]:
         try:
             yield
-        except Exception:  # a defect of ours on the bus must not cost volumes their mounts
-            log.exception("a defect of the agent's D-Bus service; media are served all the same")
+        except Exception:  # a defect of this service must not unmount volumes
+            log.exception("a defect of the agent's D-Bus service; media are served without it")

@@ -1,4 +1,4 @@
-"""Units of the service manager, started over the system bus and waited for.
+"""Starts units of the service manager over the system bus.
 
 Source: org.freedesktop.systemd1(5).
 """
@@ -26,21 +26,21 @@ _REPLACE: Final = "replace"
 
 
 class SystemdUnits:
-    """The service manager; what fails of a unit is logged. Synchronization: loop only."""
+    """The service manager. A failure of a unit is logged only. Synchronization: loop only."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, unit: str) -> None:
-        """The service manager is asked to start the unit; nobody waits for that."""
+        """Start the unit without waiting for it."""
         task = asyncio.create_task(self._logged(unit, _begin))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def finish(self, unit: str, within_s: float) -> None:
-        """The unit was started and has come to its end, failed, or had its time.
+        """Start the unit and wait until its start has ended, or failed, or the time is over.
 
-        A service has come to its end when its start has: one of `Type=oneshot` when it is done.
+        The start of a service of `Type=oneshot` ends when the service does.
         """
         try:
             async with asyncio.timeout(within_s):
@@ -52,26 +52,26 @@ class SystemdUnits:
     async def _logged(self, unit: str, work: Work) -> None:
         fields = journal.event(journal.Event.HOOK, unit=unit)
         try:
-            await _over_the_bus(unit, work)
+            await _with_connection(unit, work)
         except HotplugError as error:
             log.warning("start %s: %s", unit, error, extra=fields)
         else:
             log.info("started %s", unit, extra=fields)
 
 
-async def _over_the_bus(unit: str, work: Work) -> None:
+async def _with_connection(unit: str, work: Work) -> None:
     """Raises: HotplugError."""
     try:
         import sdbus  # noqa: PLC0415  an extra
 
         from caam_hotplug.dbus import connection  # noqa: PLC0415
     except ImportError as error:
-        raise HotplugError(f"{error}; the extra `dbus` brings it") from error
+        raise HotplugError(f"{error}; install sdbus (the extra `dbus`)") from error
     link = connection.Connection()
     try:
         await work(link, unit)
     except sdbus.SdBusBaseError as error:
-        raise HotplugError(connection.words(error)) from error
+        raise HotplugError(connection.error_message(error)) from error
     finally:
         link.close()
 
@@ -83,12 +83,12 @@ async def _begin(link: Connection, unit: str) -> None:
 async def _complete(link: Connection, unit: str) -> None:
     """Raises: HotplugError if the unit has failed."""
     ended: dict[str, str] = {}
-    news = asyncio.Event()
+    changed = asyncio.Event()
 
     def removed(message: Any) -> None:
         _, job, _, result = message.get_contents()
         ended[job] = result
-        news.set()
+        changed.set()
 
     _slot = await link.bus.match_signal_async(_SYSTEMD, *_MANAGER[1:], "JobRemoved", removed)
     await link.call(_MANAGER, "Subscribe")
@@ -96,13 +96,13 @@ async def _complete(link: Connection, unit: str) -> None:
     lost = asyncio.ensure_future(link.lost.wait())
     try:
         while job not in ended:
-            news.clear()
-            heard = asyncio.ensure_future(news.wait())
-            await asyncio.wait({heard, lost}, return_when=asyncio.FIRST_COMPLETED)
-            heard.cancel()
+            changed.clear()
+            change = asyncio.ensure_future(changed.wait())
+            await asyncio.wait({change, lost}, return_when=asyncio.FIRST_COMPLETED)
+            change.cancel()
             if lost.done():
                 raise HotplugError("the bus has gone")
     finally:
         lost.cancel()
     if ended[job] != "done":
-        raise HotplugError(f"its start ended as {ended[job]!r}")
+        raise HotplugError(f"the start ended with result {ended[job]!r}")

@@ -1,4 +1,4 @@
-"""A volume as the agent shows it on the bus, and which one somebody means."""
+"""A volume as the agent shows it on the bus, and the selection of one by a text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from caam_hotplug.errors import HotplugError, shown
 
-_LEFT: Final = "removed-unsafely"
-_NOT_OURS: Final = {"ignored", _LEFT}
+_REMOVED: Final = "removed-unsafely"
+_NOT_SERVED: Final = {"ignored", _REMOVED}
 
 
 @dataclass(frozen=True, slots=True)
 class ShownVolume:
-    """What the agent says of one volume; the names of the fields are the keys of `--json`."""
+    """The published properties of a volume; the names of the fields are the keys of `--json`."""
 
     label: str = ""
     part_uuid: str = ""
@@ -35,26 +35,30 @@ class ShownVolume:
 
     @classmethod
     def from_properties(cls, properties: Mapping[str, Any]) -> ShownVolume:
-        """`properties`: by their D-Bus names. What this program does not know is passed over."""
+        """Make one from properties by their D-Bus names; unknown ones are ignored."""
         return cls(**{_FIELDS[name]: properties[name] for name in _FIELDS if name in properties})
 
     @property
-    def called(self) -> str:
-        """The label, or the device where there is none."""
+    def display_name(self) -> str:
+        """The label, or the device if there is no label."""
         return shown(self.label or self.device)
 
     @property
-    def where(self) -> str:
-        """Where it is mounted and how; else why it is in its state."""
+    def mount_or_reason(self) -> str:
+        """The mount point and how it is mounted; else the reason of the state."""
         if not self.mount_point:
             return shown(self.reason)
         how = ", ".join(filter(None, [self.filesystem, "read-only" if self.read_only else ""]))
         return shown(f"{self.mount_point} ({how})" if how else self.mount_point)
 
     @property
-    def said(self) -> str:
-        """State and circumstances, in one line."""
-        return f"{shown(self.state)}: {self.where}" if self.where else shown(self.state)
+    def status_text(self) -> str:
+        """State and mount point, or state and reason, in one line."""
+        return (
+            f"{shown(self.state)}: {self.mount_or_reason}"
+            if self.mount_or_reason
+            else shown(self.state)
+        )
 
 
 _FIELDS: Final = {
@@ -72,34 +76,34 @@ _FIELDS: Final = {
     "Size": "size_bytes",
     "ReadOnly": "read_only",
     "Since": "since_us",
-    "Steps": "steps_s",
+    "StepDurations": "steps_s",
 }
 
 
-def chosen(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
-    """The key of the one volume that the text means.
+def select(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
+    """Return the key of the one volume that the text names.
 
-    `text`: its exact label, its device by any of its names, or its mount point. `what`: for whom,
-    such as `eject`.
+    `text`: the exact label, any path of the device, or the mount point. `what`: the command, with
+    which errors begin.
 
-    Raises: HotplugError if none is meant, or more than one.
+    Raises: HotplugError if the text names no volume, or more than one.
     """
-    # A path first: anybody can write a label that looks like one.
-    matching = _at(text, volumes) if "/" in text else []
+    # Paths come first, since anybody can write a label that looks like a path.
+    matching = _by_path(text, volumes) if "/" in text else []
     if not matching:
         matching = [key for key, volume in volumes.items() if volume.label == text != ""]
-        # What has left shares its label with the medium that came in its place, and so may media
-        # that are none of the agent's.
+        # A volume that was removed may have the label of the one that was put in after it. So may
+        # media that the agent does not serve.
         matching = (
-            [key for key in matching if volumes[key].state not in _NOT_OURS]
-            or [key for key in matching if volumes[key].state != _LEFT]
+            [key for key in matching if volumes[key].state not in _NOT_SERVED]
+            or [key for key in matching if volumes[key].state != _REMOVED]
             or matching
         )
     match matching:
         case [one]:
             return one
         case []:
-            raise HotplugError(f"{what} {shown(text)}: {_none(text, list(volumes.values()))}")
+            raise HotplugError(f"{what} {shown(text)}: {_why_none(text, list(volumes.values()))}")
         case _:
             which = ", ".join(sorted(shown(volumes[key].device) for key in matching))
             raise HotplugError(
@@ -108,20 +112,20 @@ def chosen(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
             )
 
 
-def _at(path: str, volumes: Mapping[str, ShownVolume]) -> list[str]:
-    here = {os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100  pathlib keeps `..`
+def _by_path(path: str, volumes: Mapping[str, ShownVolume]) -> list[str]:
+    paths = {os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100  pathlib keeps `..`
     return [
         key
         for key, volume in volumes.items()
-        if here & {volume.device, volume.mount_point, volume.mapping_device} - {""}
-        and volume.state != _LEFT
+        if paths & {volume.device, volume.mount_point, volume.mapping_device} - {""}
+        and volume.state != _REMOVED
     ]
 
 
-def _none(text: str, volumes: Sequence[ShownVolume]) -> str:
-    parts = [v for v in volumes if v.partition and v.state not in _NOT_OURS]
+def _why_none(text: str, volumes: Sequence[ShownVolume]) -> str:
+    parts = [v for v in volumes if v.partition and v.state not in _NOT_SERVED]
     on_disk = [v.device for v in parts if "/" in text and v.device.startswith(text)]
     if on_disk:
-        return f"is not a volume itself; name the partition: {', '.join(map(shown, on_disk))}"
-    there = ", ".join(v.called for v in volumes if v.state not in _NOT_OURS)
+        return f"it is not a volume; name the partition: {', '.join(map(shown, on_disk))}"
+    there = ", ".join(v.display_name for v in volumes if v.state not in _NOT_SERVED)
     return f"no such volume; there are: {there}" if there else "no such volume; there are no media"

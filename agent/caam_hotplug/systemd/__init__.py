@@ -1,1 +1,1 @@
-"""The journal and the service manager's notifications."""
+"""The journal and the notifications to the service manager."""

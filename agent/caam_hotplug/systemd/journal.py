@@ -1,10 +1,10 @@
-"""What the log says, with fields that the journal keeps, so that it can be asked as an audit trail.
+"""Log records with fields that the journal keeps, so that it can be queried as an audit trail.
 
-A record's fields travel as plain `extra`, so whoever logs needs nothing from here:
+A record's fields travel as plain `extra`, so a module that logs need not import this one:
 
     log.warning("%s: adopting", volume, extra={"fields": {"EVENT": "adopted", "VOLUME": volume}})
 
-`event` makes the same from keywords. Without a journal the lines stay as they are, without fields.
+`event` makes the same from keywords. Without a journal the lines are written without fields.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SOCKET: Final = Path("/run/systemd/journal/socket")
 
 
 class Event(Enum):
-    """What can be asked for by `journalctl MESSAGE_ID=…`; the identifiers never change."""
+    """Kinds of events, to be queried by `journalctl MESSAGE_ID=…`; the identifiers never change."""
 
     UNLOCKING = "45e9b0797e09453c8634d1527b373293"
     UNLOCKED = "4d2a9b394c4e496a8514c481e22a25e3"
@@ -42,7 +42,7 @@ class Event(Enum):
     """No rule matches the volume."""
     WAITING = "86d090847b54463abd539189fa009564"
     FAILED = "ed926665d938401c82c932addd7ca5a0"
-    """A step was refused."""
+    """A step failed."""
     CONFLICT = "69cc055bc05f4dd0b74a45982f15db6d"
     STUCK = "3efd0b9989cc44608ea86a8442c0596b"
     DETACHING = "3d645786f14449cc8982e9021802758d"
@@ -52,23 +52,24 @@ class Event(Enum):
     """Unmounted and unmapped with its medium still there."""
     EJECTED = "6ea88e1fa5084a6eb9f0683f378e723c"
     BUSY = "ffb0931181bd40fe9df595881d8a1e99"
-    """Somebody still uses it: who, and what becomes of that."""
+    """Processes still use the volume: which, and what the agent does about it."""
     ADOPTED = "d9b7532487df4b7fb7163b7e2c1e8e6b"
-    SWEPT = "c2b5b28e7ea14986bd2203fcf7be8744"
+    LEFTOVER_RELEASED = "c2b5b28e7ea14986bd2203fcf7be8744"
+    """What an earlier run left of a medium that is gone is released."""
     REQUESTED = "b288a65047724261b48556df7ad4baaa"
-    """Somebody asked for something, and is served."""
+    """A request by a user who may make it."""
     REQUEST_REFUSED = "5b60b841666b4ced97646c6a5fec2cff"
     RELOADED = "2861cbae767e4c429b30af17eb08cad9"
     CONFIG_REFUSED = "1e6f6e1605d247339b32ddb2f1aae1a6"
-    """A configuration with a mistake; the rules from before stay in force."""
+    """A configuration with a mistake; the previous rules stay in force."""
     STARTED = "e17bb529ed2445e7ad27b73054a25751"
     STOPPING = "858bf3d86aa84294b756080f0db1b0cb"
     STOPPED = "37796a6cb8ea46ce906c2fda34a6b49e"
     HOOK = "0d9e0be3cbb8420b9eb428e35cfa9053"
-    """A unit of the board's was started for a volume, or could not be."""
+    """A unit was started for a volume, or could not be."""
     EVENTS_LOST = "25c745f962444297a4bf74c5a3fa4409"
     DEFECT = "2f66885fee0b41a2aebdff8dcdcb9e18"
-    """A defect of the agent's own."""
+    """A defect of the agent."""
     LOG_LOST = "1ffb5d7f479444628b2efc31ab3e371b"
     """Messages that the journal did not take."""
 
@@ -81,14 +82,14 @@ class Event(Enum):
 _IDS: Final = {event.word: event.value for event in Event}
 _OF_STATE: Final = {State.MOUNTING: Event.UNLOCKED}
 _ARRIVED: Final = {State.UNLOCKED, State.MOUNTED, State.FAILED}
-"""With these the durations of the steps are told; later they are old news."""
+"""States whose record has the durations of the steps. Later records would repeat them."""
 
 
 def event(kind: Event | State, /, **fields: object) -> dict[str, dict[str, object]]:
-    """What to pass as `extra`: `event(state, volume=volume, rule="sticks", duration_s=…)`.
+    """Return what to pass as `extra`: `event(state, volume=volume, rule="sticks")`.
 
-    A keyword is a field's name in small letters. Some values become several fields: see `_pairs`.
-    A state is the event that it has come about.
+    A keyword is a field's name in lower case. Some values become several fields: see `_pairs`.
+    `kind`: a state stands for the event that a volume came to it.
     """
     if isinstance(kind, State):
         fields.setdefault("state", kind)
@@ -99,7 +100,7 @@ def event(kind: Event | State, /, **fields: object) -> dict[str, dict[str, objec
 
 
 def published(entry: Entry) -> dict[str, dict[str, object]]:
-    """What to pass as `extra` with what is published of a volume."""
+    """Return what to pass as `extra` with a volume's published status."""
     known = {
         "reason": entry.reason,
         "rule": entry.rule,
@@ -108,13 +109,13 @@ def published(entry: Entry) -> dict[str, dict[str, object]]:
         "mount_point": entry.mount_point,
         "filesystem": entry.filesystem,
     }
-    told = {name: value for name, value in known.items() if value}
+    fields = {name: value for name, value in known.items() if value}
     duration = entry.steps if entry.state in _ARRIVED else None
-    return event(entry.state, volume=entry.volume, duration=duration, **told)
+    return event(entry.state, volume=entry.volume, duration=duration, **fields)
 
 
 def handler() -> logging.Handler:
-    """Writes to the journal if that is what reads standard error, or else lines for people."""
+    """Return a handler for the journal if it reads standard error, else one that writes lines."""
     if is_read_by_journal(sys.stderr.fileno()):
         return JournalHandler(SOCKET, sys.stderr.fileno())
     lines = logging.StreamHandler(sys.stderr)
@@ -126,36 +127,37 @@ def handler() -> logging.Handler:
 
 
 def is_read_by_journal(fileno: int) -> bool:
-    """Whether JOURNAL_STREAM names this very stream. Source: systemd.exec(5)."""
-    there = os.fstat(fileno)
-    return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+    """Return whether JOURNAL_STREAM names this very stream. Source: systemd.exec(5)."""
+    stream = os.fstat(fileno)
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
 def _priority(level: int) -> int:
-    """The syslog(3) priority of a level of logging's."""
-    steps = ((50, 2), (40, 3), (30, 4), (21, 5), (20, 6))
-    return next((priority for least, priority in steps if level >= least), 7)
+    """Return the syslog(3) priority of a level of `logging`."""
+    priorities = ((50, 2), (40, 3), (30, 4), (21, 5), (20, 6))
+    return next((priority for least, priority in priorities if level >= least), 7)
 
 
 class _PrefixFormatter(logging.Formatter):
-    """A line with its priority before it, as the journal reads a stream (sd-daemon(3))."""
+    """Puts the priority before the line, as the journal reads a stream (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"<{_priority(record.levelno)}>{super().format(record)}"
 
 
 class JournalHandler(logging.Handler):
-    """Every record is one datagram to the journal, with its fields.
+    """Sends each record to the journal as one datagram with its fields.
 
-    It never waits: the loop that serves media logs too. What the journal's socket does not take
-    goes as a line to the stream; what the stream does not take either is counted, and told with
-    the next message that gets through. Synchronization: any thread.
+    It never waits, since the loop that serves media logs too. A record that the journal's socket
+    does not take goes to the stream as a line. If the stream does not take it either, it is
+    counted as lost. The next record that is taken is preceded by that count.
+    Synchronization: any thread.
 
     Source: systemd.io/JOURNAL_NATIVE_PROTOCOL.
     """
 
     def __init__(self, address: Path, stream: int) -> None:
-        """`stream`: standard error, a socket of the journal's."""
+        """`stream`: standard error, which is a socket of the journal."""
         super().__init__()
         self.setFormatter(logging.Formatter("%(message)s"))
         self._address = str(address)
@@ -164,22 +166,22 @@ class JournalHandler(logging.Handler):
         self._lost = 0
 
     def close(self) -> None:
-        """Nothing is open any more."""
+        """Close both sockets."""
         self._socket.close()
         self._stream.close()
         super().close()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """The record has been sent, or is counted as lost."""
+        """Send the record, or count it as lost."""
         try:
             fields = getattr(record, "fields", {})
             if self._lost:
-                words = f"{self._lost} messages did not reach the journal"
-                if self._write(words, 4, {"EVENT": Event.LOG_LOST.word}):
+                text = f"{self._lost} messages did not reach the journal"
+                if self._write(text, 4, {"EVENT": Event.LOG_LOST.word}):
                     self._lost = 0
             if not self._write(self.format(record), _priority(record.levelno), fields):
                 self._lost += 1
-        except Exception:  # noqa: BLE001  as every handler: a defect is told, and the agent goes on
+        except Exception:  # noqa: BLE001  as in every logging.Handler: report the defect and go on
             self.handleError(record)
 
     def _write(self, message: str, priority: int, fields: Mapping[str, object]) -> bool:
@@ -211,20 +213,20 @@ _LINE_MAX: Final = 8192
 
 
 def _sealed(entry: bytes) -> IO[bytes]:
-    """The entry in a file in memory that nobody can change any more, as the journal asks for."""
+    """Return a file in memory with the entry, sealed against changes, as the journal requires."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     file = open(os.memfd_create("journal-entry", flags), "wb", buffering=0)  # noqa: PTH123, SIM115
-    with ExitStack() as made:
-        made.enter_context(file)
+    with ExitStack() as undo:
+        undo.enter_context(file)
         file.write(entry)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-        made.pop_all()
+        undo.pop_all()
     return file
 
 
 def encoded(message: str, priority: int, fields: Mapping[str, object]) -> bytes:
-    """An entry as the journal reads it: `NAME=VALUE`, or a length before what has line breaks."""
+    """Return an entry as the journal reads it: `NAME=VALUE`, or a length before a binary value."""
     own = {
         "MESSAGE": message,
         "PRIORITY": priority,
@@ -243,9 +245,9 @@ def encoded(message: str, priority: int, fields: Mapping[str, object]) -> bytes:
 
 
 def _pairs(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Names and texts. A volume becomes what identifies it, a list one field for each of its parts.
+    """Yield names and texts. A volume and a list become several fields.
 
-    `DURATION` is a mapping of steps to seconds. Bytes are not written, since they may be a key's.
+    `DURATION` is a mapping of steps to seconds. Bytes are not written, since they may be a key.
     """
     for name, value in fields.items():
         match value:
@@ -282,12 +284,12 @@ _OTHER: Final = re.compile(r"[^A-Z0-9]+")
 
 @lru_cache(maxsize=64)
 def _field_name(text: str) -> str:
-    """A name that the journal accepts: it drops fields whose name is another's, or no name."""
+    """Return a field name that the journal accepts; it drops fields with other names."""
     return _OTHER.sub("_", text.upper()).lstrip("_0123456789")[:64] or "OTHER"
 
 
 def _bytes(text: str) -> bytes:
-    """The text as UTF-8; bytes of a label that are none are what they were."""
+    """Return the text as UTF-8; bytes of a label that are no UTF-8 stay as they were."""
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Telling the service manager how we are: one datagram a message (sd_notify(3))."""
+"""Notifications to the service manager: one datagram for each message (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from contextlib import suppress
 
 
 class Notifier:
-    """Speaks to whoever started us with NOTIFY_SOCKET; to nobody without it."""
+    """Sends to the socket that NOTIFY_SOCKET names; without the variable it sends nothing."""
 
     def __init__(self) -> None:
         self._address = os.environ.pop("NOTIFY_SOCKET", "")
         watchdog_us = os.environ.pop("WATCHDOG_USEC", "")
-        for_us = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        usable = for_us and watchdog_us.isdecimal() and int(watchdog_us) > 0
+        is_ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        usable = is_ours and watchdog_us.isdecimal() and int(watchdog_us) > 0
         self.watchdog_s = int(watchdog_us) / 1e6 if usable else None
-        """How long we may be silent, in seconds, or None if nobody watches."""
+        """Longest time between two pings of the watchdog, or None without a watchdog."""
 
-    def tell(self, *assignments: str) -> None:
-        """The service manager knows, such as `READY=1`; a manager that is gone, or
-        for which there is no file descriptor left, is no error."""
+    def send(self, *assignments: str) -> None:
+        """Send the assignments, such as `READY=1`.
+
+        A service manager that is gone is no error, nor is a lack of file descriptors.
+        """
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address

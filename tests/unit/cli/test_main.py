@@ -11,28 +11,28 @@ import pytest
 from caam_hotplug import __version__
 from caam_hotplug.cli import main as cli
 
-STRANGER = 54321
+OTHER_USER = 54321
 INSTALLED = Path(__file__).parents[3] / "config" / "agent.toml"
 
 
 @pytest.fixture
 def file(roots_folder: Path) -> Path:
-    """Where a test writes its configuration."""
+    """The file for the configuration of a test."""
     return roots_folder / "agent.toml"
 
 
 def exit_status(arguments: list[str]) -> int | str | None:
-    """The status with which the argument parser ends the program itself."""
+    """Return the status with which the argument parser ends the program."""
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     return ended.value.code
 
 
 def test_run_alone_is_what_the_parser_makes_of_it() -> None:
-    assert vars(cli._as_the_service()) == vars(cli._parser().parse_args(["run"]))
+    assert vars(cli._run_without_options()) == vars(cli._parser().parse_args(["run"]))
 
 
-def test_a_valid_file_is_called_so_with_its_rules_in_order(
+def test_a_valid_file_is_reported_with_its_rules_in_order(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text('[[rule]]\nname = "first"\n[[rule]]\nname = "second"\n')
@@ -42,7 +42,7 @@ def test_a_valid_file_is_called_so_with_its_rules_in_order(
     assert shown.err == ""
 
 
-def test_a_valid_file_without_rules_is_called_so(
+def test_a_valid_file_without_rules_is_reported(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text("rule = []\n")
@@ -67,14 +67,14 @@ def test_a_file_that_run_would_refuse_is_valid_with_a_warning(
     assert shown.err.startswith("warning: `run` will refuse this: /tmp: ")
 
 
-def test_a_file_of_a_stranger_is_checked_with_a_warning_and_not_run(
+def test_a_file_of_another_user_is_checked_with_a_warning_and_not_run(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text("rule = []\n")
-    os.chown(file, STRANGER, 0)
+    os.chown(file, OTHER_USER, 0)
     assert cli.main(["check", str(file)]) == 0
     why = (
-        f"{file}: belongs to user {STRANGER}, not to root, and who can change the "
+        f"{file}: belongs to user {OTHER_USER}, not to root, and who can change the "
         f"configuration controls the agent: chown root {file}\n"
     )
     assert capsys.readouterr().err == f"warning: `run` will refuse this: {why}"
@@ -82,11 +82,11 @@ def test_a_file_of_a_stranger_is_checked_with_a_warning_and_not_run(
     assert capsys.readouterr().err == why
 
 
-def test_a_fault_and_a_stranger_are_not_mixed_up(
+def test_a_faulty_file_of_another_user_is_reported_for_its_fault(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text("rule = 1\n")
-    os.chown(file, STRANGER, 0)
+    os.chown(file, OTHER_USER, 0)
     assert cli.main(["check", str(file)]) == 1
     assert capsys.readouterr().err == f"{file}: rule: expected tables [[rule]], found 1\n"
 
@@ -126,14 +126,14 @@ def test_every_fault_is_a_line_on_standard_error(
     ]
 
 
-def test_a_file_that_is_not_there_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_reported(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", str(file)]) == 1
     assert capsys.readouterr().err == f"{file}: cannot be read: No such file or directory\n"
 
 
 @pytest.mark.filterwarnings("ignore:.*:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("device", ["/dev/null", "/proc/version", "/", ""])
-def test_what_is_no_block_device_cannot_be_explained(
+def test_a_path_that_is_no_block_device_cannot_be_explained(
     device: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text('source = "kernel"\n')
@@ -143,7 +143,7 @@ def test_what_is_no_block_device_cannot_be_explained(
     assert shown.err.startswith(f"caam-hotplug: look at {device}: it is no block device")
 
 
-def test_a_device_that_is_not_there_is_told(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_reported(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text('source = "kernel"\n')
     assert cli.main(["explain", "--config", str(file), "/dev/nope"]) == 1
     shown = capsys.readouterr()
@@ -152,7 +152,7 @@ def test_a_device_that_is_not_there_is_told(file: Path, capsys: pytest.CaptureFi
     )  # fmt: skip
 
 
-def test_a_device_is_not_looked_at_with_a_faulty_configuration(
+def test_no_device_is_read_with_a_faulty_configuration(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text("rule = 1\n")
@@ -181,7 +181,7 @@ def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixt
     assert f"caam-hotplug {command}" in capsys.readouterr().out
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["--version"]) == 0
     assert capsys.readouterr().out == f"caam-hotplug {__version__}\n"
 
@@ -197,7 +197,7 @@ def test_wrong_usage_is_exit_status_2(
 
 
 def answered(out: int, *arguments: str) -> tuple[int, str]:
-    """Exit status and standard error of the program, which writes its answer there."""
+    """Return exit status and standard error of the program with standard output to `out`."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "agent")}
     done = subprocess.run(
         [sys.executable, "-m", "caam_hotplug.cli.main", *arguments],
@@ -206,19 +206,19 @@ def answered(out: int, *arguments: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_whoever_reads_no_further_is_not_complained_to(file: Path) -> None:
+def test_a_closed_pipe_is_not_reported(file: Path) -> None:
     file.write_text("rule = []\n")
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        status, said = answered(writing, "check", str(file))
+        status, error = answered(writing, "check", str(file))
     finally:
         os.close(writing)
-    assert (status, said) == (128 + signal.SIGPIPE, "")
+    assert (status, error) == (128 + signal.SIGPIPE, "")
 
 
-def test_an_answer_that_cannot_be_written_is_told(file: Path) -> None:
+def test_output_that_cannot_be_written_is_reported(file: Path) -> None:
     file.write_text("rule = []\n")
     with Path("/dev/full").open("wb") as full:
-        status, said = answered(full.fileno(), "check", str(file))
-    assert (status, said) == (1, "caam-hotplug: write the answer: No space left on device\n")
+        status, error = answered(full.fileno(), "check", str(file))
+    assert (status, error) == (1, "caam-hotplug: write the output: No space left on device\n")

@@ -19,7 +19,7 @@ def listened() -> tuple[StatusRegistry, list[Entry]]:
     return registry, heard
 
 
-def test_every_listener_hears_what_is_published() -> None:
+def test_every_listener_gets_every_entry() -> None:
     registry, heard = listened()
     also: list[Entry] = []
     registry.listen(also.append)
@@ -35,7 +35,7 @@ def test_every_listener_hears_what_is_published() -> None:
     )
 
 
-def test_a_listener_does_not_hear_what_was_before_it() -> None:
+def test_a_listener_gets_no_earlier_entries() -> None:
     registry = StatusRegistry()
     registry.publish(Entry(FIRST, State.MOUNTED, ""))
     heard: list[Entry] = []
@@ -43,14 +43,14 @@ def test_a_listener_does_not_hear_what_was_before_it() -> None:
     assert heard == []
 
 
-def test_what_is_known_already_is_not_published_again() -> None:
+def test_an_unchanged_entry_is_not_published_again() -> None:
     registry, heard = listened()
     registry.publish(Entry(FIRST, State.WAITING, "no blob"))
     registry.publish(Entry(FIRST, State.WAITING, "no blob"))
     assert len(heard) == 1
 
 
-def test_another_reason_or_another_fact_of_the_volume_is_news() -> None:
+def test_another_reason_or_another_fact_of_the_volume_is_a_change() -> None:
     registry, heard = listened()
     registry.publish(Entry(FIRST, State.WAITING, "no blob"))
     registry.publish(Entry(FIRST, State.WAITING, "no blob yet"))
@@ -59,7 +59,7 @@ def test_another_reason_or_another_fact_of_the_volume_is_news() -> None:
     assert registry.entries() == [Entry(stick(read_only=True), State.WAITING, "no blob yet")]
 
 
-def test_entries_stand_in_the_order_of_arrival_whatever_happens_to_them_later() -> None:
+def test_entries_stay_in_the_order_of_arrival() -> None:
     registry, _ = listened()
     registry.publish(Entry(SECOND, State.UNLOCKING, ""))
     registry.publish(Entry(FIRST, State.UNLOCKING, ""))
@@ -67,7 +67,7 @@ def test_entries_stand_in_the_order_of_arrival_whatever_happens_to_them_later() 
     assert [entry.volume for entry in registry.entries()] == [SECOND, FIRST]
 
 
-def test_a_volume_that_is_gone_is_told_and_forgotten() -> None:
+def test_a_volume_that_is_gone_is_published_and_forgotten() -> None:
     registry, heard = listened()
     registry.publish(Entry(FIRST, State.MOUNTED, ""))
     registry.publish(Entry(FIRST, State.GONE, ""))
@@ -84,7 +84,7 @@ def test_an_unsafe_removal_stays_until_the_next_volume_arrives() -> None:
     assert registry.entries() == [Entry(SECOND, State.UNLOCKING, "")]
 
 
-def test_news_of_a_volume_that_is_present_does_not_hide_an_unsafe_removal() -> None:
+def test_a_change_of_a_present_volume_does_not_hide_an_unsafe_removal() -> None:
     registry, _ = listened()
     registry.publish(Entry(FIRST, State.MOUNTED, ""))
     registry.publish(Entry(SECOND, State.UNLOCKING, ""))
@@ -93,7 +93,7 @@ def test_news_of_a_volume_that_is_present_does_not_hide_an_unsafe_removal() -> N
     assert [entry.state for entry in registry.entries()] == [State.REMOVED_UNSAFELY, State.MOUNTED]
 
 
-def test_the_summary_counts_states_and_leaves_out_what_is_ignored() -> None:
+def test_the_summary_counts_states_without_ignored_volumes() -> None:
     registry, _ = listened()
     assert registry.summary() == "no media"
     registry.publish(Entry(stick(id=VolumeId(1, 1)), State.IGNORED, "no rule"))
@@ -134,7 +134,7 @@ def test_a_state_without_a_reason_is_logged_alone(caplog: pytest.LogCaptureFixtu
     assert caplog.messages == ["'cartridge' (sdb1, 7-1): mounting"]
 
 
-def test_other_facts_of_the_same_state_are_told_and_not_logged_and_do_not_make_it_younger(
+def test_other_facts_of_the_same_state_are_published_without_a_log_record_or_a_new_time(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -147,7 +147,7 @@ def test_other_facts_of_the_same_state_are_told_and_not_logged_and_do_not_make_i
     assert len(caplog.messages) == 1
 
 
-def test_how_often_a_state_was_reached_is_counted() -> None:
+def test_arrivals_at_a_state_are_counted() -> None:
     registry, _ = listened()
     for volume in (FIRST, SECOND, FIRST):
         for state in (State.UNLOCKING, State.MOUNTED, State.GONE):
@@ -155,7 +155,7 @@ def test_how_often_a_state_was_reached_is_counted() -> None:
     assert registry.counters == {"unlocking": 3, "mounted": 3, "gone": 3}
 
 
-def test_what_is_logged_has_fields_for_the_journal(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_record_has_fields_for_the_journal(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     StatusRegistry().publish(Entry(FIRST, State.MOUNTED, rule="sticks"))
     (record,) = caplog.records

@@ -13,7 +13,7 @@ from caam_hotplug.systemd.notify import Notifier
 
 @pytest.fixture(autouse=True)
 def unmanaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has started this process to be notified."""
+    """Remove the variables of a service manager that may have started the tests."""
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -26,7 +26,7 @@ def service_manager() -> Iterator[socket.socket]:
         yield receiver
 
 
-def test_with_no_descriptor_left_nothing_is_told_and_nothing_fails(
+def test_with_no_descriptor_left_nothing_is_sent_and_nothing_fails(
     service_manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service_manager.bind(str(tmp_path / "notify"))
@@ -35,7 +35,7 @@ def test_with_no_descriptor_left_nothing_is_told_and_nothing_fails(
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
     try:
-        notifier.tell("READY=1")
+        notifier.send("READY=1")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     with pytest.raises(BlockingIOError):
@@ -49,8 +49,8 @@ def test_assignments_arrive_in_one_datagram(
     service_manager.bind(address)
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     notifier = Notifier()
-    notifier.tell("READY=1", "STATUS=2 mounted")
-    notifier.tell("WATCHDOG=1")
+    notifier.send("READY=1", "STATUS=2 mounted")
+    notifier.send("WATCHDOG=1")
     assert service_manager.recv(4096) == b"READY=1\nSTATUS=2 mounted"
     assert service_manager.recv(4096) == b"WATCHDOG=1"
 
@@ -61,13 +61,13 @@ def test_an_abstract_address_is_written_with_an_at_sign(
     service_manager.bind("")  # the kernel chooses a free abstract address
     chosen = service_manager.getsockname()
     monkeypatch.setenv("NOTIFY_SOCKET", "@" + chosen[1:].decode())
-    Notifier().tell("READY=1")
+    Notifier().send("READY=1")
     assert service_manager.recv(4096) == b"READY=1"
 
 
-def test_without_a_service_manager_nobody_is_told(service_manager: socket.socket) -> None:
+def test_without_a_service_manager_nothing_is_sent(service_manager: socket.socket) -> None:
     notifier = Notifier()
-    notifier.tell("READY=1")
+    notifier.send("READY=1")
     assert notifier.watchdog_s is None
     with pytest.raises(BlockingIOError):
         service_manager.recv(4096)
@@ -78,11 +78,11 @@ def test_a_service_manager_that_is_gone_is_no_error(
 ) -> None:
     address = tmp_path / "notify"
     monkeypatch.setenv("NOTIFY_SOCKET", str(address))
-    Notifier().tell("READY=1")
+    Notifier().send("READY=1")
     assert not address.exists()
 
 
-def test_programs_that_we_start_do_not_inherit_the_socket_and_the_watchdog(
+def test_programs_that_the_agent_starts_get_neither_the_socket_nor_the_watchdog(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))

@@ -47,7 +47,7 @@ def ask(which: str) -> Agent:
 
     async def look(agent: client.Remote) -> None:
         call = agent.connection.call
-        volume = await agent.again(await agent.volume(which))
+        volume = await agent.read(await agent.volume(which))
         pid = await call(connection.BUS, "GetConnectionUnixProcessID", "s", names.BUS_NAME)
         try:
             _, systemd = await call(SYSTEMD, "Get", "ss", f"{SYSTEMD[0]}.Manager", "Version")

@@ -60,7 +60,7 @@ def _mounted_medium(agent: Agent) -> Medium:
     volume = agent.volume
     if volume.state != "mounted":
         raise MeasureError(
-            f"{volume.called} is not mounted, but {volume.said}; "
+            f"{volume.display_name} is not mounted, but {volume.status_text}; "
             f"`{names.PROGRAM} explain {shown(volume.device)}` says more"
         )
     return Medium.find(Path(volume.device).name, volume.mount_point)
