@@ -54,7 +54,8 @@ try:
     from caam_hotplug.kernel import (
         config_files,
         device_users,
-        filesystem,
+        mount,
+        mountinfo,
         open_files,
         sysfs,
         uevents,
@@ -263,7 +264,7 @@ class Medium:
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
         users = [str(one) for one in open_files.look(number, _text(mapping / "dm/name") or "")]
-        mounts, below = filesystem.mounts(), f"{self.point}/"
+        mounts, below = mountinfo.mounts(), f"{self.point}/"
         sources = {mount.source for mount in mounts if mount.point == self.point}
         users += [
             f"there is a mount at {shown(mount.point)}"
@@ -288,7 +289,7 @@ class Medium:
 
 def is_mounted(point: str) -> bool:
     """Whether anything is mounted there."""
-    return any(mount.point == point for mount in filesystem.mounts())
+    return any(mount.point == point for mount in mountinfo.mounts())
 
 
 def _is_ours(point: str) -> bool:
@@ -459,7 +460,7 @@ def cycle(
     Raises: HotplugError; OSError.
     """
     medium.require_unused(port.socket)
-    filesystem.flush(medium.point, f"/dev/{medium.mapping}")
+    mount.flush(medium.point, f"/dev/{medium.mapping}")
     cpu_s, before = agent.cpu_s, medium.volume
     partition = str(before.id.partition)
     folder = port.socket.folder if port.socket else Path("/sys/devices")

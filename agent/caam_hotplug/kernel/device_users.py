@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, DeviceLockedError, KernelError, shown
-from caam_hotplug.kernel import filesystem, sysfs
+from caam_hotplug.kernel import mountinfo, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -108,7 +108,7 @@ def _partitions(name: str) -> Iterator[DeviceNumber]:
 
 
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
-    for mount in filesystem.mounts():
+    for mount in mountinfo.mounts():
         # btrfs gives its mounts a number of their own, and names the device.
         if mount.number in numbers or _number_of(mount.source) in numbers:
             yield f"mounted at {shown(mount.point)}"

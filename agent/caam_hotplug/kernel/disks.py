@@ -14,7 +14,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
-from caam_hotplug.kernel import filesystem, sysfs
+from caam_hotplug.kernel import mountinfo, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -191,7 +191,7 @@ def _disks_below(path: Path) -> set[DeviceNumber]:
             break
         except FileNotFoundError:
             continue
-    above = [m for m in filesystem.mounts() if Path(m.point) in {path, *path.parents}]
+    above = [m for m in mountinfo.mounts() if Path(m.point) in {path, *path.parents}]
     for mount in sorted(above, key=lambda mount: len(mount.point))[-1:]:
         if mount.source.startswith("/dev/"):  # btrfs has a number of its own
             with suppress(OSError):

@@ -12,13 +12,15 @@ from caam_hotplug import names
 from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError, MountError
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.kernel import (
+    blkid,
     blob_files,
     caam,
     device_users,
     device_xattr,
     devmapper,
-    filesystem,
     keyring,
+    mount,
+    mountinfo,
     open_files,
     paths,
     power,
@@ -60,7 +62,7 @@ class LinuxKernel:
         Lane: dm.
         """
         with suppress(HotplugError, OSError):
-            filesystem.prepare()
+            blkid.prepare()
         with suppress(HotplugError, OSError):
             devmapper.target_version("crypt")
 
@@ -76,7 +78,7 @@ class LinuxKernel:
         """
         if volume.awaits_udev:
             device_users.require_unlocked(volume.name)
-        found = filesystem.identify(volume.node, contents=not volume.awaits_udev)
+        found = blkid.identify(volume.node, contents=not volume.awaits_udev)
         return replace(
             volume,
             partlabel=found.partlabel,
@@ -170,7 +172,7 @@ class LinuxKernel:
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         """The allowed filesystem that lies on the device, or None."""
-        return filesystem.probe(node, filesystems)
+        return blkid.probe(node, filesystems)
 
     def mount(
         self,
@@ -188,7 +190,7 @@ class LinuxKernel:
         """
         point = self.mount_root / name
         with _said("make mount point", point), paths.mount_point(self.mount_root, name) as target:
-            filesystem.mount(
+            mount.mount(
                 node,
                 kind,
                 target,
@@ -200,7 +202,7 @@ class LinuxKernel:
     def mounts(self) -> list[Mount]:
         """All mounts of this process's namespace."""
         with _said("read", Path("/proc/self/mountinfo")):
-            return filesystem.mounts()
+            return mountinfo.mounts()
 
     def holders(self, mapping: Mapping) -> list[Holder]:
         """Who uses a filesystem of the mapping, as far as that can be told from here."""
@@ -216,14 +218,14 @@ class LinuxKernel:
 
     def flush(self, name: str, node: str) -> None:
         """What was written below the mount point, to the device `node`, is on the medium."""
-        filesystem.flush(str(self.mount_root / name), node)
+        mount.flush(str(self.mount_root / name), node)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Nothing is mounted on `name` in the mount root. Raises: MountBusyError."""
         point = self.mount_root / name
         try:
             with _said("unmount", point), paths.directory(self.mount_root) as root:
-                filesystem.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
+                mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
         except MountError as error:
             raise type(error)("unmount", str(point), error.errno or 0) from error
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from caam_hotplug import names
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.kernel import mountinfo
 from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
 
 log = logging.getLogger(__name__)
@@ -206,6 +206,6 @@ def _mounts(process: Path) -> list[_Copy]:
 
 
 def _copy(line: bytes) -> _Copy:
-    mount = filesystem.parse_mount(line.decode(errors="surrogateescape"))
+    mount = mountinfo.parse_mount(line.decode(errors="surrogateescape"))
     optional = line.partition(b" - ")[0]  # a name has no blank in it: the kernel escapes them
     return _Copy(mount, frozenset(map(int, _GROUPS.findall(optional))))

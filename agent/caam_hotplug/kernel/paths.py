@@ -11,7 +11,7 @@ from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError, shown
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.kernel import mountinfo
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -138,7 +138,7 @@ def our_mount_points(root: Path) -> list[str]:
 
     What is mounted there is not looked at: it may be others', and hang.
     """
-    mounted = {mount.point for mount in filesystem.mounts()}
+    mounted = {mount.point for mount in mountinfo.mounts()}
     found = []
     try:
         with directory(root) as parent:

@@ -1,0 +1,184 @@
+"""Mounting a filesystem, unmounting it, and flushing it to its medium."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from caam_hotplug.errors import MountBusyError, MountError
+from caam_hotplug.kernel import ctypes_lib
+
+# The numbers are the same on every architecture (asm-generic/unistd.h).
+_SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 429, 430, 431, 432
+_FSOPEN_CLOEXEC: Final = 1
+_FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_FSMOUNT_CLOEXEC: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+_MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+
+_MOUNT_ATTR_RDONLY: Final = 0x01
+_MOUNT_ATTRS: Final = {
+    "nosuid": 0x02,
+    "nodev": 0x04,
+    "noexec": 0x08,
+    "relatime": 0x00,
+    "noatime": 0x10,
+    "strictatime": 0x20,
+    "nodiratime": 0x80,
+    "nosymfollow": 0x200000,
+}
+
+_WITHOUT_REPLAY: Final[dict[str, tuple[str, ...]]] = {
+    "ext4": ("noload",),
+    "xfs": ("norecovery", "nouuid"),
+    "btrfs": ("rescue=nologreplay",),
+    "f2fs": ("norecovery",),
+}
+
+_MNT_DETACH: Final = 2
+_UMOUNT_NOFOLLOW: Final = 8
+_BLKFLSBUF: Final = 0x1261
+
+
+def mount(
+    node: str,
+    kind: str,
+    target: int,
+    *,
+    read_only: bool,
+    options: Sequence[str],
+    filesystem_options: Sequence[str],
+) -> None:
+    """The filesystem is mounted on the directory that the descriptor `target` stands for.
+
+    Its flags hold from the first moment: it is configured and only then attached.
+    Raises: MountError with the stage that failed and the kernel's own words. Blocks for I/O.
+    Source: fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
+    """
+    attributes = sum(_MOUNT_ATTRS[option] for option in set(options))
+    attributes |= _MOUNT_ATTR_RDONLY if read_only else 0
+    with _superblock(node, kind, filesystem_options, read_only=read_only) as context:
+        mounted = _call(context, "mount", node, _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+        try:
+            flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+            _call(context, "attach", node, _SYS_MOVE_MOUNT, mounted, b"", target, b"", flags)
+        finally:
+            os.close(mounted)
+
+
+def require_readable(node: str, kind: str) -> None:
+    """The kernel reads the filesystem, and writes nothing, not even what its journal has left.
+
+    Raises: MountError. Blocks for I/O. Source: ext4(5), xfs(5), btrfs(5), f2fs.rst.
+    """
+    with _superblock(node, kind, _WITHOUT_REPLAY.get(kind, ()), read_only=True):
+        pass
+
+
+@contextmanager
+def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool) -> Iterator[int]:
+    """The context of a filesystem that the kernel has read, to be mounted. Raises: MountError."""
+    try:
+        context = ctypes_lib.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
+    except OSError as error:
+        hint = "the kernel lacks this filesystem" if error.errno == errno.ENODEV else ""
+        raise MountError("mount", f"{node} ({kind})", error.errno or 0, hint) from error
+    try:
+        _configure(context, "source", node, node)
+        for option in options:
+            key, _, value = option.partition("=")
+            _configure(context, key, value or None, node)
+        if read_only:
+            _configure(context, "ro", None, node)
+        _call(context, "mount", node, _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        yield context
+    finally:
+        os.close(context)
+
+
+def _configure(context: int, key: str, value: str | None, node: str) -> None:
+    command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
+    encoded = None if value is None else value.encode()
+    shown = key if value is None else f"{key}={value}"
+    _call(
+        context, f"set option {shown} for", node, _SYS_FSCONFIG, context, command, key.encode(),
+        encoded, 0,
+    )  # fmt: skip
+
+
+def _call(context: int, operation: str, node: str, number: int, *arguments: Any) -> int:
+    try:
+        return ctypes_lib.syscall(number, *arguments)
+    except OSError as error:
+        raise MountError(operation, node, error.errno or 0, _kernel_words(context)) from error
+
+
+def _kernel_words(context: int) -> str:
+    """What the filesystem has written into its context, without the level letter before it."""
+    words: list[str] = []
+    try:
+        while line := os.read(context, 8192):
+            words.append(line.decode(errors="replace").strip()[2:])
+    except OSError:  # ENODATA: nothing more was said
+        pass
+    return "; ".join(words)
+
+
+def unmount(path: str, *, lazily: bool = False) -> None:
+    """Nothing of ours is mounted at the path; lazily, whoever is inside may finish there.
+
+    Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
+    """
+    umount2 = ctypes_lib.declare(
+        "libc.so.6", "umount2", ctypes.c_int, (ctypes.c_char_p, ctypes.c_int),
+        ctypes_lib.minus_one_is_failure,
+    )  # fmt: skip
+    try:
+        umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0))
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOENT}:
+            return
+        kind = MountBusyError if error.errno == errno.EBUSY else MountError
+        raise kind("unmount", path, error.errno or 0) from error
+
+
+def flush(path: str, node: str) -> None:
+    """Everything written to the filesystem at the path, of the device `node`, is on its medium.
+
+    Raises: MountError. Blocks for I/O. Source: syncfs(2).
+    """
+    syncfs = ctypes_lib.declare(
+        "libc.so.6", "syncfs", ctypes.c_int, (ctypes.c_int,), ctypes_lib.minus_one_is_failure
+    )
+    try:
+        try:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:
+            _flush_from_below(node)
+            return
+        try:
+            syncfs(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise MountError("flush", path, error.errno or 0) from error
+
+
+def _flush_from_below(node: str) -> None:
+    """As flush, where the filesystem's root is somebody's who lets nobody else in.
+
+    Without CAP_DAC_READ_SEARCH we are nobody else. The kernel flushes a device's filesystem with
+    the device (blkdev_flushbuf in block/ioctl.c), and fsync(2) says what became of metadata; that a
+    file's data did not arrive is not told on this way.
+    """
+    device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(device, _BLKFLSBUF)
+        os.fsync(device)
+    finally:
+        os.close(device)
