@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from caam_hotplug.doctor import report, runner
-from caam_hotplug.doctor.result import Finding, Status
+from caam_hotplug.doctor.result import Result, Status
 
 
-def looked() -> list[Finding]:
+def looked() -> list[Result]:
     """All that there is to find."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(lambda: list(runner.findings(runner._site(None)))).result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gzip
 import os
@@ -14,20 +13,23 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.doctor.board import Site
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
-from caam_hotplug.errors import DmError, KeyringError
+from caam_hotplug.errors import DmError, KernelError, KeyringError
 from caam_hotplug.kernel import devmapper, keyring
 from caam_hotplug.kernel import trusted as keys_of
+from caam_hotplug.kernel.blkid import Blkid
+from caam_hotplug.kernel.ctypes_lib import Library
+from caam_hotplug.kernel.keyring import Keyutils
+from caam_hotplug.kernel.libdevmapper import Devmapper
 from caam_hotplug.model import SecretBytes
 
 _NEEDED_RELEASE: Final = (5, 15)
 
-_LIBRARIES: Final = {
-    "libdevmapper.so.1.02.1": "libdevmapper1.02.1",
-    "libkeyutils.so.1": "libkeyutils1",
-    "libblkid.so.1": "libblkid1",
-    "libudev.so.1": "libudev1",
-}
-"""With the package that has it, by Debian's names."""
+
+class _Udev(Library, soname="libudev.so.1", package="libudev1"):
+    """pyudev opens it."""
+
+
+_LIBRARIES: Final = (Devmapper, Keyutils, Blkid, _Udev)
 
 _QUOTA_USED_UP: Final = 0.9
 _OPTION: Final = re.compile(r"^(CONFIG_\w+)=", re.MULTILINE)
@@ -136,17 +138,17 @@ def kernel_options(site: Site) -> Iterator[Verdict]:
 def libraries(_site: Site) -> Iterator[Verdict]:
     """Every library can be loaded."""
     fine = True
-    for soname, package in _LIBRARIES.items():
+    for library in _LIBRARIES:
         try:
-            ctypes.CDLL(soname)
-        except OSError as error:
+            library.open()
+        except KernelError as error:
             fine = False
             yield failure(
-                f"{soname} cannot be loaded: {error}",
-                f"install it: package {package} on Debian",
+                f"{library.soname} cannot be loaded: {error.__cause__}",
+                f"install it: package {library.package} on Debian",
             )
     if fine:
-        yield ok(f"{', '.join(_LIBRARIES)} can be loaded")
+        yield ok(f"{', '.join(library.soname for library in _LIBRARIES)} can be loaded")
 
 
 def device_mapper(_site: Site) -> Iterator[Verdict]:

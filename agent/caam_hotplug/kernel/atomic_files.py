@@ -6,7 +6,6 @@ A file is written under a temporary name, synced, given its name, and the direct
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import HotplugError, KernelError, shown
-from caam_hotplug.kernel import ctypes_lib, paths
+from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.kernel import paths
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.libc import Libc
 
 _RENAME_NOREPLACE: Final = 1
 _FOR_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -77,7 +78,7 @@ def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> Non
     Raises: HotplugError if the name is taken, or if the mode is to keep it from others and the
     filesystem knows no modes; KernelError.
     """
-    with _naming("write", path):
+    with reported_as("write", shown(path)):
         _write_temporary(opened, path, content, mode)
         try:
             _rename(opened, temporary(path.name), path)
@@ -93,7 +94,7 @@ def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: i
     A file with both names was made by a run that has not settled it: nobody relies on it yet.
     Raises: as write; HotplugError if the filesystem has no hard links.
     """
-    with _naming("write", path):
+    with reported_as("write", shown(path)):
         _write_temporary(opened, path, content, mode)
         try:
             os.link(temporary(path.name), path.name, src_dir_fd=opened, dst_dir_fd=opened)
@@ -122,7 +123,7 @@ def is_unsettled(opened: int, name: str) -> bool:
 
 def settle(opened: int, path: Path) -> None:
     """The file has its own name only; having had no other is no error. Raises: KernelError."""
-    with _naming("settle", path):
+    with reported_as("settle", shown(path)):
         if exists(opened, temporary(path.name)):
             os.unlink(temporary(path.name), dir_fd=opened)
             os.fsync(opened)
@@ -130,7 +131,7 @@ def settle(opened: int, path: Path) -> None:
 
 def discard_unsettled(opened: int, path: Path) -> None:
     """A file with both names is gone; any other stays. Raises: KernelError."""
-    with _naming("take back", path):
+    with reported_as("take back", shown(path)):
         if is_unsettled(opened, path.name):
             # Its own name first: with the temporary one alone it is nobody's.
             os.unlink(path.name, dir_fd=opened)
@@ -172,27 +173,23 @@ def _require_kept_from_others(file: int, path: Path) -> None:
 def move(opened: int, path: Path, name: str) -> None:
     """The file has this name in the same directory. Raises: HotplugError if the name is taken;
     KernelError."""
-    with _naming("rename", path):
+    with reported_as("rename", shown(path)):
         _rename(opened, path.name, path.with_name(name))
         os.fsync(opened)
 
 
 def remove(opened: int, path: Path) -> None:
     """The file is gone. Raises: KernelError."""
-    with _naming("remove", path):
+    with reported_as("remove", shown(path)):
         os.unlink(path.name, dir_fd=opened)
         os.fsync(opened)
 
 
 def _rename(opened: int, name: str, path: Path) -> None:
     """The file has the path's name. Source: renameat2(2); FAT, without hard links, knows it too."""
-    renameat2 = ctypes_lib.declare(
-        "libc.so.6", "renameat2", ctypes.c_int,
-        (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint),
-        ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
+    source, target = os.fsencode(name), os.fsencode(path.name)
     try:
-        renameat2(opened, os.fsencode(name), opened, os.fsencode(path.name), _RENAME_NOREPLACE)
+        Libc.renameat2(opened, source, opened, target, _RENAME_NOREPLACE)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise _taken(path) from error
@@ -201,13 +198,3 @@ def _rename(opened: int, name: str, path: Path) -> None:
 
 def _taken(path: Path) -> HotplugError:
     return HotplugError(f"write {shown(path)}: it exists, and is not overwritten")
-
-
-@contextmanager
-def _naming(operation: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except HotplugError:
-        raise
-    except OSError as error:
-        raise KernelError(operation, shown(path), error.errno or 0) from error

@@ -8,19 +8,29 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.ctypes_lib import (
+    Function,
+    Library,
+    failed,
+    minus_one,
+    null,
+    reported_as,
+)
 
-_LIBBLKID: Final = "libblkid.so.1"
 _BLKID_FLTR_ONLYIN: Final = 2
+_FOUND: Final = 0
 _AMBIVALENT: Final = -2
+"""Of blkid_do_safeprobe, beside 1 for nothing."""
 _BLKID_SUBLKS_LABEL: Final = 1 << 1
 _BLKID_SUBLKS_UUID: Final = 1 << 3
 _BLKID_SUBLKS_TYPE: Final = 1 << 5
+_IDENTITY_FLAGS: Final = _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID
 _BLKID_PARTS_ENTRY_DETAILS: Final = 1 << 2
 _PIECE: Final = 512
 _LARGEST_SECTOR: Final = 4096
@@ -39,45 +49,34 @@ class Identity:
     parttype: str | None = None
 
 
-class _Probe:
-    """libblkid's functions, declared at the first probe."""
+def _probe_failed(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
+    """Raise for what is below zero: minus an error number, or -1 with errno.
 
-    def __init__(self) -> None:
-        def function(name: str, result: Any, *arguments: Any) -> Any:
-            return ctypes_lib.declare(_LIBBLKID, name, result, arguments)
-
-        probe, flag, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
-        self.new = function("blkid_new_probe", probe)
-        self.free = function("blkid_free_probe", None, probe)
-        self.set_device = function(
-            "blkid_probe_set_device", flag, probe, flag, ctypes.c_int64, ctypes.c_int64
-        )
-        self.enable_superblocks = function("blkid_probe_enable_superblocks", flag, probe, flag)
-        self.superblocks_flags = function("blkid_probe_set_superblocks_flags", flag, probe, flag)
-        self.superblocks_only = function(
-            "blkid_probe_filter_superblocks_type", flag, probe, flag, ctypes.POINTER(text)
-        )
-        self.enable_partitions = function("blkid_probe_enable_partitions", flag, probe, flag)
-        self.partitions_flags = function("blkid_probe_set_partitions_flags", flag, probe, flag)
-        self.safeprobe = function("blkid_do_safeprobe", flag, probe)
-        self.lookup = function(
-            "blkid_probe_lookup_value", flag, probe, text, ctypes.POINTER(text),
-            ctypes.POINTER(ctypes.c_size_t),
-        )  # fmt: skip
+    A device that cannot be read must not pass for one with nothing on it.
+    """
+    if result < 0 and result != _AMBIVALENT:
+        raise failed(function, ctypes.get_errno() if result == -1 else -result)
+    return result
 
 
-_loaded: list[_Probe] = []
+class Blkid(Library, soname="libblkid.so.1", package="libblkid1"):
+    """Source: blkid.h."""
 
-
-def _blkid() -> _Probe:
-    if not _loaded:
-        _loaded.append(_Probe())
-    return _loaded[0]
-
-
-def prepare() -> None:
-    """libblkid is open. Raises: OSError if it is not installed."""
-    _blkid()
+    blkid_do_safeprobe = Function(c_int, c_void_p, failure=_probe_failed)
+    blkid_free_probe = Function(None, c_void_p)
+    blkid_new_probe = Function(c_void_p, failure=null)
+    blkid_probe_enable_partitions = Function(c_int, c_void_p, c_int, failure=minus_one)
+    blkid_probe_enable_superblocks = Function(c_int, c_void_p, c_int, failure=minus_one)
+    blkid_probe_filter_superblocks_type = Function(
+        c_int, c_void_p, c_int, POINTER(c_char_p), failure=minus_one
+    )
+    blkid_probe_lookup_value = Function(
+        c_int, c_void_p, c_char_p, POINTER(c_char_p), POINTER(c_size_t)
+    )
+    """-1 if there is no such value: the pointer is as it was."""
+    blkid_probe_set_device = Function(c_int, c_void_p, c_int, c_int64, c_int64, failure=minus_one)
+    blkid_probe_set_partitions_flags = Function(c_int, c_void_p, c_int, failure=minus_one)
+    blkid_probe_set_superblocks_flags = Function(c_int, c_void_p, c_int, failure=minus_one)
 
 
 def probe(node: str, allowed: Sequence[str]) -> str | None:
@@ -86,13 +85,12 @@ def probe(node: str, allowed: Sequence[str]) -> str | None:
     Only the allowed types' own detectors look at the bytes. Raises: KernelError if the device
     cannot be read. Blocks for I/O. Source: blkid_do_safeprobe in libblkid.
     """
-    blkid = _blkid()
     with _probing(node) as pr:
-        wanted = (ctypes.c_char_p * (len(allowed) + 1))(*(name.encode() for name in allowed), None)
-        blkid.enable_superblocks(pr, 1)
-        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
-        blkid.superblocks_only(pr, _BLKID_FLTR_ONLYIN, wanted)
-        found = _value(pr, "TYPE") if _found(pr, node) else None
+        wanted = (c_char_p * (len(allowed) + 1))(*(name.encode() for name in allowed), None)
+        Blkid.blkid_probe_enable_superblocks(pr, 1)
+        Blkid.blkid_probe_set_superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
+        Blkid.blkid_probe_filter_superblocks_type(pr, _BLKID_FLTR_ONLYIN, wanted)
+        found = _value(pr, "TYPE") if Blkid.blkid_do_safeprobe(pr) == _FOUND else None
     return None if found == "vfat" and not _has_fat(node) else found
 
 
@@ -140,15 +138,12 @@ def known_contents(node: str) -> str | None:
 
     All of libblkid's detectors look. Raises: KernelError. Blocks for I/O.
     """
-    blkid = _blkid()
     with _probing(node) as pr:
-        blkid.enable_superblocks(pr, 1)
-        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
-        blkid.enable_partitions(pr, 1)
-        result = int(blkid.safeprobe(pr))
-        if result == _AMBIVALENT:
+        Blkid.blkid_probe_enable_superblocks(pr, 1)
+        Blkid.blkid_probe_set_superblocks_flags(pr, _BLKID_SUBLKS_TYPE)
+        Blkid.blkid_probe_enable_partitions(pr, 1)
+        if Blkid.blkid_do_safeprobe(pr) == _AMBIVALENT:
             return "signatures of more than one kind"
-        _require_read(result, node)
         what, table = _value(pr, "TYPE"), _value(pr, "PTTYPE")
         if what is not None:
             return f"{what} (a filesystem, or a header)"
@@ -161,13 +156,12 @@ def identify(node: str, *, contents: bool = True) -> Identity:
     Without `contents` the partition's own bytes are not looked at, and the entry is all.
     Raises: KernelError. Blocks for I/O. Source: blkid_probe_set_partitions_flags in libblkid.
     """
-    blkid = _blkid()
     with _probing(node) as pr:
-        blkid.enable_superblocks(pr, contents)
-        blkid.superblocks_flags(pr, _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID)
-        blkid.enable_partitions(pr, 1)
-        blkid.partitions_flags(pr, _BLKID_PARTS_ENTRY_DETAILS)
-        _found(pr, node)
+        Blkid.blkid_probe_enable_superblocks(pr, contents)
+        Blkid.blkid_probe_set_superblocks_flags(pr, _IDENTITY_FLAGS)
+        Blkid.blkid_probe_enable_partitions(pr, 1)
+        Blkid.blkid_probe_set_partitions_flags(pr, _BLKID_PARTS_ENTRY_DETAILS)
+        Blkid.blkid_do_safeprobe(pr)
         return Identity(
             type=_value(pr, "TYPE"),
             label=_value(pr, "LABEL"),
@@ -180,45 +174,22 @@ def identify(node: str, *, contents: bool = True) -> Identity:
 
 @contextmanager
 def _probing(node: str) -> Iterator[int]:
-    blkid = _blkid()
-    try:
+    """Yield a probe of the device. Raises: KernelError, also for the block's failed calls."""
+    with reported_as("open", node):
         file = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise KernelError("open", node, error.errno or 0) from error
     try:
-        pr = blkid.new()
-        if not pr:
-            raise KernelError("probe", node, errno.ENOMEM)
-        try:
-            if blkid.set_device(pr, file, 0, 0) != 0:
-                raise KernelError("probe", node, ctypes.get_errno() or errno.EIO)
-            yield pr
-        finally:
-            blkid.free(pr)
+        with reported_as("probe", node):
+            pr = Blkid.blkid_new_probe()
+            try:
+                Blkid.blkid_probe_set_device(pr, file, 0, 0)
+                yield pr
+            finally:
+                Blkid.blkid_free_probe(pr)
     finally:
         os.close(file)
 
 
-def _found(pr: int, node: str) -> bool:
-    """Whether the probe found one thing: 0 yes, 1 nothing, -2 more than one, else minus an errno.
-
-    A device that cannot be read must not pass for one with nothing on it.
-    """
-    result = int(_blkid().safeprobe(pr))
-    if result != _AMBIVALENT:
-        _require_read(result, node)
-    return result == 0
-
-
-def _require_read(result: int, node: str) -> None:
-    if result < 0:
-        number = -result if result < -1 else ctypes.get_errno() or errno.EIO
-        raise KernelError("probe", node, number)
-
-
 def _value(pr: int, name: str) -> str | None:
-    data, length = ctypes.c_char_p(), ctypes.c_size_t()
-    found = _blkid().lookup(pr, name.encode(), ctypes.byref(data), ctypes.byref(length))
-    if found != 0 or data.value is None:
-        return None
-    return data.value.decode(errors="replace")
+    value, length = c_char_p(), c_size_t()
+    Blkid.blkid_probe_lookup_value(pr, name.encode(), byref(value), byref(length))
+    return None if value.value is None else value.value.decode(errors="replace")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.libc import Libc
 
 _IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x80, 0x100
 _IN_DELETE_SELF, _IN_MOVE_SELF, _IN_Q_OVERFLOW, _IN_IGNORED = 0x400, 0x800, 0x4000, 0x8000
@@ -30,21 +30,7 @@ class Directory:
     def __init__(self, path: Path) -> None:
         """Raises: OSError."""
         self._path = path
-        init = ctypes_lib.declare(
-            "libc.so.6",
-            "inotify_init1",
-            ctypes.c_int,
-            (ctypes.c_int,),
-            ctypes_lib.minus_one_is_failure,
-        )
-        self._add = ctypes_lib.declare(
-            "libc.so.6", "inotify_add_watch", ctypes.c_int,
-            (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32), ctypes_lib.minus_one_is_failure,
-        )  # fmt: skip
-        self._remove = ctypes_lib.declare(
-            "libc.so.6", "inotify_rm_watch", ctypes.c_int, (ctypes.c_int, ctypes.c_int)
-        )
-        self._fileno: int = init(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fileno: int = Libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         self._watched = self._watch = -1
         self._look()
 
@@ -85,7 +71,7 @@ class Directory:
         while count:
             at = Path(*parts[:count])
             try:
-                watch = self._add(self._fileno, os.fsencode(at), _WANTED | _IN_ONLYDIR)
+                watch = Libc.inotify_add_watch(self._fileno, os.fsencode(at), _WANTED | _IN_ONLYDIR)
             except OSError as error:
                 if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.EACCES}:
                     raise
@@ -93,7 +79,8 @@ class Directory:
                 count -= 1
                 continue
             if self._watch not in {watch, -1}:
-                self._remove(self._fileno, self._watch)
+                with suppress(OSError):  # EINVAL: the watch went with its directory
+                    Libc.inotify_rm_watch(self._fileno, self._watch)
             self._watch, self._watched = watch, count
             if count + 1 in {denied, len(parts) + 1} or not Path(*parts[: count + 1]).is_dir():
                 return

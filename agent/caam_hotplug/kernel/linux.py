@@ -62,7 +62,7 @@ class LinuxKernel:
         Lane: dm.
         """
         with suppress(HotplugError, OSError):
-            blkid.prepare()
+            blkid.Blkid.open()
         with suppress(HotplugError, OSError):
             devmapper.target_version("crypt")
 

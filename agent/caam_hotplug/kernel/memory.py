@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
@@ -21,8 +23,9 @@ _LARGE: Final = 32 << 10
 
 def refuse_core_dumps() -> None:
     """No dump of this process's memory is ever written, and no debugger of others' reads it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _prctl(_PR_SET_DUMPABLE, 0)
+    with reported_as("refuse", "core dumps"):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        Libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_huge_pages() -> None:
@@ -31,14 +34,8 @@ def refuse_huge_pages() -> None:
     A thread's stack would take that for a few calls, a heap for its last few pages. Source:
     transhuge.rst.
     """
-    _prctl(_PR_SET_THP_DISABLE, 1)
-
-
-def _prctl(option: int, value: int) -> None:
-    long = ctypes.c_ulong
-    ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, long, long, long, long))(
-        option, value, 0, 0, 0
-    )
+    with suppress(OSError):  # a kernel that cannot gives more memory, which harms nothing
+        Libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 @contextmanager
@@ -50,13 +47,15 @@ def locked(length: int) -> Iterator[SecretBytes]:
     with SecretBytes(bytearray(length)) as secret:
         view = (ctypes.c_char * length).from_buffer(secret.buffer)
         address = ctypes.addressof(view)
-        _call("mlock", address, length)
+        with reported_as("lock", "memory for a key"):
+            Libc.mlock(address, length)
         try:
             yield secret
         finally:
             secret.wipe()
             del view  # or the buffer could not be let go
-            _call("munlock", address, length)
+            with reported_as("unlock", "memory of a key"):
+                Libc.munlock(address, length)
 
 
 @contextmanager
@@ -79,27 +78,10 @@ def random_key(length: int) -> Iterator[SecretBytes]:
 
 
 def _fill(address: int, length: int) -> None:
-    getrandom = ctypes_lib.declare(
-        "libc.so.6", "getrandom", ctypes.c_ssize_t,
-        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint), ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
-    try:
-        done = getrandom(address, length, 0)  # up to 256 bytes come whole
-    except OSError as error:
-        raise KernelError("get", "random bytes", error.errno or 0) from error
+    with reported_as("get", "random bytes"):
+        done = Libc.getrandom(address, length, 0)  # up to 256 bytes come whole
     if done != length:
-        raise KernelError("get", "random bytes", 0, f"{done} of {length} came")
-
-
-def _call(name: str, address: int, length: int) -> None:
-    function = ctypes_lib.declare(
-        "libc.so.6", name, ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t),
-        ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
-    try:
-        function(address, length)
-    except OSError as error:
-        raise KernelError("lock", "memory for a key", error.errno or 0) from error
+        raise KernelError("get", "random bytes", errno.EIO, f"{done} of {length} came")
 
 
 def share_one_heap() -> None:
@@ -110,7 +92,6 @@ def share_one_heap() -> None:
     once it has seen one of that size freed, unless it is told what large is. Another C library has
     no such heaps. Source: mallopt(3).
     """
-    mallopt = getattr(ctypes_lib.library("libc.so.6"), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    if Libc.mallopt.exists:
+        Libc.mallopt(_M_ARENA_MAX, 1)
+        Libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -6,7 +6,6 @@ not outlive us.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 _FOLDERS: Final = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
@@ -83,6 +82,8 @@ def make(kind: str, label: str, node: str) -> None:
 
 
 def _die_with_parent() -> None:
-    """Else it would go on writing when this process was killed, beside the next run."""
-    prctl = ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill the program with this process.
+
+    Else a program whose parent was killed would go on writing, beside that of the next run.
+    """
+    Libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

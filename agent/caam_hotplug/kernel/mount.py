@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -11,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from caam_hotplug.errors import MountBusyError, MountError
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.ctypes_lib import Function, reported_as
+from caam_hotplug.kernel.libc import Libc
 
-# The numbers are the same on every architecture (asm-generic/unistd.h).
-_SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 429, 430, 431, 432
 _FSOPEN_CLOEXEC: Final = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSMOUNT_CLOEXEC: Final = 1
@@ -63,10 +61,10 @@ def mount(
     attributes = sum(_MOUNT_ATTRS[option] for option in set(options))
     attributes |= _MOUNT_ATTR_RDONLY if read_only else 0
     with _superblock(node, kind, filesystem_options, read_only=read_only) as context:
-        mounted = _call(context, "mount", node, _SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+        mounted = _call(context, "mount", node, Libc.fsmount, context, _FSMOUNT_CLOEXEC, attributes)
         try:
             flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-            _call(context, "attach", node, _SYS_MOVE_MOUNT, mounted, b"", target, b"", flags)
+            _call(context, "attach", node, Libc.move_mount, mounted, b"", target, b"", flags)
         finally:
             os.close(mounted)
 
@@ -83,11 +81,8 @@ def require_readable(node: str, kind: str) -> None:
 @contextmanager
 def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool) -> Iterator[int]:
     """The context of a filesystem that the kernel has read, to be mounted. Raises: MountError."""
-    try:
-        context = ctypes_lib.syscall(_SYS_FSOPEN, kind.encode(), _FSOPEN_CLOEXEC)
-    except OSError as error:
-        hint = "the kernel lacks this filesystem" if error.errno == errno.ENODEV else ""
-        raise MountError("mount", f"{node} ({kind})", error.errno or 0, hint) from error
+    with reported_as("mount", f"{node} ({kind})", _not_opened):
+        context = Libc.fsopen(kind.encode(), _FSOPEN_CLOEXEC)
     try:
         _configure(context, "source", node, node)
         for option in options:
@@ -95,7 +90,7 @@ def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool
             _configure(context, key, value or None, node)
         if read_only:
             _configure(context, "ro", None, node)
-        _call(context, "mount", node, _SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        _call(context, "mount", node, Libc.fsconfig, context, _FSCONFIG_CMD_CREATE, None, None, 0)
         yield context
     finally:
         os.close(context)
@@ -105,17 +100,24 @@ def _configure(context: int, key: str, value: str | None, node: str) -> None:
     command = _FSCONFIG_SET_FLAG if value is None else _FSCONFIG_SET_STRING
     encoded = None if value is None else value.encode()
     shown = key if value is None else f"{key}={value}"
-    _call(
-        context, f"set option {shown} for", node, _SYS_FSCONFIG, context, command, key.encode(),
-        encoded, 0,
-    )  # fmt: skip
+    operation = f"set option {shown} for"
+    _call(context, operation, node, Libc.fsconfig, context, command, key.encode(), encoded, 0)
 
 
-def _call(context: int, operation: str, node: str, number: int, *arguments: Any) -> int:
-    try:
-        return ctypes_lib.syscall(number, *arguments)
-    except OSError as error:
-        raise MountError(operation, node, error.errno or 0, _kernel_words(context)) from error
+def _not_opened(operation: str, subject: str, number: int) -> MountError:
+    hint = "the kernel lacks this filesystem" if number == errno.ENODEV else ""
+    return MountError(operation, subject, number, hint)
+
+
+def _call(context: int, operation: str, node: str, function: Function, *arguments: Any) -> int:
+    """Call the function. Raises: MountError with the words that the context has of its failure."""
+
+    def failed(operation: str, subject: str, number: int) -> MountError:
+        return MountError(operation, subject, number, _kernel_words(context))
+
+    with reported_as(operation, node, failed):
+        result: int = function(*arguments)
+    return result
 
 
 def _kernel_words(context: int) -> str:
@@ -134,17 +136,18 @@ def unmount(path: str, *, lazily: bool = False) -> None:
 
     Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
     """
-    umount2 = ctypes_lib.declare(
-        "libc.so.6", "umount2", ctypes.c_int, (ctypes.c_char_p, ctypes.c_int),
-        ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
-    try:
-        umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0))
-    except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOENT}:
-            return
-        kind = MountBusyError if error.errno == errno.EBUSY else MountError
-        raise kind("unmount", path, error.errno or 0) from error
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
+    with reported_as("unmount", path, _not_unmounted):
+        try:
+            Libc.umount2(os.fsencode(path), flags)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.ENOENT}:
+                raise
+
+
+def _not_unmounted(operation: str, path: str, number: int) -> MountError:
+    kind = MountBusyError if number == errno.EBUSY else MountError
+    return kind(operation, path, number)
 
 
 def flush(path: str, node: str) -> None:
@@ -152,21 +155,16 @@ def flush(path: str, node: str) -> None:
 
     Raises: MountError. Blocks for I/O. Source: syncfs(2).
     """
-    syncfs = ctypes_lib.declare(
-        "libc.so.6", "syncfs", ctypes.c_int, (ctypes.c_int,), ctypes_lib.minus_one_is_failure
-    )
-    try:
+    with reported_as("flush", path, MountError):
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except PermissionError:
             _flush_from_below(node)
             return
         try:
-            syncfs(directory)
+            Libc.syncfs(directory)
         finally:
             os.close(directory)
-    except OSError as error:
-        raise MountError("flush", path, error.errno or 0) from error
 
 
 def _flush_from_below(node: str) -> None:
