@@ -1,6 +1,6 @@
-"""What systemd says of a unit, over its own socket, through libsystemd.
+"""The state of a systemd unit, over systemd's own socket, through libsystemd.
 
-systemctl asks there too. It works for root, whether or not a message bus runs.
+systemctl asks there, too. It works for root, whether or not a message bus runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Unit:
 
 
 def unit(name: str, socket: Path = SOCKET) -> Unit:
-    """The unit, loaded if it was not. Raises: OSError if systemd does not answer."""
+    """Return the unit, which systemd loads if need be. Raises: OSError if it does not answer."""
     path = (_UNITS + re.sub(r"[^A-Za-z0-9]", lambda m: f"_{ord(m[0]):02x}", name)).encode()
     with _connection(socket) as bus:
         return Unit(
