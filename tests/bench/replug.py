@@ -263,7 +263,7 @@ class Medium:
         """Nobody uses it, nor what would go with it. Raises: ReplugError; DeviceInUseError."""
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
-        users = [str(one) for one in open_files.look(number, _text(mapping / "dm/name") or "")]
+        users = [str(one) for one in open_files.search(number, _text(mapping / "dm/name") or "")]
         mounts, below = mountinfo.mounts(), f"{self.point}/"
         sources = {mount.source for mount in mounts if mount.point == self.point}
         users += [

@@ -122,7 +122,7 @@ blob = bytearray(open("cartridge-01.bb", "rb").read())
 blob[50] ^= 4
 open("foreign.bb", "wb").write(blob)
 X
-cp cartridge-01.bb strangers.bb; chown 1000:1000 strangers.bb; chmod 600 strangers.bb
+cp cartridge-01.bb others.bb; chown 1000:1000 others.bb; chmod 600 others.bb
 mv /usr/lib/udev/rules.d/50-caam-hotplug.rules /root
 echo 'ACTION=="add", SUBSYSTEM=="block", RUN+="/etc/udev/scripts/mount.sh"' \
   > /etc/udev/rules.d/automount.rules
@@ -161,11 +161,11 @@ async def test_what_is_wrong_in_files_and_mounts_is_named_line_by_line(guest: Gu
         in report.one("configuration")[1]
     )
     assert "mode 0755" in report.one("blob-directory")[1]
-    damaged, foreign, strangers, others = report.of("blobs")
+    damaged, foreign, others, fine = report.of("blobs")
     assert damaged[1].startswith("damaged.bb: read blob /data/caam/damaged.bb: is cut short")
     assert foreign[1].startswith("foreign.bb: the CAAM refused the blob")
-    assert strangers[1] == "strangers.bb cannot be read by the service"
-    assert others[0] == "ok"
+    assert others[1] == "others.bb cannot be read by the service"
+    assert fine[0] == "ok"
     assert "is not installed" in report.one("udev-rule")[1]
     assert report.one("mount-propagation")[1].startswith("/run is private as PID 1")
     assert [found for _, found in report.of("automounters")] == [

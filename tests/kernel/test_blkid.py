@@ -23,9 +23,9 @@ LINUX_DATA = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 
 
 def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:
-    for look in (lambda node: blkid.probe(node, ("ext4",)), blkid.identify):
+    for read in (lambda node: blkid.probe(node, ("ext4",)), blkid.identify):
         with pytest.raises(KernelError) as refused:
-            look(str(world.kernel.mount_root / "nothing"))
+            read(str(world.kernel.mount_root / "nothing"))
         assert refused.value.errno == errno.ENOENT
 
 
@@ -79,7 +79,7 @@ def encrypted(medium: Medium, sector_size: int, cipher: str) -> Iterator[str]:
     ("made", "opened", "sector"), [(4096, 512, 4096), (512, 4096, 512), (512, 4096, 4096)]
 )
 @pytest.mark.parametrize("fat", [12, 16, 32])
-def test_a_vfat_that_is_decrypted_in_other_sectors_than_it_was_made_in_is_none(
+def test_a_vfat_that_is_decrypted_with_another_sector_size_is_none(
     nothing_left: None, fat: int, made: int, opened: int, sector: int, cipher: str
 ) -> None:
     with loop_medium((4 if fat == 12 else 80) << 20) as medium:
@@ -91,7 +91,7 @@ def test_a_vfat_that_is_decrypted_in_other_sectors_than_it_was_made_in_is_none(
 
 
 @pytest.mark.parametrize("tables", [1, 2])
-def test_a_vfat_whose_tables_a_pull_has_left_unlike_is_one(nothing_left: None, tables: int) -> None:
+def test_a_vfat_whose_tables_differ_after_a_pull_is_one(nothing_left: None, tables: int) -> None:
     with loop_medium(80 << 20) as medium:
         run("mkfs.vfat", "-F", "16", "-S", "4096", "-f", str(tables), "-R", "2", medium.device)
         with open(medium.device, "r+b", buffering=0) as file:

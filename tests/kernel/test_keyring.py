@@ -118,7 +118,7 @@ def test_a_key_that_the_kernel_does_not_take_is_an_error(description: str, lengt
     assert refused.value.errno == errno.EINVAL
 
 
-def test_a_revoked_key_is_as_good_as_none() -> None:
+def test_a_revoked_key_is_not_found() -> None:
     serial = keyring.add_key("logon", DESCRIPTION, secret())
     run("keyctl", "revoke", str(serial))
     assert keyring.find_key("logon", DESCRIPTION) is None

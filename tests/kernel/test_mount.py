@@ -108,7 +108,7 @@ def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner
         assert WRITTEN in past_the_cache(mapping.node)
 
 
-def test_the_services_capabilities_will_do_to_mount_and_to_let_go(world: RealWorld) -> None:
+def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWorld) -> None:
     point = world.kernel.mount_root / POINT
     with mapped(world) as mapping:
         without_passing_for_others(lambda: mount(world, mapping))

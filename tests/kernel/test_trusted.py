@@ -142,7 +142,7 @@ def test_a_master_of_another_board_is_an_error_of_its_own(otpmk: str, session: N
     assert listed() == []
 
 
-def test_a_blob_of_another_master_is_told_from_a_master_of_another_board(
+def test_a_blob_of_another_master_and_a_master_of_another_board_are_different_errors(
     otpmk: str, session: None
 ) -> None:
     blob = encrypted_blob(MEDIUM, bytes(reversed(MASTER)), "master")
@@ -151,9 +151,7 @@ def test_a_blob_of_another_master_is_told_from_a_master_of_another_board(
 
 
 @pytest.mark.parametrize("length", [32, 48, 64, 128])
-def test_the_length_of_a_key_is_told_by_the_caams_blob(
-    length: int, otpmk: str, session: None
-) -> None:
+def test_the_caams_blob_has_the_length_of_its_key(length: int, otpmk: str, session: None) -> None:
     blob = of(trusted_blob(bytes(range(length)), otpmk))
     assert isinstance(blob, Trusted)
     assert blob.key_bytes == length

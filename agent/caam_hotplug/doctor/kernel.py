@@ -36,7 +36,7 @@ _OPTION: Final = re.compile(r"^(CONFIG_\w+)=", re.MULTILINE)
 
 
 def kernel(board: Board) -> Iterator[Verdict]:
-    """Check that the kernel numbers insertions, which tell one medium from the next."""
+    """Check that the kernel numbers insertions, which distinguish one medium from the next."""
     numbered = next(iter(board.at("/sys/block").glob("*/diskseq")), None)
     release = re.match(r"(\d+)\.(\d+)", board.release)
     is_new = release is not None and (int(release[1]), int(release[2])) >= _NEEDED_RELEASE
@@ -116,7 +116,7 @@ def kernel_options(board: Board) -> Iterator[Verdict]:
     if found is None:
         yield unknown(
             f"neither /proc/config.gz nor /boot/config-{board.release} is there; "
-            "the lines below tell what works",
+            "the lines below say what works",
             "a kernel with CONFIG_IKCONFIG_PROC shows its options",
         )
         return

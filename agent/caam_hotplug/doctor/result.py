@@ -54,5 +54,5 @@ def failure(found: str, remedy: str) -> Verdict:
 
 
 def unknown(found: str, remedy: str = "") -> Verdict:
-    """Return the verdict for a condition of which the check cannot tell."""
+    """Return the verdict of a check that cannot tell."""
     return Verdict(Status.UNKNOWN, found, remedy)

@@ -107,7 +107,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def _board(file: Path | None) -> Board:
-    """Return the board, with its configuration if that can be read, whoever may write there."""
+    """Return the board, with its configuration if that can be read, even if others may write it."""
     where = names.CONFIG_FILE if file is None else file.absolute()
     required = file is not None
     try:

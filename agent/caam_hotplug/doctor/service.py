@@ -30,7 +30,7 @@ from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.keys import loading
 
 _ANY_LENGTH: Final = 64
-"""Length for a trusted key whose blob does not tell: no table needs it here."""
+"""Length for a trusted key whose blob does not have it: no table needs it here."""
 _BLOB: Final = ".bb"
 
 

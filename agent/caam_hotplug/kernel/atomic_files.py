@@ -1,7 +1,7 @@
-"""New files that are on the disk, whole, before they are seen, and never take another's place.
+"""Atomic new files: whole and on the disk before they are seen, never in another's place.
 
-A file is written under a temporary name, synced, given its name, and the directory is synced
-(fsync(2): a file's name is the directory's to keep). A name that is taken stays as it is.
+A file is written under a temporary name, synced and renamed. Then the directory, which has the
+name, is synced (fsync(2)). An existing file of that name stays as it is.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 
 def temporary(name: str) -> str:
-    """Under which name a file is written first: always the same, so that a next run finds it."""
+    """Return the name under which a file is written first, which a next run finds again."""
     return f".{name}.new"
 
 
 @contextmanager
 def folder(path: Path, *, mode: int, only_root: bool = False) -> Iterator[int]:
-    """A descriptor of the directory, made with this mode if it is missing. Raises: as directory."""
+    """Yield a descriptor of the directory, made with this mode if missing. Raises: as directory."""
     try:
         with paths.directory(path, only_root=only_root) as opened:
             yield opened
@@ -49,7 +49,7 @@ def folder(path: Path, *, mode: int, only_root: bool = False) -> Iterator[int]:
 
 @contextmanager
 def alone_in(opened: int, path: Path) -> Iterator[None]:
-    """No other of our commands makes a file in the directory meanwhile. Raises: HotplugError."""
+    """Keep our other commands from making files in the directory. Raises: HotplugError."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -64,7 +64,7 @@ def alone_in(opened: int, path: Path) -> Iterator[None]:
 
 
 def exists(opened: int, name: str) -> bool:
-    """Whether the directory has anything of that name, a link that leads nowhere included."""
+    """Return whether the directory has anything of that name, even a dangling link."""
     try:
         os.lstat(name, dir_fd=opened)
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def exists(opened: int, name: str) -> bool:
 
 
 def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
-    """The new file has this content, on the disk. `path` is in the open directory.
+    """Write a new file with this content to the disk. `path` is in the open directory.
 
     Raises: HotplugError if the name is taken, or if the mode is to keep it from others and the
     filesystem knows no modes; KernelError.
@@ -89,9 +89,9 @@ def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> Non
 
 
 def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
-    """As write, and its temporary name leads to it as well until it is settled.
+    """Write as `write`, but keep the temporary name as a second one until the file is settled.
 
-    A file with both names was made by a run that has not settled it: nobody relies on it yet.
+    A file with both names is the work of a run that has not settled it: nobody relies on it yet.
     Raises: as write; HotplugError if the filesystem has no hard links.
     """
     with reported_as("write", shown(path)):
@@ -113,7 +113,7 @@ def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: i
 
 
 def is_unsettled(opened: int, name: str) -> bool:
-    """Whether the file has both names."""
+    """Return whether the file has both names."""
     try:
         both = [os.lstat(each, dir_fd=opened) for each in (name, temporary(name))]
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def is_unsettled(opened: int, name: str) -> bool:
 
 
 def settle(opened: int, path: Path) -> None:
-    """The file has its own name only; having had no other is no error. Raises: KernelError."""
+    """Remove the file's temporary name, if it has one. Raises: KernelError."""
     with reported_as("settle", shown(path)):
         if exists(opened, temporary(path.name)):
             os.unlink(temporary(path.name), dir_fd=opened)
@@ -130,10 +130,10 @@ def settle(opened: int, path: Path) -> None:
 
 
 def discard_unsettled(opened: int, path: Path) -> None:
-    """A file with both names is gone; any other stays. Raises: KernelError."""
+    """Remove the file if it has both names. Raises: KernelError."""
     with reported_as("take back", shown(path)):
         if is_unsettled(opened, path.name):
-            # Its own name first: with the temporary one alone it is nobody's.
+            # Its own name first: no run searches for one that has the temporary name alone.
             os.unlink(path.name, dir_fd=opened)
             os.fsync(opened)
 
@@ -161,7 +161,7 @@ def _write_temporary(opened: int, path: Path, content: bytes | bytearray, mode: 
 
 
 def _require_kept_from_others(file: int, path: Path) -> None:
-    """Raises: HotplugError if others can read the file, since its mode was not taken, as by FAT."""
+    """Raise HotplugError if others can read the file, since the filesystem keeps no modes (FAT)."""
     status = os.fstat(file)
     if status.st_mode & _FOR_OTHERS or status.st_uid != os.geteuid():
         raise HotplugError(
@@ -171,22 +171,21 @@ def _require_kept_from_others(file: int, path: Path) -> None:
 
 
 def move(opened: int, path: Path, name: str) -> None:
-    """The file has this name in the same directory. Raises: HotplugError if the name is taken;
-    KernelError."""
+    """Rename the file in its directory. Raises: HotplugError if the name is taken; KernelError."""
     with reported_as("rename", shown(path)):
         _rename(opened, path.name, path.with_name(name))
         os.fsync(opened)
 
 
 def remove(opened: int, path: Path) -> None:
-    """The file is gone. Raises: KernelError."""
+    """Remove the file. Raises: KernelError."""
     with reported_as("remove", shown(path)):
         os.unlink(path.name, dir_fd=opened)
         os.fsync(opened)
 
 
 def _rename(opened: int, name: str, path: Path) -> None:
-    """The file has the path's name. Source: renameat2(2); FAT, without hard links, knows it too."""
+    """Rename to the path's name. Source: renameat2(2), which FAT without hard links has, too."""
     source, target = os.fsencode(name), os.fsencode(path.name)
     try:
         Libc.renameat2(opened, source, opened, target, _RENAME_NOREPLACE)

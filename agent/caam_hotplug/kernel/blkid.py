@@ -1,4 +1,4 @@
-"""What lies on a device, as libblkid finds it: a filesystem, a header, an entry in a table."""
+"""The contents of a device, through libblkid: a filesystem, a header, an entry in a table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LARGEST_SECTOR: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What libblkid reads off a device; None for what it does not have."""
+    """A device's labels and identifiers; None for those that it does not have."""
 
     type: str | None
     label: str | None
@@ -50,9 +50,9 @@ class Identity:
 
 
 def _probe_failed(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
-    """Raise for what is below zero: minus an error number, or -1 with errno.
+    """Raise for a result below zero: minus an error number, or -1 with errno.
 
-    A device that cannot be read must not pass for one with nothing on it.
+    A device that cannot be read must not pass for an empty one.
     """
     if result < 0 and result != _AMBIVALENT:
         raise failed(function, ctypes.get_errno() if result == -1 else -result)
@@ -80,9 +80,9 @@ class Blkid(Library, soname="libblkid.so.1", package="libblkid1"):
 
 
 def probe(node: str, allowed: Sequence[str]) -> str | None:
-    """The type of the filesystem on the device, if it is one of those allowed, else None.
+    """Return the type of the filesystem on the device if it is one of those allowed, else None.
 
-    Only the allowed types' own detectors look at the bytes. Raises: KernelError if the device
+    Only the allowed types' own detectors see the bytes. Raises: KernelError if the device
     cannot be read. Blocks for I/O. Source: blkid_do_safeprobe in libblkid.
     """
     with _probing(node) as pr:
@@ -95,14 +95,14 @@ def probe(node: str, allowed: Sequence[str]) -> str | None:
 
 
 def _has_fat(node: str) -> bool:
-    """Whether the file allocation tables of a vfat are such, and not noise.
+    """Return whether the file allocation tables of a vfat are plausible.
 
-    With another sector_size than the medium was made with, the first 512 bytes of each larger
-    sector still come out right, and the rest does not, or not quite (with CBC, the first 16 bytes
-    of each 512). Of a small vfat the kernel checks no more than libblkid does, and would mount
-    that. Every table begins with a media descriptor filled up with ones, and a mark of an end. Two
-    tables are alike but for what a pull in between has left: what differs everywhere, save for
-    where it comes out right anyway, is noise. One table alone that begins well is taken for one.
+    If sector_size is not that of the medium, the first 512 bytes of each larger sector are still
+    decrypted correctly. The rest is noise (with CBC, the first 16 bytes of each 512). On a small
+    vfat the kernel checks no more than libblkid does, and would mount that. Every table begins with
+    a media descriptor filled up with ones, and an end mark. Two tables differ only by what a pull
+    between their writes has left. If all sectors differ that the wrong size would garble, they are
+    noise. A single table that begins well is accepted.
     Source: Microsoft's FAT specification (fatgen103), BPB, FAT[0] and FAT[1].
     """
     try:
@@ -120,23 +120,23 @@ def _has_fat(node: str) -> bool:
         raise KernelError("read", node, number or errno.EIO) from error
     if not tables or not _begins_as_fat(tables[0][1]):
         return False
-    telling = [
+    garbled = [
         [table[start : start + _PIECE] for _, table in tables]
         for start in range(0, min(len(table) for _, table in tables), _PIECE)
         if all((at + start) % _LARGEST_SECTOR for at, _ in tables)
     ]
-    return len(telling) < 2 or any(len(set(pieces)) == 1 for pieces in telling)
+    return len(garbled) < 2 or any(len(set(pieces)) == 1 for pieces in garbled)
 
 
 def _begins_as_fat(table: bytes) -> bool:
-    """FAT[0] and FAT[1] of 12 bits, 16 or 32: the last bits of the second may be any."""
+    """Return whether FAT[0] and FAT[1] are valid, of 12, 16 or 32 bits, but for the last bits."""
     return len(table) > 2 and table[0] & table[2] & 0xF0 == 0xF0 and table[1] & 0x0F == 0x0F
 
 
 def known_contents(node: str) -> str | None:
-    """What is known of that lies on the device, in words; None if nothing is.
+    """Describe what lies on the device, or return None if libblkid recognises nothing.
 
-    All of libblkid's detectors look. Raises: KernelError. Blocks for I/O.
+    All of libblkid's detectors see the bytes. Raises: KernelError. Blocks for I/O.
     """
     with _probing(node) as pr:
         Blkid.blkid_probe_enable_superblocks(pr, 1)
@@ -151,9 +151,9 @@ def known_contents(node: str) -> str | None:
 
 
 def identify(node: str, *, contents: bool = True) -> Identity:
-    """What a volume says of itself: its entry in the partition table, a header such as LUKS.
+    """Read a volume's entry in the partition table, and a header such as LUKS.
 
-    Without `contents` the partition's own bytes are not looked at, and the entry is all.
+    Without `contents` the partition's own bytes are not read, and the entry is all.
     Raises: KernelError. Blocks for I/O. Source: blkid_probe_set_partitions_flags in libblkid.
     """
     with _probing(node) as pr:

@@ -192,9 +192,9 @@ def resume(name: str) -> None:
 def _update_links(*, at_once: bool) -> None:
     """Bring /dev/mapper up to date, if that is ours; where udevd runs, it is udev's.
 
-    libdevmapper remembers each node that it would make or remove until it is told to. With udevd
-    that is when all links are there: nothing is left to make then, which would be in udev's way.
-    The more there are, the longer a check of all takes: it is done now and then, or `at_once`.
+    libdevmapper remembers each node that it would make or remove until a call asks for it. With
+    udevd that call is made when all links are there: nothing is left to make then, which would be
+    in udev's way. A check of many links takes long, so it is done now and then, or `at_once`.
     """
     Devmapper.nodes_to_update += 1
     is_ours = not names.UDEV_CONTROL.exists()
@@ -209,7 +209,7 @@ def _links_are_there() -> bool:
     return all((_LINKS / name).exists() for name in mappings)
 
 
-def poison(name: str, size: Sectors) -> None:
+def load_error_table(name: str, size: Sectors) -> None:
     """Replace the mapping's table with one whose I/O fails; the kernel wipes the key.
 
     What was in flight is not flushed: its medium has gone. Raises: DmError. Worker: dm.

@@ -41,7 +41,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One partition, as the table has it."""
+    """One partition in the table."""
 
     number: int
     """As in the name of its device node, from 1 on."""
@@ -51,7 +51,7 @@ class Entry:
 
 
 def _negative(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
-    """Raise for what is below zero: minus an error number, or -1 for any failure."""
+    """Raise for a result below zero: minus an error number, or -1 for any failure."""
     if result < 0:
         raise failed(function, errno.EIO if result == -1 else -result)
     return result
@@ -107,7 +107,7 @@ class Fdisk(Library, soname="libfdisk.so.1", package="libfdisk1"):
 
 
 def require_library() -> None:
-    """Raises: KernelError if libfdisk is not installed: everything else here needs it."""
+    """Raise KernelError if libfdisk is not installed: everything else here needs it."""
     Fdisk.open()
 
 

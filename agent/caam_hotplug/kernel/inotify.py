@@ -1,4 +1,4 @@
-"""A directory whose new files are told of (inotify(7)), also one that is not there yet."""
+"""New and changed files of a directory (inotify(7)), also of one that does not exist yet."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ class Directory:
         self._path = path
         self._fileno: int = Libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         self._watched = self._watch = -1
-        self._look()
+        self._watch_nearest()
 
     def fileno(self) -> int:
-        """When it is readable, `read` has something to give."""
+        """Return the descriptor that is readable when `read` has something."""
         return self._fileno
 
     def close(self) -> None:
-        """Nothing is watched any more."""
+        """Stop watching."""
         os.close(self._fileno)
 
     def read(self) -> list[str | None]:
-        """Names of files that are new or changed; None: there may be any."""
+        """Return the names of new and changed files; None stands for any."""
         try:
-            told = os.read(self._fileno, _ROOM)
+            events = os.read(self._fileno, _ROOM)
         except BlockingIOError:
             return []
         names: list[str | None] = []
-        for mask, name in _events(told):
+        for mask, name in _parsed(events):
             moved = mask & (_IN_DELETE_SELF | _IN_MOVE_SELF | _IN_Q_OVERFLOW | _IN_IGNORED)
-            if moved or self._is_there:
+            if moved or self._exists:
                 names.append(None if moved else name)
             elif name == self._path.parts[self._watched]:
-                names.append(None)  # it has come, or a directory on the way to it
+                names.append(None)  # it was created, or a directory on the path to it
         if None in names:
-            self._look()
+            self._watch_nearest()
             return [None]
         return list(dict.fromkeys(names))
 
     @property
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         return self._watched == len(self._path.parts)
 
-    def _look(self) -> None:
-        """The directory is watched, or as much of the way there as exists."""
+    def _watch_nearest(self) -> None:
+        """Watch the directory, or the last one that exists on its path."""
         parts, count = self._path.parts, len(self._path.parts)
         denied = 0
         while count:
@@ -84,13 +84,14 @@ class Directory:
             self._watch, self._watched = watch, count
             if count + 1 in {denied, len(parts) + 1} or not Path(*parts[: count + 1]).is_dir():
                 return
-            count += 1  # it came before its parent was watched
+            count += 1  # it was created before its parent was watched
 
 
-def _events(told: bytes) -> Iterator[tuple[int, str]]:
+def _parsed(events: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the mask and name of each event."""
     at = 0
-    while at < len(told):
-        _, mask, _, length = _EVENT.unpack_from(told, at)
+    while at < len(events):
+        _, mask, _, length = _EVENT.unpack_from(events, at)
         at += _EVENT.size
-        yield mask, os.fsdecode(told[at : at + length].rstrip(b"\0"))
+        yield mask, os.fsdecode(events[at : at + length].rstrip(b"\0"))
         at += length

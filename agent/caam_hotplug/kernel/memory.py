@@ -1,4 +1,4 @@
-"""Memory that key bytes pass through: never in a core dump, never on swap, always overwritten."""
+"""Memory for key bytes: never in a core dump, never on swap, always overwritten."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _LARGE: Final = 32 << 10
 
 
 def refuse_core_dumps() -> None:
-    """No dump of this process's memory is ever written, and no debugger of others' reads it."""
+    """Forbid dumps of this process's memory, and other users' debuggers."""
     with reported_as("refuse", "core dumps"):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         Libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_huge_pages() -> None:
-    """The kernel gives this process pages as it needs them, wherever it gives others 2 MiB at once.
+    """Have the kernel give this process small pages, where it gives others 2 MiB at once.
 
-    A thread's stack would take that for a few calls, a heap for its last few pages. Source:
+    A thread's stack would take 2 MiB for a few calls, a heap for its last few pages. Source:
     transhuge.rst.
     """
-    with suppress(OSError):  # a kernel that cannot gives more memory, which harms nothing
+    with suppress(OSError):  # the process then takes more memory, and works
         Libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 @contextmanager
 def locked(length: int) -> Iterator[SecretBytes]:
-    """A buffer of so many zeros that is never written to swap; overwritten on the way out.
+    """Yield a buffer of so many zeros that is never written to swap, and overwrite it at the end.
 
     Raises: KernelError if the kernel does not let it be locked. Source: mlock(2).
     """
@@ -53,16 +53,16 @@ def locked(length: int) -> Iterator[SecretBytes]:
             yield secret
         finally:
             secret.wipe()
-            del view  # or the buffer could not be let go
+            del view  # or the buffer could not be released
             with reported_as("unlock", "memory of a key"):
                 Libc.munlock(address, length)
 
 
 @contextmanager
 def random_key(length: int) -> Iterator[SecretBytes]:
-    """A key of the kernel's random bytes without a zero among them, in a locked buffer.
+    """Yield a key of the kernel's random bytes, none of them zero, in a locked buffer.
 
-    The CAAM's driver takes a key that it is given as a text, which a zero byte would end. Raises:
+    The CAAM's driver takes a given key as a text, which a zero byte would end. Raises:
     KernelError. Source: getrandom(2).
     """
     with locked(length) as key:
@@ -85,12 +85,12 @@ def _fill(address: int, length: int) -> None:
 
 
 def share_one_heap() -> None:
-    """All threads allocate from one heap, and what they free is used again, or given back.
+    """Have all threads allocate from one heap, and return large buffers to the kernel.
 
-    glibc gives threads heaps of their own, up to eight for each processor, and each keeps what its
-    largest moment needed. Every call of ours has a thread. Nor does glibc give back a large buffer
-    once it has seen one of that size freed, unless it is told what large is. Another C library has
-    no such heaps. Source: mallopt(3).
+    glibc gives threads heaps of their own, up to eight for each processor. Each keeps what it
+    needed at most, and every blocking call of ours has a thread. Nor does glibc return a large
+    buffer once it has seen one of that size freed, unless a threshold is set. Another C library
+    has no such heaps. Source: mallopt(3).
     """
     if Libc.mallopt.exists:
         Libc.mallopt(_M_ARENA_MAX, 1)

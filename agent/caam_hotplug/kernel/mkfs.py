@@ -1,7 +1,7 @@
-"""Making filesystems: the one thing here that is done by other programs, since no library does it.
+"""Creating filesystems, by other programs, since no library does it.
 
-The program is started by its absolute path, without a shell, in an environment of ours, and does
-not outlive us.
+The program is started by its absolute path, without a shell, in an environment of ours. It dies
+with this process.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class _Maker:
     options: tuple[str, ...]
     label_option: str
     label_max: int
-    """A longer label is left out: it is the partition's that counts."""
+    """A longer label is left out, since the partition's counts."""
     least: Sectors
-    """On a smaller volume the program refuses."""
+    """The program refuses a smaller volume."""
     package: str
     """Debian's name."""
 
@@ -38,19 +38,19 @@ _MAKERS: Final = {
     "xfs": _Maker(("-q", "-f"), "-L", 12, Sectors(300 * _MIB), "xfsprogs"),
     "btrfs": _Maker(("-q", "-f"), "-L", 255, Sectors(128 * _MIB), "btrfs-progs"),
     "f2fs": _Maker(("-q", "-f"), "-l", 512, Sectors(64 * _MIB), "f2fs-tools"),
-    # FAT's labels are in capitals, so ours would not be itself.
+    # FAT has labels in capitals only, so ours would change.
     "vfat": _Maker((), "-n", 0, Sectors(_MIB), "dosfstools"),
     "exfat": _Maker((), "-L", 11, Sectors(_MIB), "exfatprogs"),
 }
 
 
 def least(kind: str) -> Sectors:
-    """How large a volume must be for the filesystem."""
+    """Return how large a volume must be for the filesystem."""
     return _MAKERS[kind].least
 
 
 def program(kind: str) -> str:
-    """The path of the program. Raises: HotplugError if it is not installed."""
+    """Return the program's path. Raises: HotplugError if it is not installed."""
     name = f"mkfs.{kind}"
     for folder in _FOLDERS:
         if os.access(f"{folder}/{name}", os.X_OK):
@@ -60,9 +60,9 @@ def program(kind: str) -> str:
 
 
 def make(kind: str, label: str, node: str) -> None:
-    """The device has a new filesystem. Raises: HotplugError with the program's last words.
+    """Create a filesystem on the device. Raises: HotplugError with the program's last line.
 
-    Only the thread that calls may exist: the program dies with it (PR_SET_PDEATHSIG of prctl(2)).
+    Only the calling thread may exist: the program dies with it (PR_SET_PDEATHSIG of prctl(2)).
     """
     maker, path = _MAKERS[kind], program(kind)
     labelled = [maker.label_option, label] if len(label) <= maker.label_max else []

@@ -52,10 +52,10 @@ def mount(
     options: Sequence[str],
     filesystem_options: Sequence[str],
 ) -> None:
-    """The filesystem is mounted on the directory that the descriptor `target` stands for.
+    """Mount the filesystem on the open directory `target`.
 
-    Its flags hold from the first moment: it is configured and only then attached.
-    Raises: MountError with the stage that failed and the kernel's own words. Blocks for I/O.
+    Its flags hold from the first moment: it is configured and only then attached. Raises:
+    MountError with the stage that failed and the kernel's own words. Blocks for I/O.
     Source: fsopen(2), fsconfig(2), fsmount(2), move_mount(2).
     """
     attributes = sum(_MOUNT_ATTRS[option] for option in set(options))
@@ -70,7 +70,7 @@ def mount(
 
 
 def require_readable(node: str, kind: str) -> None:
-    """The kernel reads the filesystem, and writes nothing, not even what its journal has left.
+    """Have the kernel read the filesystem and write nothing, not even what its journal has left.
 
     Raises: MountError. Blocks for I/O. Source: ext4(5), xfs(5), btrfs(5), f2fs.rst.
     """
@@ -80,7 +80,7 @@ def require_readable(node: str, kind: str) -> None:
 
 @contextmanager
 def _superblock(node: str, kind: str, options: Sequence[str], *, read_only: bool) -> Iterator[int]:
-    """The context of a filesystem that the kernel has read, to be mounted. Raises: MountError."""
+    """Yield the context of a filesystem that the kernel has read. Raises: MountError."""
     with reported_as("mount", f"{node} ({kind})", _not_opened):
         context = Libc.fsopen(kind.encode(), _FSOPEN_CLOEXEC)
     try:
@@ -121,7 +121,7 @@ def _call(context: int, operation: str, node: str, function: Function, *argument
 
 
 def _kernel_words(context: int) -> str:
-    """What the filesystem has written into its context, without the level letter before it."""
+    """Return the filesystem's messages from its context, without their level letters."""
     words: list[str] = []
     try:
         while line := os.read(context, 8192):
@@ -132,7 +132,7 @@ def _kernel_words(context: int) -> str:
 
 
 def unmount(path: str, *, lazily: bool = False) -> None:
-    """Nothing of ours is mounted at the path; lazily, whoever is inside may finish there.
+    """Unmount the path; lazily, so that processes with open files may go on using them.
 
     Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
     """
@@ -151,7 +151,7 @@ def _not_unmounted(operation: str, path: str, number: int) -> MountError:
 
 
 def flush(path: str, node: str) -> None:
-    """Everything written to the filesystem at the path, of the device `node`, is on its medium.
+    """Bring all that was written to the filesystem at the path to its medium, the device `node`.
 
     Raises: MountError. Blocks for I/O. Source: syncfs(2).
     """
@@ -159,7 +159,7 @@ def flush(path: str, node: str) -> None:
         try:
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except PermissionError:
-            _flush_from_below(node)
+            _flush_device(node)
             return
         try:
             Libc.syncfs(directory)
@@ -167,12 +167,12 @@ def flush(path: str, node: str) -> None:
             os.close(directory)
 
 
-def _flush_from_below(node: str) -> None:
-    """As flush, where the filesystem's root is somebody's who lets nobody else in.
+def _flush_device(node: str) -> None:
+    """Flush through the device, where the mode of the filesystem's root locks the agent out.
 
-    Without CAP_DAC_READ_SEARCH we are nobody else. The kernel flushes a device's filesystem with
-    the device (blkdev_flushbuf in block/ioctl.c), and fsync(2) says what became of metadata; that a
-    file's data did not arrive is not told on this way.
+    The agent lacks CAP_DAC_READ_SEARCH. The kernel flushes a device's filesystem with the device
+    (blkdev_flushbuf in block/ioctl.c), and fsync(2) reports errors of metadata. Errors of files'
+    data are not reported this way.
     """
     device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""What is mounted where, from /proc/self/mountinfo."""
+"""The mounts of this process's namespace, from /proc/self/mountinfo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 
 def mounts() -> list[Mount]:
-    """What is mounted in this process's namespace.
+    """Return the mounts of this process's namespace.
 
     Raises: MountError for a line of an unknown form, which might be one of ours.
     Source: proc_pid_mountinfo(5).
@@ -32,9 +32,9 @@ def mounts() -> list[Mount]:
 
 
 def why_volatile(path: Path) -> str | None:
-    """Why files there do not outlive a power cut, or None if they do, as far as can be told.
+    """Return why files there do not outlive a power cut, or None if they seem to.
 
-    Of an overlay that is for its upper directory to say, which may be hidden since. Raises:
+    An overlay's upper directory decides for it, which another mount may hide. Raises:
     MountError. Source: proc_pid_mountinfo(5), overlayfs.rst.
     """
     above = {str(path), *map(str, path.parents)}
@@ -57,7 +57,7 @@ def why_volatile(path: Path) -> str | None:
 
 @lru_cache(maxsize=512)  # the same lines are read again and again
 def parse_mount(line: str) -> Mount:
-    """One line of mountinfo; optional fields end with a lone dash.
+    """Parse a line of mountinfo; optional fields end with a lone dash.
 
     Raises: ValueError with the line for any other form.
     """
@@ -84,7 +84,7 @@ _ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def _unescaped(field: str) -> str:
-    """Blank, tab, newline, hash and backslash come as three octal digits (seq_escape).
+    """Replace the octal escapes of blank, tab, newline, hash and backslash (seq_escape).
 
     Any other backslash stands for itself: not every file system escapes its source whole.
     """

@@ -12,7 +12,7 @@ from caam_hotplug.doctor import report, runner
 from caam_hotplug.doctor.result import Result, failure, ok, unknown, warning
 
 GOOD = Result("kernel", "kernel", ok("Linux 6.6"))
-UNTOLD = Result("caam-state", "CAAM state", unknown("cannot be told", "ask U-Boot"))
+UNKNOWN = Result("caam-state", "CAAM state", unknown("cannot be parsed", "ask U-Boot"))
 DOUBTFUL = Result("automounters", "other automounters", warning("udisksd runs", "keep it off"))
 BAD = Result("caam-device", "CAAM device", failure("is not there", "use NXP's kernel"))
 
@@ -22,8 +22,8 @@ BAD = Result("caam-device", "CAAM device", failure("is not there", "use NXP's ke
     [
         ([], 0),
         ([GOOD], 0),
-        ([GOOD, UNTOLD], 0),
-        ([DOUBTFUL, UNTOLD], 3),
+        ([GOOD, UNKNOWN], 0),
+        ([DOUBTFUL, UNKNOWN], 3),
         ([BAD, DOUBTFUL], 1),
         ([GOOD, BAD], 1),
     ],
@@ -62,15 +62,15 @@ def test_what_a_terminal_would_act_on_is_escaped() -> None:
 
 
 def test_the_last_line_counts_the_worst_first() -> None:
-    told = report.summary([GOOD, BAD, DOUBTFUL, GOOD, UNTOLD, DOUBTFUL])
-    assert told == "1 failure, 2 warnings, 1 unknown, 2 ok"
+    line = report.summary([GOOD, BAD, DOUBTFUL, GOOD, UNKNOWN, DOUBTFUL])
+    assert line == "1 failure, 2 warnings, 1 unknown, 2 ok"
 
 
 def test_json_has_every_result_and_the_worst_status() -> None:
-    told = json.loads(report.to_json([GOOD, DOUBTFUL]))
-    assert told["program"] == "caam-hotplug"
-    assert told["worst"] == "warning"
-    assert told["findings"] == [
+    parsed = json.loads(report.to_json([GOOD, DOUBTFUL]))
+    assert parsed["program"] == "caam-hotplug"
+    assert parsed["worst"] == "warning"
+    assert parsed["findings"] == [
         {
             "check": "kernel", "subject": "kernel", "status": "ok", "found": "Linux 6.6",
             "remedy": None,

@@ -33,7 +33,7 @@ def test_every_check_runs_on_an_empty_board(board: BoardFiles) -> None:
 def test_a_check_that_fails_is_unknown_and_the_others_go_on(board: BoardFiles) -> None:
     (board.root / "etc").mkdir()
     (board.root / "etc/fstab").mkdir()
-    told = {f.check: f.verdict for f in runner.results(board.board())}
-    assert told["fixed-tables"].status is Status.UNKNOWN
-    assert "Is a directory" in told["fixed-tables"].found
-    assert "service" in told
+    verdicts = {r.check: r.verdict for r in runner.results(board.board())}
+    assert verdicts["fixed-tables"].status is Status.UNKNOWN
+    assert "Is a directory" in verdicts["fixed-tables"].found
+    assert "service" in verdicts

@@ -181,7 +181,7 @@ def test_a_directory_that_others_may_write_to_gives_no_blobs(tmp_path: Path) -> 
         blob_files.read(directory, "cartridge.bb")
 
 
-def test_a_blob_that_cannot_be_read_is_refused_with_the_kernels_word() -> None:
+def test_a_blob_that_cannot_be_read_is_refused_with_the_kernels_reason() -> None:
     assert refusal(Path(f"/proc/{os.getpid()}"), "mem") == "Input/output error"
 
 
