@@ -64,7 +64,7 @@ CIPHERS: Final = {"xts": f"aes-xts-plain64 {'5a' * 64}", "cbc": f"aes-cbc-plain6
 
 @contextmanager
 def encrypted(medium: Medium, sector_size: int, cipher: str) -> Iterator[str]:
-    """The medium through dm-crypt, in sectors of this size; yields the mapping's device."""
+    """Map the medium through dm-crypt, in sectors of this size; yield the mapping's device."""
     options = f" 1 sector_size:{sector_size}" if sector_size != 512 else ""
     table = f"0 {medium.sectors} crypt {CIPHERS[cipher]} 0 {medium.device} 0{options}"
     run("dmsetup", "create", "witness", "--table", table)

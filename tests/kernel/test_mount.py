@@ -39,7 +39,7 @@ def mount(
 
 
 def fields(world: RealWorld) -> tuple[set[str], set[str]]:
-    """The options of the mount and of its superblock, as mountinfo has them."""
+    """Return the options of the mount and of its superblock, as mountinfo has them."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if left.split(" ")[4] == str(world.kernel.mount_root / POINT):
@@ -131,7 +131,7 @@ DAC: Final = 1 << 1 | 1 << 2
 
 
 def without_passing_for_others(act: Callable[[], T]) -> T:
-    """What comes of the act, done with root's capabilities but for DAC (capset(2))."""
+    """Act with root's capabilities but for DAC (capset(2)); return the result."""
 
     def drop_and_act() -> T:
         libc = ctypes.CDLL("libc.so.6", use_errno=True)
@@ -147,7 +147,7 @@ def without_passing_for_others(act: Callable[[], T]) -> T:
 
 
 def past_the_cache(node: str) -> bytes:
-    """All bytes of the device, as its medium has them."""
+    """Read all bytes of the device off its medium."""
     file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     try:
         with mmap.mmap(-1, os.lseek(file, 0, os.SEEK_END)) as room:

@@ -41,7 +41,7 @@ def change(name: str) -> None:
 
 
 def shrink(devices: Devices) -> None:
-    """The sockets' buffers are as small as they get."""
+    """Make the sockets' buffers as small as they get."""
     for fileno in devices.readers():
         with socket.socket(fileno=os.dup(fileno)) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -53,7 +53,7 @@ def read(devices: Devices) -> list[Event]:
 
 
 def await_event(devices: Devices, wanted: Callable[[Event], bool]) -> list[Event]:
-    """The events up to one that is wanted. Raises: AssertionError after a deadline."""
+    """Read events up to one that is wanted. Raises: AssertionError after a deadline."""
     poller = select.poll()
     for fileno in devices.readers():
         poller.register(fileno, select.POLLIN)

@@ -36,7 +36,7 @@ def read_anyones(path: Path) -> blobs.Blob:
 
 
 def _read(path: Path, wanted: blobs.Backend | None, name: str, parent: int | None) -> blobs.Blob:
-    """Raises: FileNotFoundError; BlobError."""
+    """Read the file. Raises: FileNotFoundError; BlobError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         file = os.open(name, flags, dir_fd=parent)

@@ -89,7 +89,7 @@ class Function:
 
     @property
     def exists(self) -> bool:
-        """Whether this system's library has the function."""
+        """Return whether this system's library has the function."""
         return hasattr(self._library.open(), self.name)
 
     def pointer(self) -> ctypes.c_void_p:

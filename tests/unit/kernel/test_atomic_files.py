@@ -14,7 +14,7 @@ from caam_hotplug.kernel import atomic_files
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[int]:
-    """A descriptor of the directory in which files are made."""
+    """Open a directory to make files in."""
     file = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     yield file
     os.close(file)
@@ -55,12 +55,12 @@ def test_a_name_that_is_taken_stays_what_it_is(
 
 
 def fat(file: int, _mode: int) -> None:
-    """What becomes of a mode there (fat_sanitize_mode of the kernel)."""
+    """Change modes as FAT does (fat_sanitize_mode in the kernel)."""
     os.chmod(file, 0o755)
 
 
 def squashed(file: int, mode: int) -> None:
-    """What becomes of root on some network filesystems."""
+    """Change owners as some network filesystems do for root."""
     os.chmod(file, mode)
     os.chown(file, 65534, 65534)
 

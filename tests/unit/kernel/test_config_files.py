@@ -16,7 +16,7 @@ STRANGER = 54321
 
 @pytest.fixture
 def folder(roots_folder: Path) -> Path:
-    """The configuration's directory, with a file and a drop-in."""
+    """Make the configuration's directory, with a file and a drop-in."""
     folder = roots_folder / "etc"
     (folder / "rules.d").mkdir(parents=True)
     (folder / "agent.toml").write_text('log_level = "debug"\n')
@@ -25,7 +25,7 @@ def folder(roots_folder: Path) -> Path:
 
 
 def refusals(folder: Path) -> list[str]:
-    """The faults with which the configuration is refused as one to act on."""
+    """Return the faults of the configuration as one to act on."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError) as caught:
         loader.load(folder / "agent.toml", RootsFiles())

@@ -144,7 +144,7 @@ def test_on_a_disk_without_a_table_nothing_is_renamed(disk: Disk) -> None:
 
 
 def add_a_second(file: int, size: int) -> None:
-    """A copy of the first entry, of the last of its sectors, and one sector less for the first."""
+    """Add a copy of the first entry, over the last of its sectors, and shorten the first by it."""
     import binascii
 
     entries = bytearray(os.pread(file, 128 * 128, 1024))

@@ -9,7 +9,7 @@ from caam_hotplug.model import DeviceNumber, Mount
 
 
 def escaped(text: str) -> str:
-    """As the kernel writes a path into mountinfo (seq_path, mangle)."""
+    """Escape as the kernel writes a path into mountinfo (seq_path, mangle)."""
     return "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in text)
 
 

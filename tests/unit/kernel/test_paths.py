@@ -166,7 +166,7 @@ def test_an_empty_directory_of_the_boards_own_is_used_and_stays(tmp_path: Path) 
 
 
 def occupied(root: Path, name: str) -> str:
-    """The words with which a mount point is refused."""
+    """Return the words of a mount point's refusal."""
     before = open_files()
     with pytest.raises(MountPointOccupiedError) as caught, paths.mount_point(root, name):
         pass

@@ -26,7 +26,7 @@ from caam_hotplug.model import (
 
 
 def encoded(text: str) -> str:
-    """As libblkid encodes a label: plain characters stay, other bytes become `\\xNN`."""
+    """Encode as libblkid does a label: plain characters stay, other bytes become `\\xNN`."""
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#+-.:=@_"
     return "".join(chr(b) if b in plain else f"\\x{b:02x}" for b in text.encode())
 

@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).parents[3] / "rules"
 
 @pytest.fixture
 def rules(tmp_path: Path) -> Path:
-    """A directory of rules of which none sets the property."""
+    """Make a directory of rules that do not set the property."""
     directory = tmp_path / "etc/udev/rules.d"
     directory.mkdir(parents=True)
     (directory / "60-other.rules").write_text('KERNEL=="sda", SYMLINK+="disk"\n')

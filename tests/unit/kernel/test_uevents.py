@@ -31,7 +31,7 @@ PARTITION = {
 
 
 def message(**changed: bytes) -> bytes:
-    """As the kernel makes it: a header, then the properties."""
+    """Make a message as the kernel does: a header, then the properties."""
     properties = {**PARTITION, **changed}
     pairs = [f"{name}=".encode() + value for name, value in properties.items()]
     return b"\0".join([properties["ACTION"] + b"@" + properties["DEVPATH"], *pairs, b""])
@@ -44,7 +44,7 @@ BLOCK = 0xF0031DB7
 def from_udev(
     magic: bytes = b"\xfe\xed\xca\xfe", subsystem: int = BLOCK, **changed: bytes
 ) -> bytes:
-    """As udevd sends it on: a header, then the properties."""
+    """Make a message as udevd does: a header, then the properties."""
     properties = message(**changed).split(b"\0", 1)[1]
     sizes = struct.pack("=III", 40, 40, len(properties))
     hashes = struct.pack(">IIII", subsystem, 0, 0, 0)
@@ -152,7 +152,7 @@ def test_an_event_of_udevs_that_another_user_has_sent_is_not_trusted() -> None:
 
 
 def netlink() -> socket.socket:
-    """A process's own end of the events' netlink."""
+    """Open a socket of the events' netlink."""
     return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15)
 
 
