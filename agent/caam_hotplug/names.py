@@ -39,8 +39,8 @@ UNFINISHED_TYPE: Final = "08852176-76a2-4897-9536-c3c5c588df44"
 
 
 @dataclass(frozen=True, slots=True)
-class Throwaway:
-    """Prefixes of what is made for a trial; its process's number follows. None is a volume's."""
+class TestNames:
+    """Prefixes of a test mapping and its parts, before the process's number. No volume has them."""
 
     program: str
 
@@ -65,9 +65,9 @@ class Throwaway:
         return f"caam-{self.program}"
 
 
-DOCTOR: Final = Throwaway("doctor")
-BENCH: Final = Throwaway("bench")
-"""Of measurements: tools/measure."""
+DOCTOR: Final = TestNames("doctor")
+BENCH: Final = TestNames("bench")
+"""Of measurements, see tools/measure."""
 
 SERVICE_UNIT: Final = f"{PROGRAM}.service"
 SOCKET_UNIT: Final = f"{PROGRAM}.socket"

@@ -1,4 +1,4 @@
-"""What ails the board is named in doctor's report, with the remedy, each in its own line."""
+"""Doctor's report names each fault of the board in a line of its own, with the remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEFT: Final = (
     "dmsetup ls; cat /sys/class/block/loop*/loop/backing_file 2>/dev/null || true; "
     "awk '/caam-doctor/ && $3 != 0' /proc/keys; ls -l --time-style=full-iso /data/caam"
 )
-"""What a trial could leave behind, or change."""
+"""What a self-test could leave, or change."""
 OPTIONS: Final = """
 CONFIG_BLK_DEV_DM=m
 CONFIG_DM_CRYPT=m
@@ -32,44 +32,44 @@ CONFIG_EXT4_FS=m
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What doctor has said."""
+    """Doctor's report."""
 
     status: int
-    findings: list[dict[str, Any]]
+    results: list[dict[str, Any]]
 
     def of(self, check: str) -> list[tuple[str, str]]:
-        """The check's lines: status and what was found."""
-        return [(f["status"], f["found"]) for f in self.findings if f["check"] == check]
+        """Return the check's lines: status and what was found."""
+        return [(r["status"], r["found"]) for r in self.results if r["check"] == check]
 
     def one(self, check: str) -> tuple[str, str]:
-        """The check's only line."""
+        """Return the check's only line."""
         (line,) = self.of(check)
         return line
 
     def amiss(self) -> dict[str, str]:
-        """The checks that have a warning or a failure, with the worst."""
+        """Return the checks that have a warning or a failure, with the worst."""
         found: dict[str, str] = {}
-        for finding in self.findings:
-            check, status = finding["check"], finding["status"]
+        for result in self.results:
+            check, status = result["check"], result["status"]
             if status == "failure" or (status == "warning" and check not in found):
                 found[check] = status
         return found
 
 
 async def examined(guest: Guest, before: str = "") -> Report:
-    """Doctor has looked; `before` is what stands before its name in the shell."""
+    """Run doctor; `before` stands before its name in the shell."""
     done = await guest.sh(f"{before} caam-hotplug doctor --json", check=False, timeout_s=120)
     assert done.stderr == ""
-    findings = json.loads(done.stdout)["findings"]
-    for finding in findings:
-        needs_remedy = finding["status"] in {"warning", "failure"}
-        assert not needs_remedy or finding["remedy"], finding
-    return Report(done.returncode, findings)
+    results = json.loads(done.stdout)["findings"]
+    for result in results:
+        needs_remedy = result["status"] in {"warning", "failure"}
+        assert not needs_remedy or result["remedy"], result
+    return Report(done.returncode, results)
 
 
 @asynccontextmanager
 async def broken(guest: Guest, how: str, mended: str) -> AsyncIterator[None]:
-    """Something is broken by a shell script, and mended by another."""
+    """Break something by a shell script, and mend it by another."""
     await guest.sh(how)
     try:
         yield
@@ -77,8 +77,8 @@ async def broken(guest: Guest, how: str, mended: str) -> AsyncIterator[None]:
         await guest.sh(mended)
 
 
-def wholesome(guest: Guest) -> Any:
-    """The board is as README says: options told, blobs root's alone."""
+def as_documented(guest: Guest) -> Any:
+    """Make the board as README says: with a kernel's configuration, and blobs that are root's."""
     return broken(
         guest,
         f"mkdir -p /boot; cat > /boot/config-$(uname -r) <<X\n{OPTIONS}\nX\nchmod 700 /data/caam",
@@ -86,22 +86,21 @@ def wholesome(guest: Guest) -> Any:
     )
 
 
-async def test_a_healthy_board_is_called_so_while_the_agent_runs_and_nothing_is_changed(
+async def test_a_healthy_board_is_reported_as_such_while_the_agent_runs_and_nothing_is_changed(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
-    async with wholesome(guest):
+    async with as_documented(guest):
         await agent.start()
         await guest.plug_usb(medium)
         await guest.until_mounted(POINT)
         before = (await guest.sh(LEFT)).stdout
         report = await examined(guest)
         await guest.until(f"test \"$({LEFT})\" = '{before.rstrip()}'")
-        assert report.amiss() == {}, report.findings
+        assert report.amiss() == {}, report.results
         assert report.status == 0
         assert report.one("known-answer") == (
             "ok",
-            "a throwaway key went through CAAM, keyring and dm-crypt; both ways as by "
-            "cbc(aes-generic)",
+            "a test key went through CAAM, keyring and dm-crypt; both ways as by cbc(aes-generic)",
         )
         assert report.one("blobs")[0] == "ok"
         assert report.one("caam-state")[0] == "unknown"
@@ -123,7 +122,7 @@ blob = bytearray(open("cartridge-01.bb", "rb").read())
 blob[50] ^= 4
 open("foreign.bb", "wb").write(blob)
 X
-cp cartridge-01.bb strangers.bb; chown 1000:1000 strangers.bb; chmod 600 strangers.bb
+cp cartridge-01.bb others.bb; chown 1000:1000 others.bb; chmod 600 others.bb
 mv /usr/lib/udev/rules.d/50-caam-hotplug.rules /root
 echo 'ACTION=="add", SUBSYSTEM=="block", RUN+="/etc/udev/scripts/mount.sh"' \
   > /etc/udev/rules.d/automount.rules
@@ -162,11 +161,11 @@ async def test_what_is_wrong_in_files_and_mounts_is_named_line_by_line(guest: Gu
         in report.one("configuration")[1]
     )
     assert "mode 0755" in report.one("blob-directory")[1]
-    damaged, foreign, strangers, others = report.of("blobs")
+    damaged, foreign, others, fine = report.of("blobs")
     assert damaged[1].startswith("damaged.bb: read blob /data/caam/damaged.bb: is cut short")
     assert foreign[1].startswith("foreign.bb: the CAAM refused the blob")
-    assert strangers[1] == "strangers.bb cannot be read by the service"
-    assert others[0] == "ok"
+    assert others[1] == "others.bb cannot be read by the service"
+    assert fine[0] == "ok"
     assert "is not installed" in report.one("udev-rule")[1]
     assert report.one("mount-propagation")[1].startswith("/run is private as PID 1")
     assert [found for _, found in report.of("automounters")] == [
@@ -201,7 +200,7 @@ systemctl daemon-reload
 CHIP = "cd /sys/module/caam_sim/parameters; echo otpmk=$(cat otpmk) secure=$(cat secure)"
 
 
-async def test_a_board_without_caam_cipher_and_library_is_told_so(guest: Guest) -> None:
+async def test_a_board_without_caam_cipher_and_library_fails(guest: Guest) -> None:
     chip = (await guest.sh(CHIP)).stdout.strip()
     async with broken(guest, NO_CAAM, NO_CAAM_MENDED.format(chip=chip)):
         report = await examined(guest, "LD_LIBRARY_PATH=/tmp")
@@ -229,7 +228,7 @@ async def test_a_board_without_caam_cipher_and_library_is_told_so(guest: Guest) 
     assert report.one("automounters")[0] == "ok"
 
 
-async def test_with_a_mistake_in_the_configuration_nothing_is_said_of_what_it_configures(
+async def test_with_a_mistake_in_the_configuration_what_it_configures_is_unknown(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.configure('mount_rot = "/media"\n')
@@ -284,7 +283,7 @@ async def test_dm_crypt_without_the_key_is_a_failure_of_the_known_answer(guest: 
 OWN_NAMESPACE = f"/run/systemd/system/{UNIT}.d/own.conf"
 
 
-async def test_a_service_that_mounts_for_itself_alone_is_found_out(
+async def test_a_service_that_mounts_for_itself_alone_is_a_failure(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await guest.write(OWN_NAMESPACE, b"[Service]\nPrivateMounts=yes\n")
@@ -327,12 +326,12 @@ async def test_a_service_that_failed_a_socket_that_is_missing_and_no_udevd(
     assert "udevd does not run" in report.one("udevd")[1]
 
 
-async def test_on_another_board_every_blob_is_void_and_all_else_is_well(
+async def test_on_another_board_every_blob_is_void_and_nothing_else_fails(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await guest.cold_boot_caam(OTPMK_B)
     await guest.sh("echo '[Unit]' > /etc/systemd/system/udisks2.service")
-    async with wholesome(guest):
+    async with as_documented(guest):
         await agent.start()
         report = await examined(guest)
         await guest.sh("rm /data/caam/*.bb; cd /data/caam; caam-keygen create mine ecb -s 16")
@@ -363,7 +362,7 @@ async def test_killed_in_the_middle_it_leaves_what_the_next_run_removes(guest: G
     await guest.until("! ls /sys/class/block/loop*/loop")
 
 
-async def test_told_to_end_in_the_middle_it_leaves_nothing(guest: Guest) -> None:
+async def test_terminated_in_the_middle_it_leaves_nothing(guest: Guest) -> None:
     done = await guest.sh(
         "strace -f -qq -o /dev/null -e trace=fsync -e inject=fsync:signal=TERM "
         "caam-hotplug doctor --json",
@@ -376,7 +375,7 @@ async def test_told_to_end_in_the_middle_it_leaves_nothing(guest: Guest) -> None
     await guest.until("! ls /sys/class/block/loop*/loop")
 
 
-async def test_ciphertext_that_is_not_aes_is_found_out(guest: Guest) -> None:
+async def test_ciphertext_that_is_not_aes_is_a_failure(guest: Guest) -> None:
     # strace falsifies what AES in software says, as if the CAAM's cipher were another one.
     done = await guest.sh(
         "strace -f -qq -o /dev/null -e trace=recvfrom "

@@ -174,7 +174,7 @@ async def test_doctor_calls_a_mainline_board_healthy_and_names_a_blob_of_another
     assert amiss == []
     found = {f["check"]: f for f in findings}
     assert found["caam-device"]["found"].startswith("the kernel has trusted keys")
-    assert found["known-answer"]["found"].startswith("a throwaway trusted key encrypts")
+    assert found["known-answer"]["found"].startswith("a trusted test key encrypts")
     assert "xts(aes)" in found["ciphers"]["found"]
     assert found["blobs"]["found"].startswith("2 of 2")
     await guest.write("/data/caam/foreign.bb", trusted_blob(board.key, OTPMK_B))

@@ -170,7 +170,7 @@ async def test_doctor_calls_a_board_with_a_tpm_healthy_and_tries_it_once_a_rule_
     assert found["blobs"]["found"].startswith("1 of 1")
     await agent.configure(BY_HAND)
     found = await findings(guest)
-    assert found["known-answer"]["found"].startswith("a throwaway trusted key encrypts")
+    assert found["known-answer"]["found"].startswith("a trusted test key encrypts")
     assert found["blobs"]["found"].startswith("1 of 1")
     await agent.configure(BY_HAND.replace("0x81000001", "0x81000001 pcrlock=16"))
     found = await findings(guest)

@@ -6,7 +6,7 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.kernel import mountinfo
 from caam_hotplug.model import Mount
 from fuzz.inputs import mutated, tries
 
@@ -22,7 +22,7 @@ def parse_or_refuse(line: bytes) -> Mount | None:
     """Parse the line as `mounts` does; None where it was refused with what was expected."""
     text = line.decode(errors="surrogateescape")
     try:
-        mount = filesystem.parse_mount(text)
+        mount = mountinfo.parse_mount(text)
     except ValueError as error:
         assert str(error).startswith("expected a line of mountinfo")
         assert str(error).isprintable()

@@ -27,11 +27,11 @@ from typing import Any, Final
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import main as daemon
-from caam_hotplug.kernel import ctypes_lib, devmapper, gpt
+from caam_hotplug.kernel import ctypes_lib
 
 DEADLINE_S: Final = 120
 
-_SYSCALLS: Final = {429: "move_mount", 430: "fsopen", 431: "fsconfig", 432: "fsmount"}
+_SYSCALLS: Final = frozenset({"move_mount", "fsopen", "fsconfig", "fsmount"})
 _FUNCTIONS: Final = frozenset({"add_key", "keyctl_unlink", "umount2", "syncfs", "dm_task_run"})
 _METHODS: Final = ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir"))
 _TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 17: "dm message"}
@@ -272,48 +272,36 @@ class Watch:
 
     def install(self) -> None:
         """From now on the process's calls are watched."""
-        declare, syscall = ctypes_lib.declare, ctypes_lib.syscall
+        call, noted = ctypes_lib.Function.__call__, self._functions | _SYSCALLS
 
-        def watched_declare(soname: str, name: str, *more: Any) -> Any:
-            function = declare(soname, name, *more)
+        def watched(function: ctypes_lib.Function, *arguments: Any) -> Any:
+            result = call(function, *arguments)
+            errno, name = ctypes.get_errno(), function.name
             if name == "dm_task_create":
-                return self._noting_kind(function)
-            return self._watched(name, function) if name in self._functions else function
-
-        def watched_syscall(number: int, *arguments: Any) -> int:
-            result = syscall(number, *arguments)
-            if number in _SYSCALLS:
-                self._made(_SYSCALLS[number])
+                self._kinds[result] = arguments[0]
+            if name in noted:
+                is_task = name == "dm_task_run"
+                self._made(_TASKS.get(self._kinds[arguments[0]]) if is_task else name)
+            ctypes.set_errno(errno)
             return result
 
-        ctypes_lib.declare, ctypes_lib.syscall = watched_declare, watched_syscall
-        devmapper._loaded.clear()
-        gpt._loaded.clear()
+        ctypes_lib.Function.__call__ = watched  # type: ignore[method-assign, assignment]
         for module, name in self._methods:
             setattr(module, name, self._watched(name, getattr(module, name)))
-
-    def _noting_kind(self, create: Callable[[int], int]) -> Callable[[int], int]:
-        def noting(kind: int) -> int:
-            task = create(kind)
-            self._kinds[task] = kind
-            return task
-
-        return noting
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:
             result = function(*arguments, **named)
             errno = ctypes.get_errno()
-            if name != "dm_task_run":
-                self._made(name)
-            elif result and (kind := self._kinds[arguments[0]]) in _TASKS:
-                self._made(_TASKS[kind])
+            self._made(name)
             ctypes.set_errno(errno)
             return result
 
         return watched
 
-    def _made(self, name: str) -> None:
+    def _made(self, name: str | None) -> None:
+        if name is None:
+            return
         self._count += 1
         os.write(self._told, f"{name}\n".encode())
         if self._stop is not None and self._count == self._stop.after:

@@ -26,7 +26,7 @@ MAGIC = bytes.fromhex("4f 67 61 54")
 
 @pytest.fixture
 def board() -> Iterator[Board]:
-    """The chip, given back as it was."""
+    """Yield the board's CAAM, and restore it."""
     made = Board()
     try:
         yield made
@@ -35,7 +35,7 @@ def board() -> Iterator[Board]:
 
 
 def imported(name: str) -> bytes:
-    """The tagged key of a blob of the board's own."""
+    """Return the tagged key of a blob of this board."""
     blob = blob_files.read(BLOB_DIRECTORY, f"{name}.bb")
     with caam.import_blob(CAAM_DEVICE, blob.content) as key:
         return bytes(key.buffer)

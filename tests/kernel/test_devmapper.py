@@ -23,7 +23,7 @@ CYCLES = 200
 
 @pytest.fixture
 def no_udevd() -> Iterator[None]:
-    """udevd is stopped, on which whoever waits for a cookie of udev's would wait for ever."""
+    """Stop udevd: a call that waits for a cookie of udev's would never return."""
     units = [f"systemd-udevd{suffix}" for suffix in ("-kernel.socket", "-control.socket", "")]
     run("systemctl", "stop", *units)
     yield

@@ -44,7 +44,7 @@ def test_a_device_of_which_udev_has_not_told_is_told_as_its_partition_table_has_
         room.medium.pull()
     run("udevadm", "settle")
     assert "  partlabel  'cartridge-01'" in told
-    assert "  udev has not told of it yet, and may tell more" in told
+    assert "  udev has not reported it yet, and may report more" in told
     assert "rule 'any' matches it" in told
 
 

@@ -28,7 +28,7 @@ def secret(length: int = 36) -> SecretBytes:
 
 
 def in_a_thread(act: Callable[[], None]) -> None:
-    """What it does has been done in a thread of its own, which has credentials of its own."""
+    """Act in a thread of its own, which has credentials of its own."""
     faults: list[BaseException] = []
 
     def body() -> None:
@@ -54,7 +54,7 @@ def added(payload: SecretBytes) -> Iterator[int]:
 
 
 def session_keys() -> int:
-    """How many keys the session keyring has."""
+    """Return how many keys the session keyring has."""
     read = ctypes.CDLL("libkeyutils.so.1").keyctl_read
     size = read(keyring.KEY_SPEC_SESSION_KEYRING, None, 0)
     assert size >= 0
@@ -118,7 +118,7 @@ def test_a_key_that_the_kernel_does_not_take_is_an_error(description: str, lengt
     assert refused.value.errno == errno.EINVAL
 
 
-def test_a_revoked_key_is_as_good_as_none() -> None:
+def test_a_revoked_key_is_not_found() -> None:
     serial = keyring.add_key("logon", DESCRIPTION, secret())
     run("keyctl", "revoke", str(serial))
     assert keyring.find_key("logon", DESCRIPTION) is None

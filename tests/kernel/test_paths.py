@@ -15,21 +15,19 @@ from kernel.real import RealWorld
 STRANGER = 1000
 
 
-def test_a_blob_in_a_strangers_directory_is_not_read(world: RealWorld) -> None:
+def test_a_blob_in_another_users_directory_is_not_read(world: RealWorld) -> None:
     os.chown(world.kernel.blob_directory, STRANGER, 0)
     with pytest.raises(UnsafePathError, match="blobs belongs to user 1000, not to root"):
         world.kernel.read_blob(BLOB)
 
 
-def test_a_blob_below_a_directory_of_a_stranger_is_not_read(
-    world: RealWorld, tmp_path: Path
-) -> None:
+def test_a_blob_below_another_users_directory_is_not_read(world: RealWorld, tmp_path: Path) -> None:
     os.chown(tmp_path, STRANGER, 0)
     with pytest.raises(UnsafePathError, match="belongs to user 1000"):
         world.kernel.read_blob(BLOB)
 
 
-def test_nothing_is_mounted_in_a_strangers_directory(world: RealWorld) -> None:
+def test_nothing_is_mounted_in_another_users_directory(world: RealWorld) -> None:
     os.chown(world.kernel.mount_root, STRANGER, 0)
     with mapped(world) as mapping, pytest.raises(UnsafePathError, match="belongs to user 1000"):
         mount(world, mapping)
@@ -44,7 +42,7 @@ def test_a_directory_that_a_group_writes_to_is_not_trusted(world: RealWorld) -> 
         world.kernel.remove_mount_point(POINT)
 
 
-def test_a_strangers_sticky_directory_is_not_trusted_either(world: RealWorld) -> None:
+def test_another_users_sticky_directory_is_not_trusted_either(world: RealWorld) -> None:
     world.kernel.mount_root.chmod(0o1777)
     with paths.directory(world.kernel.mount_root):
         os.chown(world.kernel.mount_root, STRANGER, 0)

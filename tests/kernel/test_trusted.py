@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("nothing_left")]
 
 @pytest.fixture(scope="module")
 def otpmk() -> Iterator[str]:
-    """The board's master key; its kernel is mainline's, and NXP's again afterwards."""
+    """Make the kernel mainline's, and NXP's again afterwards; yield the board's master key."""
     chip = (PARAMETERS / "otpmk").read_text().strip()
     run("board-kernel", "mainline", chip)
     assert trusted.is_offered()  # and loads what it was asked for
@@ -43,12 +43,12 @@ def session() -> Iterator[None]:
 
 
 def of(content: bytes) -> blobs.Blob:
-    """The blob as the agent reads it."""
+    """Read the blob as the agent does."""
     return blobs.parse(content)
 
 
 def load(content: bytes, master: bytes = b"", description: str = DESCRIPTION) -> None:
-    """The key of this blob is in the session keyring."""
+    """Load the blob's key into the session keyring."""
     match of(content):
         case Trusted() as blob:
             trusted.load_trusted(description, blob)
@@ -61,7 +61,7 @@ def load(content: bytes, master: bytes = b"", description: str = DESCRIPTION) ->
 
 
 def listed() -> list[str]:
-    """The lines of /proc/keys for the keys of these tests."""
+    """Return the lines of /proc/keys for the keys of these tests."""
     lines = Path("/proc/keys").read_text().splitlines()
     return [line for line in lines if DESCRIPTION in line or " master:" in line]
 
@@ -142,7 +142,7 @@ def test_a_master_of_another_board_is_an_error_of_its_own(otpmk: str, session: N
     assert listed() == []
 
 
-def test_a_blob_of_another_master_is_told_from_a_master_of_another_board(
+def test_a_blob_of_another_master_and_a_master_of_another_board_are_different_errors(
     otpmk: str, session: None
 ) -> None:
     blob = encrypted_blob(MEDIUM, bytes(reversed(MASTER)), "master")
@@ -151,9 +151,7 @@ def test_a_blob_of_another_master_is_told_from_a_master_of_another_board(
 
 
 @pytest.mark.parametrize("length", [32, 48, 64, 128])
-def test_the_length_of_a_key_is_told_by_the_caams_blob(
-    length: int, otpmk: str, session: None
-) -> None:
+def test_the_caams_blob_has_the_length_of_its_key(length: int, otpmk: str, session: None) -> None:
     blob = of(trusted_blob(bytes(range(length)), otpmk))
     assert isinstance(blob, Trusted)
     assert blob.key_bytes == length

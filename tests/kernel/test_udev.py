@@ -36,24 +36,24 @@ def listening(source: Source) -> Iterator[Devices]:
 
 
 def change(name: str) -> None:
-    """The kernel tells of the device as if it had changed."""
+    """Have the kernel report the device as changed."""
     (Path("/sys/class/block") / name / "uevent").write_text("change")
 
 
 def shrink(devices: Devices) -> None:
-    """The sockets' buffers are as small as they get."""
+    """Make the sockets' buffers as small as they get."""
     for fileno in devices.readers():
         with socket.socket(fileno=os.dup(fileno)) as same:
             same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
 
 def read(devices: Devices) -> list[Event]:
-    """The events that wait, of all who tell."""
+    """Read the events that wait, of all sources."""
     return [event for read_some in devices.readers().values() for event in read_some()]
 
 
 def await_event(devices: Devices, wanted: Callable[[Event], bool]) -> list[Event]:
-    """The events up to one that is wanted. Raises: AssertionError after a deadline."""
+    """Read events up to one that is wanted. Raises: AssertionError after a deadline."""
     poller = select.poll()
     for fileno in devices.readers():
         poller.register(fileno, select.POLLIN)
@@ -75,7 +75,7 @@ def appearance_of(medium: Medium) -> Callable[[Event], bool]:
 
 
 @both_sources
-def test_a_medium_is_told_of_and_so_is_its_end(source: Source) -> None:
+def test_a_mediums_arrival_and_departure_are_reported(source: Source) -> None:
     with listening(source) as devices:
         with loop_medium(1 << 20) as medium:
             *_, event = await_event(devices, appearance_of(medium))
@@ -88,7 +88,7 @@ def test_a_medium_is_told_of_and_so_is_its_end(source: Source) -> None:
 
 
 @both_sources
-def test_after_an_overflow_the_loss_is_told_and_later_events_come(source: Source) -> None:
+def test_after_an_overflow_the_loss_is_reported_and_later_events_come(source: Source) -> None:
     with loop_medium(1 << 20) as medium, listening(source) as devices:
         shrink(devices)
         for _ in range(STORM):
@@ -120,7 +120,7 @@ def test_what_is_there_is_found_without_an_event(source: Source) -> None:
 
 
 @both_sources
-def test_a_removal_that_did_not_happen_says_nothing(source: Source) -> None:
+def test_a_removal_that_did_not_happen_is_not_reported(source: Source) -> None:
     with loop_medium(1 << 20) as medium, listening(source) as devices:
         name = Path(medium.device).name
         change(name)
@@ -139,7 +139,7 @@ def test_all_that_is_there_is_known_without_udev() -> None:
     assert here not in {volume.id for volume in sysfs.there()}
 
 
-def test_people_can_ask_about_a_device_node() -> None:
+def test_a_volume_is_found_by_its_device_node() -> None:
     with loop_medium(1 << 20) as medium, listening("udev") as devices:
         volume = devices.volume(medium.device)
         assert volume.id == sysfs.present_id(volume.name)

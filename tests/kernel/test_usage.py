@@ -66,7 +66,7 @@ def looped(device: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def checked(device: str, folder: Path) -> Iterator[str]:
-    """As e2fsck opens it."""
+    """Open the device as e2fsck does."""
     assert folder
     file = os.open(device, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
     try:

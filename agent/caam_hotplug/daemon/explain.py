@@ -20,7 +20,7 @@ _FACTS = (
 
 
 def explain(node: str, config: Config) -> Iterator[str]:
-    """Lines for people. Raises: HotplugError if the node is no block device with a medium."""
+    """Yield lines for users. Raises: HotplugError if the node is no block device with a medium."""
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
         volume = devices.volume(node)
@@ -29,19 +29,19 @@ def explain(node: str, config: Config) -> Iterator[str]:
         volume = LinuxKernel(config.blob_directory, config.mount_root).identify(volume)
     yield from _facts(volume)
     if awaits_udev:
-        yield "  udev has not told of it yet, and may tell more"
+        yield "  udev has not reported it yet, and may report more"
     yield ""
     match match_rules(config.rule, volume):
         case Plan() as plan:
-            yield from _admitted(plan, config, volume)
-        case NoMatch() as refused:
+            yield from _planned(plan, config, volume)
+        case NoMatch() as no_match:
             yield "no rule matches it; it is left untouched"
-            for name, why in refused.reasons:
+            for name, why in no_match.reasons:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
 
 
 def _cipher(plan: Plan) -> str:
-    """The cipher; where the blob decides, each that it may be."""
+    """Return the cipher; if it depends on the blob, each that it may be."""
     form = plan.rule.key.form
     by_cipher: dict[str, list[str]] = {}
     for made_by, kind in KEY_TYPES.items():
@@ -66,7 +66,7 @@ def _facts(volume: Volume) -> Iterator[str]:
             yield f"  {name:<10} {value!a}"
 
 
-def _admitted(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
+def _planned(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
     yield f"rule {plan.rule.name!r} matches it"
     yield f"  blob        {config.blob_directory / plan.blob}"
     yield f"  mapping     /dev/mapper/{names.dm_name(volume.id, plan.mount_name)}"

@@ -150,7 +150,7 @@ async def _stop(supervisor: Supervisor, notifier: Notifier, within_s: float) -> 
 def _give_up(unreleased: list[str], within_s: float) -> NoReturn:
     """End the process: a call in the kernel cannot be cut short, and the loop would wait for it.
 
-    The process is gone once the kernel lets it go; some calls cannot even be killed.
+    The process is gone once its call in the kernel returns; some calls cannot even be killed.
     """
     for name in unreleased:
         log.error("%s: not released within %g s; left to the next start", name, within_s)

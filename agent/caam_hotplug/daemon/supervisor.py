@@ -272,7 +272,7 @@ class Supervisor:
         record = lifecycle.record
         try:
             await lifecycle.run()
-        except Exception:  # a defect of ours must not cost the other volumes their mounts
+        except Exception:  # a defect of the agent must not cost the other volumes their mounts
             defect = journal.event(journal.Event.DEFECT, volume=record.volume)
             words = "%s: a defect of the agent ended its service"
             log.exception(words, record.volume, extra=defect)
@@ -293,7 +293,7 @@ class Supervisor:
         worker, points = context.new_worker(f"leftover {orphan.name}"), context.mount_points
         try:
             await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
-        except Exception:  # a defect of ours must not cost present volumes their mounts
+        except Exception:  # a defect of the agent must not cost present volumes their mounts
             defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
             words = "release leftover %s: a defect of the agent ended it"
             log.exception(words, orphan.name, extra=defect)

@@ -1,4 +1,4 @@
-"""The board as doctor looks at it: its files below one root, its configuration, its processes."""
+"""Facts of the board: its files below one root, its configuration, its processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RULE_FOLDERS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process that runs now."""
+    """A running process."""
 
     pid: int
     name: str
@@ -37,32 +37,32 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Where doctor looks."""
+class Board:
+    """The board that doctor checks."""
 
     config: Config
-    """What is configured; the defaults if that cannot be read."""
+    """The defaults if the file cannot be read."""
     config_file: Path = names.CONFIG_FILE
     config_required: bool = False
     config_faulty: bool = False
-    """Whether it cannot be read: then nobody knows where things should be."""
+    """Whether the configuration cannot be read: then nobody knows where things should be."""
     root: Path = Path("/")
     release: str = field(default_factory=lambda: os.uname().release)
-    """The running kernel's."""
+    """The running kernel's release."""
 
     def at(self, path: str | Path) -> Path:
-        """Where the absolute path lies below the root."""
+        """Return the absolute path below the root."""
         return self.root / str(path).lstrip("/")
 
     def text(self, path: str | Path) -> str | None:
-        """What the file says, or None if there is none. Raises: OSError."""
+        """Read the file, or return None if there is none. Raises: OSError."""
         try:
             return self.at(path).read_text(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def processes(self) -> Iterator[Process]:
-        """Those that run."""
+        """Yield the running processes."""
         for folder in self.at("/proc").glob("[0-9]*"):
             try:
                 pid, _, rest = (folder / "stat").read_text(errors="replace").partition(" (")
@@ -72,7 +72,7 @@ class Site:
             yield Process(int(pid), name, after[:1])
 
     def installed(self, folders: tuple[str, ...]) -> dict[str, Path]:
-        """The files in force by their names, those that a folder of precedence hides left out."""
+        """Return the files in force by their names, without those that an earlier folder hides."""
         found: dict[str, Path] = {}
         for folder in folders:
             try:
@@ -83,23 +83,23 @@ class Site:
                 found.setdefault(file.name, file)
         return found
 
-    def seals_by(self) -> Backend | None:
-        """The way in which this board's kernel can seal keys; None if it has none."""
+    def seal_method(self) -> Backend | None:
+        """Return how this board's kernel can seal keys; None if it cannot."""
         if self.at(names.CAAM_DEVICE).exists():
             return "tagged"
         return "trusted" if trusted.is_offered() else None
 
     def has_tpm(self) -> bool:
-        """Whether the kernel has a TPM. Source: sysfs-class-tpm in the kernel's ABI."""
+        """Return whether the kernel has a TPM. Source: sysfs-class-tpm in the kernel's ABI."""
         return any(self.at("/sys/class/tpm").glob("tpm[0-9]*"))
 
     def trust_options(self) -> str | None:
-        """What rules have for the trust source; None if not all that have any have the same."""
+        """Return the rules' options for the trust source; None if rules have different ones."""
         found = {rule.key.options for rule in self.config.rule} - {""}
         return None if len(found) > 1 else "".join(found)
 
     def filesystems(self) -> set[str]:
-        """Those that the running kernel has loaded."""
+        """Return the filesystems that the running kernel has loaded."""
         return {line.split()[-1] for line in (self.text("/proc/filesystems") or "").splitlines()}
 
 
@@ -107,16 +107,16 @@ _HARMLESS: Final = frozenset({"hash", "keyhandle", "migratable"})
 NOT_HARMLESS: Final = (
     "rules have options that would change the trust source, or that serve once, or a password"
 )
-"""Such as pcrlock and policyhandle of a TPM; a wrong password is a guess, and a few lock a TPM."""
+"""Such as pcrlock and policyhandle of a TPM. A few wrong passwords lock a TPM."""
 
 
 def is_harmless(options: str) -> bool:
-    """Whether a trust source is as it was after a trial with these (trusted-encrypted.rst)."""
+    """Return whether a self-test with the options changes nothing (trusted-encrypted.rst)."""
     return {option.partition("=")[0] for option in options.split()} <= _HARMLESS
 
 
 def is_masked(file: Path) -> bool:
-    """Whether it is there only to hide one of its name: a link to /dev/null, or empty."""
+    """Return whether the file only hides one of its name: a link to /dev/null, or empty."""
     if file.is_symlink() and str(file.readlink()) == "/dev/null":
         return True
     try:
@@ -126,9 +126,9 @@ def is_masked(file: Path) -> bool:
 
 
 def is_open_to_service(status: os.stat_result, wanted: int) -> bool:
-    """Whether root may use it as `wanted` (4 read, 2 write, 1 enter) by its mode alone.
+    """Return whether root may use a file as `wanted` (4 read, 2 write, 1 enter) by its mode alone.
 
-    The service has not the right to pass over modes (CAP_DAC_OVERRIDE), unlike a root shell.
+    Unlike a root shell, the service lacks the right to pass over modes (CAP_DAC_OVERRIDE).
     """
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid == 0:

@@ -1,4 +1,4 @@
-"""The CAAM: its device, its job rings, its security state, its algorithms."""
+"""Checks of the CAAM: its device, its job rings, its security state, its algorithms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
-from caam_hotplug.doctor.board import Site, is_open_to_service
+from caam_hotplug.doctor.board import Board, is_open_to_service
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
@@ -39,17 +39,17 @@ _FUSES: Final = "imx-ocotp*/nvmem"
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """One entry of /proc/crypto, as far as it matters here."""
+    """One entry of /proc/crypto, without the fields that no check needs."""
 
     name: str
     driver: str
     priority: int
     selftest: str
-    """`passed`; anything else means that it is not used."""
+    """`passed`; with any other word the kernel does not use it."""
 
 
 def algorithms(proc_crypto: str) -> list[Algorithm]:
-    """The kernel's algorithms. Source: c_show in crypto/proc.c."""
+    """Parse the kernel's algorithms. Source: c_show in crypto/proc.c."""
     found = []
     for entry in proc_crypto.split("\n\n"):
         fields = {
@@ -71,22 +71,13 @@ def algorithms(proc_crypto: str) -> list[Algorithm]:
     return found
 
 
-def device(site: Site) -> Iterator[Verdict]:
-    """The CAAM's device is there, and the service may use it."""
-    path = site.at(names.CAAM_DEVICE)
+def device(board: Board) -> Iterator[Verdict]:
+    """Check that the CAAM's device is there and the service may use it."""
+    path = board.at(names.CAAM_DEVICE)
     try:
         status = path.stat()
     except FileNotFoundError:
-        needed = any(rule.key.form == "tagged" for rule in site.config.rule)
-        if site.seals_by() == "trusted" and not needed:
-            yield ok("the kernel has trusted keys; no tagged ones, which only NXP's kernels have")
-            return
-        yield failure(
-            f"{names.CAAM_DEVICE} is not there, "
-            + ("and a rule asks for it" if needed else "and there are no trusted keys either"),
-            "use NXP's kernel (linux-imx) with its keygen driver, or a mainline one with "
-            "CONFIG_TRUSTED_KEYS_CAAM; `dmesg | grep -i caam` says whether the CAAM was found",
-        )
+        yield _without_device(board)
         return
     if not stat.S_ISCHR(status.st_mode):
         yield failure(
@@ -114,11 +105,23 @@ def device(site: Site) -> Iterator[Verdict]:
         )
 
 
-def job_rings(site: Site) -> Iterator[Verdict]:
-    """Linux has at least one of the CAAM's job rings."""
-    bound = sorted(file.name for file in site.at(_RING_DRIVER).glob("*") if file.is_symlink())
+def _without_device(board: Board) -> Verdict:
+    needed = any(rule.key.form == "tagged" for rule in board.config.rule)
+    if board.seal_method() == "trusted" and not needed:
+        return ok("the kernel has trusted keys; no tagged ones, which only NXP's kernels have")
+    return failure(
+        f"{names.CAAM_DEVICE} is not there, "
+        + ("and a rule asks for it" if needed else "and there are no trusted keys either"),
+        "use NXP's kernel (linux-imx) with its keygen driver, or a mainline one with "
+        "CONFIG_TRUSTED_KEYS_CAAM; `dmesg | grep -i caam` says whether the CAAM was found",
+    )
+
+
+def job_rings(board: Board) -> Iterator[Verdict]:
+    """Check that Linux has at least one of the CAAM's job rings."""
+    bound = sorted(file.name for file in board.at(_RING_DRIVER).glob("*") if file.is_symlink())
     bound = [name for name in bound if name != "module"]
-    described = list(_ring_nodes(site.at(_DEVICE_TREE)))
+    described = list(_ring_nodes(board.at(_DEVICE_TREE)))
     disabled = [node.name for node in described if _property(node, "status") == "disabled"]
     kept = f"; kept from Linux: {', '.join(sorted(disabled))}" if disabled else ""
     if bound:
@@ -146,25 +149,25 @@ def _property(node: Path, name: str) -> str:
         return ""
 
 
-def security_state(site: Site) -> Iterator[Verdict]:
-    """The part is closed, without which the blobs protect nothing."""
+def security_state(board: Board) -> Iterator[Verdict]:
+    """Check that the part is closed, without which the blobs protect nothing."""
     how_to_tell = "ask U-Boot: `hab_status` says closed (HAB Configuration 0xcc) or open (0xf0)"
-    compatible = _property(site.at(_DEVICE_TREE), "compatible").split("\0")
+    compatible = _property(board.at(_DEVICE_TREE), "compatible").split("\0")
     fuse = next(
         (at for soc, at in _SEC_CONFIG.items() if any(name.startswith(soc) for name in compatible)),
         None,
     )
     if fuse is None:
-        yield unknown("cannot be told: no i.MX whose fuses are known here", how_to_tell)
+        yield unknown("cannot be read: no i.MX whose fuses are known here", how_to_tell)
         return
     word, bit = fuse
     try:
-        file = next(site.at("/sys/bus/nvmem/devices").glob(_FUSES))
+        file = next(board.at("/sys/bus/nvmem/devices").glob(_FUSES))
         with file.open("rb") as fuses:
             fuses.seek(4 * word)
             (value,) = struct.unpack("<I", fuses.read(4))
     except (StopIteration, OSError, struct.error):
-        yield unknown("cannot be told: the kernel does not show the fuses", how_to_tell)
+        yield unknown("cannot be read: the kernel does not show the fuses", how_to_tell)
         return
     if value & bit:
         yield ok("the part is closed (fuse SEC_CONFIG): its blobs are bound to this chip")
@@ -176,11 +179,11 @@ def security_state(site: Site) -> Iterator[Verdict]:
         )
 
 
-def of_the_caam(site: Site) -> Iterator[Verdict]:
-    """The CAAM's algorithms are registered and have passed their self-tests."""
-    found = [a for a in algorithms(site.text("/proc/crypto") or "") if "caam" in a.driver]
+def of_the_caam(board: Board) -> Iterator[Verdict]:
+    """Check that the CAAM's algorithms are registered and have passed their self-tests."""
+    found = [a for a in algorithms(board.text("/proc/crypto") or "") if "caam" in a.driver]
     untested = [a for a in found if a.selftest != "passed"]
-    if not found and site.seals_by() == "trusted":
+    if not found and board.seal_method() == "trusted":
         yield ok("the kernel has none of the CAAM; the ciphers of trusted keys need none")
     elif not found:
         yield failure(
@@ -198,14 +201,14 @@ def of_the_caam(site: Site) -> Iterator[Verdict]:
         yield ok(f"{len(found)} are registered, and all have passed their self-tests")
 
 
-def ciphers(site: Site) -> Iterator[Verdict]:
-    """Every cipher that a rule names is there and has passed its self-test."""
-    here = site.seals_by() or "tagged"
-    kinds = [(rule.crypt, KEY_TYPES[rule.key.form or here]) for rule in site.config.rule]
+def ciphers(board: Board) -> Iterator[Verdict]:
+    """Check that every cipher that a rule names is there and has passed its self-test."""
+    here = board.seal_method() or "tagged"
+    kinds = [(rule.crypt, KEY_TYPES[rule.key.form or here]) for rule in board.config.rule]
     for cipher in dict.fromkeys(cipher_for(crypt, kind) for crypt, kind in kinds):
         name = api_name(cipher)
         refused = _load(name)
-        found = [a for a in algorithms(site.text("/proc/crypto") or "") if a.name == name]
+        found = [a for a in algorithms(board.text("/proc/crypto") or "") if a.name == name]
         best = max(found, key=lambda a: a.priority, default=None)
         if best is None and (name.startswith("tk(") or refused == errno.ENOENT):
             yield failure(
@@ -229,7 +232,7 @@ _CAPI: Final = re.compile(r"capi:(?P<api>.+)-[a-z0-9]+(:[^()]*)?")
 
 
 def api_name(cipher: str) -> str:
-    """What the kernel's crypto API calls the cipher that dm-crypt spells so (dm-crypt.rst)."""
+    """Return the crypto API's name of the cipher that dm-crypt spells so (dm-crypt.rst)."""
     capi = _CAPI.fullmatch(cipher)
     if capi is not None:
         return capi["api"]
@@ -239,7 +242,7 @@ def api_name(cipher: str) -> str:
 
 
 def _load(name: str) -> int:
-    """The kernel has loaded what it has for the name; else the errno."""
+    """Have the kernel load what it has for the name; return 0 or the error number."""
     try:
         with socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET) as transform:
             transform.bind(("skcipher", name))

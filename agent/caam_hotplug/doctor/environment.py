@@ -1,4 +1,4 @@
-"""What else of the system has a hand in the media: udev, mounts, others that mount."""
+"""Checks of the environment: udev, mount propagation, other automounters, fstab."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.doctor import systemd
-from caam_hotplug.doctor.board import RULE_FOLDERS, UNIT_FOLDERS, Site, is_masked
+from caam_hotplug.doctor.board import RULE_FOLDERS, UNIT_FOLDERS, Board, is_masked
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
 
 _UDEVD: Final = {"systemd-udevd", "udevd"}
@@ -19,7 +19,7 @@ _DM_RULES: Final = re.compile(r"\d\d-dm\.rules")
 _STEERS: Final = ("DM_UDEV_DISABLE_OTHER_RULES_FLAG", "UDISKS_IGNORE")
 
 _AUTOMOUNTERS: Final = {"udisksd", "udiskie", "udevil", "devmon", "usbmount", "automount"}
-"""By the names of their processes."""
+"""Names of processes."""
 _AUTOMOUNTER_UNITS: Final = (
     "udisks2.service", "udiskie.service", "usbmount@.service", "devmon@.service", "devmon.service",
     "autofs.service",
@@ -28,14 +28,14 @@ _MOUNTS_BY_RULE: Final = re.compile(
     r'^[^#\n]*\b(?:RUN\b[^=\n]*=\s*"[^"\n]*mount|SYSTEMD_WANTS\b[^=\n]*=\s*"[^"\n]*mount[^"\n]*@)',
     re.MULTILINE,
 )
-"""A program of that name, or an instance of such a unit. Plain names are systemd's own mounts."""
+"""A program of that name, or a unit's instance. Plain names are systemd's own mounts."""
 
 
-def udevd(site: Site) -> Iterator[Verdict]:
-    """It runs, or the agent is told not to rely on it."""
-    running = [process for process in site.processes() if process.name in _UDEVD]
-    control = site.at(names.UDEV_CONTROL).exists()
-    source = site.config.source
+def udevd(board: Board) -> Iterator[Verdict]:
+    """Check that udevd runs, or that the agent does not need it."""
+    running = [process for process in board.processes() if process.name in _UDEVD]
+    control = board.at(names.UDEV_CONTROL).exists()
+    source = board.config.source
     if source == "kernel":
         yield ok('not asked: the configuration says source = "kernel"')
     elif not running and source == "auto" and not control:
@@ -58,34 +58,34 @@ def udevd(site: Site) -> Iterator[Verdict]:
         yield ok(f"udevd runs (process {min(process.pid for process in running)})")
 
 
-def udev_rule(site: Site) -> Iterator[Verdict]:
-    """The agent's rule is in force, before those whose work it steers."""
+def udev_rule(board: Board) -> Iterator[Verdict]:
+    """Check that the agent's rule is in force, before those that obey its flags."""
     install = (
         "install -m 0644 rules/50-caam-hotplug.rules /usr/lib/udev/rules.d/, then "
         "udevadm control --reload"
     )
     effect = "udev opens mappings and other automounters are not kept off them"
-    if site.config.source == "kernel" and not site.at(names.UDEV_CONTROL).exists():
+    if board.config.source == "kernel" and not board.at(names.UDEV_CONTROL).exists():
         yield ok("not needed: there is no udevd here")
         return
-    rules = site.installed(RULE_FOLDERS)
+    rules = board.installed(RULE_FOLDERS)
     steered = min(filter(_DM_RULES.fullmatch, rules), default="55-dm.rules")
     ours = {name: text for name, text in _texts(rules) if names.DM_UUID_PREFIX in text}
     masked = [file for name, file in rules.items() if names.PROGRAM in name and is_masked(file)]
     if not ours and masked:
-        yield failure(f"{_shown(site, masked[0])} hides the agent's rule; {effect}", "remove it")
+        yield failure(f"{_shown(board, masked[0])} hides the agent's rule; {effect}", "remove it")
     elif not ours:
         yield failure(f"the agent's rule is not installed; {effect}", install)
     elif min(ours) > steered:
         early = "50" if steered > "50" else "09"
         yield failure(
-            f"{_shown(site, rules[min(ours)])} comes after {steered}, too late; {effect}",
+            f"{_shown(board, rules[min(ours)])} comes after {steered}, too late; {effect}",
             f"name it {early}-{names.PROGRAM}.rules, then udevadm control --reload",
         )
     elif not all(flag in ours[min(ours)] for flag in _STEERS):
-        yield failure(f"{_shown(site, rules[min(ours)])} is another version; {effect}", install)
+        yield failure(f"{_shown(board, rules[min(ours)])} is another version; {effect}", install)
     else:
-        yield ok(f"{_shown(site, rules[min(ours)])} is in force, before {steered}")
+        yield ok(f"{_shown(board, rules[min(ours)])} is in force, before {steered}")
 
 
 def _texts(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
@@ -98,23 +98,23 @@ def _texts(files: dict[str, Path]) -> Iterator[tuple[str, str]]:
             continue
 
 
-def _shown(site: Site, file: Path) -> str:
-    return f"/{file.relative_to(site.root)}"
+def _shown(board: Board, file: Path) -> str:
+    return f"/{file.relative_to(board.root)}"
 
 
-def propagation(site: Site) -> Iterator[Verdict]:
-    """What the service mounts is seen by all others."""
-    root = PurePosixPath(site.config.mount_root)
-    pid = _service_pid(site)
+def propagation(board: Board) -> Iterator[Verdict]:
+    """Check that all others see what the service mounts."""
+    root = PurePosixPath(board.config.mount_root)
+    pid = _service_pid(board)
     there = str(pid or 1)
-    seen = shared_mounts(site.text(f"/proc/{there}/mountinfo") or "")
+    seen = shared_mounts(board.text(f"/proc/{there}/mountinfo") or "")
     if not seen:
         yield unknown("the table of mounts cannot be read")
         return
-    if pid and _namespace(site, there) != _namespace(site, "1"):
+    if pid and _namespace(board, there) != _namespace(board, "1"):
         mine, hosts = (
             covering(root, seen),
-            covering(root, shared_mounts(site.text("/proc/1/mountinfo") or "")),
+            covering(root, shared_mounts(board.text("/proc/1/mountinfo") or "")),
         )
         if mine[1] is None or mine[1] != hosts[1]:
             yield failure(
@@ -136,22 +136,22 @@ def propagation(site: Site) -> Iterator[Verdict]:
         yield ok(f"mounts below {root} spread to other namespaces, as {who} sees it")
 
 
-def _service_pid(site: Site) -> int | None:
-    """The running agent's process, or None."""
+def _service_pid(board: Board) -> int | None:
+    """Return the running agent's process, or None."""
     try:
-        return systemd.unit(names.SERVICE_UNIT, site.at(systemd.SOCKET)).main_pid or None
+        return systemd.unit(names.SERVICE_UNIT, board.at(systemd.SOCKET)).main_pid or None
     except OSError:
         return None
 
 
-def _namespace(site: Site, pid: str) -> str:
-    return str(site.at(f"/proc/{pid}/ns/mnt").readlink())
+def _namespace(board: Board, pid: str) -> str:
+    return str(board.at(f"/proc/{pid}/ns/mnt").readlink())
 
 
 def shared_mounts(mountinfo: str) -> dict[str, str | None]:
-    """The group in which each mount shares what is mounted below it, None for none.
+    """Return for each mount the group that shares mounts below it, None for none.
 
-    Of several at one point the last counts. Source: proc_pid_mountinfo(5).
+    The last of several mounts at one point counts. Source: proc_pid_mountinfo(5).
     """
     found: dict[str, str | None] = {}
     for line in mountinfo.splitlines():
@@ -163,35 +163,35 @@ def shared_mounts(mountinfo: str) -> dict[str, str | None]:
 
 
 def covering(path: PurePosixPath, mounts: dict[str, str | None]) -> tuple[str, str | None]:
-    """The mount on which the path lies, and its group."""
+    """Return the mount on which the path lies, and its group."""
     for point in (path, *path.parents):
         if str(point) in mounts:
             return str(point), mounts[str(point)]
     return "/", None
 
 
-def automounters(site: Site) -> Iterator[Verdict]:
-    """Nothing else mounts what is plugged."""
+def automounters(board: Board) -> Iterator[Verdict]:
+    """Check that nothing else mounts what is plugged."""
     keep_off = (
         "keep it off the agent's media, or remove it: two that mount one medium fight; see "
         "docs/doctor.md"
     )
     fine = True
-    running = {p.name: p.pid for p in site.processes() if p.name in _AUTOMOUNTERS}
+    running = {p.name: p.pid for p in board.processes() if p.name in _AUTOMOUNTERS}
     for name, pid in sorted(running.items()):
         fine = False
         yield warning(f"{name} runs (process {pid})", keep_off)
-    for name, file in sorted(site.installed(UNIT_FOLDERS).items()):
+    for name, file in sorted(board.installed(UNIT_FOLDERS).items()):
         if name in _AUTOMOUNTER_UNITS and not is_masked(file):
             fine = False
             yield warning(
-                f"{_shown(site, file)} is installed",
+                f"{_shown(board, file)} is installed",
                 f"systemctl mask {name} if nothing needs it; {keep_off}",
             )
-    for name, text in _texts(site.installed(RULE_FOLDERS)):
+    for name, text in _texts(board.installed(RULE_FOLDERS)):
         if _MOUNTS_BY_RULE.search(text):
             fine = False
-            where = _shown(site, site.installed(RULE_FOLDERS)[name])
+            where = _shown(board, board.installed(RULE_FOLDERS)[name])
             yield warning(
                 f"udev's rule {where} mounts what is plugged",
                 f"remove it, or hide it: ln -s /dev/null /etc/udev/rules.d/{name}",
@@ -201,13 +201,13 @@ def automounters(site: Site) -> Iterator[Verdict]:
     yield ok("none is there (looked for udisks2, udiskie, udevil, usbmount, autofs, udev rules)")
 
 
-def fixed_tables(site: Site) -> Iterator[Verdict]:
-    """Neither fstab nor crypttab has a line that is about the agent's media."""
-    labels = _labels(site)
+def fixed_tables(board: Board) -> Iterator[Verdict]:
+    """Check that no line of fstab and crypttab is about the agent's media."""
+    labels = _labels(board)
     fine = True
     for file in ("/etc/fstab", "/etc/crypttab"):
-        for number, line in enumerate((site.text(file) or "").splitlines(), 1):
-            why = about_our_media(line, labels, site.config.mount_root)
+        for number, line in enumerate((board.text(file) or "").splitlines(), 1):
+            why = about_our_media(line, labels, board.config.mount_root)
             if why is not None:
                 fine = False
                 yield warning(
@@ -218,10 +218,10 @@ def fixed_tables(site: Site) -> Iterator[Verdict]:
         yield ok("no line of /etc/fstab and /etc/crypttab is about the agent's media")
 
 
-def _labels(site: Site) -> list[str]:
-    """Globs for the labels that the agent serves: its blobs' names, and what rules ask for."""
-    globs = [file.stem for file in site.at(site.config.blob_directory).glob("*.bb")]
-    for rule in site.config.rule:
+def _labels(board: Board) -> list[str]:
+    """Return globs for the labels that the agent serves: blobs' names and rules' labels."""
+    globs = [file.stem for file in board.at(board.config.blob_directory).glob("*.bb")]
+    for rule in board.config.rule:
         wanted = rule.match.partlabel or ()
         asked = (wanted,) if isinstance(wanted, str) else wanted
         globs += [glob for glob in asked if any(letter.isalnum() for letter in glob)]
@@ -229,7 +229,7 @@ def _labels(site: Site) -> list[str]:
 
 
 def about_our_media(line: str, labels: list[str], mount_root: Path) -> str | None:
-    """What of the line of fstab or crypttab names a medium of the agent's; None if nothing does."""
+    """Return why the line of fstab or crypttab is about the agent's media; None if it is not."""
     fields = line.split()
     if len(fields) < 2 or fields[0].startswith("#"):
         return None

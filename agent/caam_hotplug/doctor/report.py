@@ -1,4 +1,4 @@
-"""Findings as people read them, as programs read them, and as an exit status."""
+"""Results as lines for operators, as JSON for programs, and as an exit status."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Page:
     coloured: bool = False
     width: int | None = None
 
-    def lines(self, finding: Result) -> Iterator[str]:
-        """The finding, and below it the remedy."""
-        status, verdict = finding.verdict.status, finding.verdict
+    def lines(self, result: Result) -> Iterator[str]:
+        """Yield the result's lines, and the remedy's below."""
+        status, verdict = result.verdict.status, result.verdict
         word = f"{status.value:<{_STATUS_WIDTH}}"
         if self.coloured:
             word = f"{_COLOURS[status]}{word}{_PLAIN}"
         first, *rest = self._broken(shown(verdict.found))
-        yield f"{word}  {finding.subject:<{_SUBJECT_WIDTH}}  {first}"
+        yield f"{word}  {result.subject:<{_SUBJECT_WIDTH}}  {first}"
         yield from (" " * _INDENT + line for line in rest)
         if verdict.remedy:
             remedy, *more = self._broken(shown(verdict.remedy), less=4)
@@ -58,9 +58,9 @@ class Page:
         return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def summary(findings: Iterable[Result]) -> str:
-    """The last line: how many of each status there are, worst first."""
-    count = Counter(finding.verdict.status for finding in findings)
+def summary(results: Iterable[Result]) -> str:
+    """Return the last line: how many of each status there are, worst first."""
+    count = Counter(result.verdict.status for result in results)
     words = {
         Status.FAILURE: "failure" if count[Status.FAILURE] == 1 else "failures",
         Status.WARNING: "warning" if count[Status.WARNING] == 1 else "warnings",
@@ -70,32 +70,32 @@ def summary(findings: Iterable[Result]) -> str:
     return ", ".join(f"{count[status]} {words[status]}" for status in words if count[status])
 
 
-def worst(findings: Iterable[Result]) -> Status:
-    """The worst status among the findings; `unknown` is no fault, but worse than `ok`."""
-    return max((f.verdict.status for f in findings), key=_BADNESS.index, default=Status.OK)
+def worst(results: Iterable[Result]) -> Status:
+    """Return the worst status; `unknown` is no fault, but worse than `ok`."""
+    return max((result.verdict.status for result in results), key=_BADNESS.index, default=Status.OK)
 
 
-def exit_status(findings: Iterable[Result]) -> int:
-    """0 all ok as far as can be told, 3 warnings, 1 failures."""
-    return _EXIT[worst(findings)]
+def exit_status(results: Iterable[Result]) -> int:
+    """Return 1 for a failure, else 3 for a warning, else 0."""
+    return _EXIT[worst(results)]
 
 
-def to_json(findings: Sequence[Result]) -> str:
-    """The report as one JSON object."""
+def to_json(results: Sequence[Result]) -> str:
+    """Return the report as one JSON object."""
     listed = [
         {
-            "check": finding.check,
-            "subject": finding.subject,
-            "status": finding.verdict.status.value,
-            "found": finding.verdict.found,
-            "remedy": finding.verdict.remedy or None,
+            "check": result.check,
+            "subject": result.subject,
+            "status": result.verdict.status.value,
+            "found": result.verdict.found,
+            "remedy": result.verdict.remedy or None,
         }
-        for finding in findings
+        for result in results
     ]
     whole = {
         "program": names.PROGRAM,
         "version": __version__,
-        "worst": worst(findings).value,
+        "worst": worst(results).value,
         "findings": listed,
     }
     return json.dumps(whole, indent=2)

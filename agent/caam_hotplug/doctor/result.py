@@ -1,4 +1,4 @@
-"""What a look at one condition has found. Values only."""
+"""The result of one check."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Status(Enum):
     FAILURE = "failure"
     """The agent cannot do its work, or not for some of the media."""
     UNKNOWN = "unknown"
-    """It cannot be told from here; `found` says why."""
+    """The check cannot tell; `found` says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A condition and how it is met."""
+    """How a condition is met."""
 
     status: Status
     found: str
     remedy: str = ""
-    """What to do; empty where there is nothing to be done."""
+    """Empty where there is nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +33,26 @@ class Result:
     """One line of the report."""
 
     check: str
-    """The check's name for programs; it does not change with the words."""
+    """The check's name for programs, which does not change with the words."""
     subject: str
     verdict: Verdict
 
 
 def ok(found: str) -> Verdict:
-    """The condition is met."""
+    """Return the verdict for a condition that is met."""
     return Verdict(Status.OK, found)
 
 
 def warning(found: str, remedy: str) -> Verdict:
-    """The condition is met in part."""
+    """Return the verdict for a condition that is met in part."""
     return Verdict(Status.WARNING, found, remedy)
 
 
 def failure(found: str, remedy: str) -> Verdict:
-    """The condition is not met."""
+    """Return the verdict for a condition that is not met."""
     return Verdict(Status.FAILURE, found, remedy)
 
 
 def unknown(found: str, remedy: str = "") -> Verdict:
-    """Whether the condition is met cannot be told."""
+    """Return the verdict of a check that cannot tell."""
     return Verdict(Status.UNKNOWN, found, remedy)

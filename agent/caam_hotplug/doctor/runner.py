@@ -1,4 +1,4 @@
-"""All looks in their order: the machine first, then the CAAM, then what is built on them."""
+"""The runner: all checks in order, the kernel first, then the CAAM, then what needs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final, TextIO
 from caam_hotplug import names
 from caam_hotplug.config import loader
 from caam_hotplug.doctor import caam, environment, kernel, report, self_test, service
-from caam_hotplug.doctor.board import Site
+from caam_hotplug.doctor.board import Board
 from caam_hotplug.doctor.result import Result, Verdict, unknown
 from caam_hotplug.errors import ConfigError, HotplugError
 from caam_hotplug.kernel import config_files
@@ -21,14 +21,14 @@ from caam_hotplug.kernel import config_files
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A look at one condition."""
+    """A check of one condition."""
 
     name: str
-    """For programs; it does not change."""
+    """For programs, so it does not change."""
     subject: str
-    look: Callable[[Site], Iterator[Verdict]]
-    of_what_is_configured: bool = False
-    """Whether it looks where the configuration says; without one that would be elsewhere."""
+    run: Callable[[Board], Iterator[Verdict]]
+    needs_configuration: bool = False
+    """Whether it checks what the configuration names; without one, that would be elsewhere."""
 
 
 CHECKS: Final = (
@@ -41,22 +41,22 @@ CHECKS: Final = (
     Check("caam-job-rings", "CAAM job rings", caam.job_rings),
     Check("caam-state", "CAAM state", caam.security_state),
     Check("caam-algorithms", "CAAM algorithms", caam.of_the_caam),
-    Check("ciphers", "cipher", caam.ciphers, of_what_is_configured=True),
+    Check("ciphers", "cipher", caam.ciphers, needs_configuration=True),
     Check("known-answer", "known answer", self_test.round_trip),
     Check("configuration", "configuration", service.configuration),
-    Check("blob-directory", "blob directory", service.blob_directory, of_what_is_configured=True),
-    Check("blobs", "blobs", service.blobs, of_what_is_configured=True),
-    Check("mount-root", "mount root", service.mount_root, of_what_is_configured=True),
-    Check("udevd", "udevd", environment.udevd, of_what_is_configured=True),
-    Check("udev-rule", "udev rule", environment.udev_rule, of_what_is_configured=True),
+    Check("blob-directory", "blob directory", service.blob_directory, needs_configuration=True),
+    Check("blobs", "blobs", service.blobs, needs_configuration=True),
+    Check("mount-root", "mount root", service.mount_root, needs_configuration=True),
+    Check("udevd", "udevd", environment.udevd, needs_configuration=True),
+    Check("udev-rule", "udev rule", environment.udev_rule, needs_configuration=True),
     Check(
         "mount-propagation",
         "mount propagation",
         environment.propagation,
-        of_what_is_configured=True,
+        needs_configuration=True,
     ),
     Check("automounters", "other automounters", environment.automounters),
-    Check("fixed-tables", "fstab, crypttab", environment.fixed_tables, of_what_is_configured=True),
+    Check("fixed-tables", "fstab, crypttab", environment.fixed_tables, needs_configuration=True),
     Check("service", "service", service.service),
     Check("sockets", "sockets", service.sockets),
 )
@@ -65,36 +65,36 @@ CHECKS: Final = (
 _NOT_CONFIGURED: Final = "the configuration cannot be read, see its line"
 
 
-def findings(site: Site) -> Iterator[Result]:
-    """What every check has found, as it is found."""
+def results(board: Board) -> Iterator[Result]:
+    """Run every check and yield each result at once."""
     for check in CHECKS:
-        if check.of_what_is_configured and site.config_faulty:
+        if check.needs_configuration and board.config_faulty:
             yield Result(check.name, check.subject, unknown(_NOT_CONFIGURED))
             continue
         try:
-            for verdict in check.look(site):
+            for verdict in check.run(board):
                 yield Result(check.name, check.subject, verdict)
         except (HotplugError, OSError) as error:
-            yield Result(check.name, check.subject, unknown(f"could not be looked at: {error}"))
+            yield Result(check.name, check.subject, unknown(f"could not be checked: {error}"))
 
 
 def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
-    """The report is written, line by line as it is found; returns the exit status.
+    """Check the board, write the report line by line, and return the exit status.
 
-    Raises: HotplugError if it is not root who asks, or if it is interrupted.
+    Raises: HotplugError without root's rights, or if it is interrupted.
     """
     if os.geteuid() != 0:
         raise HotplugError("examine the board: it needs to be root; try sudo")
-    # What is set up for a look is taken down again on the way out, also of these.
+    # So that what a check has set up is taken down after these signals, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     page = page_for(out)
     found: list[Result] = []
     try:
-        for finding in findings(_site(file)):
-            found.append(finding)
+        for result in results(_board(file)):
+            found.append(result)
             if not as_json:
-                out.writelines(f"{line}\n" for line in page.lines(finding))
+                out.writelines(f"{line}\n" for line in page.lines(result))
                 out.flush()
     except KeyboardInterrupt as interrupt:
         raise HotplugError("examine the board: interrupted") from interrupt
@@ -106,19 +106,19 @@ def _interrupt(_number: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _site(file: Path | None) -> Site:
-    """The site, with its configuration if that can be read, whoever could have written it."""
+def _board(file: Path | None) -> Board:
+    """Return the board, with its configuration if that can be read, even if others may write it."""
     where = names.CONFIG_FILE if file is None else file.absolute()
     required = file is not None
     try:
         loaded = loader.load(where, config_files.AnyonesFiles(), required=required)
     except ConfigError:  # the check of the configuration names its faults
-        return Site(loader.Config(), where, required, config_faulty=True)
-    return Site(loaded, where, required)
+        return Board(loader.Config(), where, required, config_faulty=True)
+    return Board(loaded, where, required)
 
 
 def page_for(out: TextIO) -> report.Page:
-    """Colours and line breaks for a terminal only; https://no-color.org."""
+    """Return a page with colours and line breaks for a terminal only; https://no-color.org."""
     if not out.isatty():
         return report.Page()
     with suppress(OSError):

@@ -1,8 +1,8 @@
-"""The known-answer test: a throwaway key through CAAM, keyring and dm-crypt, and what comes out.
+"""The self-test with a known answer: a test key through CAAM, keyring and dm-crypt.
 
-The key is one whose plain bytes are known for once, so that software can say what the ciphertext
-must be. It is sealed by the CAAM and comes back from its blob; the volume is a loop device over
-memory. No file and no medium is touched. Names are doctor's own, so the agent may run meanwhile.
+The test key's plain bytes are known, so that software can say what the ciphertext must be. The
+CAAM seals the key and takes it back from its blob. The volume is a loop device over memory: no
+file and no medium is touched. Names are doctor's own, so the agent may run meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from caam_hotplug import names
-from caam_hotplug.doctor.board import NOT_HARMLESS, Site, is_harmless
+from caam_hotplug.doctor.board import NOT_HARMLESS, Board, is_harmless
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
 from caam_hotplug.errors import BlobRejectedError, CaamError, DmError, KeyringError
 from caam_hotplug.formats import blobs
@@ -46,19 +46,20 @@ _SOFTWARE: Final = ("cbc(aes-generic)", "cbc(aes)")
 """The first is software by its driver's name; the second may be the CAAM itself."""
 
 
-def round_trip(site: Site) -> Iterator[Verdict]:
-    """What the CAAM's key encrypts is what AES in software makes of the same key."""
-    method = site.seals_by()
+def round_trip(board: Board) -> Iterator[Verdict]:
+    """Check that dm-crypt with the CAAM's key encrypts as AES in software does."""
+    method = board.seal_method()
     cipher = _CIPHER if method == "tagged" else _TRUSTED_CIPHER
     if method is None:
         yield unknown("not tried: the CAAM's device is not there, nor are trusted keys")
         return
-    swept = test_mapping.sweep(names.DOCTOR, site.at("/proc"))
-    if swept:
-        yield warning(f"a killed doctor had left {', '.join(swept)}; removed", "nothing to be done")
+    leftovers = test_mapping.remove_leftovers(names.DOCTOR, board.at("/proc"))
+    if leftovers:
+        left = ", ".join(leftovers)
+        yield warning(f"a killed doctor had left {left}; removed", "nothing to be done")
     sealer = "the CAAM" if method == "tagged" else "the trust source"
     try:
-        yield _tried(site) if method == "tagged" else _tried_with_trusted_key(site)
+        yield _test_tagged_key(board) if method == "tagged" else _test_trusted_key(board)
     except BlobRejectedError as error:
         yield failure(
             f"{sealer} does not take back what it has just sealed: {error}",
@@ -80,30 +81,26 @@ def round_trip(site: Site) -> Iterator[Verdict]:
             f"it is `{cipher}` that is refused; see the lines of the ciphers and of "
             "device-mapper, and `dmesg | grep crypt`",
         )
-
     except OSError as error:
         yield failure(
-            f"what is written to the throwaway volume does not arrive: {error}",
+            f"what is written to the test volume does not arrive: {error}",
             "the CAAM fails its jobs: `dmesg | grep -i -e caam -e jr` has their errors",
         )
 
 
-def _tried(site: Site) -> Verdict:
+def _test_tagged_key(board: Board) -> Verdict:
+    """Compare dm-crypt with software, both ways."""
     keyring.join_session_keyring()
     with ExitStack() as held:
-        # Hexadecimal digits: the driver takes the key for a text that ends at its first NUL.
+        # Hexadecimal digits: the driver takes the key as a text that ends at its first NUL.
         plain = held.enter_context(
             SecretBytes(bytearray(os.urandom(_KEY_BYTES // 2).hex(), "ascii"))
         )
-        black = held.enter_context(_through_blob(site.at(names.CAAM_DEVICE), plain))
+        black = held.enter_context(_through_blob(board.at(names.CAAM_DEVICE), plain))
         try:
             memory = held.enter_context(over_memory(names.DOCTOR.memory, _VOLUME))
         except OSError as error:
-            return unknown(
-                "the CAAM seals a key and takes it back; encryption was not tried, for want of a "
-                f"loop device: {error.strerror}",
-                "load the kernel's module `loop`",
-            )
+            return _without_loop("the CAAM seals a key and takes it back", error)
         how = Encryption(_CIPHER, test_mapping.logon_key(black))
         node = held.enter_context(test_mapping.mapped(names.DOCTOR, memory, how))
         _write(node, _WRITTEN_AT, _TEXT)
@@ -125,12 +122,12 @@ def _tried(site: Site) -> Verdict:
                 f"what {driver} encrypts is not what dm-crypt reads with `{_CIPHER}`",
                 "do not use this kernel for data; report it with `dmesg` and the kernel's version",
             )
-    return ok(f"a throwaway key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
+    return ok(f"a test key went through CAAM, keyring and dm-crypt; both ways as by {driver}")
 
 
-def _tried_with_trusted_key(site: Site) -> Verdict:
-    """Nobody but the kernel has the key, so that there is only its own ciphertext to look at."""
-    options = site.trust_options()
+def _test_trusted_key(board: Board) -> Verdict:
+    """Write and read under a new trusted key, if the rules' options permit."""
+    options = board.trust_options()
     if options is None:
         return unknown("not tried: rules have different options for the trust source")
     if not is_harmless(options):
@@ -140,23 +137,24 @@ def _tried_with_trusted_key(site: Site) -> Verdict:
         sealed = trusted.seal_trusted(_TRUSTED_BYTES, options)
     except KeyringError as error:
         # EINVAL is also what a job of the CAAM's is that failed (caam_jr_strstatus).
-        if error.errno != errno.EINVAL or options or not site.has_tpm():
+        if error.errno != errno.EINVAL or options or not board.has_tpm():
             raise
         return unknown(
             "not tried: the trust source needs options, as a TPM does, and no rule has any",
             'say them in a rule, such as key.options = "keyhandle=0x81000001"',
         )
     blob = cast(blobs.Trusted, blobs.parse(sealed, "trusted"))
-    how = Encryption(_TRUSTED_CIPHER, test_mapping.trusted_key(blob, _TRUSTED_BYTES, options))
+    key = test_mapping.trusted_key(blob, _TRUSTED_BYTES, options)
+    return _written_and_read(Encryption(_TRUSTED_CIPHER, key))
+
+
+def _written_and_read(how: Encryption) -> Verdict:
+    """Check the kernel's own ciphertext, since nobody else has the key."""
     with ExitStack() as held:
         try:
             memory = held.enter_context(over_memory(names.DOCTOR.memory, _VOLUME))
         except OSError as error:
-            return unknown(
-                "the trust source seals a key; encryption was not tried, for want of a loop "
-                f"device: {error.strerror}",
-                "load the kernel's module `loop`",
-            )
+            return _without_loop("the trust source seals a key", error)
         with test_mapping.mapped(names.DOCTOR, memory, how) as node:
             _write(node, _WRITTEN_AT, _TEXT)
         ciphertext = os.pread(memory.file, len(_TEXT), _WRITTEN_AT * SECTOR_BYTES)
@@ -169,25 +167,33 @@ def _tried_with_trusted_key(site: Site) -> Verdict:
             "do not use this kernel for data; report it with `dmesg` and the kernel's version",
         )
     return ok(
-        "a throwaway trusted key encrypts, and what it wrote reads back under its blob; nobody but "
+        "a trusted test key encrypts, and what it wrote reads back under its blob; nobody but "
         "the kernel has it, so it could not be compared with other software"
     )
 
 
+def _without_loop(so_far: str, error: OSError) -> Verdict:
+    return unknown(
+        f"{so_far}; encryption was not tried, for want of a loop device: {error.strerror}",
+        "load the kernel's module `loop`",
+    )
+
+
 def _without_software(node: str, ciphertext: bytes) -> Verdict:
+    """Check that what is written is encrypted and reads back, and no more."""
     if ciphertext == _TEXT or _read(node, _WRITTEN_AT, len(_TEXT)) != _TEXT:
         return failure(
             f"what dm-crypt writes with `{_CIPHER}` is not encrypted, or does not read back",
             "do not use this kernel for data; report it with `dmesg` and the kernel's version",
         )
     return unknown(
-        "a throwaway key encrypts and reads back; whether it is AES could not be compared",
+        "a test key encrypts and reads back; whether it is AES could not be compared",
         "build the kernel with CONFIG_CRYPTO_USER_API_SKCIPHER",
     )
 
 
 def _through_blob(device: Path, plain: SecretBytes) -> SecretBytes:
-    """The tagged key of these bytes, from a blob that the CAAM has made of them.
+    """Have the CAAM seal the bytes, and return the tagged key from that blob.
 
     Raises: CaamError; BlobRejectedError.
     """
@@ -195,7 +201,7 @@ def _through_blob(device: Path, plain: SecretBytes) -> SecretBytes:
 
 
 def _write(node: str, at: Sectors, text: bytes) -> None:
-    """The text is on the device, not only on its way. Raises: OSError."""
+    """Write the text to the device, not only to its cache. Raises: OSError."""
     file = os.open(node, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.pwrite(file, text, at * SECTOR_BYTES)
@@ -205,7 +211,7 @@ def _write(node: str, at: Sectors, text: bytes) -> None:
 
 
 def _read(node: str, at: Sectors, length: int) -> bytes:
-    """What is on the device, not what the kernel remembers of it. Raises: OSError."""
+    """Read from the device, not from its cache. Raises: OSError."""
     file = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.ioctl(file, _BLKFLSBUF)
@@ -215,7 +221,7 @@ def _read(node: str, at: Sectors, length: int) -> bytes:
 
 
 def _in_software(key: SecretBytes, text: bytes, at: Sectors) -> tuple[str, bytes] | None:
-    """Who encrypted, and the ciphertext of sectors from `at` on; None if the kernel has nobody.
+    """Encrypt sectors from `at` on; return driver and ciphertext, or None without a driver.
 
     Each sector's IV is its number in 32 bits, little endian, padded with zeros (dm-crypt.rst).
     """

@@ -1,4 +1,4 @@
-"""The agent's own things: configuration, blobs, service."""
+"""Checks of the agent itself: configuration, blobs, service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caam_hotplug import names
 from caam_hotplug.config import loader
 from caam_hotplug.config.rules import KeySource
 from caam_hotplug.doctor import systemd
-from caam_hotplug.doctor.board import NOT_HARMLESS, Site, is_harmless, is_open_to_service
+from caam_hotplug.doctor.board import NOT_HARMLESS, Board, is_harmless, is_open_to_service
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
 from caam_hotplug.errors import (
     BlobError,
@@ -30,35 +30,35 @@ from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.keys import loading
 
 _ANY_LENGTH: Final = 64
-"""Of a trusted key whose blob does not tell; it is loaded, and no table says it."""
+"""Length for a trusted key whose blob does not have it: no table needs it here."""
 _BLOB: Final = ".bb"
 
 
-def configuration(site: Site) -> Iterator[Verdict]:
-    """It can be read, is valid, and nobody but root could have written it."""
+def configuration(board: Board) -> Iterator[Verdict]:
+    """Check that the configuration is valid, and that nobody but root could have written it."""
     try:
         loaded = loader.load(
-            site.config_file, config_files.RootsFiles(), required=site.config_required
+            board.config_file, config_files.RootsFiles(), required=board.config_required
         )
     except ConfigError as error:
         for fault in error.faults:
             yield failure(
                 f"the agent does not start with it: {fault}",
-                f"mend it, then caam-hotplug check {shown(site.config_file)}",
+                f"mend it, then caam-hotplug check {shown(board.config_file)}",
             )
         return
     rules = ", ".join(rule.name for rule in loaded.rule) or "none, so no medium is served"
-    if site.config_file.exists():
-        yield ok(f"{shown(site.config_file)} is valid and root's; rules: {rules}")
+    if board.config_file.exists():
+        yield ok(f"{shown(board.config_file)} is valid and root's; rules: {rules}")
     else:
-        yield ok(f"{shown(site.config_file)} is not there, so the defaults hold; rules: {rules}")
+        yield ok(f"{shown(board.config_file)} is not there, so the defaults hold; rules: {rules}")
 
 
-def blob_directory(site: Site) -> Iterator[Verdict]:
-    """It is there, is root's on its whole way, and shows its blobs to nobody."""
-    folder = site.config.blob_directory
+def blob_directory(board: Board) -> Iterator[Verdict]:
+    """Check that the directory is there, root's as all above it, and closed to others."""
+    folder = board.config.blob_directory
     try:
-        with paths.directory(site.at(folder)) as opened:
+        with paths.directory(board.at(folder)) as opened:
             status = os.fstat(opened)
     except FileNotFoundError:
         yield failure(f"{folder} is not there", f"install -d -m 0700 -o root -g root {folder}")
@@ -82,11 +82,11 @@ def blob_directory(site: Site) -> Iterator[Verdict]:
         yield ok(f"{folder} is there, and root's alone")
 
 
-def mount_root(site: Site) -> Iterator[Verdict]:
-    """Mount points can be made in it, and nobody else can lead them elsewhere."""
-    folder = site.config.mount_root
+def mount_root(board: Board) -> Iterator[Verdict]:
+    """Check that nobody but root can lead mount points elsewhere."""
+    folder = board.config.mount_root
     try:
-        with paths.directory(site.at(folder)):
+        with paths.directory(board.at(folder)):
             yield ok(f"{folder} is there, and nobody but root can change it")
     except FileNotFoundError:
         yield ok(f"{folder} is not there yet; the agent makes it with the first mount")
@@ -94,9 +94,9 @@ def mount_root(site: Site) -> Iterator[Verdict]:
         yield failure(f"the agent refuses it: {error}", error.remedy)
 
 
-def blobs(site: Site) -> Iterator[Verdict]:
-    """Every blob has the form of one, the service may read it, and this board takes it."""
-    folder = site.at(site.config.blob_directory)
+def blobs(board: Board) -> Iterator[Verdict]:
+    """Check that every blob is valid, that the service may read it, and this board takes it."""
+    folder = board.at(board.config.blob_directory)
     try:
         found = sorted(file.name for file in folder.iterdir() if file.name.endswith(_BLOB))
     except OSError as error:
@@ -108,11 +108,11 @@ def blobs(site: Site) -> Iterator[Verdict]:
             "make a medium and its key: `caam-hotplug provision --help`",
         )
         return
-    has_caam = site.seals_by() is not None
+    has_caam = board.seal_method() is not None
     keyring.join_session_keyring()
     faulty = 0
     for name in found:
-        verdict = _fault(site, name, tried=has_caam)
+        verdict = _fault(board, name, tried=has_caam)
         if verdict is not None:
             faulty += 1
             yield verdict
@@ -123,11 +123,11 @@ def blobs(site: Site) -> Iterator[Verdict]:
         yield ok(f"{len(found) - faulty} of {len(found)} in {folder} {fine}")
 
 
-def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
-    """What is wrong with a blob: its file, or, if it is tried, that this board does not take it."""
-    folder = site.at(site.config.blob_directory)
+def _fault(board: Board, name: str, *, tried: bool) -> Verdict | None:
+    """Return what is wrong with a blob: its file, or, if `tried`, that this board refuses it."""
+    folder = board.at(board.config.blob_directory)
     try:
-        blob = _read(site, folder, name)
+        blob = _read(board, folder, name)
     except UnsafePathError:
         return unknown(f"{shown(name)} was not read: the directory is refused")
     except BlobError as error:
@@ -139,27 +139,27 @@ def _fault(site: Site, name: str, *, tried: bool) -> Verdict | None:
             f"{shown(name)} cannot be read by the service",
             f"chown root:root {folder / name}; chmod 0600 {folder / name}",
         )
-    return _refusal(site, name, blob) if tried else None
+    return _refusal(board, name, blob) if tried else None
 
 
-def _read(site: Site, folder: Path, name: str) -> Blob:
-    """The blob; raw if it has no form and a rule takes such. Raises: BlobError."""
+def _read(board: Board, folder: Path, name: str) -> Blob:
+    """Read the blob; as a raw one if a rule takes such. Raises: BlobError."""
     try:
         return blob_files.read(folder, name)
     except BlobError:
-        if all(rule.key.form != "trusted" for rule in site.config.rule):
+        if all(rule.key.form != "trusted" for rule in board.config.rule):
             raise
         return blob_files.read(folder, name, "trusted")
 
 
-def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
-    """Why this board does not take the blob. The key that comes of it is gone at once."""
-    options = "" if isinstance(blob, Tagged) else site.trust_options()
+def _refusal(board: Board, name: str, blob: Blob) -> Verdict | None:
+    """Load the blob's key and unlink it at once; return why this board refuses it."""
+    options = "" if isinstance(blob, Tagged) else board.trust_options()
     if options is None:
         return unknown(f"{name} was not tried: rules have different options for its trust source")
     if not is_harmless(options):
         return unknown(f"{name} was not tried: {NOT_HARMLESS}")
-    host = LinuxKernel(site.at(site.config.blob_directory), site.config.mount_root)
+    host = LinuxKernel(board.at(board.config.blob_directory), board.config.mount_root)
     description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
         loading.load(host, blob, KeySource(length=_ANY_LENGTH, options=options), description)
@@ -175,11 +175,11 @@ def _refusal(site: Site, name: str, blob: Blob) -> Verdict | None:
     return None
 
 
-def service(site: Site) -> Iterator[Verdict]:
-    """The unit is installed, starts at boot, and runs."""
+def service(board: Board) -> Iterator[Verdict]:
+    """Check that the unit is installed, starts at boot, and runs."""
     logs = f"journalctl -u {names.PROGRAM} -e says why"
     try:
-        unit = systemd.unit(names.SERVICE_UNIT, site.at(systemd.SOCKET))
+        unit = systemd.unit(names.SERVICE_UNIT, board.at(systemd.SOCKET))
     except OSError as error:
         yield unknown(f"systemd does not answer ({error.strerror}); is it another init here?")
         return
@@ -205,12 +205,12 @@ def service(site: Site) -> Iterator[Verdict]:
         yield ok(f"{names.SERVICE_UNIT} is {state}, process {unit.main_pid}, and starts at boot")
 
 
-def sockets(site: Site) -> Iterator[Verdict]:
-    """The sockets of events, and of who uses a medium, are installed and open while it runs."""
+def sockets(board: Board) -> Iterator[Verdict]:
+    """Check that the sockets for events and for holders are installed, and open at need."""
     try:
-        unit = systemd.unit(names.SOCKET_UNIT, site.at(systemd.SOCKET))
-        holders = systemd.unit(names.HOLDERS_UNIT, site.at(systemd.SOCKET))
-        runs = systemd.unit(names.SERVICE_UNIT, site.at(systemd.SOCKET)).active_state == "active"
+        unit = systemd.unit(names.SOCKET_UNIT, board.at(systemd.SOCKET))
+        holders = systemd.unit(names.HOLDERS_UNIT, board.at(systemd.SOCKET))
+        runs = systemd.unit(names.SERVICE_UNIT, board.at(systemd.SOCKET)).active_state == "active"
     except OSError as error:
         yield unknown(f"systemd does not answer ({error.strerror}); is it another init here?")
         return
@@ -228,7 +228,7 @@ def sockets(site: Site) -> Iterator[Verdict]:
             f"{names.SOCKET_UNIT} is {unit.active_state} while the service runs: no events come in",
             f"systemctl restart {names.PROGRAM}",
         )
-    unasked = "who uses a busy medium is not told"
+    unasked = "nobody says who uses a busy medium"
     if holders.load_state != "loaded":
         fine = False
         yield warning(f"{names.HOLDERS_UNIT} is {holders.load_state}; {unasked}", install)

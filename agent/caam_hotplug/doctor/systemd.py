@@ -1,28 +1,43 @@
-"""What systemd says of a unit, over its own socket, through libsystemd.
+"""The state of a systemd unit, over systemd's own socket, through libsystemd.
 
-systemctl asks there too. It works for root, whether or not a message bus runs.
+systemctl asks there, too. It works for root, whether or not a message bus runs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.ctypes_lib import Function, Library, negative
+from caam_hotplug.kernel.libc import Libc
 
-_LIBSYSTEMD: Final = "libsystemd.so.0"
 SOCKET: Final = Path("/run/systemd/private")
 _UNITS: Final = "/org/freedesktop/systemd1/unit/"
 _UNIT: Final = b"org.freedesktop.systemd1.Unit"
 _SERVICE: Final = b"org.freedesktop.systemd1.Service"
 _SYSTEMD: Final = b"org.freedesktop.systemd1"
+_PROPERTY: Final = (c_void_p, c_char_p, c_char_p, c_char_p, c_char_p, c_void_p)
+"""Arguments: bus, destination, path, interface, member, and room for an error that is not used."""
+
+
+class Systemd(Library, soname="libsystemd.so.0", package="libsystemd0"):
+    """Source: sd-bus(3)."""
+
+    sd_bus_flush_close_unref = Function(c_void_p, c_void_p)
+    sd_bus_get_property_string = Function(c_int, *_PROPERTY, POINTER(c_char_p), failure=negative)
+    sd_bus_get_property_trivial = Function(
+        c_int, *_PROPERTY, c_char, POINTER(c_uint32), failure=negative
+    )
+    sd_bus_new = Function(c_int, POINTER(c_void_p), failure=negative)
+    sd_bus_set_address = Function(c_int, c_void_p, c_char_p, failure=negative)
+    sd_bus_start = Function(c_int, c_void_p, failure=negative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +56,7 @@ class Unit:
 
 
 def unit(name: str, socket: Path = SOCKET) -> Unit:
-    """The unit, loaded if it was not. Raises: OSError if systemd does not answer."""
+    """Return the unit, which systemd loads if need be. Raises: OSError if it does not answer."""
     path = (_UNITS + re.sub(r"[^A-Za-z0-9]", lambda m: f"_{ord(m[0]):02x}", name)).encode()
     with _connection(socket) as bus:
         return Unit(
@@ -55,57 +70,30 @@ def unit(name: str, socket: Path = SOCKET) -> Unit:
 
 @contextmanager
 def _connection(socket: Path) -> Iterator[Any]:
-    """Raises: OSError."""
+    """Yield a connection to systemd. Raises: OSError."""
     if not socket.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(socket))
-    bus = ctypes.c_void_p()
-    _call("sd_bus_new", ctypes.byref(bus))
+    bus = c_void_p()
+    Systemd.sd_bus_new(byref(bus))
     try:
-        _call("sd_bus_set_address", bus, f"unix:path={socket}".encode())
-        _call("sd_bus_start", bus)
+        Systemd.sd_bus_set_address(bus, f"unix:path={socket}".encode())
+        Systemd.sd_bus_start(bus)
         yield bus
     finally:
-        unref = ctypes_lib.declare(
-            _LIBSYSTEMD, "sd_bus_flush_close_unref", ctypes.c_void_p, (ctypes.c_void_p,)
-        )
-        unref(bus)
+        Systemd.sd_bus_flush_close_unref(bus)
 
 
 def _text(bus: Any, path: bytes, member: bytes) -> str:
-    found = ctypes.c_char_p()
-    _call(
-        "sd_bus_get_property_string", bus, _SYSTEMD, path, _UNIT, member, None,
-        ctypes.byref(found),
-    )  # fmt: skip
-    text = (found.value or b"").decode(errors="replace")
-    ctypes_lib.declare("libc.so.6", "free", None, (ctypes.c_void_p,))(found)
+    value = c_char_p()
+    Systemd.sd_bus_get_property_string(bus, _SYSTEMD, path, _UNIT, member, None, byref(value))
+    text = (value.value or b"").decode(errors="replace")
+    Libc.free(value)
     return text
 
 
 def _main_pid(bus: Any, path: bytes) -> int:
-    found = ctypes.c_uint32()
-    _call(
-        "sd_bus_get_property_trivial", bus, _SYSTEMD, path, _SERVICE, b"MainPID", None,
-        ctypes.c_char(b"u"), ctypes.byref(found),
-    )  # fmt: skip
-    return found.value
-
-
-_POINTER, _TEXT = ctypes.c_void_p, ctypes.c_char_p
-_PROPERTY: Final = (_POINTER, _TEXT, _TEXT, _TEXT, _TEXT, _POINTER)
-_ARGUMENTS: Final[dict[str, tuple[Any, ...]]] = {
-    "sd_bus_new": (_POINTER,),
-    "sd_bus_set_address": (_POINTER, _TEXT),
-    "sd_bus_start": (_POINTER,),
-    "sd_bus_get_property_string": (*_PROPERTY, _POINTER),
-    "sd_bus_get_property_trivial": (*_PROPERTY, ctypes.c_char, _POINTER),
-}
-"""Source: sd-bus(3)."""
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Raises: OSError; libsystemd returns minus the errno."""
-    function = ctypes_lib.declare(_LIBSYSTEMD, name, ctypes.c_int, _ARGUMENTS[name])
-    result = function(*arguments)
-    if result < 0:
-        raise OSError(-result, os.strerror(-result), name)
+    value = c_uint32()
+    Systemd.sd_bus_get_property_trivial(
+        bus, _SYSTEMD, path, _SERVICE, b"MainPID", None, c_char(b"u"), byref(value)
+    )
+    return value.value

@@ -27,7 +27,7 @@ _TAGGED: Final = re.compile(r"capi:tk\((?P<mode>[a-z0-9]+)\((?P<cipher>[a-z0-9]+
 _FIELD: Final = re.compile(r"(?P<name>[a-z-]+) = (?P<value>[!-~]+)")
 
 _TEXT: Final = """\
-# Recovery key of the medium {label}. Whoever reads this file can read the medium:
+# Recovery key of the medium {label}. Everybody who reads this file can read the medium:
 # keep it apart from the medium and from the board.
 #
 # On any Linux PC, as root, in the folder of this file, with the medium plugged in:

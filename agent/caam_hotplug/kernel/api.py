@@ -1,4 +1,4 @@
-"""What a life needs of the kernel, so that tests can put a fake one in its place."""
+"""The kernel as a lifecycle needs it, so that tests can put a fake one in its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Vol
 
 
 class Kernel(Protocol):
-    """The kernel's steps; `caam_hotplug.kernel.linux.Linux` says what each of them does."""
+    """The kernel's steps; `caam_hotplug.kernel.linux.LinuxKernel` says what each of them does."""
 
     blob_directory: Path
     mount_root: Path

@@ -1,12 +1,11 @@
-"""New files that are on the disk, whole, before they are seen, and never take another's place.
+"""Atomic new files: whole and on the disk before they are seen, never in another's place.
 
-A file is written under a temporary name, synced, given its name, and the directory is synced
-(fsync(2): a file's name is the directory's to keep). A name that is taken stays as it is.
+A file is written under a temporary name, synced and renamed. Then the directory, which has the
+name, is synced (fsync(2)). An existing file of that name stays as it is.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,8 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import HotplugError, KernelError, shown
-from caam_hotplug.kernel import ctypes_lib, paths
+from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.kernel import paths
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.libc import Libc
 
 _RENAME_NOREPLACE: Final = 1
 _FOR_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -25,13 +26,13 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 
 def temporary(name: str) -> str:
-    """Under which name a file is written first: always the same, so that a next run finds it."""
+    """Return the name under which a file is written first, which a next run finds again."""
     return f".{name}.new"
 
 
 @contextmanager
 def folder(path: Path, *, mode: int, only_root: bool = False) -> Iterator[int]:
-    """A descriptor of the directory, made with this mode if it is missing. Raises: as directory."""
+    """Yield a descriptor of the directory, made with this mode if missing. Raises: as directory."""
     try:
         with paths.directory(path, only_root=only_root) as opened:
             yield opened
@@ -48,7 +49,7 @@ def folder(path: Path, *, mode: int, only_root: bool = False) -> Iterator[int]:
 
 @contextmanager
 def alone_in(opened: int, path: Path) -> Iterator[None]:
-    """No other of our commands makes a file in the directory meanwhile. Raises: HotplugError."""
+    """Keep our other commands from making files in the directory. Raises: HotplugError."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -63,7 +64,7 @@ def alone_in(opened: int, path: Path) -> Iterator[None]:
 
 
 def exists(opened: int, name: str) -> bool:
-    """Whether the directory has anything of that name, a link that leads nowhere included."""
+    """Return whether the directory has anything of that name, even a dangling link."""
     try:
         os.lstat(name, dir_fd=opened)
     except FileNotFoundError:
@@ -72,12 +73,12 @@ def exists(opened: int, name: str) -> bool:
 
 
 def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
-    """The new file has this content, on the disk. `path` is in the open directory.
+    """Write a new file with this content to the disk. `path` is in the open directory.
 
     Raises: HotplugError if the name is taken, or if the mode is to keep it from others and the
     filesystem knows no modes; KernelError.
     """
-    with _naming("write", path):
+    with reported_as("write", shown(path)):
         _write_temporary(opened, path, content, mode)
         try:
             _rename(opened, temporary(path.name), path)
@@ -88,12 +89,12 @@ def write(opened: int, path: Path, content: bytes | bytearray, mode: int) -> Non
 
 
 def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: int) -> None:
-    """As write, and its temporary name leads to it as well until it is settled.
+    """Write as `write`, but keep the temporary name as a second one until the file is settled.
 
-    A file with both names was made by a run that has not settled it: nobody relies on it yet.
+    A file with both names is the work of a run that has not settled it: nobody relies on it yet.
     Raises: as write; HotplugError if the filesystem has no hard links.
     """
-    with _naming("write", path):
+    with reported_as("write", shown(path)):
         _write_temporary(opened, path, content, mode)
         try:
             os.link(temporary(path.name), path.name, src_dir_fd=opened, dst_dir_fd=opened)
@@ -112,7 +113,7 @@ def write_unsettled(opened: int, path: Path, content: bytes | bytearray, mode: i
 
 
 def is_unsettled(opened: int, name: str) -> bool:
-    """Whether the file has both names."""
+    """Return whether the file has both names."""
     try:
         both = [os.lstat(each, dir_fd=opened) for each in (name, temporary(name))]
     except FileNotFoundError:
@@ -121,18 +122,18 @@ def is_unsettled(opened: int, name: str) -> bool:
 
 
 def settle(opened: int, path: Path) -> None:
-    """The file has its own name only; having had no other is no error. Raises: KernelError."""
-    with _naming("settle", path):
+    """Remove the file's temporary name, if it has one. Raises: KernelError."""
+    with reported_as("settle", shown(path)):
         if exists(opened, temporary(path.name)):
             os.unlink(temporary(path.name), dir_fd=opened)
             os.fsync(opened)
 
 
 def discard_unsettled(opened: int, path: Path) -> None:
-    """A file with both names is gone; any other stays. Raises: KernelError."""
-    with _naming("take back", path):
+    """Remove the file if it has both names. Raises: KernelError."""
+    with reported_as("take back", shown(path)):
         if is_unsettled(opened, path.name):
-            # Its own name first: with the temporary one alone it is nobody's.
+            # Its own name first: no run searches for one that has the temporary name alone.
             os.unlink(path.name, dir_fd=opened)
             os.fsync(opened)
 
@@ -160,7 +161,7 @@ def _write_temporary(opened: int, path: Path, content: bytes | bytearray, mode: 
 
 
 def _require_kept_from_others(file: int, path: Path) -> None:
-    """Raises: HotplugError if others can read the file, since its mode was not taken, as by FAT."""
+    """Raise HotplugError if others can read the file, since the filesystem keeps no modes (FAT)."""
     status = os.fstat(file)
     if status.st_mode & _FOR_OTHERS or status.st_uid != os.geteuid():
         raise HotplugError(
@@ -170,29 +171,24 @@ def _require_kept_from_others(file: int, path: Path) -> None:
 
 
 def move(opened: int, path: Path, name: str) -> None:
-    """The file has this name in the same directory. Raises: HotplugError if the name is taken;
-    KernelError."""
-    with _naming("rename", path):
+    """Rename the file in its directory. Raises: HotplugError if the name is taken; KernelError."""
+    with reported_as("rename", shown(path)):
         _rename(opened, path.name, path.with_name(name))
         os.fsync(opened)
 
 
 def remove(opened: int, path: Path) -> None:
-    """The file is gone. Raises: KernelError."""
-    with _naming("remove", path):
+    """Remove the file. Raises: KernelError."""
+    with reported_as("remove", shown(path)):
         os.unlink(path.name, dir_fd=opened)
         os.fsync(opened)
 
 
 def _rename(opened: int, name: str, path: Path) -> None:
-    """The file has the path's name. Source: renameat2(2); FAT, without hard links, knows it too."""
-    renameat2 = ctypes_lib.declare(
-        "libc.so.6", "renameat2", ctypes.c_int,
-        (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint),
-        ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
+    """Rename to the path's name. Source: renameat2(2), which FAT without hard links has, too."""
+    source, target = os.fsencode(name), os.fsencode(path.name)
     try:
-        renameat2(opened, os.fsencode(name), opened, os.fsencode(path.name), _RENAME_NOREPLACE)
+        Libc.renameat2(opened, source, opened, target, _RENAME_NOREPLACE)
     except OSError as error:
         if error.errno == errno.EEXIST:
             raise _taken(path) from error
@@ -201,13 +197,3 @@ def _rename(opened: int, name: str, path: Path) -> None:
 
 def _taken(path: Path) -> HotplugError:
     return HotplugError(f"write {shown(path)}: it exists, and is not overwritten")
-
-
-@contextmanager
-def _naming(operation: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except HotplugError:
-        raise
-    except OSError as error:
-        raise KernelError(operation, shown(path), error.errno or 0) from error

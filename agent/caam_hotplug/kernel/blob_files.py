@@ -1,4 +1,4 @@
-"""Blobs' files, read with care, in a directory that only root writes to."""
+"""Blobs' files, in a directory that only root can write to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caam_hotplug.kernel import paths
 
 
 def read(directory: Path, name: str, wanted: blobs.Backend | None = None) -> blobs.Blob:
-    """The blob in a file, in the form that is wanted or in any.
+    """Read the blob in a file, in the wanted form or in any.
 
     The file is opened without following a link and without waiting, and must be a regular file
     of plausible size. Raises: BlobMissingError; BlobError for everything that is no blob;
@@ -28,7 +28,7 @@ def read(directory: Path, name: str, wanted: blobs.Backend | None = None) -> blo
 
 
 def read_anyones(path: Path) -> blobs.Blob:
-    """The blob in a file that is only looked at, whoever may write there. Raises: as `read`."""
+    """Read the blob in a file that anyone may write to, to inspect it. Raises: as `read`."""
     try:
         return _read(path, None, str(path), None)
     except FileNotFoundError as error:
@@ -36,7 +36,7 @@ def read_anyones(path: Path) -> blobs.Blob:
 
 
 def _read(path: Path, wanted: blobs.Backend | None, name: str, parent: int | None) -> blobs.Blob:
-    """Raises: FileNotFoundError; BlobError."""
+    """Read the file. Raises: FileNotFoundError; BlobError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         file = os.open(name, flags, dir_fd=parent)

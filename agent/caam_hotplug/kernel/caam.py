@@ -1,4 +1,4 @@
-"""NXP's /dev/caam-keygen: a black blob is made, or becomes a tagged key of this boot.
+"""NXP's /dev/caam-keygen: it creates black blobs, and imports them as tagged keys of this boot.
 
     offset  field of the ioctl's struct, 56 bytes on 32- and 64-bit machines
     0       u8  key_enc_len, NUL included
@@ -32,7 +32,7 @@ _IOCTL_IMPORT: Final = 0xC0384B01
 
 
 def import_blob(device: Path, blob: bytes) -> SecretBytes:
-    """The tagged key of this boot that the blob holds: tag header and black key.
+    """Return the blob's tagged key of this boot: tag header and black key.
 
     The caller wipes it. Raises: BlobRejectedError if the CAAM does not take the blob; CaamError
     for anything else. Blocks for a job of the CAAM.
@@ -61,16 +61,16 @@ def import_blob(device: Path, blob: bytes) -> SecretBytes:
 
 
 def create_blob(device: Path, seal: blobs.Seal, key: int | SecretBytes) -> bytes:
-    """A black blob of a new key of so many bytes, which nobody has seen, or of the key given.
+    """Return a black blob of a new key of so many bytes, or of the given key.
 
-    A key that is given must not have a zero byte: the driver takes it as a text. Raises: CaamError
+    A given key must not have a zero byte: the driver takes it as a text. Raises: CaamError
     with the driver's own words. Blocks for a job of the CAAM.
     """
     covering = ctypes.create_string_buffer(seal.encode())
     mode = ctypes.create_string_buffer(b"-s" if isinstance(key, int) else b"-t")
     value = bytearray(str(key).encode()) if isinstance(key, int) else key.buffer
     if 0 in value:
-        raise ValueError("a key that is given must not have a zero byte")
+        raise ValueError("a given key must not have a zero byte")
     given = (ctypes.c_char * len(value)).from_buffer(value)
     blob = ctypes.create_string_buffer(blobs.TAGGED_MAX_BYTES)
     with SecretBytes(bytearray(blobs.TAGGED_KEY_MAX_BYTES)) as black:
@@ -88,8 +88,8 @@ def create_blob(device: Path, seal: blobs.Seal, key: int | SecretBytes) -> bytes
             raise
         except OSError as error:
             words = blob.value.decode(errors="replace").strip()
-            told = words if words.isprintable() else ""
-            raise CaamError("create a key with", str(device), error.errno or 0, told) from error
+            detail = words if words.isprintable() else ""
+            raise CaamError("create a key with", str(device), error.errno or 0, detail) from error
         finally:
             del given, target
     made = blob.raw[: _KEYGEN.unpack(request)[8]]
@@ -102,7 +102,7 @@ def create_blob(device: Path, seal: blobs.Seal, key: int | SecretBytes) -> bytes
 
 
 def _ask(device: Path, request: int, struct: bytearray) -> None:
-    """The driver has answered. Raises: CaamError if it is not there; OSError from the ioctl."""
+    """Send the driver a request. Raises: CaamError if it is not there; OSError from the ioctl."""
     try:
         file = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Configuration files, read whole: anyone's, to look at, or only root's, to act on.
+"""Configuration files, read whole: anyone's, to inspect, or only root's, to act on.
 
-Whoever can change the configuration says which media root unlocks and where it mounts them. So
-what acts on it reads only what nobody but root could have written.
+The configuration decides which media root unlocks and where it mounts them. So what acts on it
+reads only what nobody but root could have written.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MAX_BYTES: Final = 256 << 10
 """Far more than anyone writes by hand; a mistaken path, to a disk image say, ends here."""
 
 _OPEN: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-"""Without O_NONBLOCK a FIFO would be waited at for a writer (fifo(7))."""
+"""Without O_NONBLOCK, to open a FIFO would be to wait for a writer (fifo(7))."""
 
 
 class AnyonesFiles:
-    """Reads for those who only look, through links, whoever could have written what is there."""
+    """Reads to inspect: through links, and files that anyone could have written."""
 
     def read(self, file: Path) -> bytes:
-        """The file's bytes. Raises: UnfitFileError; OSError."""
+        """Read the file. Raises: UnfitFileError; OSError."""
         try:
             opened = os.open(file, _OPEN)
         except FileNotFoundError as error:
@@ -36,7 +36,7 @@ class AnyonesFiles:
         return _content(opened)
 
     def names(self, folder: Path) -> list[str]:
-        """What the directory holds, nothing if there is none. Raises: OSError."""
+        """Return the names in the directory, none if it is missing. Raises: OSError."""
         try:
             return os.listdir(folder)
         except FileNotFoundError:
@@ -44,14 +44,14 @@ class AnyonesFiles:
 
 
 class RootsFiles:
-    """Reads for those who act, where nobody but root could have put or changed it.
+    """Reads to act on: only what nobody but root could have put there or changed.
 
     The file and every directory above it must be root's, and nobody else may write to them.
     A link is not followed, wherever it leads.
     """
 
     def read(self, file: Path) -> bytes:
-        """The file's bytes. Raises: UnsafePathError naming the component; else as AnyonesFiles."""
+        """Read the file. Raises: UnsafePathError naming the component; else as AnyonesFiles."""
         file = file.absolute()
         with paths.directory(file.parent, only_root=True) as parent:
             try:
@@ -64,7 +64,7 @@ class RootsFiles:
         return _content(opened, file)
 
     def names(self, folder: Path) -> list[str]:
-        """As AnyonesFiles. Raises: UnsafePathError naming the component; OSError."""
+        """Return the names in the directory. Raises: UnsafePathError; OSError."""
         try:
             with paths.directory(folder.absolute(), only_root=True) as opened:
                 return os.listdir(opened)
@@ -73,7 +73,7 @@ class RootsFiles:
 
 
 def _content(opened: int, only_roots: Path | None = None) -> bytes:
-    """All bytes of the open file, which is closed; `only_roots` names it if it must be root's."""
+    """Read and close the open file; `only_roots` names it if it must be root's."""
     try:
         status = os.fstat(opened)
         if stat.S_ISDIR(status.st_mode):

@@ -1,4 +1,4 @@
-"""Who uses a block device: nothing is unlocked that something else has its hands on."""
+"""The users of a block device: nothing is unlocked that something else uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, DeviceLockedError, KernelError, shown
-from caam_hotplug.kernel import filesystem, sysfs
+from caam_hotplug.kernel import mountinfo, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
@@ -20,7 +20,7 @@ _PROC: Final = Path("/proc")
 
 
 def require_unused(volume: Volume) -> None:
-    """Nothing else uses the volume: no mount, swap, mapping, array, loop device, running fsck.
+    """Require that nothing else uses the volume: mount, swap, mapping, array, loop device, fsck.
 
     The kernel is asked first: a file system, a mapping, swap or a running fsck holds its device
     exclusively, and for a whole disk the kernel counts the holders of its partitions as well
@@ -42,27 +42,26 @@ def require_unused(volume: Volume) -> None:
         users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
         users += list(_processes(numbers)) if not users else []
     if busy or users:
-        who = "; ".join(users) or "something that cannot be told from here holds it exclusively"
+        who = "; ".join(users) or "something that is not visible from here holds it exclusively"
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
 
 
 def is_locked(name: str) -> bool:
-    """Whether a program has the disk of this name, or of this partition, for itself."""
+    """Return whether a program has locked the disk of this name, or of this partition."""
     try:
         require_unlocked(name)
     except DeviceLockedError:
         return True
-    except KernelError:  # it has gone, say
+    except KernelError:  # such as one that has gone
         pass
     return False
 
 
 def require_unlocked(name: str) -> None:
-    """No program has locked that disk for itself, as one that writes its partitions does.
+    """Require that no program has locked the disk, as one that writes its partitions does.
 
-    `name`: the disk's, or that of a partition on it.
-
-    udevd takes the same lock, shared, and lets an event lie for as long as it does not get it.
+    `name`: the disk's, or that of a partition on it. udevd takes the same lock, shared, and keeps
+    an event until it has the lock.
     Raises: DeviceLockedError; KernelError. Source: systemd's block device locking
     (https://systemd.io/BLOCK_DEVICE_LOCKING), flock(2).
     """
@@ -75,15 +74,15 @@ def require_unlocked(name: str) -> None:
         finally:
             os.close(opened)
     except BlockingIOError as error:
-        raise DeviceLockedError(f"use {disk}: a program has locked it for itself") from error
+        raise DeviceLockedError(f"use {disk}: a program has locked it") from error
     except OSError as error:
         raise KernelError("lock", disk, error.errno or 0) from error
 
 
 def _number_of(path: str) -> DeviceNumber | None:
-    """The number of a block device's node; None for everything else.
+    """Return the number of a block device's node; None for everything else.
 
-    Only what lies in /dev is looked at: a path of others may lead to a file system that hangs.
+    Only paths in /dev are followed: a path of others may lead to a file system that hangs.
     """
     if not path.startswith("/dev/"):
         return None
@@ -97,7 +96,7 @@ def _number_of(path: str) -> DeviceNumber | None:
 
 
 def _text(file: Path) -> str:
-    """What the kernel says there. Names in it are others' and may hold any byte."""
+    """Read a file of the kernel's. Names in it are others' and may hold any byte."""
     return file.read_text(errors="backslashreplace").strip()
 
 
@@ -108,7 +107,7 @@ def _partitions(name: str) -> Iterator[DeviceNumber]:
 
 
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
-    for mount in filesystem.mounts():
+    for mount in mountinfo.mounts():
         # btrfs gives its mounts a number of their own, and names the device.
         if mount.number in numbers or _number_of(mount.source) in numbers:
             yield f"mounted at {shown(mount.point)}"
@@ -143,12 +142,12 @@ def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
 
 
 def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
-    """Those that have it open, as far as this process may look into others."""
+    """Yield the processes that have it open, as far as this one may see into others."""
     for process in _PROC.glob("[0-9]*"):
         try:
             if any(_number_of(file) in numbers for file in _open_files(process)):
                 yield f"process {process.name} ({shown(_text(process / 'comm'))}) has it open"
-        except OSError:  # it has ended, or is not to be looked into
+        except OSError:  # it has ended, or this process may not see into it
             continue
 
 

@@ -1,8 +1,8 @@
-"""What is remembered of a device for as long as it is there: on its node, which goes with it.
+"""A volume's state, stored as an extended attribute of its device's node.
 
-A restart of the agent must not mount a medium that people were told they may pull. The kernel keeps
-devices' nodes in memory (devtmpfs), with their extended attributes, and removes a node with its
-device; so nothing has to be cleaned up, and no file of ours can be out of date. Source: xattr(7),
+A restart of the agent must not mount a medium that it has declared safe to pull. The kernel keeps
+devices' nodes in memory (devtmpfs), with their attributes, and removes a node with its device. So
+nothing has to be removed, and no file can be out of date. Source: xattr(7),
 drivers/base/devtmpfs.c.
 """
 
@@ -19,15 +19,15 @@ from caam_hotplug.model import Volume
 log = logging.getLogger(__name__)
 
 _ATTRIBUTE: Final = "trusted.caam-hotplug"
-"""Of the namespace that only root with CAP_SYS_ADMIN can read and write."""
+"""In the namespace that only root with CAP_SYS_ADMIN can read and write."""
 _NONE: Final = {errno.ENODATA, errno.ENOENT, errno.ENXIO}
-"""There is no such attribute, or no such node any more."""
+"""Error numbers without such an attribute, or without the node."""
 
 
 def mark(volume: Volume, text: str) -> None:
-    """The text is remembered of this insertion of the volume; none if it is empty.
+    """Store the text for this insertion of the volume; remove it if it is empty.
 
-    Where the kernel has no attributes for nodes (CONFIG_TMPFS_XATTR), nothing is.
+    Without attributes for nodes in the kernel (CONFIG_TMPFS_XATTR), nothing is stored.
     """
     try:
         if text:
@@ -37,12 +37,12 @@ def mark(volume: Volume, text: str) -> None:
             os.removexattr(volume.node, _ATTRIBUTE, follow_symlinks=False)
     except OSError as error:
         if error.errno not in _NONE:
-            said = KernelError("mark", volume.node, error.errno or 0)
-            log.debug("%s; after a restart this is not known: %s", said, text)
+            failure = KernelError("mark", volume.node, error.errno or 0)
+            log.debug("%s; after a restart this is not known: %s", failure, text)
 
 
 def marked(volume: Volume) -> str:
-    """What is remembered of this insertion of the volume; empty if nothing is."""
+    """Return the text stored for this insertion of the volume; empty if there is none."""
     try:
         found = os.getxattr(volume.node, _ATTRIBUTE, follow_symlinks=False)
     except OSError:

@@ -1,4 +1,4 @@
-"""Bytes of a device or a file, read and written whole, and on the medium once they are flushed."""
+"""Blocks of a device or a file, read and written whole, past the cache."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from caam_hotplug.errors import KernelError
 
 
 class Blocks:
-    """What lies in an open file from a place on. Blocks for I/O.
+    """The bytes of an open file from a place on. Blocks for I/O.
 
-    Of a file that is open with O_DIRECT, positions and lengths are to be multiples of the device's
+    If the file is open with O_DIRECT, positions and lengths are to be multiples of the device's
     logical block; the memory is aligned as open(2) asks for.
     """
 
     def __init__(self, file: int, subject: str, start: int = 0) -> None:
-        """`file` is the caller's. `start`: where position 0 is, in bytes."""
+        """`file` stays the caller's. `start`: where position 0 is, in bytes."""
         self._file = file
         self._subject = subject
         self._start = start
 
     def read(self, position: int, length: int) -> bytes:
-        """So many bytes. Raises: KernelError, also if there are fewer."""
+        """Read so many bytes. Raises: KernelError, also if there are fewer."""
         with mmap.mmap(-1, length) as room:
             try:
                 done = os.preadv(self._file, [room], self._start + position)
@@ -34,7 +34,7 @@ class Blocks:
             return room[:]
 
     def write(self, position: int, content: bytes) -> None:
-        """The bytes are handed over; they are on the medium once flushed. Raises: KernelError."""
+        """Write the bytes, which `flush` brings to the medium. Raises: KernelError."""
         with mmap.mmap(-1, len(content)) as room:
             room[:] = content
             try:
@@ -45,17 +45,17 @@ class Blocks:
                 raise self._failed("write to", position, errno.EIO)
 
     def flush(self) -> None:
-        """All that was written is on the medium. Raises: KernelError. Source: fdatasync(2)."""
+        """Bring all that was written to the medium. Raises: KernelError. Source: fdatasync(2)."""
         try:
             os.fdatasync(self._file)
         except OSError as error:
             raise KernelError("sync", self._subject, error.errno or 0) from error
 
     def refresh(self) -> None:
-        """What is read next is what is on the medium. Raises: KernelError.
+        """Drop the cache, so that the next read is from the medium. Raises: KernelError.
 
-        A page that could not be synced stays in the cache and counts as clean: who reads it there
-        takes for stored what is not. Source: posix_fadvise(2); fsync(2).
+        A page that could not be synced stays in the cache and counts as clean, so a read from there
+        would show as stored what is not. Source: posix_fadvise(2); fsync(2).
         """
         self.flush()
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Whole disks: one is held so that nobody seizes it half-made, and the system's own are known."""
+"""Whole disks: held while a command changes them, unless they are the system's own."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
-from caam_hotplug.kernel import filesystem, sysfs
+from caam_hotplug.kernel import mountinfo, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
 _SYS_DEV: Final = Path("/sys/dev/block")
 _BLKRRPART: Final = 0x125F
 _PATIENCE_S: Final = 30.0
-"""How long others, such as a worker of udevd's, may hold the disk before it counts as theirs."""
+"""How long others, such as a worker of udevd, may hold the disk before it counts as in use."""
 
 _SYSTEMS_OWN: Final = ("/", "/boot", "/boot/efi", "/usr", "/var", "/etc")
 
 
 def whole_disk(device: str) -> Volume:
-    """The disk at the node, or at what a link leads to.
+    """Return the disk at the node, or at a link's target.
 
     Raises: HotplugError if it is a partition, a mapping, or no block device with a medium in it.
     """
-    node = Path(os.path.realpath(device))  # of links in a circle it says nothing, and stat() does
+    node = Path(os.path.realpath(device))  # it accepts links in a circle, which stat() refuses
     try:
         status = node.stat()
     except OSError as error:
@@ -52,12 +52,12 @@ def whole_disk(device: str) -> Volume:
 
 
 def disk_of(volume: Volume) -> Volume:
-    """The disk that a partition is on. Raises: HotplugError if it has gone."""
+    """Return a partition's disk. Raises: HotplugError if it has gone."""
     return whole_disk(f"/dev/{(_SYS_BLOCK / volume.name).resolve().parent.name}")
 
 
 def logical_block(disk: Volume) -> int:
-    """In which units the disk is read and written, in bytes. Raises: HotplugError if it has gone.
+    """Return the unit of reads and writes, in bytes. Raises: HotplugError if the disk has gone.
 
     Source: queue/logical_block_size in Documentation/ABI/stable/sysfs-block.
     """
@@ -68,18 +68,18 @@ def logical_block(disk: Volume) -> int:
 
 
 class Held:
-    """A disk that others keep their hands off, first to be looked at, then to be written to."""
+    """A disk that is locked against others, to be read and then written."""
 
     def __init__(self, disk: Volume, lock: int) -> None:
         self.disk = disk
         self.reading = lock
-        """A descriptor to read by."""
+        """A descriptor for reading."""
         self._writing = -1
 
     def writing(self) -> int:
-        """A descriptor to write by, the same each time. What is written is on the medium at once.
+        """Return a descriptor for writing, the same each time; a write is on the medium at once.
 
-        Raises: KernelError; HotplugError if it is another medium by now.
+        Raises: KernelError; HotplugError if another medium is in the reader.
         """
         if self._writing < 0:
             flags = os.O_RDWR | os.O_DSYNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -91,9 +91,9 @@ class Held:
         return self._writing
 
     def require_same(self, opened: int) -> None:
-        """What is open is the disk, and the medium in it is the one that was found.
+        """Require that the open device is the disk, with the medium that was found.
 
-        The node's name is the next disk's as soon as this one has gone. Raises: HotplugError.
+        The next disk gets the node's name as soon as this one has gone. Raises: HotplugError.
         """
         number = _number(os.fstat(opened).st_rdev)
         if number != self.disk.number or sysfs.present_id(self.disk.name) != self.disk.id:
@@ -103,10 +103,10 @@ class Held:
             )
 
     def close(self) -> None:
-        """The disk is let go; udevd hears of it if the disk could be written to.
+        """Release the disk.
 
-        It hears that by the close, tries to lock the disk, and reads its partitions anew: so the
-        lock goes first.
+        If it was open for writing, the close has udevd lock the disk and read its partitions anew:
+        so the lock goes first.
         """
         fcntl.flock(self.reading, fcntl.LOCK_UN)
         os.close(self.reading)
@@ -116,10 +116,10 @@ class Held:
 
 @contextmanager
 def held(disk: Volume) -> Iterator[Held]:
-    """The disk is locked, so that udevd and what listens to it keep off until it is let go.
+    """Lock the disk in the block, so that udevd and what listens to it keep off.
 
-    Raises: DeviceInUseError if others hold the disk so; KernelError; HotplugError if it is another
-    disk by now. Source: "Locking Block Device Access" of systemd.
+    Raises: DeviceInUseError if others hold the disk so; KernelError; HotplugError if another disk
+    has its place. Source: "Locking Block Device Access" of systemd.
     """
     try:
         opened = os.open(disk.node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -153,10 +153,10 @@ def _lock(opened: int, disk: Volume) -> None:
 
 
 def read_partitions(hold: Held) -> None:
-    """The kernel has the partitions that the disk's table says. Raises: KernelError.
+    """Have the kernel read the partitions of the disk's table. Raises: KernelError.
 
-    Where udevd runs that is its work, once the disk is let go: read twice, the partitions would
-    come, go and come.
+    Where udevd runs, it does so once the disk is released: read twice, the partitions would come,
+    go and come.
     """
     if names.UDEV_CONTROL.exists():
         return
@@ -168,13 +168,13 @@ def read_partitions(hold: Held) -> None:
 
 
 def diskseqs() -> set[int]:
-    """The sequence numbers of the disks that are there."""
+    """Return the sequence numbers of the present disks."""
     found = (sysfs.present_id(disk.name) for disk in _SYS_BLOCK.iterdir())
     return {which.diskseq for which in found if which is not None}
 
 
 def require_not_the_systems(disk: Volume, *more: Path) -> None:
-    """Raises: DeviceInUseError if the system, or one of the paths given, lies on the disk."""
+    """Raise DeviceInUseError if the system, or one of the given paths, lies on the disk."""
     for path in (*map(Path, _SYSTEMS_OWN), *more):
         if disk.number in _disks_below(path):
             raise DeviceInUseError(
@@ -183,7 +183,7 @@ def require_not_the_systems(disk: Volume, *more: Path) -> None:
 
 
 def _disks_below(path: Path) -> set[DeviceNumber]:
-    """The whole disks that the path's filesystem lies on, also beneath mappings and arrays."""
+    """Return the whole disks beneath the path's filesystem, also below mappings and arrays."""
     numbers: set[DeviceNumber] = set()
     for existing in (path, *path.parents):
         try:
@@ -191,7 +191,7 @@ def _disks_below(path: Path) -> set[DeviceNumber]:
             break
         except FileNotFoundError:
             continue
-    above = [m for m in filesystem.mounts() if Path(m.point) in {path, *path.parents}]
+    above = [m for m in mountinfo.mounts() if Path(m.point) in {path, *path.parents}]
     for mount in sorted(above, key=lambda mount: len(mount.point))[-1:]:
         if mount.source.startswith("/dev/"):  # btrfs has a number of its own
             with suppress(OSError):

@@ -1,16 +1,16 @@
-"""A directory whose new files are told of (inotify(7)), also one that is not there yet."""
+"""New and changed files of a directory (inotify(7)), also of one that does not exist yet."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.libc import Libc
 
 _IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x80, 0x100
 _IN_DELETE_SELF, _IN_MOVE_SELF, _IN_Q_OVERFLOW, _IN_IGNORED = 0x400, 0x800, 0x4000, 0x8000
@@ -30,62 +30,48 @@ class Directory:
     def __init__(self, path: Path) -> None:
         """Raises: OSError."""
         self._path = path
-        init = ctypes_lib.declare(
-            "libc.so.6",
-            "inotify_init1",
-            ctypes.c_int,
-            (ctypes.c_int,),
-            ctypes_lib.minus_one_is_failure,
-        )
-        self._add = ctypes_lib.declare(
-            "libc.so.6", "inotify_add_watch", ctypes.c_int,
-            (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32), ctypes_lib.minus_one_is_failure,
-        )  # fmt: skip
-        self._remove = ctypes_lib.declare(
-            "libc.so.6", "inotify_rm_watch", ctypes.c_int, (ctypes.c_int, ctypes.c_int)
-        )
-        self._fileno: int = init(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fileno: int = Libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         self._watched = self._watch = -1
-        self._look()
+        self._watch_nearest()
 
     def fileno(self) -> int:
-        """When it is readable, `read` has something to give."""
+        """Return the descriptor that is readable when `read` has something."""
         return self._fileno
 
     def close(self) -> None:
-        """Nothing is watched any more."""
+        """Stop watching."""
         os.close(self._fileno)
 
     def read(self) -> list[str | None]:
-        """Names of files that are new or changed; None: there may be any."""
+        """Return the names of new and changed files; None stands for any."""
         try:
-            told = os.read(self._fileno, _ROOM)
+            events = os.read(self._fileno, _ROOM)
         except BlockingIOError:
             return []
         names: list[str | None] = []
-        for mask, name in _events(told):
+        for mask, name in _parsed(events):
             moved = mask & (_IN_DELETE_SELF | _IN_MOVE_SELF | _IN_Q_OVERFLOW | _IN_IGNORED)
-            if moved or self._is_there:
+            if moved or self._exists:
                 names.append(None if moved else name)
             elif name == self._path.parts[self._watched]:
-                names.append(None)  # it has come, or a directory on the way to it
+                names.append(None)  # it was created, or a directory on the path to it
         if None in names:
-            self._look()
+            self._watch_nearest()
             return [None]
         return list(dict.fromkeys(names))
 
     @property
-    def _is_there(self) -> bool:
+    def _exists(self) -> bool:
         return self._watched == len(self._path.parts)
 
-    def _look(self) -> None:
-        """The directory is watched, or as much of the way there as exists."""
+    def _watch_nearest(self) -> None:
+        """Watch the directory, or the last one that exists on its path."""
         parts, count = self._path.parts, len(self._path.parts)
         denied = 0
         while count:
             at = Path(*parts[:count])
             try:
-                watch = self._add(self._fileno, os.fsencode(at), _WANTED | _IN_ONLYDIR)
+                watch = Libc.inotify_add_watch(self._fileno, os.fsencode(at), _WANTED | _IN_ONLYDIR)
             except OSError as error:
                 if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.EACCES}:
                     raise
@@ -93,17 +79,19 @@ class Directory:
                 count -= 1
                 continue
             if self._watch not in {watch, -1}:
-                self._remove(self._fileno, self._watch)
+                with suppress(OSError):  # EINVAL: the watch went with its directory
+                    Libc.inotify_rm_watch(self._fileno, self._watch)
             self._watch, self._watched = watch, count
             if count + 1 in {denied, len(parts) + 1} or not Path(*parts[: count + 1]).is_dir():
                 return
-            count += 1  # it came before its parent was watched
+            count += 1  # it was created before its parent was watched
 
 
-def _events(told: bytes) -> Iterator[tuple[int, str]]:
+def _parsed(events: bytes) -> Iterator[tuple[int, str]]:
+    """Yield the mask and name of each event."""
     at = 0
-    while at < len(told):
-        _, mask, _, length = _EVENT.unpack_from(told, at)
+    while at < len(events):
+        _, mask, _, length = _EVENT.unpack_from(events, at)
         at += _EVENT.size
-        yield mask, os.fsdecode(told[at : at + length].rstrip(b"\0"))
+        yield mask, os.fsdecode(events[at : at + length].rstrip(b"\0"))
         at += length

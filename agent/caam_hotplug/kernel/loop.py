@@ -1,4 +1,4 @@
-"""Loop devices over memory: volumes for a trial, which touch no file and no medium."""
+"""Loop devices over memory: test volumes, which touch no file and no medium."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _FREE_TRIES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A loop device over memory. Its files belong to who made it."""
+    """A loop device over memory. Its descriptors belong to `over_memory`."""
 
     number: DeviceNumber
     size: Sectors
     file: int
-    """The memory's, which shows what is below the device."""
+    """The memory's descriptor, which shows the bytes below the device."""
     device: int
-    """The device's, open for reading and writing."""
+    """The device's descriptor, open for reading and writing."""
 
 
 @contextmanager
 def over_memory(name: str, size: Sectors) -> Iterator[Memory]:
-    """A loop device over some memory; it goes with its last user, also if this process is killed.
+    """Yield a loop device over memory, which the kernel removes with its last user.
 
-    `name` is what `losetup` shows. Raises: OSError.
+    So it does, too, if this process is killed. `losetup` shows the name. Raises: OSError.
     """
     memory = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
@@ -56,7 +56,7 @@ def over_memory(name: str, size: Sectors) -> Iterator[Memory]:
 
 
 def _over(file: int, name: str) -> int:
-    """A free loop device, opened, with the file below it. Raises: OSError. Source: loop(4)."""
+    """Open a free loop device with the file below it. Raises: OSError. Source: loop(4)."""
     wanted = bytearray(
         _CONFIG.pack(
             file, 0, 0, 0, 0, 0, 0, 0, 0, 0, _FLAGS_AUTOCLEAR, name.encode(), b"", b"", 0, 0,

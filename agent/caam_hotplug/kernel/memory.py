@@ -1,15 +1,17 @@
-"""Memory that key bytes pass through: never in a core dump, never on swap, always overwritten."""
+"""Memory for key bytes: never in a core dump, never on swap, always overwritten."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.model import SecretBytes
 
 _PR_SET_DUMPABLE: Final = 4
@@ -20,50 +22,47 @@ _LARGE: Final = 32 << 10
 
 
 def refuse_core_dumps() -> None:
-    """No dump of this process's memory is ever written, and no debugger of others' reads it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _prctl(_PR_SET_DUMPABLE, 0)
+    """Forbid dumps of this process's memory, and other users' debuggers."""
+    with reported_as("refuse", "core dumps"):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        Libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_huge_pages() -> None:
-    """The kernel gives this process pages as it needs them, wherever it gives others 2 MiB at once.
+    """Have the kernel give this process small pages, where it gives others 2 MiB at once.
 
-    A thread's stack would take that for a few calls, a heap for its last few pages. Source:
+    A thread's stack would take 2 MiB for a few calls, a heap for its last few pages. Source:
     transhuge.rst.
     """
-    _prctl(_PR_SET_THP_DISABLE, 1)
-
-
-def _prctl(option: int, value: int) -> None:
-    long = ctypes.c_ulong
-    ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, long, long, long, long))(
-        option, value, 0, 0, 0
-    )
+    with suppress(OSError):  # the process then takes more memory, and works
+        Libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 @contextmanager
 def locked(length: int) -> Iterator[SecretBytes]:
-    """A buffer of so many zeros that is never written to swap; overwritten on the way out.
+    """Yield a buffer of so many zeros that is never written to swap, and overwrite it at the end.
 
     Raises: KernelError if the kernel does not let it be locked. Source: mlock(2).
     """
     with SecretBytes(bytearray(length)) as secret:
         view = (ctypes.c_char * length).from_buffer(secret.buffer)
         address = ctypes.addressof(view)
-        _call("mlock", address, length)
+        with reported_as("lock", "memory for a key"):
+            Libc.mlock(address, length)
         try:
             yield secret
         finally:
             secret.wipe()
-            del view  # or the buffer could not be let go
-            _call("munlock", address, length)
+            del view  # or the buffer could not be released
+            with reported_as("unlock", "memory of a key"):
+                Libc.munlock(address, length)
 
 
 @contextmanager
 def random_key(length: int) -> Iterator[SecretBytes]:
-    """A key of the kernel's random bytes without a zero among them, in a locked buffer.
+    """Yield a key of the kernel's random bytes, none of them zero, in a locked buffer.
 
-    The CAAM's driver takes a key that it is given as a text, which a zero byte would end. Raises:
+    The CAAM's driver takes a given key as a text, which a zero byte would end. Raises:
     KernelError. Source: getrandom(2).
     """
     with locked(length) as key:
@@ -79,38 +78,20 @@ def random_key(length: int) -> Iterator[SecretBytes]:
 
 
 def _fill(address: int, length: int) -> None:
-    getrandom = ctypes_lib.declare(
-        "libc.so.6", "getrandom", ctypes.c_ssize_t,
-        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint), ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
-    try:
-        done = getrandom(address, length, 0)  # up to 256 bytes come whole
-    except OSError as error:
-        raise KernelError("get", "random bytes", error.errno or 0) from error
+    with reported_as("get", "random bytes"):
+        done = Libc.getrandom(address, length, 0)  # up to 256 bytes come whole
     if done != length:
-        raise KernelError("get", "random bytes", 0, f"{done} of {length} came")
-
-
-def _call(name: str, address: int, length: int) -> None:
-    function = ctypes_lib.declare(
-        "libc.so.6", name, ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t),
-        ctypes_lib.minus_one_is_failure,
-    )  # fmt: skip
-    try:
-        function(address, length)
-    except OSError as error:
-        raise KernelError("lock", "memory for a key", error.errno or 0) from error
+        raise KernelError("get", "random bytes", errno.EIO, f"{done} of {length} came")
 
 
 def share_one_heap() -> None:
-    """All threads allocate from one heap, and what they free is used again, or given back.
+    """Have all threads allocate from one heap, and return large buffers to the kernel.
 
-    glibc gives threads heaps of their own, up to eight for each processor, and each keeps what its
-    largest moment needed. Every call of ours has a thread. Nor does glibc give back a large buffer
-    once it has seen one of that size freed, unless it is told what large is. Another C library has
-    no such heaps. Source: mallopt(3).
+    glibc gives threads heaps of their own, up to eight for each processor. Each keeps what it
+    needed at most, and every blocking call of the agent has a thread. Nor does glibc return a large
+    buffer once it has seen one of that size freed, unless a threshold is set. Another C library
+    has no such heaps. Source: mallopt(3).
     """
-    mallopt = getattr(ctypes_lib.library("libc.so.6"), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    if Libc.mallopt.exists:
+        Libc.mallopt(_M_ARENA_MAX, 1)
+        Libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)

@@ -1,12 +1,11 @@
-"""Making filesystems: the one thing here that is done by other programs, since no library does it.
+"""Creating filesystems, by other programs, since no library does it.
 
-The program is started by its absolute path, without a shell, in an environment of ours, and does
-not outlive us.
+The program is started by its absolute path, without a shell, in an environment that is
+given here. It dies with this process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import ctypes_lib
+from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 _FOLDERS: Final = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
@@ -27,9 +26,9 @@ class _Maker:
     options: tuple[str, ...]
     label_option: str
     label_max: int
-    """A longer label is left out: it is the partition's that counts."""
+    """A longer label is left out, since the partition's counts."""
     least: Sectors
-    """On a smaller volume the program refuses."""
+    """The program refuses a smaller volume."""
     package: str
     """Debian's name."""
 
@@ -39,19 +38,19 @@ _MAKERS: Final = {
     "xfs": _Maker(("-q", "-f"), "-L", 12, Sectors(300 * _MIB), "xfsprogs"),
     "btrfs": _Maker(("-q", "-f"), "-L", 255, Sectors(128 * _MIB), "btrfs-progs"),
     "f2fs": _Maker(("-q", "-f"), "-l", 512, Sectors(64 * _MIB), "f2fs-tools"),
-    # FAT's labels are in capitals, so ours would not be itself.
+    # FAT has labels in capitals only, so ours would change.
     "vfat": _Maker((), "-n", 0, Sectors(_MIB), "dosfstools"),
     "exfat": _Maker((), "-L", 11, Sectors(_MIB), "exfatprogs"),
 }
 
 
 def least(kind: str) -> Sectors:
-    """How large a volume must be for the filesystem."""
+    """Return how large a volume must be for the filesystem."""
     return _MAKERS[kind].least
 
 
 def program(kind: str) -> str:
-    """The path of the program. Raises: HotplugError if it is not installed."""
+    """Return the program's path. Raises: HotplugError if it is not installed."""
     name = f"mkfs.{kind}"
     for folder in _FOLDERS:
         if os.access(f"{folder}/{name}", os.X_OK):
@@ -61,9 +60,9 @@ def program(kind: str) -> str:
 
 
 def make(kind: str, label: str, node: str) -> None:
-    """The device has a new filesystem. Raises: HotplugError with the program's last words.
+    """Create a filesystem on the device. Raises: HotplugError with the program's last line.
 
-    Only the thread that calls may exist: the program dies with it (PR_SET_PDEATHSIG of prctl(2)).
+    Only the calling thread may exist: the program dies with it (PR_SET_PDEATHSIG of prctl(2)).
     """
     maker, path = _MAKERS[kind], program(kind)
     labelled = [maker.label_option, label] if len(label) <= maker.label_max else []
@@ -83,6 +82,8 @@ def make(kind: str, label: str, node: str) -> None:
 
 
 def _die_with_parent() -> None:
-    """Else it would go on writing when this process was killed, beside the next run."""
-    prctl = ctypes_lib.declare("libc.so.6", "prctl", ctypes.c_int, (ctypes.c_int, ctypes.c_ulong))
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill the program with this process.
+
+    Else a program whose parent was killed would go on writing, beside that of the next run.
+    """
+    Libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,7 +1,7 @@
-"""Who keeps a filesystem from being unmounted: files, directories, programs, namespaces.
+"""Holders, which keep a filesystem from being unmounted: by files, directories, namespaces.
 
-All is read as text from /proc. No path of another process is opened or looked at, since it may lead
-to a file system that hangs. What belongs to other users can be read with CAP_SYS_PTRACE only.
+All is read as text from /proc. No path of another process is opened or followed, since it may lead
+to a file system that hangs. Other users' processes can be read with CAP_SYS_PTRACE only.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from caam_hotplug import names
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.kernel import mountinfo
 from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
 
 log = logging.getLogger(__name__)
 
 _PROC: Final = Path("/proc")
 _ANSWERS_WITHIN_S: Final = 30.0
-"""A program has to start for the answer, on a slow processor."""
-_USES_TOLD: Final = 8
-"""Of one process."""
+"""A program starts to answer, on a slow processor."""
+_USES_REPORTED: Final = 8
+"""Uses reported of one process."""
 _USE_LENGTH: Final = 300
 _END: Final = Holder(0, "", "")
-"""What follows the last holder in an answer, which is else cut short."""
+"""Follows the last holder in an answer, which else was cut short."""
 _LINKS: Final = {
     "cwd": "works in {}",
     "root": "has {} as its root",
@@ -43,20 +43,20 @@ _LINKS: Final = {
 
 
 def find(mapping: Mapping) -> list[Holder]:
-    """Those that use a filesystem of the mapping.
+    """Return the holders of the mapping's filesystem.
 
-    Who may look into others is asked; without somebody who may, it is as much as this process may
-    see. Blocks for as long as the answer takes.
+    A service that may see into other processes answers; without it, the result is what this process
+    may see. Blocks for as long as the answer takes.
     """
     try:
         return _asked(mapping)
     except (OSError, ValueError) as error:
         log.debug("nobody answers at %s: %s", names.HOLDERS_SOCKET, error)
-        return look(mapping.number, mapping.name)
+        return search(mapping.number, mapping.name)
 
 
 def _asked(mapping: Mapping) -> list[Holder]:
-    """Raises: OSError; ValueError for an answer of another form."""
+    """Ask the service for the holders. Raises: OSError; ValueError for an invalid answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as service:
         service.settimeout(_ANSWERS_WITHIN_S)
         service.connect(str(names.HOLDERS_SOCKET))
@@ -70,29 +70,29 @@ def _asked(mapping: Mapping) -> list[Holder]:
 
 
 def answer(question: TextIO, to: TextIO) -> None:
-    """The question that `find` asks is answered: a line of JSON for each holder, one for the end.
+    """Answer the question of `find`: a line of JSON for each holder, one for the end.
 
     Raises: ValueError for another question.
     """
     number, _, name = question.readline().removesuffix("\n").partition(" ")
-    for holder in [*look(DeviceNumber.from_text(number), name), _END]:
+    for holder in [*search(DeviceNumber.from_text(number), name), _END]:
         to.write(f"{json.dumps(asdict(holder))}\n")
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A mount of the mapping's, as a process has it."""
+    """A mount of the mapping in a process's namespace."""
 
     mount: Mount
     groups: frozenset[int]
-    """The peer groups that it is in, or that it receives from (mount_namespaces(7))."""
+    """Its peer groups, and those from which it receives (mount_namespaces(7))."""
 
 
-def look(number: DeviceNumber, name: str) -> list[Holder]:
-    """Those that use the mapping or a filesystem of it, as far as this process may look at others.
+def search(number: DeviceNumber, name: str) -> list[Holder]:
+    """Search /proc for holders of the mapping, as far as this process may see into others.
 
-    A copy of the mount in another namespace is no use of it if it goes with the host's: so do those
-    of services that are confined by systemd, whose namespaces receive what the host's unmounts.
+    A copy of the mount in another namespace is no use if it is unmounted with the host's. Such are
+    those of services that systemd confines: their namespaces receive the host's unmounts.
 
     Source: proc_pid_fd(5), proc_pid_cwd(5), proc_pid_maps(5), proc_pid_mountinfo(5).
     """
@@ -125,11 +125,11 @@ def look(number: DeviceNumber, name: str) -> list[Holder]:
 
 
 def end(mapping: Mapping, number: int, within_s: float) -> None:
-    """Every user of the mapping has been sent the signal, and has ended or had its time.
+    """Send every user of the mapping the signal, and wait until it has ended or its time is up.
 
-    Whoever only has a copy of the mount is not: it may be anybody, and would not let go of it.
-    Source: pidfd_open(2), pidfd_send_signal(2): a process that ends meanwhile cannot be mistaken
-    for another one of its number.
+    A process that only has a copy of the mount gets none: it may be any, and would not release it.
+    Source: pidfd_open(2), pidfd_send_signal(2), with which a process that ends meanwhile cannot be
+    mistaken for another of its number.
     """
     deadline = time.monotonic() + within_s
     waiting = select.poll()
@@ -138,17 +138,17 @@ def end(mapping: Mapping, number: int, within_s: float) -> None:
         for pid in _users(mapping):
             with suppress(ProcessLookupError):
                 opened[pid] = os.pidfd_open(pid)
-        told = 0
-        for pid in _users(mapping):  # else another process has a number now
+        running = 0
+        for pid in _users(mapping):  # else another process has the number by now
             if pid in opened:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(opened[pid], number)
                     waiting.register(opened[pid], select.POLLIN)
-                    told += 1
-        while told and (rest_s := deadline - time.monotonic()) > 0:
-            for process, _ in waiting.poll(rest_s * 1000):
+                    running += 1
+        while running and (left_s := deadline - time.monotonic()) > 0:
+            for process, _ in waiting.poll(left_s * 1000):
                 waiting.unregister(process)
-                told -= 1
+                running -= 1
     finally:
         for process in opened.values():
             os.close(process)
@@ -159,8 +159,8 @@ def _users(mapping: Mapping) -> set[int]:
 
 
 def _few(uses: Iterator[str]) -> Iterator[str]:
-    """The first uses, and how many more there are: a process can have as many as it likes."""
-    for use in islice(uses, _USES_TOLD):
+    """Yield the first uses and the number of the others: a process can have very many."""
+    for use in islice(uses, _USES_REPORTED):
         yield use if len(use) <= _USE_LENGTH else f"{use[:_USE_LENGTH]}…"
     more = sum(1 for _ in uses)
     if more:
@@ -185,7 +185,7 @@ def _uses(process: Path, points: list[str]) -> Iterator[str]:
 def _link(file: Path) -> str | None:
     try:
         return str(file.readlink())
-    except OSError:  # a thread of the kernel has none; others' are not to be looked at
+    except OSError:  # a thread of the kernel has none; this process may not see others'
         return None
 
 
@@ -197,7 +197,7 @@ _GROUPS: Final = re.compile(rb" (?:shared|master):([0-9]+)")
 
 
 def _mounts(process: Path) -> list[_Copy]:
-    """Raises: ValueError for a line of an unknown form."""
+    """Read the process's mounts. Raises: ValueError for a line of an unknown form."""
     try:
         lines = (process / "mountinfo").read_bytes().split(b"\n")
     except OSError:
@@ -206,6 +206,6 @@ def _mounts(process: Path) -> list[_Copy]:
 
 
 def _copy(line: bytes) -> _Copy:
-    mount = filesystem.parse_mount(line.decode(errors="surrogateescape"))
+    mount = mountinfo.parse_mount(line.decode(errors="surrogateescape"))
     optional = line.partition(b" - ")[0]  # a name has no blank in it: the kernel escapes them
     return _Copy(mount, frozenset(map(int, _GROUPS.findall(optional))))

@@ -1,4 +1,4 @@
-"""Directories opened component by component, so that no link and no stranger leads elsewhere."""
+"""Directories opened component by component, so that no link and no other user leads elsewhere."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from pathlib import Path
 
 from caam_hotplug import names
 from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError, shown
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.kernel import mountinfo
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
 def directory(path: Path, *, create: bool = False, only_root: bool = False) -> Iterator[int]:
-    """A file descriptor of the directory, for calls that take a `dir_fd`.
+    """Yield a file descriptor of the directory, for calls that take a `dir_fd`.
 
-    Every component must be a directory of root's that nobody else may write to (a sticky one
-    such as /tmp may be written to: there nobody moves what is not theirs).
-    With `create`, missing components are made with mode 0755, and are on the disk then. With
-    `only_root`, a sticky one will not do either: there anybody can put what is not there yet,
-    such as a drop-in.
+    Every component must be a directory of root's that nobody else may write to. A sticky one such
+    as /tmp may be written to: there users move only their own files. With `create`, missing
+    components are made with mode 0755, and are on the disk then. With `only_root`, a sticky one is
+    refused, too: there anybody can put what does not exist yet, such as a drop-in.
 
     Raises: UnsafePathError naming the component; OSError; ValueError for a relative path.
     """
@@ -40,24 +39,7 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
                 with suppress(FileExistsError):
                     os.mkdir(component, 0o755, dir_fd=here)
                     os.fsync(here)  # which has the name
-            try:
-                below = os.open(component, _OPEN, dir_fd=here)
-            except NotADirectoryError as error:
-                raise UnsafePathError(
-                    path,
-                    walked,
-                    "is not a directory but a link or a file",
-                    "name a path without links",
-                ) from error
-            except PermissionError as error:  # root's, without the right to pass over modes
-                status = os.stat(component, dir_fd=here, follow_symlinks=False)
-                whose = f"user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
-                raise UnsafePathError(
-                    path,
-                    walked,
-                    f"belongs to {whose}, and cannot be opened",
-                    f"chown root {shown(walked)}; chmod u+rx {shown(walked)}",
-                ) from error
+            below = _open_component(here, walked, path)
             os.close(here)
             here = below
             require_roots(here, walked, path, only_root=only_root)
@@ -66,10 +48,25 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
         os.close(here)
 
 
-def require_roots(opened: int, component: Path, path: Path, *, only_root: bool = False) -> None:
-    """Raises: UnsafePathError if others than root own or may write what `opened` stands for.
+def _open_component(here: int, component: Path, path: Path) -> int:
+    """Open the path's next component in the open directory. Raises: UnsafePathError; OSError."""
+    try:
+        return os.open(component.name, _OPEN, dir_fd=here)
+    except NotADirectoryError as error:
+        cause = "is not a directory but a link or a file"
+        raise UnsafePathError(path, component, cause, "name a path without links") from error
+    except PermissionError as error:  # root's, without the right to pass over modes
+        status = os.stat(component.name, dir_fd=here, follow_symlinks=False)
+        whose = f"user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
+        cause = f"belongs to {whose}, and cannot be opened"
+        remedy = f"chown root {shown(component)}; chmod u+rx {shown(component)}"
+        raise UnsafePathError(path, component, cause, remedy) from error
 
-    An access list shows here too: its mask is the group's part of the mode (acl(5)). Unless
+
+def require_roots(opened: int, component: Path, path: Path, *, only_root: bool = False) -> None:
+    """Raise UnsafePathError if others than root own or may write the open file or directory.
+
+    An access list shows here, too: its mask is the group's part of the mode (acl(5)). Unless
     `only_root`, an ordinary user who runs us may own it, and it may be sticky.
     """
     status = os.fstat(opened)
@@ -89,7 +86,7 @@ def require_roots(opened: int, component: Path, path: Path, *, only_root: bool =
 
 @contextmanager
 def mount_point(root: Path, name: str) -> Iterator[int]:
-    """A descriptor of the empty directory `name` in the root, made by us if it was missing.
+    """Yield a descriptor of the empty directory `name` in the root, made by us if missing.
 
     Raises: MountPointOccupiedError if it has content or is no directory; UnsafePathError; OSError.
     """
@@ -114,9 +111,9 @@ def mount_point(root: Path, name: str) -> Iterator[int]:
 
 
 def remove_mount_point(root: Path, name: str) -> None:
-    """The directory is gone if it was ours; one of the board's own stays.
+    """Remove the directory if it is ours; the board's own stay.
 
-    Raises: OSError other than that it is not there, is in use or has content.
+    Raises: OSError, unless it is missing, in use or has content.
     """
     try:
         with directory(root) as parent:
@@ -129,16 +126,16 @@ def remove_mount_point(root: Path, name: str) -> None:
 
 
 def is_ours(status: os.stat_result) -> bool:
-    """Whether a directory that nothing is mounted on was made by `mount_point`."""
+    """Return whether `mount_point` made a directory that nothing is mounted on."""
     return stat.S_IMODE(status.st_mode) == names.MOUNT_POINT_MODE
 
 
 def our_mount_points(root: Path) -> list[str]:
-    """The names of directories in the root that we made and that nothing is mounted on.
+    """Return the names of directories in the root that we made and that nothing is mounted on.
 
-    What is mounted there is not looked at: it may be others', and hang.
+    Mounted filesystems there are not touched: they may be others', and hang.
     """
-    mounted = {mount.point for mount in filesystem.mounts()}
+    mounted = {mount.point for mount in mountinfo.mounts()}
     found = []
     try:
         with directory(root) as parent:

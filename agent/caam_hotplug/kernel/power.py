@@ -1,4 +1,4 @@
-"""Telling a disk that it will be pulled: it is stopped, and its USB port is switched off."""
+"""Power off a disk before it is pulled: stop it, and switch its USB port off."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class _SgIo(ctypes.Structure):
 
 
 def off(volume: Volume) -> None:
-    """The volume's disk is stopped and its USB port off, as far as they can be.
+    """Stop the volume's disk and switch its USB port off, as far as they can be.
 
     A port stays on for a reader that is built in, or that has other disks: cards in other slots.
-    Raises: DeviceInUseError if somebody uses the disk or one of its partitions; KernelError (ENODEV
-    if another medium sits there by now). Blocks for I/O. Source: sd(4), SBC-4;
+    Raises: DeviceInUseError if the disk or one of its partitions is in use; KernelError (ENODEV if
+    another medium is in its place). Blocks for I/O. Source: sd(4), SBC-4;
     Documentation/ABI/testing/sysfs-bus-usb (`remove`).
     """
     disk = _disk_of(volume)
@@ -74,17 +74,17 @@ def off(volume: Volume) -> None:
         opened = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if _disk_of(volume) != disk:
-            raise KernelError("power off", node, errno.ENODEV, "another medium sits there")
+            raise KernelError("power off", node, errno.ENODEV, "another medium is in its place")
         os.fsync(opened)
         _stop(opened, node)
-        # Before it is closed: then udevd has the kernel read the partitions anew.
+        # Before it is closed: the close has udevd read the partitions anew.
         _switch_port_off(disk)
     finally:
         os.close(opened)
 
 
 def _disk_of(volume: Volume) -> Path:
-    """The folder of the volume's disk in sysfs, whether or not its partition is there just now.
+    """Return the folder of the volume's disk in sysfs, even while its partition is missing.
 
     Raises: KernelError (ENODEV) if the disk has gone.
     """
@@ -96,6 +96,7 @@ def _disk_of(volume: Volume) -> Path:
 
 
 def _stop(opened: int, node: str) -> None:
+    """Send the disk a command to stop; other disks than SCSI's know none."""
     command = ctypes.create_string_buffer(_START_STOP, len(_START_STOP))
     sense = ctypes.create_string_buffer(32)
     request = _SgIo(
@@ -110,11 +111,11 @@ def _stop(opened: int, node: str) -> None:
     try:
         fcntl.ioctl(opened, _SG_IO, request)
     except OSError as error:  # no SCSI disk: a card, or a virtual disk
-        log.debug("%s is not to be stopped: %s", node, os.strerror(error.errno or 0))
+        log.debug("%s cannot be stopped: %s", node, os.strerror(error.errno or 0))
 
 
 def _switch_port_off(disk: Path) -> None:
-    """The USB device above the disk, if there is one, is disconnected, and nothing else with it."""
+    """Disconnect the USB device above the disk, if there is one with no other disk."""
     for above in disk.parents:
         remove = above / "remove"
         if (above / "busnum").exists() and remove.exists():
@@ -130,6 +131,6 @@ def _switch_port_off(disk: Path) -> None:
 
 
 def _is_built_in(device: Path) -> bool:
-    """Whether nobody can plug the USB device again: as the board's description has it."""
-    said = (device / "removable", device / "port" / "connect_type")
-    return any(file.exists() and file.read_text().strip() in _BUILT_IN for file in said)
+    """Return whether the board's description calls the USB device built in: not to be replugged."""
+    described = (device / "removable", device / "port" / "connect_type")
+    return any(file.exists() and file.read_text().strip() in _BUILT_IN for file in described)

@@ -1,10 +1,10 @@
-"""Which volume sits at a kernel name, and what it is.
+"""The volume at a kernel name, and its facts.
 
-Facts come from two places. udev (or, without udevd, libblkid later) tells what the medium claims:
-label, identifiers, serial number. sysfs tells what the kernel knows and is believed over any
-event: a synthesized `remove` leaves the device in place.
+Facts come from two sources. udev (or, without udevd, libblkid later) reports what the medium
+claims: label, identifiers, serial number. sysfs has the kernel's own facts, which count more than
+any event: a synthesized `remove` leaves the device in place.
 
-It is asked at every event, by the loop of a slow processor; so paths are texts here.
+It is read at every event, by the loop of a slow processor; so paths are texts here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from caam_hotplug import names
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId, number
 
 Source = Literal["udev", "kernel"]
-"""Who tells of devices."""
+"""The sender of events."""
 
 NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
 """Built on other devices, without partitions worth the name, or ours."""
@@ -32,7 +32,7 @@ _PAGE: Final = 4096
 
 
 def there() -> Iterator[Volume]:
-    """The volumes that sysfs has, also those of which udev does not know anything yet."""
+    """Yield the volumes in sysfs, also those that udev does not know yet."""
     for name in os.listdir(_SYS_BLOCK):
         if not NEVER_MEDIA.match(name):
             volume = volume_at(name, {}, "kernel")
@@ -41,7 +41,7 @@ def there() -> Iterator[Volume]:
 
 
 def present_id(name: str, sys_block: str = _SYS_BLOCK) -> VolumeId | None:
-    """Which volume sits at a kernel name now, or None. Asks sysfs; any thread."""
+    """Return the volume that is at a kernel name now, or None. Any thread."""
     try:
         return _Place(name, sys_block).id
     except (OSError, ValueError):
@@ -49,7 +49,7 @@ def present_id(name: str, sys_block: str = _SYS_BLOCK) -> VolumeId | None:
 
 
 def disk_name(name: str) -> str:
-    """The kernel's name of the disk that a partition is on, or that it is itself.
+    """Return the kernel's name of a partition's disk, or a disk's own.
 
     Raises: OSError if it has gone.
     """
@@ -59,9 +59,9 @@ def disk_name(name: str) -> str:
 
 
 def announced_at(name: str, partlabel: str | None) -> Volume | None:
-    """The partition of which only the kernel has told yet, or None if none is there.
+    """Return the partition that only the kernel has reported yet, or None if it has gone.
 
-    The label is as the kernel tells it, which is not always as it is on the medium.
+    The kernel's spelling of the label is not always the medium's.
     """
     if not os.path.exists(f"{_SYS_BLOCK}/{name}/partition"):
         return None
@@ -72,7 +72,7 @@ def announced_at(name: str, partlabel: str | None) -> Volume | None:
 def volume_at(
     name: str, properties: Mapping[str, str], source: Source, sys_block: str = _SYS_BLOCK
 ) -> Volume | None:
-    """The volume at a kernel name, or None if there is none, or no medium in the reader."""
+    """Return the volume at a kernel name; None without one, or without a medium in the reader."""
 
     def text(key: str) -> str | None:
         value = properties.get(key)
@@ -96,16 +96,16 @@ def volume_at(
             identified=source == "udev",
         )
     except (OSError, ValueError):
-        return None  # it left while we looked; its remove event follows
+        return None  # it left meanwhile; its remove event follows
 
 
 class _Place:
-    """Where a volume sits in sysfs."""
+    """A volume's place in sysfs."""
 
     def __init__(self, name: str, sys_block: str) -> None:
-        """Raises: OSError; ValueError if no medium is there, or what is said is no number."""
+        """Raises: OSError; ValueError without a medium, or for a file that has no number."""
         folder = f"{sys_block}/{name}"
-        # The kernel takes the `dev` file away before it tells of the removal, the folder after
+        # The kernel removes the `dev` file before it reports the removal, the folder after
         # (device_del in drivers/base/core.c).
         self._number = DeviceNumber.from_text(_text(f"{folder}/dev"))
         # A class's folder has links only, and they lead to where there are none (sysfs.rst).
@@ -122,8 +122,8 @@ class _Place:
         if not self._size:
             raise ValueError("no medium is in the reader")
 
-    def volume(self, disk: _Disk, **told: Any) -> Volume:
-        """The volume with all that was told of it. Raises: OSError."""
+    def volume(self, disk: _Disk, **reported: Any) -> Volume:
+        """Return the volume with the reported facts. Raises: OSError."""
         return Volume(
             id=self.id,
             name=self._name,
@@ -133,13 +133,13 @@ class _Place:
             bus=disk.bus,
             removable=disk.removable,
             read_only=_is_set(f"{self._folder}/ro") or _attribute(f"{self.disk}/ro") == "1",
-            **told,
+            **reported,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Disk:
-    """What sysfs says of a disk, which stays the same while it is there."""
+    """Facts of a disk that stay the same while it is present."""
 
     bus: Bus
     removable: bool
@@ -148,7 +148,7 @@ class _Disk:
     model: str | None
 
 
-@lru_cache(maxsize=64)  # a disk and its partitions, each told of by the kernel and by udev
+@lru_cache(maxsize=64)  # the kernel and udev each report a disk and its partitions
 def _disk(folder: str, _diskseq: int) -> _Disk:
     bus = _bus(folder)
     return _Disk(
@@ -161,7 +161,7 @@ def _disk(folder: str, _diskseq: int) -> _Disk:
 
 
 def _text(file: str) -> str:
-    """Raises: OSError."""
+    """Read the file. Raises: OSError."""
     opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(opened, _PAGE).decode(errors="replace")
@@ -170,12 +170,12 @@ def _text(file: str) -> str:
 
 
 def _number(file: str) -> int:
-    """Raises: OSError; ValueError if it holds anything but a number."""
+    """Read a number. Raises: OSError; ValueError if the file has anything else."""
     return number(_text(file).removesuffix("\n"))
 
 
 def _is_set(file: str) -> bool:
-    """Raises: OSError."""
+    """Return whether the file has a 1. Raises: OSError."""
     return _text(file).strip() == "1"
 
 
@@ -191,7 +191,7 @@ def _attribute(file: str) -> str | None:
 
 
 def _is_removable(disk: str, bus: Bus) -> bool:
-    """Whether people plug it: the kernel's flag, or a bus whose disks mostly lack it.
+    """Return whether users plug it: by the kernel's flag, or a bus whose disks mostly lack it.
 
     An SD card's flag is 0; so is an eMMC's, which is soldered on: its type is MMC, not SD.
     """
@@ -201,20 +201,20 @@ def _is_removable(disk: str, bus: Bus) -> bool:
 
 
 def _serial(disk: str) -> str | None:
-    """The serial number where udev gives none: an SD card's, a USB device's."""
+    """Return the serial number where udev reports none: an SD card's, a USB device's."""
     return _attribute(f"{disk}/device/serial") or next(
         (serial for up in _above(disk) if (serial := _attribute(f"{up}/serial"))), None
     )
 
 
 def _above(folder: str) -> Iterator[str]:
-    """The folders above one, nearest first."""
+    """Yield the folders above one, nearest first."""
     while (folder := os.path.dirname(folder)) != "/":
         yield folder
 
 
 def _bus(disk: str) -> Bus:
-    """What the disk is attached to, from the subsystems above it, nearest first.
+    """Return the disk's bus, from the subsystems above it, nearest first.
 
     A SCSI disk may really sit behind USB or ATA, so SCSI is the answer only if nothing else is.
     """
@@ -239,7 +239,7 @@ def _bus(disk: str) -> Bus:
 
 
 def decoded(value: str) -> str:
-    """A text that udev has encoded (`\\x2f` for a slash and so on), as it was.
+    """Decode a text that udev has encoded (`\\x2f` for a slash and so on).
 
     Source: encode_devnode_name in systemd, blkid_encode_string in libblkid.
     """

@@ -1,6 +1,6 @@
-"""Mappings with keys that nobody keeps, over memory: for doctor's trial and for measurements.
+"""Test mappings: over memory, with keys that nobody keeps, for doctor and for measurements.
 
-Each is named for the process that made it, so that the next one knows what a killed one has left.
+A name has the process that made the mapping, so that the next one finds a killed one's leftovers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.kernel import devmapper, keyring, trusted
 from caam_hotplug.kernel.loop import Memory
 from caam_hotplug.model import KeyReference, SecretBytes
-from caam_hotplug.names import Throwaway
+from caam_hotplug.names import TestNames
 
 AddKey = Callable[[str], KeyReference]
-"""The key is in the session keyring under this description."""
+"""Add the key to the session keyring under this description."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encryption:
-    """How a throwaway volume is encrypted: what of a table does not follow from the volume."""
+    """How a test volume is encrypted: the parts of a table that do not follow from the volume."""
 
     cipher: str
     add_key: AddKey
@@ -35,7 +35,7 @@ class Encryption:
 
 
 def logon_key(payload: SecretBytes) -> AddKey:
-    """For a key whose bytes are here, such as a tagged one."""
+    """Return what adds a key whose bytes are here, such as a tagged one."""
 
     def add(description: str) -> KeyReference:
         keyring.add_key("logon", description, payload)
@@ -45,7 +45,7 @@ def logon_key(payload: SecretBytes) -> AddKey:
 
 
 def trusted_key(blob: Trusted, length: int, options: str = "") -> AddKey:
-    """For a key of so many bytes that only the kernel has; `options` are for its trust source."""
+    """Return what loads a key of so many bytes from its blob, with the trust source's options."""
 
     def add(description: str) -> KeyReference:
         trusted.load_trusted(description, blob, options)
@@ -55,11 +55,11 @@ def trusted_key(blob: Trusted, length: int, options: str = "") -> AddKey:
 
 
 @contextmanager
-def mapped(whose: Throwaway, memory: Memory, how: Encryption, count: int = 0) -> Iterator[str]:
-    """The memory is mapped, and its key in no keyring any more; yields the mapping's node.
+def mapped(whose: TestNames, memory: Memory, how: Encryption, count: int = 0) -> Iterator[str]:
+    """Map the memory, unlink its key, and yield the mapping's node.
 
-    `count` tells apart the mappings of one process: one that somebody holds open goes later.
-    Raises: HotplugError. Lane: dm.
+    `count` distinguishes the mappings of one process: one that somebody holds open goes later.
+    Raises: HotplugError. Worker: dm.
     """
     mine = f"{os.getpid()}-{count}" if count else str(os.getpid())
     uuid, name, description = whose.uuid + mine, whose.dm_name + mine, whose.key + mine
@@ -88,20 +88,20 @@ def mapped(whose: Throwaway, memory: Memory, how: Encryption, count: int = 0) ->
 
 
 def _remove(uuid: str, name: str) -> None:
-    if devmapper.find(uuid) is not None:  # else the name is that of another
+    if devmapper.find(uuid) is not None:  # else the name belongs to another mapping
         devmapper.remove(name)
 
 
-def sweep(whose: Throwaway, processes: Path = Path("/proc")) -> list[str]:
-    """No mapping of a process that runs no more is left, nor one of this process.
+def remove_leftovers(whose: TestNames, processes: Path = Path("/proc")) -> list[str]:
+    """Remove the mappings of this process and of those that have ended; return their names.
 
-    Returns the names of those there were. Lane: dm.
+    Worker: dm.
     """
-    swept = []
-    with contextlib.suppress(DmError):  # where there is no device-mapper, none was left
+    removed = []
+    with contextlib.suppress(DmError):  # without device-mapper there are none
         for mapping in devmapper.ours(whose.uuid):
             pid, _, _ = mapping.uuid.removeprefix(whose.uuid).partition("-")
             if pid == str(os.getpid()) or not (processes / pid).exists():
                 devmapper.remove(mapping.name)
-                swept.append(mapping.name)
-    return swept
+                removed.append(mapping.name)
+    return removed

@@ -38,7 +38,7 @@ _NO_ENCRYPTED_KEYS: Final = "the kernel has no encrypted keys: it needs CONFIG_E
 
 
 def load_trusted(description: str, blob: Trusted, options: str = "") -> None:
-    """The blob's key is in the session keyring, as one of type `trusted`.
+    """Load the blob's key into the session keyring, as one of type `trusted`.
 
     `options` go to the trust source, such as `keyhandle=0x81000001` to a TPM. Raises:
     BlobRejectedError if the source does not unseal the blob; KeyringError for anything else.
@@ -48,10 +48,10 @@ def load_trusted(description: str, blob: Trusted, options: str = "") -> None:
 
 
 def load_encrypted(description: str, blob: Encrypted, master: Trusted, options: str = "") -> None:
-    """The blob's key is in the session keyring, as one of type `encrypted`.
+    """Load the blob's key into the session keyring, as one of type `encrypted`.
 
-    Its master was in a keyring of this thread alone, and is there no more: others may use masters
-    of the same description meanwhile. Raises: MasterKeyError if the trust source does not unseal
+    Its master is meanwhile in a keyring of this thread alone: others may use masters of the same
+    description. Raises: MasterKeyError if the trust source does not unseal
     the master; BlobRejectedError if the blob is not of this master; KeyringError.
     """
     keyring.unlink_key(description)
@@ -63,10 +63,10 @@ def load_encrypted(description: str, blob: Encrypted, master: Trusted, options: 
 
 
 def is_offered(kind: KeyType = "trusted") -> bool:
-    """Whether the kernel has keys of this type, which are loaded if they are modules.
+    """Return whether the kernel has keys of this type, which it loads if they are modules.
 
     Nothing loads a module for add_key(2), and dm-crypt's module needs those of the key types that
-    it was built for. Lane: that of mappings.
+    it was built for. Worker: dm.
     """
     if not _has(kind):
         with suppress(DmError):
@@ -83,7 +83,7 @@ def _has(kind: KeyType) -> bool:
 
 
 def seal_trusted(length: int, options: str = "") -> bytes:
-    """A new key of so many bytes that only the kernel has seen, sealed, in hex; in no keyring.
+    """Seal a new key of so many bytes, which only the kernel has; return the blob in hex.
 
     Raises: KeyringError, EINVAL or EPERM if the trust source needs other options. Source:
     keyctl_read(3).
@@ -95,9 +95,9 @@ def seal_trusted(length: int, options: str = "") -> bytes:
 
 
 def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: str = "") -> bytes:
-    """A new key of so many bytes, or the one given, encrypted under the master; in no keyring.
+    """Encrypt a new key of so many bytes, or the given one, under the master; return the blob.
 
-    `options` are the master's. The result is a text that names the master. Raises: MasterKeyError;
+    `options` are the master's. The blob is a text that names the master. Raises: MasterKeyError;
     KeyringError.
     """
     length = key if isinstance(key, int) else len(key)
@@ -108,7 +108,7 @@ def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: 
                 return keyring.read(serial, _NEW)
         with memory.locked(len(head) + 1 + 2 * length) as request:
             request.buffer[: len(head) + 1] = head + b" "
-            for at in range(length):  # a ready-made function would leave a copy
+            for at in range(length):  # a library's function would leave a copy
                 place = len(head) + 1 + 2 * at
                 request.buffer[place] = _DIGITS[key.buffer[at] >> 4]
                 request.buffer[place + 1] = _DIGITS[key.buffer[at] & 15]
@@ -118,7 +118,10 @@ def seal_encrypted(key: int | SecretBytes, master: Trusted, name: str, options: 
 
 @contextmanager
 def _loaded_master(name: str, master: Trusted, options: str = "") -> Iterator[None]:
-    """The master is in this thread's own keyring. Raises: MasterKeyError; KeyringError."""
+    """Load the master into this thread's own keyring for the block.
+
+    Raises: MasterKeyError; KeyringError.
+    """
     own = keyring.KEY_SPEC_THREAD_KEYRING
     try:
         serial = _load_trusted(name, master, options, own)
@@ -134,15 +137,15 @@ def _loaded_master(name: str, master: Trusted, options: str = "") -> Iterator[No
 def _in_own_keyring(
     kind: KeyType, request: bytes | SecretBytes, refusal: Callable[[int], str | None]
 ) -> Iterator[KeySerial]:
-    """The new key is in this thread's own keyring. Raises: KeyringError, in the refusal's words."""
+    """Add a new key to this thread's own keyring for the block. Raises: KeyringError."""
     own = keyring.KEY_SPEC_THREAD_KEYRING
     try:
         serial = keyring.add_key(kind, _NEW, request, own)
     except KeyringError as error:
-        words = refusal(error.errno or 0)
-        if words is None:
+        detail = refusal(error.errno or 0)
+        if detail is None:
             raise
-        raise KeyringError(f"make {kind} key", _NEW, error.errno or 0, words) from error
+        raise KeyringError(f"make {kind} key", _NEW, error.errno or 0, detail) from error
     try:
         yield serial
     finally:
@@ -150,7 +153,7 @@ def _in_own_keyring(
 
 
 def _no_new_trusted(number: int, *, length: int, options: str) -> str | None:
-    """No option is repeated: it may be a password."""
+    """Explain the error without the options: one may be a password."""
     match number:
         case errno.ENODEV:
             return _NO_TRUSTED_KEYS
@@ -180,8 +183,7 @@ def _no_new_encrypted(number: int) -> str | None:
 def _no_given_encrypted(number: int) -> str | None:
     if number == errno.EINVAL:
         return (
-            "the kernel encrypts keys that it is given only with CONFIG_USER_DECRYPTED_DATA, from "
-            "Linux 6.0 on"
+            "the kernel encrypts given keys only with CONFIG_USER_DECRYPTED_DATA, from Linux 6.0 on"
         )
     return _no_new_encrypted(number)
 
@@ -201,7 +203,7 @@ def _refusal_of_trusted(error: KeyringError) -> HotplugError:
                 "the trust source refused the blob: damaged, sealed on another chip, "
                 "or sealed in another security state of this one"
             )
-        case errno.EPERM:  # whatever it is that a TPM objects to
+        case errno.EPERM:  # a TPM's for every refusal
             return BlobRejectedError(
                 "the trust source refused the blob: damaged, sealed by another chip, or "
                 f"{_OPTIONS_WRONG}"

@@ -1,7 +1,7 @@
 """Whether a board's udev rules may keep the agent off a device.
 
-A rule that sets the property is known only by what udev tells of the device, once it has run all
-rules. Where no rule there is does, there is nothing to wait for.
+A rule that sets the property shows only in udev's report of the device, once it has run all rules.
+If no rule sets it, there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from caam_hotplug.kernel import inotify
 log = logging.getLogger(__name__)
 
 _ROOTS: Final = ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib")
-"""Where udevd looks for rules (udev(7)); the last one often leads to the one before."""
+"""udevd's folders of rules (udev(7)); the last one is often a link to the one before."""
 _NAMES: Final = re.compile(
     rb"^(?!\s*#)[^\n]*\b%b\b(?!\}\s*[!=]=)" % names.UDEV_OPT_OUT.encode(), re.MULTILINE
 )
-"""A line that is no comment and names the property, but for whether it has some value."""
+"""A line that is no comment and names the property, except in a comparison."""
 
 
-class OptOuts:
-    """A board's udev rules, of which is known what they do. Synchronization: loop only."""
+class UdevRules:
+    """A board's udev rules, watched for changes. Synchronization: loop only."""
 
     def __init__(self, roots: tuple[str, ...] = _ROOTS) -> None:
         self._directories = {(Path(root) / "udev/rules.d").resolve() for root in roots}
@@ -33,20 +33,20 @@ class OptOuts:
         self._found = False
 
     def close(self) -> None:
-        """Nothing is watched any more."""
+        """Stop watching."""
         for each in self._watched.values():
             each.close()
         self._watched.clear()
 
-    def may_be(self) -> bool:
-        """Whether a rule sets the property, or may. What has not changed is not read again."""
+    def may_opt_out(self) -> bool:
+        """Return whether a rule sets the property, or may. Only changed directories are read."""
         missing = [at for at in self._directories if at not in self._watched and at.is_dir()]
         try:
             for directory in missing:
                 self._watched[directory] = inotify.Directory(directory)
         except OSError as error:
             log.warning(
-                "cannot watch udev's rules: %s; media wait for what udev tells of them",
+                "cannot watch udev's rules: %s; every medium waits until udev has reported it",
                 error.strerror,
             )
             return True
@@ -57,22 +57,25 @@ class OptOuts:
 
 
 def _sets(directory: Path) -> bool:
-    """Whether a rule in the directory sets the property, or cannot be read."""
+    """Return whether a rule in the directory sets the property, or cannot be read."""
     try:
         return any(map(_may_set, directory.glob("*.rules")))
     except OSError as error:
-        return _unreadable(error)
+        return _warn_unreadable(error)
 
 
 def _may_set(file: Path) -> bool:
     try:
         return _NAMES.search(file.read_bytes().replace(b"\\\n", b"")) is not None
-    except FileNotFoundError:  # a link that leads nowhere: udevd passes over it
+    except FileNotFoundError:  # a dangling link, which udevd ignores
         return False
     except OSError as error:
-        return _unreadable(error)
+        return _warn_unreadable(error)
 
 
-def _unreadable(error: OSError) -> bool:
-    log.warning("cannot read udev's rules: %s; media wait for what udev tells of them", error)
+def _warn_unreadable(error: OSError) -> bool:
+    """Log the error; return that a rule may set the property."""
+    log.warning(
+        "cannot read udev's rules: %s; every medium waits until udev has reported it", error
+    )
     return True

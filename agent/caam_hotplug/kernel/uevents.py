@@ -1,4 +1,4 @@
-"""Events of block devices as they come from netlink: the kernel's own, and udev's.
+"""Events of block devices from netlink: the kernel's own, and udev's.
 
 The kernel's message is `ACTION@DEVPATH` and then KEY=VALUE, each ended by a NUL. udev's has a
 header instead of the first of these, which says where the rest begins. Source: kobject_uevent_env
@@ -20,12 +20,12 @@ from typing import Final
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
 _NETLINK_KOBJECT_UEVENT: Final = 15
-"""Of linux/netlink.h; Python has no name for it."""
+"""From linux/netlink.h; Python has no name for it."""
 _SO_RCVBUFFORCE: Final = 33
 _BUFFER: Final = 16 << 20
-"""A storm of media fits in. It takes memory only while it is used."""
+"""Room for a storm of events. It takes memory only while it is used."""
 _EVENT_MAX_BYTES: Final = 8192
-"""As systemd has it; the kernel's own have 2048 and a header (UEVENT_BUFFER_SIZE)."""
+"""systemd's limit; the kernel's own events have 2048 and a header (UEVENT_BUFFER_SIZE)."""
 _UDEV_PREFIX: Final = b"libudev\0"
 _UDEV_HEADER: Final = struct.Struct("=8s4sIII")
 """Prefix, magic, and in bytes: length of the header, where the properties begin, their length."""
@@ -34,7 +34,7 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
 _MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
-"""With both of its NULs: a label may have any other byte."""
+"""With both NULs: a label may have any other byte."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
     struct.pack("=HBBI", *instruction)
@@ -45,19 +45,19 @@ _ONLY_BLOCK: Final = b"".join(
         (0x06, 0, 0, 0),  # leave it
     )
 )
-"""A program for the socket, so that nobody wakes up for a keyboard (bpf.rst,
+"""A filter for the socket, so that a keyboard does not wake the agent (bpf.rst,
 sd_device_monitor_filter_update in systemd's device-monitor.c)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Uevent:
-    """What was told of a block device."""
+    """An event of a block device."""
 
     action: str
     name: str
-    """The kernel's name of the device, as in /sys/class/block."""
+    """The device's kernel name, as in /sys/class/block."""
     properties: Mapping[str, str]
-    """All of them that are text: kernels before 6.4 tell a partition's name in bytes of no encoding
+    """Those that are text: kernels before 6.4 report a partition's name in bytes of no encoding
     (utf16_le_to_7bit in block/partitions/efi.c)."""
 
 
@@ -65,7 +65,7 @@ class Uevents:
     """A socket of events. Synchronization: loop only."""
 
     def __init__(self, group: int, handed: int | None = None) -> None:
-        """`handed`: a socket of this group; ours from now on."""
+        """`handed`: a socket of this group, which this object closes."""
         self._group = group
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
@@ -84,15 +84,15 @@ class Uevents:
         self._socket.setblocking(False)
 
     def fileno(self) -> int:
-        """When it is readable, `read` has something to give."""
+        """Return the descriptor that is readable when `read` has something."""
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Events are no longer received."""
+        """Stop receiving events."""
         self._socket.close()
 
     def read(self, most: int) -> Iterator[Uevent | None]:
-        """Of at most so many events that wait, those of block devices other than mappings.
+        """Read at most so many events; yield those of block devices other than mappings.
 
         None where some were lost (ENOBUFS in netlink(7)), or the end of one.
         """
@@ -110,15 +110,13 @@ class Uevents:
                 continue
             if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
                 continue
-            if self._is_believed(sender, ancillary):
+            if self._is_trusted(sender, ancillary):
                 event = parsed(message)
                 if event is not None:
                     yield event
 
-    def _is_believed(
-        self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]
-    ) -> bool:
-        """Whether it is from the kernel, or from a process of root's; others can send as well."""
+    def _is_trusted(self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]) -> bool:
+        """Return whether the kernel, or a process of root's, has sent it; others can, too."""
         port, group = sender
         if self._group == KERNEL_GROUP:
             return port == 0
@@ -131,7 +129,7 @@ class Uevents:
 
 
 def parsed(message: bytes) -> Uevent | None:
-    """What a message tells of a device; None if it has no form of those that are known."""
+    """Parse a message; return None for an unknown form."""
     if message.startswith(_UDEV_PREFIX):
         if len(message) < _UDEV_HEADER.size:
             return None

@@ -38,13 +38,15 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
 from caam_hotplug.kernel import (
     atomic_files,
+    blkid,
     blob_files,
     device_users,
     disks,
-    filesystem,
     gpt,
     keyring,
     memory,
+    mount,
+    mountinfo,
     sysfs,
     udev,
 )
@@ -193,7 +195,7 @@ class _Partition:
 
 def _require_lasting(directory: Path) -> None:
     """Raises: HotplugError if what is written there does not outlive a power cut."""
-    why = filesystem.why_forgetful(directory)
+    why = mountinfo.why_volatile(directory)
     if why is not None:
         raise HotplugError(
             f"write the journal to {shown(directory)}: {why}, and a power cut would take it away; "
@@ -248,7 +250,7 @@ def _partition_at(node: str, devices: udev.Devices) -> Volume:
 def _identified(volume: Volume) -> Volume:
     if not volume.identified and volume.devtype is DevType.PARTITION:
         with suppress(KernelError):  # a medium that cannot be read is not the one that is meant
-            found = filesystem.identify(volume.node)
+            found = blkid.identify(volume.node)
             return replace(volume, partlabel=found.partlabel, partuuid=found.partuuid)
     return volume
 
@@ -539,13 +541,13 @@ def _filesystem(mapping: Mapping, rule: Rule, through: str) -> str:
     Raises: HotplugError, MountError if there is none: key or settings are not the medium's. What
     a probe finds may be right in what it looks at alone.
     """
-    found = filesystem.probe(mapping.node, rule.mount.filesystems)
+    found = blkid.probe(mapping.node, rule.mount.filesystems)
     if found is None:
         raise HotplugError(
             f"{through} it has no filesystem that rule {rule.name!r} allows, so nothing more is "
             "written to it"
         )
-    filesystem.require_readable(mapping.node, found)
+    mount.require_readable(mapping.node, found)
     return found
 
 

@@ -40,10 +40,10 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import (
+    blkid,
     blob_files,
     device_users,
     disks,
-    filesystem,
     gpt,
     keyring,
     memory,
@@ -184,7 +184,7 @@ def _stage(
 
 
 def _require_blank(wish: Wish, disk: Volume, stage: _Stage) -> None:
-    found = filesystem.recognised(disk.node)
+    found = blkid.known_contents(disk.node)
     if stage is _Stage.ANOTHER:
         found = f"a medium that is not finished, {stage.value}"
     if found is not None and wish.erase is None:
@@ -212,7 +212,7 @@ class _Making:
             return False
         try:
             with self._mapped(entry) as node:
-                return filesystem.probe(node, [self._wish.filesystem]) is not None
+                return blkid.probe(node, [self._wish.filesystem]) is not None
         except (BlobError, BlobRejectedError):
             return False
 
@@ -316,7 +316,7 @@ class _Making:
                 os.fsync(device)
             finally:
                 os.close(device)
-            if filesystem.probe(node, [wish.filesystem]) is None:
+            if blkid.probe(node, [wish.filesystem]) is None:
                 raise HotplugError(
                     f"provision {self._disk.node}: what was written does not read as "
                     f"{wish.filesystem}; is the medium damaged?"

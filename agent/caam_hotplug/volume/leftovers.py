@@ -39,7 +39,7 @@ async def release_leftovers(operations: Operations, uuid: str) -> bool:
 
 
 async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> list[Mapping]:
-    """Remove mount points of ours that nothing is mounted on, and return our mappings.
+    """Remove our mount points that nothing is mounted on, and return our mappings.
 
     The caller adopts or releases the mappings. Raises: DmError if they cannot be listed: without
     them it is not known what is ours.

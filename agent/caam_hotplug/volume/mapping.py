@@ -67,7 +67,7 @@ async def active_mapping(operations: Operations, target: Target) -> AsyncIterato
 
 
 def _as_wanted(existing: Mapping, target: Target) -> bool:
-    """Whether a mapping of ours can be adopted; one without a table is to be made anew.
+    """Whether our mapping can be adopted; one without a table is to be made anew.
 
     Raises: ForeignMappingError for one that does something else.
     """
@@ -126,7 +126,7 @@ async def _make_mapping(operations: Operations, target: Target) -> Mapping | Non
 
 
 def backend_that_made(mapping: Mapping) -> Backend:
-    """Return the kind of key that a mapping of ours decrypts with."""
+    """Return the kind of key that our mapping decrypts with."""
     crypt = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
     kind = "" if crypt is None else crypt.key_description.partition(":")[0]
     return next((form for form, of_it in KEY_TYPES.items() if of_it == kind), "tagged")
@@ -164,7 +164,7 @@ def _remove(operations: Operations, uuid: str) -> Mapping | None:
         kernel.remove_mapping(mapping.name)
     left = kernel.find_mapping(uuid)
     if left is not None:
-        _load_error_table_if_gone(operations, left)  # its holder has opened it since the first look
+        _load_error_table_if_gone(operations, left)  # its holder has opened it meanwhile
     return left
 
 

@@ -20,7 +20,7 @@ class Phase:
     target: Target | None = None
     """Target of the last attempt."""
     has_leftover: bool = False
-    """Whether the kernel may have a mapping or mount of ours that this lifecycle does not hold."""
+    """Whether the kernel may have our mapping or mount, though this lifecycle holds none."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""

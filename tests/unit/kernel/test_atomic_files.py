@@ -14,7 +14,7 @@ from caam_hotplug.kernel import atomic_files
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[int]:
-    """A descriptor of the directory in which files are made."""
+    """Open a directory to make files in."""
     file = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     yield file
     os.close(file)
@@ -55,12 +55,12 @@ def test_a_name_that_is_taken_stays_what_it_is(
 
 
 def fat(file: int, _mode: int) -> None:
-    """What becomes of a mode there (fat_sanitize_mode of the kernel)."""
+    """Change modes as FAT does (fat_sanitize_mode in the kernel)."""
     os.chmod(file, 0o755)
 
 
 def squashed(file: int, mode: int) -> None:
-    """What becomes of root on some network filesystems."""
+    """Change owners as some network filesystems do for root."""
     os.chmod(file, mode)
     os.chown(file, 65534, 65534)
 
@@ -98,7 +98,7 @@ def test_where_there_are_no_second_names_nothing_unsettled_is_left(
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_killed_run_has_left_is_no_hindrance(opened: int, tmp_path: Path) -> None:
+def test_a_killed_runs_temporary_file_is_replaced(opened: int, tmp_path: Path) -> None:
     (tmp_path / ".new.new").write_bytes(b"half")
     atomic_files.write(opened, tmp_path / "new", b"whole", 0o600)
     assert (tmp_path / "new").read_bytes() == b"whole"
@@ -142,7 +142,7 @@ def test_a_file_that_was_taken_back_can_be_made_anew(opened: int, tmp_path: Path
     assert os.listdir(tmp_path) == ["blob"]
 
 
-def test_a_directory_without_room_is_told_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+def test_a_directory_without_room_is_an_error_and_nothing_is_left_in_it(tmp_path: Path) -> None:
     opened = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     with pytest.raises(KernelError, match=r"^write /proc/new: "):
         atomic_files.write(opened, Path("/proc/new"), b"content", 0o600)

@@ -26,7 +26,7 @@ def blob_of(
     object_bytes: int | None = None,
     payload: bytes = bytes(64),
 ) -> bytes:
-    """A tag header and what follows it, as keygen writes them."""
+    """Return a tag header and its blob, as keygen writes them."""
     length = len(payload) if object_bytes is None else object_bytes
     return struct.pack("=5I", magic, version, kind, red_bytes, length) + payload
 
@@ -39,7 +39,7 @@ NO_BLOB = (
 
 
 def refusal(directory: Path, name: str = "cartridge.bb") -> str:
-    """The words with which a blob is refused, without its path."""
+    """Return the words of a blob's refusal, without its path."""
     with pytest.raises(BlobError) as caught:
         blob_files.read(directory, name)
     assert not isinstance(caught.value, BlobMissingError)
@@ -181,7 +181,7 @@ def test_a_directory_that_others_may_write_to_gives_no_blobs(tmp_path: Path) -> 
         blob_files.read(directory, "cartridge.bb")
 
 
-def test_a_blob_that_cannot_be_read_is_refused_with_the_kernels_word() -> None:
+def test_a_blob_that_cannot_be_read_is_refused_with_the_kernels_reason() -> None:
     assert refusal(Path(f"/proc/{os.getpid()}"), "mem") == "Input/output error"
 
 
@@ -192,7 +192,7 @@ UNDER_MASTER = b"default trusted:kmk 64 " + b"5a" * (17 + 64 + 32)
 
 
 def taken(directory: Path, content: bytes, wanted: blobs.Backend | None = None) -> blobs.Blob:
-    """What the file with this content is read as."""
+    """Read a file with this content."""
     (directory / "cartridge.bb").write_bytes(content)
     return blob_files.read(directory, "cartridge.bb", wanted)
 

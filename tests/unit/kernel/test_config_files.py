@@ -16,7 +16,7 @@ STRANGER = 54321
 
 @pytest.fixture
 def folder(roots_folder: Path) -> Path:
-    """The configuration's directory, with a file and a drop-in."""
+    """Make the configuration's directory, with a file and a drop-in."""
     folder = roots_folder / "etc"
     (folder / "rules.d").mkdir(parents=True)
     (folder / "agent.toml").write_text('log_level = "debug"\n')
@@ -25,12 +25,12 @@ def folder(roots_folder: Path) -> Path:
 
 
 def refusals(folder: Path) -> list[str]:
-    """The faults with which the configuration is refused as one to act on."""
+    """Return the faults of the configuration as one to act on."""
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError) as caught:
         loader.load(folder / "agent.toml", RootsFiles())
     assert len(os.listdir("/proc/self/fd")) == before
-    # Whoever only looks may look all the same.
+    # Who only inspects it may read it all the same.
     assert loader.load(folder / "agent.toml", AnyonesFiles()).log_level == "debug"
     return [str(fault) for fault in caught.value.faults]
 
@@ -58,7 +58,7 @@ def test_what_only_root_can_have_written_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_strangers_refuses_the_configuration(folder: Path, part: str) -> None:
+def test_a_component_of_another_user_refuses_the_configuration(folder: Path, part: str) -> None:
     component = folder.parent / part
     os.chown(component, STRANGER, 0)
     assert refusals(folder) == [of_stranger(component)]
@@ -66,7 +66,7 @@ def test_a_part_of_a_strangers_refuses_the_configuration(folder: Path, part: str
 
 @pytest.mark.parametrize("others", [0o020, 0o002])
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_others_may_write_refuses_the_configuration(
+def test_a_component_that_others_may_write_refuses_the_configuration(
     folder: Path, part: str, others: int
 ) -> None:
     component = folder.parent / part
@@ -109,7 +109,7 @@ def test_a_link_above_the_configuration_refuses_it(folder: Path) -> None:
     ]
 
 
-def test_every_part_that_is_wrong_is_told_once(folder: Path) -> None:
+def test_every_wrong_component_is_reported_once(folder: Path) -> None:
     os.chown(folder / "agent.toml", STRANGER, 0)
     (folder / "rules.d").chmod(0o777)
     assert refusals(folder) == [of_stranger(folder / "agent.toml"), writable(folder / "rules.d")]

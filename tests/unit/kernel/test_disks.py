@@ -16,14 +16,14 @@ CHANGED = r"^hold /dev/null: its medium was changed meanwhile; nothing was writt
 
 
 def disk(major: int = 1, minor: int = 3) -> Volume:
-    """What was found at the node."""
+    """Return the disk that was found at the node."""
     number, kind = DeviceNumber(major, minor), DevType.DISK
     return Volume(FOUND, "null", number, kind, Sectors(8), Bus.USB, True, False)
 
 
 @pytest.fixture
 def present(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[VolumeId | None]]:
-    """Its one entry is the medium that is in the disk now."""
+    """Return a list whose one entry is the medium in the disk."""
     now: list[VolumeId | None] = [FOUND]
     monkeypatch.setattr(sysfs, "present_id", lambda _name: now[0])
     yield now

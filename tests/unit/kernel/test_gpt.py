@@ -144,7 +144,7 @@ def test_on_a_disk_without_a_table_nothing_is_renamed(disk: Disk) -> None:
 
 
 def add_a_second(file: int, size: int) -> None:
-    """A copy of the first entry, of the last of its sectors, and one sector less for the first."""
+    """Add a copy of the first entry, over the last of its sectors, and shorten the first by it."""
     import binascii
 
     entries = bytearray(os.pread(file, 128 * 128, 1024))
@@ -161,7 +161,7 @@ def add_a_second(file: int, size: int) -> None:
         os.pwrite(file, header, header_at)
 
 
-def test_a_disk_that_is_too_small_is_told_and_left_alone(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_an_error_and_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "small"
     path.write_bytes(bytes(16384))
     file = os.open(path, os.O_RDWR)

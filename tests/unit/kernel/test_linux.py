@@ -24,7 +24,7 @@ def unmount(host: LinuxKernel) -> None:
 
 
 @pytest.mark.parametrize(("step", "operation"), [(mount, "make mount point"), (unmount, "unmount")])
-def test_a_mount_root_that_is_not_there_is_told_with_operation_subject_and_cause(
+def test_the_error_for_a_missing_mount_root_has_operation_subject_and_cause(
     step: Callable[[LinuxKernel], None], operation: str
 ) -> None:
     with pytest.raises(MountError) as refused:
@@ -32,7 +32,7 @@ def test_a_mount_root_that_is_not_there_is_told_with_operation_subject_and_cause
     assert str(refused.value) == f"{operation} {NOWHERE}/x: No such file or directory"
 
 
-def test_a_mount_root_that_is_a_file_is_told_with_operation_subject_and_cause() -> None:
+def test_the_error_for_a_mount_root_that_is_a_file_has_operation_subject_and_cause() -> None:
     host = LinuxKernel(NOWHERE, Path("/proc/version"))
     with pytest.raises(HotplugError, match=r"^open /proc/version: .* is not a directory"):
         host.our_mount_points()

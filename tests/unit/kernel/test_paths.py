@@ -37,7 +37,7 @@ def test_the_descriptor_stands_for_the_directory_while_it_is_held(tmp_path: Path
     assert open_files() == before
 
 
-def test_a_directory_that_is_not_there_is_told_by_the_kernel(tmp_path: Path) -> None:
+def test_a_missing_directory_is_the_kernels_error(tmp_path: Path) -> None:
     before = open_files()
     with pytest.raises(FileNotFoundError), paths.directory(tmp_path / "no" / "such"):
         pass
@@ -166,7 +166,7 @@ def test_an_empty_directory_of_the_boards_own_is_used_and_stays(tmp_path: Path) 
 
 
 def occupied(root: Path, name: str) -> str:
-    """The words with which a mount point is refused."""
+    """Return the words of a mount point's refusal."""
     before = open_files()
     with pytest.raises(MountPointOccupiedError) as caught, paths.mount_point(root, name):
         pass
@@ -251,7 +251,7 @@ def test_a_mount_root_that_is_not_there_has_no_mount_points_of_ours(tmp_path: Pa
     assert paths.our_mount_points(tmp_path / "media") == []
 
 
-def test_a_directory_that_may_not_be_opened_is_told_with_its_owner_and_what_to_do(
+def test_the_error_for_a_directory_that_may_not_be_opened_has_its_owner_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "caam").mkdir(mode=0o700)

@@ -26,7 +26,7 @@ from caam_hotplug.model import (
 
 
 def encoded(text: str) -> str:
-    """As libblkid encodes a label: plain characters stay, other bytes become `\\xNN`."""
+    """Encode as libblkid does a label: plain characters stay, other bytes become `\\xNN`."""
     plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789#+-.:=@_"
     return "".join(chr(b) if b in plain else f"\\x{b:02x}" for b in text.encode())
 
@@ -64,12 +64,12 @@ def test_bytes_that_are_no_utf8_become_the_replacement_character(value: str) -> 
     assert sysfs.decoded(value) == "a\ufffd"
 
 
-def test_no_volume_sits_at_a_name_that_the_kernel_does_not_know() -> None:
+def test_no_volume_is_at_a_name_that_the_kernel_does_not_know() -> None:
     assert sysfs.present_id("no-such-device") is None
 
 
-class Told:
-    """A device of which the kernel tells a partition's name in bytes of no encoding."""
+class Reported:
+    """A device whose partition's name the kernel reports in bytes of no encoding."""
 
     class properties(dict[str, str]):
         def __getitem__(self, name: str) -> str:
@@ -78,9 +78,9 @@ class Told:
 
 
 def test_a_property_that_is_no_text_hides_no_other_one() -> None:
-    told = Told()
-    told.properties = told.properties(ID_PART_ENTRY_NAME="Donn\xe9es", DISKSEQ="7")  # type: ignore[assignment]
-    assert udev._properties(told) == {"DISKSEQ": "7"}  # type: ignore[arg-type]
+    device = Reported()
+    device.properties = device.properties(ID_PART_ENTRY_NAME="Donn\xe9es", DISKSEQ="7")  # type: ignore[assignment]
+    assert udev._properties(device) == {"DISKSEQ": "7"}  # type: ignore[arg-type]
 
 
 KOBJECT_UEVENT = 15
@@ -114,7 +114,7 @@ def inode(fileno: int) -> int:
     return os.fstat(fileno).st_ino
 
 
-def test_the_service_managers_sockets_are_told_apart_by_their_group(
+def test_the_service_managers_sockets_are_distinguished_by_their_group(
     handed: list[socket.socket],
 ) -> None:
     kernel, from_udev, _ = handed
@@ -140,7 +140,7 @@ def test_devices_listen_on_the_sockets_that_they_were_handed(handed: list[socket
     assert listened == {inode(opened.fileno()) for opened in handed[:2]}
 
 
-def test_a_handed_socket_that_is_not_listened_to_is_closed(handed: list[socket.socket]) -> None:
+def test_a_handed_socket_that_is_not_used_is_closed(handed: list[socket.socket]) -> None:
     found = udev.handed_sockets()
     with closing(udev.Devices("kernel", found)) as devices:
         assert [inode(f) for f in devices.readers()] == [inode(handed[0].fileno())]
@@ -148,20 +148,20 @@ def test_a_handed_socket_that_is_not_listened_to_is_closed(handed: list[socket.s
         os.fstat(found["udev"])
 
 
-class Heard:
-    """A socket of events on which these were told."""
+class Events:
+    """A socket with these events."""
 
     def __init__(self) -> None:
         self.events: list[uevents.Uevent] = []
 
     def read(self, _most: int) -> list[uevents.Uevent]:
-        told, self.events = self.events, []
-        return told
+        events, self.events = self.events, []
+        return events
 
     def close(self) -> None: ...
 
 
-Early = tuple[udev.Devices, Heard, dict[str, Volume]]
+Early = tuple[udev.Devices, Events, dict[str, Volume]]
 
 
 @pytest.fixture
@@ -174,11 +174,11 @@ def early(
     monkeypatch.setattr(sysfs, "announced_at", lambda name, _label: there.get(name))
     monkeypatch.setattr(sysfs, "volume_at", lambda name, *_: there.get(name))
     with closing(udev.Devices("udev")) as devices:
-        told = Heard()
+        kernel_events = Events()
         devices._kernel.close()
-        monkeypatch.setattr(devices, "_kernel", told)
+        monkeypatch.setattr(devices, "_kernel", kernel_events)
         monkeypatch.setattr(devices, "_may_announce", lambda: True)
-        yield devices, told, there
+        yield devices, kernel_events, there
 
 
 def volume(diskseq: int) -> Volume:
@@ -188,24 +188,24 @@ def volume(diskseq: int) -> Volume:
     )  # fmt: skip
 
 
-def test_a_medium_that_is_swapped_before_udev_tells_has_left(
+def test_a_medium_that_is_swapped_before_udev_reports_it_has_left(
     early: Early,
 ) -> None:
-    devices, told, there = early
+    devices, kernel_events, there = early
     there["sda1"] = volume(1)
-    told.events = [uevents.Uevent("add", "sda1", {})]
+    kernel_events.events = [uevents.Uevent("add", "sda1", {})]
     assert devices.read_kernel() == [Announced(volume(1))]
     there["sda1"] = volume(2)
-    told.events = [uevents.Uevent("remove", "sda1", {}), uevents.Uevent("add", "sda1", {})]
+    kernel_events.events = [uevents.Uevent("remove", "sda1", {}), uevents.Uevent("add", "sda1", {})]
     assert devices.read_kernel() == [Disappeared("sda1"), Announced(volume(2))]
 
 
 def test_a_disk_that_is_locked_is_not_served_without_udev_however_long_it_takes(
     early: Early, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices, told, there = early
+    devices, kernel_events, there = early
     there["sda1"] = volume(1)
-    told.events = [uevents.Uevent("add", "sda1", {})]
+    kernel_events.events = [uevents.Uevent("add", "sda1", {})]
     monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 0.0)
     monkeypatch.setattr(device_users, "is_locked", lambda _name: True)
     devices.read_kernel()

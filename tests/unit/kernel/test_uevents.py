@@ -31,10 +31,10 @@ PARTITION = {
 
 
 def message(**changed: bytes) -> bytes:
-    """As the kernel makes it: a header, then the properties."""
-    told = {**PARTITION, **changed}
-    pairs = [f"{name}=".encode() + value for name, value in told.items()]
-    return b"\0".join([told["ACTION"] + b"@" + told["DEVPATH"], *pairs, b""])
+    """Make a message as the kernel does: a header, then the properties."""
+    properties = {**PARTITION, **changed}
+    pairs = [f"{name}=".encode() + value for name, value in properties.items()]
+    return b"\0".join([properties["ACTION"] + b"@" + properties["DEVPATH"], *pairs, b""])
 
 
 BLOCK = 0xF0031DB7
@@ -44,7 +44,7 @@ BLOCK = 0xF0031DB7
 def from_udev(
     magic: bytes = b"\xfe\xed\xca\xfe", subsystem: int = BLOCK, **changed: bytes
 ) -> bytes:
-    """As udevd sends it on: a header, then the properties."""
+    """Make a message as udevd does: a header, then the properties."""
     properties = message(**changed).split(b"\0", 1)[1]
     sizes = struct.pack("=III", 40, 40, len(properties))
     hashes = struct.pack(">IIII", subsystem, 0, 0, 0)
@@ -52,8 +52,8 @@ def from_udev(
 
 
 def test_a_partitions_event_is_read_the_kernels_and_udevs_alike() -> None:
-    for told in (message(), from_udev()):
-        event = parsed(told)
+    for raw in (message(), from_udev()):
+        event = parsed(raw)
         assert event is not None
         assert (event.action, event.name) == ("add", "sda1")
         assert event.properties["PARTNAME"] == "cartridge-01"
@@ -84,26 +84,26 @@ def test_what_udevd_would_not_send_is_no_event(damaged: bytes) -> None:
 
 
 @given(st.binary())
-def test_any_bytes_are_an_event_or_none(told: bytes) -> None:
-    for raw in (told, b"libudev\0\xfe\xed\xca\xfe" + told, message() + told):
-        found = parsed(raw)
+def test_any_bytes_are_an_event_or_none(raw: bytes) -> None:
+    for text in (raw, b"libudev\0\xfe\xed\xca\xfe" + raw, message() + raw):
+        found = parsed(text)
         assert found is None or "/" not in found.name
 
 
 @pytest.mark.parametrize("group", [KERNEL_GROUP, UDEV_GROUP])
-def test_an_event_that_a_process_sends_to_the_agent_alone_is_not_believed(group: int) -> None:
+def test_an_event_that_a_process_sends_to_the_agent_alone_is_not_trusted(group: int) -> None:
     with closing(Uevents(group)) as uevents, netlink() as liar:
         liar.sendto(message() if group == KERNEL_GROUP else from_udev(), (port_of(uevents), 0))
         assert list(uevents.read(8)) == []
 
 
-def test_an_event_of_udevs_is_believed_if_root_has_sent_it_to_all() -> None:
+def test_an_event_of_udevs_is_trusted_if_root_has_sent_it_to_all() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
         udevd.sendto(from_udev(DEVPATH=b"/devices/x/of-a-test"), (0, UDEV_GROUP))
         assert "of-a-test" in {event.name for event in uevents.read(8) if event}
 
 
-def test_udevs_events_of_other_subsystems_do_not_even_wake_anybody() -> None:
+def test_udevs_events_of_other_subsystems_do_not_wake_the_agent() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
         udevd.sendto(from_udev(subsystem=0x12345678), (0, UDEV_GROUP))
         udevd.sendto(from_udev(), (0, UDEV_GROUP))
@@ -143,16 +143,16 @@ def test_the_hash_is_the_one_that_udevd_sends() -> None:
     assert BLOCK in values
 
 
-def test_an_event_of_udevs_that_another_user_has_sent_is_not_believed() -> None:
+def test_an_event_of_udevs_that_another_user_has_sent_is_not_trusted() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents:
         credentials = struct.pack("=iII", 1, 1000, 0)
-        told = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
-        assert not uevents._is_believed((4711, UDEV_GROUP), told)
-        assert not uevents._is_believed((4711, UDEV_GROUP), [])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, credentials)]
+        assert not uevents._is_trusted((4711, UDEV_GROUP), ancillary)
+        assert not uevents._is_trusted((4711, UDEV_GROUP), [])
 
 
 def netlink() -> socket.socket:
-    """A process's own end of the events' netlink."""
+    """Open a socket of the events' netlink."""
     return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 15)
 
 
@@ -169,7 +169,7 @@ def test_a_socket_that_was_handed_over_is_read_without_waiting() -> None:
         assert None not in list(uevents.read(8))
 
 
-def test_lost_events_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_events_are_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Overflown:
         def __init__(self) -> None:
             self.answers: list[Exception] = [OSError(105, "No buffer space"), BlockingIOError()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
-from caam_hotplug.kernel import filesystem, uevents
+from caam_hotplug.kernel import mount, uevents
 from measure.replug import agent as agents
 from measure.replug.agent import Agent
 from measure.replug.medium import Medium, is_mounted
@@ -39,7 +39,7 @@ def cycle(
     Returns: the medium as it is there now, and what was measured. Raises: HotplugError; OSError.
     """
     medium.require_unused(replugger.slot)
-    filesystem.flush(medium.point, f"/dev/{medium.mapping}")
+    mount.flush(medium.point, f"/dev/{medium.mapping}")
     cpu_s = agent.cpu_s
     moments = _pull(medium, watch, replugger)
     settle()

@@ -10,7 +10,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import shown
-from caam_hotplug.kernel import device_users, filesystem, open_files, sysfs
+from caam_hotplug.kernel import device_users, mountinfo, open_files, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
 from measure.machine import read_text
 from measure.replug.slot import Slot
@@ -70,11 +70,11 @@ class Medium:
     def _openers(self) -> Iterator[str]:
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
-        yield from map(str, open_files.look(number, read_text(mapping / "dm/name") or ""))
+        yield from map(str, open_files.search(number, read_text(mapping / "dm/name") or ""))
 
     def _mounts(self) -> Iterator[str]:
         """Mounts inside it, and its own at other places."""
-        mounts, below = filesystem.mounts(), f"{self.point}/"
+        mounts, below = mountinfo.mounts(), f"{self.point}/"
         sources = {mount.source for mount in mounts if mount.point == self.point}
         for mount in mounts:
             is_elsewhere = mount.source in sources and mount.point != self.point
@@ -98,7 +98,7 @@ class Medium:
 
 def is_mounted(point: str) -> bool:
     """Is anything mounted there?"""
-    return any(mount.point == point for mount in filesystem.mounts())
+    return any(mount.point == point for mount in mountinfo.mounts())
 
 
 def _is_ours(point: str) -> bool:

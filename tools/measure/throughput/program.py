@@ -37,8 +37,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     _require_crypt()
     _require_memory(settings)
     memory.refuse_core_dumps()
-    if swept := test_mapping.sweep(names.BENCH):
-        print(f"{NAME}: a killed run had left {', '.join(swept)}; removed", file=sys.stderr)
+    if left := test_mapping.remove_leftovers(names.BENCH):
+        print(f"{NAME}: a killed run had left {', '.join(left)}; removed", file=sys.stderr)
     keyring.join_session_keyring()  # before there are threads
     bench = Bench(settings)
     try:
@@ -46,7 +46,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     finally:
         # What an interrupt has kept from being removed is named for this process.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        test_mapping.sweep(names.BENCH)
+        test_mapping.remove_leftovers(names.BENCH)
 
 
 def _require_crypt() -> None:

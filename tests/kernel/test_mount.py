@@ -1,4 +1,4 @@
-"""Mounting and probing as only the real kernel shows it; the rest is in the contract."""
+"""Mounting as only the real kernel shows it; the rest is in the contract."""
 
 from __future__ import annotations
 
@@ -6,25 +6,19 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
 import pytest
 
-from caam_hotplug.errors import KernelError, MountError, MountPointOccupiedError
-from caam_hotplug.kernel import filesystem
+from caam_hotplug.errors import MountError, MountPointOccupiedError
 from caam_hotplug.model import Mapping
-from fakes.contract import POINT, mapped, mounted, mounts_there, until
+from fakes.contract import POINT, mapped, mounted, mounts_there
 from kernel.real import RealWorld
-from kernel.witness import Medium, loop_medium, run
 
 T = TypeVar("T")
-PARTUUID = "11111111-2222-3333-4444-555555555555"
-LINUX_DATA = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 
 
 def mount(
@@ -45,7 +39,7 @@ def mount(
 
 
 def fields(world: RealWorld) -> tuple[set[str], set[str]]:
-    """The options of the mount and of its superblock, as mountinfo has them."""
+    """Return the options of the mount and of its superblock, as mountinfo has them."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         left, _, right = line.partition(" - ")
         if left.split(" ")[4] == str(world.kernel.mount_root / POINT):
@@ -114,7 +108,7 @@ def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner
         assert WRITTEN in past_the_cache(mapping.node)
 
 
-def test_the_services_capabilities_will_do_to_mount_and_to_let_go(world: RealWorld) -> None:
+def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWorld) -> None:
     point = world.kernel.mount_root / POINT
     with mapped(world) as mapping:
         without_passing_for_others(lambda: mount(world, mapping))
@@ -137,7 +131,7 @@ DAC: Final = 1 << 1 | 1 << 2
 
 
 def without_passing_for_others(act: Callable[[], T]) -> T:
-    """What comes of the act, done with root's capabilities but for DAC (capset(2))."""
+    """Act with root's capabilities but for DAC (capset(2)); return the result."""
 
     def drop_and_act() -> T:
         libc = ctypes.CDLL("libc.so.6", use_errno=True)
@@ -153,7 +147,7 @@ def without_passing_for_others(act: Callable[[], T]) -> T:
 
 
 def past_the_cache(node: str) -> bytes:
-    """All bytes of the device, as its medium has them."""
+    """Read all bytes of the device off its medium."""
     file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     try:
         with mmap.mmap(-1, os.lseek(file, 0, os.SEEK_END)) as room:
@@ -161,82 +155,3 @@ def past_the_cache(node: str) -> bytes:
             return room[:]
     finally:
         os.close(file)
-
-
-def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:
-    for look in (lambda node: filesystem.probe(node, ("ext4",)), filesystem.identify):
-        with pytest.raises(KernelError) as refused:
-            look(str(world.kernel.mount_root / "nothing"))
-        assert refused.value.errno == errno.ENOENT
-
-
-def test_a_medium_in_the_clear_is_identified(world: RealWorld) -> None:
-    with mapped(world) as mapping:
-        run("mkfs.ext4", "-q", "-F", "-L", "LABEL", "-U", PARTUUID, mapping.node)
-        seen = filesystem.identify(mapping.node)
-    assert seen == filesystem.Identity("ext4", "LABEL", PARTUUID)
-
-
-@pytest.mark.usefixtures("nothing_left")
-def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
-    label = "cartridge-ä 01"
-    script = f'label: gpt\nstart=2048, size=4096, uuid={PARTUUID}, name="{label}"\n'
-    with loop_medium(4 << 20) as medium:
-        run("sfdisk", "-q", "--no-tell-kernel", str(medium.file), stdin=script.encode())
-        run("losetup", "-c", medium.device)
-        run("partx", "-a", medium.device)
-        partition = f"{medium.device}p1"
-        until(lambda: os.path.exists(partition))
-        seen = filesystem.identify(partition)
-        bare = replace(world.volume, name=Path(partition).name, identified=False)
-        volume = world.kernel.identify(bare)
-        run("blockdev", "--flushbufs", partition)
-        run("partx", "-d", medium.device)
-    assert seen == filesystem.Identity(
-        None, None, None, partlabel=label, partuuid=PARTUUID, parttype=LINUX_DATA
-    )
-    assert (volume.partlabel, volume.partuuid, volume.parttype, volume.identified) == (
-        label, PARTUUID, LINUX_DATA, True,
-    )  # fmt: skip
-
-
-CIPHERS: Final = {"xts": f"aes-xts-plain64 {'5a' * 64}", "cbc": f"aes-cbc-plain64 {'5a' * 16}"}
-
-
-@contextmanager
-def encrypted(medium: Medium, sector_size: int, cipher: str) -> Iterator[str]:
-    """The medium through dm-crypt, in sectors of this size; yields the mapping's device."""
-    options = f" 1 sector_size:{sector_size}" if sector_size != 512 else ""
-    table = f"0 {medium.sectors} crypt {CIPHERS[cipher]} 0 {medium.device} 0{options}"
-    run("dmsetup", "create", "witness", "--table", table)
-    try:
-        yield "/dev/mapper/witness"
-    finally:
-        run("dmsetup", "remove", "--retry", "witness")
-
-
-@pytest.mark.parametrize("cipher", CIPHERS)
-@pytest.mark.parametrize(
-    ("made", "opened", "sector"), [(4096, 512, 4096), (512, 4096, 512), (512, 4096, 4096)]
-)
-@pytest.mark.parametrize("fat", [12, 16, 32])
-def test_a_vfat_that_is_decrypted_in_other_sectors_than_it_was_made_in_is_none(
-    nothing_left: None, fat: int, made: int, opened: int, sector: int, cipher: str
-) -> None:
-    with loop_medium((4 if fat == 12 else 80) << 20) as medium:
-        with encrypted(medium, made, cipher) as device:
-            run("mkfs.vfat", "-F", str(fat), "-S", str(sector), device)
-            assert filesystem.probe(device, ["vfat"]) == "vfat"
-        with encrypted(medium, opened, cipher) as device:
-            assert filesystem.probe(device, ["vfat"]) is None
-
-
-@pytest.mark.parametrize("tables", [1, 2])
-def test_a_vfat_whose_tables_a_pull_has_left_unlike_is_one(nothing_left: None, tables: int) -> None:
-    with loop_medium(80 << 20) as medium:
-        run("mkfs.vfat", "-F", "16", "-S", "4096", "-f", str(tables), "-R", "2", medium.device)
-        with open(medium.device, "r+b", buffering=0) as file:
-            file.seek(2 * 4096 + 1024)
-            file.write(bytes([0xFF] * 512))  # in the first table only
-            os.fsync(file.fileno())
-        assert filesystem.probe(medium.device, ["vfat"]) == "vfat"

@@ -1,0 +1,93 @@
+"""The mounts of this process's namespace, from /proc/self/mountinfo."""
+
+from __future__ import annotations
+
+import errno
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from caam_hotplug.errors import MountError
+from caam_hotplug.model import DeviceNumber, Mount
+
+_VOLATILE: Final = {"tmpfs", "ramfs"}
+_UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
+
+_MOUNTINFO: Final = Path("/proc/self/mountinfo")
+
+
+def mounts() -> list[Mount]:
+    """Return the mounts of this process's namespace.
+
+    Raises: MountError for a line of an unknown form, which might be a mount of the agent.
+    Source: proc_pid_mountinfo(5).
+    """
+    # Only a newline ends a line: the kernel escapes it in names, but no other line break.
+    lines = _MOUNTINFO.read_bytes().split(b"\n")
+    try:
+        return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
+    except ValueError as error:
+        raise MountError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
+
+
+def why_volatile(path: Path) -> str | None:
+    """Return why files there do not outlive a power cut, or None if they seem to.
+
+    An overlay's upper directory decides for it, which another mount may hide. Raises:
+    MountError. Source: proc_pid_mountinfo(5), overlayfs.rst.
+    """
+    above = {str(path), *map(str, path.parents)}
+    found = []
+    for line in _MOUNTINFO.read_bytes().split(b"\n"):
+        text = line.decode(errors="surrogateescape")
+        if text and parse_mount(text).point in above:
+            found.append(text)
+    nearest = max(found, key=lambda text: len(parse_mount(text).point), default="")
+    kind = parse_mount(nearest).filesystem if nearest else ""
+    if kind in _VOLATILE:
+        return f"that is on {kind}"
+    if kind == "overlay":
+        upper = _UPPER.search(nearest.rpartition(" ")[2])
+        if upper is None or not Path(upper[1]).is_dir():
+            return "that is on an overlay, and where that writes cannot be seen"
+        return why_volatile(Path(upper[1]))
+    return None
+
+
+@lru_cache(maxsize=512)  # the same lines are read again and again
+def parse_mount(line: str) -> Mount:
+    """Parse a line of mountinfo; optional fields end with a lone dash.
+
+    Raises: ValueError with the line for any other form.
+    """
+    left, _, right = line.partition(" - ")
+    fields, of_superblock = left.split(" "), right.split(" ", 2)
+    try:
+        filesystem, source, superblock_options = of_superblock
+        return Mount(
+            number=DeviceNumber.from_text(fields[2]),
+            point=_unescaped(fields[4]),
+            source=_unescaped(source),
+            read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
+            filesystem=filesystem,
+            identity=int(fields[0]),
+        )
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            "expected a line of mountinfo such as '36 35 8:17 / /mnt rw - ext4 /dev/sdb1 rw', "
+            f"found {line[:80]!a}"
+        ) from error
+
+
+_ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
+
+
+def _unescaped(field: str) -> str:
+    """Replace the octal escapes of blank, tab, newline, hash and backslash (seq_escape).
+
+    Any other backslash stands for itself: not every file system escapes its source whole.
+    """
+    raw = field.encode(errors="surrogateescape")
+    plain = _ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), raw)
+    return plain.decode(errors="surrogateescape")
