@@ -9,7 +9,8 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Match
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN
 from caam_hotplug.errors import RequestRefusedError
 from caam_hotplug.model import Volume
 from caam_hotplug.volume.phases import Phase
