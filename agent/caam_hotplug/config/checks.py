@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -14,48 +13,47 @@ from caam_hotplug.config.rules import MountSettings
 
 
 class Check(Protocol):
-    """What is asked of a value that has the right type."""
+    """Condition on a value that has the right type."""
 
     def require(self, value: Any) -> None:
         """Raises: ValueError with what was expected."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Form:
     """A pattern that a whole text must match."""
 
-    pattern: re.Pattern[str]
-    expected: str
-    is_secret: bool = False
-    """Whether the text may hold a password, which no message repeats."""
+    def __init__(self, pattern: str, expected: str, *, is_secret: bool = False) -> None:
+        """`is_secret`: the text may hold a password, so no message repeats it."""
+        self.pattern: Final = re.compile(pattern)
+        self._expected = expected
+        self._is_secret = is_secret
 
     def require(self, value: str) -> None:
         """Raises: ValueError with what was expected."""
         if not self.pattern.fullmatch(value):
-            shown = "" if self.is_secret else f", found {found(value)}"
-            raise ValueError(f"expected {self.expected}{shown}")
+            shown = "" if self._is_secret else f", found {found(value)}"
+            raise ValueError(f"expected {self._expected}{shown}")
 
 
-@dataclass(frozen=True, slots=True)
 class Limits:
     """The least and the greatest value of a whole number."""
 
-    least: int
-    greatest: int
-    expected: str
-    or_zero: bool = False
-    """Whether 0 is allowed below the least value."""
+    def __init__(self, least: int, greatest: int, expected: str, *, or_zero: bool = False) -> None:
+        """`or_zero`: 0 is allowed below the least value."""
+        self.least: Final = least
+        self.greatest: Final = greatest
+        self.or_zero: Final = or_zero
+        self._expected = expected
 
     def require(self, value: int) -> None:
         """Raises: ValueError with what was expected."""
         if not (self.least <= value <= self.greatest or (self.or_zero and value == 0)):
-            raise ValueError(f"expected {self.expected}, found {found(value)}")
+            raise ValueError(f"expected {self._expected}, found {found(value)}")
 
 
-@dataclass(frozen=True, slots=True)
 class AboveZero:
-    """A time that has not passed at once."""
+    """A time above zero, in seconds."""
 
     def require(self, value: float) -> None:
         """Raises: ValueError with what was expected."""
@@ -63,7 +61,6 @@ class AboveZero:
             raise ValueError(f"expected seconds above 0, found {value}")
 
 
-@dataclass(frozen=True, slots=True)
 class AbsolutePath:
     """A path that begins at the root and never goes up."""
 
@@ -74,11 +71,10 @@ class AbsolutePath:
             raise ValueError(f"expected an absolute path without .., found {found(str(value))}")
 
 
-@dataclass(frozen=True, slots=True)
 class FilesystemOptions:
     """For each filesystem, options that fsconfig(2) takes and that do not contradict each other."""
 
-    option: re.Pattern[str]
+    option: Final = re.compile(r"[A-Za-z0-9_.-]+(=[!-~]+)?")
 
     def require(self, value: dict[str, tuple[str, ...]]) -> None:
         """Raises: ValueError with what was expected."""
@@ -97,18 +93,16 @@ class FilesystemOptions:
 
 
 KEY_OPTIONS: Final = Form(
-    re.compile(r"([a-z0-9]+=[A-Za-z0-9:_-]+( [a-z0-9]+=[A-Za-z0-9:_-]+)*)?"),
+    r"([a-z0-9]+=[A-Za-z0-9:_-]+( [a-z0-9]+=[A-Za-z0-9:_-]+)*)?",
     "options such as keyhandle=0x81000001, with values of A-Z a-z 0-9 : _ - and one space between "
     "two of them",
     is_secret=True,
 )
 _CIPHER: Final = Form(
-    re.compile(r"auto|(capi:)?[a-z0-9()_,-]+-[a-z0-9]+(:[a-z0-9]+)?"),
+    r"auto|(capi:)?[a-z0-9()_,-]+-[a-z0-9]+(:[a-z0-9]+)?",
     "a cipher such as capi:tk(cbc(aes))-plain",
 )
-_NAME: Final = Form(
-    re.compile(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*"), "a name of A-Z a-z 0-9 . _ - and spaces"
-)
+_NAME: Final = Form(r"[A-Za-z0-9_][A-Za-z0-9 ._-]*", "a name of A-Z a-z 0-9 . _ - and spaces")
 _SIZE: Final = Limits(0, (1 << 64) - 1, "bytes from 0 on")
 _SECTORS: Final = Limits(0, (1 << 63) - 1, "sectors from 0 on")
 
@@ -126,9 +120,7 @@ CHECKS: Final[dict[str, Check]] = {
     "rule.crypt.cipher": _CIPHER,
     "rule.crypt.offset": _SECTORS,
     "rule.crypt.iv_offset": _SECTORS,
-    "rule.mount.filesystem_options": FilesystemOptions(
-        re.compile(r"[A-Za-z0-9_.-]+(=[!-~]+)?"),
-    ),
+    "rule.mount.filesystem_options": FilesystemOptions(),
 }
 """By the key's path in a file; `rule` stands for each of the rules."""
 

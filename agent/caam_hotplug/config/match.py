@@ -1,4 +1,4 @@
-"""What a volume must be for a rule to match it: globs, buses, sizes."""
+"""Conditions on a volume for a rule to match it: globs, buses, sizes."""
 
 from __future__ import annotations
 
