@@ -95,7 +95,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l erase -x -d
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l dry-run -d 'check everything, print the steps, and change nothing'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_devices)" -d 'the whole disk, such as /dev/sdb'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a key -d 'make, list and look at the keys of this board'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a key -d 'make, list and inspect the keys of this board'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caam_hotplug_npos -eq 0' -a create -d 'make a key that only the CAAM knows; no medium is touched'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key create' -s h -l help -d 'show this help message and exit'
@@ -117,7 +117,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caa
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key list' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key list' -l json -d 'for programs'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key list' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caam_hotplug_npos -eq 0' -a inspect -d 'show what a blob says of itself; nothing of it is secret'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using key; and test $_shtab_caam_hotplug_npos -eq 0' -a inspect -d 'show a blob'"'"'s header; none of it is secret'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key inspect' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key inspect' -l json -d 'for programs'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using key inspect; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d FILE

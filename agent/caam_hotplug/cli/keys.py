@@ -39,7 +39,7 @@ def add_to(commands: _Commands, add_config: _AddConfig, load: _Load) -> None:
     """Add the command `key`."""
     key = commands.add_parser(
         "key",
-        help="make, list and look at the keys of this board",
+        help="make, list and inspect the keys of this board",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,7 +91,7 @@ def _add_reading(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
 
     inspect = verbs.add_parser(
         "inspect",
-        help="show what a blob says of itself; nothing of it is secret",
+        help="show a blob's header; none of it is secret",
         epilog="example:\n  caam-hotplug key inspect /data/caam/cartridge-01.bb",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -219,7 +219,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
         return 0
     print(f"{shown(file)}: {_KINDS[type(blob)]}")
     for name, value in facts.items():
-        print(f"  {name:<10}  {'not told' if value is None else shown(value)}")
+        print(f"  {name:<10}  {'not in the blob' if value is None else shown(value)}")
     return 0
 
 

@@ -199,7 +199,7 @@ def _reload_agent() -> list[str]:
         async def reload(agent: client.Remote) -> None:
             notices.extend(await agent.reload(_RELOAD_WITHIN_S))
 
-        client.run("tell the agent of the rule", reload)
+        client.run("have the agent read the rule", reload)
     except (ImportError, HotplugError) as error:
         return [
             f"{error}; an agent reads the rule at its start, or by systemctl reload caam-hotplug"

@@ -19,7 +19,7 @@ from caam_hotplug.provisioning.options import MigrateOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationPlan:
-    """What is to be done, and everything that was found."""
+    """The steps to take, and everything that they rely on."""
 
     options: MigrateOptions
     directory: Path

@@ -26,7 +26,7 @@ from caam_hotplug.provisioning.provision_stage import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvisionPlan:
-    """What is to be done, and everything that was found."""
+    """The steps to take, and everything that they rely on."""
 
     options: ProvisionOptions
     blob_directory: Path
