@@ -206,6 +206,47 @@ def test_a_blob_that_is_replaced_after_the_plan_was_made_is_not_used(
     assert begun.read_bytes() == before
 
 
+def test_a_recovery_file_that_is_replaced_after_the_plan_was_made_is_not_used(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+
+    def replaced(*_arguments: object, **_more: object) -> None:
+        file.unlink()
+        planted(workshop, file)
+
+    workshop.blobs.rmdir()
+    monkeypatch.setattr(temporary_mapping, "try_method", replaced)
+    before = medium.read_bytes()
+    with pytest.raises(HotplugError, match=f"use {file}: it was replaced meanwhile; try again"):
+        workshop.make(medium, recovery_file=file)
+    assert (medium.read_bytes(), list(workshop.blobs.iterdir())) == (before, [])
+
+
+def test_files_that_appear_after_the_plan_was_made_are_not_overwritten(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
+
+    def appearing(file: Path) -> object:
+        def write(*_arguments: object, **_more: object) -> None:
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            file.write_bytes(b"whatever it is")
+
+        return write
+
+    for file in (workshop.blob, workshop.recovery, rule):
+        with monkeypatch.context() as planning:
+            planning.setattr(temporary_mapping, "try_method", appearing(file))
+            with pytest.raises(HotplugError, match=f"{file}:? (it )?exists, and "):
+                workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
+        assert file.read_bytes() == b"whatever it is"
+        file.unlink()
+    workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
+    assert workshop.identity(medium).name == LABEL
+
+
 ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
 DECIDING = {
     "cipher": ("and would not open the medium, which has another cipher;", ALL),
