@@ -1,4 +1,4 @@
-"""Media that go to other keys beside the agent, which lets them go before and mounts them after."""
+"""Media move to other keys beside the agent, which releases them before and mounts them after."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ POINT = f"/run/media/{LABEL}"
 
 def documented(words: str) -> str:
     """The command of docs/migrate.md with these words. Raises: ValueError if not one has them."""
-    (command,) = [each for each in commands("docs/migrate.md") if f" {words}" in each]
+    is_dry = "--dry-run" in words
+    (command,) = [
+        each
+        for each in commands("docs/migrate.md")
+        if f" {words}" in each and ("--dry-run" in each) is is_dry
+    ]
     return command
 
 
@@ -56,14 +61,16 @@ async def is_whole(guest: Guest) -> None:
 
 
 @pytest.mark.usefixtures("archive")
-async def test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key(
+async def test_a_medium_is_released_moved_and_mounted_again_by_its_new_key(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     busy = await guest.sh(documented("--to trusted"), check=False)
     assert busy.returncode == 1
     assert f"caam-{LABEL}-" in busy.stderr
-    assert "let it go with `caam-hotplug lock /dev/sda1`" in busy.stderr
+    assert "release it with `caam-hotplug lock /dev/sda1`" in busy.stderr
     await guest.sh(documented("lock archive-01"))
+    planned = await guest.sh(documented("--to trusted --dry-run"), timeout_s=300)
+    assert planned.stdout.endswith("nothing was changed\n")
     done = await guest.sh(documented("--to trusted"), timeout_s=300)
     assert done.stdout.startswith(f"/dev/sda1: {LABEL} is under a trusted key")
     assert "stays so until `caam-hotplug unlock archive-01`" in done.stderr

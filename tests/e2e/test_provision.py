@@ -27,7 +27,12 @@ def blank(folder: Path, name: str = "blank.img", mib: int = 64) -> Path:
 
 def documented(words: str) -> str:
     """The command of docs/provision.md that has these words. Raises: ValueError if not one has."""
-    (command,) = [each for each in commands("docs/provision.md") if words in each]
+    is_dry = "--dry-run" in words
+    (command,) = [
+        each
+        for each in commands("docs/provision.md")
+        if words in each and ("--dry-run" in each) is is_dry
+    ]
     return command
 
 
@@ -92,6 +97,10 @@ async def test_a_medium_that_holds_something_is_erased_for_the_running_agent(
     )
     assert refused.returncode == 1
     assert "it holds a partition table (gpt)" in refused.stderr
+    planned = await guest.sh(documented("--dry-run"))
+    assert "- erase /dev/sdb, which holds a partition table (gpt)" in planned.stdout
+    assert planned.stdout.endswith("nothing was changed\n")
+    await guest.run("test", "!", "-e", "/data/caam/cartridge-01.bb")
     await guest.sh(documented("cartridge-01 --erase sdb"))
     await guest.until_mounted("/run/media/cartridge-01")
 

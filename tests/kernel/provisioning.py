@@ -1,7 +1,7 @@
 """A workbench on which media are made: a disk, a blob directory, a configuration, and the command.
 
 The command runs in a process forked from the tests', as the agent does in `kernel/forked.py`, and
-can be killed after each of its calls. What it has made is looked at with the board's own tools.
+can be killed after each of its calls. Tests read what it has made with the board's own tools.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _METHODS: Final = (
 )  # fmt: skip
 
 
+TRIED: Final = ("ioctl", "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm remove")
+"""The table is tried with a key that nobody keeps."""
 CALLS: Final = (
-    # the table is tried with a key that nobody keeps
-    "ioctl", "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm remove",
+    *TRIED,
     # the blob
     "mkdir", "fsync", "ioctl", "fsync", "link", "fsync",
     # the mark, after which the blob is settled
@@ -56,7 +57,7 @@ CALLS: Final = (
     # the label
     "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
-"""Those that change something, in their order."""
+"""The calls that change something, in their order."""
 RECOVERY_CALLS = ("fsync", "link", "fsync")
 """With a recovery file, before the blob is made."""
 RECOVERY_SETTLED = ("unlink", "fsync")
@@ -100,18 +101,18 @@ class Done:
 class Process:
     """The command while it runs."""
 
-    def __init__(self, pid: int, told: list[int]) -> None:
+    def __init__(self, pid: int, reading: list[int]) -> None:
         self.pid = pid
-        self._told = told
+        self._reading = reading
         self._ended = False
 
     def ended(self) -> Done:
-        """It has ended, and udev has heard of it."""
+        """Wait for its end, and for udev."""
         texts = []
-        for end in self._told:
+        for end in self._reading:
             with open(end, "rb") as file:
                 texts.append(file.read().decode())
-        self._told = []
+        self._reading = []
         _, status = os.waitpid(self.pid, 0)
         self._ended = True
         run("udevadm", "settle")
@@ -119,12 +120,12 @@ class Process:
         return Done(os.waitstatus_to_exitcode(status), out, err, calls.splitlines())
 
     def kill(self) -> None:
-        """Nothing of it is left."""
+        """Kill it if it still runs."""
         if not self._ended:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self._ended = True
-        for end in self._told:
+        for end in self._reading:
             os.close(end)
 
 
@@ -168,11 +169,11 @@ class Bench:
             os.close(file)
 
     def provision(self, *more: str, stop: Stop | None = None) -> Done:
-        """`provision` of the disk under the label has ended."""
+        """Run `provision` for the disk and the label."""
         return self.run("provision", self.node, "--label", LABEL, *more, stop=stop)
 
     def run(self, *arguments: str, stop: Stop | None = None, user: int = 0) -> Done:
-        """The command has ended, and udev has heard of it."""
+        """Run the command, and wait for udev."""
         with self.started(*arguments, stop=stop, user=user) as process:
             return process.ended()
 
@@ -186,8 +187,8 @@ class Bench:
         pid = os.fork()
         if pid == 0:
             os.setresuid(user, user, user)
-            told = [end[1] for end in ends[:3]]
-            self._be_the_command(list(arguments), told, ends[3][0], stop)
+            writing = [end[1] for end in ends[:3]]
+            self._be_the_command(list(arguments), writing, ends[3][0], stop)
         for number, (reading, writing) in enumerate(ends):
             os.close(reading if number == 3 else writing)
         process = Process(pid, [end[0] for end in ends[:3]])
@@ -202,14 +203,14 @@ class Bench:
     ) -> None:
         code = 70
         try:
-            out, err, told = ends
+            out, err, calls = ends
             os.dup2(out, 1)
             os.dup2(err, 2)
             sys.settrace(None)
             threading.settrace(None)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  for good
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-            Watch(told, go, stop, _FUNCTIONS, _METHODS).install()
+            Watch(calls, go, stop, _FUNCTIONS, _METHODS).install()
             if arguments[:2] != ["key", "inspect"]:
                 arguments += ["--config", str(self.config)]
             with _measured():
@@ -314,7 +315,7 @@ def unchanged(bench: Bench) -> Iterator[None]:
 
 
 def refused(bench: Bench, *arguments: str, user: int = 0) -> str:
-    """What is said of a command that changes nothing, in one line."""
+    """Return the one-line message of a command that changes nothing."""
     with unchanged(bench):
         done = bench.run("provision", *arguments, user=user)
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1), done

@@ -35,13 +35,19 @@ MEDIA: Final = 5
 
 READ: Final = ("fsopen", *["fsconfig"] * 4)
 """The filesystem is read, and nothing is written."""
-BEGIN: Final = (
+THROUGH_OLD: Final = ("dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume")
+SEALED: Final = ("add_key", "keyctl_unlink")
+"""A new key is sealed and forgotten."""
+LOADED: Final = ("dm create", "add_key", "dm load", "keyctl_unlink")
+PLANNED: Final = (
     # the medium through its old key
-    "dm create", "ioctl", "add_key", "dm load", "keyctl_unlink", "dm resume", *READ,
-    # the new key, which is sealed and forgotten
-    "add_key", "keyctl_unlink",
-    # the medium through that
-    "dm create", "add_key", "dm load", "keyctl_unlink", "dm resume",
+    *THROUGH_OLD, *READ, "dm remove",
+    # the new kind of key is tried with one that nobody keeps
+    *SEALED, *LOADED, "dm remove",
+)  # fmt: skip
+BEGIN: Final = (
+    *PLANNED,
+    *SEALED, *THROUGH_OLD, *LOADED, "dm resume",
     # the journal, the mark
     "fsync", "renameat2", "fsync", "fdatasync", "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
@@ -60,6 +66,8 @@ END: Final = (
 CALLS: Final = BEGIN + PIECES * PIECE + END
 """Those that change something, in their order."""
 HALF: Final = len(BEGIN) + 3 * len(PIECE)
+UNDER_MASTER: Final = 2
+"""Of an encrypted key: how many calls more each sealing, and each loading, takes."""
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +165,7 @@ def files(bench: Bench) -> set[str]:
 
 
 def refused(bench: Bench, *arguments: str, user: int = 0) -> str:
-    """What is said of a command that changes nothing, in one line."""
+    """Return the one-line message of a command that changes nothing."""
     with unchanged(bench):
         done = bench.run("migrate", *arguments, user=user)
     assert (done.status, done.out, done.err.count("\n")) == (1, "", 1), done
@@ -229,8 +237,9 @@ def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key_each_wit
     assert not list(bench.folder.glob(".*"))
 
 
-RECOVERED_BEGIN: Final = BEGIN.index("fsopen") + len(READ) + len(("fsync", "link", "fsync"))
+RECOVERED: Final = len(PLANNED) + 2 * UNDER_MASTER + len(("fsync", "link", "fsync"))
 """The calls after which a recovery file is there, and nothing that relies on it."""
+HALF_UNDER_MASTER: Final = HALF + 4 * UNDER_MASTER
 
 
 def test_killed_with_a_recovery_file_only_the_next_run_uses_its_key_and_later_ones_only_with_it(
@@ -241,11 +250,11 @@ def test_killed_with_a_recovery_file_only_the_next_run_uses_its_key_and_later_on
     made = bench.run("key", "create", MASTER, "--backend", "trusted", "--key-bytes", "64")
     assert made.status == 0, made.err
     to_master = ("--to", "encrypted", "--master", MASTER)
-    stop = Stop(RECOVERED_BEGIN, kill_self)
+    stop = Stop(RECOVERED, kill_self)
     killed = bench.run("migrate", LABEL, *to_master, *with_file, stop=stop)
     assert (killed.status, file.exists()) == (-signal.SIGKILL, True)
     written = file.read_bytes()
-    stop = Stop(HALF, kill_self)
+    stop = Stop(HALF_UNDER_MASTER, kill_self)
     killed = bench.run("migrate", LABEL, *to_master, *with_file, stop=stop)
     assert killed.status == -signal.SIGKILL
     assert f"begun with --recovery-key {file}" in refused(
@@ -332,7 +341,25 @@ def done_to(bench: Bench, to: str) -> Done:
     return done
 
 
-def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> None:
+def test_a_dry_run_checks_everything_and_changes_nothing(bench: Bench) -> None:
+    with unchanged(bench):
+        done = migrate(bench, "--dry-run")
+    assert done.status == 0, done.err
+    assert tuple(done.calls) == PLANNED
+    heading, *steps, end = done.out.splitlines()
+    assert heading.endswith(
+        f"{LABEL} would move from a tagged key to a trusted key in these steps:"
+    )
+    assert f"- keep the old blob as {bench.blob}.tagged" in steps
+    assert end == "nothing was changed"
+    half_moved(bench)
+    with unchanged(bench):
+        again = migrate(bench, "--dry-run")
+    assert "- go on by " in again.out, again.err
+    assert migrate(bench).status == 0
+
+
+def test_a_senseless_migration_is_refused_and_changes_nothing(bench: Bench) -> None:
     disk, to = bench.medium.disk.name, ("--to", "trusted")
     assert "it is a whole disk" in refused(bench, bench.node, *to)
     assert "no partition has this label" in refused(bench, "other", *to)
@@ -367,7 +394,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(bench: Bench) -> Non
         ("crypt = { iv_offset = 1 }", "mount /dev/dm-"),
     ],
 )
-def test_a_rule_that_would_not_open_the_medium_afterwards_is_told(
+def test_a_rule_that_would_not_open_the_medium_afterwards_is_refused(
     bench: Bench, rule: str, said: str
 ) -> None:
     whole = bench.config.read_text()
@@ -376,7 +403,9 @@ def test_a_rule_that_would_not_open_the_medium_afterwards_is_told(
     bench.config.write_text(whole)
 
 
-def test_a_journal_that_a_power_cut_takes_away_is_none(bench: Bench, tmp_path: Path) -> None:
+def test_a_directory_that_does_not_outlive_a_power_cut_is_refused(
+    bench: Bench, tmp_path: Path
+) -> None:
     forgetful = Path("/run/forgetful")
     forgetful.mkdir(mode=0o700)
     (forgetful / bench.blob.name).write_bytes(bench.blob.read_bytes())
@@ -387,7 +416,7 @@ def test_a_journal_that_a_power_cut_takes_away_is_none(bench: Bench, tmp_path: P
     forgetful.rmdir()
 
 
-def test_where_an_overlay_keeps_a_journal_cannot_be_told(bench: Bench) -> None:
+def test_an_overlay_whose_writes_cannot_be_seen_is_refused(bench: Bench) -> None:
     hidden = Path("/opt/hidden")
     hidden.mkdir(mode=0o700)
     (hidden / bench.blob.name).write_bytes(bench.blob.read_bytes())
@@ -457,7 +486,7 @@ def test_a_disk_without_gpt_is_refused(bench: Bench) -> None:
     assert "its disk has no GPT" in refused(bench, bench.medium.partition, "--to", "trusted")
 
 
-def test_what_is_half_moved_is_gone_on_with_as_it_was_begun_or_not_at_all(bench: Bench) -> None:
+def test_a_half_moved_medium_goes_on_as_it_was_begun_or_not_at_all(bench: Bench) -> None:
     before = plain(bench)
     half_moved(bench)
     trusted_key = ("--to", "trusted")

@@ -14,20 +14,42 @@ import pytest
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import disks, mkfs
 from kernel import witness
-from kernel.provisioning import CALLS, LABEL, Bench, opened_on_a_pc, refused
+from kernel.provisioning import CALLS, LABEL, TRIED, Bench, opened_on_a_pc, refused, unchanged
 from kernel.witness import Board, run
 
 
 def test_a_blank_medium_is_made_and_nothing_is_left_but_medium_and_blob(bench: Bench) -> None:
     done = bench.provision()
-    assert (done.status, done.err) == (0, "note: no rule matches it (built-in: bus is scsi, not "
-                                          "usb, mmc); the same command with --rule writes one that "
-                                          "does\n")  # fmt: skip
-    assert done.out == (f"{bench.medium.partition}: {LABEL} is made; its key is in {bench.blob}\n")
+    assert (done.status, done.err) == (
+        0,
+        "note: no rule matches it (built-in: bus is scsi, not usb, mmc); the same command with "
+        "--rule writes one that does\n",
+    )
+    assert done.out == f"{bench.medium.partition}: {LABEL} is made; its key is in {bench.blob}\n"
     bench.is_made()
     assert oct(bench.blob.stat().st_mode) == oct(0o100600)
     assert oct(bench.blobs.stat().st_mode) == oct(0o40700)
     assert tuple(done.calls) == CALLS
+
+
+def test_a_dry_run_checks_everything_and_changes_nothing(bench: Bench) -> None:
+    run("mkfs.ext4", "-q", "-F", bench.node)
+    file, erase = bench.folder / "recovery", ("--erase", bench.medium.disk.name)
+    options = ("--recovery-key", str(file), "--rule", "--dry-run")
+    said = refused(bench, bench.node, "--label", LABEL, *options)
+    assert "it holds ext4 (a filesystem, or a header)" in said
+    with unchanged(bench):
+        done = bench.provision(*options, *erase)
+    assert (done.status, tuple(done.calls)) == (0, TRIED), done.err
+    heading, *steps, end = done.out.splitlines()
+    assert heading == f"{bench.node}: {LABEL} would be made in these steps:"
+    assert f"- make a key of 16 bytes, and write it to {file}" in steps
+    assert f"- seal the key as a tagged key, and write {bench.blob}" in steps
+    assert f"- erase {bench.node}, which holds ext4 (a filesystem, or a header)" in steps
+    assert f"- write the rule to {bench.folder}/rules.d/{LABEL}.toml" in steps
+    assert end == "nothing was changed"
+    assert bench.provision(*erase).status == 0
+    bench.is_made()
 
 
 CHOICES = {
@@ -60,7 +82,7 @@ def test_a_rule_is_written_once_and_says_what_the_medium_has(bench: Bench) -> No
     assert "the built-in one no longer applies" in done.err
     assert rule.stat().st_mode == 0o100644
     explained = bench.run("explain", bench.medium.partition)
-    assert f"rule '{LABEL}' matches it" in explained.out
+    assert f"rule '{LABEL}' admits it" in explained.out
     again = bench.provision(*options)
     assert (again.status, "was made before" in again.out) == (0, True), again.err
     other = bench.provision("--rule")
@@ -230,7 +252,7 @@ def test_a_blob_directory_that_others_may_write_to_is_refused(bench: Bench) -> N
     assert "can be written by others" in refused(bench, bench.node, "--label", LABEL)
 
 
-def test_who_is_not_root_is_refused(bench: Bench) -> None:
+def test_users_other_than_root_are_refused(bench: Bench) -> None:
     said = refused(bench, bench.node, "--label", LABEL, user=65534)
     assert said.endswith(f"provision {bench.node}: it needs to be root; use sudo\n")
 
@@ -269,7 +291,7 @@ def test_a_label_under_another_key_counts_as_another_medium(bench: Bench) -> Non
     assert "it holds a partition table (gpt)" in refused(bench, bench.node, "--label", LABEL)
 
 
-def test_a_program_that_fails_is_told_with_its_words(bench: Bench, tmp_path: Path) -> None:
+def test_a_program_that_fails_is_reported_with_its_message(bench: Bench, tmp_path: Path) -> None:
     broken = tmp_path / "mkfs"
     broken.write_text("#!/bin/sh\necho 'no good' >&2\nexit 3\n")
     broken.chmod(0o755)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from unit.workshop import Workshop, prepared
+from unit.workshop import MigrationWorkshop, Workshop, prepared, prepared_to_migrate
 
 settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("unit")
@@ -30,3 +30,9 @@ def roots_folder() -> Iterator[Path]:
 def workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Where media are made of images."""
     return prepared(roots_folder, monkeypatch)
+
+
+@pytest.fixture
+def migration_workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
+    """Where migrations of images are planned."""
+    return prepared_to_migrate(roots_folder, monkeypatch)

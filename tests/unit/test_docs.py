@@ -76,9 +76,10 @@ BY_TESTS: Final = {
     "tests/e2e/test_tpm.py::test_a_master_of_the_tpms_serves_media_without_a_rule": [
         "caam-hotplug key create board --backend trusted --key-options keyhandle=0x81000001",
     ],
-    "tests/e2e/test_migrate.py::test_a_medium_is_let_go_moved_and_mounted_again_by_its_new_key": [
+    "tests/e2e/test_migrate.py::test_a_medium_is_released_moved_and_mounted_again_by_its_new_key": [
         "caam-hotplug lock archive-01",
         "caam-hotplug migrate archive-01 --to trusted",
+        "caam-hotplug migrate archive-01 --to trusted --dry-run",
         "caam-hotplug unlock archive-01",
         "caam-hotplug migrate archive-01 --to encrypted --master board "
         "--recovery-key /root/archive-01.recovery",
@@ -138,6 +139,7 @@ BY_TESTS: Final = {
     "test_a_medium_that_holds_something_is_erased_for_the_running_agent": [
         "caam-hotplug provision /dev/sdb --label cartridge-01",
         "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb",
+        "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb --dry-run",
     ],
     "tests/e2e/test_replug.py::"
     "test_a_stick_goes_and_comes_and_its_figures_tell_nothing_of_whose_it_is": [

@@ -10,15 +10,16 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import pytest
 
-from caam_hotplug.cli import provision as command
 from caam_hotplug.config import loader
+from caam_hotplug.formats.blobs import Backend, Blob
 from caam_hotplug.kernel import (
-    blob_files,
     caam,
     config_files,
     device_users,
@@ -26,19 +27,36 @@ from caam_hotplug.kernel import (
     gpt,
     keyring,
     memory,
+    mount,
+    mountinfo,
     udev,
 )
+from caam_hotplug.keys import store
 from caam_hotplug.keys.sealing import SealMethod
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,
     DevType,
+    Mapping,
     SecretBytes,
     Sectors,
     Volume,
     VolumeId,
 )
-from caam_hotplug.provisioning import options, provision, temporary_mapping
+from caam_hotplug.provisioning import (
+    marked_partition,
+    medium_blocks,
+    migrate,
+    migration_journal,
+    provision,
+    rule_file,
+    temporary_mapping,
+    volume_lookup,
+)
+from caam_hotplug.provisioning.migration_plan import MigrationPlan
+from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
+from caam_hotplug.provisioning.provision_plan import ProvisionPlan
+from caam_hotplug.provisioning.reencryption import Record
 
 LABEL: Final = "cartridge-01"
 _MAGIC: Final = 0x5461674F
@@ -56,7 +74,7 @@ class Workshop:
         self.config_file = folder / "agent.toml"
         self.config_file.write_text(f'blob_directory = "{self.blobs}"\n')
         self.steps: list[str] = []
-        """The steps that were told of."""
+        """The steps that were reported."""
 
     def medium(self, name: str = "blank.img") -> Path:
         """An image that was never written to."""
@@ -64,20 +82,38 @@ class Workshop:
             file.truncate(_BYTES)
         return self.folder / name
 
-    def make(self, medium: Path, **more: Any) -> provision.Made:
-        """`provision` of the medium. `more`: fields of the wish, and options of the rule."""
+    def options(self, medium: Path, **more: Any) -> ProvisionOptions:
+        """The options of `provision` for the medium. `more`: fields, and options of the rule."""
         choices = {k: more.pop(k) for k in ("cipher", "sector_size") if k in more}
-        label = more.pop("label", LABEL)
-        rule, text = command.rule_for(label, **choices)
-        wished = options.Wish(
+        rule, text = rule_file.rule_for(more.pop("label", LABEL), **choices)
+        return ProvisionOptions(
             device=str(medium),
             rule=rule,
             rule_text=text,
             config_file=self.config_file,
             **{"key_bytes": 16, "method": SealMethod(backend="tagged"), **more},
         )
-        loaded = loader.load(self.config_file, config_files.RootsFiles())
-        return provision.provision(wished, loaded, self.steps.append, self.announce)
+
+    def config(self) -> loader.Config:
+        """The configuration as it is in its files now."""
+        return loader.load(self.config_file, config_files.RootsFiles())
+
+    def make(self, medium: Path, **more: Any) -> provision.ProvisionResult:
+        """`provision` the medium. `more`: as for `options`."""
+        options = self.options(medium, **more)
+        return provision.provision(options, self.config(), self.steps.append, self.announce)
+
+    def plan(self, medium: Path, **more: Any) -> ProvisionPlan:
+        """`provision --dry-run` of the medium. `more`: as for `options`."""
+        options = self.options(medium, **more)
+        return provision.dry_run(options, self.config(), self.steps.append)
+
+    def contents(self) -> dict[str, tuple[int, bytes]]:
+        """Everything in the folder: modes, and the files' bytes."""
+        return {
+            str(path): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+            for path in self.folder.rglob("*")
+        }
 
     def drop_in(self, name: str, text: str = "") -> Path:
         """A file of that name among the rules, which is there if it has a text."""
@@ -141,15 +177,73 @@ def _blob(_device: Path, seal: str, key: int | SecretBytes) -> bytes:
     return struct.pack("=5I", _MAGIC, 0, kind, len(wrapped), len(content)) + content
 
 
+class _File(Mapping):
+    """A mapping whose name is the file that stands for it."""
+
+    @property
+    def node(self) -> str:
+        return self.name
+
+
 @contextmanager
-def _mapped(self: Any, entry: gpt.Entry) -> Iterator[str]:
-    file: Path = self._folder.file(self._wish.label)
-    key = hashlib.sha256(blob_files.read(file.parent, file.name).content).hexdigest()[:8]
-    plain = Path(f"{self._disk.node}.{key}")
+def _through_key(
+    hold: disks.Held, _purpose: str, entry: gpt.Entry, *, blob: Blob, **_more: Any
+) -> Iterator[Mapping]:
+    """A file for each key stands for the partition under that key."""
+    key = hashlib.sha256(blob.content).hexdigest()[:8]
+    plain = Path(f"{hold.disk.node}.{key}")
     if not plain.exists():
         with plain.open("xb") as made:
             made.truncate(entry.length * 512)
-    yield str(plain)
+    yield _File(str(plain), "", DeviceNumber(7, 78), (), 0)
+
+
+class MigrationWorkshop(Workshop):
+    """Where migrations are planned. Only the kernel tests carry one out."""
+
+    def made(self) -> Path:
+        """A medium under a tagged key."""
+        medium = self.medium()
+        self.make(medium)
+        disk = disk_of(medium)
+        self.partition = replace(
+            disk, id=VolumeId(disk.id.diskseq, 1), devtype=DevType.PARTITION, partlabel=LABEL
+        )
+        return medium
+
+    def plan_migration(self, to: Backend) -> MigrationPlan:
+        """`migrate --dry-run` of the medium to such a key."""
+        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64)
+        return migrate.dry_run(options, self.config(), self.steps.append)
+
+    def journal(self, moved_bytes: int = 0) -> Path:
+        """A journal of the medium, which is marked if bytes of it were moved."""
+        plan = self.plan_migration("trusted")
+        entry = plan.entry
+        head = migration_journal.Head(
+            mark=uuid4(),
+            name=entry.identity.name,
+            type=entry.identity.type,
+            uuid=entry.identity.uuid,
+            start=entry.start,
+            length=entry.length,
+            blob=plan.blob_name,
+            before="tagged",
+            after="trusted",
+            old_blob=plan.old.content,
+            new_blob=b"ab" * 60,
+            how=plan.settings,
+            recovery_file=None,
+        )
+        with store.folder(self.blobs) as folder:
+            migration_journal.create(folder.opened, self.blobs, head)
+        if moved_bytes:
+            with migration_journal.opened(self.blobs, head) as migration:
+                migration.journal.note(Record(1, moved_bytes, b"a piece"))
+            with open(self.partition.node, "r+b") as medium:
+                marked = marked_partition.migrating(head.mark)
+                gpt.rename(medium.fileno(), self.partition.node, entry.number, marked)
+        return migration_journal.file(self.blobs, head)
 
 
 def nothing(*_arguments: object, **_more: object) -> None:
@@ -161,13 +255,26 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(caam, "create_blob", _blob)
     monkeypatch.setattr(disks, "whole_disk", lambda device: disk_of(Path(device)))
     monkeypatch.setattr(disks, "held", _held)
-    monkeypatch.setattr(options, "_as_udev_has_it", lambda disk, _config: disk)
-    monkeypatch.setattr(provision._Making, "_mapped", _mapped)
+    monkeypatch.setattr(rule_file, "_known_to_udev", lambda disk, _config: disk)
+    monkeypatch.setattr(temporary_mapping, "through_key", _through_key)
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
         (device_users, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
         (keyring, "join_session_keyring"), (temporary_mapping, "remove_leftovers"),
-        (provision, "_try_table"),
+        (temporary_mapping, "try_method"), (temporary_mapping, "try_blob"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, nothing)
     return Workshop(folder)
+
+
+def prepared_to_migrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
+    """A workshop as `prepared` makes it, in which migrations can be planned as well."""
+    prepared(folder, monkeypatch)
+    workshop = MigrationWorkshop(folder)
+    monkeypatch.setattr(volume_lookup, "find_partition", lambda *_: workshop.partition)
+    monkeypatch.setattr(disks, "disk_of", lambda volume: disk_of(Path(volume.node)))
+    monkeypatch.setattr(disks, "logical_block", lambda _disk: 512)
+    monkeypatch.setattr(mountinfo, "why_volatile", lambda _directory: None)
+    monkeypatch.setattr(mount, "require_readable", nothing)
+    monkeypatch.setattr(medium_blocks, "_DIRECT", os.O_CLOEXEC)  # not every tmpfs has direct I/O
+    return workshop

@@ -1,4 +1,4 @@
-"""The commands `key create`, `enroll`, `list` and `inspect`: the black blobs of this board."""
+"""The commands `key create`, `enroll`, `list` and `inspect`, for the keys of this board."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from caam_hotplug import names
-from caam_hotplug.cli import provision
+from caam_hotplug.cli import options, terminal
 from caam_hotplug.errors import BlobError, HotplugError, shown
 from caam_hotplug.formats.blobs import KEY_TYPES, Blob, Encrypted, Tagged, Trusted, backend_of
 
 if TYPE_CHECKING:
     from caam_hotplug.config import loader
+
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    _AddConfig = Callable[[argparse.ArgumentParser], None]
+    _Load = Callable[[argparse.Namespace], loader.Config]
 
 _EXAMPLES: Final = """\
 examples:
@@ -31,20 +35,22 @@ _SUFFIX: Final = ".bb"
 _KINDS: Final = {Tagged: "black blob", Trusted: "trusted key", Encrypted: "encrypted key"}
 
 
-def add_to(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_config: Callable[[argparse.ArgumentParser], None],
-    load: Callable[[argparse.Namespace], loader.Config],
-) -> None:
-    """The command line knows `key`."""
+def add_to(commands: _Commands, add_config: _AddConfig, load: _Load) -> None:
+    """Add the command `key`."""
     key = commands.add_parser(
         "key",
-        help="make, list and look at the keys of this board",
+        help="make, list and inspect the keys of this board",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = key.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _add_making(verbs, add_config, load)
+    _add_reading(verbs, add_config, load)
+
+
+def _add_making(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
+    """Add `create` and `enroll`."""
     create = verbs.add_parser(
         "create",
         help="make a key that only the CAAM knows; no medium is touched",
@@ -52,7 +58,7 @@ def add_to(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     create.add_argument("name", metavar="NAME", help="the blob is NAME.bb in the blob directory")
-    provision.add_seal_options(create)
+    options.add_seal_options(create)
     add_config(create)
     create.set_defaults(command=lambda parsed: _create(parsed, load(parsed)))
 
@@ -66,10 +72,13 @@ def add_to(
     enroll.add_argument(
         "--from", dest="file", type=Path, required=True, metavar="FILE", help="the recovery file"
     )
-    provision.add_seal_options(enroll, makes_key=False)
+    options.add_seal_options(enroll, makes_key=False)
     add_config(enroll)
     enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
 
+
+def _add_reading(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
+    """Add `list` and `inspect`."""
     listing = verbs.add_parser(
         "list",
         help="list the blobs of this board",
@@ -82,7 +91,7 @@ def add_to(
 
     inspect = verbs.add_parser(
         "inspect",
-        help="show what a blob says of itself; nothing of it is secret",
+        help="show a blob's header; none of it is secret",
         epilog="example:\n  caam-hotplug key inspect /data/caam/cartridge-01.bb",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,7 +102,7 @@ def add_to(
 
 @dataclass(frozen=True, slots=True)
 class _Blob:
-    """A line of `key list`; None for what a faulty one does not tell."""
+    """A line of `key list`. None stands for what a faulty blob does not have."""
 
     name: str
     type: str | None = None
@@ -108,17 +117,12 @@ def _require_name(name: str) -> None:
         raise HotplugError(f"make a key {name!a}: {reason}")
 
 
-def _require_root(operation: str) -> None:
-    if os.geteuid() != 0:
-        raise HotplugError(f"{operation}: it needs to be root; use sudo")
-
-
 def _create(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
 
     _require_name(parsed.name)
-    _require_root(f"make a key {parsed.name}")
-    method, key_bytes = provision.seal_method(parsed)
+    options.require_root(f"make a key {parsed.name}")
+    method, key_bytes = options.seal_method(parsed)
     with store.folder(loaded.blob_directory) as folder:
         store.require_new(parsed.name, folder)
         blob = sealing.seal(method, key_bytes, folder.path)
@@ -134,8 +138,8 @@ def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
 
     _require_name(parsed.name)
-    _require_root(f"enroll {parsed.name}")
-    method, _ = provision.seal_method(parsed)
+    options.require_root(f"enroll {parsed.name}")
+    method, _ = options.seal_method(parsed)
     sealing.require_given(method)
     memory.refuse_core_dumps()
     with store.recovered(parsed.file) as (about, key):
@@ -172,9 +176,9 @@ def _list(parsed: argparse.Namespace, loaded: loader.Config) -> int:
         files = []
     except PermissionError as error:
         raise HotplugError(f"list {shown(directory)}: it needs to be root; use sudo") from error
-    blobs = [_looked_at(directory, name) for name in files if not name.startswith(".")]
+    blobs = [_examined(directory, name) for name in files if not name.startswith(".")]
     if parsed.json:
-        _print_json([asdict(blob) for blob in blobs])
+        terminal.print_json([asdict(blob) for blob in blobs])
     elif blobs:
         for line in _table(blobs):
             print(line)
@@ -189,14 +193,10 @@ def _table(blobs: list[_Blob]) -> list[str]:
         size = "-" if blob.key_bytes is None else f"{blob.key_bytes} bytes"
         state = "ok" if blob.fault is None else shown(blob.fault)
         rows.append((shown(blob.name), blob.type or "-", blob.seal or "-", size, state))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
-        for row in rows
-    ]
+    return terminal.table(rows)
 
 
-def _looked_at(directory: Path, file: str) -> _Blob:
+def _examined(directory: Path, file: str) -> _Blob:
     from caam_hotplug.kernel import blob_files  # noqa: PLC0415  only needed here
 
     name = file.removesuffix(_SUFFIX)
@@ -215,16 +215,16 @@ def _inspect(parsed: argparse.Namespace) -> int:
     blob = blob_files.read_anyones(file)
     facts = _facts(blob)
     if parsed.json:
-        _print_json({"file": str(file), "backend": backend_of(blob), **facts})
+        terminal.print_json({"file": str(file), "backend": backend_of(blob), **facts})
         return 0
     print(f"{shown(file)}: {_KINDS[type(blob)]}")
     for name, value in facts.items():
-        print(f"  {name:<10}  {'not told' if value is None else shown(value)}")
+        print(f"  {name:<10}  {'not in the blob' if value is None else shown(value)}")
     return 0
 
 
 def _facts(blob: Blob) -> dict[str, int | str | None]:
-    """What a blob says of itself."""
+    """Return a blob's header. None of it is secret."""
     match blob:
         case Tagged():
             return {
@@ -237,9 +237,3 @@ def _facts(blob: Blob) -> dict[str, int | str | None]:
             return {"key_bytes": blob.key_bytes, "blob_bytes": len(blob.content)}
         case Encrypted():
             return {"format": blob.format, "master": blob.master, "key_bytes": blob.key_bytes}
-
-
-def _print_json(value: object) -> None:
-    import json  # noqa: PLC0415
-
-    print(json.dumps(value, indent=2))

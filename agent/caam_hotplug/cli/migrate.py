@@ -1,4 +1,4 @@
-"""The command `migrate`: its options, and what it says. What it does is in `migrating`."""
+"""The command `migrate`: its options and its output. The work is in `provisioning`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from caam_hotplug.cli import provision
+from caam_hotplug.cli import options, terminal
 from caam_hotplug.errors import shown
 
 if TYPE_CHECKING:
     from caam_hotplug.config import loader
+    from caam_hotplug.formats.blobs import Backend
+    from caam_hotplug.provisioning.migrate import MigrateResult
 
 _DESCRIPTION: Final = """\
 Moves a medium to a key of another kind where it is, with all that is on it: from a tagged key of
@@ -30,6 +32,8 @@ examples:
   caam-hotplug migrate archive-01 --to trusted
   caam-hotplug unlock archive-01
         the medium of that label; its rule must leave backend and cipher to the blob
+  caam-hotplug migrate archive-01 --to trusted --dry-run
+        reads all of it, checks everything, and only says what it would do
   caam-hotplug migrate /dev/sdb1 --to encrypted --master board --recovery-key /root/new.recovery
         its key encrypted under the board's trusted key `board`, and in that file
 
@@ -39,7 +43,7 @@ and blobs of other boards, do not open the medium any more.
 exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wrong usage
 """
 _LINE_EVERY: Final = 10
-"""Per cent, where nobody looks on and a line is written for each."""
+"""Per cent between two lines, if there is no terminal."""
 
 
 def add_to(
@@ -47,7 +51,7 @@ def add_to(
     add_config: Callable[[argparse.ArgumentParser], None],
     load: Callable[[argparse.Namespace], loader.Config],
 ) -> None:
-    """The command line knows `migrate`."""
+    """Add the command `migrate`."""
     parser = commands.add_parser(
         "migrate",
         help="move a medium to a key of another kind, where it is",
@@ -66,7 +70,7 @@ def add_to(
         help="who seals the new key: the kernel's trusted keys, a trusted key of the board's "
         "(encrypted), or NXP's caam-keygen (tagged)",
     )
-    provision.add_key_choices(parser)
+    options.add_key_choices(parser)
     parser.add_argument(
         "--recovery-key",
         type=Path,
@@ -74,43 +78,58 @@ def add_to(
         help="write the new key there, with the command that opens the medium on any Linux PC; not "
         "of a trusted key, which the kernel shows to nobody",
     )
+    options.add_dry_run(parser)
     add_config(parser)
     parser.set_defaults(command=lambda parsed: _migrate(parsed, load(parsed)))
 
 
 def _migrate(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     from caam_hotplug.provisioning import migrate  # noqa: PLC0415  libraries, only needed here
+    from caam_hotplug.provisioning.options import MigrateOptions  # noqa: PLC0415
 
-    method, key_bytes = provision.seal_method(parsed)
-    wish = migrate.Wish(
+    method, key_bytes = options.seal_method(parsed)
+    asked = MigrateOptions(
         volume=parsed.volume,
         method=method,
         key_bytes=key_bytes,
         recovery_file=None if parsed.recovery_key is None else parsed.recovery_key.absolute(),
     )
-    what = f"migrate {shown(parsed.volume)}"
-    with provision.interruptible(what), provision.Progress(sys.stderr) as progress:
-        done = migrate.migrate(wish, loaded, progress.tell, _Pace(progress).reached)
-    if done.kept is None:
-        print(f"{done.node}: {shown(done.label)} has a {method.backend} key already")
-        return 0
-    print(f"{done.node}: {shown(done.label)} is under a {method.backend} key; it is in {done.blob}")
-    print(f"its old blob is kept as {shown(done.kept)}")
-    if done.recovery_file is not None:
-        print(f"recovery key: {shown(done.recovery_file)}; keep it apart from medium and board")
-    print(
-        f"note: what was locked stays so until `caam-hotplug unlock {shown(done.label)}`\n"
-        "note: recovery files of its old key and blobs of other boards do not open it any more",
-        file=sys.stderr,
-    )
+    with (
+        terminal.interruptible(f"migrate {shown(parsed.volume)}"),
+        terminal.ProgressLine(sys.stderr) as progress,
+    ):
+        if not parsed.dry_run:
+            result = migrate.migrate(asked, loaded, progress.show, _Pace(progress).reached)
+        else:
+            plan = migrate.dry_run(asked, loaded, progress.show)
+    if parsed.dry_run:
+        terminal.print_plan(plan.lines())
+    else:
+        _print_result(method.backend, result)
     return 0
 
 
+def _print_result(backend: Backend, result: MigrateResult) -> None:
+    label = shown(result.label)
+    if result.kept is None:
+        print(f"{result.node}: {label} has a {backend} key already")
+        return
+    print(f"{result.node}: {label} is under a {backend} key; it is in {result.blob}")
+    print(f"its old blob is kept as {shown(result.kept)}")
+    if result.recovery_file is not None:
+        print(f"recovery key: {shown(result.recovery_file)}; keep it apart from medium and board")
+    print(
+        f"note: what was locked stays so until `caam-hotplug unlock {label}`\n"
+        "note: recovery files of its old key and blobs of other boards do not open it any more",
+        file=sys.stderr,
+    )
+
+
 class _Pace:
-    """How far it is, how fast, and for how long still."""
+    """Shows how far the medium has moved, how fast, and the time left."""
 
     def __init__(
-        self, progress: provision.Progress, clock: Callable[[], float] = time.monotonic
+        self, progress: terminal.ProgressLine, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._progress = progress
         self._clock = clock
@@ -118,7 +137,7 @@ class _Pace:
         self._said = 0
 
     def reached(self, done: int, whole: int) -> None:
-        """So many bytes of so many are done."""
+        """Show that so many bytes of the whole are done."""
         now = self._clock()
         if self._begun is None:
             self._begun = now, done
@@ -128,7 +147,7 @@ class _Pace:
         if now > since and done > before:
             pace = (done - before) / (now - since)
             text += f", {pace / 1e6:.1f} MB/s, {_duration((whole - done) / pace)} left"
-        self._progress.tell(text)
+        self._progress.show(text)
         if not self._progress.is_shown and percent >= self._said + _LINE_EVERY:
             self._said = percent // _LINE_EVERY * _LINE_EVERY
             print(text, file=sys.stderr)

@@ -1,7 +1,7 @@
 """A recovery file: a medium's key, and the command that opens the medium with it on any Linux PC.
 
-Text in lines: comments with `#`, then `name = value`. The key is in base64, made and read here byte
-by byte, since every ready-made function would leave copies of it that are not overwritten.
+It is text: comments with `#`, then lines `name = value`. The key is in base64, which is encoded and
+decoded here byte by byte. Every ready-made function would leave copies that are not overwritten.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from caam_hotplug.formats.crypt_table import CIPHERS, Crypt
 from caam_hotplug.model import KeyType, SecretBytes
 
 MAX_BYTES: Final = 16 << 10
-"""Of a recovery file; one that we write has a tenth of it."""
+"""Of a recovery file. Those that this program writes have a tenth."""
 KEY_MAX_BYTES: Final = 64
 _KEY_BYTES: Final = (16, 32, 64)
 _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -58,19 +58,19 @@ class RecoveryFileError(HotplugError):
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a recovery file says beside the key."""
+    """The description of the medium in a recovery file."""
 
     label: str
     cipher: str
-    """As a rule spells it."""
+    """As in a rule."""
     sector_size: int
     filesystem: str
     id: str
-    """Of the file, at random: a medium that was begun with it says so until it is finished."""
+    """The file's random identifier. It is part of the mark of a medium that is not finished."""
 
 
 def plain_cipher(cipher: str) -> str | None:
-    """How cryptsetup spells a rule's cipher for the key itself; None if it cannot."""
+    """Return cryptsetup's name of a rule's cipher, or None if it has none."""
     found = _TAGGED.fullmatch(cipher)
     if found is not None:
         return f"{found['cipher']}-{found['mode']}-{found['iv']}"
@@ -78,7 +78,7 @@ def plain_cipher(cipher: str) -> str | None:
 
 
 def command(about: About, file: str, key_bytes: int) -> str:
-    """What opens the medium on a PC, from the folder that has the recovery file."""
+    """Return the command that opens the medium on a PC, from the recovery file's folder."""
     return (
         f"sed -n 's/^key = //p' {shlex.quote(file)} | base64 -d | cryptsetup open --type plain "
         f"--cipher {plain_cipher(about.cipher)} --key-size {key_bytes * 8} --hash plain "
@@ -88,7 +88,7 @@ def command(about: About, file: str, key_bytes: int) -> str:
 
 
 def head(about: About, file: str, key_bytes: int) -> bytes:
-    """All but the last line of the file of this name; nothing of it is secret."""
+    """Return the file's text without its last line, the key. None of it is secret."""
     text = _TEXT.format(
         label=about.label,
         cipher=about.cipher,
@@ -102,19 +102,19 @@ def head(about: About, file: str, key_bytes: int) -> bytes:
 
 
 def key_line_length(key_bytes: int) -> int:
-    """How long the last line is, its end included."""
+    """Return the length of the last line with its end."""
     return len(_KEY_LINE) + (key_bytes + 2) // 3 * 4 + 1
 
 
 def write_key_line(key: SecretBytes, into: bytearray, at: int) -> None:
-    """The last line stands in the buffer from there on."""
+    """Write the last line into the buffer, from that position on."""
     for code in (*_KEY_LINE, *_encoded(key.buffer), ord("\n")):
         into[at] = code
         at += 1
 
 
 def read_about(content: bytearray) -> About:
-    """What the file says beside the key. Raises: RecoveryFileError."""
+    """Read the description. Raises: RecoveryFileError."""
     fields: dict[str, str] = {}
     for start, end in _lines(content):
         if content[start] in b"#\n" or content.startswith(_KEY_LINE, start):
@@ -142,7 +142,7 @@ def read_about(content: bytearray) -> About:
 
 
 def read_key(content: bytearray, into: SecretBytes) -> int:
-    """`into` begins with the key; how many bytes it has. Raises: RecoveryFileError."""
+    """Decode the key into the start of `into`. Returns: its length. Raises: RecoveryFileError."""
     at = content.find(b"\n" + _KEY_LINE)
     if at < 0:
         raise RecoveryFileError("it is no recovery file: it has no key")
@@ -161,7 +161,7 @@ def read_key(content: bytearray, into: SecretBytes) -> int:
             length += 1
     if length not in _KEY_BYTES:
         raise RecoveryFileError(f"its key is damaged: it has {length} bytes, not 16, 32 or 64")
-    if into.buffer.find(0, 0, length) >= 0:  # a slice would be a copy that nobody overwrites
+    if into.buffer.find(0, 0, length) >= 0:  # a slice would be a copy that is not overwritten
         raise RecoveryFileError("its key has a zero byte, which no CAAM takes")
     return length
 
@@ -186,7 +186,7 @@ def _encoded(key: bytearray) -> Iterator[int]:
 
 
 def needs_rule(about: About, kind: KeyType) -> Iterator[str]:
-    """What a board's rule must say to open the medium with a key of that type, beyond defaults."""
+    """Yield a note if a board needs a rule of its own to open the medium with such a key."""
     cipher = about.cipher if kind == "logon" else plain_cipher(about.cipher)
     if (cipher, about.sector_size) != (CIPHERS[kind], Crypt().sector_size):
         yield (

@@ -1,4 +1,4 @@
-"""From a blob to a key in the keyring: a class for each of the ways in which a board seals keys."""
+"""Load blobs as keys into the kernel's keyring: a class for each backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Backend(Protocol):
     """Brings keys of one type into the agent's session keyring."""
 
     def load(self, kernel: Kernel, blob: Any, source: KeySource, description: str) -> KeyReference:
-        """The blob's key is in the keyring. Raises: BlobRejectedError; HotplugError."""
+        """Load the blob's key into the keyring. Raises: BlobRejectedError; HotplugError."""
         ...
 
 
@@ -64,5 +64,5 @@ BACKENDS: Final[dict[blobs.Backend, Backend]] = {
 
 
 def load(kernel: Kernel, blob: blobs.Blob, source: KeySource, description: str) -> KeyReference:
-    """The key is in the keyring, by the backend that the blob's form asks for."""
+    """Load the key by the backend that the blob's form asks for."""
     return BACKENDS[blobs.backend_of(blob)].load(kernel, blob, source, description)

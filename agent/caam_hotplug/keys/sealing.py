@@ -1,4 +1,4 @@
-"""A key that a blob is made of: sealed by this board, in the way that its kernel has."""
+"""Seal keys on this board, by one of its kernel's seal methods."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from caam_hotplug.kernel import blob_files, caam, trusted
 from caam_hotplug.model import SecretBytes
 
 KEY_BYTES: Final[dict[blobs.Backend, int]] = {"tagged": 16, "trusted": 64, "encrypted": 64}
-"""How long a key is unless it is said: as the cipher likes it that is used then."""
+"""Default lengths of keys, which suit the default ciphers."""
 
 MASTER: Final = "master"
-"""The master key's name unless it is said."""
+"""The default name of the master key."""
 MASTER_KEY_BYTES: Final = 64
 
 
@@ -26,23 +26,23 @@ class SealMethod:
 
     backend: blobs.Backend
     seal: blobs.Seal = "ecb"
-    """Of a tagged key."""
+    """For a tagged key."""
     master: str = MASTER
-    """Of an encrypted key: the name of its master's blob without the ending."""
+    """For an encrypted key: the name of its master's blob without the ending."""
     options: str = ""
-    """What the trust source needs for a trusted key or a master, such as
-    `keyhandle=0x81000001` of a TPM."""
+    """Options of the trust source for a trusted key or a master, such as
+    `keyhandle=0x81000001` for a TPM."""
 
 
 def backend_here(wanted: Literal["auto"] | blobs.Backend) -> blobs.Backend:
-    """The one that is wanted; else NXP's, or the kernel's trusted keys where only they are."""
+    """Return the wanted backend. `auto`: NXP's, or trusted keys where the kernel has only them."""
     if wanted != "auto":
         return wanted
     return "trusted" if not names.CAAM_DEVICE.exists() and trusted.is_offered() else "tagged"
 
 
 def require_given(method: SealMethod) -> None:
-    """A key can be given to be sealed, as a recovery key is. Raises: HotplugError."""
+    """Check that the method can seal a given key, such as a recovery key. Raises: HotplugError."""
     if method.backend == "trusted":
         raise HotplugError(
             "seal a recovery key: the kernel makes its trusted keys itself and shows them to "
@@ -51,10 +51,7 @@ def require_given(method: SealMethod) -> None:
 
 
 def require_fit(method: SealMethod, cipher: str, length: int) -> None:
-    """A key of that length, of a medium with that cipher, can be used when it is sealed this way.
-
-    Raises: HotplugError.
-    """
+    """Check that a medium's cipher and key length work with this method. Raises: HotplugError."""
     if method.backend == "tagged" and not cipher.startswith("capi:tk("):
         raise HotplugError(
             f"seal a key for {cipher}: a tagged key works with the CAAM's ciphers alone, such as "
@@ -69,13 +66,13 @@ def require_fit(method: SealMethod, cipher: str, length: int) -> None:
 
 
 def require_master(method: SealMethod, directory: Path) -> None:
-    """The blob of the master that the way needs is there. Raises: MasterKeyError."""
+    """Check that the blob of the method's master is there. Raises: MasterKeyError."""
     if method.backend == "encrypted":
         _master(method.master, directory)
 
 
 def seal(method: SealMethod, key: int | SecretBytes, directory: Path) -> bytes:
-    """The blob's file of a new key of so many bytes that nobody has seen, or of the key given.
+    """Seal a key, and return the blob's content. `key`: the key, or the length of a new one.
 
     `directory` has the blob of the master. Raises: HotplugError; CaamError; KeyringError.
     """

@@ -1,4 +1,4 @@
-"""Blobs and recovery files where they are kept: written for good, read with care."""
+"""Blobs and recovery files where they are kept."""
 
 from __future__ import annotations
 
@@ -6,61 +6,87 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from caam_hotplug.errors import HotplugError, KernelError, shown
-from caam_hotplug.formats import recovery_files
-from caam_hotplug.kernel import atomic_files, memory
+from caam_hotplug.errors import BlobError, HotplugError, KernelError, shown
+from caam_hotplug.formats import blobs, recovery_files
+from caam_hotplug.kernel import atomic_files, blob_files, memory, paths
 from caam_hotplug.model import SecretBytes
 
 BLOB_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 
 
+@dataclass(frozen=True, slots=True)
+class FoundBlob:
+    """What lies in the place of a blob."""
+
+    exists: bool
+    """Whether anything has the blob's name."""
+    is_unsettled: bool
+    """Whether an interrupted run made it, and no medium relies on it."""
+    blob: blobs.Blob | None
+    """None if there is none, or it cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRecovery:
+    """A recovery file that fits the medium. Its key stays in the file."""
+
+    id: str
+    is_unsettled: bool
+    """Whether an interrupted run made it, and no medium relies on it."""
+
+
 class Folder:
-    """The blob directory, with nobody else of ours at work in it."""
+    """The blob directory, locked against the other commands that write to it."""
 
     def __init__(self, path: Path, opened: int) -> None:
         self.path = path
         self.opened = opened
-        """A descriptor of it."""
+        """A descriptor of the directory."""
 
     def file(self, name: str) -> Path:
-        """Where the blob of that name is, or would be."""
+        """Return the path of the blob with that name."""
         return self.path / f"{name}.bb"
 
     def has(self, name: str) -> bool:
-        """Whether there is a blob of that name, or anything else in its place."""
+        """Whether anything has the name of that blob."""
         return atomic_files.exists(self.opened, self.file(name).name)
 
     def is_unsettled(self, name: str) -> bool:
-        """Whether its blob was made by a run that ended before any medium could rely on it."""
+        """Whether an interrupted run made the blob, and no medium relies on it."""
         return atomic_files.is_unsettled(self.opened, self.file(name).name)
 
-    def write(self, name: str, blob: bytes, *, settled: bool) -> None:
-        """The blob is there, on the disk. Raises: HotplugError if the name is taken; KernelError.
+    def read(self, name: str) -> blobs.Blob:
+        """Read the blob as it is stored. Raises: BlobError."""
+        return blob_files.read(self.path, self.file(name).name)
 
-        One that is not `settled` may be taken back by the next run, as nobody relies on it yet.
+    def write(self, name: str, blob: bytes, *, settled: bool) -> None:
+        """Write a new blob, and sync it. Raises: HotplugError if the name is taken; KernelError.
+
+        The next run may discard a blob that is not `settled`, as no medium relies on it.
         """
         write = atomic_files.write if settled else atomic_files.write_unsettled
         write(self.opened, self.file(name), blob, BLOB_MODE)
 
     def settle(self, name: str) -> None:
-        """From now on a medium relies on the blob. Raises: KernelError."""
+        """Settle the blob, as a medium relies on it. Raises: KernelError."""
         atomic_files.settle(self.opened, self.file(name))
 
     def discard_unsettled(self, name: str) -> None:
-        """A blob that nobody relies on is gone; any other stays. Raises: KernelError."""
+        """Remove the blob if it is not settled. Raises: KernelError."""
         atomic_files.discard_unsettled(self.opened, self.file(name))
 
 
 @contextmanager
 def folder(path: Path) -> Iterator[Folder]:
-    """The blob directory, made if it is missing.
+    """Open and lock the blob directory; make it if it is missing.
 
-    Raises: UnsafePathError; HotplugError if another command is at work in it.
+    Raises: UnsafePathError; HotplugError if another command has locked it.
     """
     with (
         atomic_files.folder(path, mode=_DIRECTORY_MODE) as opened,
@@ -69,19 +95,41 @@ def folder(path: Path) -> Iterator[Folder]:
         yield Folder(path, opened)
 
 
+def find_blob(directory: Path, file: str) -> FoundBlob:
+    """Read the blob in that file of the blob directory, if it is there. Nothing is made.
+
+    Raises: UnsafePathError.
+    """
+    try:
+        with paths.directory(directory) as opened:
+            exists = atomic_files.exists(opened, file)
+            is_unsettled = atomic_files.is_unsettled(opened, file)
+    except FileNotFoundError:
+        return FoundBlob(exists=False, is_unsettled=False, blob=None)
+    blob = None
+    with suppress(BlobError):
+        blob = blob_files.read(directory, file)
+    return FoundBlob(exists, is_unsettled, blob)
+
+
 def require_new(name: str, folder: Folder) -> None:
-    """Raises: HotplugError if there is a blob of that name already."""
+    """Check that no blob has that name. Raises: HotplugError."""
     if folder.has(name):
-        raise HotplugError(
-            f"make a key {shown(name)}: {shown(folder.file(name))} exists, and whatever was "
-            "encrypted with it would be lost; choose another name"
-        )
+        raise HotplugError(why_taken(name, folder.file(name)))
+
+
+def why_taken(name: str, file: Path) -> str:
+    """Return the message for a blob that is in the way of a new one."""
+    return (
+        f"make a key {shown(name)}: {shown(file)} exists, and whatever was encrypted with it "
+        "would be lost; choose another name"
+    )
 
 
 def write_recovery(path: Path, about: recovery_files.About, key: SecretBytes) -> None:
-    """The recovery file is there, on the disk, for its owner only; it is to be settled yet.
+    """Write a new recovery file for its owner only, not settled yet, and sync it.
 
-    Raises: HotplugError if there is a file of that name; KernelError.
+    Raises: HotplugError if the name is taken; KernelError.
     """
     head = recovery_files.head(about, path.name, len(key))
     length = len(head) + recovery_files.key_line_length(len(key))
@@ -91,22 +139,24 @@ def write_recovery(path: Path, about: recovery_files.About, key: SecretBytes) ->
         atomic_files.write_unsettled(parent, path, content.buffer, 0o600)
 
 
-def is_recovery_unsettled(path: Path) -> bool:
-    """Whether a run wrote it that ended before a medium relied on its key. Raises: KernelError."""
-    with _parent(path) as parent:
-        return atomic_files.is_unsettled(parent, path.name)
+def find_recovery(
+    path: Path, about: Callable[[str], recovery_files.About], length: int
+) -> FoundRecovery | None:
+    """Read the recovery file if it is there. `about` describes the medium, given an identifier.
+
+    Raises: HotplugError if it is another medium's; RecoveryFileError; KernelError, also if there
+    is no directory for the file.
+    """
+    if not os.path.lexists(path):
+        with _parent(path):
+            return None
+    with _recovered_for(path, about, length) as (identifier, _):
+        return FoundRecovery(identifier, _is_unsettled(path))
 
 
-def settle_recovery(path: Path) -> None:
-    """From now on a medium relies on its key. Raises: KernelError."""
-    with _parent(path) as parent:
-        if atomic_files.is_unsettled(parent, path.name):
-            atomic_files.settle(parent, path)
-
-
-def require_recovery_unsettled(path: Path) -> None:
-    """Raises: HotplugError if there is a recovery file of no run that was interrupted."""
-    if os.path.lexists(path) and not is_recovery_unsettled(path):
+def require_unsettled(found: FoundRecovery | None, path: Path) -> None:
+    """Check that only an interrupted run can have made the file. Raises: HotplugError."""
+    if found is not None and not found.is_unsettled:
         raise HotplugError(
             f"write {shown(path)}: it exists, and is not of a run that was interrupted; it is not "
             "overwritten, and its key is not used again: name another file"
@@ -115,29 +165,45 @@ def require_recovery_unsettled(path: Path) -> None:
 
 @contextmanager
 def recovery_key(
-    path: Path, about: Callable[[str], recovery_files.About], length: int
-) -> Iterator[tuple[str, SecretBytes, bool]]:
-    """Identifier and key of the recovery file, and whether an interrupted run has left it.
+    path: Path,
+    found: FoundRecovery | None,
+    about: Callable[[str], recovery_files.About],
+    length: int,
+) -> Iterator[tuple[str, SecretBytes]]:
+    """Yield identifier and key of the recovery file that was found; write a new one if none was.
 
-    One is written if there is none. `about` says what a file of an identifier is to say. Raises:
-    HotplugError if it is another's, or of no run that was interrupted.
+    Raises: HotplugError if the file is not the one that was found, or is settled; KernelError.
     """
-    if os.path.lexists(path):
-        require_recovery_unsettled(path)
-        with recovered_for(path, about, length) as (identifier, key):
-            yield identifier, key, True
+    if found is None:
+        identifier = str(uuid4())
+        with memory.random_key(length) as key:
+            write_recovery(path, about(identifier), key)
+            yield identifier, key
         return
-    identifier = str(uuid4())
-    with memory.random_key(length) as key:
-        write_recovery(path, about(identifier), key)
-        yield identifier, key, False
+    require_unsettled(found, path)
+    with _recovered_for(path, about, length) as (identifier, key):
+        if FoundRecovery(identifier, _is_unsettled(path)) != found:
+            raise HotplugError(f"use {shown(path)}: it was replaced meanwhile; try again")
+        yield identifier, key
+
+
+def settle_recovery(path: Path) -> None:
+    """Settle the recovery file, as a medium relies on its key. Raises: KernelError."""
+    with _parent(path) as parent:
+        if atomic_files.is_unsettled(parent, path.name):
+            atomic_files.settle(parent, path)
+
+
+def _is_unsettled(path: Path) -> bool:
+    with _parent(path) as parent:
+        return atomic_files.is_unsettled(parent, path.name)
 
 
 @contextmanager
-def recovered_for(
+def _recovered_for(
     path: Path, about: Callable[[str], recovery_files.About], length: int
 ) -> Iterator[tuple[str, SecretBytes]]:
-    """Identifier and key of a recovery file that is there. Raises: HotplugError if another's."""
+    """Yield identifier and key of the medium's recovery file. Raises: HotplugError if another's."""
     with recovered(path, only_roots=True) as (found, key):
         if (found, len(key)) != (about(found.id), length):
             raise HotplugError(
@@ -169,10 +235,10 @@ def _parent(path: Path) -> Iterator[int]:
 def recovered(
     path: Path, *, only_roots: bool = False
 ) -> Iterator[tuple[recovery_files.About, SecretBytes]]:
-    """What a recovery file says and its key, in locked buffers; overwritten on the way out.
+    """Yield a recovery file's description and key, in locked memory that is overwritten at the end.
 
-    With `only_roots`, a file that others than root can read, or could have put there, is refused,
-    and a link is not followed. Raises: RecoveryFileError; KernelError.
+    With `only_roots`, the file must be root's alone, and no link. Raises: RecoveryFileError;
+    KernelError.
     """
     with (
         _content(path, only_roots=only_roots) as content,

@@ -1,1 +1,1 @@
-"""Making media, and moving them from one kind of key to another."""
+"""Provisioning and migrating media: first a plan, then the act."""

@@ -1,4 +1,4 @@
-"""The journal of a medium that goes to another key: a file beside the blobs, until it has gone."""
+"""The journal of a migration: a file beside the blobs, from the first write to the last."""
 
 from __future__ import annotations
 
@@ -30,45 +30,45 @@ _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What is migrated, and how it was and will be; it never changes. Nothing of it is secret."""
+    """The migration's unchanging facts. None of them is secret."""
 
     version: Literal[1] = 1
     mark: UUID
-    """The identifier that the partition bears meanwhile."""
+    """The identifier of the partition until it is finished."""
     name: str
     type: UUID
     uuid: UUID
-    """What the partition said of itself before, and will again."""
+    """With name and type: the partition's identity before and afterwards."""
     start: int
     length: int
-    """Where it lies on its disk, in 512-byte sectors."""
+    """With start: the partition's place on its disk, in 512-byte sectors."""
     blob: str
-    """The name of the blob's file, which has the old blob until all is under the new key."""
+    """The name of the blob's file. It has the old blob until all bytes have moved."""
     before: Backend
     after: Backend
     old_blob: bytes
     new_blob: bytes
     how: str
-    """By which settings of its rule the medium is encrypted, before and afterwards."""
+    """The settings of the rule that encrypt the medium, before and afterwards."""
     recovery_file: str | None
-    """That of the new key."""
+    """The recovery file of the new key."""
 
     @property
     def identity(self) -> Identity:
-        """What the partition says of itself when it is finished."""
+        """The partition's identity when it is finished."""
         return Identity(self.name, self.type, self.uuid)
 
     def to_json(self) -> bytes:
-        """What `from_json` reads."""
+        """Encode the head, for `from_json`."""
         return json.dumps(asdict(self), default=_to_text).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> Head:
-        """Raises: ValueError for what this version has not written."""
-        told, kinds = json.loads(content), get_type_hints(cls)
-        if not isinstance(told, dict) or told.keys() != kinds.keys():
-            raise ValueError("it says other things")
-        return cls(**{key: converted(told[key], kinds[key], _from_text) for key in kinds})
+        """Decode a head. Raises: ValueError for any text that this version has not written."""
+        found, kinds = json.loads(content), get_type_hints(cls)
+        if not isinstance(found, dict) or found.keys() != kinds.keys():
+            raise ValueError("it has other fields")
+        return cls(**{key: converted(found[key], kinds[key], _from_text) for key in kinds})
 
 
 def _to_text(value: UUID | bytes) -> str:
@@ -84,7 +84,7 @@ def _from_text(wanted: Any, value: Any) -> UUID | bytes:
 
 
 class Migration:
-    """One that was begun, with its journal open."""
+    """A migration that was begun, and its open journal."""
 
     def __init__(self, head: Head, blocks: Blocks) -> None:
         self.head = head
@@ -92,9 +92,9 @@ class Migration:
 
 
 def create(opened: int, directory: Path, head: Head) -> None:
-    """The journal is on the board's disk, with room for all that will be written to it.
+    """Create the journal with its full size, and sync it. `opened`: the blob directory.
 
-    `opened` is the blob directory. Raises: HotplugError if there is one already; KernelError.
+    Raises: HotplugError if there is one already; KernelError.
     """
     content = head.to_json()
     if len(content) > _HEAD_BYTES:
@@ -104,20 +104,20 @@ def create(opened: int, directory: Path, head: Head) -> None:
 
 
 def remove(opened: int, directory: Path, head: Head) -> None:
-    """The journal is gone. Raises: KernelError."""
+    """Remove the journal. Raises: KernelError."""
     atomic_files.remove(opened, file(directory, head))
 
 
 def file(directory: Path, head: Head) -> Path:
-    """Where the journal is."""
+    """Return the journal's path."""
     return directory / f".{head.blob}{_SUFFIX}"
 
 
 @contextmanager
 def opened(directory: Path, head: Head) -> Iterator[Migration]:
-    """The migration, which no other process goes on with meanwhile, as it is on the board's disk.
+    """Open and lock the journal, and read it from the disk instead of the cache.
 
-    Raises: HotplugError if one does, or if the journal was taken away; KernelError.
+    Raises: HotplugError if another process has it, or if it was replaced; KernelError.
     """
     path = file(directory, head)
     with _opened(path) as journal:
@@ -125,7 +125,7 @@ def opened(directory: Path, head: Head) -> Iterator[Migration]:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise HotplugError(f"go on by {shown(path)}: another `migrate` does already") from error
-        # Another one may have ended it between the two calls.
+        # Another process may have finished and removed it between the two calls.
         if os.fstat(journal).st_nlink == 0 or _head(journal, path) != head:
             raise HotplugError(f"go on by {shown(path)}: it was replaced meanwhile; try again")
         blocks = Blocks(journal, shown(path), _HEAD_BYTES)
@@ -134,7 +134,7 @@ def opened(directory: Path, head: Head) -> Iterator[Migration]:
 
 
 def heads(directory: Path) -> Iterator[Head]:
-    """Every migration that was begun on this board and has not ended.
+    """Yield the heads of all journals of this board, for migrations that are not finished.
 
     Raises: HotplugError for a file that is no journal; UnsafePathError; KernelError.
     """

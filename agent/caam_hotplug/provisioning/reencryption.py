@@ -1,10 +1,9 @@
-"""A medium's bytes go from one key to another where they are, and a power cut loses none of them.
+"""Re-encrypt a medium in place, piece by piece, so that a power cut loses no byte.
 
-That is done piece by piece. Before a piece is written under the new key, what the medium has there
-is in a journal on the board, with its place and a checksum. After a cut, however the piece was
-torn, it is put back as it was and done again. The journal has room for two pieces, so that the
-record of one is not overwritten before that of the next is whole. A piece is read back and compared
-before the next one is begun.
+Before a piece is written under the new key, the journal on the board has it as it was, with its
+position and a checksum. After a power cut, however the piece was torn, it is put back and written
+again. The journal has room for two pieces: the record of one is not overwritten before the record
+of the next is whole. Each piece is read back and compared before the next one begins.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ JOURNAL_BYTES: Final = 2 * _SLOT_BYTES
 
 
 class Blocks(Protocol):
-    """Positions and lengths are in bytes; each raises KernelError."""
+    """Storage with positions and lengths in bytes. Each method raises KernelError."""
 
     def read(self, position: int, length: int) -> bytes: ...
     def write(self, position: int, content: bytes) -> None: ...
@@ -36,53 +35,56 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """The same bytes three times."""
+    """Three views of the same bytes."""
 
     raw: Blocks
-    """As they are on the medium."""
+    """The bytes on the medium."""
     old: Blocks
-    """Decrypted with the key that they were written with."""
+    """The bytes decrypted with the old key."""
     new: Blocks
-    """Decrypted with the key that they are to have."""
+    """The bytes decrypted with the new key."""
     start: int
-    """Where it begins on its disk: pieces end where those of the disk do, so that a block of the
-    disk's own, which it may tear as a whole, is not of two pieces."""
+    """Where the data begins on its disk.
+
+    Pieces end at multiples of the piece size on the disk. A disk may tear one of its own blocks as
+    a whole, and such a block then never belongs to two pieces.
+    """
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One piece of the medium, as it was before it was touched."""
+    """One piece of the medium, as it was under the old key."""
 
     number: int
     position: int
-    """All before it is under the new key, on the medium."""
+    """Everything before this position is under the new key, on the medium."""
     content: bytes
-    """Empty if nothing is touched: at the beginning, and when all is done."""
+    """Empty at the beginning and at the end, when no piece is being written."""
 
 
 class Journal:
-    """The records of the last two pieces, of which one may be torn."""
+    """The records of the last two pieces. One of them may be torn."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
 
     def records(self) -> list[Record]:
-        """Those that are whole, one or two, the last one first; one always is, on the board's disk.
+        """Read the one or two records that are whole, the last one first.
 
-        Raises: KernelError; HotplugError if there is none, so that nobody can say how far it is.
+        Raises: KernelError; HotplugError if neither is whole, as then the position is unknown.
         """
         found = [self._in_slot(slot) for slot in (0, 1)]
         whole = [record for record in found if record is not None]
         if not whole:
             raise HotplugError(
-                "read the journal: it is damaged, and what of the medium is under which key cannot "
-                "be told; look for a backup of the blob directory, and keep the medium as it is"
+                "read the journal: it is damaged, and how far the medium has come is unknown; look "
+                "for a backup of the blob directory, and keep the medium as it is"
             )
         return sorted(whole, key=lambda record: -record.number)
 
     def note(self, record: Record) -> None:
-        """The record is on the board's disk, in place of the last but one. Raises: KernelError."""
+        """Write the record in place of the last but one, and sync it. Raises: KernelError."""
         self._blocks.write(record.number % 2 * _SLOT_BYTES, _packed(record))
         self._blocks.flush()
 
@@ -98,7 +100,7 @@ class Journal:
 
 
 def beginning() -> bytes:
-    """The journal of a medium of which nothing is touched yet."""
+    """Return the journal of a medium before its first piece."""
     return _packed(Record(0, 0, b"")).ljust(JOURNAL_BYTES, b"\0")
 
 
@@ -114,33 +116,33 @@ def _checksum(record: Record) -> bytes:
     return sha256(placed + record.content).digest()
 
 
-def reencrypt(medium: Medium, journal: Journal, tell: Callable[[int], None]) -> None:
-    """All of the medium is under the new key; an earlier run that was cut is gone on with.
+def reencrypt(medium: Medium, journal: Journal, reached: Callable[[int], None]) -> None:
+    """Move all of the medium to the new key. Goes on after an earlier run that was interrupted.
 
-    `tell` is told of each position that is reached, before anything is written there. Raises:
-    KernelError, and HotplugError if what was written does not read back, or the medium is not the
-    one that the journal is of; the same call goes on then.
+    `reached` is called with each position before anything is written there. Raises: KernelError;
+    HotplugError if a piece does not read back, or the medium is not the journal's. The same call
+    goes on then.
     """
     last, *before = journal.records()
     number, position = last.number, last.position
-    tell(position)
+    reached(position)
     _require_as_far(medium, last, *before)
     if last.content:
         medium.raw.write(position, last.content)
         position += _move(medium, position, len(last.content))
     while position < medium.length:
-        tell(position)
+        reached(position)
         rest_of_block = PIECE_BYTES - (medium.start + position) % PIECE_BYTES
         length = min(rest_of_block, medium.length - position)
         number += 1
         journal.note(Record(number, position, medium.raw.read(position, length)))
         position += _move(medium, position, length)
     journal.note(Record(number + 1, medium.length, b""))
-    tell(medium.length)
+    reached(medium.length)
 
 
 def _move(medium: Medium, position: int, length: int) -> int:
-    """The piece, which is in the journal, is under the new key. Returns: its length."""
+    """Write a piece, which the journal has, under the new key. Returns: its length."""
     plain = medium.old.read(position, length)
     medium.new.write(position, plain)
     medium.new.flush()
@@ -153,9 +155,10 @@ def _move(medium: Medium, position: int, length: int) -> int:
 
 
 def _require_as_far(medium: Medium, last: Record, before: Record | None = None) -> None:
-    """Raises: HotplugError if the piece before the last was not touched yet, as on an earlier copy.
+    """Check that the piece before the last is under the new key. Raises: HotplugError if not.
 
-    Who went on there would leave that piece under the old key, and all else under the new.
+    On an older copy of the medium it is not. Going on there would leave that piece under the old
+    key, and all others under the new one.
     """
     if (
         before is not None

@@ -1,4 +1,4 @@
-"""Mappings that a command makes for itself over a disk that it holds; gone when it ends."""
+"""Temporary mappings over a disk that a command holds. They end with the command."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import KeySource
+from caam_hotplug.config.rules import Rule
 from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.formats import blobs, crypt_table
-from caam_hotplug.formats.crypt_table import Crypt
-from caam_hotplug.kernel import devmapper, disks, keyring
+from caam_hotplug.kernel import devmapper, disks, gpt, keyring
 from caam_hotplug.kernel.linux import LinuxKernel
-from caam_hotplug.keys import loading
+from caam_hotplug.keys import loading, sealing
 from caam_hotplug.model import Mapping, Sectors, Volume
 
 Purpose = Literal["provision", "migrate-from", "migrate-to"]
@@ -24,71 +23,65 @@ Purpose = Literal["provision", "migrate-from", "migrate-to"]
 _PURPOSES: Final[tuple[Purpose, ...]] = ("provision", "migrate-from", "migrate-to")
 
 
-def _dm_uuid(disk: Volume, purpose: Purpose) -> str:
-    return f"{names.COMMAND_DM_UUID_PREFIX}{purpose}-{disk.id.diskseq}"
-
-
 @contextmanager
-def mapping(disk: Volume, purpose: Purpose) -> Iterator[str]:
-    """The name of a mapping without a table; it is gone on the way out, or at its last close.
-
-    Raises: MappingBusyError if somebody still has it open.
-    """
-    name, uuid = f"{names.DM_NAME_PREFIX}{purpose}-{disk.id.diskseq}", _dm_uuid(disk, purpose)
-    try:
-        devmapper.create(name, uuid)
-        yield name
-    finally:
-        if devmapper.find(uuid) is not None:  # else the name is that of another
-            devmapper.remove(name)
-    if devmapper.find(uuid) is not None:
-        hint = "another program has it open; the same command goes on once that has ended"
-        raise MappingBusyError("remove mapping", name, errno.EBUSY, hint)
-
-
-def load(
-    name: str,
-    volume: Volume,
-    key: KeySource,
-    crypt: Crypt,
-    blob: blobs.Blob,
+def through_key(
+    hold: disks.Held,
+    purpose: Purpose,
+    entry: gpt.Entry,
     *,
+    rule: Rule,
+    blob: blobs.Blob,
+    directory: Path,
+) -> Iterator[Mapping]:
+    """Map a partition under a blob's key while the context is open.
+
+    The mapping lies on the whole disk, since the kernel need not know the partition yet.
+    `directory` has the blob of the key's master. Raises: HotplugError.
+    """
+    with _mapping(hold.disk, purpose) as name:
+        volume = replace(hold.disk, size=entry.length)
+        _load(name, volume, entry.start, rule=rule, blob=blob, directory=directory)
+        yield _activate(name, hold, purpose)
+
+
+def try_blob(
+    volume: Volume,
+    purpose: Purpose,
     start: Sectors,
+    *,
+    rule: Rule,
+    blob: blobs.Blob,
     directory: Path,
 ) -> None:
-    """The mapping has the table of the volume, which starts there on its disk, and the blob's key.
+    """Check that the kernel takes the rule's cipher with the blob's key. Nothing is mapped.
 
-    `volume` has the disk's number, since the kernel need not know the partition yet. `directory`
-    has the blob of the key's master. Raises: CaamError; KeyringError; DmError; HotplugError.
+    Raises: CaamError; KeyringError; DmError; HotplugError.
     """
-    description = f"{names.KEY_PREFIX}{name}"
-    host = LinuxKernel(directory, names.MOUNT_ROOT)
-    try:
-        loaded = loading.load(host, blob, key, description)
-        target = crypt_table.crypt_target(volume, crypt, loaded)
-        target = replace(
-            target,
-            key_description=f"{loaded.type}:{description}",
-            offset=start + crypt.offset,
-        )
-        devmapper.load(name, target.to_line(), read_only=False)
-    finally:
-        keyring.unlink_key(description)
+    with _mapping(volume, purpose) as name:
+        _load(name, volume, start, rule=rule, blob=blob, directory=directory)
 
 
-def activate(name: str, hold: disks.Held, purpose: Purpose) -> Mapping:
-    """The mapping is live, and lies on the very medium that is held. Raises: HotplugError."""
-    # The table has the disk open by now: should the medium change, it does not lead to the next.
-    hold.require_same(hold.reading)
-    devmapper.resume(name)
-    found = devmapper.find(_dm_uuid(hold.disk, purpose))
-    if found is None:
-        raise DmError("find mapping", name, errno.ENXIO)
-    return found
+def try_method(
+    volume: Volume,
+    purpose: Purpose,
+    start: Sectors,
+    *,
+    rule: Rule,
+    method: sealing.SealMethod,
+    key_bytes: int,
+    directory: Path,
+) -> None:
+    """Check that this board can seal such a key and encrypt with it. The test key is forgotten.
+
+    Raises: as `try_blob`.
+    """
+    test_key = sealing.seal(method, key_bytes, directory)
+    blob = blobs.parse(test_key, method.backend)
+    try_blob(volume, purpose, start, rule=rule, blob=blob, directory=directory)
 
 
 def remove_leftovers(disk: Volume) -> None:
-    """No mapping is left of a run that was killed, on this disk or on one that has gone."""
+    """Remove mappings that a killed run left on this disk, or on disks that are gone."""
     there = disks.diskseqs() - {disk.id.diskseq}
     of_others = {
         f"{names.COMMAND_DM_UUID_PREFIX}{purpose}-{seq}" for purpose in _PURPOSES for seq in there
@@ -96,3 +89,62 @@ def remove_leftovers(disk: Volume) -> None:
     for found in devmapper.ours(names.COMMAND_DM_UUID_PREFIX):
         if found.uuid not in of_others:
             devmapper.remove(found.name)
+
+
+def _dm_uuid(disk: Volume, purpose: Purpose) -> str:
+    return f"{names.COMMAND_DM_UUID_PREFIX}{purpose}-{disk.id.diskseq}"
+
+
+@contextmanager
+def _mapping(disk: Volume, purpose: Purpose) -> Iterator[str]:
+    """Create a mapping without a table; yield its name, and remove it at the end.
+
+    Raises: MappingBusyError if another program still has it open; it goes with the last close.
+    """
+    name, uuid = f"{names.DM_NAME_PREFIX}{purpose}-{disk.id.diskseq}", _dm_uuid(disk, purpose)
+    try:
+        devmapper.create(name, uuid)
+        yield name
+    finally:
+        if devmapper.find(uuid) is not None:  # else the name belongs to another mapping
+            devmapper.remove(name)
+    if devmapper.find(uuid) is not None:
+        hint = "another program has it open; the same command goes on once that has ended"
+        raise MappingBusyError("remove mapping", name, errno.EBUSY, hint)
+
+
+def _load(
+    name: str,
+    volume: Volume,
+    start: Sectors,
+    *,
+    rule: Rule,
+    blob: blobs.Blob,
+    directory: Path,
+) -> None:
+    """Load the table of a volume that starts there on its disk. The key leaves the keyring."""
+    description = f"{names.KEY_PREFIX}{name}"
+    host = LinuxKernel(directory, names.MOUNT_ROOT)
+    try:
+        loaded = loading.load(host, blob, rule.key, description)
+        target = crypt_table.crypt_target(volume, rule.crypt, loaded)
+        target = replace(
+            target,
+            key_description=f"{loaded.type}:{description}",
+            offset=start + rule.crypt.offset,
+        )
+        devmapper.load(name, target.to_line(), read_only=False)
+    finally:
+        keyring.unlink_key(description)
+
+
+def _activate(name: str, hold: disks.Held, purpose: Purpose) -> Mapping:
+    """Activate the loaded table. Raises: HotplugError if the medium was changed."""
+    # From the load on, the table has the disk open. Should the medium change now, the table does
+    # not lead to the next medium.
+    hold.require_same(hold.reading)
+    devmapper.resume(name)
+    found = devmapper.find(_dm_uuid(hold.disk, purpose))
+    if found is None:
+        raise DmError("find mapping", name, errno.ENXIO)
+    return found

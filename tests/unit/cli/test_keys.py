@@ -68,7 +68,7 @@ def test_a_faulty_blob_is_listed_with_its_fault_and_is_exit_status_1(
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_directory_without_blobs_is_told(
+def test_a_directory_without_blobs_is_reported(
     blobs: Path, capsys: pytest.CaptureFixture[str], there: bool
 ) -> None:
     if not there:
@@ -110,7 +110,7 @@ def test_a_blob_is_inspected_wherever_it_lies(
     assert capsys.readouterr().out.startswith(f"{file}: black blob\n")
 
 
-def test_what_is_no_blob_cannot_be_inspected(
+def test_a_file_that_is_no_blob_cannot_be_inspected(
     blobs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (blobs / "text").write_text("correct horse battery staple")
@@ -156,7 +156,7 @@ def test_a_blob_directory_that_others_may_write_to_is_refused(
 
 
 @pytest.mark.parametrize(("mode", "owner"), [(0o600, 0), (0o640, 0), (0o604, 0), (0o600, 1000)])
-def test_a_recovery_file_that_others_can_read_is_enrolled_with_a_word_about_that(
+def test_a_recovery_file_that_others_can_read_is_enrolled_with_a_note(
     blobs: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -40,14 +40,14 @@ def key_in(content: bytes) -> bytes:
 
 
 @given(keys)
-def test_what_is_written_is_read_again_and_is_base64(key: bytes) -> None:
+def test_a_written_file_is_read_again_and_its_key_is_base64(key: bytes) -> None:
     content = written(key)
     assert recovery_files.read_about(content) == ABOUT
     assert key_in(content) == key
     assert content.endswith(b"\nkey = " + base64.b64encode(key) + b"\n")
 
 
-def test_the_file_says_how_to_open_the_medium_on_a_pc() -> None:
+def test_the_file_has_the_command_that_opens_the_medium_on_a_pc() -> None:
     about = recovery_files.About("archive", "capi:tk(cbc(aes))-plain64", 4096, "ext4", ID)
     assert (
         "sed -n 's/^key = //p' the.recovery | base64 -d | cryptsetup open --type plain "
@@ -93,7 +93,7 @@ def test_a_file_that_went_through_windows_is_read() -> None:
         (lambda text: text[:-25] + base64.b64encode(bytes(16)) + b"\n", "has a zero byte"),
     ],
 )
-def test_a_damaged_key_is_told_without_a_word_of_it(damage: object, words: str | None) -> None:
+def test_a_damaged_key_is_reported_without_any_part(damage: object, words: str | None) -> None:
     content = damage(bytes(written()))  # type: ignore[operator]
     if words is None:
         assert key_in(content) == KEY
@@ -116,7 +116,7 @@ def test_a_damaged_key_is_told_without_a_word_of_it(damage: object, words: str |
         (b"label = x\ncipher = c\nsector-size = many\nfilesystem = ext4\n", "lacks label"),
     ],
 )
-def test_what_is_no_recovery_file_is_refused(text: bytes, words: str) -> None:
+def test_a_text_that_is_no_recovery_file_is_refused(text: bytes, words: str) -> None:
     with pytest.raises(recovery_files.RecoveryFileError, match=words):
         recovery_files.read_about(bytearray(text))
 
@@ -142,7 +142,7 @@ def test_a_recovery_file_is_its_owners_only_and_is_never_overwritten(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["missing", "fifo", "directory", "huge", "empty"])
-def test_what_cannot_be_a_recovery_file_is_not_read(tmp_path: Path, kind: str) -> None:
+def test_a_path_that_cannot_be_a_recovery_file_is_not_read(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "file"
     match kind:
         case "fifo":
@@ -160,7 +160,7 @@ def test_what_cannot_be_a_recovery_file_is_not_read(tmp_path: Path, kind: str) -
         pass
 
 
-def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match=f"open directory {tmp_path}/none: No such file"):
         store.write_recovery(tmp_path / "none" / "file", ABOUT, SecretBytes(bytearray(KEY)))
 

@@ -13,24 +13,24 @@ from caam_hotplug.formats import recovery_files
 from caam_hotplug.kernel import atomic_files, gpt, mkfs
 from caam_hotplug.keys import sealing, store
 from caam_hotplug.keys.sealing import SealMethod
-from caam_hotplug.provisioning import provision
+from caam_hotplug.provisioning import temporary_mapping
 from unit.workshop import LABEL, Workshop, disk_of
 
 
 def refusal(workshop: Workshop, medium: Path, **more: object) -> str:
-    """What is said of a command that changes neither the medium nor the keys."""
+    """Return the message of a command that changes nothing, dry or not."""
 
-    def files() -> dict[Path, bytes]:
-        return {p: p.read_bytes() for p in workshop.folder.rglob("*") if p.is_file()}
-
-    before = files()
+    before = workshop.contents()
+    with pytest.raises(HotplugError) as planned:
+        workshop.plan(medium, **more)
     with pytest.raises(HotplugError) as refused:
         workshop.make(medium, **more)
-    assert files() == before
+    assert workshop.contents() == before
+    assert str(planned.value) == str(refused.value)
     return str(refused.value)
 
 
-def test_a_recovery_key_is_the_mediums_and_is_told_of(workshop: Workshop) -> None:
+def test_a_recovery_key_is_the_mediums_and_is_reported(workshop: Workshop) -> None:
     made = workshop.make(workshop.medium(), recovery_file=workshop.recovery)
     assert (made.recovery_file, made.was_made_before) == (workshop.recovery, False)
     encoded = workshop.recovery.read_text().rpartition("key = ")[2]
@@ -190,18 +190,61 @@ def test_a_medium_that_was_begun_says_with_which_options(
     assert said.endswith(anew)
 
 
-def test_a_blob_that_is_replaced_after_the_medium_was_looked_at_is_not_used(
+def test_a_blob_that_is_replaced_after_the_plan_was_made_is_not_used(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = workshop.medium()
     cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
     other = bytearray(workshop.blob.read_bytes())
     other[30] ^= 1
-    monkeypatch.setattr(provision, "_try_table", lambda *_: workshop.blob.write_bytes(other))
+    monkeypatch.setattr(
+        temporary_mapping, "try_method", lambda *_, **_more: workshop.blob.write_bytes(other)
+    )
     before = begun.read_bytes()
     with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
         workshop.make(begun)
     assert begun.read_bytes() == before
+
+
+def test_a_recovery_file_that_is_replaced_after_the_plan_was_made_is_not_used(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+
+    def replaced(*_arguments: object, **_more: object) -> None:
+        file.unlink()
+        planted(workshop, file)
+
+    workshop.blobs.rmdir()
+    monkeypatch.setattr(temporary_mapping, "try_method", replaced)
+    before = medium.read_bytes()
+    with pytest.raises(HotplugError, match=f"use {file}: it was replaced meanwhile; try again"):
+        workshop.make(medium, recovery_file=file)
+    assert (medium.read_bytes(), list(workshop.blobs.iterdir())) == (before, [])
+
+
+def test_files_that_appear_after_the_plan_was_made_are_not_overwritten(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
+
+    def appearing(file: Path) -> object:
+        def write(*_arguments: object, **_more: object) -> None:
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            file.write_bytes(b"whatever it is")
+
+        return write
+
+    for file in (workshop.blob, workshop.recovery, rule):
+        with monkeypatch.context() as planning:
+            planning.setattr(temporary_mapping, "try_method", appearing(file))
+            with pytest.raises(HotplugError, match=f"{file}:? (it )?exists, and "):
+                workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
+        assert file.read_bytes() == b"whatever it is"
+        file.unlink()
+    workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
+    assert workshop.identity(medium).name == LABEL
 
 
 ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'

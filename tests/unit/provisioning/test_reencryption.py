@@ -160,7 +160,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reencryption, "JOURNAL_BYTES", 2 * SLOT)
 
 
-def test_all_of_a_medium_is_under_the_new_key_and_each_position_was_told_of() -> None:
+def test_all_of_a_medium_is_under_the_new_key_and_each_position_was_reported() -> None:
     board = Board()
     board.run(Power(CALLS, random.Random(0)))
     assert board.new.read(0, LENGTH) == PLAIN
@@ -207,7 +207,7 @@ def test_an_earlier_copy_of_the_medium_is_not_gone_on_with() -> None:
     assert board.disk.safe == copy
 
 
-def test_a_medium_that_does_not_keep_what_is_written_is_told_and_is_as_it_was_after_another_try(
+def test_a_medium_that_does_not_keep_what_is_written_is_reported_and_whole_after_another_try(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     board = Board()

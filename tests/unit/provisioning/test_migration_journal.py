@@ -1,4 +1,4 @@
-"""What is said while a medium moves, and the journal's file."""
+"""The journal's file, and who reads it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from uuid import uuid4
 
 import pytest
 
-from caam_hotplug.cli.migrate import _Pace
-from caam_hotplug.cli.provision import Progress
 from caam_hotplug.errors import HotplugError, KernelError
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.provisioning import migration_journal
 from caam_hotplug.provisioning.migration_journal import Head
 from caam_hotplug.provisioning.reencryption import Record
 
-MB = 1_000_000
 HEAD = Head(
     mark=uuid4(),
     name="archive-01",
@@ -36,66 +33,6 @@ HEAD = Head(
 )
 
 
-class Terminal:
-    """A stream that somebody looks at, or nobody."""
-
-    def __init__(self, *, looked_at: bool) -> None:
-        self._looked_at = looked_at
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return self._looked_at
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
-
-
-def test_who_looks_on_sees_how_far_how_fast_and_how_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NO_COLOR", "1")
-    clock = iter([0.0, 1.0, 100.0]).__next__
-    with Progress(terminal := Terminal(looked_at=True)) as progress:
-        pace = _Pace(progress, clock)
-        for done in (0, 2 * MB, 100 * MB):
-            pace.reached(done, 10_000 * MB)
-    assert terminal.text.split("\r\x1b[K") == [
-        "",
-        "moving: 0 % of 10000 MB ...",
-        "moving: 0 % of 10000 MB, 2.0 MB/s, 1 h 23 min left ...",
-        "moving: 1 % of 10000 MB, 1.0 MB/s, 2 h 45 min left ...",
-        "",
-    ]
-
-
-def test_where_nobody_looks_on_there_is_a_line_for_ten_per_cent(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    clock = iter(range(100)).__next__
-    with Progress(Terminal(looked_at=False)) as progress:
-        pace = _Pace(progress, clock)
-        for done in range(0, 101 * MB, 5 * MB):
-            pace.reached(done, 100 * MB)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "moving: 10 % of 100 MB, 5.0 MB/s, 18 s left"
-    assert lines[-1] == "moving: 100 % of 100 MB, 5.0 MB/s, 0 s left"
-    assert len(lines) == 10
-
-
-def test_what_an_earlier_run_has_done_does_not_count_for_the_pace(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    clock = iter([0.0, 1.0]).__next__
-    with Progress(Terminal(looked_at=False)) as progress:
-        pace = _Pace(progress, clock)
-        pace.reached(90 * MB, 100 * MB)
-        pace.reached(95 * MB, 100 * MB)
-    assert capsys.readouterr().err == "moving: 90 % of 100 MB\n"
-
-
 @pytest.fixture
 def blobs(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     """The blob directory, open."""
@@ -104,7 +41,7 @@ def blobs(tmp_path: Path) -> Iterator[tuple[int, Path]]:
     os.close(opened)
 
 
-def test_a_journal_is_found_again_with_all_that_is_in_it(blobs: tuple[int, Path]) -> None:
+def test_a_journal_is_read_as_it_was_written(blobs: tuple[int, Path]) -> None:
     opened, directory = blobs
     migration_journal.create(opened, directory, HEAD)
     assert list(migration_journal.heads(directory)) == [HEAD]
@@ -119,7 +56,7 @@ def test_a_journal_is_found_again_with_all_that_is_in_it(blobs: tuple[int, Path]
     assert list(migration_journal.heads(directory)) == []
 
 
-def test_two_do_not_go_on_with_one_medium(blobs: tuple[int, Path]) -> None:
+def test_only_one_process_goes_on_with_a_medium(blobs: tuple[int, Path]) -> None:
     opened, directory = blobs
     migration_journal.create(opened, directory, HEAD)
     with (
@@ -130,7 +67,7 @@ def test_two_do_not_go_on_with_one_medium(blobs: tuple[int, Path]) -> None:
         raise AssertionError("it was opened")
 
 
-def test_a_journal_that_was_replaced_is_not_gone_on_with(blobs: tuple[int, Path]) -> None:
+def test_nobody_goes_on_by_a_journal_that_was_replaced(blobs: tuple[int, Path]) -> None:
     opened, directory = blobs
     migration_journal.create(opened, directory, replace(HEAD, mark=uuid4()))
     with (
@@ -152,7 +89,7 @@ def test_a_journal_is_never_overwritten(blobs: tuple[int, Path]) -> None:
     "content",
     [b"", b"{}", b"\xff\xfe", HEAD.to_json().replace(b'"version": 1', b'"version": 2')],
 )
-def test_a_file_that_is_no_journal_of_this_version_is_told(
+def test_a_file_that_is_no_journal_of_this_version_is_refused(
     blobs: tuple[int, Path], content: bytes
 ) -> None:
     (blobs[1] / ".archive-01.bb.migration").write_bytes(content)
@@ -166,7 +103,7 @@ def test_a_link_in_the_place_of_a_journal_is_not_followed(blobs: tuple[int, Path
         list(migration_journal.heads(blobs[1]))
 
 
-def test_what_ends_before_all_is_read_is_an_error(tmp_path: Path) -> None:
+def test_a_file_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"four")
     with (tmp_path / "short").open("r+b") as file:
         blocks = Blocks(file.fileno(), "short", 2)

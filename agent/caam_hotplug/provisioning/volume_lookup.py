@@ -1,0 +1,67 @@
+"""Find the partition that a user names, by its label or its device node."""
+
+from __future__ import annotations
+
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from caam_hotplug.config.loader import Config
+from caam_hotplug.errors import HotplugError, KernelError, shown
+from caam_hotplug.kernel import blkid, sysfs, udev
+from caam_hotplug.model import DevType, Volume
+from caam_hotplug.provisioning import migration_journal
+
+
+def find_partition(text: str, config: Config) -> Volume:
+    """Find the partition with that label or node. A marked one has the label of its journal.
+
+    Raises: HotplugError if there is none, or more than one.
+    """
+    source = udev.default_source() if config.source == "auto" else config.source
+    with closing(udev.Devices(source)) as devices:
+        if "/" in text:
+            return _partition_at(text, devices)
+        marks = {
+            str(head.mark)
+            for head in migration_journal.heads(config.blob_directory)
+            if head.name == text
+        }
+        reported = {event.volume.id: event.volume for event in devices.present()}
+        there = {volume.id: volume for volume in sysfs.there()} | reported
+    found = [
+        volume
+        for volume in map(_identified, there.values())
+        if volume.devtype is DevType.PARTITION
+        and (volume.partlabel == text or volume.partuuid in marks)
+    ]
+    match found:
+        case [volume]:
+            return volume
+        case []:
+            raise HotplugError(
+                f"migrate {shown(text)}: no partition has this label; is the medium plugged in?"
+            )
+        case _:
+            nodes = ", ".join(sorted(volume.node for volume in found))
+            raise HotplugError(
+                f"migrate {shown(text)}: {len(found)} partitions have this label; name the "
+                f"device: {nodes}"
+            )
+
+
+def _partition_at(node: str, devices: udev.Devices) -> Volume:
+    found = _identified(devices.volume(node))
+    if found.devtype is not DevType.PARTITION:
+        raise HotplugError(
+            f"migrate {shown(node)}: it is a whole disk; only a partition can be marked while it "
+            "is under two keys: name that"
+        )
+    return found
+
+
+def _identified(volume: Volume) -> Volume:
+    if not volume.identified and volume.devtype is DevType.PARTITION:
+        with suppress(KernelError):  # an unreadable medium is not the one that was named
+            found = blkid.identify(volume.node)
+            return replace(volume, partlabel=found.partlabel, partuuid=found.partuuid)
+    return volume
