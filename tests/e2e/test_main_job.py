@@ -1,4 +1,4 @@
-"""Plug it in, read it, pull it out: the main job on a real kernel."""
+"""The main job on a real kernel: plug a medium, read it, pull it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vm.media import KEYS, OTPMK_A, OTPMK_B
 
 
 async def is_served(guest: Guest, board: Board) -> None:
-    """The medium's file is readable, its mapping is what was asked for, its key is gone."""
+    """Check that the medium's file is readable, its mapping is the target, and its key is gone."""
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
     table = (await guest.run("dmsetup", "table")).stdout
     assert f" crypt {board.target}caam-hotplug:" in table
@@ -31,7 +31,7 @@ async def is_served(guest: Guest, board: Board) -> None:
 async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path, bus: str
 ) -> None:
-    if bus == "scsi":  # not removable, so the built-in rule leaves it alone
+    if bus == "scsi":  # not removable, so the built-in rule does not match
         await agent.configure(ANY_BUS)
     await agent.start()
     pid = await agent.main_pid()
@@ -53,7 +53,7 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     assert await agent.main_pid() == pid
 
 
-async def test_no_library_is_opened_only_when_a_medium_comes(
+async def test_all_libraries_are_loaded_before_the_first_medium_arrives(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -70,10 +70,10 @@ async def test_no_library_is_opened_only_when_a_medium_comes(
 
 
 @ON_EVERY_BOARD
-async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
+async def test_a_loop_device_with_partitions_is_served_and_released_at_the_stop(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
-    # A loop device in use tells nobody that it is to be detached; it leaves with its last user.
+    # No event reports the detach of a loop device in use; it leaves with its last user.
     await agent.configure(ANY_BUS)
     await agent.stop()
     carrier = await guest.plug_scsi(labelled(tmp_path, "cartridge-01", board, size_mib=4))
@@ -123,7 +123,7 @@ keyctl clear @s
 
 
 @ON_EVERY_BOARD
-async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot_and_only_there(
+async def test_a_medium_made_by_the_boards_procedure_opens_after_a_cold_boot_and_on_no_other_board(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await agent.stop()
@@ -161,7 +161,7 @@ async def test_keys_of_all_sizes_and_coverings_open_their_media(
     assert await guest.read(f"/run/media/{name}/hello.txt") == b"Encrypted data\n"
 
 
-async def test_a_key_that_the_cipher_cannot_use_is_told_apart_from_a_wrong_one(
+async def test_a_key_that_the_cipher_cannot_use_has_another_error_than_a_wrong_key(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await agent.start()
@@ -196,7 +196,7 @@ UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.
 
 
 @ON_EVERY_BOARD
-async def test_without_udevd_the_kernels_own_events_serve(
+async def test_without_udevd_media_are_served_by_the_kernels_own_events(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.stop()

@@ -1,4 +1,4 @@
-"""Boards with a mainline kernel: keys and media that are made there, and what is refused."""
+"""Boards with a mainline kernel: keys and media that are made there, and refusals."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ON_MAINLINE = pytest.mark.parametrize(
 
 
 def documented(*words: str) -> str:
-    """The command of docs/mainline.md that has these words; of several, the first."""
+    """Return the command in docs/mainline.md with these words; of several, the first."""
     return next(
         each for each in commands("docs/mainline.md") if all(word in each for word in words)
     )
 
 
 async def blank(guest: Guest, folder: Path) -> None:
-    """A medium that was never written to is /dev/sda."""
+    """Plug an empty medium as /dev/sda."""
     with (folder / "blank.img").open("wb") as file:
         file.truncate(64 << 20)
     await guest.plug_usb(folder / "blank.img")
@@ -115,7 +115,7 @@ async def test_a_medium_under_a_master_opens_on_a_pc_and_a_second_board(
 
 
 @ON_MAINLINE
-async def test_every_fault_of_a_key_of_the_kernels_ends_in_its_own_words(
+async def test_every_fault_of_a_kernel_key_has_its_own_message(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     sealed = trusted_blob(board.key, OTPMK_A)

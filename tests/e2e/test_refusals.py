@@ -1,4 +1,4 @@
-"""What must not be unlocked is not, says why, and is left as it was."""
+"""A medium that must not be unlocked is refused with a reason, and is not changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SAID = {
 }
 
 
-async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medium(
+async def test_every_fault_of_a_blob_has_its_own_message_and_leaves_the_medium_untouched(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await guest.sh(BLOB_FAULTS)
@@ -68,7 +68,7 @@ async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medi
 
 
 EXPOSURE = 30
-"""Tenths of what `systemd-analyze security` gives it; docs/reliability.md says what is left."""
+"""Tenths of the value of `systemd-analyze security`; docs/reliability.md explains the rest."""
 TRACED = f"/run/systemd/system/{UNIT}.d/traced.conf"
 HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "cartridge 01"]
 
@@ -76,7 +76,7 @@ HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "ca
 async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
-    # strace stops the agent at every call, which makes it slower than any watchdog allows.
+    # strace stops the agent at every call, which makes it slower than any watchdog permits.
     await guest.write(TRACED, b"[Service]\nWatchdogSec=0\n")
     await guest.sh("systemctl daemon-reload")
     await agent.configure('[[rule]]\nname = "all"\nmatch.bus = "scsi"\n')
@@ -100,7 +100,7 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     paths = [line.split('"')[1] for line in trace.splitlines() if line.count('"') >= 2]
     made = [line for line in trace.splitlines() if "mkdir" in line or "move_mount" in line]
     assert made == []
-    # The kernel's names lead to what sysfs says of a device; a label leads nowhere.
+    # The kernel's names lead to sysfs files of a device; a label leads to no file.
     assert {p for p in paths if not p.startswith(("/sys/", "/run/udev/data/", "/proc/"))} == set()
     await agent.stop()
     await guest.sh(f"rm {TRACED}; systemctl daemon-reload")
@@ -141,7 +141,7 @@ async def test_a_blob_directory_that_others_may_write_to_is_refused(
     await guest.sh("chmod 755 /data")
 
 
-async def test_a_blob_directory_that_the_service_cannot_read_fails_its_media_and_no_more(
+async def test_a_blob_directory_that_the_service_cannot_read_fails_only_its_own_media(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await guest.sh("chown 1000 /data/caam; chmod 700 /data/caam")
@@ -167,10 +167,10 @@ async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
     assert media.partition_bytes(image) == before
 
 
-async def test_a_medium_that_udev_cannot_read_is_left_alone_and_others_are_served(
+async def test_a_medium_that_udev_cannot_read_is_not_touched_and_others_are_served(
     guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
 ) -> None:
-    # udev then knows nothing of the partition, not even the label that stands elsewhere.
+    # udev then has no facts of the partition, not even the label, which is stored elsewhere.
     await agent.start()
     broken = labelled(tmp_path, "cartridge-02")
     await guest.plug_usb(broken, bad_sector=media.FIRST_LBA)
@@ -180,14 +180,14 @@ async def test_a_medium_that_udev_cannot_read_is_left_alone_and_others_are_serve
     assert "unlocking: with /data/caam/cartridge-02.bb" not in await agent.journal()
 
 
-async def test_the_service_is_exposed_to_no_more_than_a_mounter_must_be(guest: Guest) -> None:
+async def test_the_service_has_no_more_exposure_than_mounting_needs(guest: Guest) -> None:
     done = await guest.run(
         "systemd-analyze", "security", "--no-pager", f"--threshold={EXPOSURE}", UNIT, check=False
     )
     assert done.returncode == 0, done.stdout
 
 
-async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_where(
+async def test_a_faulty_configuration_prevents_the_start_and_the_error_names_the_place(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.configure('[[rule]]\nname = "x"\nmatch.partlable = "cartridge-*"\n')
@@ -199,7 +199,7 @@ async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_whe
     ) in await agent.journal()
 
 
-async def test_check_and_explain_tell_what_the_agent_would_do(
+async def test_check_and_explain_show_what_the_agent_would_do(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await guest.plug_usb(medium)
