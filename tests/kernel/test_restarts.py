@@ -1,4 +1,4 @@
-"""Stopped, killed and started again: what is mounted and kept is not interrupted."""
+"""An agent is stopped, killed and started again; a kept mount is not interrupted."""
 
 from __future__ import annotations
 
