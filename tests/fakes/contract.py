@@ -329,7 +329,7 @@ def test_a_mapping_works_without_its_key_in_the_keyring(world: World) -> None:
         assert world.reads_as_written(mapping.node)
 
 
-def test_another_key_shows_noise(world: World) -> None:
+def test_a_mapping_under_another_key_reads_noise(world: World) -> None:
     with mapped(world, OTHER_BLOB) as mapping:
         assert not world.reads_as_written(mapping.node)
 
@@ -590,6 +590,7 @@ __all__ = [
     "test_a_mapping_that_does_not_exist_accepts_no_table",
     "test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error",
     "test_a_mapping_under_a_detached_mount_goes_with_its_last_user",
+    "test_a_mapping_under_another_key_reads_noise",
     "test_a_mapping_with_an_error_table_can_be_unmounted_and_removed",
     "test_a_mapping_with_an_error_table_cannot_be_probed",
     "test_a_mapping_with_an_error_table_fails_all_reads",
@@ -609,7 +610,6 @@ __all__ = [
     "test_a_table_is_not_loaded_without_its_key",
     "test_a_volume_is_present_while_it_is_the_same",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
-    "test_another_key_shows_noise",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_holders_are_counted",
     "test_loading_an_error_table_twice_is_no_error",

@@ -236,7 +236,7 @@ def test_a_step_that_fails_is_published_and_all_steps_before_it_are_undone(
     assert bench.kernel.leftovers() == []
 
 
-def test_an_unmount_that_fails_is_followed_by_a_detachment(bench: Bench) -> None:
+def test_an_unmount_that_fails_is_followed_by_a_detach(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.fail_next("unmount", MountError("unmount", "x", errno.EIO))
@@ -336,7 +336,7 @@ def test_a_kept_volume_outlives_a_stop_and_is_adopted_by_the_next_start() -> Non
     bench.close()
 
 
-def start_beside_a_mapping_that_does_something_else(bench: Bench) -> None:
+def start_with_another_table(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     (mapping,) = bench.kernel.mappings.values()
@@ -349,7 +349,7 @@ def start_beside_a_mapping_that_does_something_else(bench: Bench) -> None:
 def test_a_mapping_with_another_table_is_not_touched_until_its_medium_is_pulled(
     bench: Bench,
 ) -> None:
-    start_beside_a_mapping_that_does_something_else(bench)
+    start_with_another_table(bench)
     (volume,) = (medium.volume for medium in bench.kernel.media.values())
     assert bench.state(volume) is State.FAILED
     assert "is not what rule 'built-in' asks for" in bench.reason(volume)
@@ -424,7 +424,7 @@ def test_a_stop_at_any_turn_of_an_adoption_keeps_a_volume_whose_rule_says_so(tur
     bench.close()
 
 
-def test_after_a_crash_the_mounted_one_of_two_with_a_label_still_has_the_mount_point(
+def test_after_a_crash_the_mounted_one_of_two_media_with_a_label_keeps_the_mount_point(
     bench: Bench,
 ) -> None:
     mounted = bench.insert(name="sdb1")
@@ -677,7 +677,7 @@ def test_a_volume_that_could_not_be_adopted_is_nevertheless_locked_by_a_stop(
 
 
 def test_a_mapping_with_another_table_is_not_touched_by_a_stop(bench: Bench) -> None:
-    start_beside_a_mapping_that_does_something_else(bench)
+    start_with_another_table(bench)
     bench.stop()
     assert len(bench.kernel.mounts) == 1
     bench.start()

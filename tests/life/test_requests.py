@@ -25,7 +25,7 @@ def served(bench: Bench, **facts: object) -> Volume:
     return volume
 
 
-def is_untouched(bench: Bench, volume: Volume) -> None:
+def check_mounted(bench: Bench, volume: Volume) -> None:
     """Check that the volume is mounted as before."""
     assert bench.state(volume) is State.MOUNTED
     assert [mount.point for mount in bench.kernel.mounts] == [POINT]
@@ -58,7 +58,7 @@ def test_a_locked_volume_holds_nothing_and_stays_so_until_it_is_unlocked(bench: 
     bench.settle()
     assert bench.state(volume) is State.LOCKED
     bench.answer("unlock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_an_ejected_medium_is_powered_off_and_stays_ejected(bench: Bench) -> None:
@@ -71,7 +71,7 @@ def test_an_ejected_medium_is_powered_off_and_stays_ejected(bench: Bench) -> Non
     bench.settle()
     assert bench.state(volume) is State.EJECTED
     bench.answer("unlock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_an_ejected_medium_that_comes_back_is_served(bench: Bench) -> None:
@@ -104,7 +104,7 @@ def test_a_request_does_not_release_a_volume_in_use_and_names_its_users(
         "pid 1 (program) has a file open",
         "pid 2 (program) has a file open",
     )
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     bench.kernel.users.clear()
     bench.answer(verb, volume)
     assert bench.kernel.leftovers() == []
@@ -115,7 +115,7 @@ def test_a_volume_whose_data_cannot_be_written_is_not_released(bench: Bench) -> 
     bench.kernel.faults.append(Fault("flush", MountError("flush", POINT, errno.EIO)))
     with pytest.raises(RequestRefusedError, match=r"lock .*flush .*Input/output error"):
         bench.answer("lock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_users_are_ended_if_the_rule_says_so(ends: set[int], signals: int) -> No
     else:
         with pytest.raises(VolumeBusyError, match=r"pid 1"):
             bench.answer("lock", volume)
-        is_untouched(bench, volume)
+        check_mounted(bench, volume)
     assert bench.kernel.steps.count("end_holders") == signals
     bench.stop()
     bench.close()
@@ -220,7 +220,7 @@ def test_a_failed_volume_is_tried_again_on_request(bench: Bench) -> None:
         bench.answer("retry", volume)
     bench.kernel.faults.clear()
     bench.answer("retry", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_a_volume_in_conflict_names_the_owner_of_its_mount_point_and_keeps_waiting(
@@ -233,7 +233,7 @@ def test_a_volume_in_conflict_names_the_owner_of_its_mount_point_and_keeps_waiti
         bench.answer("retry", second)
     bench.pull()
     bench.settle()
-    is_untouched(bench, second)
+    check_mounted(bench, second)
 
 
 def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
@@ -242,7 +242,7 @@ def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
     bench.settle()
     bench.answer("eject", second)
     assert bench.state(second) is State.EJECTED
-    is_untouched(bench, first)
+    check_mounted(bench, first)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_retry_of_a_volume_that_has_been_mounted_meanwhile_is_granted(bench: B
     bench.settle()
     steps = list(bench.kernel.steps)
     bench.answer("retry", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     assert bench.kernel.steps == steps
 
 
@@ -321,7 +321,7 @@ def test_locking_or_ejecting_a_locked_volume_is_done_at_once(bench: Bench) -> No
 
 @pytest.mark.parametrize("verb", ["lock", "eject"])
 @pytest.mark.parametrize("after", range(40))
-def test_a_medium_pulled_at_every_turn_of_a_request_leaves_nothing_and_an_answer(
+def test_a_medium_pulled_at_any_turn_of_a_request_leaves_nothing_and_the_request_is_answered(
     bench: Bench, verb: str, after: int
 ) -> None:
     volume = served(bench)
@@ -366,7 +366,7 @@ def test_a_request_for_a_stuck_volume_is_refused_without_delay(bench: Bench) -> 
     with pytest.raises(RequestRefusedError, match=r"the kernel does not answer"):
         bench.answer("lock", volume)
     bench.wait(60)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_a_volume_that_waits_is_served_when_its_blob_appears(bench: Bench) -> None:
@@ -378,7 +378,7 @@ def test_a_volume_that_waits_is_served_when_its_blob_appears(bench: Bench) -> No
     assert bench.state(volume) is State.WAITING
     assert bench.kernel.steps.count("read_blob") == 1
     bench.add_blob("cartridge-01.bb")
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_changed_rules_apply_to_media_that_are_present(bench: Bench) -> None:
@@ -395,7 +395,7 @@ def test_rules_with_the_same_target_do_not_touch_a_mounted_volume(bench: Bench) 
     volume = served(bench)
     steps = len(bench.kernel.steps)
     bench.reload_rules(replace(RULE, name="cartridges", on_busy=OnBusy.DETACH))
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     assert bench.entry(volume).rule == "cartridges"
     assert bench.kernel.steps[steps:] == []
 
@@ -404,7 +404,7 @@ def test_changed_rules_do_not_touch_a_volume_in_use_until_it_is_free(bench: Benc
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
     bench.reload_rules(replace(RULE, mount=MountSettings(read_only=True)))
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     assert not bench.kernel.mounts[0].read_only
 
 
@@ -557,7 +557,7 @@ def test_a_second_eject_of_a_volume_that_is_still_held_open_is_refused_like_the_
     bench.close()
 
 
-def wants_another_mount(bench: Bench) -> None:
+def reload_with_slow_unit(bench: Bench) -> None:
     """Put other rules into force while the unit before the unmount takes its time."""
     bench.units.duration_s = 5.0
     assert bench._supervisor is not None
@@ -573,7 +573,7 @@ def test_a_request_to_mount_is_granted_while_changed_rules_take_effect(
     bench = with_units
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = users
-    wants_another_mount(bench)
+    reload_with_slow_unit(bench)
     assert bench.state(volume) is State.DETACHING
     asked = bench.ask(verb, volume)
     bench.wait(20)
@@ -597,7 +597,7 @@ def test_a_blob_that_appears_at_any_turn_of_an_arrival_is_noticed(
     bench.kernel.blobs.clear()
     bench.run_turns(after)
     bench.add_blob("cartridge-01.bb")
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
