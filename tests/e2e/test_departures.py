@@ -36,15 +36,15 @@ async def test_a_medium_pulled_while_it_is_written_and_put_back_is_mounted_again
 
 
 @ON_EVERY_BOARD
-async def test_the_second_medium_of_a_label_mounts_when_the_first_leaves(
+async def test_the_second_medium_with_a_label_is_mounted_when_the_first_is_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await agent.start()
     first = await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"first"}))
     await guest.until_mounted(POINT)
     await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"second"}))
-    said = await agent.until_said("conflict")
-    assert "/run/media/cartridge-01 belongs to volume" in said
+    log = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 belongs to volume" in log
     assert await guest.read(f"{POINT}/n") == b"first"
     await first.pull()
     await agent.until_said("mounted: at", times=2)

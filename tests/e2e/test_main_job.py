@@ -15,7 +15,7 @@ from vm.installed import InstalledAgent
 from vm.media import KEYS, OTPMK_A, OTPMK_B
 
 
-async def is_served(guest: Guest, board: Board) -> None:
+async def check_served(guest: Guest, board: Board) -> None:
     """Check that the medium's file is readable, its mapping is the target, and its key is gone."""
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
     table = (await guest.run("dmsetup", "table")).stdout
@@ -45,7 +45,7 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
         case _:
             plug = await guest.plug_scsi(medium)
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await plug.pull()
     await agent.until_said(r"cartridge-01.*removed-unsafely")
     assert await agent.leftovers() == []
@@ -83,7 +83,7 @@ async def test_a_loop_device_with_partitions_is_served_and_released_at_the_stop(
     await agent.start()
     await guest.run("losetup", "-fP", "/var/tmp/medium.img")
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await agent.stop()
     assert await agent.leftovers() == []
     await guest.run("losetup", "-D")
@@ -143,8 +143,8 @@ async def test_a_medium_made_by_the_boards_procedure_opens_after_a_cold_boot_and
     await guest.cold_boot_caam(OTPMK_B)
     await agent.start()
     await stick.plug()
-    said = await agent.until_said(r"cartridge-07.*failed")
-    assert board.refusal in said
+    log = await agent.until_said(r"cartridge-07.*failed")
+    assert board.refusal in log
     await stick.pull()
     await guest.until("! test -e /sys/class/block/sda")
     assert media.partition_bytes(blank) == made
@@ -166,9 +166,9 @@ async def test_a_key_that_the_cipher_cannot_use_has_another_error_than_a_wrong_k
 ) -> None:
     await agent.start()
     await guest.plug_usb(media.make_medium(tmp_path / "m.img", "ecb-64"))
-    said = await agent.until_said("ecb-64.*failed")
-    assert "load table of mapping caam-ecb-64-" in said
-    assert "Invalid argument" in said
+    log = await agent.until_said("ecb-64.*failed")
+    assert "load table of mapping caam-ecb-64-" in log
+    assert "Invalid argument" in log
 
 
 @ON_EVERY_BOARD
@@ -205,7 +205,7 @@ async def test_without_udevd_media_are_served_by_the_kernels_own_events(
     await agent.start()
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await stick.pull()
     await guest.until_unmounted(POINT)
     await agent.until_said("cartridge-01.*removed-unsafely")

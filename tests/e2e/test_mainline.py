@@ -67,8 +67,8 @@ async def test_a_medium_of_a_trusted_key_is_made_and_refused_elsewhere(
     await agent.stop()
     await guest.cold_boot_caam(OTPMK_B)
     await agent.start()
-    said = await agent.until_said(f"'{LABEL}'.*failed")
-    assert "the trust source refused the blob: damaged, sealed on another chip" in said
+    log = await agent.until_said(f"'{LABEL}'.*failed")
+    assert "the trust source refused the blob: damaged, sealed on another chip" in log
     await agent.stop()
     await guest.cold_boot_caam(OTPMK_A)
 
@@ -132,7 +132,7 @@ async def test_every_fault_of_a_kernel_key_has_its_own_message(
         "user": under.replace(b"trusted:", b"user:"),
     }
     await guest.write("/data/caam/elsewhere.bb", trusted_blob(MASTER, OTPMK_B))
-    said = {
+    messages = {
         "truncated": "is cut short: 223 hex digits, half a byte too few",
         "flipped": "the trust source refused the blob: damaged, sealed on another chip",
         "foreign": "the trust source refused the blob: damaged, sealed on another chip",
@@ -147,11 +147,11 @@ async def test_every_fault_of_a_kernel_key_has_its_own_message(
         await guest.write(f"/data/caam/cartridge-{name}.bb", content)
     await agent.configure(ANY_BUS)
     await agent.start()
-    images = {name: labelled(tmp_path, f"cartridge-{name}", board, size_mib=4) for name in said}
+    images = {name: labelled(tmp_path, f"cartridge-{name}", board, size_mib=4) for name in messages}
     before = {name: media.partition_bytes(image) for name, image in images.items()}
     plugs = [await guest.plug_scsi(image) for image in images.values()]
-    lines = await agent.until_said("'cartridge-[a-z]+' .*failed: ", times=len(said))
-    for name, words in said.items():
+    lines = await agent.until_said("'cartridge-[a-z]+' .*failed: ", times=len(messages))
+    for name, words in messages.items():
         (line,) = [line for line in lines.splitlines() if f"'cartridge-{name}'" in line]
         assert words in line
     assert await agent.leftovers() == []

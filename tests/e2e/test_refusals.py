@@ -25,7 +25,7 @@ dd if=/dev/zero of=cartridge-huge.bb bs=1M count=10 status=none
 head -c 96 /dev/urandom > cartridge-noise.bb
 caam-keygen create cartridge-wrong ecb -t 'another 16 bytes'; rm cartridge-wrong
 """
-SAID = {
+MESSAGES = {
     "missing": "waiting: no blob /data/caam/cartridge-missing.bb",
     "truncated": "failed: read blob /data/caam/cartridge-truncated.bb: is cut short or damaged: "
     "60 bytes, the tag header says 96",
@@ -50,17 +50,17 @@ async def test_every_fault_of_a_blob_has_its_own_message_and_leaves_the_medium_u
     await guest.sh(BLOB_FAULTS)
     await agent.configure(ANY_BUS)
     await agent.start()
-    media_of = {fault: labelled(tmp_path, f"cartridge-{fault}") for fault in SAID}
+    media_of = {fault: labelled(tmp_path, f"cartridge-{fault}") for fault in MESSAGES}
     before = {fault: media.partition_bytes(image) for fault, image in media_of.items()}
     plugs = [await guest.plug_scsi(image) for image in media_of.values()]
-    await agent.until_said("'cartridge-[a-z]+' .*(waiting|failed): ", times=len(SAID))
+    await agent.until_said("'cartridge-[a-z]+' .*(waiting|failed): ", times=len(MESSAGES))
     journal = await agent.journal()
-    said = {
+    messages = {
         fault: next(line for line in journal.splitlines() if f"'cartridge-{fault}'" in line
                     and ("waiting" in line or "failed" in line)).split("): ", 1)[1]
-        for fault in SAID
+        for fault in MESSAGES
     }  # fmt: skip
-    assert said == SAID
+    assert messages == MESSAGES
     assert await agent.leftovers() == []
     for plug in plugs:
         await plug.pull()
@@ -112,8 +112,8 @@ async def test_a_mount_point_with_content_is_never_shadowed(
     await guest.write("/run/media/cartridge-01/mine", b"the board's own\n")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("conflict")
-    assert "/run/media/cartridge-01 is not empty" in said
+    log = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 is not empty" in log
     assert await guest.read("/run/media/cartridge-01/mine") == b"the board's own\n"
     assert (await guest.run("dmsetup", "ls")).stdout.strip() == "No devices found"
     await guest.sh("rm -r /run/media/cartridge-01")
@@ -136,8 +136,8 @@ async def test_a_blob_directory_that_others_may_write_to_is_refused(
     await guest.sh("chmod 777 /data")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("failed")
-    assert "open /data/caam: /data can be written by others than root" in said
+    log = await agent.until_said("failed")
+    assert "open /data/caam: /data can be written by others than root" in log
     await guest.sh("chmod 755 /data")
 
 
@@ -147,9 +147,9 @@ async def test_a_blob_directory_that_the_service_cannot_read_fails_only_its_own_
     await guest.sh("chown 1000 /data/caam; chmod 700 /data/caam")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("'cartridge-01'.*failed")
-    assert "/data/caam belongs to user 1000 with mode 0700, and cannot be opened" in said
-    assert "chown root /data/caam" in said
+    log = await agent.until_said("'cartridge-01'.*failed")
+    assert "/data/caam belongs to user 1000 with mode 0700, and cannot be opened" in log
+    assert "chown root /data/caam" in log
     await guest.sh("chown 0 /data/caam")
     await guest.sh("caam-hotplug retry cartridge-01")
     await guest.until_mounted("/run/media/cartridge-01")
@@ -204,10 +204,10 @@ async def test_check_and_explain_show_what_the_agent_would_do(
 ) -> None:
     await guest.plug_usb(medium)
     await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
-    told = await guest.run("caam-hotplug", "explain", "/dev/disk/by-partlabel/cartridge-01")
-    assert "rule 'built-in' admits it" in told.stdout
-    assert "blob        /data/caam/cartridge-01.bb" in told.stdout
-    assert "mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told.stdout
+    explained = await guest.run("caam-hotplug", "explain", "/dev/disk/by-partlabel/cartridge-01")
+    assert "rule 'built-in' admits it" in explained.stdout
+    assert "blob        /data/caam/cartridge-01.bb" in explained.stdout
+    assert "mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in explained.stdout
     whole = await guest.run("caam-hotplug", "explain", "/dev/sda")
     assert "rule 'built-in': partlabel is not there" in whole.stdout
     await agent.configure(ANY_BUS)

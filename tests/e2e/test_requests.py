@@ -12,11 +12,11 @@ UNITS = "/run/systemd/system"
 BEGIN = b"""[Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
+ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/unit-lines'
 """
 END = b"""[Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
+ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/unit-lines'
 ExecStart=/bin/systemctl stop --no-block begin@%i.service
 """
 RULE = """
@@ -28,10 +28,10 @@ on_unmount = "end@{partlabel}.service"
 """
 
 
-async def told(guest: Guest, count: int) -> list[str]:
+async def unit_lines(guest: Guest, count: int) -> list[str]:
     """Return the lines that the units have written; wait until there are this many."""
-    await guest.until(f"test $(wc -l </run/told) = {count}")
-    return (await guest.read("/run/told")).decode().splitlines()
+    await guest.until(f"test $(wc -l </run/unit-lines) = {count}")
+    return (await guest.read("/run/unit-lines")).decode().splitlines()
 
 
 async def test_units_are_started_when_a_medium_is_mounted_and_before_it_is_unmounted(
@@ -39,13 +39,13 @@ async def test_units_are_started_when_a_medium_is_mounted_and_before_it_is_unmou
 ) -> None:
     await guest.write(f"{UNITS}/begin@.service", BEGIN)
     await guest.write(f"{UNITS}/end@.service", END)
-    await guest.sh("systemctl daemon-reload; rm -f /run/told")
+    await guest.sh("systemctl daemon-reload; rm -f /run/unit-lines")
     await agent.configure(RULE)
     await agent.start()
     stick = await guest.plug_usb(medium)
-    assert await told(guest, 1) == ["begin cartridge-01 hello.txt"]
+    assert await unit_lines(guest, 1) == ["begin cartridge-01 hello.txt"]
     await guest.run("caam-hotplug", "eject", "--no-power-off", "cartridge-01")
-    assert await told(guest, 2) == [
+    assert await unit_lines(guest, 2) == [
         "begin cartridge-01 hello.txt",
         "end cartridge-01 hello.txt",
     ]

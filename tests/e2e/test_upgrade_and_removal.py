@@ -59,7 +59,7 @@ async def test_the_agent_uses_the_distributions_pyudev_and_its_bundled_sdbus(
     assert [line for line in verified.splitlines() if "/usr/share/" not in line] == []
 
 
-async def test_an_upgrade_locks_or_keeps_what_is_mounted_as_on_stop_says(
+async def test_an_upgrade_locks_or_keeps_mounted_media_as_on_stop_says(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     version, package = newer(tmp_path)
