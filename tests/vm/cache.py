@@ -72,7 +72,7 @@ def built(name: str, key: str, build: Callable[[Path], None], *, says: str) -> P
         os.utime(folder)
         return folder
     if folder.exists():
-        print(f"{folder} is damaged and will be made anew", file=sys.stderr, flush=True)
+        print(f"{folder} is damaged and will be built again", file=sys.stderr, flush=True)
     forget(folder)
     began = time.monotonic()
     print(f"{says} ...", file=sys.stderr, flush=True)

@@ -78,7 +78,7 @@ class InstalledAgent:
             "timeout", f"{deadline_s}", "bash", "-c", script, check=False,
             timeout_s=deadline_s + 10,
         )  # fmt: skip
-        assert done.returncode == 0, f"not said: {pattern}\n{await self.journal()}"
+        assert done.returncode == 0, f"not logged: {pattern}\n{await self.journal()}"
         return done.stdout
 
     async def main_pid(self) -> int:

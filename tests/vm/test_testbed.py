@@ -45,7 +45,7 @@ async def test_a_large_file_is_copied_in_and_out_unchanged(guest: Guest) -> None
     assert await guest.read("/var/tmp/large") == data
 
 
-async def test_a_restored_guest_knows_nothing_of_the_one_before() -> None:
+async def test_a_restored_guest_has_no_changes_of_an_earlier_one() -> None:
     numbers = set()
     for _ in range(2):
         async with machine.restored() as guest:
