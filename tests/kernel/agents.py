@@ -65,7 +65,7 @@ class Room:
         """Return the path where the medium is to be mounted."""
         return self.mount_root / (medium or self.medium).label
 
-    def is_served(self, medium: Cartridge | None = None) -> None:
+    def check_served(self, medium: Cartridge | None = None) -> None:
         """Check that the medium is mounted and readable, its key gone, its mapping the only one."""
         medium = medium or self.medium
         self.agent.until_said(f"{medium.label}.*: mounted: at ")
@@ -73,36 +73,36 @@ class Room:
         assert len([line for line in tables(medium.label) if " crypt " in line]) == 1
         until(lambda: keys() == [])
 
-    def is_mounted_still(self) -> None:
+    def check_still_mounted(self) -> None:
         """Check that the medium is mounted, whatever the agent has logged."""
         assert self.point().is_mount()
         assert (self.point() / HELLO).read_bytes() == TEXT
 
-    def arrives(self, medium: Cartridge | None = None) -> None:
+    def plug_and_check(self, medium: Cartridge | None = None) -> None:
         """Plug the medium and wait until it is served; ignore earlier log lines."""
         self.agent.forget()
         (medium or self.medium).plug()
-        self.is_served(medium)
+        self.check_served(medium)
 
-    def leaves(self) -> None:
+    def pull_and_check(self) -> None:
         """Pull the medium, and check that nothing of it is left."""
         self.medium.pull()
-        self.has_nothing()
+        self.wait_until_released()
 
-    def has_nothing(self) -> None:
+    def wait_until_released(self) -> None:
         """Wait until no mapping, key, mount or mount point of the medium is left."""
-        until(lambda: self.left() == [] and keys() == [])
+        until(lambda: self.leftovers() == [] and keys() == [])
 
-    def has_nothing_already(self) -> None:
+    def check_released(self) -> None:
         """Check at once that nothing of the medium is left; wait only for the key's grace period.
 
         The keyring that held the key releases it by RCU (assoc_array_apply_edit in
         lib/assoc_array.c), and until then the kernel lists it.
         """
-        assert self.left() == []
+        assert self.leftovers() == []
         until(lambda: keys() == [])
 
-    def left(self) -> list[str]:
+    def leftovers(self) -> list[str]:
         """List what is left of the medium, except keys."""
         label = self.medium.label
         return [

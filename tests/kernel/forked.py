@@ -63,7 +63,7 @@ class Agent:
         self._pid = 0
         self._log = self._reports = self._go = -1
         self._unread = b""
-        self.said: list[str] = []
+        self.log_lines: list[str] = []
         """Lines that it has logged since the last start."""
         self._lines_read = 0
         self._calls = b""
@@ -80,7 +80,7 @@ class Agent:
         self._log, log = os.pipe()
         self._reports, reports = os.pipe()
         go, self._go = os.pipe()
-        self.said, self._unread, self._lines_read, self._calls = [], b"", 0, b""
+        self.log_lines, self._unread, self._lines_read, self._calls = [], b"", 0, b""
         gc.freeze()  # so the child's collector does not touch shared memory
         self._pid = os.fork()
         if self._pid == 0:
@@ -112,7 +112,7 @@ class Agent:
         end = time.monotonic() + DEADLINE_S
         while len(self.calls) < count:
             select.select([self._reports], [], [], 1)
-            assert time.monotonic() < end, f"only {self.calls}; {self.said}"
+            assert time.monotonic() < end, f"only {self.calls}; {self.log_lines}"
 
     def until_pinged(self, times: int) -> None:
         """Wait until it has pinged the service manager's watchdog this many times from now on.
@@ -135,11 +135,11 @@ class Agent:
         """
         end = time.monotonic() + DEADLINE_S
         while True:
-            for index in range(self._lines_read, len(self.said)):
-                if re.search(pattern, self.said[index]):
+            for index in range(self._lines_read, len(self.log_lines)):
+                if re.search(pattern, self.log_lines[index]):
                     self._lines_read = index + 1
-                    return self.said[index]
-            assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
+                    return self.log_lines[index]
+            assert self._read(end), f"not logged: {pattern}\n" + "\n".join(self.log_lines)
 
     def until_said_ever(self, pattern: str) -> str:
         """Return its first matching log line. Raises: AssertionError after the deadline."""
@@ -154,7 +154,7 @@ class Agent:
         self._read_calls()
         while self._read(time.monotonic()):
             pass
-        self._lines_read = len(self.said)
+        self._lines_read = len(self.log_lines)
 
     def _read(self, end: float) -> bool:
         """Read some more of its log; return whether there was any."""
@@ -162,7 +162,7 @@ class Agent:
             return False
         more = os.read(self._log, 65536)
         *lines, self._unread = (self._unread + more).split(b"\n")
-        self.said += [line.decode().split(">", 1)[1] for line in lines]
+        self.log_lines += [line.decode().split(">", 1)[1] for line in lines]
         return bool(more)
 
     def until_killed(self) -> None:
@@ -177,7 +177,7 @@ class Agent:
         self.until_killed()
 
     @contextmanager
-    def held_up(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Suspend the process meanwhile, so that it reads no event."""
         os.kill(self._pid, signal.SIGSTOP)
         try:
@@ -215,7 +215,7 @@ class Agent:
     def everything(self) -> str:
         """Return its whole log."""
         self.forget()
-        return "\n".join(self.said)
+        return "\n".join(self.log_lines)
 
     def close(self) -> None:
         """End the process, and release everything it used."""

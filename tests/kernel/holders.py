@@ -25,17 +25,17 @@ def process(hold: Callable[[Path], Iterator[None]], point: Path) -> Iterator[Non
 
     Raises: AssertionError if the process has ended before, as after an error.
     """
-    ready, tell = os.pipe()
+    ready, started = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             for number, _ in enumerate(hold(point)):
                 if number == 0:
-                    os.write(tell, b"r")
+                    os.write(started, b"r")
         finally:
             os._exit(code)
-    os.close(tell)
+    os.close(started)
     ended = False
     try:
         assert os.read(ready, 1) == b"r", "the process has ended before it was ready"

@@ -34,14 +34,14 @@ def after_the_removal(room: Room, count: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for _ in range(count):
         for hold in (hold_open, write_on):
-            room.arrives()
+            room.plug_and_check()
             with process(hold, room.point()):
                 with removal_of(Path(room.medium.partition).name) as removed:
                     room.medium.pull()
                     until(lambda: not _crypt_tables(room.medium), every_s=0.002)
                     gone = time.monotonic()
                 found.setdefault(hold.__name__, []).append(gone - removed())
-            room.has_nothing()
+            room.wait_until_released()
     room.agent.stop()
     return found
 
@@ -98,7 +98,7 @@ def arrivals(room: Room) -> list[float]:
         room.medium.plug()
         room.agent.until_said(f"{room.medium.label}.*: mounted: at ")
         took.append(time.monotonic() - begun)
-        room.leaves()
+        room.pull_and_check()
     return took[1:]
 
 

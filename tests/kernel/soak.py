@@ -162,7 +162,7 @@ class Soak:
         self._start()
         for number in range(count):
             self._room.agent.forget()
-            with self._room.agent.held_up():
+            with self._room.agent.suspended():
                 damage(medium, self._random, SUPERBLOCK[kind])
             medium.plug()
             line = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
@@ -326,7 +326,7 @@ class Soak:
     def _all_at_once(self, medium: Cartridge) -> None:
         """Deliver all events at once to an agent that was suspended."""
         assert medium
-        with self._room.agent.held_up():
+        with self._room.agent.suspended():
             for each in self._room.media:
                 each.plug()
         until(lambda: all(self._room.point(each).is_mount() for each in self._room.media))

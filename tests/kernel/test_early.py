@@ -54,12 +54,12 @@ def is_untouched(medium: Cartridge) -> bool:
 def test_a_medium_is_mounted_and_released_though_udev_does_not_report_it(room: Room) -> None:
     room.agent.start()
     with udevd_hanging():
-        room.arrives()
-        room.leaves()
-        room.arrives()
+        room.plug_and_check()
+        room.pull_and_check()
+        room.plug_and_check()
     run("udevadm", "settle")
-    room.is_mounted_still()
-    room.leaves()
+    room.check_still_mounted()
+    room.pull_and_check()
 
 
 def test_with_await_udev_a_medium_waits_until_udev_reports_it(room: Room) -> None:
@@ -86,10 +86,10 @@ def assert_waits(room: Room) -> None:
         room.medium.plug()
         until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
         has_heard_of_it(room)
-        assert room.left() == []
+        assert room.leftovers() == []
         assert is_untouched(room.medium)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
 def has_heard_of_it(room: Room) -> None:
@@ -104,7 +104,7 @@ def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(ro
         room.medium.plug()
         room.agent.until_said("CAAM_HOTPLUG is 0")
         run("udevadm", "settle")
-        assert not [line for line in room.agent.said if ": unlocking" in line]
+        assert not [line for line in room.agent.log_lines if ": unlocking" in line]
         assert is_untouched(room.medium)
         room.medium.pull()
     run("udevadm", "settle")
@@ -114,10 +114,10 @@ def test_a_medium_that_udev_opts_out_unexpectedly_is_released_again(room: Room) 
     room.agent.start()
     with rule_of_the_board('SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n'):
         with udevd_hanging():
-            room.arrives()
+            room.plug_and_check()
         room.agent.until_said("udev reports something else of it than was known")
         room.agent.until_said("CAAM_HOTPLUG is 0")
-        room.has_nothing()
+        room.wait_until_released()
         room.medium.pull()
     run("udevadm", "settle")
 
@@ -140,9 +140,9 @@ def test_a_medium_whose_disk_a_program_has_locked_waits_until_the_lock_is_releas
         blob.write_bytes(sealed)
         fcntl.ioctl(disk, BLKRRPART)
         has_heard_of_it(room)
-        assert room.left() == []
+        assert room.leftovers() == []
         assert is_untouched(room.medium)
     finally:
         os.close(disk)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()

@@ -21,10 +21,10 @@ def numbered(calls: tuple[str, ...]) -> list[object]:
 
 def test_the_agents_calls_are_the_calls_that_are_tested_here(room: Room) -> None:
     room.agent.start()
-    room.arrives()
-    room.leaves()
+    room.plug_and_check()
+    room.pull_and_check()
     room.agent.until_called(len(ARRIVAL + SURPRISE))
-    room.arrives()
+    room.plug_and_check()
     room.agent.stop()
     assert tuple(room.agent.calls) == ARRIVAL + SURPRISE + ARRIVAL + ORDERLY
 
@@ -37,8 +37,8 @@ def test_an_agent_killed_while_a_medium_arrives_serves_it_after_its_next_start(
     room.medium.plug()
     room.agent.until_killed()
     room.agent.start()
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("call", numbered(ARRIVAL))
@@ -50,7 +50,7 @@ def test_the_next_agent_releases_the_leftovers_if_one_is_killed_while_a_medium_a
     room.agent.until_killed()
     room.medium.pull()
     room.agent.start()
-    room.has_nothing()
+    room.wait_until_released()
 
 
 @pytest.mark.parametrize("call", numbered(SURPRISE))
@@ -58,13 +58,13 @@ def test_the_next_agent_releases_the_leftovers_if_one_is_killed_while_a_medium_l
     room: Room, call: int
 ) -> None:
     room.agent.start(Stop(len(ARRIVAL) + call, kill_self))
-    room.arrives()
+    room.plug_and_check()
     room.medium.pull()
     room.agent.until_killed()
     room.agent.start()
-    room.has_nothing()
-    room.arrives()
-    room.leaves()
+    room.wait_until_released()
+    room.plug_and_check()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("call", numbered(ORDERLY))
@@ -72,12 +72,12 @@ def test_an_agent_killed_while_it_stops_serves_the_medium_after_its_next_start(
     room: Room, call: int
 ) -> None:
     room.agent.start(Stop(len(ARRIVAL) + call, kill_self))
-    room.arrives()
+    room.plug_and_check()
     room.agent.request_stop()
     room.agent.until_killed()
     room.agent.start()
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("call", numbered(ADOPTION))
@@ -85,13 +85,13 @@ def test_an_agent_killed_while_it_adopts_a_medium_serves_it_after_its_next_start
     room: Room, call: int
 ) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     room.agent.kill()
     room.agent.begin(Stop(call, kill_self))
     room.agent.until_killed()
     room.agent.start()
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("call", numbered(ARRIVAL))
@@ -103,9 +103,9 @@ def test_a_medium_pulled_at_every_call_of_its_arrival_leaves_nothing_and_comes_b
     room.agent.until_called(call)
     room.medium.pull()
     room.agent.go_on()
-    room.has_nothing()
-    room.arrives()
-    room.leaves()
+    room.wait_until_released()
+    room.plug_and_check()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("call", numbered(ARRIVAL))
@@ -120,4 +120,4 @@ def test_an_agent_that_is_stopped_twice_at_any_call_of_an_arrival_leaves_nothing
     room.agent.request_stop()
     room.agent.go_on()
     room.agent.until_ended()
-    room.has_nothing_already()
+    room.check_released()

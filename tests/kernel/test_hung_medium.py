@@ -25,9 +25,9 @@ def test_a_hung_medium_is_published_as_stuck_and_others_are_served_meanwhile(
         with faulty.hung():
             room.agent.go_on()
             room.agent.until_said(f"cartridge-03.*: stuck: {step}: the kernel has not answered")
-            room.arrives()
-            room.arrives(room.neighbour)
-            room.leaves()
+            room.plug_and_check()
+            room.plug_and_check(room.neighbour)
+            room.pull_and_check()
             room.agent.until_pinged(times=3)
         room.agent.until_said("cartridge-03.*: mounted: at ")
         room.agent.stop()
@@ -45,7 +45,7 @@ def test_a_stop_does_not_wait_for_a_hung_medium_beyond_its_deadline(
         with faulty.hung():
             room.agent.go_on()
             room.agent.until_said("cartridge-03.*: stuck: ")
-            room.arrives(room.neighbour)
+            room.plug_and_check(room.neighbour)
             (room.point(room.neighbour) / "written").write_bytes(b"before the stop")
             room.agent.request_stop()
             room.agent.until_said("cartridge-03.*: not released within 5 s")

@@ -61,11 +61,11 @@ def test_a_medium_is_mounted_and_released_though_udevd_hangs(
     monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
     room.agent.start()
     with udevd_hanging():
-        room.arrives()
-        room.leaves()
-    room.arrives()
+        room.plug_and_check()
+        room.pull_and_check()
+    room.plug_and_check()
     with udevd_hanging():
-        room.leaves()
+        room.pull_and_check()
 
 
 def test_media_that_were_plugged_before_the_agent_are_mounted_though_udevd_hangs(
@@ -75,8 +75,8 @@ def test_media_that_were_plugged_before_the_agent_are_mounted_though_udevd_hangs
     with udevd_hanging():
         room.medium.plug()
         room.agent.start()
-        room.is_served()
-        room.leaves()
+        room.check_served()
+        room.pull_and_check()
 
 
 def test_after_a_storm_with_most_events_lost_all_present_media_are_mounted_and_no_others(
@@ -84,8 +84,8 @@ def test_after_a_storm_with_most_events_lost_all_present_media_are_mounted_and_n
 ) -> None:
     room.agent.start()
     for medium in room.media[::4]:
-        room.arrives(medium)
-    with room.agent.held_up():
+        room.plug_and_check(medium)
+    with room.agent.suspended():
         for medium in room.media[::4]:
             medium.pull()
         for medium in room.media[1:]:

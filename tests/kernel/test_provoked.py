@@ -36,7 +36,7 @@ def sysctl(name: str, value: str) -> Iterator[None]:
 def fails(room: Room, words: str) -> None:
     """Check that the medium fails with these words, and that nothing is left of the attempt."""
     room.agent.until_said(f"{room.medium.label}.*: failed: {words}")
-    room.has_nothing_already()
+    room.check_released()
 
 
 def test_a_kernel_without_the_caam_driver_is_reported(room: Room) -> None:
@@ -49,7 +49,7 @@ def test_a_kernel_without_the_caam_driver_is_reported(room: Room) -> None:
     finally:
         board.restore()
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
 def test_a_kernel_without_the_cipher_is_reported(room: Room) -> None:
@@ -65,7 +65,7 @@ def test_a_kernel_without_dm_crypt_is_reported(room: Room) -> None:
         room.medium.plug()
         fails(room, "load table of mapping .*: Invalid argument")
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
 def test_a_kernel_without_the_filesystem_is_reported(room: Room) -> None:
@@ -90,7 +90,7 @@ def test_an_exhausted_key_quota_is_reported(room: Room) -> None:
         room.medium.plug()
         fails(room, "add key caam-hotplug:.*: Disk quota exceeded .the user's key quota is used up")
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
 def test_a_revoked_session_keyring_is_reported(room: Room) -> None:
@@ -132,7 +132,7 @@ def test_a_medium_that_cannot_be_read_fails_with_an_io_error(
         room.agent.go_on()
         room.agent.until_said("failed: .*Input/output error")  # nor can udev read the label
         assert mappings() == []
-        room.arrives()
+        room.plug_and_check()
 
 
 def test_a_slow_medium_is_stuck_for_a_while_and_then_mounted(room: Room, faulty: Faulty) -> None:

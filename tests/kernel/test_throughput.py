@@ -80,12 +80,12 @@ def test_without_a_seal_method_the_refusal_names_what_each_lacks() -> None:
 
 
 def test_a_kernel_with_one_kind_of_keys_is_measured_with_that_kind(tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    with said.open("w") as file, started(file) as process:
-        until(lambda: "warming up" in said.read_text())
+    output = tmp_path / "output"
+    with output.open("w") as file, started(file) as process:
+        until(lambda: "warming up" in output.read_text())
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
-    left_out, *_ = said.read_text().splitlines()
+    left_out, *_ = output.read_text().splitlines()
     assert left_out.startswith("measure throughput: trusted keys are left out: make trusted key ")
     assert "it needs CONFIG_TRUSTED_KEYS" in left_out
 
@@ -119,12 +119,12 @@ def test_an_interrupted_run_leaves_nothing_and_removes_the_mappings_of_a_killed_
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     (left,) = killed()
-    said = tmp_path / "said"
-    with said.open("w") as file, started(file) as process:
+    output = tmp_path / "output"
+    with output.open("w") as file, started(file) as process:
         until(lambda: len(set(mappings()) - {left}) == 1)
         process.send_signal(number)
         assert process.wait(120) == status
-    first, *_ = said.read_text().splitlines()
+    first, *_ = output.read_text().splitlines()
     assert first == f"measure throughput: a killed run had left {left}; removed"
     assert mappings() == []
 
