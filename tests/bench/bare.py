@@ -1,4 +1,4 @@
-"""What no agent in Python can do without: asyncio, pyudev, a monitor; then it says READY."""
+"""The least that an agent in Python needs: asyncio, pyudev, a monitor; then it reports READY."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyudev
 
 
 async def main() -> None:
-    """Ready, and idle until it is killed."""
+    """Report ready, and stay idle until killed."""
     monitor = pyudev.Monitor.from_netlink(pyudev.Context())
     monitor.filter_by("block")
     monitor.start()

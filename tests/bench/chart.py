@@ -1,11 +1,11 @@
-"""The report as a picture: SVG, a bar to each median and a line on to the 95th percentile."""
+"""The report as a picture: SVG, with a bar for each median and a line to the 95th percentile."""
 
 from __future__ import annotations
 
 from typing import Final
 from xml.sax.saxutils import escape
 
-from bench.figures import AGENT, SECTIONS, Column, Figure, Report, heading, told
+from bench.figures import AGENT, SECTIONS, Column, Figure, Report, formatted, heading
 
 _PLOT: Final = 420
 _LEFT: Final = 80
@@ -16,7 +16,7 @@ _OTHERS: Final = "#c9a227"
 
 
 def chart(report: Report) -> str:
-    """Of each time that was measured, all systems."""
+    """Draw each measured time of all systems."""
     parts, top = [], 40
     for name, systems in report["figures"].items():
         for column in SECTIONS[name].columns:
@@ -41,8 +41,8 @@ def chart(report: Report) -> str:
 def _bar(top: int, name: str, one: Figure, column: Column, scale: float) -> list[str]:
     label = _text(_LEFT - 8, top, name, "end")
     if one["p95"] is None:
-        return [label, _text(_LEFT + 8, top, told(one, column), "start")]
-    # Who acts on the kernel's event may be there before udev tells: nothing is left to draw then.
+        return [label, _text(_LEFT + 8, top, formatted(one, column), "start")]
+    # A system that acts on the kernel's event may mount before udev's event: it has no bar.
     median, p95 = (max(0.0, one[which] * scale) for which in ("median", "p95"))
     middle = top - _BAR // 2 + 4
     colour = _COLOURS.get(name, _OTHERS)
@@ -51,7 +51,7 @@ def _bar(top: int, name: str, one: Figure, column: Column, scale: float) -> list
         f'<rect x="{_LEFT}" y="{middle - _BAR // 2}" width="{median:.1f}" height="{_BAR}" '
         f'fill="{colour}"/>',
         f'<path d="M{_LEFT + median:.1f} {middle}H{_LEFT + p95:.1f}m0 -4v8" stroke="black"/>',
-        _text(round(_LEFT + p95 + 8), top, told(one, column), "start"),
+        _text(round(_LEFT + p95 + 8), top, formatted(one, column), "start"),
     ]
 
 

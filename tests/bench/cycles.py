@@ -1,8 +1,9 @@
-"""One medium, plugged and pulled under each system in turn, and what was seen.
+"""One medium, plugged and pulled under each system in turn, with the measured times.
 
 A system runs alone while it is measured: it is started, serves the medium once without being
-measured, then some times with, and is stopped. Then it is the next one's turn; every second round
-goes backwards. What a system leaves behind is noted, and taken away before the next cycle.
+measured, then several times measured, and is stopped. Then the next system has its turn. Every
+second round is in reverse order. Leftovers of a system are noted, and removed before the next
+cycle.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ WHOLE_GUEST: Final = Path("/sys/fs/cgroup")
 
 
 def measured(system: System, watcher: Watcher, medium: Cartridge) -> Sample:
-    """The medium was plugged, mounted, pulled, and nothing of it is there.
+    """Plug the medium, wait for its mount, pull it, and wait until nothing of it is left.
 
-    Milliseconds and KiB, and what was `left`; None stands for what never came.
+    Returns: milliseconds and KiB, and what was `left`; None stands for what never happened.
 
     Raises: NothingHappenedError; Wrong.
     """
@@ -35,14 +36,14 @@ def measured(system: System, watcher: Watcher, medium: Cartridge) -> Sample:
     watcher.settle()
     if (point / HELLO).read_bytes() != TEXT:
         raise Wrong(f"what is mounted at {point} is not the medium")
-    # Where no service is, what is seen of the programs that an event has started is chance.
+    # Without a service, the measured programs are those that an event happens to have started.
     memory = memory_kib() if system.units else {"Rss": 0, "Pss": 0}
     down = watcher.departure(medium.pull, system.stays)
     watcher.settle()
     own, guest = cpu_s(CGROUP) - own, cpu_s(WHOLE_GUEST) - guest
     left = [moment.removesuffix(" gone") for moment in GONE if moment not in down]
     if left:
-        take_away([point])
+        remove_leftovers([point])
     gone = {moment: down[moment] - down["kernel remove"] for moment in GONE if moment in down}
     last = max(gone.values(), default=None)
     seconds = {
@@ -64,8 +65,8 @@ def measured(system: System, watcher: Watcher, medium: Cartridge) -> Sample:
     return {**figures, "rss_kib": memory["Rss"], "pss_kib": memory["Pss"], "left": left}
 
 
-def take_away(points: Iterable[Path]) -> None:
-    """No mount, mapping and mount point of the media is there."""
+def remove_leftovers(points: Iterable[Path]) -> None:
+    """Remove all mounts, mappings and mount points of the media."""
     for point in points:
         while point.is_mount():
             run("umount", "--lazy", str(point))
@@ -79,9 +80,9 @@ def take_away(points: Iterable[Path]) -> None:
 
 
 def cycles(systems: Sequence[str], count: int, warm_ups: int = 1) -> Samples:
-    """Each system has served the medium so often, and before that to warm up in each of its turns.
+    """Let each system serve the medium this many times, after warm-up cycles in each of its turns.
 
-    Raises: NothingHappenedError; Wrong. What the journal has of it is shown.
+    Raises: NothingHappenedError; Wrong. The system's journal is shown then.
     """
     with ExitStack() as held:
         media = {False: held.enter_context(cartridges([LABEL]))[0]}
@@ -101,7 +102,7 @@ def cycles(systems: Sequence[str], count: int, warm_ups: int = 1) -> Samples:
 
 @contextmanager
 def pulled(medium: Cartridge) -> Iterator[None]:
-    """The medium is out on the way out, whatever happened."""
+    """Pull the medium afterwards, whatever happened."""
     try:
         yield
     finally:

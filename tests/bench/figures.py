@@ -1,4 +1,4 @@
-"""What was measured comes to: medians, percentiles, and ratios to a system of the same run."""
+"""Figures of the measurements: medians, percentiles, and ratios to a system of the same run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ AGENT: Final = "agent"
 BARE: Final = "bare"
 
 Figure = dict[str, Any]
-"""Median, 95th percentile, least, most, and ratio to the base's median; None is never, or none."""
+"""Median, 95th percentile, least, most, and ratio to the base's median; None for never or none."""
 
 Report = dict[str, Any]
-"""As bench/measure.py writes it, and `with_figures` adds to it."""
+"""Report as bench/measure.py writes it, to which `with_figures` adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A figure that has its column in a table."""
+    """Figure that has a column in a table."""
 
     key: str
     title: str
@@ -32,8 +32,8 @@ class Column:
     drawn: bool = False
     """Whether the chart has it."""
 
-    def told(self, value: float | None) -> str:
-        """The value in the column's unit."""
+    def formatted(self, value: float | None) -> str:
+        """Return the value in the column's unit."""
         if value is None:
             return "never"
         shown = value / self.divisor
@@ -42,13 +42,13 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What is measured in one go, and has a table of its own."""
+    """Measurements that are made together, and have a table."""
 
     name: str
     samples: str
-    """What is counted."""
+    """Unit of the count of samples."""
     base: str | None
-    """The system that the ratios are to, if there are any."""
+    """System that the ratios refer to, if there are any."""
     columns: tuple[Column, ...]
 
 
@@ -108,17 +108,17 @@ IDLE: Final = Section(
 SECTIONS: Final = {section.name: section for section in (CYCLES, STORM, SCALING, START, IDLE)}
 COLUMNS: Final = {column.key: column for s in SECTIONS.values() for column in s.columns}
 REST: Final = Column("removed_to_rest_gone", "removed -> all else gone", "ms")
-"""Not in the table: only what leaves something behind is told of by it."""
+"""Not in the table: shown only for a system that has leftovers."""
 TIMES: Final = CYCLES.columns[:3]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The least value that at least so many percent of all do not exceed: the nearest rank."""
+    """Return the nearest-rank percentile: the least value that this many percent do not exceed."""
     return sorted(values)[max(1, math.ceil(len(values) * percent / 100)) - 1]
 
 
 def figure(values: Sequence[float | None]) -> Figure:
-    """What a column has of a system's samples; what never came came later than all that did."""
+    """Return the figures of a system's samples; what never came counts as the latest."""
     times = [math.inf if value is None else value for value in values]
     found = {
         "median": statistics.median(times),
@@ -130,7 +130,7 @@ def figure(values: Sequence[float | None]) -> Figure:
 
 
 def with_figures(report: Report) -> Report:
-    """The report with the figures of each section and system, and how far noise goes."""
+    """Add to the report the figures of each section and system, and the noise."""
     sections = {
         name: {system: _figures(samples, SECTIONS[name]) for system, samples in systems.items()}
         for name, systems in report["samples"].items()
@@ -154,7 +154,7 @@ def _ratio(median: float | None, base: float | None) -> float | None:
 
 
 def noise(report: Report) -> dict[str, float]:
-    """By what factor the limit's own times differ from cycle to cycle: the most by the least.
+    """Return the ratio between the largest and the least of the limit's own times.
 
     The same binary did the same each time, so smaller differences between systems mean nothing.
     """
@@ -168,7 +168,7 @@ def noise(report: Report) -> dict[str, float]:
 
 
 def heading(report: Report) -> str:
-    """Of which day and which machine the report is."""
+    """Return the report's date and machine."""
     machine = report["machine"]
     return (
         f"{report['date']}, {machine['architecture']}, Linux {machine['kernel']}, "
@@ -176,8 +176,8 @@ def heading(report: Report) -> str:
     )
 
 
-def told(one: Figure, column: Column) -> str:
-    """The median, and the 95th percentile if it is there."""
-    median = column.told(one["median"])
+def formatted(one: Figure, column: Column) -> str:
+    """Format the median, and the 95th percentile if there is one."""
+    median = column.formatted(one["median"])
     spreads = column.spreads and one["median"] is not None
-    return f"{median} ({column.told(one['p95'])})" if spreads else median
+    return f"{median} ({column.formatted(one['p95'])})" if spreads else median

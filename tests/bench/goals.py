@@ -1,4 +1,4 @@
-"""What the agent is to keep to. Nothing fails where it does not: it is told."""
+"""Goals for the agent's figures. A missed goal is reported; it is not a failure."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Verdict = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """The most that a median may be: in its column's unit, or as a ratio to another's."""
+    """Upper bound of a median: in its column's unit, or as a ratio to another median."""
 
     column: str
     most: float
     to: tuple[str, str] | None = None
-    """System and column of what it is a ratio to."""
+    """System and column that the ratio refers to."""
     system: str = AGENT
     title: str = ""
-    """What messages call it, if not as its column is called."""
+    """Name in messages, if it differs from the column's."""
     unit: str = ""
-    """If neither the column's nor `x SYSTEM`."""
+    """Unit, if it is neither the column's nor `x SYSTEM`."""
 
     def verdict(self, report: Report) -> Verdict | None:
-        """Whether it is met, and by what; None if this run cannot tell."""
+        """Return whether it is met, and the value; None if this run cannot decide it."""
         value = median(report, self.system, self.column)
         base = 1.0 if self.to is None else median(report, *self.to)
         if value is None or not base:
@@ -64,7 +64,7 @@ GOALS: Final = (
 
 
 def median(report: Report, system: str, key: str) -> float | None:
-    """That of a system's column; infinite if it never came, None if it was not measured."""
+    """Return a median of a system's column; infinite if it never came, None if not measured."""
     for systems in report["figures"].values():
         if key in systems.get(system, {}):
             found: float | None = systems[system][key]["median"]
@@ -73,6 +73,6 @@ def median(report: Report, system: str, key: str) -> float | None:
 
 
 def with_verdicts(report: Report) -> Report:
-    """The report with those of all goals that this run can tell of."""
+    """Add to the report the verdicts of all goals that this run can decide."""
     verdicts = (goal.verdict(report) for goal in GOALS)
     return {**report, "goals": [verdict for verdict in verdicts if verdict is not None]}

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
 /*
- * The limit: what the kernel and udev take when whoever serves a medium takes next to nothing.
+ * The limit: the time of the kernel and udev when the serving program takes almost none.
  *
  *   limit LABELS BLOBS MOUNT_ROOT
  *
  * It waits for udev's events of partitions whose GPT label the pattern matches, makes the kernel
  * calls that the agent makes, and spawns nothing: BLOBS/LABEL.bb becomes a tagged key, the key a
- * logon key, that a mapping, and its ext4 is mounted at MOUNT_ROOT/LABEL. When the kernel tells that
+ * logon key, that a mapping, and its ext4 is mounted at MOUNT_ROOT/LABEL. When the kernel reports that
  * the partition has gone, mount, mapping and mount point go. It serves one medium after the other,
  * trusts them, and gives up at the first error: it is to be measured against, not to be used.
  */
@@ -236,7 +236,7 @@ static void depart(struct volume *volume)
 	volume->name[0] = '\0';
 }
 
-static void told_by_udev(const char *event, const char *end)
+static void event_of_udev(const char *event, const char *end)
 {
 	const struct udev_header *header = (const void *)event;
 	const char *at, *label;
@@ -251,7 +251,7 @@ static void told_by_udev(const char *event, const char *end)
 		arrive(label, at, end);
 }
 
-static void told_by_kernel(const char *event, const char *end)
+static void event_of_kernel(const char *event, const char *end)
 {
 	const char *name = property(event, end, "DEVNAME");
 	struct volume *volume = name[0] ? find(name) : NULL;
@@ -261,7 +261,7 @@ static void told_by_kernel(const char *event, const char *end)
 		depart(volume);
 }
 
-static void hear(int listener, void (*told)(const char *event, const char *end))
+static void receive(int listener, void (*handle)(const char *event, const char *end))
 {
 	_Alignas(struct udev_header) char event[EVENT_MAX_BYTES + 1];
 	ssize_t len = recv(listener, event, EVENT_MAX_BYTES, 0);
@@ -269,7 +269,7 @@ static void hear(int listener, void (*told)(const char *event, const char *end))
 	if (len < 0)
 		die("hear of devices");
 	event[len] = '\0';
-	told(event, event + len);
+	handle(event, event + len);
 }
 
 /* The service manager knows that no event from now on is missed: sd_notify(3). */
@@ -309,8 +309,8 @@ int main(int argc, char **argv)
 		if (poll(heard, 2, -1) < 0)
 			die("wait");
 		if (heard[0].revents)
-			hear(heard[0].fd, told_by_kernel);
+			receive(heard[0].fd, event_of_kernel);
 		if (heard[1].revents)
-			hear(heard[1].fd, told_by_udev);
+			receive(heard[1].fd, event_of_udev);
 	}
 }

@@ -1,4 +1,4 @@
-"""A medium for who opens LUKS2 and nothing else: the same disk, cipher and key, in a container."""
+"""A medium for systems that open only LUKS2: the same disk, cipher and key, in a container."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kernel.witness import run
 NAME: Final = "formatting"
 CONTAINER: Final = (
     *("--type", "luks2", "--cipher", "aes-cbc-plain", "--key-size", "128"),
-    # The cheapest that cryptsetup takes: what a passphrase is stretched by is not what is measured.
+    # The cheapest key derivation of cryptsetup: it is not what is measured.
     *("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
-    # Else the header alone is larger than the disk.
+    # The default header alone is larger than the disk.
     *("--luks2-metadata-size", "16k", "--luks2-keyslots-size", "128k"),
 )
 
 
 @contextmanager
 def luks_cartridge(label: str) -> Iterator[Cartridge]:
-    """A medium with a container of this label that the board's key opens, out of its socket."""
+    """Make a medium with a container of this label under the board's key, out of its socket."""
     with cartridges([label]) as (medium,):
         with medium.disposable():
             _format(medium)

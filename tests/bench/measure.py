@@ -1,8 +1,8 @@
-"""Measures the agent beside other ways to serve media, and writes down what was seen.
+"""Measures the agent beside other systems that serve media, and writes the report.
 
     python3 -m bench.measure --what cycles,storm --systems agent,L --cycles 12 REPORT
 
-Runs in the guest, as root, with nothing else that would serve media; `vm/bench.py` prepares that.
+Runs in the guest, as root, while nothing else serves media; `vm/bench.py` prepares that.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bench.turns import Samples
 from kernel.witness import run
 
 WHAT: Final = ("cycles", "storm", "scaling", "start", "idle")
-"""The sections of the report, in their order."""
+"""Sections of the report, in their order."""
 
 
 def options() -> argparse.ArgumentParser:
-    """Those of the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python3 -m bench.measure", description=__doc__)
     parser.add_argument("--what", default=["cycles"], type=_some_of(WHAT, "is not measured"))
     known = _some_of(SYSTEMS, "is no system")
@@ -47,7 +47,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Writes the report as JSON. Returns: the exit status."""
+    """Write the report as JSON. Returns: the exit status."""
     asked = options().parse_args()
     services = {"agent": SYSTEMS["agent"], "bare": service.bare()}
     measures: dict[str, Callable[[], Samples]] = {
@@ -59,7 +59,7 @@ def main() -> int:
     }
     samples = {}
     with ExitStack() as held:
-        # Started, so that it stays with its count of processor time when nothing runs in it.
+        # Started here, so that its count of processor time remains while no service runs in it.
         run("systemctl", "start", SLICE)
         held.callback(run, "systemctl", "stop", SLICE)
         MOUNT_ROOT.mkdir(mode=0o755, exist_ok=True)
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the facts of the machine that the figures depend on."""
     return {
         "kernel": platform.release(),
         "architecture": platform.machine(),

@@ -1,4 +1,4 @@
-"""P: what one writes first. A loop over pyudev that runs the board's tools, one after the other.
+"""P: a first, simple program. A loop over pyudev that runs the board's tools one after the other.
 
 python3 naive.py LABELS MOUNT_ROOT
 """
@@ -15,13 +15,13 @@ import pyudev
 
 
 def run(*command: str, stdin: bytes | None = None) -> str:
-    """What the program printed."""
+    """Run the program and return its output."""
     done = subprocess.run(command, input=stdin, check=True, stdout=subprocess.PIPE)
     return done.stdout.decode()
 
 
 def arrive(label: str, point: str, node: str) -> None:
-    """The medium is mounted."""
+    """Mount the medium."""
     black = f"/data/caam/{label}"
     run("caam-keygen", "import", f"{black}.bb", label)
     with open(black, "rb") as file:
@@ -36,20 +36,20 @@ def arrive(label: str, point: str, node: str) -> None:
 
 
 def depart(label: str, point: str) -> None:
-    """Nothing of the medium is left."""
+    """Unmount the medium and remove its mapping and mount point."""
     run("umount", point)
     run("dmsetup", "remove", "--retry", label)
     os.rmdir(point)
 
 
 def say_ready() -> None:
-    """The service manager knows that no event from now on is missed: sd_notify(3)."""
+    """Report to the service manager that no later event will be missed: sd_notify(3)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as outlet:
         outlet.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
 
 
 def main() -> None:
-    """Serves media until it is killed."""
+    """Serve media until killed."""
     labels, root = sys.argv[1:]
     monitor = pyudev.Monitor.from_netlink(pyudev.Context())
     monitor.filter_by("block", "partition")

@@ -1,4 +1,4 @@
-"""The service itself: how soon it is ready, and whether it is quiet while nothing happens."""
+"""The service itself: the time until it is ready, and its activity while nothing happens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kernel.witness import run
 
 INSTALLED: Final = Path("/usr/lib/systemd/system") / AGENT
 BARE_UNIT: Final = "bench-bare.service"
-LOOKED_AT_EVERY_S: Final = 1
-"""The watchdog is told less often."""
+CHECK_INTERVAL_S: Final = 1
+"""The watchdog is pinged less often."""
 
 
 def bare() -> System:
-    """A script that is ready as soon as a Python process can be, with the agent's own settings."""
+    """Return a script that is ready as early as Python permits, with the agent's settings."""
     service, _, _ = INSTALLED.read_text().partition("[Service]")[2].partition("[Install]")
     settings = [line for line in service.splitlines() if not line.startswith("Exec")]
     command = f"ExecStart=/usr/bin/python3 -I {HERE}/bare.py"
@@ -33,7 +33,7 @@ def bare() -> System:
 
 
 def starts(systems: dict[str, System], count: int) -> Samples:
-    """Each service was started so often: from its program's start until it was ready."""
+    """Start each service this many times; measure the time until it is ready."""
 
     def turn(name: str, _: int) -> list[Sample]:
         with systems[name].running(), shown(name):
@@ -45,7 +45,7 @@ def starts(systems: dict[str, System], count: int) -> Samples:
 
 
 def idle(minutes: int, seconds: float) -> Samples:
-    """What the agent did in so many minutes, of so many seconds, with a medium mounted."""
+    """Measure the agent's activity in minutes of this many seconds, with a medium mounted."""
     agent = SYSTEMS["agent"]
     with (
         cartridges([LABEL]) as (medium,),
@@ -62,18 +62,18 @@ def idle(minutes: int, seconds: float) -> Samples:
 
 
 def _minute(seconds: float) -> Sample:
-    """How often a thread of the agent's was woken, and how often the watchdog was told.
+    """Count how often a thread of the agent was woken, and the watchdog pinged.
 
     A thread that was woken sleeps again, which is what the kernel counts: proc(5), status.
     """
     pid = run("systemctl", "show", "--property=MainPID", "--value", AGENT).strip()
-    told = set(_moments_us(AGENT, "Watchdog"))
+    pings = set(_moments_us(AGENT, "Watchdog"))
     before = sum(_sleeps(pid))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        time.sleep(LOOKED_AT_EVERY_S)
-        told.update(_moments_us(AGENT, "Watchdog"))
-    wake_ups, watchdogs = sum(_sleeps(pid)) - before, len(told) - 1
+        time.sleep(CHECK_INTERVAL_S)
+        pings.update(_moments_us(AGENT, "Watchdog"))
+    wake_ups, watchdogs = sum(_sleeps(pid)) - before, len(pings) - 1
     return {
         "wake_ups": wake_ups,
         "watchdogs": watchdogs,
@@ -88,7 +88,7 @@ def _sleeps(pid: str) -> Iterator[int]:
 
 
 def _moments_us(unit: str, *moments: str) -> list[int]:
-    """Of a unit, by systemd's monotonic clock."""
+    """Return moments of a unit, by systemd's monotonic clock."""
     shown = [f"--property={moment}TimestampMonotonic" for moment in moments]
     lines = run("systemctl", "show", *shown, unit).splitlines()
     values = dict(line.split("=", 1) for line in lines)

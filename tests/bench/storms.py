@@ -1,7 +1,7 @@
-"""Many media: all at once, and one that comes beside many that are there.
+"""Many media: all at once, and one that arrives beside many others.
 
 Disks are scsi_debug's, which the guest plugs itself. Sticks are QEMU's, which only the host can
-plug: it reads what is wished from a pipe (`vm/bench.py`).
+plug: it reads requests from a pipe (`vm/bench.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.cycles import take_away
+from bench.cycles import remove_leftovers
 from bench.systems import BLOBS, LABEL, PROGRAMS, SYSTEMS, System
 from bench.turns import Sample, Samples, in_turns, shown
 from bench.watcher import GONE, Watcher, mappings
@@ -20,26 +20,26 @@ from fakes.contract import until
 from kernel.cartridges import Cartridge, cartridges
 
 MANY: Final = ("L", "agent", "S", "P")
-"""Who serves any number of media."""
+"""Systems that serve any number of media."""
 SCALED: Final = ("L", "agent")
-WISHES: Final = PROGRAMS / "wishes"
-"""The pipe; the wishes are `plug`, `pull` and `end`."""
+REQUESTS: Final = PROGRAMS / "requests"
+"""The pipe; the requests are `plug`, `pull` and `end`."""
 SIZE_MB: Final = 4
 WITHIN_S: Final = 300
 
 
 def storms(systems: Sequence[str], count: int, sticks: int, disks: int) -> Samples:
-    """So many storms of sticks and of disks have come over each system. Raises: Wrong and so on."""
+    """Run this many storms of sticks and of disks under each system. Raises: Wrong and so on."""
     with ExitStack() as held:
         media = held.enter_context(_disks(disks))
         watcher = held.enter_context(closing(Watcher()))
-        held.callback(_wish, "end")
+        held.callback(_request, "end")
 
         def turn(name: str, _: int) -> list[Sample]:
             system = SYSTEMS[name]
             with system.running(), shown(name):
                 of_sticks = _storm(
-                    system, watcher, sticks, lambda: _wish("plug"), lambda: _wish("pull")
+                    system, watcher, sticks, lambda: _request("plug"), lambda: _request("pull")
                 )
                 of_disks = _storm(
                     system, watcher, disks, lambda: _plug(media), lambda: _pull(media)
@@ -62,7 +62,7 @@ def _storm(
     plug: Callable[[], None],
     pull: Callable[[], None],
 ) -> tuple[float, float | None]:
-    """From the first event to the last mount, and until nothing was left, in milliseconds."""
+    """Return milliseconds from the first event to the last mount, and until nothing was left."""
     points = [system.point(label) for label in labels(size)]
     up = watcher.arrival(plug, points)
     watcher.settle()
@@ -70,13 +70,13 @@ def _storm(
     watcher.settle()
     mounted = (up["mounted"] - up["kernel add"]) * 1000
     if any(moment not in down for moment in GONE):
-        take_away(points)
+        remove_leftovers(points)
         return mounted, None
     return mounted, (max(down[moment] for moment in GONE) - down["kernel remove"]) * 1000
 
 
 def scaling(systems: Sequence[str], count: int, disks: int, warm_ups: int = 1) -> Samples:
-    """How long a medium took to be mounted, beside none, a quarter, and all of the others."""
+    """Measure the time until a medium is mounted beside none, a quarter, and all of the others."""
     with ExitStack() as held:
         media = held.enter_context(_disks(disks))
         watcher = held.enter_context(closing(Watcher()))
@@ -101,20 +101,20 @@ def scaling(systems: Sequence[str], count: int, disks: int, warm_ups: int = 1) -
 
 
 def _add(system: System, watcher: Watcher, media: Sequence[Cartridge]) -> None:
-    """These are mounted."""
+    """Plug these media and wait until they are mounted."""
     if media:
         watcher.arrival(lambda: _plug(media), [system.point(medium.label) for medium in media])
         watcher.settle()
 
 
 def _remove(media: Sequence[Cartridge], points: Sequence[Path]) -> None:
-    """These are out, and nothing is left of them. Raises: AssertionError."""
+    """Pull these media and wait until nothing of them is left. Raises: AssertionError."""
     _pull(media)
     until(lambda: not mappings() and not any(map(Path.exists, points)), within_s=WITHIN_S)
 
 
 def _arrivals(system: System, watcher: Watcher, medium: Cartridge, count: int) -> list[float]:
-    """The medium came and went so often. Returns: milliseconds to its mount, each time."""
+    """Plug and pull the medium this many times. Returns: milliseconds to its mount, each time."""
     took = []
     for _ in range(count):
         up = watcher.arrival(medium.plug, [system.point(medium.label)])
@@ -126,13 +126,13 @@ def _arrivals(system: System, watcher: Watcher, medium: Cartridge, count: int) -
 
 
 def labels(count: int) -> list[str]:
-    """Those of so many media."""
+    """Return the labels of this many media."""
     return [f"cartridge-{number:02}" for number in range(1, count + 1)]
 
 
 @contextmanager
 def _disks(count: int) -> Iterator[list[Cartridge]]:
-    """So many media, all out of their sockets, and a blob for each."""
+    """Make this many media, all out of their sockets, and a blob for each."""
     with ExitStack() as held:
         for label in labels(count):
             if label != LABEL:
@@ -152,6 +152,6 @@ def _pull(media: Sequence[Cartridge]) -> None:
         medium.pull()
 
 
-def _wish(text: str) -> None:
-    """The host has taken the wish, and does it in its own time."""
-    WISHES.write_text(text)
+def _request(text: str) -> None:
+    """Send the request to the host, which fulfils it later."""
+    REQUESTS.write_text(text)

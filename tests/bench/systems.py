@@ -1,6 +1,6 @@
-"""The systems that are measured: each runs in a slice of systemd's, alone.
+"""The systems that are measured: each runs alone, in a slice of systemd's.
 
-All serve a medium with the same label, on a disk of the same size. `PROGRAMS` has what they run;
+All serve a medium with the same label, on a disk of the same size. `PROGRAMS` has their programs;
 `vm/bench.py` puts the program L there.
 """
 
@@ -31,31 +31,31 @@ KEY_FILE: Final = "/run/bench.key"
 UDISKIE_CONFIG: Final = "/run/bench-udiskie.yml"
 EXTENSION: Final = "udisks"
 PACKAGES: Final = ["udisks2", "libblockdev-crypto2", "udiskie"]
-"""What the system extension consists of."""
+"""Packages of the system extension."""
 HERE: Final = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A way to serve media."""
+    """A system that serves media."""
 
     what: str
     units: tuple[str, ...] = ()
-    """Started with it, in their order, and stopped; none if udev's events start what it is."""
+    """Units to start in this order, and to stop; none if udev's events start it."""
     files: dict[str, str] = field(default_factory=dict)
-    """By their paths; those that are not absolute are systemd's units."""
+    """Files by their paths; a relative path is a unit of systemd's."""
     mount_root: Path = MOUNT_ROOT
-    """Where it has its mount points."""
+    """Folder of its mount points."""
     container: bool = False
-    """Whether its medium is a LUKS2 container, not the board's."""
+    """Whether its medium is a LUKS2 container, not the board's format."""
     extension: bool = False
-    """Whether it is made of packages that the guest has as a system extension only."""
+    """Whether its packages are in the guest only as a system extension."""
     stays: tuple[str, ...] = ()
-    """Of the moments in watcher.GONE those that never come, since that is how it is made."""
+    """Moments in watcher.GONE that never come by the system's design."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """It is there and serves media; nothing of it is there afterwards."""
+        """Start the system; stop it and remove everything of it afterwards."""
         with ExitStack() as held:
             held.callback(_reload)
             if self.extension:
@@ -73,12 +73,12 @@ class System:
             yield
 
     def point(self, label: str = LABEL) -> Path:
-        """Where it mounts the medium of this label."""
+        """Return the path where it mounts the medium with this label."""
         return self.mount_root / label
 
 
 def _reload() -> None:
-    """Units, udev's rules and the bus's are those in the files, for each system alike."""
+    """Load units, udev's rules and the bus's from the files, for each system alike."""
     run("systemctl", "daemon-reload")
     run("udevadm", "control", "--reload")
     run("systemctl", "reload", "dbus")
@@ -125,7 +125,7 @@ _CRYPTTAB: Final = (
     f"{LABEL} /dev/disk/by-partlabel/{LABEL} {KEY_FILE} "
     "plain,cipher=aes-cbc-plain,size=128,noauto\n"
 )
-# What stops in the reverse order is unmounted first: else the mapping is in use, and stays.
+# Stopped in reverse order, it is unmounted first: otherwise the mapping is in use and remains.
 _MOUNT_OF_A_MAPPING: Final = f"""\
 [Unit]
 BindsTo={_PARTITION}
@@ -146,7 +146,7 @@ After=udisks2.service
 Slice={SLICE}
 ExecStart=/usr/bin/udiskie --no-tray --no-notify --no-file-manager --config {UDISKIE_CONFIG}
 """
-# Without a prompt it unlocks nothing, even with a key file; and the extension is on a loop device.
+# It needs a prompt to unlock, even with a key file; and the extension is on a loop device.
 _UDISKIE_CONFIG: Final = f"""\
 program_options: {{password_prompt: /bin/false}}
 device_config:
@@ -209,19 +209,19 @@ SYSTEMS: Final = {
         extension=True,
     ),
 }
-"""By the names that the options and the table have for them."""
+"""Systems by their names in options and tables."""
 
 
 def cpu_s(cgroup: Path) -> float:
-    """Processor time that all that ever ran in the control group has used."""
+    """Return the processor time of everything that ever ran in the control group."""
     lines = dict(line.split() for line in (cgroup / "cpu.stat").read_text().splitlines())
     return int(lines["usage_usec"]) / 1e6
 
 
 def memory_kib() -> dict[str, int]:
-    """RSS and PSS of the processes that run in the slice, added up; 0 if none does."""
+    """Return RSS and PSS of the processes that run in the slice, added up; 0 without any."""
     found = {"Rss": 0, "Pss": 0}
-    for folder, _, _ in os.walk(CGROUP):  # which passes over what has ended since it was listed
+    for folder, _, _ in os.walk(CGROUP):  # os.walk skips what has ended since it was listed
         for pid in _read(f"{folder}/cgroup.procs").split():
             for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
                 name, _, value = line.partition(":")
@@ -231,7 +231,7 @@ def memory_kib() -> dict[str, int]:
 
 
 def _read(path: str) -> str:
-    """The file's text, or none if whose it is has ended."""
+    """Return the file's text, or none if its process has ended."""
     try:
         return Path(path).read_text()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The report for people: a table for each section, what the systems are, the goals."""
+"""The report as text: a table for each section, the systems, the goals."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from bench.figures import CYCLES, REST, SECTIONS, Column, Figure, Report, Section, heading, told
+from bench.figures import (
+    CYCLES,
+    REST,
+    SECTIONS,
+    Column,
+    Figure,
+    Report,
+    Section,
+    formatted,
+    heading,
+)
 from bench.goals import Verdict
 
 
 def tables(report: Report) -> str:
-    """All of it, as it is printed."""
+    """Return the whole text."""
     parts = [heading(report)]
     parts += [_section(report, SECTIONS[name]) for name in report["figures"]]
     parts.append("\n".join(_systems(report)))
@@ -65,17 +75,17 @@ def _cell(one: Figure, column: Column) -> str:
     if one["max"] == 0 and column.unit:
         return "-"
     ratio = "" if one["ratio"] is None else f" x{one['ratio']:.2f}"
-    return f"{told(one, column)}{ratio}"
+    return f"{formatted(one, column)}{ratio}"
 
 
 def _systems(report: Report) -> list[str]:
-    """What each is, and what of a pulled medium it leaves for good."""
+    """Describe each system, and what it leaves of a pulled medium by design."""
     width = max(map(len, report["systems"]))
     lines = [f"{name.ljust(width)}  {what}" for name, what in report["systems"].items()]
     for name, samples in report["samples"].get(CYCLES.name, {}).items():
         if leaving := [sample["left"] for sample in samples if sample["left"]]:
             things = ", ".join(sorted(set(itertools.chain.from_iterable(leaving))))
-            rest = told(report["figures"][CYCLES.name][name][REST.key], REST)
+            rest = formatted(report["figures"][CYCLES.name][name][REST.key], REST)
             lines.append(
                 f"{name} leaves behind, in {len(leaving)} of {len(samples)} cycles: {things}; "
                 f"all else is gone after {rest} {REST.unit}"

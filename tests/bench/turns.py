@@ -1,4 +1,4 @@
-"""Systems take turns, so that what drifts in the guest drifts for all of them."""
+"""Systems take turns, so that a drift in the guest affects all of them alike."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kernel.witness import run
 IN_A_TURN: Final = 3
 
 Sample = dict[str, Any]
-"""What was measured once, by the columns' keys; None stands for what never came."""
+"""Values of one measurement, by the columns' keys; None for what never came."""
 
 Samples = dict[str, list[Sample]]
-"""Those of each system."""
+"""Samples of each system."""
 
 
 class Wrong(Exception):  # noqa: N818  a medium was served in a wrong way, which is no figure
-    """A system has not served the medium as it should."""
+    """A system has served the medium in a wrong way."""
 
 
 def in_turns(
@@ -29,7 +29,7 @@ def in_turns(
     *,
     in_a_turn: int = IN_A_TURN,
 ) -> Samples:
-    """Each system has so many samples; every second round goes backwards.
+    """Collect this many samples of each system; every second round is in reverse order.
 
     `turn` takes some of a system's samples at a time.
     """
@@ -42,13 +42,13 @@ def in_turns(
 
 
 def rounds(count: int, in_a_turn: int = IN_A_TURN) -> list[int]:
-    """How many samples each system has in each of its turns."""
+    """Return the number of samples that each system has in each of its turns."""
     return [min(in_a_turn, count - done) for done in range(0, count, in_a_turn)]
 
 
 @contextmanager
 def shown(name: str) -> Iterator[None]:
-    """If the system fails, what the journal has of that is shown."""
+    """Show the journal if the system fails."""
     try:
         yield
     except (NothingHappenedError, Wrong) as error:

@@ -1,8 +1,8 @@
-"""When media were told of, mounted, and gone: seen from beside, on the monotonic clock.
+"""Moments when media were reported, mounted, and gone: an outside view, on the monotonic clock.
 
-What is announced is waited for: the kernel's events, udev's, and changes of the mount table. The
-end of a mapping, of its key and of the mount point is looked for again and again, since the event
-of a mapping's removal precedes its end (dev_remove in drivers/md/dm-ioctl.c), and keys have none.
+Announced changes are waited for: the kernel's events, udev's, and changes of the mount table. The
+end of a mapping, of its key and of the mount point is polled: the event of a mapping's removal
+precedes its end (dev_remove in drivers/md/dm-ioctl.c), and keys have no events.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from typing import Final
 
 DEADLINE_S: Final = 60
 LEFT_AFTER_S: Final = 10
-"""What has not gone so long after the medium was pulled is left behind: a second is long."""
+"""Time after the removal of a medium when anything that remains counts as left over."""
 LOOKED_FOR_EVERY_S: Final = 0.002
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
 NETLINK_KOBJECT_UEVENT: Final = 15
-"""Of linux/netlink.h; Python has no name for it."""
+"""From linux/netlink.h; Python has no name for it."""
 SO_RCVBUFFORCE: Final = 33
 UDEV_QUEUE: Final = Path("/run/udev/queue")
-"""There while udevd has events to handle (udev_queue_get_queue_is_empty in libudev)."""
+"""Present while udevd has unhandled events (udev_queue_get_queue_is_empty in libudev)."""
 BLOCKS: Final = Path("/sys/class/block")
 KEYS: Final = Path("/proc/keys")
 
 GONE: Final = ("mount gone", "mapping gone", "key gone", "directory gone")
-"""The moments after which nothing is left."""
+"""Moments after which nothing is left."""
 
 
 class NothingHappenedError(Exception):
-    """What was waited for has not come."""
+    """An awaited change has not come."""
 
 
 def properties(event: bytes) -> dict[str, str]:
-    """Those of an event, the kernel's or udev's; what precedes them has no equals sign of ours."""
+    """Return the properties of an event, the kernel's or udev's; its header has no equals sign."""
     texts = (text.partition(b"=") for text in event.split(b"\0"))
     return {
         key.decode(errors="replace"): value.decode(errors="replace")
@@ -51,14 +51,14 @@ def properties(event: bytes) -> dict[str, str]:
 
 
 def mount_points(mountinfo: bytes) -> set[str]:
-    """Where something is mounted."""
+    """Return the paths where something is mounted."""
     return {line.split()[4].decode(errors="replace") for line in mountinfo.splitlines()}
 
 
 def logon_keys(listed: bytes) -> int:
-    """How many there are in any keyring, by /proc/keys.
+    """Count the logon keys in all keyrings, from the text of /proc/keys.
 
-    One whose usage count is 0 is none: the kernel's collector has yet to take it away
+    A key whose usage count is 0 does not count: the kernel's collector has yet to free it
     (security/keys/gc.c).
     """
     lines = (line.split() for line in listed.splitlines())
@@ -66,12 +66,12 @@ def logon_keys(listed: bytes) -> int:
 
 
 class Watcher:
-    """Sees media come and go, one or many at once; no others may meanwhile."""
+    """Records when media arrive and depart, one or many at once; no others may do so meanwhile."""
 
     def __init__(self) -> None:
         self._points: set[str] = set()
         self._before = (0, 0)
-        """Mappings and logon keys that were there before the medium came."""
+        """Numbers of mappings and logon keys before the medium came."""
         self._seen: dict[str, float] = {}
         self._sockets = {"kernel": _listener(KERNEL_GROUP), "udev": _listener(UDEV_GROUP)}
         self._mountinfo = open("/proc/self/mountinfo", "rb")  # noqa: SIM115  closed in close()
@@ -82,18 +82,18 @@ class Watcher:
         self._mounted: set[str] = set()
 
     def close(self) -> None:
-        """Nothing is listened to any more."""
+        """Stop listening."""
         for listener in self._sockets.values():
             listener.close()
         self._mountinfo.close()
 
     def arrival(self, plug: Callable[[], None], points: Iterable[Path]) -> dict[str, float]:
-        """When media were plugged, first told of by the kernel and by udev, and all mounted there.
+        """Plug media; return the moments of the plug, the first reports, and the last mount.
 
         Raises: NothingHappenedError.
         """
         self._points = set(map(str, points))
-        self._look_at_mounts(time.monotonic())
+        self._read_mounts(time.monotonic())
         self._before = (mappings(), logon_keys(KEYS.read_bytes()))
         awaited = ("kernel add", "udev add", "mounted")
         within_s = DEADLINE_S * len(self._points)
@@ -103,20 +103,20 @@ class Watcher:
         return seen
 
     def departure(self, pull: Callable[[], None], stays: Sequence[str] = ()) -> dict[str, float]:
-        """When the kernel first told of their removal, and all mounts, mappings and so on went.
+        """Pull media; return the moments of the kernel's first report and of each object's end.
 
-        What is left behind has no moment; what `stays` as a matter of course is not waited for.
+        Leftovers have no moment; `stays` names moments that are not waited for.
 
         Raises: NothingHappenedError.
         """
         awaited = ("kernel remove", *(moment for moment in GONE if moment not in stays))
         seen = self._watched(pull, "pulled", awaited, LEFT_AFTER_S * len(self._points))
         if "kernel remove" not in seen:
-            raise NothingHappenedError("the kernel has not told of the removal")
+            raise NothingHappenedError("the kernel has not reported the removal")
         return seen
 
     def settle(self) -> None:
-        """udevd has nothing more to do. Raises: NothingHappenedError."""
+        """Wait until udevd has nothing more to do. Raises: NothingHappenedError."""
         end = time.monotonic() + DEADLINE_S
         while UDEV_QUEUE.exists():
             if time.monotonic() > end:
@@ -134,13 +134,13 @@ class Watcher:
             while time.monotonic() < end and not self._seen.keys() >= set(awaited):
                 if "kernel remove" in self._seen:
                     self._wait(LOOKED_FOR_EVERY_S)
-                    self._look_for_the_end()
+                    self._check_for_the_end()
                 else:
                     self._wait(1)
         return self._seen
 
     def _wait(self, timeout_s: float) -> None:
-        """What has been announced is noted; something, or the time is over."""
+        """Record what has been announced; wait for it until the timeout."""
         ready = {fileno for fileno, _ in self._poll.poll(timeout_s * 1000)}
         for source, listener in self._sockets.items():
             while True:
@@ -149,15 +149,15 @@ class Watcher:
                 except BlockingIOError:
                     break
                 self._note(source, time.monotonic(), properties(event))
-        # After the events, which are what mounts and unmounts follow.
+        # After the events, which mounts and unmounts follow.
         if self._mountinfo.fileno() in ready:
-            self._look_at_mounts(time.monotonic())
+            self._read_mounts(time.monotonic())
 
     def _note(self, source: str, now: float, event: dict[str, str]) -> None:
         if event.get("SUBSYSTEM") == "block" and event.get("DEVTYPE") == "partition":
             self._seen.setdefault(f"{source} {event.get('ACTION')}", now)
 
-    def _look_at_mounts(self, now: float) -> None:
+    def _read_mounts(self, now: float) -> None:
         self._mountinfo.seek(0)
         mounted = self._points & mount_points(self._mountinfo.read())
         if mounted != self._mounted and mounted == self._points:
@@ -166,8 +166,8 @@ class Watcher:
             self._seen.setdefault("mount gone", now)
         self._mounted = mounted
 
-    def _look_for_the_end(self) -> None:
-        """Each is looked for until it has gone."""
+    def _check_for_the_end(self) -> None:
+        """Check each object until it is gone."""
         there: dict[str, Callable[[], bool]] = {
             "mapping gone": lambda: mappings() > self._before[0],
             "key gone": lambda: logon_keys(KEYS.read_bytes()) > self._before[1],
@@ -179,7 +179,7 @@ class Watcher:
 
 
 def mappings() -> int:
-    """How many there are."""
+    """Count the mappings."""
     return sum(name.startswith("dm-") for name in os.listdir(BLOCKS))
 
 
@@ -193,7 +193,7 @@ def _listener(group: int) -> socket.socket:
 
 @contextmanager
 def _undisturbed(act: Callable[[], None]) -> Iterator[float]:
-    """It is done in a thread, since the kernel takes its time over it; yields when it began."""
+    """Act in a thread, since the kernel takes its time; yield the moment when it began."""
     acting = threading.Thread(target=act)
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What several end-to-end tests share."""
+"""Steps that several end-to-end tests share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ANY_BUS: Final = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
 ON_EVERY_BOARD: Final = pytest.mark.parametrize(
     "board", boards.BOARDS, ids=lambda board: board.backend, indirect=True, scope="package"
 )
-"""For a test that runs once on each kernel, with each way in which keys are sealed there."""
+"""Runs a test once on each kernel, with each of its seal methods."""
 
 
 def labelled(folder: Path, label: str, board: Board = boards.TAGGED, **more: Any) -> Path:
-    """A medium of this label, under the test key, in a file of its own."""
+    """Make a medium with this label, under the test key, in a file of its own."""
     number = len(list(folder.glob("*.img")))
     return media.make_medium(folder / f"{number}.img", label, **{**board.medium, **more})
 
 
 async def blobs_up_to(guest: Guest, count: int) -> None:
-    """cartridge-02 and so on have the blob of cartridge-01, and so the same key."""
+    """Give cartridge-02 and so on the blob of cartridge-01, and so the same key."""
     await guest.sh(
         f"cd /data/caam; for n in $(seq -w 2 {count}); do cp cartridge-01.bb "
         'cartridge-$(printf %02d "$((10#$n))").bb; done'
@@ -36,9 +36,9 @@ async def blobs_up_to(guest: Guest, count: int) -> None:
 
 
 async def slow_caam(guest: Guest, milliseconds: int, board: Board = boards.TAGGED) -> None:
-    """The running agent's imports take this long more, as if others kept the job rings busy.
+    """Delay the running agent's imports by this time, as if others kept the job rings busy.
 
-    strace holds the system call up in the agent's own threads; 0 lets it go.
+    strace delays the system call in the agent's own threads; 0 ends the delay.
     """
     if milliseconds == 0:
         await guest.sh("pkill strace || true; while pgrep strace; do :; done")

@@ -1,4 +1,4 @@
-"""The agent measured beside others; what is measured is not asserted."""
+"""The agent measured beside other systems; the figures are not asserted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEFT: Final = (
     "! ls -d /run/systemd/system/*bench* /run/systemd/system/*/bench.conf",
     "! ls /etc/crypttab /run/bench* /run/udev/rules.d/*bench* /usr/bin/udiskie",
 )
-"""What holds when nothing is left."""
+"""Shell condition that holds when nothing is left."""
 
 
 async def test_a_cycle_of_each_kind_of_system_is_measured_and_nothing_is_left(
@@ -58,7 +58,7 @@ async def test_storms_scaling_starts_and_idling_are_measured_and_nothing_is_left
 
 
 async def nothing_is_left(guest: Guest, agent: InstalledAgent) -> None:
-    """Of what was measured, and of what it was measured with."""
+    """Check that nothing is left of the measurement and its programs."""
     assert await agent.leftovers() == []
     for condition in LEFT:
         await guest.until(condition)

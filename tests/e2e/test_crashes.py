@@ -1,4 +1,4 @@
-"""Killed at any moment and started again: the present is adopted, the orphaned swept."""
+"""The agent is killed at any time and started again: it adopts mounts and releases leftovers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
 
 
 @ON_EVERY_BOARD
-async def test_what_happens_between_a_crash_and_the_next_start_is_not_missed(
+async def test_changes_between_a_crash_and_the_next_start_are_noticed(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path, tmp_path: Path
 ) -> None:
     await guest.write(NO_RESTART, b"[Service]\nRestart=always\nRestartSec=5\n")

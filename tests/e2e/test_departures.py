@@ -1,4 +1,4 @@
-"""Pulled at the worst moment, put back at once: no trace of the first, the second mounted."""
+"""Media are pulled at the worst time and put back at once: they are mounted again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLU
 
 
 @ON_EVERY_BOARD
-async def test_pulled_while_being_written_and_put_back(
+async def test_a_medium_pulled_while_it_is_written_and_put_back_is_mounted_again(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.start()
@@ -36,15 +36,15 @@ async def test_pulled_while_being_written_and_put_back(
 
 
 @ON_EVERY_BOARD
-async def test_the_second_medium_of_a_label_mounts_when_the_first_leaves(
+async def test_the_second_medium_with_a_label_is_mounted_when_the_first_is_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await agent.start()
     first = await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"first"}))
     await guest.until_mounted(POINT)
     await guest.plug_usb(labelled(tmp_path, "cartridge-01", board, files={"n": b"second"}))
-    said = await agent.until_said("conflict")
-    assert "/run/media/cartridge-01 belongs to volume" in said
+    log = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 belongs to volume" in log
     assert await guest.read(f"{POINT}/n") == b"first"
     await first.pull()
     await agent.until_said("mounted: at", times=2)
@@ -80,7 +80,7 @@ async def test_synthesized_events_change_nothing(
         "udevadm trigger --action=add /dev/sda1; udevadm trigger --subsystem-match=block\n"
         "udevadm trigger --action=remove /dev/sda1; udevadm settle"
     )
-    # Another medium's arrival is behind all those events in the agent's queue.
+    # Another medium's arrival comes after all those events in the agent's queue.
     await guest.sh("cp /data/caam/cartridge-01.bb /data/caam/cartridge-02.bb")
     await guest.plug_usb(labelled(medium.parent, "cartridge-02", board))
     await guest.until_mounted("/run/media/cartridge-02")

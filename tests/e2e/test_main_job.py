@@ -1,4 +1,4 @@
-"""Plug it in, read it, pull it out: the main job on a real kernel."""
+"""The main job on a real kernel: plug a medium, read it, pull it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vm.installed import InstalledAgent
 from vm.media import KEYS, OTPMK_A, OTPMK_B
 
 
-async def is_served(guest: Guest, board: Board) -> None:
-    """The medium's file is readable, its mapping is what was asked for, its key is gone."""
+async def check_served(guest: Guest, board: Board) -> None:
+    """Check that the medium's file is readable, its mapping is the target, and its key is gone."""
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
     table = (await guest.run("dmsetup", "table")).stdout
     assert f" crypt {board.target}caam-hotplug:" in table
@@ -31,7 +31,7 @@ async def is_served(guest: Guest, board: Board) -> None:
 async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path, bus: str
 ) -> None:
-    if bus == "scsi":  # not removable, so the built-in rule leaves it alone
+    if bus == "scsi":  # not removable, so the built-in rule does not match
         await agent.configure(ANY_BUS)
     await agent.start()
     pid = await agent.main_pid()
@@ -45,7 +45,7 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
         case _:
             plug = await guest.plug_scsi(medium)
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await plug.pull()
     await agent.until_said(r"cartridge-01.*removed-unsafely")
     assert await agent.leftovers() == []
@@ -53,7 +53,7 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     assert await agent.main_pid() == pid
 
 
-async def test_no_library_is_opened_only_when_a_medium_comes(
+async def test_all_libraries_are_loaded_before_the_first_medium_arrives(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -70,10 +70,10 @@ async def test_no_library_is_opened_only_when_a_medium_comes(
 
 
 @ON_EVERY_BOARD
-async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
+async def test_a_loop_device_with_partitions_is_served_and_released_at_the_stop(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
-    # A loop device in use tells nobody that it is to be detached; it leaves with its last user.
+    # No event reports the detach of a loop device in use; it leaves with its last user.
     await agent.configure(ANY_BUS)
     await agent.stop()
     carrier = await guest.plug_scsi(labelled(tmp_path, "cartridge-01", board, size_mib=4))
@@ -83,7 +83,7 @@ async def test_a_loop_device_with_partitions_is_served_and_let_go_at_the_stop(
     await agent.start()
     await guest.run("losetup", "-fP", "/var/tmp/medium.img")
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await agent.stop()
     assert await agent.leftovers() == []
     await guest.run("losetup", "-D")
@@ -123,7 +123,7 @@ keyctl clear @s
 
 
 @ON_EVERY_BOARD
-async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot_and_only_there(
+async def test_a_medium_made_by_the_boards_procedure_opens_after_a_cold_boot_and_on_no_other_board(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     await agent.stop()
@@ -143,8 +143,8 @@ async def test_a_medium_made_by_the_boards_procedure_is_opened_after_a_cold_boot
     await guest.cold_boot_caam(OTPMK_B)
     await agent.start()
     await stick.plug()
-    said = await agent.until_said(r"cartridge-07.*failed")
-    assert board.refusal in said
+    log = await agent.until_said(r"cartridge-07.*failed")
+    assert board.refusal in log
     await stick.pull()
     await guest.until("! test -e /sys/class/block/sda")
     assert media.partition_bytes(blank) == made
@@ -161,14 +161,14 @@ async def test_keys_of_all_sizes_and_coverings_open_their_media(
     assert await guest.read(f"/run/media/{name}/hello.txt") == b"Encrypted data\n"
 
 
-async def test_a_key_that_the_cipher_cannot_use_is_told_apart_from_a_wrong_one(
+async def test_a_key_that_the_cipher_cannot_use_has_another_error_than_a_wrong_key(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await agent.start()
     await guest.plug_usb(media.make_medium(tmp_path / "m.img", "ecb-64"))
-    said = await agent.until_said("ecb-64.*failed")
-    assert "load table of mapping caam-ecb-64-" in said
-    assert "Invalid argument" in said
+    log = await agent.until_said("ecb-64.*failed")
+    assert "load table of mapping caam-ecb-64-" in log
+    assert "Invalid argument" in log
 
 
 @ON_EVERY_BOARD
@@ -196,7 +196,7 @@ UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.
 
 
 @ON_EVERY_BOARD
-async def test_without_udevd_the_kernels_own_events_serve(
+async def test_without_udevd_media_are_served_by_the_kernels_own_events(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
     await agent.stop()
@@ -205,7 +205,7 @@ async def test_without_udevd_the_kernels_own_events_serve(
     await agent.start()
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
-    await is_served(guest, board)
+    await check_served(guest, board)
     await stick.pull()
     await guest.until_unmounted(POINT)
     await agent.until_said("cartridge-01.*removed-unsafely")

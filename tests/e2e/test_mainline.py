@@ -1,4 +1,4 @@
-"""Boards with a mainline kernel: keys and media that are made there, and what is refused."""
+"""Boards with a mainline kernel: keys and media that are made there, and refusals."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ON_MAINLINE = pytest.mark.parametrize(
 
 
 def documented(*words: str) -> str:
-    """The command of docs/mainline.md that has these words; of several, the first."""
+    """Return the command in docs/mainline.md with these words; of several, the first."""
     return next(
         each for each in commands("docs/mainline.md") if all(word in each for word in words)
     )
 
 
 async def blank(guest: Guest, folder: Path) -> None:
-    """A medium that was never written to is /dev/sda."""
+    """Plug an empty medium as /dev/sda."""
     with (folder / "blank.img").open("wb") as file:
         file.truncate(64 << 20)
     await guest.plug_usb(folder / "blank.img")
@@ -67,8 +67,8 @@ async def test_a_medium_of_a_trusted_key_is_made_and_refused_elsewhere(
     await agent.stop()
     await guest.cold_boot_caam(OTPMK_B)
     await agent.start()
-    said = await agent.until_said(f"'{LABEL}'.*failed")
-    assert "the trust source refused the blob: damaged, sealed on another chip" in said
+    log = await agent.until_said(f"'{LABEL}'.*failed")
+    assert "the trust source refused the blob: damaged, sealed on another chip" in log
     await agent.stop()
     await guest.cold_boot_caam(OTPMK_A)
 
@@ -115,7 +115,7 @@ async def test_a_medium_under_a_master_opens_on_a_pc_and_a_second_board(
 
 
 @ON_MAINLINE
-async def test_every_fault_of_a_key_of_the_kernels_ends_in_its_own_words(
+async def test_every_fault_of_a_kernel_key_has_its_own_message(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
     sealed = trusted_blob(board.key, OTPMK_A)
@@ -132,7 +132,7 @@ async def test_every_fault_of_a_key_of_the_kernels_ends_in_its_own_words(
         "user": under.replace(b"trusted:", b"user:"),
     }
     await guest.write("/data/caam/elsewhere.bb", trusted_blob(MASTER, OTPMK_B))
-    said = {
+    messages = {
         "truncated": "is cut short: 223 hex digits, half a byte too few",
         "flipped": "the trust source refused the blob: damaged, sealed on another chip",
         "foreign": "the trust source refused the blob: damaged, sealed on another chip",
@@ -147,11 +147,11 @@ async def test_every_fault_of_a_key_of_the_kernels_ends_in_its_own_words(
         await guest.write(f"/data/caam/cartridge-{name}.bb", content)
     await agent.configure(ANY_BUS)
     await agent.start()
-    images = {name: labelled(tmp_path, f"cartridge-{name}", board, size_mib=4) for name in said}
+    images = {name: labelled(tmp_path, f"cartridge-{name}", board, size_mib=4) for name in messages}
     before = {name: media.partition_bytes(image) for name, image in images.items()}
     plugs = [await guest.plug_scsi(image) for image in images.values()]
-    lines = await agent.until_said("'cartridge-[a-z]+' .*failed: ", times=len(said))
-    for name, words in said.items():
+    lines = await agent.until_said("'cartridge-[a-z]+' .*failed: ", times=len(messages))
+    for name, words in messages.items():
         (line,) = [line for line in lines.splitlines() if f"'cartridge-{name}'" in line]
         assert words in line
     assert await agent.leftovers() == []

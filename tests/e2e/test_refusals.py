@@ -1,4 +1,4 @@
-"""What must not be unlocked is not, says why, and is left as it was."""
+"""A medium that must not be unlocked is refused with a reason, and is not changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ dd if=/dev/zero of=cartridge-huge.bb bs=1M count=10 status=none
 head -c 96 /dev/urandom > cartridge-noise.bb
 caam-keygen create cartridge-wrong ecb -t 'another 16 bytes'; rm cartridge-wrong
 """
-SAID = {
+MESSAGES = {
     "missing": "waiting: no blob /data/caam/cartridge-missing.bb",
     "truncated": "failed: read blob /data/caam/cartridge-truncated.bb: is cut short or damaged: "
     "60 bytes, the tag header says 96",
@@ -44,23 +44,23 @@ SAID = {
 }
 
 
-async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medium(
+async def test_every_fault_of_a_blob_has_its_own_message_and_leaves_the_medium_untouched(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     await guest.sh(BLOB_FAULTS)
     await agent.configure(ANY_BUS)
     await agent.start()
-    media_of = {fault: labelled(tmp_path, f"cartridge-{fault}") for fault in SAID}
+    media_of = {fault: labelled(tmp_path, f"cartridge-{fault}") for fault in MESSAGES}
     before = {fault: media.partition_bytes(image) for fault, image in media_of.items()}
     plugs = [await guest.plug_scsi(image) for image in media_of.values()]
-    await agent.until_said("'cartridge-[a-z]+' .*(waiting|failed): ", times=len(SAID))
+    await agent.until_said("'cartridge-[a-z]+' .*(waiting|failed): ", times=len(MESSAGES))
     journal = await agent.journal()
-    said = {
+    messages = {
         fault: next(line for line in journal.splitlines() if f"'cartridge-{fault}'" in line
                     and ("waiting" in line or "failed" in line)).split("): ", 1)[1]
-        for fault in SAID
+        for fault in MESSAGES
     }  # fmt: skip
-    assert said == SAID
+    assert messages == MESSAGES
     assert await agent.leftovers() == []
     for plug in plugs:
         await plug.pull()
@@ -68,7 +68,7 @@ async def test_every_fault_of_a_blob_ends_in_its_own_words_and_an_untouched_medi
 
 
 EXPOSURE = 30
-"""Tenths of what `systemd-analyze security` gives it; docs/reliability.md says what is left."""
+"""Tenths of the value of `systemd-analyze security`; docs/reliability.md explains the rest."""
 TRACED = f"/run/systemd/system/{UNIT}.d/traced.conf"
 HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "cartridge 01"]
 
@@ -76,7 +76,7 @@ HOSTILE = ["../../etc", ".", "-rf", "line\nbreak", "%s%n", "a/b", "Ω" * 36, "ca
 async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
-    # strace stops the agent at every call, which makes it slower than any watchdog allows.
+    # strace stops the agent at every call, which makes it slower than any watchdog permits.
     await guest.write(TRACED, b"[Service]\nWatchdogSec=0\n")
     await guest.sh("systemctl daemon-reload")
     await agent.configure('[[rule]]\nname = "all"\nmatch.bus = "scsi"\n')
@@ -98,7 +98,7 @@ async def test_hostile_labels_are_ignored_with_the_reason_and_lead_to_no_file(
     paths = [line.split('"')[1] for line in trace.splitlines() if line.count('"') >= 2]
     made = [line for line in trace.splitlines() if "mkdir" in line or "move_mount" in line]
     assert made == []
-    # The kernel's names lead to what sysfs says of a device; a label leads nowhere.
+    # The kernel's names lead to sysfs files of a device; a label leads to no file.
     assert {p for p in paths if not p.startswith(("/sys/", "/run/udev/data/", "/proc/"))} == set()
     await agent.stop()
     await guest.sh(f"rm {TRACED}; systemctl daemon-reload")
@@ -110,8 +110,8 @@ async def test_a_mount_point_with_content_is_never_shadowed(
     await guest.write("/run/media/cartridge-01/mine", b"the board's own\n")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("conflict")
-    assert "/run/media/cartridge-01 is not empty" in said
+    log = await agent.until_said("conflict")
+    assert "/run/media/cartridge-01 is not empty" in log
     assert await guest.read("/run/media/cartridge-01/mine") == b"the board's own\n"
     assert (await guest.run("dmsetup", "ls")).stdout.strip() == "No devices found"
     await guest.sh("rm -r /run/media/cartridge-01")
@@ -134,20 +134,20 @@ async def test_a_blob_directory_that_others_may_write_to_is_refused(
     await guest.sh("chmod 777 /data")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("failed")
-    assert "open /data/caam: /data can be written by others than root" in said
+    log = await agent.until_said("failed")
+    assert "open /data/caam: /data can be written by others than root" in log
     await guest.sh("chmod 755 /data")
 
 
-async def test_a_blob_directory_that_the_service_cannot_read_fails_its_media_and_no_more(
+async def test_a_blob_directory_that_the_service_cannot_read_fails_only_its_own_media(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await guest.sh("chown 1000 /data/caam; chmod 700 /data/caam")
     await agent.start()
     await guest.plug_usb(medium)
-    said = await agent.until_said("'cartridge-01'.*failed")
-    assert "/data/caam belongs to user 1000 with mode 0700, and cannot be opened" in said
-    assert "chown root /data/caam" in said
+    log = await agent.until_said("'cartridge-01'.*failed")
+    assert "/data/caam belongs to user 1000 with mode 0700, and cannot be opened" in log
+    assert "chown root /data/caam" in log
     await guest.sh("chown 0 /data/caam")
     await guest.sh("caam-hotplug retry cartridge-01")
     await guest.until_mounted("/run/media/cartridge-01")
@@ -165,10 +165,10 @@ async def test_a_medium_without_encryption_is_not_mounted_by_mistake(
     assert media.partition_bytes(image) == before
 
 
-async def test_a_medium_that_udev_cannot_read_is_left_alone_and_others_are_served(
+async def test_a_medium_that_udev_cannot_read_is_not_touched_and_others_are_served(
     guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
 ) -> None:
-    # udev then knows nothing of the partition, not even the label that stands elsewhere.
+    # udev then has no facts of the partition, not even the label, which is stored elsewhere.
     await agent.start()
     broken = labelled(tmp_path, "cartridge-02")
     await guest.plug_usb(broken, bad_sector=media.FIRST_LBA)
@@ -178,14 +178,14 @@ async def test_a_medium_that_udev_cannot_read_is_left_alone_and_others_are_serve
     assert "unlocking: with /data/caam/cartridge-02.bb" not in await agent.journal()
 
 
-async def test_the_service_is_exposed_to_no_more_than_a_mounter_must_be(guest: Guest) -> None:
+async def test_the_service_has_no_more_exposure_than_mounting_needs(guest: Guest) -> None:
     done = await guest.run(
         "systemd-analyze", "security", "--no-pager", f"--threshold={EXPOSURE}", UNIT, check=False
     )
     assert done.returncode == 0, done.stdout
 
 
-async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_where(
+async def test_a_faulty_configuration_prevents_the_start_and_the_error_names_the_place(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.configure('[[rule]]\nname = "x"\nmatch.partlable = "cartridge-*"\n')
@@ -197,15 +197,15 @@ async def test_a_faulty_configuration_keeps_the_agent_from_starting_and_says_whe
     ) in await agent.journal()
 
 
-async def test_check_and_explain_tell_what_the_agent_would_do(
+async def test_check_and_explain_show_what_the_agent_would_do(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await guest.plug_usb(medium)
     await guest.until("test -b /dev/disk/by-partlabel/cartridge-01")
-    told = await guest.run("caam-hotplug", "explain", "/dev/disk/by-partlabel/cartridge-01")
-    assert "rule 'built-in' matches it" in told.stdout
-    assert "blob        /data/caam/cartridge-01.bb" in told.stdout
-    assert "mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told.stdout
+    explained = await guest.run("caam-hotplug", "explain", "/dev/disk/by-partlabel/cartridge-01")
+    assert "rule 'built-in' matches it" in explained.stdout
+    assert "blob        /data/caam/cartridge-01.bb" in explained.stdout
+    assert "mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in explained.stdout
     whole = await guest.run("caam-hotplug", "explain", "/dev/sda")
     assert "rule 'built-in': partlabel is not there" in whole.stdout
     await agent.configure(ANY_BUS)

@@ -1,4 +1,4 @@
-"""Units that accompany a mount, media that are powered off, users that are told to end."""
+"""Units that accompany a mount, media that are powered off, and users that are ended."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ UNITS = "/run/systemd/system"
 BEGIN = b"""[Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
+ExecStart=/bin/sh -c 'echo begin "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/unit-lines'
 """
 END = b"""[Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/told'
+ExecStart=/bin/sh -c 'echo end "%I" "$$(ls /run/media/%I | head -n 1)" >>/run/unit-lines'
 ExecStart=/bin/systemctl stop --no-block begin@%i.service
 """
 RULE = """
@@ -28,10 +28,10 @@ on_unmount = "end@{partlabel}.service"
 """
 
 
-async def told(guest: Guest, count: int) -> list[str]:
-    """What the units have noted, so many lines."""
-    await guest.until(f"test $(wc -l </run/told) = {count}")
-    return (await guest.read("/run/told")).decode().splitlines()
+async def unit_lines(guest: Guest, count: int) -> list[str]:
+    """Return the lines that the units have written; wait until there are this many."""
+    await guest.until(f"test $(wc -l </run/unit-lines) = {count}")
+    return (await guest.read("/run/unit-lines")).decode().splitlines()
 
 
 async def test_units_are_started_when_a_medium_is_mounted_and_before_it_is_unmounted(
@@ -39,13 +39,13 @@ async def test_units_are_started_when_a_medium_is_mounted_and_before_it_is_unmou
 ) -> None:
     await guest.write(f"{UNITS}/begin@.service", BEGIN)
     await guest.write(f"{UNITS}/end@.service", END)
-    await guest.sh("systemctl daemon-reload; rm -f /run/told")
+    await guest.sh("systemctl daemon-reload; rm -f /run/unit-lines")
     await agent.configure(RULE)
     await agent.start()
     stick = await guest.plug_usb(medium)
-    assert await told(guest, 1) == ["begin cartridge-01 hello.txt"]
+    assert await unit_lines(guest, 1) == ["begin cartridge-01 hello.txt"]
     await guest.run("caam-hotplug", "eject", "--no-power-off", "cartridge-01")
-    assert await told(guest, 2) == [
+    assert await unit_lines(guest, 2) == [
         "begin cartridge-01 hello.txt",
         "end cartridge-01 hello.txt",
     ]
@@ -53,7 +53,7 @@ async def test_units_are_started_when_a_medium_is_mounted_and_before_it_is_unmou
     await guest.sh(f"rm {UNITS}/begin@.service {UNITS}/end@.service; systemctl daemon-reload")
 
 
-async def test_an_ejected_stick_is_off_and_comes_back_when_it_is_plugged_again(
+async def test_an_ejected_stick_is_powered_off_and_served_when_it_is_plugged_again(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -70,7 +70,7 @@ async def test_an_ejected_stick_is_off_and_comes_back_when_it_is_plugged_again(
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
 
 
-async def test_a_scsi_disk_that_was_ejected_stays_so_and_can_be_unlocked_again(
+async def test_an_ejected_scsi_disk_stays_ejected_and_can_be_unlocked_again(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.configure('[[rule]]\nname = "all"\nmatch.partlabel = "cartridge-*"\n')
@@ -88,7 +88,7 @@ async def test_a_scsi_disk_that_was_ejected_stays_so_and_can_be_unlocked_again(
 USER = f"setpriv --reuid=1000 --clear-groups /bin/sh -c 'cd {POINT}; exec sleep 1000'"
 
 
-async def test_another_users_process_is_named_and_ended_where_the_rule_says_so(
+async def test_another_users_process_is_named_and_ended_if_the_rule_says_so(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.configure('[[rule]]\nname = "sticks"\nmatch.bus = "usb"\n')

@@ -1,4 +1,4 @@
-"""The Debian package: what it brings, an upgrade under a mounted medium, and its removal."""
+"""The Debian package: its content, an upgrade under a mounted medium, and its removal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ match.partlabel = "cartridge-02"
 
 
 def newer(folder: Path) -> tuple[str, bytes]:
-    """The next version of the package, which has the same files, and that version."""
+    """Build the next version of the package, with the same files; return it and its version."""
     tree, made = folder / "tree", folder / "newer.deb"
     subprocess.run(["dpkg-deb", "-R", debian.package(), tree], check=True)
     control = tree / "DEBIAN/control"
@@ -42,7 +42,7 @@ def newer(folder: Path) -> tuple[str, bytes]:
     return version, made.read_bytes()
 
 
-async def test_the_agent_runs_on_the_distributions_pyudev_and_on_an_sdbus_of_its_own(
+async def test_the_agent_uses_the_distributions_pyudev_and_its_bundled_sdbus(
     guest: Guest, agent: InstalledAgent
 ) -> None:
     await agent.start()
@@ -54,12 +54,12 @@ async def test_the_agent_runs_on_the_distributions_pyudev_and_on_an_sdbus_of_its
     compiled = [(await guest.sh(count.format(suffix))).stdout for suffix in ("py", "pyc")]
     assert compiled[0] == compiled[1] != "0\n"
     await guest.sh("getent group caam-hotplug && ! grep caam-hotplug /etc/passwd")
-    # The guest has no documentation; everything else is as the package's digests say.
+    # The guest has no documentation; all other files have the package's digests.
     verified = (await guest.run("dpkg", "--verify", "caam-hotplug", check=False)).stdout
     assert [line for line in verified.splitlines() if "/usr/share/" not in line] == []
 
 
-async def test_an_upgrade_locks_or_keeps_what_is_mounted_as_on_stop_says(
+async def test_an_upgrade_locks_or_keeps_mounted_media_as_on_stop_says(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:
     version, package = newer(tmp_path)
@@ -85,7 +85,7 @@ async def test_an_upgrade_locks_or_keeps_what_is_mounted_as_on_stop_says(
     await agent.until_said("removed-unsafely", times=2)
 
 
-async def test_a_removed_agent_lets_media_go_and_a_purged_one_leaves_nothing(
+async def test_a_removed_agent_releases_its_media_and_a_purged_one_leaves_nothing(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -109,10 +109,10 @@ async def test_a_removed_agent_lets_media_go_and_a_purged_one_leaves_nothing(
     assert text == (debian.REPOSITORY / "config/agent.toml").read_bytes()
 
 
-async def test_what_make_has_installed_runs_as_it_is(
+async def test_an_installation_by_make_runs_without_further_changes(
     guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
 ) -> None:
-    # The package is taken away but for what it bundles, which make does not bring.
+    # Remove the package's files except those that it bundles, which make does not install.
     stage, packed = tmp_path / "stage", tmp_path / "stage.tar"
     typed = commands("docs/install.md", "Any other distribution")
     assert typed.pop(0) == "make install"

@@ -1,4 +1,4 @@
-"""A bench for lives: the real supervisor over a fake kernel, one deterministic loop."""
+"""A bench for volume lifecycles: the real supervisor over a fake kernel in a deterministic loop."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from fakes.kernel import KEY, FakeKernel, FakeProcess, HangsError, ProcessDiedEr
 
 T = TypeVar("T")
 LATE_AFTER_S = 3.0
-"""A call that takes longer is late; time passes on the bench only as a test lets it."""
+"""Longest time of a call that is not late. Time passes only when a test lets it."""
 
 
 class InlineWorker(Worker):
-    """A lane whose calls happen in the loop, a turn later: the same order every time."""
+    """Worker that makes its calls in the loop, one turn later: always in the same order."""
 
     def __init__(self, name: str, late_after_s: float, kernel: FakeKernel) -> None:
         super().__init__(name, late_after_s)
@@ -53,7 +53,7 @@ class InlineWorker(Worker):
                 return
             except BaseException as error:
                 answer = partial(future.set_exception, error)
-            late_s, self._kernel.answers_in_s = self._kernel.answers_in_s, 0.0
+            late_s, self._kernel.answer_delay_s = self._kernel.answer_delay_s, 0.0
             if late_s:
                 loop.call_later(late_s, answer)
             else:
@@ -64,7 +64,7 @@ class InlineWorker(Worker):
 
 
 class ThreadedWorker(Worker):
-    """The agent's own lane with its threads, on a bench whose clock stands still meanwhile."""
+    """Worker of the agent with real threads. The clock stands still while they run."""
 
     def __init__(self, name: str, late_after_s: float, kernel: FakeKernel, clock: Clock) -> None:
         super().__init__(name, late_after_s)
@@ -97,12 +97,12 @@ class ThreadedWorker(Worker):
 
 
 class FakeUnits:
-    """A service manager that notes what it was asked, and what was mounted then."""
+    """Service manager that records each request, and which mounts there were at that time."""
 
     def __init__(self, bench: Bench) -> None:
         self.started: list[tuple[str, list[str]]] = []
-        self.takes_s = 0.0
-        """How long a unit takes to its end."""
+        self.duration_s = 0.0
+        """Time a unit takes to finish."""
         self._bench = bench
 
     def start(self, unit: str) -> None:
@@ -111,21 +111,21 @@ class FakeUnits:
 
     async def finish(self, unit: str, within_s: float) -> None:
         self.start(unit)
-        await asyncio.sleep(min(self.takes_s, within_s))
+        await asyncio.sleep(min(self.duration_s, within_s))
 
 
 class Bench:
-    """One machine: a kernel, and an agent that can be started, stopped, cancelled and killed."""
+    """One machine: a kernel, and an agent to start, stop, cancel and kill."""
 
     def __init__(self, rules: tuple[Rule, ...] = BUILT_IN, *, threads: bool = False) -> None:
-        """`threads`: every call of the agent is in a thread, as it is outside of tests."""
+        """With `threads`, make every call of the agent in a thread, as in production."""
         self._threads = threads
         self.kernel = FakeKernel()
         self.rules = rules
         self.registry = StatusRegistry()
         self.units = FakeUnits(self)
-        self.untold: set[str] = set()
-        """Names of devices of which udev has not told when an agent starts."""
+        self.unreported_by_udev: set[str] = set()
+        """Names of devices that udev has not reported when an agent starts."""
         self.states: list[tuple[Volume, State, str]] = []
         self._loop = Clock()
         self._runner = asyncio.Runner(loop_factory=lambda: self._loop)
@@ -135,15 +135,15 @@ class Bench:
         self._socket: list[tuple[Event, list[Appeared]]] = []
 
     def close(self) -> None:
-        """No loop is left."""
+        """Close the loop."""
         self._runner.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The coroutine's result, on this bench's loop."""
+        """Return the coroutine's result, on this bench's loop."""
         return self._runner.get_loop().run_until_complete(coroutine)
 
-    def turns(self, count: int) -> None:
-        """The loop has gone round so many times."""
+    def run_turns(self, count: int) -> None:
+        """Run this many turns of the loop."""
 
         async def turn() -> None:
             for _ in range(count):
@@ -152,19 +152,19 @@ class Bench:
         self.run(turn())
 
     def settle(self) -> None:
-        """Nothing happens any more that is not waiting for the outside, or for time to pass."""
-        self.run(self._loop.settled())
+        """Run the loop until only an outside event or a timer can continue it."""
+        self.run(self._loop.until_settled())
 
     def wait(self, seconds: float) -> None:
-        """So much time has passed, and all that it brought about has happened."""
+        """Let this many seconds pass, and settle."""
         self.run(asyncio.sleep(seconds))
         self.settle()
 
     def start(self) -> None:
-        """An agent has been started; it has not had a turn yet."""
+        """Start an agent; run no turn of it yet."""
         if self._process is not None:
-            self._process.die()  # the process before this one has ended
-        self._process = self.kernel.process()
+            self._process.die()  # the previous process has ended
+        self._process = self.kernel.start_process()
         self.registry = StatusRegistry()
         self.registry.listen(lambda e: self.states.append((e.volume, e.state, e.reason)))
         context = self._context = self._new_context(self._process)
@@ -172,12 +172,16 @@ class Bench:
 
         async def main() -> None:
             left = await find_leftovers(
-                context.kernel, context.new_worker("sweep"), context.dm_worker
+                context.kernel, context.new_worker("leftovers"), context.dm_worker
             )
             async with Supervisor(context, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
-                told = [Appeared(volume) for volume in present if volume.name not in self.untold]
-                supervisor.start(told, present)
+                reported = [
+                    Appeared(volume)
+                    for volume in present
+                    if volume.name not in self.unreported_by_udev
+                ]
+                supervisor.start(reported, present)
                 self._supervisor = supervisor
                 self._read_socket(supervisor)
                 await asyncio.Event().wait()
@@ -189,25 +193,25 @@ class Bench:
         self._socket.clear()
         self._main = self.run(create())
 
-    def tell_to_stop(self) -> None:
-        """The agent was told to stop; it has not had a turn since."""
+    def request_stop(self) -> None:
+        """Ask the agent to stop; run no turn of it yet."""
         if self._supervisor is None:
             self.settle()
         assert self._supervisor is not None
         self._supervisor.stop()
 
-    def ask_to_stop(self) -> None:
-        """The agent was told to stop, and has done of it what takes no time."""
-        self.tell_to_stop()
+    def begin_stop(self) -> None:
+        """Ask the agent to stop, and let it do all that takes no time."""
+        self.request_stop()
         self.settle()
 
     def stop(self) -> None:
-        """The agent was told to stop, and has ended."""
-        self.ask_to_stop()
+        """Ask the agent to stop, and end it."""
+        self.begin_stop()
         self.cancel()
 
     def cancel(self) -> None:
-        """The agent's task was cancelled, and everything of it has ended."""
+        """Cancel the agent's task and wait for its end."""
         assert self._main is not None
         main, self._main = self._main, None
 
@@ -218,7 +222,7 @@ class Bench:
         self.run(ended())
 
     def kill(self) -> None:
-        """The agent's process is dead; the kernel keeps what it had made."""
+        """Kill the agent's process; the kernel keeps its objects."""
         assert self._process is not None
         self._process.die()
         main, self._main = self._main, None
@@ -234,11 +238,11 @@ class Bench:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the agent has ended by itself."""
+        """Whether the agent has ended without a request."""
         return self._main is not None and self._main.done()
 
-    def failed_to_start(self) -> BaseException:
-        """Why the agent has ended by itself."""
+    def take_error(self) -> BaseException:
+        """Return the error that ended the agent."""
         assert self._main is not None
         main, self._main = self._main, None
         error = main.exception()
@@ -247,7 +251,7 @@ class Bench:
 
     @property
     def serving(self) -> bool:
-        """Whether an agent runs and has begun to serve volumes."""
+        """Whether an agent runs and serves volumes."""
         return self._main is not None and self._supervisor is not None
 
     @property
@@ -256,34 +260,34 @@ class Bench:
         return self._main is not None
 
     def appear(self, volume: Volume) -> None:
-        """The agent hears of the volume, if it listens already."""
+        """Report the volume to the agent as udev does, if it listens already."""
         self._take(Appeared(volume))
 
     def announce(self, volume: Volume) -> None:
-        """The agent hears from the kernel that the volume is there."""
-        told = replace(
+        """Report the volume to the agent as the kernel does, before udev."""
+        announced = replace(
             volume, partuuid=None, parttype=None, label=None, uuid=None, path=None,
             opted_out=False, identified=False, awaits_udev=True,
         )  # fmt: skip
-        self._take(Announced(told))
+        self._take(Announced(announced))
 
     def insert(self, label: str = "cartridge-01", name: str = "sda1", **facts: Any) -> Volume:
-        """A medium was inserted, and the agent hears of it."""
+        """Insert a medium and report it to the agent."""
         volume = self.kernel.insert(label, name, **facts)
         self.appear(volume)
         return volume
 
-    def yank(self, name: str = "sda1") -> None:
-        """The medium was pulled, and the agent hears of it."""
-        self.kernel.yank(name)
+    def pull(self, name: str = "sda1") -> None:
+        """Pull the medium and report that to the agent."""
+        self.kernel.pull(name)
         self._take(Disappeared(name))
 
-    def yanked(self, name: str = "sda1") -> None:
-        """The agent hears, perhaps once more, that nothing sits there."""
+    def report_absent(self, name: str = "sda1") -> None:
+        """Report to the agent, perhaps again, that the device is absent."""
         self._take(Disappeared(name))
 
     def ask(self, verb: str, volume: Volume, **more: Any) -> asyncio.Task[Any]:
-        """Somebody has asked this of the volume; nothing has been done of it yet."""
+        """Send a request about the volume; run no turn of it yet."""
         assert self._supervisor is not None
         asked = getattr(self._supervisor, verb)(volume.id, "uid 0", **more)
 
@@ -293,7 +297,7 @@ class Bench:
         return self.run(create())
 
     def answer(self, verb: str, volume: Volume, **more: Any) -> Any:
-        """What was answered to that. Raises: RequestRefusedError."""
+        """Return the answer to a request. Raises: RequestRefusedError."""
         task = self.ask(verb, volume, **more)
         self.settle()
         return self.run(self._answer_of(task))
@@ -302,26 +306,26 @@ class Bench:
     async def _answer_of(task: asyncio.Task[Any]) -> Any:
         return await task
 
-    def renew(self, *rules: Rule) -> None:
-        """Other rules are in force."""
+    def reload_rules(self, *rules: Rule) -> None:
+        """Put other rules into force."""
         assert self._supervisor is not None
         self.rules = rules
         self._supervisor.reevaluate(rules)
         self.settle()
 
-    def blob(self, name: str) -> None:
-        """The blob is there, and the agent hears of it."""
+    def add_blob(self, name: str) -> None:
+        """Add a blob file and report it to the agent."""
         assert self._supervisor is not None
         self.kernel.blobs[name] = KEY
         self._supervisor.blob_appeared(name)
         self.settle()
 
     def entry(self, volume: Volume) -> Entry:
-        """All that the board says of the volume."""
+        """Return the volume's entry in the status registry."""
         return next(entry for entry in self.registry.entries() if entry.volume.id == volume.id)
 
     def lose_events(self, *, listed: bool = True) -> None:
-        """The agent hears that it has not heard everything; perhaps udev lists nothing now."""
+        """Report lost events to the agent; without `listed`, udev lists no device now."""
         self._take(EventsLost(), listed=listed)
 
     def _take(self, event: Event, *, listed: bool = True) -> None:
@@ -331,7 +335,7 @@ class Bench:
         self._socket.append((event, [Appeared(medium.volume) for medium in media]))
         supervisor = self._supervisor
         if supervisor is None:
-            return  # events wait in the socket until the agent has enumerated
+            return  # events wait in the socket until the agent has enumerated the devices
 
         async def take() -> None:
             self._read_socket(supervisor)
@@ -343,16 +347,16 @@ class Bench:
             supervisor.take(*self._socket.pop(0))
 
     def state(self, volume: Volume) -> State:
-        """What the board says of the volume; GONE if nothing."""
+        """Return the volume's published state; GONE without an entry."""
         entries = {entry.volume.id: entry.state for entry in self.registry.entries()}
         return entries.get(volume.id, State.GONE)
 
-    def said(self, volume: Volume) -> str:
-        """The reason that stands beside the volume's state."""
+    def reason(self, volume: Volume) -> str:
+        """Return the published reason for the volume's state."""
         return next(e.reason for e in self.registry.entries() if e.volume.id == volume.id)
 
     def _new_context(self, process: FakeProcess) -> Context:
-        """What lives share."""
+        """Return a context for the volumes of a new agent."""
         kernel, clock = self.kernel, self._loop
 
         def new_worker(name: str) -> Worker:
@@ -371,8 +375,8 @@ class Bench:
             self.units,
         )
 
-    def memories(self) -> dict[str, int]:
-        """How many entries the agent's tables have, and the loop tasks."""
+    def table_sizes(self) -> dict[str, int]:
+        """Return the sizes of the agent's tables, and the number of the loop's tasks."""
         supervisor = self._supervisor
         assert supervisor is not None
         return {

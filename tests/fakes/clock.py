@@ -1,4 +1,4 @@
-"""A loop whose time passes only when a test lets it, and which knows when nothing is left to do."""
+"""A loop whose time passes only when a test lets it; it detects that nothing is left to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    """Looks for events without waiting; the loop decides what an empty look means."""
+    """Selector that polls without waiting; the loop decides what to do when no event is ready."""
 
     loop: Clock
 
@@ -23,29 +23,29 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
 
 
 class Clock(asyncio.SelectorEventLoop):
-    """Nothing here waits for real time. Hours pass at once, in the right order."""
+    """Loop without real time: hours pass at once, in the right order."""
 
     def __init__(self) -> None:
         self._now = 0.0
         self._settling: list[asyncio.Future[None]] = []
         self.threads = 0
-        """How many calls are under way in threads, for which alone the loop really waits."""
+        """Number of calls that run in threads. Only for these does the loop really wait."""
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
 
     def time(self) -> float:
-        """The seconds that tests have let pass."""
+        """Return the seconds that tests have let pass."""
         return self._now
 
-    async def settled(self) -> None:
-        """Nothing happens any more that is not waiting for the outside, or for time to pass."""
+    async def until_settled(self) -> None:
+        """Wait until only an outside event or a timer can continue the loop."""
         future = self.create_future()
         self._settling.append(future)
         await future
 
     def idle(self, until_next: float | None) -> None:
-        """Nothing is ready: whoever waits for that goes on, else time passes to the next timer."""
+        """Wake the callers of `until_settled`; without any, advance to the next timer."""
         if self._settling:
             settling, self._settling = self._settling, []
             for future in settling:

@@ -1,4 +1,4 @@
-"""What a life relies on in a kernel: one suite, for the real one and for the fake.
+"""The kernel behaviour that a volume's lifecycle relies on: one suite, for real and fake.
 
 `from fakes.contract import *` in a test module that has a fixture `world` runs it there.
 """
@@ -41,33 +41,33 @@ from caam_hotplug.model import (
 )
 
 BLOB: Final = "cartridge-01.bb"
-"""The blob of the key that the medium's filesystem is written under."""
+"""Blob of the key under which the medium's filesystem is written."""
 OTHER_BLOB: Final = "ccm-16.bb"
-"""A good blob of another key."""
+"""Valid blob of another key."""
 DAMAGED_BLOB: Final = "damaged.bb"
-"""A blob with one bit flipped."""
+"""Blob with one flipped bit."""
 POINT: Final = "contract"
-"""A name in the mount root."""
+"""Name in the mount root."""
 NOWHERE: Final = DeviceNumber(8, 240)
-"""No device has this number."""
+"""Number that no device has."""
 DEADLINE_S: Final = 120
 
 
-class HostUnderTest(Kernel, Protocol):
-    """The kernel's steps, and a look at the keyring."""
+class KernelUnderTest(Kernel, Protocol):
+    """Steps of the kernel, and a check of the keyring."""
 
     def has_key(self, description: str) -> bool: ...
 
 
 class World(Protocol):
-    """The host under test with a medium in it, and what happens around the agent."""
+    """Kernel under test with a medium in it, and events outside the agent."""
 
     @property
-    def kernel(self) -> HostUnderTest: ...
+    def kernel(self) -> KernelUnderTest: ...
 
     @property
     def volume(self) -> Volume:
-        """It holds an ext4 filesystem under the key of `BLOB`."""
+        """Volume with an ext4 filesystem under the key of `BLOB`."""
         ...
 
     def reads_as_written(self, node: str) -> bool:
@@ -75,26 +75,26 @@ class World(Protocol):
         ...
 
     def held(self, node: str) -> AbstractContextManager[None]:
-        """A process has the device open."""
+        """Hold the device open in a process."""
         ...
 
     def inside(self, name: str) -> AbstractContextManager[None]:
-        """A process is inside a mount point."""
+        """Keep a process inside a mount point."""
         ...
 
     def directory(self, name: str, *, content: bool) -> AbstractContextManager[None]:
-        """A directory of the board's own is in the mount root, and is there afterwards."""
+        """Make a directory of the board in the mount root; check afterwards that it remains."""
         ...
 
     def foreign_mapping(self) -> AbstractContextManager[None]:
-        """A mapping that is not ours is live."""
+        """Make a live mapping of another program."""
         ...
 
 
 def until(
     condition: Callable[[], bool], *, within_s: float = DEADLINE_S, every_s: float = 0.05
 ) -> None:
-    """The condition holds. Raises: AssertionError after a deadline."""
+    """Wait until the condition holds. Raises: AssertionError after a deadline."""
     end = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end, "still not so"
@@ -102,32 +102,32 @@ def until(
 
 
 def dm_name(world: World) -> str:
-    """The name of the mapping that a test makes."""
+    """Return the name of the test's mapping."""
     return names.dm_name(world.volume.id, POINT)
 
 
 def dm_uuid(world: World) -> str:
-    """Its DM-UUID."""
+    """Return the DM-UUID of the test's mapping."""
     return names.dm_uuid(world.volume.id)
 
 
 def description(world: World) -> str:
-    """The description of its key."""
+    """Return the description of the mapping's key."""
     return names.key_description(world.volume.id)
 
 
 def target(world: World, key_bytes: int = 36, **changes: Any) -> CryptTarget:
-    """The target that a life would make for the medium, but for the changes."""
+    """Return the lifecycle's target for the medium, with the changes."""
     return replace(crypt_target(world.volume, Crypt(), KeyReference("logon", key_bytes)), **changes)
 
 
 def is_gone(world: World) -> bool:
-    """Whether the mapping that a test made is there no more."""
+    """Whether the test's mapping is gone."""
     return world.kernel.find_mapping(dm_uuid(world)) is None
 
 
 def found(world: World) -> Mapping:
-    """The mapping that a test made. Raises: AssertionError if there is none."""
+    """Find the test's mapping. Raises: AssertionError if there is none."""
     mapping = world.kernel.find_mapping(dm_uuid(world))
     assert mapping is not None
     return mapping
@@ -135,7 +135,7 @@ def found(world: World) -> Mapping:
 
 @contextmanager
 def created(world: World) -> Iterator[str]:
-    """A mapping without a table, gone afterwards; yields its name."""
+    """Create a mapping without a table, remove it afterwards; yield its name."""
     name = dm_name(world)
     world.kernel.create_mapping(name, dm_uuid(world))
     try:
@@ -147,7 +147,7 @@ def created(world: World) -> Iterator[str]:
 
 @contextmanager
 def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
-    """A blob's key is in the keyring; yields its length in bytes."""
+    """Add a blob's key to the keyring; yield its length in bytes."""
     kernel = world.kernel
     key = loading.load(kernel, kernel.read_blob(blob), KeySource(), description(world))
     try:
@@ -158,7 +158,7 @@ def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
 
 @contextmanager
 def mapped(world: World, blob: str = BLOB, *, read_only: bool = False) -> Iterator[Mapping]:
-    """A live mapping under a blob's key, which is in no keyring any more; gone afterwards."""
+    """Make a live mapping under a blob's key, which is in no keyring; remove it afterwards."""
     with created(world) as name:
         with key_added(world, blob) as length:
             line = target(world, length).to_line()
@@ -181,7 +181,7 @@ def mount(
     name: str = POINT,
     read_only: bool = False,
 ) -> None:
-    """The mapping's filesystem is mounted."""
+    """Mount the mapping's filesystem."""
     world.kernel.mount(
         mapping.node,
         kind,
@@ -194,7 +194,7 @@ def mount(
 
 @contextmanager
 def mounted(world: World, mapping: Mapping, *, read_only: bool = False) -> Iterator[None]:
-    """The mapping's filesystem is mounted; afterwards it is not, and the directory is gone."""
+    """Mount the mapping's filesystem; afterwards unmount it and remove the directory."""
     try:
         mount(world, mapping, read_only=read_only)
         yield
@@ -204,7 +204,7 @@ def mounted(world: World, mapping: Mapping, *, read_only: bool = False) -> Itera
 
 
 def mounts_there(world: World) -> list[Mount]:
-    """What is mounted in the mount root."""
+    """List the mounts in the mount root."""
     root = str(world.kernel.mount_root)
     return [there for there in world.kernel.mounts() if there.point.startswith(f"{root}/")]
 
@@ -212,7 +212,9 @@ def mounts_there(world: World) -> list[Mount]:
 # mappings
 
 
-def test_what_was_never_made_is_not_found_and_is_removed_without_a_word(world: World) -> None:
+def test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error(
+    world: World,
+) -> None:
     assert world.kernel.find_mapping(dm_uuid(world)) is None
     world.kernel.remove_mapping(dm_name(world))
     world.kernel.unmount(POINT)
@@ -223,7 +225,7 @@ def test_what_was_never_made_is_not_found_and_is_removed_without_a_word(world: W
     assert world.kernel.our_mount_points() == []
 
 
-def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None:
+def test_a_mapping_that_does_not_exist_accepts_no_table(world: World) -> None:
     name = dm_name(world)
     with key_added(world) as length:
         line = target(world, length).to_line()
@@ -231,11 +233,11 @@ def test_a_mapping_that_is_not_there_can_be_given_no_table(world: World) -> None
             world.kernel.load_table(name, line, read_only=False)
     with pytest.raises(DmError) as activate:
         world.kernel.activate_mapping(name)
-    with pytest.raises(DmError) as poison:
+    with pytest.raises(DmError) as error_table:
         world.kernel.load_error_table(name, Sectors(8))
     with pytest.raises(DmError) as keep:
         world.kernel.keep_mapping(name)
-    assert {e.value.errno for e in (load, activate, poison, keep)} == {errno.ENXIO}
+    assert {e.value.errno for e in (load, activate, error_table, keep)} == {errno.ENXIO}
 
 
 def test_a_new_mapping_has_no_table_and_no_holder(world: World) -> None:
@@ -255,7 +257,7 @@ def test_a_mapping_without_a_table_has_no_node_even_when_it_is_activated(world: 
     assert probe.value.errno == errno.ENOENT
 
 
-def test_a_name_and_a_dm_uuid_are_given_once(world: World) -> None:
+def test_a_name_and_a_dm_uuid_can_be_used_only_once(world: World) -> None:
     with created(world) as name:
         with pytest.raises(MappingBusyError) as same_name:
             world.kernel.create_mapping(name, names.dm_uuid(VolumeId(999_999, 1)))
@@ -283,7 +285,7 @@ def test_a_table_is_not_loaded_with_a_key_of_another_size(world: World, too_many
     assert refused.value.errno == errno.EINVAL
 
 
-def test_a_table_is_not_loaded_over_a_device_that_is_not_there(world: World) -> None:
+def test_a_table_is_not_loaded_over_a_device_that_does_not_exist(world: World) -> None:
     with created(world) as name, key_added(world) as length:
         with pytest.raises(DmError) as refused:
             line = target(world, length, device=NOWHERE).to_line()
@@ -327,7 +329,7 @@ def test_a_mapping_works_without_its_key_in_the_keyring(world: World) -> None:
         assert world.reads_as_written(mapping.node)
 
 
-def test_another_key_shows_noise(world: World) -> None:
+def test_a_mapping_under_another_key_reads_noise(world: World) -> None:
     with mapped(world, OTHER_BLOB) as mapping:
         assert not world.reads_as_written(mapping.node)
 
@@ -350,7 +352,7 @@ def test_a_held_mapping_is_removed_when_its_holder_closes_it(world: World) -> No
         until(lambda: is_gone(world))
 
 
-def test_a_removal_can_be_called_off(world: World) -> None:
+def test_a_deferred_removal_can_be_cancelled(world: World) -> None:
     with mapped(world) as mapping:
         with world.held(mapping.node):
             world.kernel.remove_mapping(mapping.name)
@@ -358,13 +360,13 @@ def test_a_removal_can_be_called_off(world: World) -> None:
         assert found(world) == mapping
 
 
-def test_keeping_what_nobody_removes_is_no_error(world: World) -> None:
+def test_cancelling_a_removal_that_nobody_requested_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         world.kernel.keep_mapping(mapping.name)
         assert found(world) == mapping
 
 
-def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
+def test_a_mapping_with_an_error_table_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
         world.kernel.load_error_table(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
@@ -373,7 +375,7 @@ def test_a_poisoned_mapping_fails_all_reads(world: World) -> None:
     assert failed.value.errno == errno.EIO
 
 
-def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
+def test_a_mapping_with_an_error_table_can_be_unmounted_and_removed(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping):
             world.kernel.load_error_table(mapping.name, target(world).length)
@@ -383,14 +385,14 @@ def test_a_poisoned_mapping_can_be_unmounted_and_removed(world: World) -> None:
         until(lambda: is_gone(world))
 
 
-def test_poisoning_twice_is_no_error(world: World) -> None:
+def test_loading_an_error_table_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
             world.kernel.load_error_table(mapping.name, target(world).length)
         assert found(world).table == (f"0 {target(world).length} error",)
 
 
-def test_mappings_of_others_are_not_ours(world: World) -> None:
+def test_mappings_of_others_are_not_the_agents(world: World) -> None:
     with world.foreign_mapping():
         assert world.kernel.our_mappings() == []
         with created(world):
@@ -400,23 +402,23 @@ def test_mappings_of_others_are_not_ours(world: World) -> None:
 # filesystems and mounts
 
 
-def test_a_probe_sees_the_filesystem_under_the_right_key(world: World) -> None:
+def test_a_probe_finds_the_filesystem_under_the_right_key(world: World) -> None:
     with mapped(world) as mapping:
         assert world.kernel.probe(mapping.node, ("vfat", "ext4")) == "ext4"
         assert found(world).open_count == 0
 
 
-def test_a_probe_looks_only_for_what_is_allowed(world: World) -> None:
+def test_a_probe_finds_only_allowed_filesystems(world: World) -> None:
     with mapped(world) as mapping:
         assert world.kernel.probe(mapping.node, ("vfat", "exfat")) is None
 
 
-def test_a_probe_sees_nothing_under_another_key(world: World) -> None:
+def test_a_probe_finds_nothing_under_another_key(world: World) -> None:
     with mapped(world, OTHER_BLOB) as mapping:
         assert world.kernel.probe(mapping.node, ("vfat", "ext4")) is None
 
 
-def test_a_poisoned_mapping_cannot_be_probed(world: World) -> None:
+def test_a_mapping_with_an_error_table_cannot_be_probed(world: World) -> None:
     with mapped(world) as mapping:
         world.kernel.load_error_table(mapping.name, target(world).length)
         with pytest.raises(KernelError) as failed:
@@ -460,7 +462,7 @@ def test_nothing_is_mounted_over_another_mount(world: World) -> None:
 
 
 @pytest.mark.parametrize(("blob", "kind"), [(BLOB, "vfat"), (OTHER_BLOB, "ext4")])
-def test_what_is_not_there_is_not_mounted(world: World, blob: str, kind: str) -> None:
+def test_a_filesystem_that_is_not_there_is_not_mounted(world: World, blob: str, kind: str) -> None:
     with mapped(world, blob) as mapping:
         with pytest.raises(MountError) as refused:
             mount(world, mapping, kind=kind)
@@ -492,7 +494,7 @@ def test_a_mapping_under_a_detached_mount_goes_with_its_last_user(world: World) 
         until(lambda: is_gone(world))
 
 
-def test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there(world: World) -> None:
+def test_a_mount_point_of_the_agent_is_listed_once_nothing_is_mounted_there(world: World) -> None:
     with mapped(world) as mapping, mounted(world, mapping):
         assert world.kernel.our_mount_points() == []
         world.kernel.remove_mount_point(POINT)
@@ -503,7 +505,7 @@ def test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there(world: Wo
         assert world.kernel.our_mount_points() == []
 
 
-def test_a_directory_of_the_boards_own_is_not_ours(world: World) -> None:
+def test_a_directory_of_the_board_is_not_the_agents(world: World) -> None:
     with mapped(world) as mapping, world.directory(POINT, content=False):
         with mounted(world, mapping):
             assert len(mounts_there(world)) == 1
@@ -521,7 +523,7 @@ def test_a_volume_is_present_while_it_is_the_same(world: World) -> None:
     assert not world.kernel.is_present(replace(world.volume, name="sdzz1"))
 
 
-def test_what_is_remembered_of_a_volume_is_of_this_insertion_alone(world: World) -> None:
+def test_the_recorded_state_of_a_volume_belongs_to_this_insertion_alone(world: World) -> None:
     later = replace(world.volume, id=replace(world.volume.id, diskseq=1 << 40))
     assert world.kernel.remembered(world.volume) == ""
     world.kernel.remember(world.volume, "ejected")
@@ -557,7 +559,7 @@ def test_a_blob_becomes_a_key_of_the_length_that_its_table_names(world: World) -
     assert lengths == [36, 48]
 
 
-def test_a_key_is_there_until_it_is_unlinked(world: World) -> None:
+def test_a_key_exists_until_it_is_unlinked(world: World) -> None:
     assert not world.kernel.has_key(description(world))
     with key_added(world):
         assert world.kernel.has_key(description(world))
@@ -577,44 +579,44 @@ __all__ = [
     "test_a_blob_becomes_a_key_of_the_length_that_its_table_names",
     "test_a_blob_that_is_not_there_is_missing",
     "test_a_damaged_blob_is_refused_by_the_caam",
-    "test_a_directory_of_the_boards_own_is_not_ours",
+    "test_a_deferred_removal_can_be_cancelled",
+    "test_a_directory_of_the_board_is_not_the_agents",
+    "test_a_filesystem_that_is_not_there_is_not_mounted",
     "test_a_held_mapping_is_removed_when_its_holder_closes_it",
-    "test_a_key_is_there_until_it_is_unlinked",
+    "test_a_key_exists_until_it_is_unlinked",
     "test_a_key_of_the_same_description_is_replaced",
     "test_a_live_table_reads_as_it_was_loaded",
     "test_a_loaded_table_is_not_live_before_it_is_activated",
-    "test_a_mapping_that_is_not_there_can_be_given_no_table",
+    "test_a_mapping_that_does_not_exist_accepts_no_table",
+    "test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error",
     "test_a_mapping_under_a_detached_mount_goes_with_its_last_user",
+    "test_a_mapping_under_another_key_reads_noise",
+    "test_a_mapping_with_an_error_table_can_be_unmounted_and_removed",
+    "test_a_mapping_with_an_error_table_cannot_be_probed",
+    "test_a_mapping_with_an_error_table_fails_all_reads",
     "test_a_mapping_without_a_table_has_no_node_even_when_it_is_activated",
     "test_a_mapping_works_without_its_key_in_the_keyring",
     "test_a_mount_in_use_stays_unless_it_is_detached",
     "test_a_mount_is_listed_until_it_is_unmounted",
-    "test_a_mount_point_of_ours_is_listed_once_nothing_is_mounted_there",
-    "test_a_name_and_a_dm_uuid_are_given_once",
+    "test_a_mount_point_of_the_agent_is_listed_once_nothing_is_mounted_there",
+    "test_a_name_and_a_dm_uuid_can_be_used_only_once",
     "test_a_new_mapping_has_no_table_and_no_holder",
-    "test_a_poisoned_mapping_can_be_unmounted_and_removed",
-    "test_a_poisoned_mapping_cannot_be_probed",
-    "test_a_poisoned_mapping_fails_all_reads",
-    "test_a_probe_looks_only_for_what_is_allowed",
-    "test_a_probe_sees_nothing_under_another_key",
-    "test_a_probe_sees_the_filesystem_under_the_right_key",
+    "test_a_probe_finds_nothing_under_another_key",
+    "test_a_probe_finds_only_allowed_filesystems",
+    "test_a_probe_finds_the_filesystem_under_the_right_key",
     "test_a_read_only_mapping_is_mounted_only_for_reading",
-    "test_a_removal_can_be_called_off",
-    "test_a_table_is_not_loaded_over_a_device_that_is_not_there",
+    "test_a_table_is_not_loaded_over_a_device_that_does_not_exist",
     "test_a_table_is_not_loaded_with_a_key_of_another_size",
     "test_a_table_is_not_loaded_without_its_key",
     "test_a_volume_is_present_while_it_is_the_same",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
-    "test_another_key_shows_noise",
+    "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_holders_are_counted",
-    "test_keeping_what_nobody_removes_is_no_error",
-    "test_mappings_of_others_are_not_ours",
+    "test_loading_an_error_table_twice_is_no_error",
+    "test_mappings_of_others_are_not_the_agents",
     "test_nothing_is_mounted_over_another_mount",
     "test_nothing_is_mounted_over_content",
-    "test_poisoning_twice_is_no_error",
     "test_the_options_of_a_live_table_read_as_they_were_loaded",
-    "test_what_is_not_there_is_not_mounted",
-    "test_what_is_remembered_of_a_volume_is_of_this_insertion_alone",
-    "test_what_was_never_made_is_not_found_and_is_removed_without_a_word",
+    "test_the_recorded_state_of_a_volume_belongs_to_this_insertion_alone",
 ]
 assert set(__all__) == {name for name in globals() if name.startswith("test_")}

@@ -41,15 +41,15 @@ from caam_hotplug.names import DM_UUID_PREFIX, MOUNT_ROOT
 T = TypeVar("T")
 KEY = b"tagged key of thirty-six bytes......"
 SEALED_BYTES = 48
-"""What the CAAM adds to a key that it seals for the kernel."""
+"""Bytes that the CAAM adds to a key that it seals for the kernel."""
 
 
 class ProcessDiedError(BaseException):
-    """The agent's process has been killed; nothing it does from here on has an effect."""
+    """The agent's process was killed; no later call of it has an effect."""
 
 
 class HangsError(BaseException):
-    """The call hangs before it has done anything; a lane of the bench calls again afterwards."""
+    """The call hangs before it acts; the bench's worker calls again afterwards."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -58,24 +58,24 @@ class HangsError(BaseException):
 
 @dataclass
 class Fault:
-    """What goes wrong with one call of a step, or with all of them."""
+    """Fault of one call of a step, or of all of them."""
 
     step: str
     error: BaseException | None = None
-    """What the call raises instead of acting."""
+    """Error that the call raises instead of acting."""
     hangs_s: float = 0.0
-    """How long the call takes."""
+    """Duration of the call."""
     acts_first: bool = False
-    """Whether a call that hangs has acted when it begins to, or acts when it ends."""
+    """Whether a call that hangs acts before it hangs, not after."""
     after: int = 0
-    """How many calls pass unharmed before."""
+    """Number of earlier calls without the fault."""
     lasting: bool = False
-    """Whether every later call is harmed too."""
+    """Whether every later call has the fault too."""
     about: AbstractSet[str] | None = None
-    """Only calls with one of these subjects count; None for all."""
+    """Subjects of the calls with the fault; None for all."""
 
     def hits(self, step: str, subject: str) -> bool:
-        """Whether this call is harmed."""
+        """Whether this call has the fault."""
         if step != self.step or not (self.about is None or subject in self.about):
             return False
         self.after -= 1
@@ -84,7 +84,7 @@ class Fault:
 
 @dataclass
 class FakeMapping:
-    """A dm device: its tables, who holds it, and whether it goes when they let go."""
+    """A dm device: its tables, its holders, and whether the last close removes it."""
 
     name: str
     uuid: str
@@ -95,59 +95,59 @@ class FakeMapping:
     inactive_key: bytes | None = None
     read_only: bool = False
     holders: int = 0
-    goes_at_last_close: bool = False
+    is_removed_at_last_close: bool = False
 
 
 @dataclass
 class FakeMedium:
-    """What is written on a volume: a filesystem that only one key shows."""
+    """Content of a volume: a filesystem that is visible only under one key."""
 
     volume: Volume
     key: bytes = KEY
     filesystem: str | None = "ext4"
     writes: int = 0
     remembered: str = ""
-    """What the agent has said of its volume."""
+    """State that the agent has recorded for its volume."""
     is_locked: bool = False
-    """Whether a program has its disk for itself."""
+    """Whether a program has locked its disk for exclusive use."""
 
 
 @dataclass
 class FakeKernel:
-    """The state of the machine. Every step may be watched, delayed or made to fail."""
+    """State of the machine. Every step may be watched, delayed or made to fail."""
 
     media: dict[str, FakeMedium] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     backend: Backend = "tagged"
-    """What has made them."""
+    """Seal method of the blobs."""
     mappings: dict[str, FakeMapping] = field(default_factory=dict)
     mounts: list[Mount] = field(default_factory=list)
     users: dict[str, int] = field(default_factory=dict)
-    """How many processes are inside a mount point."""
-    ends_users: set[int] = field(default_factory=set)
-    """The signals that make processes end."""
-    stopped: list[str] = field(default_factory=list)
+    """Number of processes in each mount point, by name."""
+    fatal_signals: set[int] = field(default_factory=set)
+    """Signals that end the processes."""
+    powered_off: list[str] = field(default_factory=list)
     """Names of volumes whose medium was powered off."""
     directories: dict[str, str] = field(default_factory=dict)
-    """Names in the mount root: 'ours', 'board' (empty) or 'content'."""
+    """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
     diskseq: int = 0
     minor: int = 0
     steps: list[str] = field(default_factory=list)
     subjects: list[str] = field(default_factory=list)
-    """What each of the steps was about."""
+    """Subject of each of the steps."""
     faults: list[Fault] = field(default_factory=list)
-    harmed: int = 0
-    """How many calls a fault has hit."""
-    answers_in_s: float = 0.0
-    """How long the call that has just acted keeps its answer to itself."""
+    faulted_calls: int = 0
+    """Number of calls that had a fault."""
+    answer_delay_s: float = 0.0
+    """Delay of the answer to the call that has just acted."""
     before: Callable[[str], None] = lambda _step: None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def insert(
         self, label: str = "cartridge-01", name: str = "sda1", *, key: bytes = KEY, **facts: Any
     ) -> Volume:
-        """A medium sits in its socket; the event is for the test to deliver."""
+        """Put a medium in its socket; the test reports the event."""
         with self.lock:
             return self._insert(label, name, key, facts)
 
@@ -164,70 +164,70 @@ class FakeKernel:
         self.blobs.setdefault(f"{label}.bb", key)
         return volume
 
-    def yank(self, name: str = "sda1") -> None:
-        """The medium is out."""
+    def pull(self, name: str = "sda1") -> None:
+        """Take the medium out."""
         with self.lock:
             del self.media[name]
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
-        """The next call of this step raises the error instead of acting."""
+        """Make the next call of this step raise the error instead of acting."""
         raised = DmError(step, "x", error) if isinstance(error, int) else error
         self.faults.append(Fault(step, raised))
 
-    def harm(self, step: str, subject: str) -> None:
-        """What a fault makes of this call. Raises: HangsError; what the fault says."""
+    def apply_fault(self, step: str, subject: str) -> None:
+        """Apply the fault of this call, if there is one. Raises: HangsError; the fault's error."""
         fault = next((f for f in self.faults if f.hits(step, subject)), None)
         if fault is None:
             return
-        self.harmed += 1
+        self.faulted_calls += 1
         if not fault.lasting:
             self.faults.remove(fault)
         if fault.hangs_s and not fault.acts_first:
             raise HangsError(fault.hangs_s)
-        self.answers_in_s = fault.hangs_s
+        self.answer_delay_s = fault.hangs_s
         if fault.error is not None:
-            self._noted(step, subject)
+            self._record(step, subject)
             raise fault.error
 
-    def _noted(self, step: str, subject: str) -> None:
+    def _record(self, step: str, subject: str) -> None:
         self.steps.append(step)
         self.subjects.append(subject)
 
-    def let_go(self) -> None:
-        """Every process outside has closed what it held."""
+    def close_holders(self) -> None:
+        """Close everything that other processes hold."""
         with self.lock:
             self.users.clear()
             for mapping in list(self.mappings.values()):
                 mapping.holders = 0
-                self._maybe_goes(mapping)
+                self._remove_if_closed(mapping)
 
     def leftovers(self) -> list[str]:
-        """What of the agent's is there: to be empty when no medium is."""
+        """List what the agent has in the kernel; empty when no medium is present."""
         keys = [f"key {name}" for keyring in self.keyrings for name in keyring]
         dirs = [f"directory {n}" for n, kind in self.directories.items() if kind == "ours"]
         mounts = [f"mount {mount.point}" for mount in self.mounts]
         return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs
 
-    def process(self) -> FakeProcess:
-        """A new process of the agent, with a keyring of its own."""
+    def start_process(self) -> FakeProcess:
+        """Start a process of the agent, with a new keyring."""
         self.keyrings = [keyring for keyring in self.keyrings if keyring]
         self.keyrings.append({})
         return FakeProcess(self, self.keyrings[-1])
 
     def medium(self, number: DeviceNumber) -> FakeMedium | None:
-        """What sits at a device number."""
+        """Return the medium with this device number."""
         return next((m for m in self.media.values() if m.volume.number == number), None)
 
     def by_node(self, node: str) -> FakeMapping:
-        """The mapping at a device node. Raises: KernelError."""
+        """Return the mapping with this device node. Raises: KernelError."""
         minor = int(node.removeprefix("/dev/dm-"))
         mapping = next((m for m in self.mappings.values() if m.number.minor == minor), None)
         if mapping is None or (mapping.live is None and mapping.inactive is None):
-            raise KernelError("open", node, errno.ENOENT)  # it has a node once it has a table
+            raise KernelError("open", node, errno.ENOENT)  # no node before it has a table
         return mapping
 
     def under(self, mapping: FakeMapping) -> FakeMedium:
-        """The medium that a read of the mapping reaches. Raises: KernelError."""
+        """Return the medium that a read of the mapping reaches. Raises: KernelError."""
         target = CryptTarget.from_line(mapping.live or "")
         medium = None if target is None else self.medium(target.device)
         if medium is None:
@@ -235,41 +235,41 @@ class FakeKernel:
         return medium
 
     def reads_as_written(self, node: str) -> bool:
-        """Whether a read of the device shows what was written on its medium. Raises: OSError."""
+        """Whether the device reads as its medium was written. Raises: OSError."""
         mapping = self.by_node(node)
         return self.under(mapping).key == mapping.key
 
-    def opens(self, mapping: FakeMapping) -> int:
-        """How many hold the mapping open: mounts, detached mounts, processes."""
+    def open_count(self, mapping: FakeMapping) -> int:
+        """Count who holds the mapping open: mounts, detached mounts, processes."""
         return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
 
-    def _maybe_goes(self, mapping: FakeMapping) -> None:
-        if mapping.goes_at_last_close and not self.opens(mapping):
+    def _remove_if_closed(self, mapping: FakeMapping) -> None:
+        if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
 
 
 class FakeProcess:
-    """The kernel as one process of the agent sees it; the interface of `kernel.api.Host`."""
+    """The kernel as one agent process sees it; implements the interface of `kernel.api.Kernel`."""
 
     def __init__(self, kernel: FakeKernel, keyring: dict[str, bytes]) -> None:
         self.kernel = kernel
         self.blob_directory = Path("/data/caam")
         self.mount_root = MOUNT_ROOT
-        self.alive = True
+        self.is_running = True
         self._keyring = keyring
 
     def die(self) -> None:
-        """kill -9: keys of the process's keyring go with it, all else stays as it is."""
-        self.alive = False
+        """End as after kill -9: the keys of the process's keyring are lost, all else stays."""
+        self.is_running = False
         self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
 
     def _step(self, name: str, subject: str = "") -> None:
         self.kernel.before(name)
-        if not self.alive:
+        if not self.is_running:
             raise ProcessDiedError
         if self.kernel.faults:
-            self.kernel.harm(name, subject)
-        self.kernel._noted(name, subject)
+            self.kernel.apply_fault(name, subject)
+        self.kernel._record(name, subject)
 
     def is_present(self, volume: Volume) -> bool:
         medium = self.kernel.media.get(volume.name)
@@ -282,8 +282,8 @@ class FakeProcess:
             if medium.is_locked:
                 raise DeviceLockedError(f"use {medium.volume.node}: it is locked")
             there = medium.volume
-            told = {"partlabel": there.partlabel, "parttype": there.parttype}
-            return replace(volume, identified=True, **told)
+            read = {"partlabel": there.partlabel, "parttype": there.parttype}
+            return replace(volume, identified=True, **read)
         object.__setattr__(volume, "identified", True)
         return volume
 
@@ -351,17 +351,17 @@ class FakeProcess:
         with self.kernel.lock:
             found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
             mapping = next(found, None)
-            return None if mapping is None else self._seen(mapping)
+            return None if mapping is None else self._as_mapping(mapping)
 
-    def _seen(self, mapping: FakeMapping) -> Mapping:
+    def _as_mapping(self, mapping: FakeMapping) -> Mapping:
         table = () if mapping.live is None else (mapping.live,)
-        opens = self.kernel.opens(mapping)
-        return Mapping(mapping.name, mapping.uuid, mapping.number, table, opens)
+        open_count = self.kernel.open_count(mapping)
+        return Mapping(mapping.name, mapping.uuid, mapping.number, table, open_count)
 
     def our_mappings(self) -> list[Mapping]:
         self._step("our_mappings")
         mappings = self.kernel.mappings.values()
-        return [self._seen(m) for m in mappings if m.uuid.startswith(DM_UUID_PREFIX)]
+        return [self._as_mapping(m) for m in mappings if m.uuid.startswith(DM_UUID_PREFIX)]
 
     def create_mapping(self, name: str, uuid: str) -> None:
         self._step("create_mapping", name)
@@ -409,15 +409,17 @@ class FakeProcess:
         with self.kernel.lock:
             mapping = self.kernel.mappings.get(name)
             if mapping is not None:
-                mapping.goes_at_last_close = True
-                self.kernel._maybe_goes(mapping)
+                mapping.is_removed_at_last_close = True
+                self.kernel._remove_if_closed(mapping)
 
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
-        self._mapping(name, "keep mapping").goes_at_last_close = False
+        self._mapping(name, "keep mapping").is_removed_at_last_close = False
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
-        at_node = (m.name for m in self.kernel.mappings.values() if self._seen(m).node == node)
+        at_node = (
+            m.name for m in self.kernel.mappings.values() if self._as_mapping(m).node == node
+        )
         self._step("probe", next(at_node, node))
         mapping = self.kernel.by_node(node)
         medium = self.kernel.under(mapping)
@@ -474,12 +476,12 @@ class FakeProcess:
         assert within_s > 0
         with self.kernel.lock:
             for mount in self.kernel.mounts:
-                if mount.number == mapping.number and number in self.kernel.ends_users:
+                if mount.number == mapping.number and number in self.kernel.fatal_signals:
                     self.kernel.users.pop(Path(mount.point).name, None)
 
     def power_off(self, volume: Volume) -> None:
         self._step("power_off", volume.name)
-        self.kernel.stopped.append(volume.name)
+        self.kernel.powered_off.append(volume.name)
 
     def flush(self, name: str, node: str) -> None:
         assert name
@@ -493,7 +495,7 @@ class FakeProcess:
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
-                self.kernel.mounts.remove(mount)  # somebody else's
+                self.kernel.mounts.remove(mount)  # mounted by another program
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:
@@ -502,7 +504,7 @@ class FakeProcess:
             self.kernel.users.pop(name, None)
             mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
             mapping.holders += users
-            self.kernel._maybe_goes(mapping)
+            self.kernel._remove_if_closed(mapping)
 
     def remove_mount_point(self, name: str) -> None:
         self._step("remove_mount_point", name)

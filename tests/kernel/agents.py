@@ -1,4 +1,4 @@
-"""A room with an agent, its blobs, its mount root and media to plug; empty when a test is over."""
+"""A room with an agent, its blobs, its mount root and media to plug; empty after each test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARRIVAL: Final = (
     "ioctl", "add_key", "dm create", "dm load", "keyctl_unlink", "dm resume", "mkdir", "fsopen",
     "fsconfig", "fsconfig", "fsconfig", "fsmount", "move_mount",
 )  # fmt: skip
-"""The calls that change something, from the medium's event until it is mounted."""
+"""Calls that change something, from the medium's event until it is mounted."""
 ROOM: Final = Path("/run/room")
 AWAIT_UDEV: Final = "true" if os.environ.get("AWAIT_UDEV") == "yes" else "false"
 RULES: Final = """
@@ -38,7 +38,7 @@ match.partlabel = "cartridge-*"
 
 
 class Room:
-    """What a test does with the agent and its media, and what it may expect afterwards."""
+    """An agent and its media, with the actions and checks of a test."""
 
     def __init__(self, media: list[Cartridge], folder: Path) -> None:
         self.media = media
@@ -57,53 +57,53 @@ class Room:
         self.agent = Agent(load, folder / "notify")
 
     def configure(self, more: str = "", *, stop_within_s: int = 120) -> None:
-        """From the agent's next look at its configuration on, its rule has these keys more."""
+        """Add these keys to the agent's rule, from its next read of the configuration on."""
         rules = RULES.format(room=self._folder, stop_within_s=stop_within_s, await_udev=AWAIT_UDEV)
         self.configuration.write_text(rules + more)
 
     def point(self, medium: Cartridge | None = None) -> Path:
-        """Where the medium is to be mounted."""
+        """Return the path where the medium is to be mounted."""
         return self.mount_root / (medium or self.medium).label
 
-    def is_served(self, medium: Cartridge | None = None) -> None:
-        """The medium becomes mounted: its data are read, its key is gone, its mapping is one."""
+    def check_served(self, medium: Cartridge | None = None) -> None:
+        """Check that the medium is mounted and readable, its key gone, its mapping the only one."""
         medium = medium or self.medium
         self.agent.until_said(f"{medium.label}.*: mounted: at ")
         assert (self.point(medium) / HELLO).read_bytes() == TEXT
         assert len([line for line in tables(medium.label) if " crypt " in line]) == 1
         until(lambda: keys() == [])
 
-    def is_mounted_still(self) -> None:
-        """The medium is mounted, whatever was said since."""
+    def check_still_mounted(self) -> None:
+        """Check that the medium is mounted, whatever the agent has logged."""
         assert self.point().is_mount()
         assert (self.point() / HELLO).read_bytes() == TEXT
 
-    def arrives(self, medium: Cartridge | None = None) -> None:
-        """The medium is plugged, and served; what was said of it before is of no account."""
+    def plug_and_check(self, medium: Cartridge | None = None) -> None:
+        """Plug the medium and wait until it is served; ignore earlier log lines."""
         self.agent.forget()
         (medium or self.medium).plug()
-        self.is_served(medium)
+        self.check_served(medium)
 
-    def leaves(self) -> None:
-        """The medium is pulled, and nothing is left of it."""
+    def pull_and_check(self) -> None:
+        """Pull the medium, and check that nothing of it is left."""
         self.medium.pull()
-        self.has_nothing()
+        self.wait_until_released()
 
-    def has_nothing(self) -> None:
-        """No mapping, key, mount or mount point of the medium is left, or soon none."""
-        until(lambda: self.left() == [] and keys() == [])
+    def wait_until_released(self) -> None:
+        """Wait until no mapping, key, mount or mount point of the medium is left."""
+        until(lambda: self.leftovers() == [] and keys() == [])
 
-    def has_nothing_already(self) -> None:
-        """As has_nothing, at once, but for the key, which is gone after a grace period.
+    def check_released(self) -> None:
+        """Check at once that nothing of the medium is left; wait only for the key's grace period.
 
-        The keyring that held it lets go of it by RCU (assoc_array_apply_edit in
+        The keyring that held the key releases it by RCU (assoc_array_apply_edit in
         lib/assoc_array.c), and until then the kernel lists it.
         """
-        assert self.left() == []
+        assert self.leftovers() == []
         until(lambda: keys() == [])
 
-    def left(self) -> list[str]:
-        """What there is of the medium's, keys apart."""
+    def leftovers(self) -> list[str]:
+        """List what is left of the medium, except keys."""
         label = self.medium.label
         return [
             *(m for m in mappings() if f"caam-{label}-" in m),
@@ -113,20 +113,20 @@ class Room:
 
 
 def mappings() -> list[str]:
-    """The names of all mappings of the agent's."""
+    """Return the names of all mappings of the agent."""
     return [mapping.name for mapping in devmapper.ours()]
 
 
 def tables(label: str = "") -> list[str]:
-    """The target lines of all mappings of the agent's, or of those for media of a label."""
+    """Return the target lines of the agent's mappings, or of those for media with a label."""
     ours = [mapping for mapping in devmapper.ours() if f"caam-{label}" in mapping.name]
     return [line for mapping in ours for line in mapping.table]
 
 
 def keys() -> list[str]:
-    """All keys of the agent's, in whichever keyring.
+    """Return all keys of the agent, in every keyring.
 
-    One whose usage count is 0 is none any more: the kernel's collector has yet to take it away
+    A key whose usage count is 0 does not count: the kernel's collector has yet to free it
     (security/keys/gc.c).
     """
     lines = Path("/proc/keys").read_text().splitlines()
@@ -134,13 +134,13 @@ def keys() -> list[str]:
 
 
 def mounts() -> list[str]:
-    """All lines of mountinfo."""
+    """Return all lines of mountinfo."""
     return Path("/proc/self/mountinfo").read_text().splitlines()
 
 
 @contextmanager
 def room_of(media: list[Cartridge]) -> Iterator[Room]:
-    """A room with these media; its agent is stopped afterwards, if it still runs."""
+    """Make a room with these media; stop its agent afterwards, if it still runs."""
     made = Room(media, ROOM)
     try:
         yield made

@@ -1,7 +1,7 @@
-"""Removable disks inside the guest, which its kernel makes of memory and gives up when told to.
+"""Removable disks inside the guest, which its kernel simulates in memory.
 
-scsi_debug is the kernel's own simulated SCSI host; every host here has a store of its own, which
-outlives its disk, as a medium outlives its being plugged.
+scsi_debug is the kernel's own simulated SCSI host. Every host here has a store of its own, which
+outlives its disk, as a medium outlives a removal.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ EXT4: Final = ("mkfs.ext4", "-q")
 HELLO: Final = "hello.txt"
 TEXT: Final = b"Encrypted data\n"
 KEY: Final = b"sixteen byte key"
-"""The red key of the blob cartridge-01.bb; so vm/media.py says."""
+"""Red key of the blob cartridge-01.bb, as vm/media.py defines it."""
 _DRIVER: Final = Path("/sys/bus/pseudo/drivers/scsi_debug")
 _HOSTS: Final = Path("/sys/devices/pseudo_0")
 
 
 class Cartridge:
-    """A medium with one encrypted partition of its own label, and the socket it is plugged into."""
+    """Medium with one encrypted partition with its own label, and the socket for it."""
 
     def __init__(self, adapter: Path, label: str) -> None:
         (self._host,) = adapter.glob("host*")
@@ -36,13 +36,13 @@ class Cartridge:
 
     @property
     def disk(self) -> Path:
-        """The disk's folder in sysfs. Raises: ValueError while the medium is out."""
+        """Folder of the disk in sysfs. Raises: ValueError while the medium is out."""
         (block,) = self._host.glob("target*/*/block/*")
         return block
 
     @property
     def partition(self) -> str:
-        """The partition's device node."""
+        """Device node of the partition."""
         return f"/dev/{self.disk.name}1"
 
     @property
@@ -51,20 +51,20 @@ class Cartridge:
         return any(self._host.glob("target*/*/block/*"))
 
     def plug(self) -> None:
-        """The medium is in its socket; the kernel tells of it in its own time."""
+        """Put the medium in its socket; do not wait for the kernel's event."""
         (self._host / "scsi_host" / self._host.name / "scan").write_text("0 0 0")
 
     def settle(self) -> None:
-        """The disk is there with its partition, if it has one, and udev knows it.
+        """Wait until the disk is there with its partition, if it has one, and known to udev.
 
-        The kernel looks at a SCSI disk in a thread of its own (sd_probe in drivers/scsi/sd.c).
+        The kernel probes a SCSI disk in a thread of its own (sd_probe in drivers/scsi/sd.c).
         """
         until(lambda: self.is_plugged and Path(f"/dev/{self.disk.name}").exists())
         run("udevadm", "settle")
 
     @contextmanager
     def disposable(self) -> Iterator[None]:
-        """The medium is plugged, known to udev, and may be written to; restored afterwards."""
+        """Plug the medium and allow writes to it; restore its content afterwards."""
         self.plug()
         self.settle()
         try:
@@ -75,11 +75,11 @@ class Cartridge:
             self.pull()
 
     def restore(self) -> None:
-        """The partition's bytes are those that it was made with."""
+        """Write the partition's original bytes."""
         Path(self.partition).write_bytes(self.contents)
 
     def pull(self) -> None:
-        """The kernel has given the disk up, whoever uses it, and has told of that."""
+        """Make the kernel remove the disk, even in use, and wait for its event."""
         (self.disk / "device/delete").write_text("1")
 
 
@@ -90,10 +90,10 @@ def cartridges(
     *,
     size_mb: int = 8,
 ) -> Iterator[list[Cartridge]]:
-    """A medium for each label, all out of their sockets; nothing is left of them afterwards.
+    """Make a medium for each label, out of its socket; remove all of them afterwards.
 
-    Each has the filesystem in its place, the program that makes it; the last one goes on. Within
-    others' `with`, they are of the size of the first.
+    Each filesystem is given by the command that makes it; the last one is used for the rest. Within
+    another call's `with`, media have the size of its media.
     """
     if not _DRIVER.exists():
         options = ("per_host_store=1", "removable=1", "delay=0", "add_host=0")
@@ -121,7 +121,7 @@ def _number(adapter: Path) -> int:
 
 
 def _fill(made: Sequence[Cartridge], filesystems: Sequence[Sequence[str]]) -> None:
-    """All are partitioned before any is formatted, since udev's part in it is what takes long."""
+    """Partition all media before formatting any, since udev's part takes the most time."""
     until(lambda: all(c.is_plugged and Path(f"/dev/{c.disk.name}").exists() for c in made))
     run("udevadm", "settle")
     for cartridge in made:
@@ -138,10 +138,10 @@ def _fill(made: Sequence[Cartridge], filesystems: Sequence[Sequence[str]]) -> No
 
 
 class Faulty:
-    """A medium that fails in whatever way device-mapper can make it.
+    """Medium with any fault that device-mapper can simulate.
 
-    A file is the medium, a loop device makes a disk of it, a mapping over that is what fails, and a
-    second loop device is the disk that the agent sees, with its partition.
+    A file is the medium, and a loop device makes a disk from it. A mapping over that has the
+    fault. A second loop device is the disk that the agent sees, with its partition.
     """
 
     NAME: Final = "faulty"
@@ -176,8 +176,8 @@ class Faulty:
 
     @contextmanager
     def plugged(self) -> Iterator[None]:
-        """The kernel has the disk and its partition."""
-        # Direct, past what the kernel has read of the medium before.
+        """Wait until the kernel has the disk and its partition."""
+        # Direct, past the medium's pages in the kernel's cache.
         command = ("losetup", "-f", "-P", "--direct-io=on", "--show")
         device = run(*command, f"/dev/mapper/{self.NAME}").strip()
         try:
@@ -186,11 +186,11 @@ class Faulty:
             detach(device)
 
     def becomes(self, target: str) -> None:
-        """From now on the medium does what this device-mapper target does."""
+        """Replace the medium's behaviour by that of this device-mapper target."""
         self._reload(self._table(target))
 
     def fails_from(self, sector: int) -> None:
-        """From now on what lies from there on cannot be read or written."""
+        """Make all reads and writes from this sector on fail."""
         good = f"0 {sector} linear {self._below} 0\n" if sector else ""
         self._reload(f"{good}{sector} {self._sectors - sector} error")
 
@@ -200,8 +200,8 @@ class Faulty:
         run("dmsetup", "resume", self.NAME)
 
     @contextmanager
-    def wedged(self) -> Iterator[None]:
-        """No read or write of the medium completes, and none fails."""
+    def hung(self) -> Iterator[None]:
+        """Suspend the medium: no read or write completes, and none fails."""
         run("dmsetup", "suspend", "--noflush", "--nolockfs", self.NAME)
         try:
             yield
@@ -214,7 +214,7 @@ def _layout(label: str) -> bytes:
 
 
 def _formatted(partition: str, filesystem: Sequence[str]) -> bytes:
-    """The partition's bytes with a filesystem under the key, made without CAAM and agent."""
+    """Return the partition's bytes with a filesystem under the key, made without CAAM and agent."""
     sectors = run("blockdev", "--getsz", partition).strip()
     table = f"0 {sectors} crypt aes-cbc-plain {KEY.hex()} 0 {partition} 0"
     run("dmsetup", "create", "formatting", "--table", table)

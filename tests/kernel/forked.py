@@ -1,8 +1,8 @@
-"""The whole agent in a process forked from the tests', which spares it a slow start in the guest.
+"""The whole agent in a process forked from the tests', which avoids a slow start in the guest.
 
-What it does to the kernel can be watched call by call, and stopped at each: the process is killed
-there, or held until the test lets it go. None of that is in the product: its bindings are wrapped
-in the child before it starts.
+Its calls to the kernel can be watched one by one, and the agent stopped at each: the process is
+killed there, or held until the test releases it. The product has no code for that: the child
+wraps its bindings before it starts.
 """
 
 from __future__ import annotations
@@ -39,81 +39,83 @@ _TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 1
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What the agent's process does when it has made so many calls since it was ready."""
+    """Action of the agent's process after a number of calls since it was ready."""
 
     after: int
     act: Callable[[], None] | None = None
-    """Done by the thread that made the call; None holds it there until `Agent.go_on`."""
+    """Run by the thread that made the call; None holds the thread until `Agent.go_on`."""
 
 
 def kill_self() -> None:
-    """As `kill -9` does it: nothing of the process happens afterwards."""
+    """End as `kill -9` ends a process: nothing of it runs afterwards."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Agent:
-    """A process that runs the agent; of its end the test is told, and its log is read."""
+    """A process that runs the agent. The test notices its end and reads its log."""
 
     def __init__(self, load: Callable[[], Config], notify: Path) -> None:
-        """`load` reads its configuration; `notify` is its service manager's socket to be."""
+        """`load` reads its configuration; `notify` is the path of its service manager's socket."""
         self._load = load
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._manager.bind(str(notify))
         self._manager.settimeout(DEADLINE_S)
         self._pid = 0
-        self._log = self._told = self._go = -1
+        self._log = self._reports = self._go = -1
         self._unread = b""
-        self.said: list[str] = []
-        """What it logged since the last start, a line each."""
-        self._looked_at = 0
+        self.log_lines: list[str] = []
+        """Lines that it has logged since the last start."""
+        self._lines_read = 0
         self._calls = b""
 
     def start(self, stop: Stop | None = None) -> None:
-        """It runs and is ready. What it has said before counts: it may have adopted by then."""
+        """Start it and wait until it is ready; `until_said` considers all lines since the start."""
         self.begin(stop)
         self.until_said("^ready: ")
-        self._looked_at = 0
+        self._lines_read = 0
 
     def begin(self, stop: Stop | None = None) -> None:
-        """It runs, and adopts what there is; it may not be ready yet."""
+        """Start it without waiting until it is ready; it adopts what is there."""
         self._end_of_pipes()
         self._log, log = os.pipe()
-        self._told, told = os.pipe()
+        self._reports, reports = os.pipe()
         go, self._go = os.pipe()
-        self.said, self._unread, self._looked_at, self._calls = [], b"", 0, b""
-        gc.freeze()  # the child's collector leaves alone what is shared with the tests' process
+        self.log_lines, self._unread, self._lines_read, self._calls = [], b"", 0, b""
+        gc.freeze()  # so the child's collector does not touch shared memory
         self._pid = os.fork()
         if self._pid == 0:
             os.environ["NOTIFY_SOCKET"] = self._manager.getsockname()
             os.environ["WATCHDOG_USEC"] = "1000000"
-            _be_the_agent(self._load, log, Watch(told, go, stop))
-        for end in (log, told, go):
+            _be_the_agent(self._load, log, Watch(reports, go, stop))
+        for end in (log, reports, go):
             os.close(end)
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """Process ID."""
         return self._pid
 
     @property
     def calls(self) -> list[str]:
-        """The calls since it was ready that changed something, in their order."""
-        self._note_calls()
+        """Calls since it was ready that changed something, in their order."""
+        self._read_calls()
         return self._calls.decode().splitlines()
 
-    def _note_calls(self) -> None:
-        while select.select([self._told], [], [], 0)[0] and (more := os.read(self._told, 65536)):
+    def _read_calls(self) -> None:
+        while select.select([self._reports], [], [], 0)[0] and (
+            more := os.read(self._reports, 65536)
+        ):
             self._calls += more
 
     def until_called(self, count: int) -> None:
-        """It has made so many calls. Raises: AssertionError after the deadline."""
+        """Wait until it has made this many calls. Raises: AssertionError after the deadline."""
         end = time.monotonic() + DEADLINE_S
         while len(self.calls) < count:
-            select.select([self._told], [], [], 1)
-            assert time.monotonic() < end, f"only {self.calls}; {self.said}"
+            select.select([self._reports], [], [], 1)
+            assert time.monotonic() < end, f"only {self.calls}; {self.log_lines}"
 
-    def until_fed(self, times: int) -> None:
-        """The service manager's watchdog has been fed so often from now on.
+    def until_pinged(self, times: int) -> None:
+        """Wait until it has pinged the service manager's watchdog this many times from now on.
 
         Raises: TimeoutError after the deadline.
         """
@@ -123,81 +125,81 @@ class Agent:
             times -= self._manager.recv(4096) == b"WATCHDOG=1"
 
     def go_on(self) -> None:
-        """It is held no more."""
+        """Release it where it is held."""
         os.write(self._go, b"g")
 
     def until_said(self, pattern: str) -> str:
-        """The first line that it says after those already looked at and that matches.
+        """Return the next unread log line that matches; wait for it.
 
-        Raises: AssertionError after the deadline, or when it has ended before.
+        Raises: AssertionError after the deadline, or when the process has ended before.
         """
         end = time.monotonic() + DEADLINE_S
         while True:
-            for index in range(self._looked_at, len(self.said)):
-                if re.search(pattern, self.said[index]):
-                    self._looked_at = index + 1
-                    return self.said[index]
-            assert self._read(end), f"not said: {pattern}\n" + "\n".join(self.said)
+            for index in range(self._lines_read, len(self.log_lines)):
+                if re.search(pattern, self.log_lines[index]):
+                    self._lines_read = index + 1
+                    return self.log_lines[index]
+            assert self._read(end), f"not logged: {pattern}\n" + "\n".join(self.log_lines)
 
     def until_said_ever(self, pattern: str) -> str:
-        """The first matching line since its start. Raises: AssertionError after the deadline."""
-        self._looked_at = 0
+        """Return its first matching log line. Raises: AssertionError after the deadline."""
+        self._lines_read = 0
         return self.until_said(pattern)
 
     def forget(self) -> None:
-        """What it has said so far does not count any more.
+        """Ignore all log lines so far.
 
-        The calls that it told of are read as well: it would wait for a reader of a full pipe.
+        This also reads the reported calls: the agent would block on a full pipe.
         """
-        self._note_calls()
+        self._read_calls()
         while self._read(time.monotonic()):
             pass
-        self._looked_at = len(self.said)
+        self._lines_read = len(self.log_lines)
 
     def _read(self, end: float) -> bool:
-        """Some more of its log; False if none comes."""
+        """Read some more of its log; return whether there was any."""
         if not select.select([self._log], [], [], max(0, end - time.monotonic()))[0]:
             return False
         more = os.read(self._log, 65536)
         *lines, self._unread = (self._unread + more).split(b"\n")
-        self.said += [line.decode().split(">", 1)[1] for line in lines]
+        self.log_lines += [line.decode().split(">", 1)[1] for line in lines]
         return bool(more)
 
     def until_killed(self) -> None:
-        """It was killed where it was to be. Raises: AssertionError after the deadline."""
+        """Wait until it has killed itself. Raises: AssertionError after the deadline."""
         status = self._status()
         assert os.WIFSIGNALED(status), self.everything()
         assert os.WTERMSIG(status) == signal.SIGKILL, self.everything()
 
     def kill(self) -> None:
-        """It is dead, without a chance to do anything."""
+        """Kill it with SIGKILL."""
         os.kill(self._pid, signal.SIGKILL)
         self.until_killed()
 
     @contextmanager
-    def held_up(self) -> Iterator[None]:
-        """The process does not run meanwhile, and reads no event."""
+    def suspended(self) -> Iterator[None]:
+        """Suspend the process meanwhile, so that it reads no event."""
         os.kill(self._pid, signal.SIGSTOP)
         try:
             yield
         finally:
             os.kill(self._pid, signal.SIGCONT)
 
-    def tell_to_stop(self) -> None:
-        """It has been told to stop."""
+    def request_stop(self) -> None:
+        """Ask it to stop."""
         os.kill(self._pid, signal.SIGTERM)
 
-    def tell_to_reload(self) -> None:
-        """It has been told to read its configuration anew."""
+    def request_reload(self) -> None:
+        """Ask it to read its configuration again."""
         os.kill(self._pid, signal.SIGHUP)
 
     def stop(self) -> None:
-        """It has stopped in order."""
-        self.tell_to_stop()
+        """Ask it to stop, and wait for its end."""
+        self.request_stop()
         self.until_ended()
 
     def until_ended(self, status: int = 0) -> None:
-        """It has ended with this exit status. Raises: AssertionError after the deadline."""
+        """Wait for its end with this exit status. Raises: AssertionError after the deadline."""
         assert os.waitstatus_to_exitcode(self._status()) == status, self.everything()
 
     def _status(self) -> int:
@@ -211,12 +213,12 @@ class Agent:
         return status
 
     def everything(self) -> str:
-        """All that it has said."""
+        """Return its whole log."""
         self.forget()
-        return "\n".join(self.said)
+        return "\n".join(self.log_lines)
 
     def close(self) -> None:
-        """Nothing of the process is left, however it ended."""
+        """End the process, and release everything it used."""
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
@@ -225,18 +227,18 @@ class Agent:
         self._manager.close()
 
     def _end_of_pipes(self) -> None:
-        for end in (self._log, self._told, self._go):
+        for end in (self._log, self._reports, self._go):
             if end >= 0:
                 os.close(end)
-        self._log = self._told = self._go = -1
+        self._log = self._reports = self._go = -1
 
 
 def _be_the_agent(load: Callable[[], Config], log: int, watch: Watch) -> None:
-    """Never returns: what a test's process has to do at its end is not this one's to do."""
+    """Run the agent and never return: the cleanup of a test's process is not this process's."""
     code = 1
     try:
         os.dup2(log, 2)
-        sys.settrace(None)  # the coverage of a process that is killed is not written anyway
+        sys.settrace(None)  # the coverage of a killed process is never written
         threading.settrace(None)
         os.environ["JOURNAL_STREAM"] = ""  # so each line begins with <PRIORITY>
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115  for good
@@ -251,27 +253,27 @@ def _be_the_agent(load: Callable[[], Config], log: int, watch: Watch) -> None:
 
 
 class Watch:
-    """Tells of each call that changes something, once the agent is ready, and stops it there."""
+    """Reports each call that changes something, once the agent is ready, and can stop it there."""
 
     def __init__(
         self,
-        told: int,
+        reports: int,
         go: int,
         stop: Stop | None,
         functions: frozenset[str] = _FUNCTIONS,
         methods: Sequence[tuple[Any, str]] = _METHODS,
     ) -> None:
-        """`functions`: those of C that change something; `methods`: those of Python's modules."""
+        """`functions` and `methods`: those of C and of Python's modules that change something."""
         self._functions = functions
         self._methods = methods
-        self._told = told
+        self._reports = reports
         self._go = go
         self._stop = stop
         self._kinds: dict[int, int] = {}
         self._count = 0
 
     def install(self) -> None:
-        """From now on the process's calls are watched."""
+        """Wrap the process's calls."""
         call, noted = ctypes_lib.Function.__call__, self._functions | _SYSCALLS
 
         def watched(function: ctypes_lib.Function, *arguments: Any) -> Any:
@@ -303,7 +305,7 @@ class Watch:
         if name is None:
             return
         self._count += 1
-        os.write(self._told, f"{name}\n".encode())
+        os.write(self._reports, f"{name}\n".encode())
         if self._stop is not None and self._count == self._stop.after:
             if self._stop.act is not None:
                 self._stop.act()

@@ -1,10 +1,10 @@
-"""Whether the agent grows: media plugged and pulled beside the installed service, in a guest.
+"""A check that the agent does not grow: media plugged and pulled under the installed service.
 
     python3 -m kernel.growth CYCLES
 
-The service is as a board runs it, and none of its memory is the tests'. Python takes memory from
-the kernel a MiB at a time and keeps what its busiest moment needed, so that it is compared with
-what it was after the first hundred cycles, or a tenth.
+The service runs as on a board, and shares no memory with the tests. Python takes memory from the
+kernel a MiB at a time and keeps the most that it ever needed. So the size is compared with the size
+after the first hundred cycles, or a tenth of them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TOLD_EVERY: Final = 25
 
 
 def memory_kib(pid: int) -> int:
-    """The process's memory that is no file's."""
+    """Return the process's memory that belongs to no file."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     (value,) = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
     return int(value)
 
 
 def cycle(media: list[Cartridge], source: random.Random) -> None:
-    """One medium or all were plugged, and pulled: mounted, or in the middle of it."""
+    """Plug one medium or all and pull them: mounted, or in the middle of it."""
     some = source.choice([media, [source.choice(media)], [source.choice(media)]])
     for medium in some:
         medium.plug()
@@ -48,7 +48,7 @@ def cycle(media: list[Cartridge], source: random.Random) -> None:
 
 
 def main() -> int:
-    """Prints the service's memory as it goes. Returns: 1 if it has grown, else 0."""
+    """Print the service's memory from time to time. Returns: 1 if it has grown, else 0."""
     count = int(sys.argv[1])
     pid = int(run("systemctl", "show", "-p", "MainPID", "--value", "caam-hotplug"))
     warm = min(WARM_UP, max(1, count // 10))

@@ -21,21 +21,21 @@ LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def process(hold: Callable[[Path], Iterator[None]], point: Path) -> Iterator[None]:
-    """A process in which `hold` has come to its first yield and goes on; it ends on the way out.
+    """Run `hold` in a process until its first yield, and end the process afterwards.
 
-    Raises: AssertionError if it has ended before, as with an error.
+    Raises: AssertionError if the process has ended before, as after an error.
     """
-    ready, tell = os.pipe()
+    ready, started = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             for number, _ in enumerate(hold(point)):
                 if number == 0:
-                    os.write(tell, b"r")
+                    os.write(started, b"r")
         finally:
             os._exit(code)
-    os.close(tell)
+    os.close(started)
     ended = False
     try:
         assert os.read(ready, 1) == b"r", "the process has ended before it was ready"
@@ -112,7 +112,7 @@ def bind_elsewhere(point: Path) -> Iterator[None]:
 
 
 def be_confined_like_a_service(point: Path) -> Iterator[None]:
-    """Has a copy of the mount that goes with the host's, as services of systemd have."""
+    """Hold a copy of the mount that follows the host's unmounts, as systemd's services do."""
     assert point.is_mount()
     assert LIBC.unshare(CLONE_NEWNS) == 0
     assert LIBC.mount(None, b"/", None, MS_REC | MS_SLAVE, None) == 0

@@ -1,4 +1,4 @@
-"""How long what must be quick takes, measured in the guest; nothing here is asserted."""
+"""Latencies of what must be quick, measured in the guest; nothing here is asserted."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from kernel.forked import Stop
 from kernel.holders import hold_open, process, write_on
 
 PROBED_AFTER: Final = ARRIVAL.index("dm resume") + 1
-"""Calls of an arrival up to the one that makes the mapping live; the probe follows."""
+"""Number of calls of an arrival up to the one that makes the mapping live; the probe follows."""
 KERNEL_GROUP: Final = 1
 NETLINK_KOBJECT_UEVENT: Final = 15
-"""Of linux/netlink.h; Python has no name for it."""
+"""From linux/netlink.h; Python has no name for it."""
 
 
 def after_the_removal(room: Room, count: int) -> dict[str, list[float]]:
-    """Seconds from the kernel's remove event until no crypt table is left, by who uses the mount.
+    """Measure the seconds from the kernel's remove event until no crypt table is left.
 
-    The event is the partition's, at the moment at which a listener to the kernel has it. The tables
-    are looked at again and again, which takes the agent some of its time.
+    Results are by how the mount is used. The event is the partition's, at the time when a listener
+    receives it. Reading the tables again and again takes the agent some of its time.
     """
     room.agent.start()
     found: dict[str, list[float]] = {}
     for _ in range(count):
         for hold in (hold_open, write_on):
-            room.arrives()
+            room.plug_and_check()
             with process(hold, room.point()):
                 with removal_of(Path(room.medium.partition).name) as removed:
                     room.medium.pull()
                     until(lambda: not _crypt_tables(room.medium), every_s=0.002)
                     gone = time.monotonic()
                 found.setdefault(hold.__name__, []).append(gone - removed())
-            room.has_nothing()
+            room.wait_until_released()
     room.agent.stop()
     return found
 
@@ -52,8 +52,8 @@ def _crypt_tables(medium: Cartridge) -> bool:
 
 @contextmanager
 def removal_of(name: str) -> Iterator[Callable[[], float]]:
-    """Yields when the kernel has told of the removal of a block device, once it has."""
-    told: list[float] = []
+    """Yield, and afterwards wait for the kernel's event that the block device was removed."""
+    removed: list[float] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_KOBJECT_UEVENT) as events:
         events.bind((0, KERNEL_GROUP))
         events.settimeout(60)
@@ -62,27 +62,27 @@ def removal_of(name: str) -> Iterator[Callable[[], float]]:
             while True:
                 event = events.recv(65536)
                 if event.startswith(b"remove@") and event.split(b"\0")[0].endswith(name.encode()):
-                    told.append(time.monotonic())
+                    removed.append(time.monotonic())
                     return
 
         listener = threading.Thread(target=listen)
         listener.start()
-        yield lambda: told[0]
+        yield lambda: removed[0]
         listener.join()
 
 
-def beside_a_wedged_medium(room: Room, count: int) -> dict[str, list[float]]:
-    """Seconds from plugging a medium until it is mounted, while another is wedged and while not."""
-    found: dict[str, list[float]] = {"beside a wedged medium": [], "without": []}
+def beside_a_hung_medium(room: Room, count: int) -> dict[str, list[float]]:
+    """Measure seconds from plug to mount, with another medium hung, and without."""
+    found: dict[str, list[float]] = {"beside a hung medium": [], "without": []}
     with Faulty("cartridge-03", room.medium.contents) as faulty:
         for _ in range(count):
             room.agent.start(Stop(PROBED_AFTER))
             with faulty.plugged():
                 room.agent.until_called(PROBED_AFTER)
-                with faulty.wedged():
+                with faulty.hung():
                     room.agent.go_on()
                     room.agent.until_said("cartridge-03.*: stuck: ")
-                    found["beside a wedged medium"] += arrivals(room)
+                    found["beside a hung medium"] += arrivals(room)
                 until((room.mount_root / faulty.label).is_mount)
                 found["without"] += arrivals(room)
                 room.agent.stop()
@@ -90,7 +90,7 @@ def beside_a_wedged_medium(room: Room, count: int) -> dict[str, list[float]]:
 
 
 def arrivals(room: Room) -> list[float]:
-    """Seconds that each of some arrivals took, after one that does not count."""
+    """Measure the seconds of some arrivals, after one that does not count."""
     took = []
     for _ in range(5):
         room.agent.forget()
@@ -98,11 +98,11 @@ def arrivals(room: Room) -> list[float]:
         room.medium.plug()
         room.agent.until_said(f"{room.medium.label}.*: mounted: at ")
         took.append(time.monotonic() - begun)
-        room.leaves()
+        room.pull_and_check()
     return took[1:]
 
 
-def told(seconds: list[float]) -> str:
-    """The figures, in milliseconds."""
+def formatted(seconds: list[float]) -> str:
+    """Format the figures, in milliseconds."""
     median, worst = statistics.median(seconds), max(seconds)
     return f"median {median * 1000:.0f} ms, at most {worst * 1000:.0f} ms, n = {len(seconds)}"

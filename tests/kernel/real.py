@@ -17,7 +17,7 @@ from kernel import witness
 from kernel.witness import Medium, run
 
 KEY: Final = b"sixteen byte key"
-"""The red key of the blob cartridge-01.bb; so vm/media.py says."""
+"""Red key of the blob cartridge-01.bb, as vm/media.py defines it."""
 BLOBS: Final = Path("/data/caam")
 RULE: Final = Path("/src/rules/50-caam-hotplug.rules")
 _EXT4_MAGIC: Final = b"\x53\xef"
@@ -25,7 +25,7 @@ _MAGIC_AT: Final = 1024 + 0x38
 
 
 class RealWorld:
-    """This machine's kernel, with a medium that has a filesystem under the key of `BLOB`."""
+    """Kernel of this machine, with a medium that has a filesystem under the key of `BLOB`."""
 
     def __init__(self, medium: Medium, folder: Path) -> None:
         self.volume = volume_at(medium.device)
@@ -40,7 +40,7 @@ class RealWorld:
         self.kernel = LinuxKernel(blobs, root)
 
     def reads_as_written(self, node: str) -> bool:
-        """Past the page cache, which would still have what was read before."""
+        """Read past the page cache, which would still have the earlier content."""
         with mmap.mmap(-1, 4096) as page:
             file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             try:
@@ -51,7 +51,7 @@ class RealWorld:
 
     @contextmanager
     def held(self, node: str) -> Iterator[None]:
-        """This process has the device open."""
+        """Hold the device open in this process."""
         file = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
         try:
             yield
@@ -60,13 +60,13 @@ class RealWorld:
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """This process has the mounted directory open."""
+        """Hold the mounted directory open in this process."""
         with self.held(str(self.kernel.mount_root / name)):
             yield
 
     @contextmanager
     def directory(self, name: str, *, content: bool) -> Iterator[None]:
-        """It must be there afterwards, with its content."""
+        """Check that the directory remains, with its content."""
         path = self.kernel.mount_root / name
         path.mkdir()
         if content:
@@ -80,7 +80,7 @@ class RealWorld:
 
     @contextmanager
     def foreign_mapping(self) -> Iterator[None]:
-        """dmsetup makes it, and it has no DM-UUID."""
+        """Make a mapping with dmsetup, which has no DM-UUID."""
         run("dmsetup", "create", "foreign", "--table", "0 8 zero")
         try:
             yield
@@ -89,7 +89,7 @@ class RealWorld:
 
 
 def volume_at(device: str) -> Volume:
-    """What sysfs says of a loop device with a medium in it."""
+    """Return what sysfs has about a loop device with a medium in it."""
     name = Path(device).name
     which = sysfs.present_id(name)
     assert which is not None
@@ -100,7 +100,7 @@ def volume_at(device: str) -> Volume:
 
 
 class Formatted:
-    """A medium with an ext4 filesystem under the key, made without the CAAM and the agent."""
+    """Medium with an ext4 filesystem under the key, made without the CAAM and the agent."""
 
     def __init__(self, medium: Medium) -> None:
         self.medium = medium
@@ -109,13 +109,13 @@ class Formatted:
         self._bytes = medium.file.read_bytes()
 
     def restore(self) -> None:
-        """The filesystem is as it was made, whatever a test did to it."""
+        """Restore the filesystem as it was made."""
         with self.medium.file.open("r+b") as file:
             file.write(self._bytes)
 
 
 def left_behind() -> dict[str, object]:
-    """Everything of a test's, or of the process's, that could still be there."""
+    """List everything that a test or this process could have left."""
     return {
         **witness.left_behind(),
         "open files": sorted(os.listdir("/proc/self/fd")),

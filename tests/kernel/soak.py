@@ -1,9 +1,9 @@
-"""Media plugged and pulled for hours, with faults at random, and the figures of what is left.
+"""Media plugged and pulled for hours with random faults, and figures of what is left.
 
     python3 -m kernel.soak --cycles 1000 --damaged 200 --storms 10 --timings 12 --seed 7
 
 Runs in the guest, as root; `make soak` starts it there. Everything random comes from the seed. It
-ends at the first outcome that is wrong, with its cycle and what the agent said.
+ends at the first wrong outcome, with its cycle and the agent's log.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from kernel import latencies
 from kernel.agents import ROOM, Room, keys, mappings, room_of
 from kernel.cartridges import KEY, Cartridge, cartridges
 from kernel.forked import Stop, kill_self
-from kernel.latencies import told
-from kernel.storms import said_at_a_bad_end, storms
+from kernel.latencies import formatted
+from kernel.storms import log_shown_on_failure, storms
 from kernel.witness import crypt, run
 
 FILESYSTEMS: Final = {
@@ -41,27 +41,29 @@ FILESYSTEMS: Final = {
     "cartridge-04": ("mkfs.exfat",),
 }
 CALLS_OF_AN_ARRIVAL: Final = 10
-"""Every filesystem's arrival takes as many calls or more."""
+"""Lower bound for the calls of an arrival with any filesystem."""
 WARM_UP: Final = 5
-"""Cycles after which an agent's size is first looked at."""
+"""Cycles before the agent's size is read first."""
 MEMORY_WARMS_UP: Final = 100
-"""Cycles, or a tenth of all if that is less, until it has had its busiest moments, which is when
-Python and libc have the memory that they keep from then on."""
+"""Cycles, or a tenth of all if that is less, until it has had its largest load. Python and libc
+keep the memory of that moment.
+"""
 SUPERBLOCK: Final = {"ext4": range(1024, 2048), "vfat": range(11, 40)}
-"""Which bytes; of vfat the boot sector's parameter block."""
+"""Which bytes; for vfat, those of the boot sector's parameter block."""
 BEHIND_IT: Final = 8192
-"""Bytes from the start, in which lies what the superblock leads to."""
+"""Bytes from the start that contain the structures the superblock points to."""
 RSS_GROWTH_KIB: Final = 2048
-"""Of an agent that is a copy of this process, with all its memory, and takes more a MiB at a time.
-How much the service itself grows is looked at by kernel.growth."""
+"""For an agent that is a copy of this process with all its memory, and takes more a MiB at a time.
+kernel.growth measures how much the service itself grows.
+"""
 SECTOR: Final = 512
 STORM: Final = 64
-"""Media at once."""
+"""Media in a storm."""
 
 
 @dataclass
 class Figures:
-    """What a soak has seen."""
+    """Figures of a soak."""
 
     seed: int
     cycles: int = 0
@@ -69,16 +71,16 @@ class Figures:
     actions: Counter[str] = field(default_factory=Counter)
     files_checked: int = 0
     rss_growth_kib: int = 0
-    """The most that one process of the agent grew by after its warm-up."""
+    """Largest growth of one agent process after its warm-up."""
     damaged: Counter[str] = field(default_factory=Counter)
     """Damaged filesystems, by kind and outcome."""
     storms_s: list[tuple[float, float]] = field(default_factory=list)
-    """Of each storm of many media, until all were mounted, and until all were gone."""
+    """Seconds of each storm until all media were mounted, and until all were gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What an agent's process takes, and what the kernel keeps for it."""
+    """Resources of an agent's process, and the kernel's resources for it."""
 
     files: int
     threads: int
@@ -87,7 +89,7 @@ class Size:
     rss_kib: int
 
     def exceeds(self, other: Size) -> bool:
-        """Whether there is more of anything than in the other, memory apart."""
+        """Whether anything but memory is larger than in the other."""
         return (
             self.files > other.files
             or self.threads > other.threads
@@ -97,7 +99,7 @@ class Size:
 
 
 def size_of(pid: int) -> Size:
-    """What there is now."""
+    """Measure the process now."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in status)
     return Size(
@@ -110,7 +112,7 @@ def size_of(pid: int) -> Size:
 
 
 def _used_keys() -> int:
-    """Root's keys, of proc_key-users(5): `0: USAGE NKEYS/NIKEYS QNKEYS/MAX QNBYTES/MAX`."""
+    """Count root's keys, from proc_key-users(5): `0: USAGE NKEYS/NIKEYS QNKEYS/MAX QNBYTES/MAX`."""
     (root,) = [
         line for line in Path("/proc/key-users").read_text().splitlines() if line.split()[0] == "0:"
     ]
@@ -118,21 +120,21 @@ def _used_keys() -> int:
 
 
 class Soak:
-    """One soak: a room, and what is done in it."""
+    """A soak: a room, and random actions in it."""
 
-    def __init__(self, room: Room, figures: Figures, said: Callable[[str], None]) -> None:
+    def __init__(self, room: Room, figures: Figures, say: Callable[[str], None]) -> None:
         self._room = room
         self._figures = figures
-        self._say = said
+        self._say = say
         self._random = random.Random(figures.seed)
         self._files: dict[str, tuple[str, str]] = {}
-        """Of each medium, a file that is on it for certain, and its digest."""
+        """For each medium, a file that is certainly on it, and its digest."""
         self._first: Size | None = None
         self._age = 0
         self._memory_from = WARM_UP
 
     def cycles(self, count: int) -> None:
-        """Media have been plugged and pulled so often. Raises: AssertionError."""
+        """Plug and pull media this many times. Raises: AssertionError."""
         begun = time.monotonic()
         self._memory_from = max(WARM_UP, min(MEMORY_WARMS_UP, count // 10))
         self._start()
@@ -142,7 +144,7 @@ class Soak:
             self._stopped, self._killed_at_a_call,
         ]  # fmt: skip
         for number in range(count):
-            if number == count // 2:  # from here on one agent serves, whose growth is looked at
+            if number == count // 2:  # from here on one agent serves, whose growth is checked
                 actions = [a for a in actions if a not in (self._killed_at_a_call, self._stopped)]
             action = self._random.choice(actions)
             medium = self._random.choice(self._room.media)
@@ -151,25 +153,25 @@ class Soak:
             action(medium)
             self._figures.cycles += 1
             self._figures.seconds = round(time.monotonic() - begun, 1)
-            self._look()
+            self._check()
             self._say(f"cycle {number + 1} of {count}: {action.__name__.strip('_')} {medium.label}")
         self._room.agent.stop()
 
     def damaged(self, count: int, medium: Cartridge, kind: str) -> None:
-        """So many filesystems with random damage were plugged. Raises: AssertionError."""
+        """Plug this many filesystems with random damage. Raises: AssertionError."""
         self._start()
         for number in range(count):
             self._room.agent.forget()
-            with self._room.agent.held_up():
+            with self._room.agent.suspended():
                 damage(medium, self._random, SUPERBLOCK[kind])
             medium.plug()
-            said = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
-            outcome = "mounted" if ": mounted: " in said else "failed"
+            line = self._room.agent.until_said(f"{medium.label}.*: (mounted|failed): ")
+            outcome = "mounted" if ": mounted: " in line else "failed"
             self._figures.damaged[f"{kind} {outcome}"] += 1
             medium.pull()
             self._gone(medium)
-            self._look()
-            self._say(f"damaged {kind} {number + 1} of {count}: {said}")
+            self._check()
+            self._say(f"damaged {kind} {number + 1} of {count}: {line}")
         self._room.agent.stop()
         with medium.disposable():
             pass
@@ -178,8 +180,8 @@ class Soak:
         self._room.agent.start(stop)
         self._first, self._age = None, 0
 
-    def _look(self) -> None:
-        """Nothing of a medium is left when none is plugged, and the agent has not grown."""
+    def _check(self) -> None:
+        """Check that nothing is left without a medium, and that the agent has not grown."""
         self._age += 1
         assert mappings() == []
         until(lambda: keys() == [])
@@ -198,7 +200,7 @@ class Soak:
             now = size_of(pid)
             return not now.exceeds(first)
 
-        with suppress(AssertionError):  # what is unlinked or at its end counts a little longer
+        with suppress(AssertionError):  # an unlinked or ended resource counts a little longer
             until(has_settled)
         assert not now.exceeds(first), f"{first} became {now}"
         if self._age == self._memory_from:
@@ -210,11 +212,11 @@ class Soak:
             assert grown < RSS_GROWTH_KIB, f"{first} became {now}"
 
     def _between_calls(self) -> None:
-        """No call of the agent's is on its way back, and all that returned are noted."""
+        """Whether no call of the agent is running, and all that returned are recorded."""
         until(lambda: size_of(self._room.agent.pid).threads == 1)
 
     def _served(self, medium: Cartridge) -> Path:
-        """The medium is mounted, and the file that must be on it is, whole."""
+        """Check that the medium is mounted and its file is complete."""
         self._room.agent.until_said(f"{medium.label}.*: mounted: at ")
         point = self._room.point(medium)
         if medium.label in self._files:
@@ -224,7 +226,7 @@ class Soak:
         return point
 
     def _write(self, medium: Cartridge, point: Path, *, synced: bool) -> None:
-        """A file of random bytes takes the place of the one before."""
+        """Replace the medium's file by a file with random bytes."""
         data = self._random.randbytes(self._random.randrange(1, 100_000))
         name = f"file-{self._figures.cycles}"
         with (point / name).open("wb") as file:
@@ -251,7 +253,7 @@ class Soak:
         self._gone(medium)
 
     def _stopped(self, medium: Cartridge) -> None:
-        """What is written and not synced is on the medium after an orderly stop."""
+        """Stop in order: unsynced writes are on the medium afterwards."""
         medium.plug()
         self._write(medium, self._served(medium), synced=False)
         self._room.agent.stop()
@@ -305,7 +307,7 @@ class Soak:
         self._refused(medium, bytes(flipped), "failed: the CAAM refused the blob")
 
     def _refused(self, medium: Cartridge, blob: bytes | None, words: str) -> None:
-        """With this blob, or with none, the medium is refused in these words."""
+        """Check that the medium fails with these words, with this blob or without one."""
         file = _blob(medium)
         good = file.read_bytes()
         if blob is None:
@@ -322,9 +324,9 @@ class Soak:
         self._gone(medium)
 
     def _all_at_once(self, medium: Cartridge) -> None:
-        """While the agent is held up, so that it learns of everything at once."""
+        """Deliver all events at once to an agent that was suspended."""
         assert medium
-        with self._room.agent.held_up():
+        with self._room.agent.suspended():
             for each in self._room.media:
                 each.plug()
         until(lambda: all(self._room.point(each).is_mount() for each in self._room.media))
@@ -339,7 +341,7 @@ def _blob(medium: Cartridge) -> Path:
 
 
 def damage(medium: Cartridge, source: random.Random, superblock: Sequence[int]) -> None:
-    """The medium's filesystem is as it was made, but for a byte of its superblock and some more."""
+    """Restore the medium's filesystem, then damage a byte of its superblock and some more bytes."""
     medium.plug()
     medium.settle()
     medium.restore()
@@ -359,15 +361,15 @@ def damage(medium: Cartridge, source: random.Random, superblock: Sequence[int]) 
 
 
 def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]) -> None:
-    """A soak from beginning to end, in a room of its own. Raises: AssertionError."""
+    """Run a soak from beginning to end, in a new room. Raises: AssertionError."""
     with (
         cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media,
         room_of(media) as room,
-        # A thread more than the loop's is then a call that has not come back.
+        # A thread besides the loop's then means a call that has not returned.
         mock.patch.object(daemon, "_IDLE_THREADS", 0),
     ):
         work = Soak(room, figures, say)
-        with said_at_a_bad_end(room, say):
+        with log_shown_on_failure(room, say):
             if cycles:
                 work.cycles(cycles)
             if damaged:
@@ -376,19 +378,19 @@ def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]
 
 
 def _time(count: int, say: Callable[[str], None]) -> None:
-    """The latencies are said. Raises: AssertionError."""
+    """Print the latencies. Raises: AssertionError."""
     with cartridges(["cartridge-01", "cartridge-02"]) as media, room_of(media) as room:
         for holder, seconds in latencies.after_the_removal(room, count).items():
-            say(f"no crypt table after the kernel's remove event ({holder}): {told(seconds)}")
-        found = latencies.beside_a_wedged_medium(room, max(1, count // 4))
+            say(f"no crypt table after the kernel's remove event ({holder}): {formatted(seconds)}")
+        found = latencies.beside_a_hung_medium(room, max(1, count // 4))
         for when, seconds in found.items():
-            say(f"plugged and mounted, {when}: {told(seconds)}")
-        wedged, without = map(statistics.median, found.values())
-        say(f"ratio: {wedged / without:.2f}")
+            say(f"plugged and mounted, {when}: {formatted(seconds)}")
+        beside, without = map(statistics.median, found.values())
+        say(f"ratio: {beside / without:.2f}")
 
 
 def main() -> int:
-    """Prints a line per cycle and the figures as JSON at the end. Returns: the exit status."""
+    """Print a line per cycle, and the figures as JSON at the end. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--damaged", type=int, default=200)

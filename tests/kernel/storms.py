@@ -1,4 +1,4 @@
-"""Many media at once, again and again."""
+"""Many media at once, several times."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SIZE_MB: Final = 4
 WITHIN_S: Final = 600
 
 
-def is_as_it_should(room: Room) -> bool:
-    """Whether every medium that is plugged is mounted, and nothing is there of any other.
+def all_present_are_mounted(room: Room) -> bool:
+    """Whether every plugged medium is mounted, and nothing exists of any other.
 
-    What the agent says is read meanwhile: it would wait for a reader of a full pipe.
+    This also reads the agent's log: the agent would block on a full pipe.
     """
     room.agent.forget()
     plugged = {medium.label for medium in room.media if medium.is_plugged}
@@ -30,27 +30,27 @@ def is_as_it_should(room: Room) -> bool:
 
 
 @contextmanager
-def said_at_a_bad_end(room: Room, say: Callable[[str], None]) -> Iterator[None]:
-    """If it comes to a bad end, what the agent said is said."""
+def log_shown_on_failure(room: Room, say: Callable[[str], None]) -> Iterator[None]:
+    """Print the agent's log if the block raises."""
     try:
         yield
     except BaseException:
-        say(f"what the agent said:\n{room.agent.everything()}")
+        say(f"log of the agent:\n{room.agent.everything()}")
         raise
 
 
 def storms(count: int, size: int, say: Callable[[str], None]) -> list[tuple[float, float]]:
-    """So many media were plugged at once and pulled at once, so often. Raises: AssertionError.
+    """Plug and pull many media at once, this many times. Raises: AssertionError.
 
-    Returns: seconds from the first plug until all were mounted, and from the first pull until
-    nothing was left, of each storm.
+    Returns: for each storm, seconds from the first plug until all were mounted, and from the first
+    pull until nothing was left.
     """
     labels = [f"cartridge-{number:02}" for number in range(1, size + 1)]
     took: list[tuple[float, float]] = []
     with (
         cartridges(labels, size_mb=SIZE_MB) as media,
         room_of(media) as room,
-        said_at_a_bad_end(room, say),
+        log_shown_on_failure(room, say),
     ):
         room.agent.start()
         for number in range(1, count + 1):
@@ -58,11 +58,11 @@ def storms(count: int, size: int, say: Callable[[str], None]) -> list[tuple[floa
             for medium in media:
                 medium.plug()
             until(lambda: all(medium.is_plugged for medium in media))
-            until(lambda: is_as_it_should(room), within_s=WITHIN_S)
+            until(lambda: all_present_are_mounted(room), within_s=WITHIN_S)
             mounted = time.monotonic()
             for medium in media:
                 medium.pull()
-            until(lambda: is_as_it_should(room), within_s=WITHIN_S)
+            until(lambda: all_present_are_mounted(room), within_s=WITHIN_S)
             took.append((round(mounted - begun, 1), round(time.monotonic() - mounted, 1)))
             say(f"storm {number} of {count}: {size} media mounted in {took[-1][0]} s, "
                 f"gone in {took[-1][1]} s")  # fmt: skip

@@ -1,4 +1,4 @@
-"""A medium is served when the kernel has told of it, and udev's word is heard when it comes."""
+"""A medium is served as soon as the kernel reports it; udev's later report still counts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DOES_NOT_WAIT: Final = "await_udev = false\n"
 
 @pytest.fixture
 def room(room: Room) -> Room:
-    """A room whose agent does not wait, with a medium as it was made."""
+    """Room whose agent does not wait for udev, with a medium as it was made."""
     with room.medium.disposable():
-        pass  # whatever a test before this has mounted
+        pass  # remove whatever an earlier test has mounted
     rules = room.configuration.read_text()
     room.configuration.write_text(rules.replace(WAITS, DOES_NOT_WAIT))
     return room
@@ -34,7 +34,7 @@ def room(room: Room) -> Room:
 
 @contextmanager
 def rule_of_the_board(text: str) -> Iterator[None]:
-    """udevd has this rule, before all others but the agent's."""
+    """Give udevd this rule, before all others except the agent's."""
     file = Path("/run/udev/rules.d/10-board.rules")
     file.parent.mkdir(exist_ok=True)
     file.write_text(text)
@@ -51,18 +51,18 @@ def is_untouched(medium: Cartridge) -> bool:
     return Path(medium.partition).read_bytes() == medium.contents
 
 
-def test_a_medium_comes_and_goes_though_udev_says_nothing_of_it(room: Room) -> None:
+def test_a_medium_is_mounted_and_released_though_udev_does_not_report_it(room: Room) -> None:
     room.agent.start()
     with udevd_hanging():
-        room.arrives()
-        room.leaves()
-        room.arrives()
+        room.plug_and_check()
+        room.pull_and_check()
+        room.plug_and_check()
     run("udevadm", "settle")
-    room.is_mounted_still()
-    room.leaves()
+    room.check_still_mounted()
+    room.pull_and_check()
 
 
-def test_with_await_udev_a_medium_waits_until_udev_has_told_of_it(room: Room) -> None:
+def test_with_await_udev_a_medium_waits_until_udev_reports_it(room: Room) -> None:
     rules = room.configuration.read_text()
     room.configuration.write_text(rules.replace(DOES_NOT_WAIT, WAITS))
     assert_waits(room)
@@ -72,7 +72,7 @@ def test_with_await_udev_a_medium_waits_until_udev_has_told_of_it(room: Room) ->
     "match",
     ['serial = "*"', 'path = "*"', 'model = "scsi_debug*"', 'partuuid = "*"'],
 )
-def test_a_rule_that_asks_udev_waits_for_its_answer(room: Room, match: str) -> None:
+def test_a_rule_that_matches_a_fact_of_udevs_waits_for_its_report(room: Room, match: str) -> None:
     rules = room.configuration.read_text()
     first = f'[[rule]]\nname = "first"\nmatch.{match}\nmatch.label = "no such"\n\n[[rule]]'
     room.configuration.write_text(rules.replace("[[rule]]", first, 1))
@@ -80,49 +80,51 @@ def test_a_rule_that_asks_udev_waits_for_its_answer(room: Room, match: str) -> N
 
 
 def assert_waits(room: Room) -> None:
-    """The medium is served, and not before udev has told of it."""
+    """Check that the medium is served, and not before udev has reported it."""
     room.agent.start()
     with udevd_hanging():
         room.medium.plug()
         until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
         has_heard_of_it(room)
-        assert room.left() == []
+        assert room.leftovers() == []
         assert is_untouched(room.medium)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
 def has_heard_of_it(room: Room) -> None:
-    """The agent has read the events so far: its loop takes them before a reload, asked for now."""
-    room.agent.tell_to_reload()
+    """Wait until the agent has read all events so far: its loop takes them before a reload."""
+    room.agent.request_reload()
     room.agent.until_said("^reloaded: ")
 
 
-def test_a_boards_rule_that_may_opt_a_medium_out_is_waited_for(room: Room) -> None:
+def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(room: Room) -> None:
     room.agent.start()
     with rule_of_the_board('SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n'):
         room.medium.plug()
         room.agent.until_said("CAAM_HOTPLUG is 0")
         run("udevadm", "settle")
-        assert not [line for line in room.agent.said if ": unlocking" in line]
+        assert not [line for line in room.agent.log_lines if ": unlocking" in line]
         assert is_untouched(room.medium)
         room.medium.pull()
     run("udevadm", "settle")
 
 
-def test_a_medium_that_udev_opts_out_unforeseen_is_let_go_again(room: Room) -> None:
+def test_a_medium_that_udev_opts_out_unexpectedly_is_released_again(room: Room) -> None:
     room.agent.start()
     with rule_of_the_board('SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n'):
         with udevd_hanging():
-            room.arrives()
+            room.plug_and_check()
         room.agent.until_said("udev reports something else of it than was known")
         room.agent.until_said("CAAM_HOTPLUG is 0")
-        room.has_nothing()
+        room.wait_until_released()
         room.medium.pull()
     run("udevadm", "settle")
 
 
-def test_a_medium_whose_disk_a_program_has_for_itself_waits_until_that_lets_go(room: Room) -> None:
+def test_a_medium_whose_disk_a_program_has_locked_waits_until_the_lock_is_released(
+    room: Room,
+) -> None:
     room.agent.start()
     blob = room.blobs / "cartridge-01.bb"
     sealed = blob.read_bytes()
@@ -138,9 +140,9 @@ def test_a_medium_whose_disk_a_program_has_for_itself_waits_until_that_lets_go(r
         blob.write_bytes(sealed)
         fcntl.ioctl(disk, BLKRRPART)
         has_heard_of_it(room)
-        assert room.left() == []
+        assert room.leftovers() == []
         assert is_untouched(room.medium)
     finally:
         os.close(disk)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()

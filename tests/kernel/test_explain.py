@@ -1,4 +1,4 @@
-"""What `explain` says of a device in the guest, and to whom it says that there is none."""
+"""Output of `explain` for a device in the guest, and its refusal of other paths."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from kernel.witness import run
 ANY = Config(rule=(Rule(name="any", match=Match(partlabel="cartridge-*")),))
 
 
-def said(device: str, config: Config) -> str:
+def explained(device: str, config: Config) -> str:
     return "\n".join(explain.explain(device, config))
 
 
-def test_a_device_is_told_with_its_facts_and_the_rule_that_matches_it(room: Room) -> None:
+def test_explain_shows_the_facts_of_a_device_and_the_rule_that_matches(room: Room) -> None:
     with room.medium.disposable():
-        told = said(room.medium.partition, ANY)
-        assert f"{room.medium.partition}: partition on scsi" in told
-        assert "  partlabel  'cartridge-01'" in told
-        assert "rule 'any' matches it" in told
-        assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in told
+        text = explained(room.medium.partition, ANY)
+        assert f"{room.medium.partition}: partition on scsi" in text
+        assert "  partlabel  'cartridge-01'" in text
+        assert "rule 'any' matches it" in text
+        assert "  mount point /run/media/cartridge-01 (nosuid,nodev,noexec)" in text
         by_link = "/dev/disk/by-partlabel/cartridge-01"
-        assert said(by_link, ANY) == told
+        assert explained(by_link, ANY) == text
 
 
-def test_a_device_of_which_udev_has_not_told_is_told_as_its_partition_table_has_it(
+def test_explain_reads_the_partition_table_of_a_device_that_udev_has_not_reported(
     room: Room,
 ) -> None:
     with udevd_hanging():
         room.medium.plug()
         until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
-        told = said(room.medium.partition, ANY)
+        text = explained(room.medium.partition, ANY)
         room.medium.pull()
     run("udevadm", "settle")
-    assert "  partlabel  'cartridge-01'" in told
-    assert "  udev has not reported it yet, and may report more" in told
-    assert "rule 'any' matches it" in told
+    assert "  partlabel  'cartridge-01'" in text
+    assert "  udev has not reported it yet, and may report more" in text
+    assert "rule 'any' matches it" in text
 
 
-def test_a_device_that_no_rule_matches_is_told_why(room: Room) -> None:
+def test_explain_says_why_no_rule_matches_a_device(room: Room) -> None:
     with room.medium.disposable():
-        told = said(room.medium.partition, Config(rule=BUILT_IN))
-        assert "no rule matches it; it is left untouched" in told
-        assert "rule 'built-in': bus is scsi, not usb, mmc" in told
+        text = explained(room.medium.partition, Config(rule=BUILT_IN))
+        assert "no rule matches it; it is left untouched" in text
+        assert "rule 'built-in': bus is scsi, not usb, mmc" in text
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_a_device_that_no_rule_matches_is_told_why(room: Room) -> None:
         ("/etc/passwd", "it is no block device"),
     ],
 )
-def test_what_is_no_block_device_is_refused(path: str, words: str) -> None:
+def test_explain_refuses_a_path_that_is_no_block_device(path: str, words: str) -> None:
     with pytest.raises(HotplugError, match=f"look at {path}: {words}"):
-        said(path, ANY)
+        explained(path, ANY)
 
 
-def test_the_kernels_own_source_tells_the_same_label(room: Room) -> None:
+def test_the_kernels_own_events_have_the_same_label(room: Room) -> None:
     with room.medium.disposable():
-        told = said(room.medium.partition, Config(source="kernel", rule=ANY.rule))
-        assert "  partlabel  'cartridge-01'" in told
+        text = explained(room.medium.partition, Config(source="kernel", rule=ANY.rule))
+        assert "  partlabel  'cartridge-01'" in text
         assert Path(room.medium.partition).is_block_device()

@@ -31,16 +31,16 @@ def test_a_medium_pulled_while_in_use_loses_its_key_at_once_and_mounts_again(
     room: Room, hold: Callable[[Path], Iterator[None]]
 ) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     with process(hold, room.point()):
         room.medium.pull()
         room.agent.until_said("removed-unsafely")
         assert [line for line in tables() if " error" not in line] == []
         assert len(mappings()) == 1
         room.medium.plug()
-        room.is_served()
+        room.check_served()
     until(lambda: len(mappings()) == 1)
-    room.leaves()
+    room.pull_and_check()
 
 
 def test_a_mount_that_another_namespace_has_as_well_is_gone_with_its_mount_point(
@@ -49,11 +49,11 @@ def test_a_mount_that_another_namespace_has_as_well_is_gone_with_its_mount_point
     # Removing a directory detaches what is mounted on it in any namespace (detach_mounts in
     # fs/namespace.c).
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     with process(pin_in_a_namespace, room.point()):
-        room.leaves()
-        room.arrives()
-    room.leaves()
+        room.pull_and_check()
+        room.plug_and_check()
+    room.pull_and_check()
 
 
 @pytest.mark.parametrize("hold", [hold_open, be_inside])
@@ -61,7 +61,7 @@ def test_a_medium_in_use_when_the_agent_stops_is_detached_and_its_data_are_on_it
     room: Room, hold: Callable[[Path], Iterator[None]]
 ) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     (room.point() / "written").write_bytes(b"last")
     with process(hold, room.point()):
         room.agent.stop()

@@ -1,4 +1,4 @@
-"""Whatever is not told: what is there is mounted, and what has gone is let go."""
+"""Whatever events are lost: present media are mounted, and departed media are released."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from caam_hotplug.kernel import udev, uevents
 from fakes.contract import until
 from kernel.agents import Room, mappings, room_of
 from kernel.cartridges import Cartridge, cartridges
-from kernel.storms import is_as_it_should
+from kernel.storms import all_present_are_mounted
 from kernel.witness import run
 
 STORM: Final = 8
-"""Media; `make soak` has 64."""
+"""Number of media; `make soak` has 64."""
 LABELS: Final = [f"cartridge-{number:02}" for number in range(1, STORM + 1)]
 
 
@@ -34,8 +34,8 @@ def room(many: list[Cartridge], nothing_left: None) -> Iterator[Room]:
 
 
 @pytest.fixture
-def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agent's sockets are so small that a handful of events overflows them."""
+def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the agent's sockets so small that a few events overflow them."""
     start = uevents.Uevents.__init__
 
     def small(listener: uevents.Uevents, *arguments: Any) -> None:
@@ -47,7 +47,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def udevd_hanging() -> Iterator[None]:
-    """udevd takes events and does nothing about them."""
+    """Let udevd take events and not act on them."""
     run("udevadm", "control", "--stop-exec-queue")
     try:
         yield
@@ -55,37 +55,37 @@ def udevd_hanging() -> Iterator[None]:
         run("udevadm", "control", "--start-exec-queue")
 
 
-def test_a_medium_comes_and_goes_though_udevd_hangs(
+def test_a_medium_is_mounted_and_released_though_udevd_hangs(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
     room.agent.start()
     with udevd_hanging():
-        room.arrives()
-        room.leaves()
-    room.arrives()
+        room.plug_and_check()
+        room.pull_and_check()
+    room.plug_and_check()
     with udevd_hanging():
-        room.leaves()
+        room.pull_and_check()
 
 
-def test_media_that_were_plugged_before_the_agent_start_though_udevd_hangs(
+def test_media_that_were_plugged_before_the_agent_are_mounted_though_udevd_hangs(
     room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
     with udevd_hanging():
         room.medium.plug()
         room.agent.start()
-        room.is_served()
-        room.leaves()
+        room.check_served()
+        room.pull_and_check()
 
 
-def test_after_a_storm_of_which_most_was_lost_all_is_as_it_should_be(
-    room: Room, deaf: None
+def test_after_a_storm_with_most_events_lost_all_present_media_are_mounted_and_no_others(
+    room: Room, small_sockets: None
 ) -> None:
     room.agent.start()
     for medium in room.media[::4]:
-        room.arrives(medium)
-    with room.agent.held_up():
+        room.plug_and_check(medium)
+    with room.agent.suspended():
         for medium in room.media[::4]:
             medium.pull()
         for medium in room.media[1:]:
@@ -95,10 +95,12 @@ def test_after_a_storm_of_which_most_was_lost_all_is_as_it_should_be(
         room.media[2].plug()
         room.media[3].pull()
     room.agent.until_said("the kernel dropped events")
-    until(lambda: is_as_it_should(room))
+    until(lambda: all_present_are_mounted(room))
 
 
-def test_after_a_storm_with_a_restart_of_udevd_all_is_as_it_should_be(room: Room) -> None:
+def test_after_a_storm_with_a_restart_of_udevd_all_present_media_are_mounted_and_no_others(
+    room: Room,
+) -> None:
     room.agent.start()
     for medium in room.media[: STORM // 2]:
         medium.plug()
@@ -107,10 +109,10 @@ def test_after_a_storm_with_a_restart_of_udevd_all_is_as_it_should_be(room: Room
         medium.plug()
     run("systemctl", "kill", "-s", "KILL", "systemd-udevd")
     room.media[0].pull()
-    until(lambda: is_as_it_should(room))
+    until(lambda: all_present_are_mounted(room))
     for medium in room.media[1:]:
         medium.pull()
-    until(lambda: is_as_it_should(room))
+    until(lambda: all_present_are_mounted(room))
 
 
 def test_a_stop_in_the_middle_of_a_storm_leaves_nothing(room: Room) -> None:

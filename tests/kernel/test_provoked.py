@@ -1,4 +1,4 @@
-"""Faults that a real kernel can be brought to: said in its words, nothing left, others served."""
+"""Faults of a real kernel: each is reported, leaves nothing and disturbs no other medium."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kernel.witness import Board, run
 SYSCTL: Final = Path("/proc/sys/kernel")
 SESSION_KEYRING: Final = -3
 UNSEALED: Final = 1
-"""The calls of an arrival until the key is out of its blob and not yet in a keyring."""
+"""Calls of an arrival until the key is out of its blob and not yet in a keyring."""
 
 
 @contextmanager
@@ -34,12 +34,12 @@ def sysctl(name: str, value: str) -> Iterator[None]:
 
 
 def fails(room: Room, words: str) -> None:
-    """The medium fails with these words, and nothing is left of the attempt."""
+    """Check that the medium fails with these words, and that nothing is left of the attempt."""
     room.agent.until_said(f"{room.medium.label}.*: failed: {words}")
-    room.has_nothing_already()
+    room.check_released()
 
 
-def test_a_kernel_without_the_caam_driver(room: Room) -> None:
+def test_a_kernel_without_the_caam_driver_is_reported(room: Room) -> None:
     board = Board()
     room.agent.start()
     board.power_off()
@@ -49,26 +49,26 @@ def test_a_kernel_without_the_caam_driver(room: Room) -> None:
     finally:
         board.restore()
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
-def test_a_kernel_without_the_cipher(room: Room) -> None:
+def test_a_kernel_without_the_cipher_is_reported(room: Room) -> None:
     room.configure('crypt.cipher = "capi:tk(ctr(aes))-plain"')
     room.agent.start()
     room.medium.plug()
     fails(room, "load table of mapping .*: No such file or directory .the kernel lacks dm-crypt or")
 
 
-def test_a_kernel_without_dm_crypt(room: Room) -> None:
+def test_a_kernel_without_dm_crypt_is_reported(room: Room) -> None:
     with unloaded("dm_crypt"), sysctl("modprobe", "/bin/false"):
         room.agent.start()
         room.medium.plug()
         fails(room, "load table of mapping .*: Invalid argument")
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
-def test_a_kernel_without_the_filesystem(room: Room) -> None:
+def test_a_kernel_without_the_filesystem_is_reported(room: Room) -> None:
     with unloaded("ext4"), sysctl("modprobe", "/bin/false"):
         room.agent.start()
         room.medium.plug()
@@ -84,16 +84,16 @@ def unloaded(module: str) -> Iterator[None]:
         run("modprobe", module)
 
 
-def test_a_quota_of_keys_that_is_used_up(room: Room) -> None:
+def test_an_exhausted_key_quota_is_reported(room: Room) -> None:
     room.agent.start()
     with sysctl("keys/root_maxkeys", "1"):
         room.medium.plug()
         fails(room, "add key caam-hotplug:.*: Disk quota exceeded .the user's key quota is used up")
     room.medium.pull()
-    room.arrives()
+    room.plug_and_check()
 
 
-def test_a_session_keyring_that_was_revoked(room: Room) -> None:
+def test_a_revoked_session_keyring_is_reported(room: Room) -> None:
     room.agent.start(Stop(UNSEALED, revoke_session_keyring))
     room.medium.plug()
     fails(room, "add key caam-hotplug:.*: Key has been revoked")
@@ -107,7 +107,9 @@ def revoke_session_keyring() -> None:
     ("options", "cause"),
     [("nr_inodes=1", "No space left on device"), ("ro", "Read-only file system")],
 )
-def test_a_mount_root_that_takes_no_directory(room: Room, options: str, cause: str) -> None:
+def test_a_mount_root_without_room_for_a_directory_is_reported(
+    room: Room, options: str, cause: str
+) -> None:
     run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(room.mount_root))
     try:
         room.agent.start()
@@ -120,7 +122,9 @@ def test_a_mount_root_that_takes_no_directory(room: Room, options: str, cause: s
 
 
 @pytest.mark.parametrize("unreadable", [0, 2048 + 64], ids=["all", "all-but-the-superblock"])
-def test_a_medium_that_cannot_be_read(room: Room, faulty: Faulty, unreadable: int) -> None:
+def test_a_medium_that_cannot_be_read_fails_with_an_io_error(
+    room: Room, faulty: Faulty, unreadable: int
+) -> None:
     room.agent.start(Stop(UNSEALED))
     with faulty.plugged():
         room.agent.until_called(UNSEALED)
@@ -128,7 +132,7 @@ def test_a_medium_that_cannot_be_read(room: Room, faulty: Faulty, unreadable: in
         room.agent.go_on()
         room.agent.until_said("failed: .*Input/output error")  # nor can udev read the label
         assert mappings() == []
-        room.arrives()
+        room.plug_and_check()
 
 
 def test_a_slow_medium_is_stuck_for_a_while_and_then_mounted(room: Room, faulty: Faulty) -> None:
@@ -144,7 +148,7 @@ def test_a_slow_medium_is_stuck_for_a_while_and_then_mounted(room: Room, faulty:
     assert mappings() == []
 
 
-def test_a_medium_that_takes_no_more_writes_is_let_go_and_the_loss_is_said(
+def test_a_medium_that_takes_no_more_writes_is_released_and_the_loss_is_reported(
     room: Room, faulty: Faulty
 ) -> None:
     room.agent.start()
@@ -153,7 +157,7 @@ def test_a_medium_that_takes_no_more_writes_is_let_go_and_the_loss_is_said(
         point = room.mount_root / faulty.label
         faulty.becomes("flakey {below} 0 0 1000 1 error_writes")
         (point / "lost").write_bytes(b"x" * 100_000)
-        room.agent.tell_to_stop()
+        room.agent.request_stop()
         room.agent.until_said(
             f"cartridge-03.*: failed: could not release it: flush {point}: Input/output error"
         )

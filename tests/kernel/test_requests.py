@@ -1,4 +1,4 @@
-"""Who holds a volume, blobs that come late and rules that change, on the real kernel."""
+"""Users of a volume, blobs that are added late and rules that change, on the real kernel."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def only_mapping() -> Mapping:
         (pin_in_a_namespace, "has it mounted at {} in a mount namespace of its own"),
     ],
 )
-def test_who_uses_a_volume_is_told_with_what_of_it(
+def test_the_users_of_a_volume_are_named_with_what_they_use(
     room: Room, hold: Callable[[Path], Iterator[None]], words: str
 ) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     assert open_files.find(only_mapping()) == []
     with process(hold, room.point()):
         found = open_files.find(only_mapping())
         assert words.format(room.point()) in [holder.holds for holder in found]
         assert len({holder.pid for holder in found}) == 1
         assert found[0].command == Path("/proc/self/comm").read_text().strip()
-    room.leaves()
+    room.pull_and_check()
 
 
-def test_those_who_use_a_volume_are_ended_and_nobody_else(room: Room) -> None:
+def test_the_users_of_a_volume_are_ended_and_no_other_programs(room: Room) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     others = (be_confined_like_a_service, pin_in_a_namespace)
     with process(others[0], room.point()), process(others[1], room.point()):
         pid = os.fork()
@@ -71,19 +71,19 @@ def test_those_who_use_a_volume_are_ended_and_nobody_else(room: Room) -> None:
         assert os.WTERMSIG(status) == signal.SIGTERM
         (pins,) = open_files.find(only_mapping())
         assert not pins.is_user
-    room.leaves()
+    room.pull_and_check()
 
 
-def test_a_copy_of_the_mount_that_goes_with_it_is_no_use_of_it(room: Room) -> None:
+def test_a_copy_of_the_mount_that_follows_an_unmount_is_no_user(room: Room) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     with process(be_confined_like_a_service, room.point()):
         assert open_files.find(only_mapping()) == []
         room.agent.stop()
-        room.has_nothing_already()
+        room.check_released()
 
 
-def test_a_blob_that_comes_after_its_medium_unlocks_it(room: Room) -> None:
+def test_a_blob_that_is_added_after_its_medium_unlocks_the_medium(room: Room) -> None:
     blob = room.blobs / f"{room.medium.label}.bb"
     content = blob.read_bytes()
     blob.unlink()
@@ -92,43 +92,43 @@ def test_a_blob_that_comes_after_its_medium_unlocks_it(room: Room) -> None:
     room.agent.until_said("waiting: no blob")
     (room.blobs / ".coming").write_bytes(content)
     (room.blobs / ".coming").rename(blob)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
-def test_a_blob_directory_that_comes_after_its_medium_is_noticed(room: Room) -> None:
+def test_a_blob_directory_that_is_made_after_its_medium_is_noticed(room: Room) -> None:
     elsewhere = room.blobs.with_name("elsewhere")
     room.blobs.rename(elsewhere)
     room.agent.start()
     room.medium.plug()
     room.agent.until_said("waiting: no blob")
     elsewhere.rename(room.blobs)
-    room.is_served()
-    room.leaves()
+    room.check_served()
+    room.pull_and_check()
 
 
-def test_other_rules_apply_to_a_mounted_medium_once_they_are_read(room: Room) -> None:
+def test_changed_rules_apply_to_a_mounted_medium_after_a_reload(room: Room) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     room.configure("mount.read_only = true")
-    room.agent.tell_to_reload()
+    room.agent.request_reload()
     room.agent.until_said("mounted: at .*read-only")
-    room.leaves()
+    room.pull_and_check()
 
 
 def test_a_faulty_configuration_leaves_the_rules_in_force(room: Room) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     room.configure("mount.read_onli = true")
-    room.agent.tell_to_reload()
+    room.agent.request_reload()
     room.agent.until_said("mount.read_onli: is not a key here; did you mean 'read_only'")
     room.agent.until_said("the rules before stay in force")
-    room.is_mounted_still()
+    room.check_still_mounted()
     room.configure()
-    room.leaves()
+    room.pull_and_check()
 
 
-def test_a_watched_directory_tells_of_files_that_are_whole(tmp_path: Path) -> None:
+def test_a_watched_directory_reports_files_when_they_are_complete(tmp_path: Path) -> None:
     blobs = tmp_path / "a" / "blobs"
     watched = Directory(blobs)
     try:

@@ -1,4 +1,4 @@
-"""Stopped, killed and started again: what is mounted and kept is not interrupted."""
+"""An agent is stopped, killed and started again; a kept mount is not interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def until_grown(file: Path) -> None:
 def test_ten_restarts_interrupt_no_writer_on_a_kept_medium(room: Room) -> None:
     room.configure('on_stop = "keep"')
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     log = room.point() / "log"
     with process(write_without_an_error, room.point()):
         for number in range(10):
@@ -38,32 +38,32 @@ def test_ten_restarts_interrupt_no_writer_on_a_kept_medium(room: Room) -> None:
                 room.agent.kill()
             room.agent.start()
             room.agent.until_said_ever("adopting its mount")  # before it is ready, or after
-            room.is_served()
+            room.check_served()
             until_grown(log)
     log.unlink()
-    room.leaves()
+    room.pull_and_check()
 
 
-def test_a_medium_changed_while_the_agent_was_dead_gets_the_mount_point(room: Room) -> None:
+def test_a_medium_changed_while_no_agent_ran_gets_the_mount_point(room: Room) -> None:
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     room.agent.kill()
     room.medium.pull()
     room.medium.plug()
     room.agent.start()
-    room.is_served()
+    room.check_served()
     assert (room.point() / HELLO).exists()
-    room.leaves()
+    room.pull_and_check()
 
 
 def test_a_kept_medium_is_locked_by_an_agent_whose_rule_says_so(room: Room) -> None:
     room.configure('on_stop = "keep"')
     room.agent.start()
-    room.arrives()
+    room.plug_and_check()
     room.agent.stop()
     room.configure('on_stop = "lock"')
     room.agent.start()
     room.agent.until_said_ever("adopting its mount")  # before it is ready, or after
-    room.is_served()
+    room.check_served()
     room.agent.stop()
-    room.has_nothing_already()
+    room.check_released()

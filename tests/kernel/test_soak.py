@@ -1,4 +1,4 @@
-"""The soak's first fifty cycles, and a few damaged filesystems; `make soak` goes on for hours."""
+"""The soak's first fifty cycles, and a few damaged filesystems; `make soak` runs for hours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kernel.soak import Figures, soak
 
 
 @pytest.mark.timeout(1800)
-def test_fifty_cycles_with_faults_at_random_leave_nothing_and_lose_nothing(
+def test_fifty_cycles_with_random_faults_leave_nothing_and_lose_no_data(
     udev_rule: None, nothing_left: None
 ) -> None:
     figures = Figures(seed=7)

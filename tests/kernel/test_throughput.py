@@ -1,4 +1,4 @@
-"""`measure throughput`, run as on a board; what it measures is not asserted."""
+"""`measure throughput`, run as on a board; its figures are not asserted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("udev_rule", "nothing_left")
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[None]:
-    """The kernel has tagged keys and trusted ones; it is NXP's again afterwards."""
+    """Give the kernel tagged keys and trusted ones; restore NXP's afterwards."""
     chip = (PARAMETERS / "otpmk").read_text().strip()
     run("board-kernel", "both", chip)
     yield
@@ -38,36 +38,36 @@ def both() -> Iterator[None]:
 
 
 def measured(*options: str, user: int = 0) -> subprocess.CompletedProcess[str]:
-    """The program has ended."""
+    """Run the program to its end."""
     command = [sys.executable, *PROGRAM, *options]
     return subprocess.run(command, capture_output=True, text=True, user=user, timeout=300)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that it has said."""
+    """Return the one line of its error output."""
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     return line
 
 
 def mappings() -> list[str]:
-    """Those of measurements, whoever made them."""
+    """Return the mappings of all measurements."""
     return [mapping.name for mapping in devmapper.ours(names.BENCH.uuid)]
 
 
-def test_who_is_not_root_is_told_so_in_a_line() -> None:
+def test_a_user_other_than_root_is_refused_in_a_line() -> None:
     assert refusal(measured(*QUICK, user=NOBODY)) == (
         "measure throughput: only root can create mappings; run it with sudo"
     )
 
 
-def test_a_volume_that_memory_has_no_room_for_is_not_made() -> None:
+def test_a_volume_that_is_too_large_for_the_memory_is_not_made() -> None:
     line = refusal(measured("--size", "100000"))
     assert line.startswith("measure throughput: a volume of 100000 MiB does not fit into memory")
     assert "; use --size " in line
 
 
-def test_where_no_key_can_be_sealed_it_says_what_is_missing_of_each_kind() -> None:
+def test_without_a_seal_method_the_refusal_names_what_each_lacks() -> None:
     board = Board()
     board.power_off()
     try:
@@ -79,13 +79,13 @@ def test_where_no_key_can_be_sealed_it_says_what_is_missing_of_each_kind() -> No
     assert line.endswith("`caam-hotplug doctor` says what is missing")
 
 
-def test_a_kernel_with_one_kind_of_keys_is_measured_with_that(tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    with said.open("w") as file, started(file) as process:
-        until(lambda: "warming up" in said.read_text())
+def test_a_kernel_with_one_kind_of_keys_is_measured_with_that_kind(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("w") as file, started(file) as process:
+        until(lambda: "warming up" in output.read_text())
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
-    left_out, *_ = said.read_text().splitlines()
+    left_out, *_ = output.read_text().splitlines()
     assert left_out.startswith("measure throughput: trusted keys are left out: make trusted key ")
     assert "it needs CONFIG_TRUSTED_KEYS" in left_out
 
@@ -115,29 +115,29 @@ def test_every_combination_has_figures_in_one_run(both: None) -> None:
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_an_interrupted_run_leaves_nothing_not_even_what_a_killed_one_has_left(
+def test_an_interrupted_run_leaves_nothing_and_removes_the_mappings_of_a_killed_run(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     (left,) = killed()
-    said = tmp_path / "said"
-    with said.open("w") as file, started(file) as process:
+    output = tmp_path / "output"
+    with output.open("w") as file, started(file) as process:
         until(lambda: len(set(mappings()) - {left}) == 1)
         process.send_signal(number)
         assert process.wait(120) == status
-    first, *_ = said.read_text().splitlines()
+    first, *_ = output.read_text().splitlines()
     assert first == f"measure throughput: a killed run had left {left}; removed"
     assert mappings() == []
 
 
 def started(file: Any) -> subprocess.Popen[bytes]:
-    """The program, which goes on until it is ended."""
+    """Start the program, and end it afterwards."""
     return subprocess.Popen(
         [sys.executable, *PROGRAM, *ENDLESS], stdout=subprocess.DEVNULL, stderr=file
     )
 
 
 def killed() -> list[str]:
-    """The mappings that a run has left that was killed while it had one."""
+    """Kill a run while it has a mapping; return the mappings that it leaves."""
     found: list[str] = []
     while not found:  # a call that removes the last one is not interrupted by the stop
         with started(subprocess.DEVNULL) as process:

@@ -25,13 +25,13 @@ pytestmark = [
 
 
 def power_on(name: str) -> None:
-    """The board has the TPM of this name, whose power was off."""
+    """Give the board the TPM with this name, after a power cycle."""
     run("board-kernel", "tpm", name)
     assert trusted.is_offered()
 
 
 def new_board(name: str) -> None:
-    """The board has a TPM that nobody has used, with a storage key."""
+    """Give the board a new TPM, with a storage key."""
     power_on(name)
     for command in commands("docs/mainline.md", "A board with a TPM"):
         if command.startswith("tpm2_"):
@@ -40,7 +40,7 @@ def new_board(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def boards() -> Iterator[None]:
-    """The TPMs A and B are there to be powered on; the board is NXP's again afterwards."""
+    """Make the TPMs A and B; restore NXP's board afterwards."""
     chip = (PARAMETERS / "otpmk").read_text().strip()
     new_board("B")
     new_board("A")
@@ -50,13 +50,13 @@ def boards() -> Iterator[None]:
 
 @pytest.fixture
 def tpm(boards: None) -> Iterator[None]:
-    """The board's TPM is A; whatever the test has loaded is in no keyring afterwards."""
+    """Give the board TPM A; unload the test's keys afterwards."""
     yield
     keyring.unlink_key(DESCRIPTION)
 
 
 def sealed(length: int = 64, options: str = STORAGE_KEY) -> Trusted:
-    """A new key, as the agent reads its blob."""
+    """Seal a new key, and return its blob as the agent reads it."""
     blob = blobs.parse(trusted.seal_trusted(length, options))
     assert isinstance(blob, Trusted)
     return blob
@@ -68,19 +68,19 @@ def load(blob: Trusted, options: str = STORAGE_KEY) -> None:
 
 
 @pytest.mark.parametrize("length", [32, 64])
-def test_a_key_is_sealed_and_loaded_and_its_blob_does_not_tell_the_length(length: int) -> None:
+def test_a_key_is_sealed_and_loaded_and_its_blob_does_not_show_its_length(length: int) -> None:
     blob = sealed(length)
     assert blob.key_bytes is None
     load(blob)
 
 
-def test_a_blob_names_the_key_that_it_is_under() -> None:
+def test_a_blob_names_its_parent_key() -> None:
     blob = sealed()
     load(blob, "")
     load(blob, "keyhandle=0x81000002")
 
 
-def test_a_blob_outlives_the_power_and_is_refused_by_another_tpm() -> None:
+def test_a_blob_survives_a_power_cycle_and_is_refused_by_another_tpm() -> None:
     blob = sealed()
     power_on("A")
     load(blob)
@@ -92,7 +92,7 @@ def test_a_blob_outlives_the_power_and_is_refused_by_another_tpm() -> None:
     load(blob)
 
 
-def test_a_tpm_that_lost_its_power_too_often_refuses_until_it_is_told_otherwise() -> None:
+def test_a_tpm_that_lost_its_power_too_often_refuses_until_its_lockout_is_cleared() -> None:
     blob = sealed()
     for _ in range(4):
         load_or_not(blob)
@@ -130,19 +130,19 @@ def test_a_changed_blob_is_refused_wherever_it_is_changed() -> None:
 @pytest.mark.parametrize(
     "content", [b"\x5f" * 300, b"\x30\x82" + bytes(200)], ids=["noise", "a torn head"]
 )
-def test_what_no_tpm_has_sealed_is_refused(content: bytes) -> None:
+def test_a_blob_that_no_tpm_has_sealed_is_refused(content: bytes) -> None:
     with pytest.raises(BlobRejectedError, match="it has no valid form, or needs other options"):
         load(Trusted(content))
 
 
-def test_an_option_that_the_tpm_does_not_know_is_told_of_without_being_repeated() -> None:
+def test_an_error_names_an_option_that_the_tpm_does_not_know_without_its_value() -> None:
     blob = sealed()
     with pytest.raises(BlobRejectedError, match="needs other options") as refused:
         load(blob, "colour=blue")
     assert "blue" not in str(refused.value)
 
 
-def test_a_wrong_password_is_told_of_without_being_repeated() -> None:
+def test_an_error_about_a_wrong_password_does_not_repeat_it() -> None:
     blob = sealed(options=f"{STORAGE_KEY} blobauth=swordfish")
     load(blob, "blobauth=swordfish")
     with pytest.raises(
@@ -165,18 +165,18 @@ def test_a_wrong_password_is_told_of_without_being_repeated() -> None:
         ("keyhandle=0x81000002", errno.EPERM, "its options are wrong, such as a key handle"),
     ],
 )
-def test_options_that_make_no_key_are_told_of(options: str, number: int, words: str) -> None:
+def test_options_that_make_no_key_are_an_error(options: str, number: int, words: str) -> None:
     with pytest.raises(KeyringError, match=words) as refused:
         trusted.seal_trusted(64, options)
     assert refused.value.errno == number
 
 
-def test_a_key_of_a_length_that_no_trusted_key_has_is_told_of() -> None:
+def test_a_length_that_no_trusted_key_has_is_an_error() -> None:
     with pytest.raises(KeyringError, match="a trusted key has 32 to 128 bytes"):
         trusted.seal_trusted(16, STORAGE_KEY)
 
 
-def test_a_master_of_the_tpms_encrypts_keys_and_another_tpms_is_an_error_of_its_own() -> None:
+def test_a_tpm_master_encrypts_keys_and_a_master_of_another_tpm_has_its_own_error() -> None:
     master = sealed()
     blob = blobs.parse(trusted.seal_encrypted(64, master, "master", STORAGE_KEY))
     assert isinstance(blob, Encrypted)

@@ -116,4 +116,4 @@ def test_the_agent_leaves_a_device_in_use_alone_and_says_who_uses_it(
         room.agent.start()
         room.agent.until_said(f"failed: use {room.medium.partition}: it is in use: {user}")
         assert room.agent.calls == []
-        room.has_nothing_already()
+        room.check_released()

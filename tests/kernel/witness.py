@@ -1,6 +1,6 @@
 """The board through its own tools: caam-keygen's ioctls, AF_ALG, keyctl, dmsetup and losetup.
 
-A witness of its own: nothing here goes through the agent's bindings. Runs in the guest, as root.
+An independent check: nothing here uses the agent's bindings. Runs in the guest, as root.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ IMPORT: Final = 0xC0384B01
 KEY_ROOM: Final = 20 + 64 + 12
 BLOB_ROOM: Final = 20 + 64 + 12 + 48
 UNTOUCHED: Final = 0xEE
-"""What the buffers of a request are filled with, to see what the driver writes."""
+"""Fill byte of a request's buffers, which shows where the driver writes."""
 PARAMETERS: Final = Path("/sys/module/caam_sim/parameters")
 FOLDER: Final = Path("/data/caam")
-"""Where caam-keygen keeps keys and blobs."""
+"""Folder where caam-keygen keeps keys and blobs."""
 BLOCKS: Final = Path("/sys/class/block")
 SESSION_KEYRING: Final = -3
 SECTOR: Final = 512
 
 
 def run(*argv: str, stdin: bytes = b"") -> str:
-    """What the program printed. Raises: AssertionError unless it ended with 0."""
+    """Run the program and return its output. Raises: AssertionError unless it ended with 0."""
     done = attempt(*argv, stdin=stdin)
     assert done.returncode == 0, f"{argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def attempt(*argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    """The program has ended, in whatever way."""
+    """Run the program to its end, with any exit status."""
     done = subprocess.run(argv, input=stdin, capture_output=True, timeout=120)
     out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
     return subprocess.CompletedProcess(argv, done.returncode, out, err)
@@ -49,9 +49,9 @@ def attempt(*argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def kernel_log() -> Iterator[list[str]]:
-    """The lines the kernel logs meanwhile; they are in the list on the way out.
+    """Collect the lines that the kernel logs meanwhile; yield the list, filled afterwards.
 
-    Older ones do not count: the log is a ring, which the tests here overflow.
+    Older lines do not count: the log is a ring buffer, which the tests here overflow.
     """
     lines: list[str] = []
     file = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -70,7 +70,7 @@ def kernel_log() -> Iterator[list[str]]:
 
 
 def left_behind() -> dict[str, object]:
-    """Everything a test might leave behind, without a program: a spawn is slow in the guest."""
+    """List everything that a test may leave, without a program: a spawn is slow in the guest."""
     keys = ctypes.create_string_buffer(4096)
     length = ctypes.CDLL("libkeyutils.so.1").keyctl_read(SESSION_KEYRING, keys, len(keys))
     return {
@@ -88,13 +88,13 @@ def _mappings() -> Iterator[str]:
         try:
             yield file.read_text()
         except OSError as error:
-            # It is being removed: dm_attr_show in drivers/md/dm-sysfs.c.
+            # Its removal is under way: dm_attr_show in drivers/md/dm-sysfs.c.
             if error.errno not in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
                 raise
 
 
 class Command(ctypes.Structure):
-    """The ioctl's struct; ctypes lays it out as C does, padding included."""
+    """Struct of the ioctl; ctypes lays it out as C does, with padding."""
 
     _fields_ = [
         ("key_enc_len", ctypes.c_uint8),
@@ -112,7 +112,7 @@ class Command(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an ioctl left: errno (0 if it succeeded), the lengths, and both buffers whole."""
+    """Result of an ioctl: errno (0 for success), the lengths, and both complete buffers."""
 
     errno: int
     key_len: int
@@ -122,24 +122,24 @@ class Answer:
 
     @property
     def key(self) -> bytes:
-        """The tagged key. Raises: AssertionError if the ioctl failed."""
+        """Return the tagged key. Raises: AssertionError if the ioctl failed."""
         assert self.errno == 0, os.strerror(self.errno)
         return self.key_buffer[: self.key_len]
 
     @property
     def blob(self) -> bytes:
-        """The tagged blob. Raises: AssertionError if the ioctl failed."""
+        """Return the tagged blob. Raises: AssertionError if the ioctl failed."""
         assert self.errno == 0, os.strerror(self.errno)
         return self.blob_buffer[: self.blob_len]
 
     @property
     def text(self) -> str:
-        """What the driver says where the blob would be; empty if it wrote nothing."""
+        """Return the driver's message in place of the blob; empty if it wrote none."""
         return written_text(self.blob_buffer)
 
 
 def written_text(buffer: bytes) -> str:
-    """The text that a buffer holds up to its NUL; empty if nothing was written there."""
+    """Return the text in a buffer up to its NUL; empty if nothing was written there."""
     text, nul, _ = buffer.partition(b"\0")
     return text.decode() if nul and UNTOUCHED not in text else ""
 
@@ -153,7 +153,7 @@ def create(
     blob_room: int = BLOB_ROOM,
     **fields: int,
 ) -> Answer:
-    """A CREATE was asked for; `fields` replace what the struct would have."""
+    """Request a CREATE; `fields` replace fields of the struct."""
     value = value.encode() if isinstance(value, str) else value
     texts = [ctypes.create_string_buffer(text) for text in (enc.encode(), mode.encode(), value)]
     lengths = {
@@ -167,7 +167,7 @@ def create(
 
 
 def import_blob(blob: bytes, /, *, key_room: int = KEY_ROOM, **fields: int) -> Answer:
-    """An IMPORT was asked for; `fields` replace what the struct would have."""
+    """Request an IMPORT; `fields` replace fields of the struct."""
     return _ask(IMPORT, blob, key_room, {"blob_len": len(blob), **fields})
 
 
@@ -189,7 +189,7 @@ def _ask(request: int, blob: bytes, key_room: int, fields: dict[str, int]) -> An
 
 
 def ioctl(request: int, argument: Any) -> int:
-    """The errno of an ioctl on caam-keygen, 0 if it succeeded."""
+    """Return the errno of an ioctl on caam-keygen; 0 for success."""
     file = os.open(KEYGEN, os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.ioctl(file, request, argument)
@@ -201,7 +201,7 @@ def ioctl(request: int, argument: Any) -> int:
 
 
 class Board:
-    """The simulated CAAM's module, which another chip or a cold boot loads anew."""
+    """The simulated CAAM's module, which is loaded again for another chip or a cold boot."""
 
     def __init__(self) -> None:
         self.otpmk = (PARAMETERS / "otpmk").read_text().strip()
@@ -209,17 +209,17 @@ class Board:
         self._booted = False
 
     def cold_boot(self, otpmk: str = "", *, secure: bool = True) -> None:
-        """The chip has this OTPMK (by default the one it had), and knows none of its black keys."""
+        """Load a chip with this OTPMK (by default the same), which knows none of its black keys."""
         self.power_off()
         run("modprobe", "caam_sim", f"otpmk={otpmk or self.otpmk}", f"secure={int(secure)}")
 
     def power_off(self) -> None:
-        """The module is not loaded."""
+        """Unload the module."""
         self._booted = True
         run("rmmod", "caam_sim")
 
     def restore(self) -> None:
-        """The chip is the one it was at first."""
+        """Load the original chip."""
         if not self._booted:
             return
         if PARAMETERS.exists():
@@ -228,7 +228,7 @@ class Board:
 
 
 def crypt(cipher: str, key: bytes, text: bytes, *, decrypt: bool = False, iv: bytes = b"") -> bytes:
-    """The text through a cipher of the kernel, over AF_ALG. Raises: OSError."""
+    """Run the text through a cipher of the kernel, over AF_ALG. Raises: OSError."""
     operation = socket.ALG_OP_DECRYPT if decrypt else socket.ALG_OP_ENCRYPT
     with algorithm(cipher, key) as transform:
         job, _ = transform.accept()
@@ -239,7 +239,7 @@ def crypt(cipher: str, key: bytes, text: bytes, *, decrypt: bool = False, iv: by
 
 @contextmanager
 def algorithm(cipher: str, key: bytes) -> Iterator[socket.socket]:
-    """A transform with this key. Raises: OSError from its setkey."""
+    """Return a transform with this key. Raises: OSError from its setkey."""
     with socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET) as transform:
         transform.bind(("skcipher", cipher))
         transform.setsockopt(socket.SOL_ALG, socket.ALG_SET_KEY, key)
@@ -248,7 +248,7 @@ def algorithm(cipher: str, key: bytes) -> Iterator[socket.socket]:
 
 @contextmanager
 def logon_key(description: str, payload: bytes) -> Iterator[str]:
-    """A logon key in the session keyring; yields how a table spells it."""
+    """Add a logon key to the session keyring; yield its spelling in a table."""
     serial = run("keyctl", "padd", "logon", description, "@s", stdin=payload).strip()
     try:
         yield f":{len(payload)}:logon:{description}"
@@ -265,16 +265,16 @@ class Medium:
 
     @property
     def sectors(self) -> int:
-        """The device's size in sectors of 512 bytes."""
+        """Size of the device in sectors of 512 bytes."""
         return self.file.stat().st_size // SECTOR
 
     def table(self, cipher: str, key: str) -> str:
-        """The table of a dm-crypt mapping over the whole medium."""
+        """Return the table of a dm-crypt mapping over the whole medium."""
         return f"0 {self.sectors} crypt {cipher} {key} 0 {self.device} 0"
 
     @contextmanager
     def mapped(self, cipher: str, key: str) -> Iterator[str]:
-        """The medium is mapped; yields the mapping's device. Raises: AssertionError."""
+        """Map the medium; yield the mapping's device. Raises: AssertionError."""
         name = "witness"
         run("dmsetup", "create", name, "--table", self.table(cipher, key))
         try:
@@ -285,7 +285,7 @@ class Medium:
 
 @contextmanager
 def loop_medium(size_bytes: int) -> Iterator[Medium]:
-    """A medium of that size, gone on the way out."""
+    """Make a medium of that size; remove it afterwards."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         file = Path(folder) / "medium"
         file.touch()
@@ -298,22 +298,22 @@ def loop_medium(size_bytes: int) -> Iterator[Medium]:
 
 
 def detach(device: str) -> None:
-    """The loop device has let go of what was below it.
+    """Detach the loop device and wait until it has released its file.
 
-    While udevd reads it, it does so at the last close only (loop_clr_fd in drivers/block/loop.c).
+    While udevd reads it, this happens only at the last close (loop_clr_fd in drivers/block/loop.c).
     """
     run("losetup", "-d", device)
     run("udevadm", "settle")
 
 
 def read(device: str, count: int) -> bytes:
-    """The device's first bytes. Raises: OSError."""
+    """Return the device's first bytes. Raises: OSError."""
     with open(device, "rb", buffering=0) as file:
         return file.read(count)
 
 
 def write(device: str, text: bytes) -> None:
-    """The bytes are on the device. Raises: OSError."""
+    """Write the bytes to the device. Raises: OSError."""
     with open(device, "wb", buffering=0) as file:
         file.write(text)
         os.fsync(file)

@@ -1,4 +1,4 @@
-"""Media come and go for a long time while everything goes wrong, and nothing grows.
+"""Media come and go for a long time while everything fails, and nothing grows.
 
     PYTHONPATH=agent:tests .venv/bin/python -m life.soak --cycles 100000 --seed 1
 
@@ -47,10 +47,10 @@ ERRORS: tuple[Callable[[str], HotplugError], ...] = (
     lambda step: MountError(step, "x", errno.EIO),
     lambda step: DmError(step, "x", errno.ENOMEM),
 )
-LOOK_EVERY = 1000
+CHECK_EVERY = 1000
 GROWTH_MAX_KIB = 1024
 GROWTH_MAX_BLOCKS = 2000
-"""Of Python's own memory, in which pages that are merely touched do not count."""
+"""Growth of Python's own memory, which does not count pages that are only touched."""
 
 
 class LeakError(AssertionError):
@@ -58,22 +58,22 @@ class LeakError(AssertionError):
 
 
 def resident_kib() -> int:
-    """The process's resident memory."""
+    """Return the resident memory of this process."""
     gc.collect()
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def of_the_process() -> dict[str, int]:
-    """What the process has open and running."""
+def process_resources() -> dict[str, int]:
+    """Count the open files and threads of this process."""
     for thread in threading.enumerate():
         if thread is not threading.main_thread():
-            thread.join(60)  # its call has been answered; it has only to end
+            thread.join(60)  # its call is answered; it only has to end
     return {"threads": threading.active_count(), "fds": len(os.listdir("/proc/self/fd"))}
 
 
 class Soak:
-    """A bench, and chance."""
+    """A bench with random events and faults."""
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
@@ -82,33 +82,39 @@ class Soak:
         self.crashes = 0
         self.faults = 0
 
-    def run(self, cycles: int, *, threads: bool, told: Callable[[], None]) -> None:
-        """So many cycles more have passed. Raises: LeakError; AssertionError."""
+    def run(self, cycles: int, *, threads: bool, report: Callable[[], None]) -> None:
+        """Run this many more cycles. Raises: LeakError; AssertionError."""
         self._bench = Bench(RULES, threads=threads)
         self._bench.start()
         end = self.cycles + cycles
-        self._look()
-        before = of_the_process()
+        self._check()
+        before = process_resources()
         while self.cycles < end:
-            next_look = min(end, self.cycles + LOOK_EVERY)
-            while self.cycles < next_look:
-                self._something()
-            self._look()
-            if (now := of_the_process()) != before:
+            next_check = min(end, self.cycles + CHECK_EVERY)
+            while self.cycles < next_check:
+                self._random_event()
+            self._check()
+            if (now := process_resources()) != before:
                 raise LeakError(f"{before} has become {now}")
-            told()
+            report()
         self._bench.stop()
         self._bench.close()
 
-    def _something(self) -> None:
+    def _random_event(self) -> None:
         bench, chance = self._bench, self._chance
         act = chance.choices(
-            (self._plug_or_pull, self._time_passes, self._goes_wrong, self._people, self._restart),
+            (
+                self._plug_or_pull,
+                self._pass_time,
+                self._add_fault,
+                self._use_mounts,
+                self._restart,
+            ),
             (50, 30, 12, 6, 2),
         )[0]
         act()
-        if bench.has_failed:  # without a list of its mappings it does not start; systemd starts it
-            bench.failed_to_start()
+        if bench.has_failed:  # without a list of its mappings it does not start
+            bench.take_error()
             bench.start()
         bench.kernel.steps.clear()
         bench.kernel.subjects.clear()
@@ -116,31 +122,31 @@ class Soak:
 
     def _plug_or_pull(self) -> None:
         bench, chance = self._bench, self._chance
-        name, is_heard = chance.choice(NAMES), chance.random() > 0.02
+        name, is_reported = chance.choice(NAMES), chance.random() > 0.02
         if name in bench.kernel.media:
-            (bench if is_heard else bench.kernel).yank(name)
+            (bench if is_reported else bench.kernel).pull(name)
             self.cycles += 1
         else:
-            (bench if is_heard else bench.kernel).insert(
+            (bench if is_reported else bench.kernel).insert(
                 chance.choice(LABELS),
                 name,
                 read_only=chance.random() < 0.1,
                 identified=chance.random() > 0.1,
             )
 
-    def _time_passes(self) -> None:
+    def _pass_time(self) -> None:
         match self._chance.randrange(4):
             case 0:
-                self._bench.turns(self._chance.randrange(1, 40))
+                self._bench.run_turns(self._chance.randrange(1, 40))
             case 1:
                 self._bench.wait(self._chance.choice((0.1, 2.0, 30.0)))
             case _:
                 self._bench.settle()
 
-    def _goes_wrong(self) -> None:
+    def _add_fault(self) -> None:
         chance, faults = self._chance, self._bench.kernel.faults
         if len(faults) > 3:
-            faults.clear()  # they were for steps that nobody takes
+            faults.clear()  # no call takes their steps
         step = chance.choice(STEPS)
         if chance.random() < 0.5:
             fault = Fault(step, chance.choice(ERRORS)(step))
@@ -150,14 +156,14 @@ class Soak:
         fault.after = chance.randrange(3)
         faults.append(fault)
 
-    def _people(self) -> None:
+    def _use_mounts(self) -> None:
         bench = self._bench
         match self._chance.randrange(4):
             case 0:
                 for mount in bench.kernel.mounts:
                     bench.kernel.users[mount.point.rsplit("/", 1)[1]] = 1
             case 1:
-                bench.kernel.let_go()
+                bench.kernel.close_holders()
             case 2 if bench.kernel.media:
                 bench.appear(self._chance.choice(list(bench.kernel.media.values())).volume)
             case _:
@@ -169,39 +175,39 @@ class Soak:
             bench.kill()
             self.crashes += 1
         else:
-            bench.wait(100)  # a stop waits for whatever hangs
+            bench.wait(100)  # a stop waits for all hanging calls
             if bench.has_failed:
-                bench.failed_to_start()
+                bench.take_error()
             else:
                 bench.stop()
         bench.start()
 
-    def _look(self) -> None:
-        """All media are out, nothing is wrong any more, nothing is left. Raises: LeakError."""
+    def _check(self) -> None:
+        """Pull all media, end all faults, and check that nothing is left. Raises: LeakError."""
         bench = self._bench
         bench.kernel.faults.clear()
         bench.wait(1000)
-        bench.lose_events()  # and so hears of all that it has not heard of
+        bench.lose_events()  # so that it learns of all unreported events
         bench.settle()
-        self._see_that_what_is_told_is_true()
+        self._check_published_states()
         for name in list(bench.kernel.media):
-            bench.yank(name)
+            bench.pull(name)
         bench.settle()
-        for name, count in bench.memories().items():
+        for name, count in bench.table_sizes().items():
             if count != (1 if name == "tasks" else 0):
                 raise LeakError(f"{name}: {count}")
         if any(entry.state is not State.REMOVED_UNSAFELY for entry in bench.registry.entries()):
-            raise LeakError(f"on the board: {bench.registry.entries()}")
-        bench.kernel.let_go()
+            raise LeakError(f"published: {bench.registry.entries()}")
+        bench.kernel.close_holders()
         bench.stop()
-        bench.start()  # what a failed release has left, the next start sweeps
+        bench.start()  # the next start releases the leftovers of a failed release
         bench.settle()
-        self.faults += bench.kernel.harmed
-        bench.kernel.harmed = 0
+        self.faults += bench.kernel.faulted_calls
+        bench.kernel.faulted_calls = 0
         if left := bench.kernel.leftovers():
-            raise LeakError(f"left: {left}")
+            raise LeakError(f"leftovers: {left}")
 
-    def _see_that_what_is_told_is_true(self) -> None:
+    def _check_published_states(self) -> None:
         points = {mount.point for mount in self._bench.kernel.mounts}
         for entry in self._bench.registry.entries():
             if entry.state is State.MOUNTED and entry.reason.split()[1].rstrip(",") not in points:
@@ -210,8 +216,8 @@ class Soak:
                 raise LeakError(f"nothing hangs: {entry}")
 
 
-def soak(cycles: int, seed: int, told: Callable[[str], None]) -> str:
-    """All cycles have passed; the figures, in a line. Raises: LeakError."""
+def soak(cycles: int, seed: int, report: Callable[[str], None]) -> str:
+    """Run all cycles; return the figures in a line. Raises: LeakError."""
     logging.getLogger("caam_hotplug").setLevel(logging.CRITICAL)
     running, started = Soak(seed), time.monotonic()
     warm: tuple[int, int] | None = None
@@ -219,14 +225,14 @@ def soak(cycles: int, seed: int, told: Callable[[str], None]) -> str:
 
     def progress() -> None:
         nonlocal warm
-        if warm is None and running.cycles >= min(5 * LOOK_EVERY, cycles // 2):
+        if warm is None and running.cycles >= min(5 * CHECK_EVERY, cycles // 2):
             warm = resident_kib(), sys.getallocatedblocks()
-        told(f"{running.cycles} of {cycles} cycles, {running.faults} faults")
+        report(f"{running.cycles} of {cycles} cycles, {running.faults} faults")
 
-    running.run(cycles - in_threads, threads=False, told=progress)
+    running.run(cycles - in_threads, threads=False, report=progress)
     assert warm is not None
     grown_kib, grown_blocks = resident_kib() - warm[0], sys.getallocatedblocks() - warm[1]
-    running.run(in_threads, threads=True, told=progress)
+    running.run(in_threads, threads=True, report=progress)
     seconds = time.monotonic() - started
     if grown_kib >= GROWTH_MAX_KIB or grown_blocks >= GROWTH_MAX_BLOCKS:
         raise LeakError(f"memory has grown by {grown_kib} KiB, {grown_blocks} blocks of Python's")
@@ -239,18 +245,18 @@ def soak(cycles: int, seed: int, told: Callable[[str], None]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="life.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--cycles", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
 
-    def told(words: str) -> None:
+    def report(words: str) -> None:
         if sys.stdout.isatty():
             print(f"\r{words}", end="", flush=True)
 
-    line = soak(arguments.cycles, arguments.seed, told)
+    line = soak(arguments.cycles, arguments.seed, report)
     print(f"\r{line}" if sys.stdout.isatty() else line)
 
 

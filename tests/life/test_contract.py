@@ -14,14 +14,14 @@ from fakes.kernel import FakeKernel, FakeMapping
 
 
 class FakeWorld:
-    """A fake kernel with a medium in it."""
+    """Fake kernel with a medium in it."""
 
     def __init__(self) -> None:
         self.fake = FakeKernel()
         self.volume = self.fake.insert()
         self.fake.blobs[OTHER_BLOB] = b"another tagged key".ljust(48)
         self.fake.blobs[DAMAGED_BLOB] = b"foreign"
-        self.kernel = self.fake.process()
+        self.kernel = self.fake.start_process()
 
     def reads_as_written(self, node: str) -> bool:
         return self.fake.reads_as_written(node)
@@ -30,13 +30,13 @@ class FakeWorld:
     def held(self, node: str) -> Iterator[None]:
         self.fake.by_node(node).holders += 1
         yield
-        self.fake.let_go()
+        self.fake.close_holders()
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
         self.fake.users[name] = 1
         yield
-        self.fake.let_go()
+        self.fake.close_holders()
 
     @contextmanager
     def directory(self, name: str, *, content: bool) -> Iterator[None]:
@@ -54,7 +54,7 @@ class FakeWorld:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    """A world in memory, with nothing left in it afterwards."""
+    """World in memory, with nothing left in it afterwards."""
     made = FakeWorld()
     yield made
     assert made.fake.leftovers() == []

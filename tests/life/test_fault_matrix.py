@@ -1,12 +1,11 @@
 """Every kernel step fails, hangs and answers late, at every moment in which the agent takes it.
 
-The combinations are made of tables: which moments there are (MOMENTS), with which errors a step
-can fail (ERRNOS), in which ways (ways_to_fail, ways_to_hang). Which calls a moment makes is not
-written down: it is recorded from an undisturbed run, so that a new call is tried from its first
-day.
+The combinations come from tables: the moments (MOMENTS), the errors of a step (ERRNOS), and the
+kinds of fault (failures_of, hangs_of). The calls of a moment are not written down. They are
+recorded from an undisturbed run, so that a new call is tried from its first day.
 
-Three volumes take part: the one that the fault is about, a neighbour that is mounted before, and
-one that is plugged while the fault lasts.
+Three volumes take part: the target of the fault, a neighbour that is mounted before, and a volume
+that is plugged while the fault lasts.
 """
 
 from __future__ import annotations
@@ -165,18 +164,19 @@ DM_STEPS: Final = {
     "load_error_table", "remove_mapping", "keep_mapping",
 }  # fmt: skip
 GLOBAL: Final = {"mounts"}
-"""What names no volume, so that a fault cannot be aimed at one of several. It is read from memory
-on the loop and cannot hang; volume/mount_table.py says why."""
+"""Steps that name no volume, so that a fault cannot be aimed at one of several. The mount table is
+read from memory on the loop and cannot hang; volume/mount_table.py says why.
+"""
 HARMS: Final = {
     "flush", "unmount", "detach", "remove_mount_point", "load_error_table", "remove_mapping",
 }  # fmt: skip
 LOADS: Final = {"load_trusted_key", "load_encrypted_key"}
 LISTS: Final = {"our_mappings", "our_mount_points"}
-"""What the agent does before it serves anybody."""
+"""Steps of the agent before it serves a volume."""
 
 
 def error_of(step: str, number: int) -> HotplugError:
-    """What `kernel.linux.Linux` raises for an errno in a step."""
+    """Return the error that `kernel.linux.LinuxKernel` raises for an errno in a step."""
     words = ("take the step", f"of {step}", number)
     match step, number:
         case "read_blob", errno.ENOENT:
@@ -209,59 +209,61 @@ def error_of(step: str, number: int) -> HotplugError:
 
 @dataclass
 class Scene:
-    """A bench with a volume that something will happen to, and its neighbours."""
+    """A bench with a target volume and its neighbours."""
 
     bench: Bench
     target: Volume
     neighbour: Volume | None
-    """Mounted before. None where a fault cannot be aimed at the target alone."""
+    """Volume that is mounted before; None where a fault cannot be aimed at the target alone."""
 
     def subjects(self) -> frozenset[str]:
-        """What the kernel's steps call the target, and what is made for it."""
+        """Return the kernel steps' names for the target and for the objects made for it."""
         which = self.target.id
         return frozenset({
             "", LABEL, "stale", self.target.name, f"{LABEL}.bb", KEY.decode(),
             names.key_description(which), names.dm_uuid(which), names.dm_name(which, LABEL),
         })  # fmt: skip
 
-    def told(self) -> tuple[State, str]:
-        """What was published of the target last."""
-        said = [(s, why) for volume, s, why in self.bench.states if volume.id == self.target.id]
-        return said[-1] if said else (State.GONE, "")
+    def published(self) -> tuple[State, str]:
+        """Return the state and reason that were published last for the target."""
+        published = [
+            (s, why) for volume, s, why in self.bench.states if volume.id == self.target.id
+        ]
+        return published[-1] if published else (State.GONE, "")
 
     def was_mounted(self) -> bool:
-        """Whether the target was ever said to be mounted."""
+        """Whether the target was ever published as mounted."""
         return any(v.id == self.target.id and s is State.MOUNTED for v, s, _ in self.bench.states)
 
     def plug_another(self) -> Volume:
-        """A neighbour has been plugged."""
+        """Plug a neighbour."""
         later = self.bench.insert("later", "sdc1", key=b"later".ljust(36))
         self.bench.settle()
         return later
 
     def is_served(self, volume: Volume) -> bool:
-        """Whether the volume is mounted, and said to be."""
+        """Whether the volume is mounted and published as mounted."""
         points = [mount.point for mount in self.bench.kernel.mounts]
         is_there = points.count(f"/run/media/{volume.partlabel}") == 1
         return is_there and self.bench.state(volume) is State.MOUNTED
 
-    def harms_to_the_neighbour(self) -> set[str]:
-        """The steps taken against the neighbour that was mounted before."""
+    def steps_against_the_neighbour(self) -> set[str]:
+        """Return the steps taken against the neighbour that was mounted before."""
         kernel = self.bench.kernel
         noted = zip(kernel.steps, kernel.subjects, strict=True)
         return {step for step, subject in noted if "neighbour" in subject} & HARMS
 
     def end(self, *, restart: bool) -> None:
-        """The fault is over, all media have left, all have let go. Nothing is left of anybody.
+        """End the fault, pull all media, close all holders, and check that nothing is left.
 
-        With `restart`, something may be until the agent has been started again.
+        With `restart`, leftovers may remain until the agent has been started again.
         """
         bench = self.bench
         bench.kernel.faults.clear()
         for name in list(bench.kernel.media):
-            bench.yank(name)
+            bench.pull(name)
         bench.settle()
-        bench.kernel.let_go()
+        bench.kernel.close_holders()
         if bench.running:
             bench.cancel()
         if restart:
@@ -274,7 +276,7 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """Something that happens to a volume, and how it ends if all goes well."""
+    """Something that happens to a volume, and its state afterwards if nothing fails."""
 
     name: str
     before: Callable[[Scene], None]
@@ -287,7 +289,7 @@ class Moment:
     backend: Backend = "tagged"
 
     def scene(self, *, alone: bool = False) -> Scene:
-        """Everything is as it is right before the moment."""
+        """Prepare a bench for the moment."""
         bench = Bench()
         bench.kernel.backend = self.backend
         bench.start()
@@ -301,30 +303,30 @@ class Moment:
             bench.kernel.users[LABEL] = 1
         bench.kernel.steps.clear()
         bench.kernel.subjects.clear()
-        bench.kernel.harmed = 0
+        bench.kernel.faulted_calls = 0
         bench.states.clear()
         return scene
 
 
-def unheard_of(_scene: Scene) -> None:
-    """The target is there, and nobody has told the agent."""
+def unreported(_scene: Scene) -> None:
+    """Leave the target present and unreported."""
 
 
 def mounted(scene: Scene) -> None:
-    """The target is mounted."""
+    """Mount the target."""
     scene.bench.appear(scene.target)
     scene.bench.settle()
     assert scene.is_served(scene.target)
 
 
 def crashed(scene: Scene) -> None:
-    """The target is mounted and no agent runs."""
+    """Mount the target and kill the agent."""
     mounted(scene)
     scene.bench.kill()
 
 
-def half_made(scene: Scene) -> None:
-    """The agent died when the target's mapping had no table yet."""
+def without_table(scene: Scene) -> None:
+    """Kill the agent while the target's mapping has no table yet."""
     scene.bench.kernel.faults.append(Fault("load_table", hangs_s=1.0))
     scene.bench.appear(scene.target)
     scene.bench.settle()
@@ -332,49 +334,49 @@ def half_made(scene: Scene) -> None:
 
 
 def orphaned(scene: Scene) -> None:
-    """The agent died, then the target left; and a directory of ours lies about."""
+    """Kill the agent, then pull the target; leave an unused mount point behind."""
     crashed(scene)
-    scene.bench.kernel.yank("sda1")
+    scene.bench.kernel.pull("sda1")
     scene.bench.kernel.directories["stale"] = "ours"
 
 
 def arrive(scene: Scene) -> None:
-    """The agent hears of the target."""
+    """Report the target to the agent."""
     scene.bench.appear(scene.target)
 
 
 def announced(scene: Scene) -> None:
-    """The agent hears of the target from the kernel, and udev has yet to tell."""
+    """Report the target to the agent as the kernel does, before udev."""
     scene.bench.announce(scene.target)
 
 
 def pull(scene: Scene) -> None:
-    """The target's medium is pulled."""
-    scene.bench.yank("sda1")
+    """Pull the target's medium."""
+    scene.bench.pull("sda1")
 
 
 def stop(scene: Scene) -> None:
-    """The agent is told to stop."""
-    scene.bench.ask_to_stop()
+    """Ask the agent to stop."""
+    scene.bench.begin_stop()
 
 
 def start(scene: Scene) -> None:
-    """An agent is started, and the target is there."""
+    """Start an agent while the target is present."""
     scene.bench.start()
 
 
 def find_leftovers(scene: Scene) -> None:
-    """An agent is started, and the target is not there any more."""
+    """Start an agent after the target has left."""
     scene.bench.start()
 
 
 MOMENTS: Final = (
-    Moment("arrival", unheard_of, arrive, State.MOUNTED),
-    Moment("arrival without udevd", unheard_of, arrive, State.MOUNTED, identified=False),
-    Moment("arrival before udev", unheard_of, announced, State.MOUNTED, is_early=True),
-    Moment("arrival with a trusted key", unheard_of, arrive, State.MOUNTED, backend="trusted"),
-    Moment("arrival with an encrypted key", unheard_of, arrive, State.MOUNTED, backend="encrypted"),
-    Moment("recovery", half_made, start, State.MOUNTED),
+    Moment("arrival", unreported, arrive, State.MOUNTED),
+    Moment("arrival without udevd", unreported, arrive, State.MOUNTED, identified=False),
+    Moment("arrival before udev", unreported, announced, State.MOUNTED, is_early=True),
+    Moment("arrival with a trusted key", unreported, arrive, State.MOUNTED, backend="trusted"),
+    Moment("arrival with an encrypted key", unreported, arrive, State.MOUNTED, backend="encrypted"),
+    Moment("recovery", without_table, start, State.MOUNTED),
     Moment("adoption", crashed, start, State.MOUNTED),
     Moment("adoption while in use", crashed, start, State.MOUNTED, held=True),
     Moment("pull", mounted, pull, State.REMOVED_UNSAFELY),
@@ -382,8 +384,8 @@ MOMENTS: Final = (
     Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
     Moment("stop", mounted, stop, State.GONE),
     Moment("stop while in use", mounted, stop, State.GONE, held=True),
-    Moment("sweep", orphaned, find_leftovers, State.GONE),
-    Moment("sweep while in use", orphaned, find_leftovers, State.GONE, held=True),
+    Moment("release of leftovers", orphaned, find_leftovers, State.GONE),
+    Moment("release of leftovers while in use", orphaned, find_leftovers, State.GONE, held=True),
 )
 STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, find_leftovers}]
 
@@ -391,37 +393,37 @@ STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, find_left
 # combinations
 
 tried: Final[Counter[str]] = Counter()
-"""How many combinations were tried, for the summary of a test run."""
+"""Number of combinations that were tried, for the summary of a test run."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """One call of one moment, and what goes wrong with it."""
+    """One call of one moment, and its fault."""
 
     moment: Moment
     step: str
     nth: int
-    """Which of the moment's calls of this step."""
+    """Number of the call among the moment's calls of this step."""
     number: int = 0
-    """The errno it fails with; 0 for a call that hangs."""
+    """Errno of the failure; 0 for a call that hangs."""
     lasting: bool = False
     acts_first: bool = False
 
     def __str__(self) -> str:
         if self.number:
-            way = f"{errno.errorcode[self.number]} {'always' if self.lasting else 'once'}"
+            fault = f"{errno.errorcode[self.number]} {'always' if self.lasting else 'once'}"
         else:
-            way = "acts, answers late" if self.acts_first else "hangs, then acts"
-        return f"{self.moment.name}: {self.step} {self.nth + 1}: {way}"
+            fault = "acts, answers late" if self.acts_first else "hangs, then acts"
+        return f"{self.moment.name}: {self.step} {self.nth + 1}: {fault}"
 
     @property
     def error(self) -> HotplugError:
-        """What the call raises."""
+        """Error that the call raises."""
         return error_of(self.step, self.number)
 
     @property
     def precedes_service(self) -> bool:
-        """Whether the call is one that a starting agent makes before it serves anybody."""
+        """Whether a starting agent makes this call before it serves a volume."""
         stale = (
             self.moment.act is find_leftovers
             and self.step == "remove_mount_point"
@@ -430,27 +432,28 @@ class Combination:
         return stale or self.step in LISTS
 
     @property
-    def is_taken_on_the_dm_lane(self) -> bool:
-        """Whether others wait behind it: a key is unlinked in one go with the load of its table."""
+    def is_taken_by_the_dm_worker(self) -> bool:
+        """Whether others wait behind the call: the load of a table also unlinks its key."""
         loads = self.moment.act in {arrive, announced, start} and self.step == "unlink_key"
         return self.step in DM_STEPS or loads
 
     @property
     def state_after_failure(self) -> State:
-        """What is true of the target when the call has failed."""
+        """State of the target after the call has failed."""
         act = self.moment.act
         if act is find_leftovers or self.step in {"unmount", "our_mount_points"}:
-            return self.moment.ends_in  # no life of the target's; then detached; only listed
+            return self.moment.ends_in  # no lifecycle of the target; a detach follows; only listed
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
         return State.REMOVED_UNSAFELY if act is pull else State.FAILED
 
     @property
     def may_leave_something(self) -> bool:
-        """Whether letting go itself has failed, so that only the next start can be sure.
+        """Whether the release itself fails, so that only the next start releases everything.
 
-        A life tries once more at its end, but for the directory, which harms nobody; a sweep,
-        and a life under a lasting fault, leave the rest to the next start.
+        A lifecycle retries once at its end, except for the directory, which is harmless. The
+        release of leftovers, and a lifecycle under a lasting fault, leave the rest to the next
+        start.
         """
         once_more = not self.lasting and self.moment.act in {pull, stop}
         releases = self.moment.act in {pull, stop, find_leftovers}
@@ -458,7 +461,7 @@ class Combination:
 
     @contextmanager
     def under_way(self) -> Iterator[Scene]:
-        """The moment has come and the fault has hit; afterwards nothing of anybody's is left."""
+        """Start the moment until the fault has hit; check afterwards that nothing is left."""
         scene = self.moment.scene(alone=self.step in GLOBAL)
         scene.bench.kernel.faults.append(
             Fault(
@@ -475,7 +478,7 @@ class Combination:
         try:
             self.moment.act(scene)
             scene.bench.settle()
-            assert scene.bench.kernel.harmed
+            assert scene.bench.kernel.faulted_calls
             yield scene
             scene.end(restart=self.number != 0 and self.may_leave_something)
         except BaseException as error:
@@ -483,20 +486,20 @@ class Combination:
             raise
 
     def assert_stuck(self, scene: Scene) -> None:
-        """The target is said to be stuck in this step; a sweep's target is nobody's to speak of."""
-        state, said = scene.told()
+        """Check that the target is published as stuck; a leftover has no published state."""
+        state, reason = scene.published()
         if self.moment.act is not find_leftovers:
             assert state is State.STUCK
-            assert said.endswith(": the kernel has not answered for 3 s; still waiting")
+            assert reason.endswith(": the kernel has not answered for 3 s; still waiting")
 
     def assert_waiting(self, scene: Scene, other: Volume) -> None:
-        """The other volume is said to wait behind the target's step."""
+        """Check that the other volume's state says that it waits behind the target's step."""
         assert scene.bench.state(other) is State.STUCK
-        assert "it waits for its turn behind another volume's call" in scene.bench.said(other)
+        assert "it waits for its turn behind another volume's call" in scene.bench.reason(other)
 
 
 def calls_of(moment: Moment, *, alone: bool) -> Counter[str]:
-    """How often the target's moment takes each step when nothing goes wrong."""
+    """Count the target's calls of each step in an undisturbed moment."""
     scene = moment.scene(alone=alone)
     moment.act(scene)
     scene.bench.settle()
@@ -508,17 +511,17 @@ def calls_of(moment: Moment, *, alone: bool) -> Counter[str]:
 
 
 Call = tuple[Moment, str, int]
-"""The step's n-th call in a moment, from 0."""
+"""A step's n-th call in a moment, from 0."""
 CALLS: Final[list[Call]] = [
     (moment, step, nth)
     for moment in MOMENTS
     for alone in (False, True)
     for step, count in calls_of(moment, alone=alone).items()
-    if (moment.identified and not moment.is_early) or step == "identify"  # the rest is as with udev
-    if moment.backend == "tagged" or step in LOADS  # the rest is as with a tagged key
+    if (moment.identified and not moment.is_early) or step == "identify"  # otherwise as with udev
+    if moment.backend == "tagged" or step in LOADS  # otherwise as with a tagged key
     for nth in range(count)
 ]
-THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # a test of its own
+THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # has its own test
 THAT_HANG: Final = [call for call in CALLS if call[1] not in GLOBAL]
 THAT_HANG_WITH_MEDIUM: Final = [
     call for call in THAT_HANG if call[0].act not in {pull, find_leftovers}
@@ -526,19 +529,19 @@ THAT_HANG_WITH_MEDIUM: Final = [
 
 
 def name_of(call: Call) -> str:
-    """The call in words."""
+    """Describe the call."""
     moment, step, nth = call
     return f"{moment.name}: {step} {nth + 1}"
 
 
 def failures_of(call: Call) -> list[Combination]:
-    """All ways in which the call can fail."""
+    """Return all failures of the call."""
     numbers = ERRNOS[call[1]]
     return [Combination(*call, n, lasting) for n in numbers for lasting in (False, True)]
 
 
 def hangs_of(call: Call) -> list[Combination]:
-    """Both ways in which the call can hang."""
+    """Return both ways in which the call can hang."""
     return [Combination(*call, acts_first=acts_first) for acts_first in (False, True)]
 
 
@@ -546,20 +549,22 @@ def hangs_of(call: Call) -> list[Combination]:
 
 
 @pytest.mark.parametrize("call", THAT_FAIL, ids=name_of)
-def test_a_step_that_fails_is_told_is_undone_and_costs_nobody_else_anything(call: Call) -> None:
+def test_a_step_that_fails_is_published_is_undone_and_disturbs_no_other_volume(call: Call) -> None:
     for case in failures_of(call):
         with case.under_way() as scene:
-            state, said = scene.told()
+            state, reason = scene.published()
             assert state is case.state_after_failure
-            assert str(case.error) in said or state is case.moment.ends_in
+            assert str(case.error) in reason or state is case.moment.ends_in
             if scene.neighbour is not None and case.moment.act is not stop:
                 assert not case.lasting or scene.is_served(scene.plug_another())
                 assert scene.is_served(scene.neighbour)
-                assert scene.harms_to_the_neighbour() == set()
+                assert scene.steps_against_the_neighbour() == set()
 
 
 @pytest.mark.parametrize("call", THAT_HANG, ids=name_of)
-def test_a_step_that_hangs_is_called_stuck_holds_up_nobody_else_and_goes_on(call: Call) -> None:
+def test_a_step_that_hangs_is_published_as_stuck_delays_no_other_volume_and_continues(
+    call: Call,
+) -> None:
     for case in hangs_of(call):
         with case.under_way() as scene:
             stopping = case.moment.act is stop
@@ -569,30 +574,30 @@ def test_a_step_that_hangs_is_called_stuck_holds_up_nobody_else_and_goes_on(call
             assert scene.bench.serving is not case.precedes_service
             if scene.bench.serving:
                 case.assert_stuck(scene)
-                if not stopping and case.is_taken_on_the_dm_lane:
+                if not stopping and case.is_taken_by_the_dm_worker:
                     case.assert_waiting(scene, other)
                 elif not stopping:
                     assert scene.is_served(other)
             scene.bench.wait(HANGS_S)
-            assert scene.told()[0] is case.moment.ends_in
+            assert scene.published()[0] is case.moment.ends_in
             if stopping:
                 assert scene.bench.registry.entries() == []
             else:
                 assert scene.is_served(other)
                 assert scene.is_served(scene.neighbour)
-                assert scene.harms_to_the_neighbour() == set()
+                assert scene.steps_against_the_neighbour() == set()
 
 
 @pytest.mark.parametrize("call", THAT_HANG_WITH_MEDIUM, ids=name_of)
-def test_a_step_that_ends_after_its_medium_has_left_leaves_nothing(call: Call) -> None:
+def test_a_step_that_ends_after_its_medium_was_pulled_leaves_nothing(call: Call) -> None:
     for case in hangs_of(call):
         with case.under_way() as scene:
             scene.bench.wait(1)
-            scene.bench.yank("sda1")
+            scene.bench.pull("sda1")
             scene.bench.wait(HANGS_S)
             had_mount = case.moment.before in {mounted, crashed} and not case.precedes_service
             unsafe = had_mount or scene.was_mounted()
-            assert scene.told()[0] is (State.REMOVED_UNSAFELY if unsafe else State.GONE)
+            assert scene.published()[0] is (State.REMOVED_UNSAFELY if unsafe else State.GONE)
             if case.moment.act is not stop:
                 assert scene.neighbour is not None
                 assert scene.is_served(scene.neighbour)
@@ -605,7 +610,7 @@ def test_a_medium_put_back_while_a_step_of_its_first_insertion_hangs_is_served(c
             bench = scene.bench
             bench.wait(1)
             if "sda1" in bench.kernel.media:
-                bench.yank("sda1")
+                bench.pull("sda1")
             again = bench.insert(LABEL, "sda1")
             bench.wait(HANGS_S)
             if case.moment.act is stop:
@@ -622,8 +627,8 @@ def test_an_agent_that_cannot_list_its_mappings_does_not_start_and_touches_nothi
     for number in ERRNOS["our_mappings"]:
         with Combination(moment, "our_mappings", 0, number).under_way() as scene:
             bench = scene.bench
-            assert str(bench.failed_to_start()) == str(error_of("our_mappings", number))
+            assert str(bench.take_error()) == str(error_of("our_mappings", number))
             assert set(bench.kernel.steps) == {"our_mappings"}
             bench.start()
             bench.settle()
-            assert scene.told()[0] is moment.ends_in
+            assert scene.published()[0] is moment.ends_in

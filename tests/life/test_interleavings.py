@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: nothing of ours is left when no medium is."""
+"""In every order of events, nothing of the agent is left when no medium is present."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS_OF_DEPARTURE = ("unmount", "remove_mount_point", "remove_mapping")
 
 
 def turns_until_settled(act: Callable[[Bench], None]) -> int:
-    """How many turns of the loop an act takes, at most."""
+    """Return an upper bound for the turns of the loop that an act takes."""
     bench = Bench()
     bench.start()
     bench.settle()
@@ -42,7 +42,7 @@ def turns_until_settled(act: Callable[[Bench], None]) -> int:
     quiet = 0
     while quiet < 20:
         before = len(bench.kernel.steps) + len(bench.states)
-        bench.turns(1)
+        bench.run_turns(1)
         turns += 1
         quiet = 0 if len(bench.kernel.steps) + len(bench.states) != before else quiet + 1
     bench.stop()
@@ -61,7 +61,7 @@ def test_an_arrival_cancelled_at_every_turn_leaves_nothing() -> None:
         bench.start()
         bench.settle()
         bench.insert()
-        bench.turns(turn)
+        bench.run_turns(turn)
         bench.cancel()
         assert bench.kernel.leftovers() == [], f"after {turn} turns: {bench.kernel.steps}"
         bench.close()
@@ -73,8 +73,8 @@ def test_a_departure_cancelled_at_every_turn_leaves_nothing() -> None:
         bench.start()
         bench.insert()
         bench.settle()
-        bench.yank()
-        bench.turns(turn)
+        bench.pull()
+        bench.run_turns(turn)
         bench.cancel()
         assert bench.kernel.leftovers() == [], f"after {turn} turns: {bench.kernel.steps}"
         bench.close()
@@ -86,13 +86,13 @@ def test_a_medium_pulled_at_every_turn_of_its_arrival_leaves_nothing_and_comes_b
         bench.start()
         bench.settle()
         bench.insert()
-        bench.turns(turn)
-        bench.yank()
+        bench.run_turns(turn)
+        bench.pull()
         again = bench.insert()
         bench.settle()
         assert bench.state(again) is State.MOUNTED, f"after {turn} turns"
         assert len(bench.kernel.mappings) == 1
-        bench.yank()
+        bench.pull()
         bench.settle()
         assert bench.kernel.leftovers() == [], f"after {turn} turns: {bench.kernel.steps}"
         bench.stop()
@@ -105,7 +105,7 @@ def test_a_stop_at_every_turn_of_an_arrival_leaves_nothing() -> None:
         bench.start()
         bench.settle()
         bench.insert()
-        bench.turns(turn)
+        bench.run_turns(turn)
         bench.stop()
         assert bench.kernel.leftovers() == [], f"after {turn} turns: {bench.kernel.steps}"
         bench.close()
@@ -113,7 +113,7 @@ def test_a_stop_at_every_turn_of_an_arrival_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS_OF_ARRIVAL)
-def test_an_agent_killed_around_every_step_of_an_arrival_is_recovered_from(
+def test_the_next_agent_recovers_from_a_kill_around_any_step_of_an_arrival(
     step: str, when: str
 ) -> None:
     bench = Bench()
@@ -128,7 +128,7 @@ def test_an_agent_killed_around_every_step_of_an_arrival_is_recovered_from(
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
     assert (len(bench.kernel.mappings), len(bench.kernel.mounts)) == (1, 1)
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
     bench.stop()
@@ -137,7 +137,7 @@ def test_an_agent_killed_around_every_step_of_an_arrival_is_recovered_from(
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("step", STEPS_OF_DEPARTURE)
-def test_an_agent_killed_around_every_step_of_a_departure_is_swept_after(
+def test_the_next_agent_releases_the_leftovers_of_a_kill_around_any_step_of_a_departure(
     step: str, when: str
 ) -> None:
     bench = Bench()
@@ -145,7 +145,7 @@ def test_an_agent_killed_around_every_step_of_a_departure_is_swept_after(
     bench.insert()
     bench.settle()
     kill_at(bench, step, when)
-    bench.yank()
+    bench.pull()
     bench.settle()
     bench.kill()
     bench.kernel.before = lambda _step: None
@@ -157,7 +157,7 @@ def test_an_agent_killed_around_every_step_of_a_departure_is_swept_after(
 
 
 def kill_at(bench: Bench, step: str, when: str) -> None:
-    """The agent dies right before the step, or right before the next one after it."""
+    """Kill the agent right before the step, or right before the step after it."""
     seen = False
 
     def before(now: str) -> None:
@@ -176,13 +176,13 @@ def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(bench: Bench) -> 
     assert {bench.state(volume) for volume in volumes} == {State.MOUNTED}
     assert len(bench.kernel.mounts) == 32
     for volume in volumes:
-        bench.yank(volume.name)
+        bench.pull(volume.name)
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
 class Machine(RuleBasedStateMachine):
-    """Arrivals, departures, failures, holders, crashes, stops; time passes in between or not."""
+    """Arrivals, departures, failures, holders, crashes and stops; time may pass in between."""
 
     names = st.sampled_from(["sda1", "sdb1", "sdc1"])
     labels = st.sampled_from(["cartridge-01", "cartridge-02", "../../etc"])
@@ -198,12 +198,12 @@ class Machine(RuleBasedStateMachine):
             self.bench.insert(label, name)
 
     @rule(name=names, label=labels)
-    def plug_before_udev_has_looked(self, name: str, label: str) -> None:
+    def plug_before_udev_reports(self, name: str, label: str) -> None:
         if name not in self.bench.kernel.media:
             self.bench.announce(self.bench.kernel.insert(label, name))
 
     @rule(name=names)
-    def udev_opts_it_out(self, name: str) -> None:
+    def udev_opts_out(self, name: str) -> None:
         if name in self.bench.kernel.media:
             medium = self.bench.kernel.media[name]
             medium.volume = replace(medium.volume, opted_out=True)
@@ -212,20 +212,20 @@ class Machine(RuleBasedStateMachine):
     @rule(name=names)
     def pull(self, name: str) -> None:
         if name in self.bench.kernel.media:
-            self.bench.yank(name)
+            self.bench.pull(name)
 
     @rule(name=names)
-    def event_without_news(self, name: str) -> None:
+    def event_without_change(self, name: str) -> None:
         if name in self.bench.kernel.media:
             self.bench.appear(self.bench.kernel.media[name].volume)
 
     @rule(turns=st.integers(1, 40))
     def time_passes(self, turns: int) -> None:
-        self.bench.turns(turns)
+        self.bench.run_turns(turns)
 
     @rule(step=st.sampled_from([*STEPS_OF_ARRIVAL, "unmount", "probe"]))
     def a_step_will_fail(self, step: str) -> None:
-        if step not in {"find_mapping", "unlink_key"}:  # without these nothing can be known
+        if step not in {"find_mapping", "unlink_key"}:  # these tell it what the kernel has
             error = MountError(step, "x", errno.EIO)
             self.bench.kernel.fail_next(step, error)
 
@@ -235,8 +235,8 @@ class Machine(RuleBasedStateMachine):
             self.bench.kernel.users[mount.point.rsplit("/", 1)[1]] = 1
 
     @rule()
-    def everyone_lets_go(self) -> None:
-        self.bench.kernel.let_go()
+    def all_holders_close(self) -> None:
+        self.bench.kernel.close_holders()
 
     @precondition(lambda self: self.bench.running)
     @rule()
@@ -260,7 +260,7 @@ class Machine(RuleBasedStateMachine):
         self.bench.lose_events()
 
     @invariant()
-    def what_is_published_is_true(self) -> None:
+    def published_states_are_true(self) -> None:
         if not hasattr(self, "bench") or not self.bench.running:
             return
         points = {mount.point for mount in self.bench.kernel.mounts}
@@ -275,14 +275,14 @@ class Machine(RuleBasedStateMachine):
             bench.settle()
         bench.kernel.faults.clear()
         for name in list(bench.kernel.media):
-            bench.yank(name)
+            bench.pull(name)
         bench.settle()
         bench.kill()
-        bench.kernel.let_go()
-        bench.start()  # what a failed release left behind, the next start sweeps
+        bench.kernel.close_holders()
+        bench.start()  # the next start releases the leftovers of a failed release
         bench.settle()
         bench.stop()
-        bench.kernel.let_go()
+        bench.kernel.close_holders()
         left = bench.kernel.leftovers()
         bench.close()
         assert left == []

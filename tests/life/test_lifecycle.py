@@ -1,4 +1,4 @@
-"""A volume's life over the fake kernel, step by step."""
+"""A volume's lifecycle over the fake kernel, step by step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_stick_is_unlocked_and_mounted(bench: Bench) -> None:
     )
 
 
-def test_the_key_is_in_no_keyring_once_the_mapping_lives(bench: Bench) -> None:
+def test_the_key_is_in_no_keyring_once_the_mapping_is_live(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     assert bench.kernel.keyrings == [{}]
@@ -39,7 +39,7 @@ def test_the_key_is_in_no_keyring_once_the_mapping_lives(bench: Bench) -> None:
 def test_a_pulled_stick_leaves_nothing(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
     assert bench.state(volume) is State.REMOVED_UNSAFELY
@@ -50,7 +50,7 @@ def test_a_pulled_read_only_stick_was_removed_safely(bench: Bench) -> None:
     bench.settle()
     assert bench.kernel.mounts[0].read_only
     assert next(iter(bench.kernel.mappings.values())).read_only
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.state(volume) is State.GONE
 
@@ -58,7 +58,7 @@ def test_a_pulled_read_only_stick_was_removed_safely(bench: Bench) -> None:
 def test_an_unsafe_removal_is_shown_until_the_next_arrival(bench: Bench) -> None:
     first = bench.insert()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.state(first) is State.REMOVED_UNSAFELY
     bench.insert()
@@ -70,47 +70,47 @@ def test_a_volume_that_no_rule_matches_is_not_touched(bench: Bench) -> None:
     volume = bench.insert("../../etc")
     bench.settle()
     assert bench.state(volume) is State.IGNORED
-    assert "'../../etc' cannot be part of a file name" in bench.said(volume)
+    assert "'../../etc' cannot be part of a file name" in bench.reason(volume)
     assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
 
 
-def test_a_volume_without_blob_waits_and_goes_on_when_it_is_there(bench: Bench) -> None:
+def test_a_volume_without_a_blob_waits_and_continues_when_the_blob_is_there(bench: Bench) -> None:
     volume = bench.insert()
     bench.kernel.blobs.clear()
     bench.settle()
-    assert (bench.state(volume), bench.said(volume)) == (
+    assert (bench.state(volume), bench.reason(volume)) == (
         State.WAITING,
         "no blob /data/caam/cartridge-01.bb",
     )
     bench.kernel.insert("other", "sdz1")
-    bench.kernel.yank("sdz1")
+    bench.kernel.pull("sdz1")
     bench.kernel.blobs["cartridge-01.bb"] = bench.kernel.blobs["other.bb"]
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_a_blob_of_another_board_is_refused_with_the_caams_word(bench: Bench) -> None:
+def test_a_blob_of_another_board_is_refused_with_the_caams_reason(bench: Bench) -> None:
     volume = bench.insert()
     bench.kernel.blobs["cartridge-01.bb"] = b"foreign"
     bench.settle()
-    assert (bench.state(volume), bench.said(volume)) == (
+    assert (bench.state(volume), bench.reason(volume)) == (
         State.FAILED,
         "the CAAM refused the blob",
     )
     assert bench.kernel.leftovers() == []
 
 
-def test_noise_under_the_key_is_not_mounted_and_stays_unmapped(bench: Bench) -> None:
+def test_a_medium_that_is_noise_under_its_key_is_neither_mounted_nor_mapped(bench: Bench) -> None:
     volume = bench.insert()
     bench.kernel.blobs["cartridge-01.bb"] = b"k" * 36
     bench.settle()
     assert bench.state(volume) is State.FAILED
-    assert "no known filesystem under this key" in bench.said(volume)
+    assert "no known filesystem under this key" in bench.reason(volume)
     assert bench.kernel.leftovers() == []
 
 
-def test_a_failed_volume_is_not_tried_again_by_an_event_that_says_nothing_new(
+def test_an_event_without_a_change_does_not_retry_a_failed_volume(
     bench: Bench,
 ) -> None:
     volume = bench.insert()
@@ -122,22 +122,22 @@ def test_a_failed_volume_is_not_tried_again_by_an_event_that_says_nothing_new(
     assert bench.kernel.steps == before
 
 
-def test_a_second_medium_of_the_same_label_waits_for_the_first_to_leave(bench: Bench) -> None:
+def test_a_second_medium_with_the_same_label_waits_until_the_first_is_pulled(bench: Bench) -> None:
     first = bench.insert(name="sda1")
     second = bench.insert(name="sdb1")
     bench.settle()
     assert (bench.state(first), bench.state(second)) == (State.MOUNTED, State.CONFLICT)
-    assert bench.said(second) == "/run/media/cartridge-01 belongs to volume 1-1"
-    bench.yank("sda1")
+    assert bench.reason(second) == "/run/media/cartridge-01 belongs to volume 1-1"
+    bench.pull("sda1")
     bench.settle()
     assert bench.state(second) is State.MOUNTED
 
 
-def test_a_conflicting_medium_that_leaves_first_disturbs_nobody(bench: Bench) -> None:
+def test_a_medium_in_conflict_that_is_pulled_first_disturbs_no_other(bench: Bench) -> None:
     first = bench.insert(name="sda1")
     second = bench.insert(name="sdb1")
     bench.settle()
-    bench.yank("sdb1")
+    bench.pull("sdb1")
     bench.settle()
     assert (bench.state(first), bench.state(second)) == (State.MOUNTED, State.GONE)
 
@@ -151,7 +151,7 @@ def test_a_mount_point_with_content_is_never_shadowed(bench: Bench) -> None:
     del bench.kernel.directories["cartridge-01"]
 
 
-def test_a_conflict_with_the_board_ends_at_the_next_event_after_it_is_resolved(
+def test_a_conflict_with_the_boards_directory_ends_at_the_next_event_after_it_is_resolved(
     bench: Bench,
 ) -> None:
     bench.kernel.directories["cartridge-01"] = "content"
@@ -163,44 +163,44 @@ def test_a_conflict_with_the_board_ends_at_the_next_event_after_it_is_resolved(
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_a_directory_of_the_boards_own_outlives_the_mount(bench: Bench) -> None:
+def test_a_directory_of_the_board_outlives_the_mount(bench: Bench) -> None:
     bench.kernel.directories["cartridge-01"] = "board"
     bench.insert()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.directories == {"cartridge-01": "board"}
 
 
-def test_a_pulled_stick_in_use_loses_its_key_and_its_mapping_follows_the_last_holder(
+def test_a_pulled_stick_in_use_loses_its_key_and_its_mapping_goes_with_the_last_holder(
     bench: Bench,
 ) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
-    bench.yank()
+    bench.pull()
     bench.settle()
     (mapping,) = bench.kernel.mappings.values()
     assert (mapping.live, mapping.key) == ("0 32768 error", None)
     assert (bench.kernel.mounts, bench.kernel.directories) == ([], {})
-    bench.kernel.let_go()
+    bench.kernel.close_holders()
     assert bench.kernel.mappings == {}
 
 
-def test_the_stick_put_back_is_mounted_beside_the_remains_of_its_first_insertion(
+def test_a_stick_that_is_put_back_is_mounted_beside_the_leftovers_of_its_first_insertion(
     bench: Bench,
 ) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
-    bench.yank()
+    bench.pull()
     again = bench.insert()
     bench.settle()
     assert bench.state(again) is State.MOUNTED
     assert len(bench.kernel.mappings) == 2
 
 
-def test_a_stop_flushes_and_lets_go_and_does_not_poison_what_is_in_use(bench: Bench) -> None:
+def test_a_stop_flushes_and_detaches_a_volume_in_use_and_loads_no_error_table(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
@@ -225,20 +225,20 @@ def test_a_stop_flushes_and_lets_go_and_does_not_poison_what_is_in_use(bench: Be
         ("unlink_key", KernelError("unlink", "x", errno.EACCES)),
     ],
 )
-def test_a_step_that_fails_is_told_and_undoes_all_before_it(
+def test_a_step_that_fails_is_published_and_all_steps_before_it_are_undone(
     bench: Bench, step: str, error: BaseException | int
 ) -> None:
     bench.kernel.fail_next(step, error)
     volume = bench.insert()
     bench.settle()
     assert bench.state(volume) is State.FAILED
-    assert bench.said(volume) != ""
-    bench.yank()  # where unlinking itself failed, it is done at the end of the life
+    assert bench.reason(volume) != ""
+    bench.pull()  # a failed unlink is repeated at the end of the lifecycle
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
-def test_an_unmount_that_fails_is_followed_by_a_detachment(bench: Bench) -> None:
+def test_an_unmount_that_fails_is_followed_by_a_detach(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.fail_next("unmount", MountError("unmount", "x", errno.EIO))
@@ -248,37 +248,37 @@ def test_an_unmount_that_fails_is_followed_by_a_detachment(bench: Bench) -> None
 
 
 @pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point", "flush", "detach"])
-def test_a_failing_step_of_a_release_does_not_keep_the_others_from_happening(
-    bench: Bench, step: str
-) -> None:
+def test_a_failing_step_of_a_release_does_not_prevent_the_others(bench: Bench, step: str) -> None:
     bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1 if step == "detach" else 0
-    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
+    bench.kernel.fail_next(step, MountError("release", "x", errno.EIO))
     bench.stop()
     assert {"flush", "unmount", "remove_mount_point", "remove_mapping"} <= (
         set(bench.kernel.steps) | {step}
     )
-    bench.start()  # the next start adopts or sweeps what is left
+    bench.start()  # the next start adopts or releases the leftovers
     bench.settle()
 
 
 @pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point"])
-def test_a_medium_that_left_and_could_not_be_let_go_whole_says_so(bench: Bench, step: str) -> None:
+def test_a_pulled_medium_that_could_not_be_released_completely_is_published_as_such(
+    bench: Bench, step: str
+) -> None:
     volume = bench.insert(read_only=True)
     bench.settle()
-    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
-    bench.yank()
+    bench.kernel.fail_next(step, MountError("release", "x", errno.EIO))
+    bench.pull()
     bench.settle()
     assert bench.state(volume) is State.REMOVED_UNSAFELY
-    assert "could not release it: let go x: Input/output error" in bench.said(volume)
+    assert "could not release it: release x: Input/output error" in bench.reason(volume)
     bench.kill()
     bench.start()
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_kept_under_another_name_is_moved_to_the_one_its_rule_gives_now() -> None:
+def test_a_volume_kept_under_another_name_is_moved_to_the_name_of_its_rule() -> None:
     bench = Bench((Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),))
     bench.start()
     volume = bench.insert()
@@ -297,10 +297,10 @@ def test_a_volume_kept_under_another_name_is_moved_to_the_one_its_rule_gives_now
 
 
 @pytest.mark.parametrize("step", ["remove_mapping", "remove_mount_point", "flush"])
-def test_a_release_that_fails_never_reports_the_clean_state(bench: Bench, step: str) -> None:
+def test_a_release_that_fails_never_publishes_the_clean_state(bench: Bench, step: str) -> None:
     volume = bench.insert()
     bench.settle()
-    bench.kernel.fail_next(step, MountError("let go", "x", errno.EIO))
+    bench.kernel.fail_next(step, MountError("release", "x", errno.EIO))
     bench.stop()
     assert bench.state(volume) is State.FAILED
     bench.start()
@@ -320,7 +320,7 @@ def test_a_rule_that_only_unlocks_leaves_the_mapping_unmounted() -> None:
     bench.close()
 
 
-def test_a_volume_that_its_rule_keeps_outlives_a_stop_and_is_adopted_by_the_next_start() -> None:
+def test_a_kept_volume_outlives_a_stop_and_is_adopted_by_the_next_start() -> None:
     bench = Bench((Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),))
     bench.start()
     volume = bench.insert()
@@ -331,14 +331,14 @@ def test_a_volume_that_its_rule_keeps_outlives_a_stop_and_is_adopted_by_the_next
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
     assert bench.kernel.steps.count("mount") == bench.kernel.steps.count("import_blob") == 1
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
     bench.stop()
     bench.close()
 
 
-def start_beside_a_mapping_that_does_something_else(bench: Bench) -> None:
+def start_with_another_table(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     (mapping,) = bench.kernel.mappings.values()
@@ -348,20 +348,20 @@ def start_beside_a_mapping_that_does_something_else(bench: Bench) -> None:
     bench.settle()
 
 
-def test_a_mapping_that_does_something_else_is_left_alone_until_its_medium_leaves(
+def test_a_mapping_with_another_table_is_not_touched_until_its_medium_is_pulled(
     bench: Bench,
 ) -> None:
-    start_beside_a_mapping_that_does_something_else(bench)
+    start_with_another_table(bench)
     (volume,) = (medium.volume for medium in bench.kernel.media.values())
     assert bench.state(volume) is State.FAILED
-    assert "is not what rule 'built-in' asks for" in bench.said(volume)
+    assert "is not what rule 'built-in' asks for" in bench.reason(volume)
     assert len(bench.kernel.mounts) == 1
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_that_no_rule_matches_any_more_is_let_go_at_the_next_start(bench: Bench) -> None:
+def test_a_volume_that_no_rule_matches_any_more_is_released_at_the_next_start(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
     bench.kill()
@@ -372,11 +372,13 @@ def test_a_volume_that_no_rule_matches_any_more_is_let_go_at_the_next_start(benc
     assert bench.kernel.leftovers() == []
 
 
-def test_a_medium_that_left_while_no_agent_ran_is_swept(bench: Bench) -> None:
+def test_leftovers_of_a_medium_that_was_pulled_while_no_agent_ran_are_released(
+    bench: Bench,
+) -> None:
     bench.insert()
     bench.settle()
     bench.kill()
-    bench.kernel.yank()
+    bench.kernel.pull()
     bench.kernel.directories["stale"] = "ours"
     bench.start()
     bench.settle()
@@ -386,7 +388,7 @@ def test_a_medium_that_left_while_no_agent_ran_is_swept(bench: Bench) -> None:
 KEEP = (Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="c*")),)
 
 
-def test_a_medium_that_leaves_before_it_is_identified_leaves_nothing_of_an_earlier_run(
+def test_leftovers_of_an_earlier_run_are_released_if_the_medium_is_pulled_before_it_is_identified(
     bench: Bench,
 ) -> None:
     bench.insert(identified=False)
@@ -397,78 +399,78 @@ def test_a_medium_that_leaves_before_it_is_identified_leaves_nothing_of_an_earli
     bench.kernel.fail_next("identify", KernelError("read", "x", errno.EIO))
     bench.start()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
 @pytest.mark.parametrize("turns", range(1, 40))
-def test_a_stop_at_any_turn_of_an_adoption_locks_what_an_earlier_run_left(turns: int) -> None:
+def test_a_stop_at_any_turn_of_an_adoption_locks_the_volume_of_the_earlier_run(turns: int) -> None:
     bench = _killed_bench(BUILT_IN)
     bench.start()
-    bench.turns(turns)
+    bench.run_turns(turns)
     bench.stop()
     assert bench.kernel.leftovers() == []
     bench.close()
 
 
 @pytest.mark.parametrize("turns", range(1, 40))
-def test_a_stop_at_any_turn_of_an_adoption_keeps_what_its_rule_keeps(turns: int) -> None:
+def test_a_stop_at_any_turn_of_an_adoption_keeps_a_volume_whose_rule_says_so(turns: int) -> None:
     bench = _killed_bench(KEEP)
     before = bench.kernel.leftovers()
     bench.start()
-    bench.turns(turns)
+    bench.run_turns(turns)
     bench.stop()
     assert bench.kernel.leftovers() == before
     assert {"unmount", "detach", "remove_mapping"}.isdisjoint(bench.kernel.steps)
     bench.close()
 
 
-def test_after_a_crash_the_mounted_one_of_two_with_a_label_still_has_the_mount_point(
+def test_after_a_crash_the_mounted_one_of_two_media_with_a_label_keeps_the_mount_point(
     bench: Bench,
 ) -> None:
     mounted = bench.insert(name="sdb1")
     waiting = bench.insert(name="sda1")
     bench.settle()
     bench.kill()
-    bench.kernel.media = dict(reversed(bench.kernel.media.items()))  # as they are enumerated
+    bench.kernel.media = dict(reversed(bench.kernel.media.items()))  # in the order of enumeration
     bench.start()
     bench.settle()
     assert (bench.state(mounted), bench.state(waiting)) == (State.MOUNTED, State.CONFLICT)
-    bench.yank("sdb1")
+    bench.pull("sdb1")
     bench.settle()
     assert bench.state(waiting) is State.MOUNTED
 
 
-def test_a_card_swapped_in_a_reader_that_tells_of_the_disk_alone_is_let_go(bench: Bench) -> None:
+def test_a_card_swapped_in_a_reader_that_reports_only_the_disk_is_released(bench: Bench) -> None:
     card = bench.insert()
     bench.appear(_disk_of(card))
     bench.settle()
     assert bench.state(card) is State.MOUNTED
-    bench.kernel.yank()
+    bench.kernel.pull()
     bench.appear(replace(_disk_of(card), id=VolumeId(99, 0)))
     bench.settle()
     assert bench.state(card) is State.REMOVED_UNSAFELY
     assert bench.kernel.leftovers() == []
 
 
-def test_disks_that_left_with_their_partitions_while_events_were_lost_are_let_go(
+def test_disks_that_were_pulled_with_their_partitions_while_events_were_lost_are_released(
     bench: Bench,
 ) -> None:
-    # Many, since the order in which departed names are looked at is that of a set.
+    # Many, since departed names are in a set, which has no fixed order.
     cards = [bench.insert(f"card-{n}", f"sd{chr(97 + n)}1") for n in range(8)]
     for card in cards:
         bench.appear(replace(_disk_of(card), name=card.name[:-1]))
     bench.settle()
     for card in cards:
-        bench.kernel.yank(card.name)
+        bench.kernel.pull(card.name)
     bench.lose_events()
     bench.settle()
     assert {bench.state(card) for card in cards} == {State.REMOVED_UNSAFELY}
     assert bench.kernel.leftovers() == []
 
 
-def test_what_udev_tells_while_a_volume_is_identified_without_it_counts(bench: Bench) -> None:
+def test_udevs_report_counts_while_a_volume_is_identified_without_udev(bench: Bench) -> None:
     bench.kernel.faults.append(Fault("identify", hangs_s=60.0))
     volume = bench.insert(identified=False)
     bench.settle()
@@ -478,7 +480,7 @@ def test_what_udev_tells_while_a_volume_is_identified_without_it_counts(bench: B
     assert bench.kernel.mappings == {}
 
 
-def test_lost_events_do_not_cost_a_volume_that_udev_does_not_list_at_the_moment(
+def test_lost_events_do_not_release_a_volume_that_udev_does_not_list_at_the_moment(
     bench: Bench,
 ) -> None:
     volume = bench.insert()
@@ -496,26 +498,26 @@ def test_a_mapping_whose_table_cannot_be_replaced_is_removed_at_its_last_close(
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
     bench.kernel.fail_next("load_error_table", errno.ENOMEM)
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.state(volume) is State.REMOVED_UNSAFELY
-    assert "Cannot allocate memory" in bench.said(volume)
-    bench.kernel.let_go()
+    assert "Cannot allocate memory" in bench.reason(volume)
+    bench.kernel.close_holders()
     assert bench.kernel.leftovers() == []
 
 
-def test_a_release_that_fails_after_another_failure_tells_both(bench: Bench) -> None:
+def test_a_release_that_fails_after_another_failure_publishes_both(bench: Bench) -> None:
     bench.kernel.fail_next("probe", KernelError("probe", "x", errno.EIO))
     bench.kernel.fail_next("remove_mapping", KernelError("remove", "y", errno.EBUSY))
     volume = bench.insert()
     bench.settle()
-    assert bench.said(volume) == (
+    assert bench.reason(volume) == (
         "could not release it: remove y: Device or resource busy; "
         "before that: probe x: Input/output error"
     )
 
 
-def test_a_defect_in_one_life_does_not_cost_the_others_theirs(
+def test_a_defect_in_one_lifecycle_does_not_disturb_the_others(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     healthy = bench.insert("healthy", "sda1")
@@ -524,14 +526,16 @@ def test_a_defect_in_one_life_does_not_cost_the_others_theirs(
     broken = bench.insert("broken", "sdb1")
     bench.settle()
     assert bench.state(healthy) is State.MOUNTED
-    assert (bench.state(broken), bench.said(broken)) == (
+    assert (bench.state(broken), bench.reason(broken)) == (
         State.FAILED,
         "a defect of the agent; the journal has the details",
     )
     assert "TypeError: a defect" in caplog.text
 
 
-def test_a_mount_root_that_cannot_be_swept_keeps_nobody_from_being_served(bench: Bench) -> None:
+def test_a_mount_root_that_cannot_be_listed_prevents_no_volume_from_being_served(
+    bench: Bench,
+) -> None:
     bench.stop()
     bench.kernel.fail_next("our_mount_points", KernelError("open", "/run/media", errno.ELOOP))
     bench.start()
@@ -540,7 +544,7 @@ def test_a_mount_root_that_cannot_be_swept_keeps_nobody_from_being_served(bench:
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_a_volume_that_waits_behind_anothers_call_says_so_and_is_served_after_it(
+def test_a_volume_that_waits_behind_anothers_call_is_published_as_stuck_and_is_served_after_it(
     bench: Bench,
 ) -> None:
     bench.kernel.faults.append(Fault("load_table", hangs_s=60.0))
@@ -549,10 +553,10 @@ def test_a_volume_that_waits_behind_anothers_call_says_so_and_is_served_after_it
     waiting = bench.insert("waiting", "sdb1")
     bench.wait(4)
     assert (bench.state(slow), bench.state(waiting)) == (State.STUCK, State.STUCK)
-    assert bench.said(slow) == (
+    assert bench.reason(slow) == (
         "load the table: the kernel has not answered for 3 s; still waiting"
     )
-    assert bench.said(waiting) == (
+    assert bench.reason(waiting) == (
         "look for the mapping: it waits for its turn behind another volume's call for 3 s; "
         "still waiting"
     )
@@ -560,7 +564,7 @@ def test_a_volume_that_waits_behind_anothers_call_says_so_and_is_served_after_it
     assert (bench.state(slow), bench.state(waiting)) == (State.MOUNTED, State.MOUNTED)
 
 
-def test_each_step_that_takes_long_is_told_by_its_name_though_several_go_in_one_call(
+def test_each_slow_step_is_published_by_its_name_even_if_one_call_takes_several_steps(
     bench: Bench,
 ) -> None:
     bench.kernel.faults += [Fault("probe", hangs_s=5.0), Fault("mount", hangs_s=5.0)]
@@ -578,27 +582,29 @@ def test_a_volume_pulled_while_it_waits_behind_anothers_call_is_forgotten(bench:
     bench.settle()
     waiting = bench.insert("waiting", "sdb1")
     bench.wait(4)
-    bench.yank("sdb1")
+    bench.pull("sdb1")
     bench.wait(60)
     assert bench.state(waiting) is State.GONE
     assert len(bench.kernel.mappings) == 1
 
 
-def test_a_pulled_volume_whose_key_could_not_be_unlinked_takes_it_along(bench: Bench) -> None:
+def test_a_key_that_could_not_be_unlinked_is_unlinked_when_its_volume_is_pulled(
+    bench: Bench,
+) -> None:
     error = KernelError("unlink key", "x", errno.ENOMEM)
     bench.kernel.faults.append(Fault("unlink_key", error, lasting=True))
     volume = bench.insert()
     bench.settle()
-    assert bench.said(volume).startswith(
+    assert bench.reason(volume).startswith(
         "could not release it: unlink key x: Cannot allocate memory"
     )
     bench.kernel.faults.clear()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
 
 
-def test_a_mount_point_that_cannot_be_removed_keeps_no_other_from_being_swept(
+def test_a_mount_point_that_cannot_be_removed_does_not_prevent_the_removal_of_the_others(
     bench: Bench,
 ) -> None:
     bench.stop()
@@ -615,7 +621,7 @@ def test_a_mount_point_that_cannot_be_removed_keeps_no_other_from_being_swept(
     assert bench.kernel.directories == {}
 
 
-def test_a_medium_that_hangs_while_it_is_swept_holds_up_nobody(bench: Bench) -> None:
+def test_a_leftover_whose_release_hangs_delays_no_other_volume(bench: Bench) -> None:
     _orphan(bench)
     bench.kernel.faults.append(Fault("unmount", hangs_s=3600.0))
     bench.start()
@@ -626,13 +632,15 @@ def test_a_medium_that_hangs_while_it_is_swept_holds_up_nobody(bench: Bench) -> 
     assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/healthy"]
 
 
-def test_a_volume_whose_mount_point_is_being_swept_has_it_afterwards(bench: Bench) -> None:
+def test_a_volume_whose_mount_point_belongs_to_a_leftover_has_it_after_the_release(
+    bench: Bench,
+) -> None:
     _orphan(bench)
     bench.kernel.faults.append(Fault("unmount", hangs_s=3600.0))
     bench.start()
     again = bench.insert()
     bench.settle()
-    assert (bench.state(again), bench.said(again)) == (
+    assert (bench.state(again), bench.reason(again)) == (
         State.CONFLICT,
         "/run/media/cartridge-01 belongs to volume 1-1",
     )
@@ -641,19 +649,21 @@ def test_a_volume_whose_mount_point_is_being_swept_has_it_afterwards(bench: Benc
     assert len(bench.kernel.mappings) == 1
 
 
-def test_a_medium_that_leaves_while_mappings_are_listed_is_swept(bench: Bench) -> None:
+def test_leftovers_of_a_medium_that_is_pulled_while_mappings_are_listed_are_released(
+    bench: Bench,
+) -> None:
     bench.insert()
     bench.settle()
     bench.kill()
     bench.kernel.faults.append(Fault("our_mappings", hangs_s=60.0, acts_first=True))
     bench.start()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.wait(60)
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_that_could_not_be_adopted_is_locked_by_a_stop_all_the_same(
+def test_a_volume_that_could_not_be_adopted_is_nevertheless_locked_by_a_stop(
     bench: Bench,
 ) -> None:
     volume = bench.insert()
@@ -668,8 +678,8 @@ def test_a_volume_that_could_not_be_adopted_is_locked_by_a_stop_all_the_same(
     assert bench.kernel.leftovers() == []
 
 
-def test_a_mapping_that_does_something_else_is_left_alone_by_a_stop(bench: Bench) -> None:
-    start_beside_a_mapping_that_does_something_else(bench)
+def test_a_mapping_with_another_table_is_not_touched_by_a_stop(bench: Bench) -> None:
+    start_with_another_table(bench)
     bench.stop()
     assert len(bench.kernel.mounts) == 1
     bench.start()
@@ -678,7 +688,7 @@ def test_a_mapping_that_does_something_else_is_left_alone_by_a_stop(bench: Bench
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("turns", range(12))
-def test_a_kept_volume_that_leaves_while_the_agent_stops_leaves_nothing_or_is_kept(
+def test_a_kept_volume_that_is_pulled_while_the_agent_stops_is_released_or_kept(
     turns: int, *, read_only: bool
 ) -> None:
     bench = Bench(KEEP)
@@ -686,9 +696,9 @@ def test_a_kept_volume_that_leaves_while_the_agent_stops_leaves_nothing_or_is_ke
     volume = bench.insert(read_only=read_only)
     bench.settle()
     kept = bench.kernel.leftovers()
-    bench.tell_to_stop()
-    bench.turns(turns)
-    bench.yank()
+    bench.request_stop()
+    bench.run_turns(turns)
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() in ([], kept)
     assert bench.state(volume) is not State.GONE or bench.kernel.leftovers() == []
@@ -700,40 +710,40 @@ def test_a_kept_volume_that_leaves_while_the_agent_stops_leaves_nothing_or_is_ke
     bench.close()
 
 
-def test_a_medium_that_leaves_before_it_is_adopted_was_not_removed_safely(bench: Bench) -> None:
+def test_a_medium_that_is_pulled_before_it_is_adopted_was_removed_unsafely(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
     bench.kill()
     bench.kernel.faults.append(Fault("find_mapping", hangs_s=60.0))
     bench.start()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.wait(60)
-    assert (bench.state(volume), bench.said(volume)) == (
+    assert (bench.state(volume), bench.reason(volume)) == (
         State.REMOVED_UNSAFELY,
         "it was mounted read-write; what was written last may be lost",
     )
 
 
-def test_a_reader_whose_medium_changes_while_the_agent_stops_does_not_wait_for_the_old_one(
+def test_a_medium_change_while_the_agent_stops_does_not_wait_for_the_old_medium(
     bench: Bench,
 ) -> None:
     volume = bench.insert("one")
     bench.settle()
     bench.kernel.faults.append(Fault("flush", hangs_s=60.0))
-    bench.ask_to_stop()
-    bench.kernel.yank()
+    bench.begin_stop()
+    bench.kernel.pull()
     bench.insert("two")
     bench.wait(60)
     assert bench.state(volume) is State.REMOVED_UNSAFELY
-    bench.kernel.yank()
+    bench.kernel.pull()
 
 
-def test_a_volume_that_a_defect_cost_its_service_is_forgotten_after_it_left(bench: Bench) -> None:
+def test_a_volume_that_failed_by_a_defect_is_forgotten_after_it_was_pulled(bench: Bench) -> None:
     bench.kernel.fail_next("probe", TypeError("a defect"))
     broken = bench.insert("broken", "sda1")
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.state(broken) is State.REMOVED_UNSAFELY
     healthy = bench.insert("healthy", "sda1")
@@ -745,13 +755,13 @@ def _killed_and_started_while_udev_is_silent(bench: Bench) -> Volume:
     volume = bench.insert()
     bench.settle()
     bench.kill()
-    bench.untold = {"sda1"}
+    bench.unreported_by_udev = {"sda1"}
     bench.start()
     bench.settle()
     return volume
 
 
-def test_a_mounted_medium_is_adopted_before_udev_tells_the_next_agent_of_it(bench: Bench) -> None:
+def test_a_mounted_medium_is_adopted_before_udev_reports_it_to_the_next_agent(bench: Bench) -> None:
     volume = _killed_and_started_while_udev_is_silent(bench)
     before = list(bench.kernel.mounts)
     assert bench.state(volume) is State.MOUNTED
@@ -761,40 +771,40 @@ def test_a_mounted_medium_is_adopted_before_udev_tells_the_next_agent_of_it(benc
     assert bench.kernel.mounts == before
 
 
-def test_a_mounted_medium_that_leaves_before_udev_tells_the_next_agent_of_it_is_let_go(
+def test_a_mounted_medium_that_is_pulled_before_udev_reports_it_to_the_next_agent_is_released(
     bench: Bench,
 ) -> None:
     _killed_and_started_while_udev_is_silent(bench)
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
 
 
-def test_a_mounted_medium_that_udev_never_tells_of_is_let_go_though_its_removal_was_lost(
+def test_a_mounted_medium_that_udev_never_reports_is_released_even_if_its_removal_event_was_lost(
     bench: Bench,
 ) -> None:
     _killed_and_started_while_udev_is_silent(bench)
     bench.lose_events(listed=False)
     bench.settle()
     assert len(bench.kernel.mounts) == 1
-    bench.kernel.yank()
+    bench.kernel.pull()
     bench.lose_events(listed=False)
     bench.settle()
     assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
 
 
-def test_a_mounted_medium_of_which_udev_has_not_told_is_let_go_by_a_stop(bench: Bench) -> None:
+def test_a_mounted_medium_that_udev_has_not_reported_is_released_by_a_stop(bench: Bench) -> None:
     _killed_and_started_while_udev_is_silent(bench)
     bench.stop()
     assert (bench.kernel.mappings, bench.kernel.mounts) == ({}, [])
 
 
 def _orphan(bench: Bench) -> None:
-    """The agent has died, then a mounted medium has left."""
+    """Kill the agent, then pull a mounted medium."""
     bench.insert()
     bench.settle()
     bench.kill()
-    bench.kernel.yank()
+    bench.kernel.pull()
 
 
 def _killed_bench(rules: tuple[Rule, ...]) -> Bench:
@@ -812,46 +822,46 @@ def _disk_of(volume: Volume) -> Volume:
     return replace(volume, id=disk, name="sda", devtype=DevType.DISK, partlabel=None)
 
 
-def test_without_udevd_the_volume_is_identified_by_its_own_bytes(bench: Bench) -> None:
+def test_without_udevd_the_volume_is_identified_from_its_partition_table(bench: Bench) -> None:
     volume = bench.insert(identified=False)
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
     assert bench.kernel.steps.index("identify") < bench.kernel.steps.index("read_blob")
 
 
-def test_lost_events_end_in_the_truth(bench: Bench) -> None:
+def test_after_lost_events_the_published_states_are_true(bench: Bench) -> None:
     gone = bench.insert("gone", "sda1")
     bench.settle()
-    bench.kernel.yank("sda1")
+    bench.kernel.pull("sda1")
     come = bench.kernel.insert("come", "sdb1")
     bench.lose_events()
     bench.settle()
     assert (bench.state(gone), bench.state(come)) == (State.REMOVED_UNSAFELY, State.MOUNTED)
 
 
-def test_a_reader_whose_medium_changed_without_a_remove_event_has_another_volume(
+def test_a_reader_whose_medium_changed_without_a_remove_event_has_a_new_volume(
     bench: Bench,
 ) -> None:
     bench.insert("one", "sda1")
     bench.settle()
-    bench.kernel.yank("sda1")
+    bench.kernel.pull("sda1")
     second = bench.insert("two", "sda1")
     bench.settle()
     assert bench.state(second) is State.MOUNTED
     assert len(bench.kernel.mounts) == 1
 
 
-def test_the_same_volume_seen_again_while_it_leaves_is_served_after_that(bench: Bench) -> None:
+def test_a_volume_that_appears_again_during_its_release_is_served_afterwards(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.kernel.media["sda1"] = _medium_of(bench, volume)
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_new_facts_of_an_ignored_volume_are_looked_at(bench: Bench) -> None:
+def test_an_ignored_volume_with_changed_facts_is_evaluated_again(bench: Bench) -> None:
     volume = bench.insert("no good")
     bench.settle()
     assert bench.state(volume) is State.IGNORED
@@ -871,20 +881,20 @@ def _medium_of(bench: Bench, volume: object) -> object:
 
 
 def cover(bench: Bench, name: str = "cartridge-01") -> None:
-    """Somebody has mounted something else over the volume's mount."""
+    """Mount something else over the volume's mount."""
     point = f"/run/media/{name}"
     bench.kernel.mounts.append(Mount(DeviceNumber(0, 99), point, "tmpfs", False, "tmpfs"))
 
 
 @pytest.mark.parametrize("pulled", [False, True])
-def test_a_mount_that_others_have_covered_is_let_go_all_the_same(
+def test_a_mount_that_others_have_covered_is_nevertheless_released(
     bench: Bench, *, pulled: bool
 ) -> None:
     volume = bench.insert()
     bench.settle()
     cover(bench)
     if pulled:
-        bench.yank()
+        bench.pull()
         bench.settle()
         assert bench.state(volume) is State.REMOVED_UNSAFELY
     else:
@@ -893,7 +903,7 @@ def test_a_mount_that_others_have_covered_is_let_go_all_the_same(
     assert bench.kernel.leftovers() == []
 
 
-def test_a_mount_that_others_have_covered_is_not_taken_from_them_on_request(bench: Bench) -> None:
+def test_a_request_does_not_release_a_mount_that_others_have_covered(bench: Bench) -> None:
     volume = bench.insert()
     bench.settle()
     cover(bench)
@@ -913,7 +923,7 @@ def test_a_covered_mount_is_adopted(bench: Bench) -> None:
     assert [mount.source for mount in bench.kernel.mounts][-1] == "tmpfs"
 
 
-def test_a_mapping_that_is_opened_after_the_first_look_keeps_no_key(bench: Bench) -> None:
+def test_a_mapping_that_is_opened_after_the_first_check_keeps_no_key(bench: Bench) -> None:
     bench.insert()
     bench.settle()
     (mapping,) = bench.kernel.mappings.values()
@@ -923,16 +933,16 @@ def test_a_mapping_that_is_opened_after_the_first_look_keeps_no_key(bench: Bench
             mapping.holders = 1
 
     bench.kernel.before = open_it
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert mapping.key is None
     assert " error" in (mapping.live or "")
     bench.kernel.before = lambda _step: None
-    bench.kernel.let_go()
+    bench.kernel.close_holders()
 
 
 @pytest.mark.parametrize("facts", [{"partlabel": None}, {"opted_out": True}])
-def test_a_kept_volume_stays_mounted_whatever_is_said_of_it_meanwhile(
+def test_a_kept_volume_stays_mounted_whatever_its_facts_change_to(
     facts: dict[str, Any],
 ) -> None:
     bench = Bench((replace(BUILT_IN[0], on_stop=OnStop.KEEP),))
@@ -947,7 +957,7 @@ def test_a_kept_volume_stays_mounted_whatever_is_said_of_it_meanwhile(
     bench.close()
 
 
-def test_a_volume_in_conflict_that_has_another_label_meanwhile_is_mounted_under_that(
+def test_a_volume_whose_label_changed_during_a_conflict_is_mounted_under_its_new_label(
     bench: Bench,
 ) -> None:
     bench.insert()
@@ -957,6 +967,6 @@ def test_a_volume_in_conflict_that_has_another_label_meanwhile_is_mounted_under_
     bench.kernel.blobs["other.bb"] = bench.kernel.blobs["cartridge-01.bb"]
     bench.appear(replace(second, partlabel="other"))
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/other"]

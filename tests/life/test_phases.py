@@ -1,4 +1,4 @@
-"""docs/how-it-works.md says what comes of every event in every phase; each cell is tried."""
+"""docs/how-it-works.md has the outcome of every event in every phase; these tests try each cell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADING: Final = "| phase "
 
 
 def table() -> dict[tuple[str, str], str]:
-    """The cells of the page's table, by phase and event."""
+    """Return the cells of the page's table, by phase and event."""
     lines = PAGE.read_text().splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith(HEADING))
     rows = []
@@ -90,7 +90,7 @@ ENTER: Final = {
 
 
 def asked(verb: str) -> Callable[[Bench, Volume], str]:
-    """An event: somebody asks this of the volume. Returns what was answered."""
+    """Return an event that sends this request about the volume. The event returns the answer."""
 
     def ask(bench: Bench, volume: Volume) -> str:
         task = bench.ask(verb, volume)
@@ -111,22 +111,22 @@ def facts(bench: Bench, volume: Volume) -> str:
 
 def rules(bench: Bench, _volume: Volume) -> str:
     (rule,) = BUILT_IN
-    bench.renew(replace(rule, name="others", match=Match(partlabel="others-*")))
+    bench.reload_rules(replace(rule, name="others", match=Match(partlabel="others-*")))
     return ""
 
 
 def blob(bench: Bench, _volume: Volume) -> str:
-    bench.blob("cartridge-01.bb")
+    bench.add_blob("cartridge-01.bb")
     return ""
 
 
 def departs(bench: Bench, volume: Volume) -> str:
-    bench.yank(volume.name)
+    bench.pull(volume.name)
     return ""
 
 
 def stops(bench: Bench, _volume: Volume) -> str:
-    bench.ask_to_stop()
+    bench.begin_stop()
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Let go on request: what is said is true of the whole medium, and stays so until it is asked."""
+"""Release on request: the published state is true of the whole medium, until the next request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = UnitTemplate("end@{partlabel}.service")
 
 
 def running(**changes: object) -> Bench:
-    """A bench whose agent serves by the built-in rule with these changes."""
+    """Start a bench whose agent serves by the built-in rule with these changes."""
     bench = Bench((replace(RULE, **changes),))  # type: ignore[arg-type]
     bench.start()
     bench.settle()
@@ -38,7 +38,7 @@ def bench() -> Iterator[Bench]:
 
 
 def served(bench: Bench) -> Volume:
-    """A volume that is mounted."""
+    """Insert a volume and wait until it is mounted."""
     volume = bench.insert()
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
@@ -46,7 +46,7 @@ def served(bench: Bench) -> Volume:
 
 
 def two_of_one_medium(bench: Bench) -> tuple[Volume, Volume]:
-    """Two partitions of a disk, both mounted."""
+    """Insert a disk with two partitions, both mounted."""
     first = served(bench)
     second = bench.kernel.insert("cartridge-02", "sda2")
     object.__setattr__(second, "id", VolumeId(first.id.diskseq, 2))
@@ -57,7 +57,7 @@ def two_of_one_medium(bench: Bench) -> tuple[Volume, Volume]:
     return first, second
 
 
-def test_nothing_of_a_medium_is_safe_to_remove_while_a_part_of_it_is_in_use(bench: Bench) -> None:
+def test_no_volume_of_a_medium_is_ejected_while_another_is_in_use(bench: Bench) -> None:
     first, second = two_of_one_medium(bench)
     bench.kernel.users["cartridge-02"] = 1
     with pytest.raises(VolumeBusyError, match="cartridge-02 is in use"):
@@ -69,18 +69,18 @@ def test_nothing_of_a_medium_is_safe_to_remove_while_a_part_of_it_is_in_use(benc
     assert bench.state(first) is bench.state(second) is State.EJECTED
 
 
-def test_a_medium_of_which_a_part_is_unlocked_again_is_not_safe_to_remove(bench: Bench) -> None:
+def test_a_medium_with_a_volume_that_is_unlocked_again_is_not_safe_to_remove(bench: Bench) -> None:
     first, second = two_of_one_medium(bench)
     bench.answer("eject", first)
     bench.answer("unlock", second)
     assert bench.state(second) is State.MOUNTED
     assert bench.state(first) is State.LOCKED
-    assert bench.said(first) == "another volume of its medium was unlocked"
+    assert bench.reason(first) == "another volume of its medium was unlocked"
 
 
 @pytest.mark.parametrize(("verb", "state"), [("eject", State.EJECTED), ("lock", State.LOCKED)])
 @pytest.mark.parametrize("end", ["kill", "stop"])
-def test_what_was_let_go_stays_so_when_the_agent_is_started_again(
+def test_a_released_volume_stays_released_when_the_agent_is_started_again(
     verb: str, state: State, end: str, bench: Bench
 ) -> None:
     volume = served(bench)
@@ -97,18 +97,18 @@ def test_what_was_let_go_stays_so_when_the_agent_is_started_again(
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_another_insertion_is_none_that_was_let_go(bench: Bench) -> None:
+def test_a_released_medium_that_is_inserted_again_is_served(bench: Bench) -> None:
     volume = served(bench)
     bench.answer("eject", volume)
     bench.kill()
-    bench.kernel.yank()
+    bench.kernel.pull()
     again = bench.kernel.insert()
     bench.start()
     bench.settle()
     assert bench.state(again) is State.MOUNTED
 
 
-def test_news_from_before_does_not_mount_what_was_let_go_but_is_held() -> None:
+def test_an_earlier_change_of_facts_does_not_mount_a_volume_that_is_detached_but_held() -> None:
     bench = running(on_busy=OnBusy.DETACH)
     volume = served(bench)
     bench.appear(replace(volume, vendor="Another"))
@@ -117,16 +117,16 @@ def test_news_from_before_does_not_mount_what_was_let_go_but_is_held() -> None:
     with pytest.raises(RequestRefusedError, match="it goes when they close it"):
         bench.answer("eject", volume)
     assert bench.state(volume) is State.FAILED
-    bench.kernel.let_go()
+    bench.kernel.close_holders()
     bench.settle()
     assert bench.kernel.leftovers() == []
     bench.cancel()
     bench.close()
 
 
-def test_a_stop_that_keeps_comes_before_a_lock_that_waits_for_its_unit() -> None:
+def test_a_stop_keeps_a_volume_even_while_a_lock_waits_for_its_unit() -> None:
     bench = running(on_stop=OnStop.KEEP, on_unmount=END)
-    bench.units.takes_s = 20
+    bench.units.duration_s = 20
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
     asked = bench.ask("lock", volume)
@@ -138,12 +138,12 @@ def test_a_stop_that_keeps_comes_before_a_lock_that_waits_for_its_unit() -> None
     bench.close()
 
 
-def test_a_departed_volume_is_not_stuck_in_its_power_off(bench: Bench) -> None:
+def test_a_departed_volume_is_not_published_as_stuck_in_its_power_off(bench: Bench) -> None:
     volume = served(bench)
     bench.kernel.faults.append(Fault("power_off", hangs_s=600))
     bench.ask("eject", volume)
     bench.settle()
-    bench.yank()
+    bench.pull()
     bench.settle()
     bench.wait(20)
     assert bench.state(volume) is State.GONE
@@ -157,40 +157,42 @@ def test_a_stop_names_the_power_off_that_it_waits_for(bench: Bench) -> None:
     bench.kernel.faults.append(Fault("power_off", hangs_s=600))
     bench.ask("eject", volume)
     bench.settle()
-    bench.ask_to_stop()
+    bench.begin_stop()
     assert bench._supervisor is not None
     left = bench.run(bench._supervisor.ended(5))
     assert left == [f"{volume}: power off"]
     bench.wait(900)
 
 
-def test_a_blob_that_was_read_half_written_is_read_again_when_it_is_whole(bench: Bench) -> None:
+def test_a_blob_that_was_read_half_written_is_read_again_when_it_is_complete(bench: Bench) -> None:
     volume = bench.kernel.insert()
     del bench.kernel.blobs["cartridge-01.bb"]
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.WAITING
     bench.kernel.faults.append(Fault("read_blob", BlobError("is cut short: 0 bytes")))
-    bench.blob("cartridge-01.bb")
+    bench.add_blob("cartridge-01.bb")
     assert bench.state(volume) is State.FAILED
-    bench.blob("cartridge-01.bb")
+    bench.add_blob("cartridge-01.bb")
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_a_blob_that_is_put_in_another_ones_place_is_tried(bench: Bench) -> None:
+def test_a_blob_that_replaces_another_is_tried(bench: Bench) -> None:
     volume = bench.kernel.insert()
     bench.kernel.blobs["cartridge-01.bb"] = b"foreign"
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.FAILED
-    bench.blob("cartridge-01.bb")
+    bench.add_blob("cartridge-01.bb")
     assert bench.state(volume) is State.MOUNTED
     assert bench.kernel.blobs["cartridge-01.bb"] == KEY
 
 
 @pytest.mark.parametrize("nth", range(6))
 @pytest.mark.parametrize("holders", [0, 1])
-def test_nothing_is_said_to_be_locked_while_a_mapping_may_be_there(nth: int, holders: int) -> None:
+def test_a_volume_is_not_published_as_locked_while_its_mapping_may_exist(
+    nth: int, holders: int
+) -> None:
     bench = running()
     volume = served(bench)
     for mapping in bench.kernel.mappings.values():
@@ -206,19 +208,19 @@ def test_nothing_is_said_to_be_locked_while_a_mapping_may_be_there(nth: int, hol
         assert bench.state(volume) is State.LOCKED
         assert bench.kernel.mappings == {}
     bench.kernel.faults.clear()
-    bench.yank()
+    bench.pull()
     bench.settle()
-    bench.kernel.let_go()
+    bench.kernel.close_holders()
     assert bench.kernel.leftovers() == []
     bench.cancel()
     bench.close()
 
 
-def test_what_users_write_as_they_end_is_flushed_too() -> None:
+def test_data_that_users_write_at_their_end_is_flushed_too() -> None:
     bench = running(on_busy=OnBusy.SIGNAL)
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.ends_users = {signal.SIGTERM}
+    bench.kernel.fatal_signals = {signal.SIGTERM}
     bench.kernel.steps.clear()
     bench.answer("lock", volume)
     steps = bench.kernel.steps
@@ -232,11 +234,11 @@ def test_a_medium_that_is_pulled_while_its_users_end_was_removed_unsafely() -> N
     bench = running(on_busy=OnBusy.SIGNAL)
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.ends_users = {signal.SIGTERM}
+    bench.kernel.fatal_signals = {signal.SIGTERM}
     bench.kernel.faults.append(Fault("end_holders", hangs_s=2.0))
     bench.ask("lock", volume)
     bench.wait(1)
-    bench.yank()
+    bench.pull()
     bench.wait(5)
     assert State.REMOVED_UNSAFELY in {state for v, state, _ in bench.states if v.id == volume.id}
     bench.cancel()
@@ -244,13 +246,13 @@ def test_a_medium_that_is_pulled_while_its_users_end_was_removed_unsafely() -> N
 
 
 @pytest.mark.parametrize("on_busy", [OnBusy.SIGNAL, OnBusy.DETACH])
-def test_other_rules_take_no_volume_from_its_users(on_busy: OnBusy) -> None:
+def test_changed_rules_take_no_volume_from_its_users(on_busy: OnBusy) -> None:
     bench = running(on_busy=on_busy)
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.ends_users = {signal.SIGKILL}
+    bench.kernel.fatal_signals = {signal.SIGKILL}
     changed: Rule = replace(RULE, on_busy=on_busy, mount=MountSettings(read_only=True))
-    bench.renew(changed)
+    bench.reload_rules(changed)
     assert "end_holders" not in bench.kernel.steps
     assert bench.state(volume) is State.MOUNTED
     assert len(bench.kernel.mounts) == 1
@@ -258,7 +260,7 @@ def test_other_rules_take_no_volume_from_its_users(on_busy: OnBusy) -> None:
     bench.close()
 
 
-def test_who_holds_a_volume_that_is_only_unlocked_is_ended_where_the_rule_says_so() -> None:
+def test_holders_of_a_volume_that_is_only_unlocked_are_ended_if_the_rule_says_so() -> None:
     bench = running(on_busy=OnBusy.SIGNAL, action=Action.UNLOCK, on_mount=END)
     volume = bench.insert()
     bench.settle()
@@ -272,7 +274,7 @@ def test_who_holds_a_volume_that_is_only_unlocked_is_ended_where_the_rule_says_s
     bench.close()
 
 
-def test_a_defect_in_a_power_off_costs_no_other_volume_its_service(bench: Bench) -> None:
+def test_a_defect_in_a_power_off_disturbs_no_other_volume(bench: Bench) -> None:
     volume = served(bench)
     bench.kernel.faults.append(Fault("power_off", ZeroDivisionError("a defect")))
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Locked, ejected, unlocked and retried on request, and served by other rules than before."""
+"""Volumes are locked, ejected, unlocked and retried on request, and served by changed rules."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def served(bench: Bench, **facts: object) -> Volume:
     return volume
 
 
-def is_untouched(bench: Bench, volume: Volume) -> None:
-    """It is mounted as before."""
+def check_mounted(bench: Bench, volume: Volume) -> None:
+    """Check that the volume is mounted as before."""
     assert bench.state(volume) is State.MOUNTED
     assert [mount.point for mount in bench.kernel.mounts] == [POINT]
     assert bench.entry(volume).mount_point == POINT
 
 
-def test_what_is_held_is_published_while_it_is_held(bench: Bench) -> None:
+def test_the_mapping_and_mount_of_a_volume_are_published_while_they_exist(bench: Bench) -> None:
     volume = served(bench)
     entry = bench.entry(volume)
     assert (entry.rule, entry.blob) == ("built-in", "/data/caam/cartridge-01.bb")
@@ -51,7 +51,7 @@ def test_a_locked_volume_holds_nothing_and_stays_so_until_it_is_unlocked(bench: 
     volume = served(bench)
     bench.answer("lock", volume)
     assert bench.state(volume) is State.LOCKED
-    assert "uid 0" in bench.said(volume)
+    assert "uid 0" in bench.reason(volume)
     assert bench.kernel.leftovers() == []
     assert bench.kernel.steps.index("flush") < bench.kernel.steps.index("unmount")
     bench.appear(volume)
@@ -59,27 +59,27 @@ def test_a_locked_volume_holds_nothing_and_stays_so_until_it_is_unlocked(bench: 
     bench.settle()
     assert bench.state(volume) is State.LOCKED
     bench.answer("unlock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_an_ejected_medium_is_powered_off_and_stays_ejected(bench: Bench) -> None:
     volume = served(bench)
     assert bench.answer("eject", volume) == "cartridge-01: safe to remove"
-    assert (bench.state(volume), bench.said(volume)) == (State.EJECTED, "safe to remove")
+    assert (bench.state(volume), bench.reason(volume)) == (State.EJECTED, "safe to remove")
     assert bench.kernel.leftovers() == []
-    assert bench.kernel.stopped == ["sda1"]
+    assert bench.kernel.powered_off == ["sda1"]
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.EJECTED
     bench.answer("unlock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_an_ejected_medium_that_comes_back_is_served(bench: Bench) -> None:
     volume = served(bench)
     bench.answer("eject", volume, power_off=False)
-    assert bench.kernel.stopped == []
-    bench.yank()
+    assert bench.kernel.powered_off == []
+    bench.pull()
     bench.settle()
     assert bench.state(volume) is State.GONE
     served(bench)
@@ -88,13 +88,15 @@ def test_an_ejected_medium_that_comes_back_is_served(bench: Bench) -> None:
 def test_an_ejected_medium_was_not_removed_unsafely(bench: Bench) -> None:
     volume = served(bench)
     bench.answer("eject", volume)
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert State.REMOVED_UNSAFELY not in [state for _, state, _ in bench.states]
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject"])
-def test_a_volume_in_use_is_left_to_its_users_who_are_named(bench: Bench, verb: str) -> None:
+def test_a_request_does_not_release_a_volume_in_use_and_names_its_users(
+    bench: Bench, verb: str
+) -> None:
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 2
     with pytest.raises(VolumeBusyError) as refused:
@@ -103,18 +105,18 @@ def test_a_volume_in_use_is_left_to_its_users_who_are_named(bench: Bench, verb: 
         "pid 1 (program) has a file open",
         "pid 2 (program) has a file open",
     )
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     bench.kernel.users.clear()
     bench.answer(verb, volume)
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_whose_data_cannot_be_written_is_not_let_go(bench: Bench) -> None:
+def test_a_volume_whose_data_cannot_be_written_is_not_released(bench: Bench) -> None:
     volume = served(bench)
     bench.kernel.faults.append(Fault("flush", MountError("flush", POINT, errno.EIO)))
     with pytest.raises(RequestRefusedError, match=r"lock .*flush .*Input/output error"):
         bench.answer("lock", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 @pytest.mark.parametrize(
@@ -122,25 +124,25 @@ def test_a_volume_whose_data_cannot_be_written_is_not_let_go(bench: Bench) -> No
     [({signal.SIGTERM}, 1), ({signal.SIGKILL}, 2), (set(), 2)],
     ids=["at-the-first", "at-the-second", "never"],
 )
-def test_users_are_ended_where_the_rule_says_so(ends: set[int], signals: int) -> None:
+def test_users_are_ended_if_the_rule_says_so(ends: set[int], signals: int) -> None:
     bench = Bench((replace(RULE, on_busy=OnBusy.SIGNAL),))
     bench.start()
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.ends_users = ends
+    bench.kernel.fatal_signals = ends
     if ends:
         bench.answer("lock", volume)
         assert bench.state(volume) is State.LOCKED
     else:
         with pytest.raises(VolumeBusyError, match=r"pid 1"):
             bench.answer("lock", volume)
-        is_untouched(bench, volume)
+        check_mounted(bench, volume)
     assert bench.kernel.steps.count("end_holders") == signals
     bench.stop()
     bench.close()
 
 
-def test_a_detached_volume_is_not_said_to_be_let_go_while_it_is_in_use() -> None:
+def test_a_detached_volume_is_not_published_as_released_while_it_is_in_use() -> None:
     bench = Bench((replace(RULE, on_busy=OnBusy.DETACH),))
     bench.start()
     volume = served(bench)
@@ -149,8 +151,8 @@ def test_a_detached_volume_is_not_said_to_be_let_go_while_it_is_in_use() -> None
         bench.answer("eject", volume)
     assert bench.state(volume) is State.FAILED
     assert bench.kernel.mounts == []
-    assert bench.kernel.stopped == []
-    bench.kernel.let_go()
+    assert bench.kernel.powered_off == []
+    bench.kernel.close_holders()
     bench.answer("eject", volume)
     assert bench.state(volume) is State.EJECTED
     assert bench.kernel.leftovers() == []
@@ -158,7 +160,9 @@ def test_a_detached_volume_is_not_said_to_be_let_go_while_it_is_in_use() -> None
     bench.close()
 
 
-def test_a_mapping_that_does_not_go_is_a_failure_and_can_be_let_go_later(bench: Bench) -> None:
+def test_a_mapping_that_cannot_be_removed_is_a_failure_and_can_be_released_later(
+    bench: Bench,
+) -> None:
     volume = served(bench)
     error = DmError("remove mapping", "caam-cartridge-01-1-1", errno.EBUSY)
     bench.kernel.faults.append(Fault("remove_mapping", error, lasting=True))
@@ -171,7 +175,7 @@ def test_a_mapping_that_does_not_go_is_a_failure_and_can_be_let_go_later(bench: 
     assert bench.kernel.leftovers() == []
 
 
-def test_a_volume_that_is_only_unlocked_and_in_use_is_left_to_its_users() -> None:
+def test_a_request_does_not_release_a_volume_that_is_only_unlocked_and_in_use() -> None:
     bench = Bench((replace(RULE, action=Action.UNLOCK),))
     bench.start()
     volume = bench.insert()
@@ -201,11 +205,11 @@ def test_all_volumes_of_a_medium_are_ejected_together(bench: Bench) -> None:
     bench.kernel.users["cartridge-02"] = 1
     with pytest.raises(VolumeBusyError, match=r"cartridge-02"):
         bench.answer("eject", first)
-    assert bench.kernel.stopped == []
+    assert bench.kernel.powered_off == []
     bench.kernel.users.clear()
     bench.answer("eject", first)
     assert (bench.state(first), bench.state(beside)) == (State.EJECTED, State.EJECTED)
-    assert bench.kernel.stopped == ["sda1"]
+    assert bench.kernel.powered_off == ["sda1"]
 
 
 def test_a_failed_volume_is_tried_again_on_request(bench: Bench) -> None:
@@ -217,10 +221,10 @@ def test_a_failed_volume_is_tried_again_on_request(bench: Bench) -> None:
         bench.answer("retry", volume)
     bench.kernel.faults.clear()
     bench.answer("retry", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
-def test_a_volume_in_conflict_tells_whose_the_place_is_and_keeps_waiting_for_it(
+def test_a_volume_in_conflict_names_the_owner_of_its_mount_point_and_keeps_waiting(
     bench: Bench,
 ) -> None:
     served(bench)
@@ -228,9 +232,9 @@ def test_a_volume_in_conflict_tells_whose_the_place_is_and_keeps_waiting_for_it(
     bench.settle()
     with pytest.raises(RequestRefusedError, match=r"conflict: .* belongs to volume 1-1"):
         bench.answer("retry", second)
-    bench.yank()
+    bench.pull()
     bench.settle()
-    is_untouched(bench, second)
+    check_mounted(bench, second)
 
 
 def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
@@ -239,7 +243,7 @@ def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
     bench.settle()
     bench.answer("eject", second)
     assert bench.state(second) is State.EJECTED
-    is_untouched(bench, first)
+    check_mounted(bench, first)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_a_volume_in_conflict_can_be_ejected(bench: Bench) -> None:
         (("eject",), "retry", "it is ejected, since that was asked for; unlock it"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_changes_nothing(
+def test_a_request_that_makes_no_sense_is_refused_and_changes_nothing(
     bench: Bench, before: tuple[str, ...], verb: str, words: str
 ) -> None:
     volume = served(bench)
@@ -262,23 +266,23 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(
     assert bench.state(volume) is state
 
 
-def test_a_retry_of_what_has_been_mounted_meanwhile_is_granted(bench: Bench) -> None:
+def test_a_retry_of_a_volume_that_has_been_mounted_meanwhile_is_granted(bench: Bench) -> None:
     bench.settle()
     bench.kernel.fail_next("require_unused", errno.EBUSY)
     volume = bench.kernel.insert()
     bench.announce(volume)
     bench.settle()
     assert bench.state(volume) is State.FAILED
-    bench.appear(volume)  # so that it is tried once more, and nobody has asked for that
+    bench.appear(volume)  # a retry without a request
     bench.settle()
     steps = list(bench.kernel.steps)
     bench.answer("retry", volume)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
     assert bench.kernel.steps == steps
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
-def test_a_volume_that_no_rule_matches_is_left_alone_whatever_is_asked(
+def test_a_volume_that_no_rule_matches_is_not_touched_whatever_is_requested(
     bench: Bench, verb: str
 ) -> None:
     volume = bench.insert("../../etc")
@@ -288,25 +292,25 @@ def test_a_volume_that_no_rule_matches_is_left_alone_whatever_is_asked(
     assert set(bench.kernel.steps) <= {"our_mappings", "our_mount_points"}
 
 
-def test_a_volume_that_is_gone_says_so(bench: Bench) -> None:
+def test_a_request_for_a_volume_that_is_gone_is_refused(bench: Bench) -> None:
     volume = served(bench)
-    bench.yank()
+    bench.pull()
     bench.settle()
     with pytest.raises(RequestRefusedError, match=r"volume 1-1 is not there any more"):
         bench.answer("lock", volume)
 
 
-def test_a_second_request_waits_for_nobody(bench: Bench) -> None:
+def test_a_second_request_is_answered_at_once(bench: Bench) -> None:
     volume = served(bench)
     first = bench.ask("lock", volume)
-    bench.turns(2)
+    bench.run_turns(2)
     with pytest.raises(RequestRefusedError, match=r"lock was asked for before"):
         bench.answer("eject", volume)
     bench.settle()
     assert first.result() is None
 
 
-def test_locking_what_is_locked_and_ejecting_it_is_done_at_once(bench: Bench) -> None:
+def test_locking_or_ejecting_a_locked_volume_is_done_at_once(bench: Bench) -> None:
     volume = served(bench)
     bench.answer("lock", volume)
     bench.answer("lock", volume)
@@ -318,13 +322,13 @@ def test_locking_what_is_locked_and_ejecting_it_is_done_at_once(bench: Bench) ->
 
 @pytest.mark.parametrize("verb", ["lock", "eject"])
 @pytest.mark.parametrize("after", range(40))
-def test_a_medium_pulled_at_every_turn_of_a_request_leaves_nothing_and_an_answer(
+def test_a_medium_pulled_at_any_turn_of_a_request_leaves_nothing_and_the_request_is_answered(
     bench: Bench, verb: str, after: int
 ) -> None:
     volume = served(bench)
     asked = bench.ask(verb, volume)
-    bench.turns(after)
-    bench.yank()
+    bench.run_turns(after)
+    bench.pull()
     bench.settle()
     assert asked.done()
     if asked.exception() is not None:
@@ -336,7 +340,7 @@ def test_a_medium_pulled_at_every_turn_of_a_request_leaves_nothing_and_an_answer
 def test_a_request_at_every_turn_of_an_arrival_is_granted(bench: Bench, after: int) -> None:
     bench.settle()
     volume = bench.insert()
-    bench.turns(after)
+    bench.run_turns(after)
     bench.answer("lock", volume)
     assert bench.state(volume) is State.LOCKED
     assert bench.kernel.leftovers() == []
@@ -346,7 +350,7 @@ def test_a_request_at_every_turn_of_an_arrival_is_granted(bench: Bench, after: i
 def test_a_stop_at_every_turn_of_a_request_leaves_nothing(bench: Bench, after: int) -> None:
     volume = served(bench)
     asked = bench.ask("lock", volume)
-    bench.turns(after)
+    bench.run_turns(after)
     bench.stop()
     bench.settle()
     assert asked.done()
@@ -355,7 +359,7 @@ def test_a_stop_at_every_turn_of_a_request_leaves_nothing(bench: Bench, after: i
     assert bench.kernel.leftovers() == []
 
 
-def test_a_stuck_volume_does_not_keep_whoever_asks(bench: Bench) -> None:
+def test_a_request_for_a_stuck_volume_is_refused_without_delay(bench: Bench) -> None:
     bench.kernel.faults.append(Fault("probe", hangs_s=60.0))
     volume = bench.insert()
     bench.wait(10)
@@ -363,7 +367,7 @@ def test_a_stuck_volume_does_not_keep_whoever_asks(bench: Bench) -> None:
     with pytest.raises(RequestRefusedError, match=r"the kernel does not answer"):
         bench.answer("lock", volume)
     bench.wait(60)
-    is_untouched(bench, volume)
+    check_mounted(bench, volume)
 
 
 def test_a_volume_that_waits_is_served_when_its_blob_appears(bench: Bench) -> None:
@@ -371,52 +375,52 @@ def test_a_volume_that_waits_is_served_when_its_blob_appears(bench: Bench) -> No
     bench.kernel.blobs.clear()
     bench.settle()
     assert bench.state(volume) is State.WAITING
-    bench.blob("cartridge-02.bb")
+    bench.add_blob("cartridge-02.bb")
     assert bench.state(volume) is State.WAITING
     assert bench.kernel.steps.count("read_blob") == 1
-    bench.blob("cartridge-01.bb")
-    is_untouched(bench, volume)
+    bench.add_blob("cartridge-01.bb")
+    check_mounted(bench, volume)
 
 
-def test_other_rules_apply_to_media_that_are_present(bench: Bench) -> None:
+def test_changed_rules_apply_to_media_that_are_present(bench: Bench) -> None:
     volume = served(bench)
-    bench.renew()
-    assert (bench.state(volume), bench.said(volume)) == (State.IGNORED, "there are no rules")
+    bench.reload_rules()
+    assert (bench.state(volume), bench.reason(volume)) == (State.IGNORED, "there are no rules")
     assert bench.kernel.leftovers() == []
-    bench.renew(replace(RULE, mount=MountSettings(read_only=True)))
+    bench.reload_rules(replace(RULE, mount=MountSettings(read_only=True)))
     assert bench.kernel.mounts[0].read_only
     assert bench.state(volume) is State.MOUNTED
 
 
-def test_rules_that_ask_for_the_same_leave_a_mounted_volume_as_it_is(bench: Bench) -> None:
+def test_rules_with_the_same_target_do_not_touch_a_mounted_volume(bench: Bench) -> None:
     volume = served(bench)
     steps = len(bench.kernel.steps)
-    bench.renew(replace(RULE, name="cartridges", on_busy=OnBusy.DETACH))
-    is_untouched(bench, volume)
+    bench.reload_rules(replace(RULE, name="cartridges", on_busy=OnBusy.DETACH))
+    check_mounted(bench, volume)
     assert bench.entry(volume).rule == "cartridges"
     assert bench.kernel.steps[steps:] == []
 
 
-def test_a_volume_in_use_stays_as_it_is_under_other_rules_until_it_is_free(bench: Bench) -> None:
+def test_changed_rules_do_not_touch_a_volume_in_use_until_it_is_free(bench: Bench) -> None:
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
-    bench.renew(replace(RULE, mount=MountSettings(read_only=True)))
-    is_untouched(bench, volume)
+    bench.reload_rules(replace(RULE, mount=MountSettings(read_only=True)))
+    check_mounted(bench, volume)
     assert not bench.kernel.mounts[0].read_only
 
 
-def test_a_locked_volume_stays_locked_under_other_rules(bench: Bench) -> None:
+def test_a_locked_volume_stays_locked_under_changed_rules(bench: Bench) -> None:
     volume = served(bench)
     bench.answer("lock", volume)
-    bench.renew(replace(RULE, name="others"))
+    bench.reload_rules(replace(RULE, name="others"))
     assert bench.state(volume) is State.LOCKED
 
 
-def test_a_volume_in_conflict_is_looked_at_under_other_rules(bench: Bench) -> None:
+def test_a_volume_in_conflict_is_reevaluated_under_changed_rules(bench: Bench) -> None:
     served(bench)
     second = bench.insert(name="sdb1")
     bench.settle()
-    bench.renew()
+    bench.reload_rules()
     assert bench.state(second) is State.IGNORED
 
 
@@ -432,9 +436,9 @@ BEGIN, END = "ingest@cartridge\\x2d01.service", "ingest-end@cartridge\\x2d01.ser
 
 @pytest.fixture
 def with_units(bench: Bench) -> Bench:
-    """The bench with a rule that has units started."""
+    """Bench with a rule that starts units."""
     bench.settle()
-    bench.renew(UNITS)
+    bench.reload_rules(UNITS)
     return bench
 
 
@@ -445,10 +449,10 @@ def test_units_are_started_while_the_volume_is_mounted(with_units: Bench) -> Non
     assert bench.units.started == [(BEGIN, [POINT]), (END, [POINT])]
 
 
-def test_an_unmount_waits_for_its_unit_and_no_longer_than_it_may(with_units: Bench) -> None:
+def test_an_unmount_waits_for_its_unit_until_the_deadline(with_units: Bench) -> None:
     bench = with_units
     volume = served(bench)
-    bench.units.takes_s = 60.0
+    bench.units.duration_s = 60.0
     asked = bench.ask("lock", volume)
     bench.wait(9)
     assert bench.state(volume) is State.DETACHING
@@ -461,8 +465,8 @@ def test_an_unmount_waits_for_its_unit_and_no_longer_than_it_may(with_units: Ben
 def test_a_pulled_medium_waits_for_no_unit(with_units: Bench) -> None:
     bench = with_units
     served(bench)
-    bench.units.takes_s = 60.0
-    bench.yank()
+    bench.units.duration_s = 60.0
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
     assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
@@ -471,10 +475,10 @@ def test_a_pulled_medium_waits_for_no_unit(with_units: Bench) -> None:
 def test_a_medium_pulled_while_its_unit_ends_waits_no_longer(with_units: Bench) -> None:
     bench = with_units
     volume = served(bench)
-    bench.units.takes_s = 60.0
+    bench.units.duration_s = 60.0
     asked = bench.ask("lock", volume)
     bench.wait(1)
-    bench.yank()
+    bench.pull()
     bench.settle()
     assert bench.kernel.leftovers() == []
     assert bench.state(volume) is State.REMOVED_UNSAFELY
@@ -486,10 +490,10 @@ def test_a_stop_while_the_unit_of_an_unmount_runs_does_not_start_it_again(
 ) -> None:
     bench = with_units
     volume = served(bench)
-    bench.units.takes_s = 5.0
+    bench.units.duration_s = 5.0
     asked = bench.ask("lock", volume)
     bench.wait(1)
-    bench.ask_to_stop()
+    bench.begin_stop()
     bench.wait(10)
     assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
     assert bench.kernel.leftovers() == []
@@ -501,10 +505,10 @@ def test_a_departure_while_the_unit_of_an_unmount_runs_does_not_start_it_again(
 ) -> None:
     bench = with_units
     volume = served(bench)
-    bench.units.takes_s = 5.0
+    bench.units.duration_s = 5.0
     asked = bench.ask("eject", volume)
     bench.wait(1)
-    bench.yank()
+    bench.pull()
     bench.wait(10)
     assert [unit for unit, _ in bench.units.started] == [BEGIN, END]
     assert isinstance(asked.exception(), RequestRefusedError)
@@ -521,7 +525,7 @@ def test_a_volume_that_was_not_mounted_starts_no_unit(with_units: Bench, step: s
     assert bench.units.started == []
 
 
-def test_a_refused_request_starts_the_unit_of_the_mount_again(with_units: Bench) -> None:
+def test_a_refused_request_starts_the_on_mount_unit_again(with_units: Bench) -> None:
     bench = with_units
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = 1
@@ -531,14 +535,14 @@ def test_a_refused_request_starts_the_unit_of_the_mount_again(with_units: Bench)
     bench.kernel.users.clear()
 
 
-def test_a_stop_ends_with_the_unit_too(with_units: Bench) -> None:
+def test_a_stop_starts_the_on_unmount_unit_too(with_units: Bench) -> None:
     bench = with_units
     served(bench)
     bench.stop()
     assert bench.units.started == [(BEGIN, [POINT]), (END, [POINT])]
 
 
-def test_a_second_eject_of_what_is_still_held_open_is_refused_like_the_first() -> None:
+def test_a_second_eject_of_a_volume_that_is_still_held_open_is_refused_like_the_first() -> None:
     bench = Bench((replace(RULE, on_busy=OnBusy.DETACH),))
     bench.start()
     volume = served(bench)
@@ -547,16 +551,16 @@ def test_a_second_eject_of_what_is_still_held_open_is_refused_like_the_first() -
         with pytest.raises(RequestRefusedError, match=r"is held open"):
             bench.answer("eject", volume)
         assert bench.state(volume) is State.FAILED
-    bench.kernel.let_go()
+    bench.kernel.close_holders()
     bench.answer("eject", volume)
     assert bench.state(volume) is State.EJECTED
     bench.stop()
     bench.close()
 
 
-def wants_another_mount(bench: Bench) -> None:
-    """Other rules are in force, and the unit before an unmount takes its time."""
-    bench.units.takes_s = 5.0
+def reload_with_slow_unit(bench: Bench) -> None:
+    """Put other rules into force while the unit before the unmount takes its time."""
+    bench.units.duration_s = 5.0
     assert bench._supervisor is not None
     bench._supervisor.reevaluate((replace(UNITS, mount=MountSettings(read_only=True)),))
     bench.wait(1)
@@ -564,13 +568,13 @@ def wants_another_mount(bench: Bench) -> None:
 
 @pytest.mark.parametrize("verb", ["unlock", "retry"])
 @pytest.mark.parametrize("users", [0, 1])
-def test_who_asks_for_a_volume_while_other_rules_take_effect_gets_it(
+def test_a_request_to_mount_is_granted_while_changed_rules_take_effect(
     with_units: Bench, verb: str, users: int
 ) -> None:
     bench = with_units
     volume = served(bench)
     bench.kernel.users["cartridge-01"] = users
-    wants_another_mount(bench)
+    reload_with_slow_unit(bench)
     assert bench.state(volume) is State.DETACHING
     asked = bench.ask(verb, volume)
     bench.wait(20)
@@ -592,13 +596,13 @@ def test_a_blob_that_appears_at_any_turn_of_an_arrival_is_noticed(
         bench.settle()
         bench.ask(verb, volume)
     bench.kernel.blobs.clear()
-    bench.turns(after)
-    bench.blob("cartridge-01.bb")
-    is_untouched(bench, volume)
+    bench.run_turns(after)
+    bench.add_blob("cartridge-01.bb")
+    check_mounted(bench, volume)
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])
-def test_after_a_defect_of_the_agent_nobody_waits_for_an_answer(bench: Bench, verb: str) -> None:
+def test_after_a_defect_of_the_agent_a_request_is_refused_at_once(bench: Bench, verb: str) -> None:
     bench.kernel.faults.append(Fault("probe", RuntimeError("a defect")))
     volume = bench.insert()
     bench.settle()
@@ -606,43 +610,45 @@ def test_after_a_defect_of_the_agent_nobody_waits_for_an_answer(bench: Bench, ve
         bench.answer(verb, volume)
 
 
-def test_who_waits_when_a_defect_ends_a_life_is_answered(bench: Bench) -> None:
+def test_a_request_that_waits_when_a_defect_ends_the_lifecycle_is_answered(bench: Bench) -> None:
     bench.settle()
     bench.kernel.faults.append(Fault("probe", RuntimeError("a defect")))
     volume = bench.insert()
-    bench.turns(3)
+    bench.run_turns(3)
     with pytest.raises(RequestRefusedError, match="a defect of the agent"):
         bench.answer("lock", volume)
 
 
-def test_an_ejected_medium_stays_so_when_its_partition_table_is_read_anew(bench: Bench) -> None:
+def test_an_ejected_medium_stays_ejected_when_the_kernel_reads_its_partition_table_again(
+    bench: Bench,
+) -> None:
     disk = bench.kernel.insert("", "sda")
     whole = replace(disk, id=VolumeId(disk.id.diskseq, 0), devtype=DevType.DISK, partlabel=None)
     bench.kernel.media["sda"].volume = whole
     bench.appear(whole)
     volume = bench.insert(name="sda1")
     inside = replace(volume, id=VolumeId(whole.id.diskseq, 1))
-    bench.yank("sda1")
+    bench.pull("sda1")
     bench.kernel.insert("cartridge-01", "sda1")
     bench.kernel.media["sda1"].volume = inside
     bench.appear(inside)
     bench.settle()
     bench.answer("eject", inside)
     medium = bench.kernel.media["sda1"]
-    bench.yank("sda1")
+    bench.pull("sda1")
     bench.settle()
     bench.kernel.media["sda1"] = medium
     bench.appear(inside)
     bench.settle()
     assert bench.state(inside) is State.EJECTED
-    bench.yank("sda1")
-    bench.yank("sda")
+    bench.pull("sda1")
+    bench.pull("sda")
     bench.settle()
-    assert bench.memories()["parked"] == 0
+    assert bench.table_sizes()["parked"] == 0
 
 
-def test_units_that_a_reload_brings_are_told_of_media_that_are_mounted(bench: Bench) -> None:
+def test_units_that_a_reload_adds_apply_to_media_that_are_mounted(bench: Bench) -> None:
     volume = served(bench)
-    bench.renew(UNITS)
+    bench.reload_rules(UNITS)
     bench.answer("lock", volume)
     assert bench.units.started == [(END, [POINT])]

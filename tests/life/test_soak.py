@@ -1,4 +1,4 @@
-"""A short run of the long one: `python -m life.soak` in a process of its own."""
+"""A short run of the soak: `python -m life.soak` in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lane that the agent runs with: real threads."""
+"""The worker that the agent runs with: real threads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from caam_hotplug.volume.worker import Worker, to_the_end
 
 
 def unheard(_why: str | None) -> None:
-    """Nobody listens for lateness here."""
+    """Ignore lateness."""
 
 
-async def test_a_call_for_which_there_is_no_thread_fails_and_the_next_one_has_its_turn(
+async def test_a_call_without_a_thread_fails_and_the_next_call_has_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(_thread: threading.Thread) -> None:
@@ -35,7 +35,7 @@ async def test_a_call_for_which_there_is_no_thread_fails_and_the_next_one_has_it
     assert await worker.run("call", int, "7", late=unheard) == 7
 
 
-async def test_a_call_that_takes_long_is_told_and_so_is_the_one_behind_it() -> None:
+async def test_a_slow_call_is_reported_and_so_is_the_call_behind_it() -> None:
     worker = Worker("mappings", 0.0)
     may_end = threading.Event()
     of_first: list[str | None] = []
@@ -56,7 +56,7 @@ async def test_a_call_that_takes_long_is_told_and_so_is_the_one_behind_it() -> N
     ]
 
 
-async def test_who_is_cancelled_while_waiting_for_a_turn_does_not_call() -> None:
+async def test_a_caller_that_is_cancelled_while_it_waits_for_a_turn_does_not_call() -> None:
     worker = Worker("mappings", 10.0)
     may_end = threading.Event()
     called: list[str] = []
@@ -77,7 +77,7 @@ class Held:
 
 
 @pytest.mark.parametrize("by", ["itself", "a release"])
-async def test_what_a_failed_call_had_is_free_without_a_look_of_the_collector(by: str) -> None:
+async def test_objects_of_a_failed_call_are_freed_without_the_garbage_collector(by: str) -> None:
     worker = Worker("volume 1-1", 10.0)
     seen: list[weakref.ref[Held]] = []
 
@@ -96,19 +96,19 @@ async def test_what_a_failed_call_had_is_free_without_a_look_of_the_collector(by
         for thread in threading.enumerate():
             if thread.name == "volume 1-1":
                 thread.join()
-        await asyncio.sleep(0)  # the loop lets go of what it called last
+        await asyncio.sleep(0)  # the loop releases its last callback
         assert seen[0]() is None
     finally:
         gc.enable()
 
 
-async def test_who_comes_in_the_turn_in_which_a_lane_is_free_for_another_is_told_to_wait() -> None:
+async def test_a_caller_that_comes_when_the_worker_is_free_for_another_waits() -> None:
     worker = Worker("mappings", 0.05)
     may_end = threading.Event()
-    said: list[str | None] = []
+    reasons: list[str | None] = []
 
     def hear(why: str | None) -> None:
-        said.append(why)
+        reasons.append(why)
         may_end.set()
 
     async def two_in_a_row() -> None:
@@ -119,5 +119,5 @@ async def test_who_comes_in_the_turn_in_which_a_lane_is_free_for_another_is_told
     await asyncio.sleep(0)
     second = asyncio.create_task(worker.run("call", may_end.wait, late=unheard))
     await asyncio.gather(first, second)
-    assert said[0] is not None
-    assert said[0].startswith("it waits for its turn")
+    assert reasons[0] is not None
+    assert reasons[0].startswith("it waits for its turn")

@@ -1,4 +1,4 @@
-"""What README and docs tell people is true: commands run, options exist, links lead somewhere."""
+"""Statements of README and docs are true: commands run, options exist, links lead to pages."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ BY_TESTS: Final = {
     "tests/e2e/test_replug.py::test_by_hand_it_says_when_to_pull_and_when_to_plug": [
         "python3 measure replug /dev/sda1 --by-hand --cycles 5 --json board.json",
     ],
-    "tests/e2e/test_upgrade_and_removal.py::test_what_make_has_installed_runs_as_it_is": [
+    "tests/e2e/test_upgrade_and_removal.py::"
+    "test_an_installation_by_make_runs_without_further_changes": [
         "make install",
         "systemd-sysusers",
         "udevadm control --reload",
@@ -164,7 +165,7 @@ BY_TESTS: Final = {
     "tests/unit/cli/test_main.py::test_a_file_that_run_would_refuse_is_valid_with_a_warning": [
         "caam-hotplug check ~/agent.toml",
     ],
-    "tests/unit/test_docs.py::test_a_target_of_make_is_one": [
+    "tests/unit/test_docs.py::test_every_documented_make_target_exists": [
         "make bench",
         "make bench SYSTEMS=agent,L",
         "make bench WHAT=cycles,storm,scaling,start,idle",
@@ -180,11 +181,11 @@ BY_TESTS: Final = {
         "make vm-shell",
         "make wheel",
     ],
-    "tests/unit/test_docs.py::test_a_test_that_is_to_be_run_is_there": [
+    "tests/unit/test_docs.py::test_every_documented_test_exists": [
         "tests/run-all tests/e2e -k pulled",
     ],
 }
-"""Which test runs a command of the docs, on the real thing or, where it says so, dry."""
+"""Test that runs each documented command, on the real thing or, where it says so, dry."""
 
 BY_NOBODY: Final = {
     "it takes a second machine": [
@@ -219,11 +220,11 @@ INLINE: Final = [
 
 
 @pytest.mark.parametrize(("where", "command"), EVERY)
-def test_a_command_is_run_by_a_test(where: str, command: str) -> None:
+def test_every_documented_command_is_run_by_a_test(where: str, command: str) -> None:
     assert command in COVERED, f"{where}: say in tests/unit/test_docs.py which test runs it"
 
 
-def test_no_command_is_listed_that_no_page_has() -> None:
+def test_every_listed_command_is_on_a_page() -> None:
     assert set(COVERED) - {command for _, command in EVERY} == set()
     assert len(COVERED) == len(set(COVERED))
     firsts = {
@@ -235,7 +236,7 @@ def test_no_command_is_listed_that_no_page_has() -> None:
 
 
 @pytest.mark.parametrize("node", BY_TESTS)
-def test_a_test_that_runs_commands_is_there(node: str) -> None:
+def test_every_test_that_runs_commands_exists(node: str) -> None:
     assert_is_there(node)
 
 
@@ -253,7 +254,7 @@ def words_of(command: str) -> list[str]:
 @pytest.mark.parametrize(
     ("where", "command"), [(w, c) for w, c in EVERY if c.startswith("caam-hotplug ")]
 )
-def test_a_command_of_ours_has_the_options_that_are_shown(where: str, command: str) -> None:
+def test_every_documented_command_of_the_agent_has_valid_options(where: str, command: str) -> None:
     try:
         cli._parser().parse_args(words_of(command)[1:])
     except SystemExit:
@@ -263,7 +264,7 @@ def test_a_command_of_ours_has_the_options_that_are_shown(where: str, command: s
 @pytest.mark.parametrize(
     ("where", "text"), [(w, t) for w, t in INLINE if re.match(r"caam-hotplug [a-z]", t)]
 )
-def test_a_command_of_ours_in_a_sentence_is_one(where: str, text: str) -> None:
+def test_every_command_of_the_agent_in_a_sentence_exists(where: str, text: str) -> None:
     parser = cli._parser()
     for word in words_of(text)[1:]:
         nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
@@ -280,7 +281,7 @@ SHOWN = [*(command for _, command in EVERY), *(text for _, text in INLINE)]
 @pytest.mark.parametrize(
     "target", sorted({found[1] for text in SHOWN if (found := re.match(MAKE, text))})
 )
-def test_a_target_of_make_is_one(target: str) -> None:
+def test_every_documented_make_target_exists(target: str) -> None:
     done = subprocess.run(
         ["make", "-n", target], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -293,7 +294,7 @@ RUNNERS = r"(?:tests/run-all|\S*python -m pytest) (.*)"
 @pytest.mark.parametrize(
     "arguments", sorted({found[1] for text in SHOWN if (found := re.match(RUNNERS, text))})
 )
-def test_a_test_that_is_to_be_run_is_there(arguments: str) -> None:
+def test_every_documented_test_exists(arguments: str) -> None:
     words = shlex.split(arguments)
     wanted = words.pop(words.index("-k") + 1) if "-k" in words else ""
     for place in (word for word in words if not word.startswith("-")):
@@ -306,7 +307,7 @@ def test_a_test_that_is_to_be_run_is_there(arguments: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_between_pages_lead_to_one(page: Path) -> None:
+def test_every_link_between_pages_leads_to_a_page(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
         linked = page.parent / target
         assert linked.exists(), target
@@ -318,7 +319,7 @@ def test_every_page_is_in_the_list_of_pages() -> None:
         assert page.name == "README.md" or f"({page.name})" in listed, page.name
 
 
-def test_the_picture_of_packages_is_the_trees() -> None:
+def test_the_diagram_of_packages_matches_the_tree() -> None:
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     (contract,) = settings["tool"]["importlinter"]["contracts"]
     floors = [
@@ -340,7 +341,9 @@ def test_the_picture_of_packages_is_the_trees() -> None:
         assert max(map(order.index, above)) < min(map(order.index, below)), (above, below)
 
 
-def test_an_example_of_rules_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_example_of_rules_is_valid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for page in PAGES:
         for number, block in enumerate(blocks(page)):
             if block.language == "toml":

@@ -13,8 +13,7 @@ UNIT: Final = REPOSITORY / "tests" / "unit"
 MODULE_LINES: Final = 300
 FUNCTION_LINES: Final = 40
 
-NOT_YET: Final[tuple[str, ...]] = (
-)
+NOT_YET: Final[tuple[str, ...]] = ()
 """Where modules or functions are still too long."""
 ELSEWHERE: Final = {"dbus": "tests/bus", "volume": "tests/life"}
 """Packages that need a bus or a simulated kernel to be tested."""

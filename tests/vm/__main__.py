@@ -1,4 +1,4 @@
-"""`python3 -m vm`: the test bed by hand."""
+"""`python3 -m vm`: the test bed from the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vm import bench, demo, installed, machine, soak, terminal
 
 
 def main() -> int:
-    """Builds the bed, or opens a restored guest. Returns: the exit status."""
+    """Build the bed, or open a restored guest. Returns: the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m vm", description=__doc__)
     parser.add_argument("--usb", metavar="IMAGE", type=Path, action="append", default=[])
     commands = parser.add_subparsers(dest="command", required=True)

@@ -1,4 +1,4 @@
-"""`make bench`: the agent beside other ways to serve a medium, measured in one guest."""
+"""`make bench`: the agent beside other systems that serve media, measured in one guest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEDIUM: Final = "disks of scsi_debug"
 
 
 async def bench(*options: str) -> int:
-    """It was measured, and told on the terminal and in build/. Returns: the exit status."""
+    """Measure; print the report and write it to build/. Returns: the exit status."""
     async with machine.restored(installed.layer()) as guest:
         await prepare(guest)
         status = await measured(guest, *options)
@@ -46,7 +46,7 @@ async def bench(*options: str) -> int:
 
 
 async def prepare(guest: Guest) -> None:
-    """The agent is stopped, with a rule for the medium, and what is measured beside it is there."""
+    """Stop the agent, add a rule for the medium, and bring the programs to measure beside it."""
     agent = installed.InstalledAgent(guest)
     await agent.stop()
     await agent.configure(RULE)
@@ -54,13 +54,13 @@ async def prepare(guest: Guest) -> None:
 
 
 async def put_back(guest: Guest) -> None:
-    """What `prepare` brought is not in the guest, nor what udisks keeps."""
-    brought = (f"{extension.FOLDER}/{systems.EXTENSION}.raw", systems.PROGRAMS)
-    await guest.run("rm", "-rf", *map(str, brought), "/media/root", "/var/lib/udisks2")
+    """Remove from the guest what `prepare` brought, and udisks's state."""
+    paths = (f"{extension.FOLDER}/{systems.EXTENSION}.raw", systems.PROGRAMS)
+    await guest.run("rm", "-rf", *map(str, paths), "/media/root", "/var/lib/udisks2")
 
 
 async def _bring_packages(guest: Guest) -> None:
-    """The extension that a system needs lies in the guest, to be merged at its turn."""
+    """Copy the extension that a system needs into the guest; the guest merges it at its turn."""
 
     def made() -> Path:
         base = machine.saved().image.base
@@ -71,47 +71,47 @@ async def _bring_packages(guest: Guest) -> None:
 
 
 def compiled() -> bytes:
-    """The program L, which needs nothing of the guest's. Raises: CalledProcessError."""
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / "limit"
+    """Compile the program L, which needs no library of the guest. Raises: CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "limit"
         flags = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
         subprocess.run(["gcc", *flags, "-o", made, SOURCE], check=True)
         return made.read_bytes()
 
 
 async def measured(guest: Guest, *options: str) -> int:
-    """The systems were measured in this guest, with these options. Returns: the exit status."""
-    asked = measure.options().parse_args([*options, REPORT])
-    if "cycles" in asked.what and any(systems.SYSTEMS[name].extension for name in asked.systems):
+    """Measure the systems in this guest, with these options. Returns: the exit status."""
+    parsed = measure.options().parse_args([*options, REPORT])
+    if "cycles" in parsed.what and any(systems.SYSTEMS[name].extension for name in parsed.systems):
         await _bring_packages(guest)
     async with contextlib.AsyncExitStack() as held:
-        if "storm" in asked.what:
-            await held.enter_async_context(_sticks(guest, asked.sticks))
+        if "storm" in parsed.what:
+            await held.enter_async_context(_sticks(guest, parsed.sticks))
         return await soak.shown(guest, f"-m bench.measure {shlex.join(options)} {REPORT}")
 
 
 @asynccontextmanager
 async def _sticks(guest: Guest, count: int) -> AsyncIterator[None]:
-    """What the guest wishes of so many USB sticks is done; none is plugged on the way out."""
+    """Carry out the guest's requests for this many USB sticks; pull all of them afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         labels = storms.labels(count)
         images = [media.make_medium(Path(folder) / n, n, size_mib=storms.SIZE_MB) for n in labels]
-        await guest.run("mkfifo", str(storms.WISHES))
-        granting = asyncio.create_task(_grant(guest, images))
+        await guest.run("mkfifo", str(storms.REQUESTS))
+        serving = asyncio.create_task(_serve_requests(guest, images))
         try:
             yield
         finally:
-            granting.cancel()
-            await asyncio.gather(granting, return_exceptions=True)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
             await guest.pull_all()
-            await guest.run("rm", str(storms.WISHES))
+            await guest.run("rm", str(storms.REQUESTS))
 
 
-async def _grant(guest: Guest, images: list[Path]) -> None:
-    """The guest's wishes were granted, up to the one that it be over."""
+async def _serve_requests(guest: Guest, images: list[Path]) -> None:
+    """Carry out the guest's requests until it requests the end."""
     while True:
-        wish = await guest.run("cat", str(storms.WISHES), timeout_s=soak.DEADLINE_S)
-        match wish.stdout:
+        request = await guest.run("cat", str(storms.REQUESTS), timeout_s=soak.DEADLINE_S)
+        match request.stdout:
             case "plug":
                 for image in images:
                     await guest.plug_usb(image)
@@ -122,7 +122,7 @@ async def _grant(guest: Guest, images: list[Path]) -> None:
 
 
 async def reported(guest: Guest) -> figures.Report:
-    """The report of the run in the guest, with what it comes to."""
+    """Return the report of the run in the guest, with its figures."""
     written = json.loads(await guest.read(REPORT))
-    told = {"date": time.strftime("%Y-%m-%d"), "medium": MEDIUM, **written}
-    return goals.with_verdicts(figures.with_figures(told))
+    report = {"date": time.strftime("%Y-%m-%d"), "medium": MEDIUM, **written}
+    return goals.with_verdicts(figures.with_figures(report))

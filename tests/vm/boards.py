@@ -1,4 +1,4 @@
-"""Boards by the way in which they seal keys: what their kernels have, how media are made."""
+"""Boards by their seal method: what their kernels have, how media are made."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ MEDIUM: Final = b"a medium's own key of sixty-four bytes, two of AES-256 for XTS
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One board, with a blob for the label cartridge-01."""
+    """A board, with a blob for the label cartridge-01."""
 
     backend: Literal["tagged", "trusted", "encrypted"]
     key: bytes
     cipher: media.Cipher
     target: str
-    """What the crypt target of its media has between length and offset, but for the description."""
+    """Part of its media's crypt target between length and offset, without the description."""
     procedure: str
-    """Shell: a medium on /dev/sda1, mapped as `card`, with blob cartridge-07.bb."""
+    """Shell commands for a medium on /dev/sda1, mapped as `card`, with blob cartridge-07.bb."""
     refusal: str
-    """What another board says of its blobs."""
+    """Message of another board about its blobs."""
     call: str
-    """The system call that waits for the CAAM."""
+    """System call that waits for the CAAM."""
 
     @property
     def medium(self) -> dict[str, Any]:
-        """What `media.make_medium` needs to know of its media."""
+        """Arguments of `media.make_medium` for its media."""
         return {"key": self.key, "cipher": self.cipher}
 
     def blobs(self, otpmk: str = media.OTPMK_A) -> dict[str, bytes]:
-        """The blobs that only this host knows how to make, by their file names."""
+        """Return the blobs that only this host can make, by their file names."""
         match self.backend:
             case "tagged":
                 return {}

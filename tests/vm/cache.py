@@ -1,4 +1,4 @@
-"""What is slow to build is built once, under a key of everything it was built from."""
+"""A cache of slow builds, each under a key of everything it was built from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Ingredient = str | bytes | Path
 
 
 def root() -> Path:
-    """The cache's folder, outside the tree so that a fresh clone finds it."""
+    """Return the cache's folder, outside the tree so that a fresh clone finds it."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "caam-hotplug"
 
 
 @contextmanager
 def locked() -> Iterator[None]:
-    """Only one process builds or looks into the cache at a time; others wait and say so."""
+    """Let only one process build or read the cache at a time; others wait and say so."""
     root().mkdir(parents=True, exist_ok=True)
     with (root() / "lock").open("w") as file:
         try:
@@ -38,7 +38,7 @@ def locked() -> Iterator[None]:
 
 
 def key_of(*ingredients: Ingredient) -> str:
-    """A short digest; a folder or file counts with its contents."""
+    """Return a short digest; a folder or file counts with its contents."""
     digest = hashlib.sha256()
     for ingredient in ingredients:
         for part in _bytes_of(ingredient):
@@ -62,17 +62,17 @@ def _bytes_of(ingredient: Ingredient) -> Iterator[bytes]:
 
 
 def built(name: str, key: str, build: Callable[[Path], None], *, says: str) -> Path:
-    """The folder that `build` filled: from the cache, or made now with a word on the terminal.
+    """Return the folder that `build` filled: from the cache, or built now with a terminal line.
 
-    A folder is renamed into place when it is whole, and carries the sizes of its files: one that
-    was cut short later is made anew. Older folders of the same name go away.
+    A folder is renamed into place when it is complete, and contains the sizes of its files. If
+    it is truncated later, it is built again. Older folders of the same name are removed.
     """
     folder = root() / f"{name}-{key}"
     if _is_whole(folder):
         os.utime(folder)
         return folder
     if folder.exists():
-        print(f"{folder} is damaged and will be made anew", file=sys.stderr, flush=True)
+        print(f"{folder} is damaged and will be built again", file=sys.stderr, flush=True)
     forget(folder)
     began = time.monotonic()
     print(f"{says} ...", file=sys.stderr, flush=True)
@@ -89,7 +89,7 @@ def built(name: str, key: str, build: Callable[[Path], None], *, says: str) -> P
 
 
 def forget(folder: Path) -> None:
-    """The folder is not in the cache; it will be made anew."""
+    """Remove the folder from the cache, so that it is built again."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

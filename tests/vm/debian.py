@@ -16,13 +16,13 @@ INSTALLED: Final = (
     "Makefile", "LICENSE", "agent", "config/*.*", "config/program", "config/completions",
     "config/debian", "rules", "docs/man",
 )  # fmt: skip
-"""What a guest can tell one package from another by; it has no /usr/share/doc."""
+"""Files that distinguish packages in a guest; it has no /usr/share/doc."""
 
 
 def package() -> Path:
-    """The .deb, from the cache or built now.
+    """Return the .deb, from the cache or built now.
 
-    Raises: subprocess.CalledProcessError if it cannot be built; stderr has said why.
+    Raises: subprocess.CalledProcessError if it cannot be built; stderr has the reason.
     """
     with cache.locked():
         bundled = cache.built(
@@ -42,7 +42,7 @@ def package() -> Path:
 
 
 def key() -> str:
-    """The digest of what is installed in a guest: every file with its name and mode."""
+    """Return the digest of what is installed in a guest: every file with its name and mode."""
     named = (path for pattern in INSTALLED for path in sorted(REPOSITORY.glob(pattern)))
     files = (file for path in named for file in ([path] if path.is_file() else path.rglob("*")))
     return cache.key_of(

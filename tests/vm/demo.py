@@ -1,4 +1,4 @@
-"""The main job, told on the terminal: `make demo`."""
+"""The main job, narrated on the terminal: `make demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vm.media import OTPMK_A, OTPMK_B
 
 POINT = "/run/media/cartridge-07"
 
-# The board's own procedure, as NXP documents it; nothing of the agent takes part.
+# The board's own procedure, as NXP documents it; it does not use the agent.
 PROCEDURE = """\
 caam-keygen create cartridge-07 ecb -s 16
 keyctl padd logon logkey: @s < /data/caam/cartridge-07
@@ -31,7 +31,7 @@ rm /data/caam/cartridge-07"""
 
 
 class Stage:
-    """Prints what happens: bold what is done, indented what the machine answers."""
+    """Prints the demo: actions in bold, the machine's answers indented."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -39,16 +39,16 @@ class Stage:
         self._bold, self._plain = ("\x1b[1m", "\x1b[0m") if terminal else ("", "")
 
     def say(self, words: str) -> None:
-        """One step of the story, with the seconds since its beginning."""
+        """Print one step, with the seconds since the beginning."""
         after = time.monotonic() - self._began
         print(f"\n{self._bold}[{after:5.1f} s] {words}{self._plain}", flush=True)
 
     def show(self, text: str) -> None:
-        """What the machine answered."""
+        """Print the machine's answer."""
         print(textwrap.indent(text.rstrip() or "(nothing)", "    "), flush=True)
 
     async def command(self, guest: Guest, command: str) -> str:
-        """A command was run in the guest, and is shown with its answer."""
+        """Run a command in the guest; print it and its answer."""
         done = await guest.sh(command, check=False)
         self.show("\n".join(f"# {line}" for line in command.splitlines()))
         self.show(done.stdout + done.stderr)
@@ -56,12 +56,12 @@ class Stage:
 
 
 async def demo() -> int:
-    """The main job from a blank stick to another board's refusal. Returns: the exit status."""
+    """Show the main job, from an empty stick to another board's refusal. Returns: exit status."""
     stage = Stage()
     stage.say("Restoring a booted virtual machine: Debian, a real kernel, a simulated CAAM")
     async with machine.restored(installed.layer()) as guest:
-        with tempfile.TemporaryDirectory() as scratch:
-            await _make_and_use(stage, guest, Path(scratch) / "stick.img")
+        with tempfile.TemporaryDirectory() as folder:
+            await _make_and_use(stage, guest, Path(folder) / "stick.img")
     stage.say("That was the main job.")
     return 0
 
@@ -99,7 +99,7 @@ async def _make_and_use(stage: Stage, guest: Guest, image: Path) -> None:
     await guest.until("! grep -q caam-hotplug /proc/keys")
     await stage.command(guest, "grep caam-hotplug /proc/keys || echo 'no key in any keyring'")
 
-    stage.say("The stick is pulled out, without a word to the agent")
+    stage.say("The stick is pulled out, without a request to the agent")
     await stick.pull()
     await agent.until_said("cartridge-07.*removed-unsafely")
     await stage.command(guest, "dmsetup ls; grep media /proc/self/mountinfo; ls -A /run/media")
@@ -112,6 +112,6 @@ async def _make_and_use(stage: Stage, guest: Guest, image: Path) -> None:
     await agent.until_said("cartridge-07.*failed")
     assert await agent.leftovers() == []
 
-    stage.say("What the agent has said, as its user reads it in the journal")
+    stage.say("The log of the agent in the journal, as its user reads it")
     await stage.command(guest, "journalctl -u caam-hotplug -o cat --no-pager | grep cartridge-07")
     await agent.stop()

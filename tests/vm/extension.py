@@ -1,7 +1,7 @@
-"""Debian packages that the guest has for a while only: an image that systemd-sysext merges.
+"""Debian packages that the guest has for a limited time: an image that systemd-sysext merges.
 
-So the guest's own image stays small, and every other test has the guest that it had. What their
-maintainers' scripts would do is not done, and /etc stays as it is.
+So the guest's own image stays small, and every other test has an unchanged guest. Maintainer
+scripts of the packages do not run, and /etc is not changed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from vm import cache
 from vm.image import run, squash
 
 FOLDER: Final = "/var/lib/extensions"
-"""Where systemd-sysext looks for images."""
+"""Folder where systemd-sysext finds images."""
 WASTE: Final = ("doc", "man", "locale", "bash-completion", "zsh")
 
 
 def extension(name: str, packages: list[str], base: Path) -> Path:
-    """The image of these packages and of all they need that the base image lacks: NAME.raw.
+    """Build NAME.raw, the image of these packages and the dependencies that the base image lacks.
 
-    From the cache, or made now.
+    Returns: its path, from the cache or built now.
     """
     code = Path(__file__)
     with cache.locked():
@@ -38,14 +38,14 @@ def extension(name: str, packages: list[str], base: Path) -> Path:
 
 
 def _make(target: Path, packages: list[str], base: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        tree = Path(scratch) / "tree"
-        # As in the guest, whose folders in / are links into /usr, which is all an extension has.
+    with tempfile.TemporaryDirectory() as work:
+        tree = Path(work) / "tree"
+        # As in the guest, where folders in / are links into /usr: an extension has only /usr.
         (tree / "usr").mkdir(parents=True)
         for folder in ("bin", "lib", "sbin"):
             (tree / "usr" / folder).mkdir()
             (tree / folder).symlink_to(f"usr/{folder}")
-        for deb in _fetched(packages, base, Path(scratch)):
+        for deb in _fetched(packages, base, Path(work)):
             _unpack(deb, tree)
         for waste in WASTE:
             shutil.rmtree(tree / "usr/share" / waste, ignore_errors=True)
@@ -57,18 +57,18 @@ def _make(target: Path, packages: list[str], base: Path) -> None:
         squash(tree, target)
 
 
-def _fetched(packages: list[str], base: Path, scratch: Path) -> list[Path]:
-    """The packages that the guest lacks of all that these need; apt is told what it has."""
-    status = scratch / "status"
+def _fetched(packages: list[str], base: Path, folder: Path) -> list[Path]:
+    """Fetch the packages and dependencies that the guest lacks; apt gets the guest's list."""
+    status = folder / "status"
     status.write_text(run("unsquashfs", "-cat", base, "var/lib/dpkg/status"))
     asked = ("-q=2", "--simulate", "--no-install-recommends", "-o", f"Dir::State::status={status}")
     missing = re.findall(r"^Inst (\S+)", run("apt-get", *asked, "install", *packages), re.M)
-    run("apt-get", "-q=2", "download", *missing, cwd=scratch)
-    return sorted(scratch.glob("*.deb"))
+    run("apt-get", "-q=2", "download", *missing, cwd=folder)
+    return sorted(folder.glob("*.deb"))
 
 
 def _unpack(deb: Path, tree: Path) -> None:
-    """Through tar, which keeps the tree's links where dpkg-deb would replace them."""
+    """Unpack with tar, which keeps the tree's links where dpkg-deb would replace them."""
     options = "--keep-directory-symlink --exclude=./etc --exclude=./var"
     script = f"dpkg-deb --fsys-tarfile '{deb}' | tar -x {options} -C '{tree}'"
     run("bash", "-o", "pipefail", "-c", script)

@@ -1,7 +1,7 @@
-"""Builds what the guest boots from: kernel, initrd and two squashfs images.
+"""Builds the guest's boot files: kernel, initrd and two squashfs images.
 
-The base image is Debian's packages; the bed's image above it holds kernel modules, the simulated
-CAAM, Python's packages and the bed's agent, so that a change there costs seconds, not a minute.
+The base image consists of Debian's packages. The bed's image above it holds kernel modules, the
+simulated CAAM, Python packages and the bed's agent: a change there costs seconds, not a minute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAINLINE: Final = HERE / "mainline"
 INSIDE: Final = HERE / "inside"
 
 DEFAULT_KERNEL: Final = "6.1"
-"""Debian 12's own; $KERNEL may name another series that Debian has for it, such as 6.12."""
+"""Series of Debian 12's own kernel; $KERNEL may name another that Debian has, such as 6.12."""
 GUEST_PACKAGES: Final = [
     "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-pyudev", "python3-keyutils",
     "dmsetup", "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
@@ -59,8 +59,9 @@ MAINLINE_SOURCES: Final = [
     "security/keys/encrypted-keys/ecryptfs_format.h",
     "drivers/md/dm-crypt.c", "drivers/md/dm-audit.h",
 ]  # fmt: skip
-"""Of Debian's kernel sources: what mainline's kernels have for the CAAM and a TPM, and Debian's
-lack."""
+"""Files of Debian's kernel sources: mainline's support for the CAAM and a TPM, which Debian's
+kernels lack.
+"""
 MASKED_UNITS: Final = [
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
     "fstrim.timer", "systemd-tmpfiles-clean.timer", "e2scrub_reap.service",
@@ -71,7 +72,7 @@ MASKED_UNITS: Final = [
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Files that QEMU boots from, and the key of all that they were built from."""
+    """Files that QEMU boots from, and the key of everything they were built from."""
 
     kernel: Path
     initrd: Path
@@ -81,7 +82,7 @@ class Image:
 
 
 def build() -> Image:
-    """The guest's image; what is in the cache is not built again.
+    """Return the guest's image; use the cache for what is already built.
 
     Raises: subprocess.CalledProcessError if a tool of Debian's fails.
     """
@@ -130,7 +131,7 @@ def build() -> Image:
 
 
 def kernel_version() -> str:
-    """Debian's current kernel of the series in $KERNEL, of which `setup` has the package lists."""
+    """Return Debian's current kernel of the series in $KERNEL; `setup` fetches package lists."""
     series = os.environ.get("KERNEL") or DEFAULT_KERNEL
     package = "linux-image-amd64" if series == DEFAULT_KERNEL else f"linux-image-{series}-amd64"
     depends = run("apt-cache", "depends", package)
@@ -141,7 +142,7 @@ def kernel_version() -> str:
 
 
 def run(*command: str | Path, **options: object) -> str:
-    """What the program printed; unless it ended with 0, this one ends with what it said."""
+    """Run the program and return its output; on an error, exit with its error output."""
     done = subprocess.run(  # type: ignore[call-overload]
         [str(word) for word in command], check=False, capture_output=True, text=True, **options
     )
@@ -156,24 +157,24 @@ def _unpack_kernel(folder: Path, version: str) -> None:
         (deb,) = Path(scratch).glob("*.deb")
         run("dpkg-deb", "-x", deb, folder)
     shutil.rmtree(folder / "usr")
-    packed = sorted(folder.rglob("*.ko.xz"))  # as from Linux 6.12 on; the initrd's insmod has no xz
+    packed = sorted(folder.rglob("*.ko.xz"))  # from Linux 6.12 on; the initrd's insmod has no xz
     for start in range(0, len(packed), 500):
         run("xz", "-d", "-T0", *packed[start : start + 500])
     run("depmod", "-b", folder, version)
 
 
 def _fetch_headers(folder: Path, version: str) -> None:
-    """The packages that modules are built with, as they are.
+    """Fetch the packages that modules are built with, without installing them.
 
-    To install them would bring the whole kernel, and its hooks: they depend on it.
+    An installation would bring the whole kernel and its hooks: the packages depend on it.
     """
-    said = run("apt-cache", "depends", f"linux-headers-{version}")
-    needed = re.findall(r"Depends: (linux-headers-\S+-common|linux-kbuild-\S+)", said)
+    output = run("apt-cache", "depends", f"linux-headers-{version}")
+    needed = re.findall(r"Depends: (linux-headers-\S+-common|linux-kbuild-\S+)", output)
     run("apt-get", "-q=2", "download", f"linux-headers-{version}", *needed, cwd=folder)
 
 
 def _unpack_headers(packages: Path, folder: Path, version: str) -> Path:
-    """Where the kernel's own build of a module begins."""
+    """Return the folder where the kernel's own build of a module begins."""
     for deb in packages.glob("*.deb"):
         run("dpkg-deb", "-x", deb, folder)
     build = folder / "usr/src" / f"linux-headers-{version}"
@@ -183,15 +184,15 @@ def _unpack_headers(packages: Path, folder: Path, version: str) -> Path:
 
 
 def _unpack_sources(folder: Path, version: str) -> None:
-    """MAINLINE_SOURCES as Debian's package of this very kernel has them, all in one folder."""
-    said = run("apt-cache", "show", "--no-all-versions", f"linux-image-{version}")
-    (release,) = re.findall(r"^Version: (\S+)$", said, re.M)
+    """Unpack MAINLINE_SOURCES from Debian's package of this kernel, all into one folder."""
+    output = run("apt-cache", "show", "--no-all-versions", f"linux-image-{version}")
+    (release,) = re.findall(r"^Version: (\S+)$", output, re.M)
     series = ".".join(version.split(".")[:2])
     tree = f"linux-source-{series}"
     with tempfile.TemporaryDirectory() as scratch:
         run("apt-get", "-q=2", "download", f"{tree}={release}", cwd=scratch)
         (deb,) = Path(scratch).glob("*.deb")
-        # The archive in the package is the whole kernel; it is unpacked on the fly, and in part.
+        # The archive in the package is the whole kernel: unpack a part of it while it is read.
         unpack = (
             f"dpkg-deb --fsys-tarfile '{deb}' | tar -xO ./usr/src/{tree}.tar.xz | "
             f"tar -xJ -C '{scratch}' {' '.join(f'{tree}/{name}' for name in MAINLINE_SOURCES)}"
@@ -224,19 +225,19 @@ def _base_image(folder: Path) -> None:
 
 
 def squash(tree: Path, image: Path) -> None:
-    """The image is a squashfs of the tree, all of it root's."""
+    """Make a squashfs image of the tree, owned by root."""
     run("mksquashfs", tree, image, "-comp", "zstd", "-Xcompression-level", "3", "-quiet",
          "-noappend", "-all-root")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Of what modules are built."""
+    """Sources of modules."""
 
     headers: Path
-    """The kernel's packages of them."""
+    """Folder of the kernel's header packages."""
     mainline: Path
-    """The files of MAINLINE_SOURCES."""
+    """Folder of the files in MAINLINE_SOURCES."""
 
 
 def _bed_image(folder: Path, unpacked: Path, site: Path, sources: _Sources, version: str) -> None:
@@ -263,14 +264,14 @@ def _bed_image(folder: Path, unpacked: Path, site: Path, sources: _Sources, vers
         run("depmod", "-b", tree, version)
         (tree / "lib").unlink()
         shutil.copytree(site, tree / "opt/site", ignore=shutil.ignore_patterns(".sizes"))
-        (tree / "opt/site").chmod(0o755)  # the cache is its owner's alone; the guest has others
+        (tree / "opt/site").chmod(0o755)  # the cache is private; the guest has other users
         _install_bed(tree)
         squash(tree, folder / "bed.squashfs")
         _initrd(folder / "initrd", source, Path(scratch) / "initrd")
 
 
 def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
-    """The modules' files and those of all they need, each after what it needs."""
+    """Return the files of the modules and of their dependencies, each after what it needs."""
     needs: dict[str, list[str]] = {}
     by_name: dict[str, str] = {}
     for line in (source / "modules.dep").read_text().splitlines():
@@ -280,7 +281,7 @@ def _with_dependencies(source: Path, wanted: list[str]) -> list[str]:
     ordered: dict[str, None] = {}
     for name in wanted:
         found = by_name.get(name.replace("_", "-"))
-        if found is not None:  # else it is built into the kernel
+        if found is not None:  # otherwise it is built into the kernel
             ordered |= dict.fromkeys([*reversed(needs[found]), found])
     return list(ordered)
 

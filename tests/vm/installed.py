@@ -1,4 +1,4 @@
-"""The agent installed in a guest as a board would have it, run as its systemd service."""
+"""The agent installed in a guest as on a board, run as its systemd service."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ UNIT: Final = "caam-hotplug.service"
 SOCKET: Final = "caam-hotplug.socket"
 HOLDERS_SOCKET: Final = "caam-hotplug-holders.socket"
 AWAIT_UDEV: Final = os.environ.get("AWAIT_UDEV", "no")
-"""With "yes" all agents in a run of tests wait for udev, though no configuration says so."""
+"""With "yes", all agents in a test run wait for udev, though no configuration says so."""
 _DEFAULT: Final = "await_udev: bool ="
 _CONFIG: Final = "/usr/lib/caam-hotplug/caam_hotplug/config/loader.py"
 NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
-"""In the saved guest: an agent that a test kills stays dead until the test starts it."""
+"""File in the saved guest: a killed agent stays dead until the test starts it."""
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
-"""What is in that file; after a kill no event starts it either."""
+"""Content of that file; after a kill no event starts the agent either."""
 
 Kernel = Literal["nxp", "mainline"]
-"""What the guest's kernel has for the CAAM; see inside/board-kernel."""
+"""Support of the guest's kernel for the CAAM; see inside/board-kernel."""
 
 _BLOBS: Final = "/data/caam"
 _BLOBS_AS_MADE: Final = "/var/lib/blobs-as-made"
 
 
 class InstalledAgent:
-    """The service in the guest: started, stopped, killed; what it says, what it holds."""
+    """The service in the guest: start, stop, kill, journal and leftovers."""
 
     def __init__(self, guest: Guest, *, since: str = "") -> None:
-        """`since`: the journal's cursor after which it is read."""
+        """`since`: cursor of the journal after which it is read."""
         self.guest = guest
         self._journal = ["journalctl", "-u", UNIT, "-o", "cat", "--no-pager"]
         if since:
             self._journal.append(f"--after-cursor={since}")
 
     async def configure(self, toml: str) -> None:
-        """The configuration that the next start reads."""
+        """Write the configuration that the next start reads."""
         await self.guest.write("/etc/caam-hotplug/agent.toml", toml.encode())
 
     async def start(self) -> None:
-        """The service runs with the configuration there is, and has said that it is ready."""
+        """Start the service with the present configuration, and wait until it is ready."""
         started = await self.guest.run("systemctl", "restart", UNIT, check=False)
         assert started.returncode == 0, await self.journal()
 
     async def stop(self) -> None:
-        """The service has stopped in order."""
+        """Stop the service in order."""
         await self.guest.run("systemctl", "stop", UNIT)
 
     async def kill(self) -> None:
-        """The agent was killed without a chance to do anything, and stays dead."""
+        """Kill the agent with SIGKILL, and prevent its restart."""
         await self.guest.sh(
             f"touch /run/stays-dead; systemctl kill -s KILL --kill-whom=main {UNIT}; "
             f"while systemctl is-active -q {UNIT}; do :; done; "
@@ -64,11 +64,11 @@ class InstalledAgent:
         )
 
     async def journal(self) -> str:
-        """All that the service has said, a line each."""
+        """Return the lines that the service has logged."""
         return (await self.guest.run(*self._journal)).stdout
 
     async def until_said(self, pattern: str, *, times: int = 1, deadline_s: float = 120) -> str:
-        """The service has said something that the extended regular expression matches.
+        """Wait until the service has logged something that the extended regular expression matches.
 
         Returns the matching lines. Raises: AssertionError with the journal after the deadline.
         """
@@ -78,19 +78,19 @@ class InstalledAgent:
             "timeout", f"{deadline_s}", "bash", "-c", script, check=False,
             timeout_s=deadline_s + 10,
         )  # fmt: skip
-        assert done.returncode == 0, f"not said: {pattern}\n{await self.journal()}"
+        assert done.returncode == 0, f"not logged: {pattern}\n{await self.journal()}"
         return done.stdout
 
     async def main_pid(self) -> int:
-        """The agent's process."""
+        """Return the agent's process ID."""
         shown = await self.guest.run("systemctl", "show", "-p", "MainPID", "--value", UNIT)
         return int(shown.stdout)
 
     async def leftovers(self) -> list[str]:
-        """What of the agent's is in the kernel and in the tree; empty when nothing is left.
+        """List what is left of the agent in the kernel and in the tree.
 
-        A key that was unlinked is listed for a grace period more, and one whose usage count is 0
-        until the kernel's collector comes by (security/keys/gc.c).
+        An unlinked key is listed for a grace period, and one whose usage count is 0 until the
+        kernel's collector has freed it (security/keys/gc.c).
 
         Raises: AssertionError if a key remains.
         """
@@ -104,7 +104,7 @@ class InstalledAgent:
 
 
 def layer(kernel: Kernel = "nxp") -> Layer:
-    """A guest in which the agent's Debian package is installed, and the agent has run once."""
+    """Return a guest layer with the agent's Debian package, after one run of the agent."""
     package = debian.package().read_bytes()
 
     async def prepare(guest: Guest) -> None:
@@ -127,16 +127,16 @@ def layer(kernel: Kernel = "nxp") -> Layer:
 
 
 async def install(guest: Guest, package: bytes) -> None:
-    """dpkg has installed this package, or upgraded to it, and the agent runs."""
+    """Install or upgrade this package with dpkg, and wait until the agent runs."""
     await guest.write("/tmp/agent.deb", package)
     await guest.sh("dpkg --install /tmp/agent.deb && rm /tmp/agent.deb", timeout_s=300)
 
 
 async def put_back(guest: Guest) -> None:
-    """Media, configuration, blobs and mount points are as they were in the saved guest.
+    """Restore the saved guest's media, configuration, blobs and mount points.
 
-    Raises: AssertionError if the agent has left anything behind, or a test has left its units
-        as the package does not install them.
+    Raises: AssertionError if the agent has left anything, or a test has left its units
+        different from those that the package installs.
     """
     assert await InstalledAgent(guest).leftovers() == []
     await guest.run("systemctl", "is-enabled", UNIT)

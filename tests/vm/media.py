@@ -1,7 +1,8 @@
 """Makes media on the host, without privileges: GPT, plain dm-crypt, a filesystem with files.
 
-Ciphertext is what dm-crypt would write: every 512-byte sector on its own, its IV the sector's
-number, little endian, padded with zeros: 32 bits for `plain`, 64 for `plain64` (dm-crypt.rst).
+The ciphertext is as dm-crypt writes it. Each 512-byte sector is encrypted separately. Its IV is the
+sector's number, little endian, padded with zeros: 32 bits for `plain`, 64 for `plain64`
+(dm-crypt.rst).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ FIRST_LBA: Final = 2048
 LINUX_DATA: Final = uuid.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
 
 OTPMK_A: Final = "a1" * 32
-"""The master key of the board that made the blobs."""
+"""Master key of the board that made the blobs."""
 OTPMK_B: Final = "b2" * 32
-"""Another board's."""
+"""Master key of another board."""
 
 KEYS: Final = {
     "cartridge-01": b"sixteen byte key",
@@ -38,7 +39,7 @@ KEYS: Final = {
     "ecb-64": b"a key of sixty-four bytes, which is no key that AES knows of....",
     "ccm-64": b"another key of sixty-four bytes; ccm, and still not one of AES..",
 }
-"""The keys of the blobs that the saved guest has in /data/caam, by their names."""
+"""Keys of the blobs in the saved guest's /data/caam, by their names."""
 KEY: Final = KEYS["cartridge-01"]
 
 Filesystem = Literal["ext4", "vfat"]
@@ -57,9 +58,9 @@ def make_medium(
     size_mib: int = 16,
     total_mib: int = 0,
 ) -> Path:
-    """A disk image with one labelled partition; None as key leaves the filesystem in the clear.
+    """Make a disk image with one labelled partition; None as key leaves the filesystem unencrypted.
 
-    `total_mib` pads the image: an SD card's is a power of two, 64 at least.
+    `total_mib` pads the image: an SD card's size is a power of two, 64 at least.
     """
     contents = tuple((HELLO if files is None else files).items())
     write_disk(path, partlabel, _partition(contents, filesystem, size_mib, key, cipher), total_mib)
@@ -74,13 +75,13 @@ def _partition(
     key: bytes | None,
     cipher: Cipher,
 ) -> bytes:
-    """The partition's bytes; kept, since making them takes half a second and writing them none."""
+    """Return the partition's bytes; cached, since making them takes half a second."""
     plain = _filesystem(dict(files), filesystem, size_mib)
     return plain if key is None else encrypt(plain, key, cipher)
 
 
 def write_disk(path: Path, partlabel: str, partition: bytes, total_mib: int = 0) -> None:
-    """A disk image of one partition with these bytes; the label may be any text of 36 units."""
+    """Write a disk image of one partition with these bytes; the label is any text of 36 units."""
     sectors = FIRST_LBA + len(partition) // SECTOR + FIRST_LBA
     sectors = max(sectors, total_mib * 2**20 // SECTOR)
     with path.open("wb") as disk:
@@ -93,7 +94,7 @@ def write_disk(path: Path, partlabel: str, partition: bytes, total_mib: int = 0)
 
 
 def encrypt(plain: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
-    """The ciphertext of a volume that starts with sector 0."""
+    """Return the ciphertext of a volume that starts with sector 0."""
     return b"".join(
         ciphers.Cipher(algorithms.AES(key), mode).encryptor().update(sector)
         for mode, sector in _sectors(plain, cipher)
@@ -101,7 +102,7 @@ def encrypt(plain: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
 
 
 def decrypt(secret: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
-    """The inverse of `encrypt`."""
+    """Return the plain text; the inverse of `encrypt`."""
     return b"".join(
         ciphers.Cipher(algorithms.AES(key), mode).decryptor().update(sector)
         for mode, sector in _sectors(secret, cipher)
@@ -109,7 +110,7 @@ def decrypt(secret: bytes, key: bytes, cipher: Cipher = "cbc-plain") -> bytes:
 
 
 def _sectors(text: bytes, cipher: Cipher) -> Iterator[tuple[modes.CBC | modes.XTS, bytes]]:
-    """Each sector, and the mode for it with its IV."""
+    """Yield each sector, and the mode for it with its IV."""
     for number in range(len(text) // SECTOR):
         sector = text[number * SECTOR : (number + 1) * SECTOR]
         match cipher:
@@ -120,7 +121,7 @@ def _sectors(text: bytes, cipher: Cipher) -> Iterator[tuple[modes.CBC | modes.XT
 
 
 def partition_bytes(path: Path) -> bytes:
-    """The bytes of the first partition of an image, as they are on the medium."""
+    """Return the bytes of the first partition of an image, as they are on the medium."""
     with path.open("rb") as disk:
         disk.seek(2 * SECTOR)
         first, last = struct.unpack_from("<QQ", disk.read(128), 32)
@@ -152,7 +153,7 @@ def _run(program: str, *arguments: str | Path) -> None:
 
 
 def _gpt(label: str, partition_sectors: int, sectors: int) -> list[tuple[int, bytes]]:
-    """Protective MBR, both headers and both tables of entries, as (LBA, bytes)."""
+    """Return protective MBR, both headers and both tables of entries, as (LBA, bytes)."""
     name = label.encode("utf-16-le", "surrogatepass")
     if len(name) > 72:
         raise ValueError("a GPT label has at most 36 UTF-16 units")

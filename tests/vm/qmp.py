@@ -14,7 +14,7 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """One connection; commands are answered in order, events are kept for who waits."""
+    """A connection; commands are answered in order, events are kept for their waiters."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -28,7 +28,7 @@ class Qmp:
 
     @classmethod
     async def connected(cls, socket: Path) -> Qmp:
-        """A connection in command mode. Raises: OSError while QEMU does not listen yet."""
+        """Connect in command mode. Raises: OSError while QEMU does not listen yet."""
         reader, writer = await asyncio.open_unix_connection(socket, limit=1 << 24)
         await reader.readline()
         qmp = cls(reader, writer)
@@ -36,7 +36,7 @@ class Qmp:
         return qmp
 
     async def __call__(self, command: str, **arguments: Any) -> Any:
-        """QEMU's answer. Raises: QmpError; ConnectionError if QEMU is gone."""
+        """Send a command and return its answer. Raises: QmpError; ConnectionError without QEMU."""
         async with self._turn:
             named = {name.replace("_", "-"): value for name, value in arguments.items()}
             request = {"execute": command, "arguments": named}
@@ -52,7 +52,7 @@ class Qmp:
         return reply["return"]
 
     async def device_deleted(self, device: str) -> None:
-        """QEMU has said that the device is gone. Raises: ConnectionError if QEMU is gone."""
+        """Wait for QEMU's event that the device is gone. Raises: ConnectionError without QEMU."""
         async with self._changed:
             await self._changed.wait_for(lambda: device in self._deleted or self._ended)
             if device not in self._deleted:
@@ -60,7 +60,7 @@ class Qmp:
             self._deleted.discard(device)
 
     async def close(self) -> None:
-        """The connection is closed and nothing of it runs."""
+        """Close the connection and end its task."""
         self._pump.cancel()
         await asyncio.gather(self._pump, return_exceptions=True)
         self._writer.close()
@@ -81,6 +81,6 @@ class Qmp:
             await self._replies.put(message)
         elif message["event"] == "DEVICE_DELETED":
             async with self._changed:
-                # Inner paths are announced too, without a device.
+                # QEMU announces inner paths too, without a device.
                 self._deleted.add(message["data"].get("device", ""))
                 self._changed.notify_all()

@@ -1,7 +1,7 @@
 """Blobs of mainline's kernels, made on the host as the simulated CAAM and the kernel make them.
 
-With a key that the host knows, a medium can be made there too. The CAAM's part is caam_sim/seal.c;
-a key under a master is security/keys/encrypted-keys/encrypted.c of the kernel.
+With a key that the host knows, it can make a medium too. The CAAM's part is caam_sim/seal.c. A
+key under a master follows security/keys/encrypted-keys/encrypted.c in the kernel.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESCCM
 
 _MODIFIER: Final = b"SECURE_KEY".ljust(16, b"\0")
-"""The key modifier of trusted_caam.c."""
+"""Key modifier of trusted_caam.c."""
 _MEMORY: Final = 1 << 31
 
 
 def trusted_blob(key: bytes, otpmk: str) -> bytes:
-    """The key sealed for the chip with this master key, in hex as `keyctl pipe` prints it."""
+    """Seal the key for the chip with this master key, in hex as `keyctl pipe` prints it."""
     kek = hashlib.sha256(bytes.fromhex(otpmk) + _MODIFIER + struct.pack("<I", _MEMORY)).digest()
     blob_key = os.urandom(32)
     wrap = Cipher(algorithms.AES(kek), modes.ECB()).encryptor()
@@ -31,14 +31,14 @@ def trusted_blob(key: bytes, otpmk: str) -> bytes:
 
 
 def encrypted_blob(key: bytes, master: bytes, name: str) -> bytes:
-    """The key under the trusted key of this name, as `keyctl pipe` prints it."""
+    """Seal the key under the trusted key with this name, as `keyctl pipe` prints it."""
     iv = os.urandom(16)
     encrypt = Cipher(algorithms.AES(_derived(b"ENC_KEY", master)), modes.CBC(iv)).encryptor()
     sealed = iv + b"\0" + encrypt.update(key.ljust((len(key) + 15) // 16 * 16, b"\0"))
-    said = [b"default", f"trusted:{name}".encode(), str(len(key)).encode()]
-    record = b"\0".join([*said, sealed])
+    fields = [b"default", f"trusted:{name}".encode(), str(len(key)).encode()]
+    record = b"\0".join([*fields, sealed])
     mac = hmac.digest(_derived(b"AUTH_KEY", master), record, "sha256")
-    return b" ".join([*said, (sealed + mac).hex().encode()])
+    return b" ".join([*fields, (sealed + mac).hex().encode()])
 
 
 def _derived(purpose: bytes, master: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""`make soak`, `make throughput`: long runs in a guest, their progress and figures here."""
+"""`make soak`, `make throughput`: long runs in a guest; progress and figures are shown here."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ LOG: Final = "/var/tmp/soak"
 UDEV_RULE: Final = (
     "mkdir -p /run/udev/rules.d; cp /src/rules/*.rules /run/udev/rules.d; udevadm control --reload"
 )
-LOOKED_AT_EVERY_S: Final = 5
+CHECK_INTERVAL_S: Final = 5
 DEADLINE_S: Final = 12 * 3600
 
 
 async def soak(*options: str) -> int:
-    """The soak has run in a guest of its own, with these options. Returns: its exit status."""
+    """Run the soak in a new guest with these options. Returns: its exit status."""
     async with machine.restored() as guest:
         await guest.sh(UDEV_RULE)
         return await shown(guest, f"-m kernel.soak {shlex.join(options)}")
 
 
 async def growth(cycles: int) -> int:
-    """Media came and went so often beside the installed agent. Returns: 1 if it has grown."""
+    """Plug and pull media beside the installed agent. Returns: 1 if it has grown."""
     async with machine.restored(installed.layer()) as guest:
         agent = installed.InstalledAgent(guest)
         await guest.sh(
@@ -38,14 +38,14 @@ async def growth(cycles: int) -> int:
 
 
 async def throughput(*options: str) -> int:
-    """It was measured in a guest whose kernel has both kinds of keys. Returns: its exit status."""
+    """Measure in a guest whose kernel has both kinds of keys. Returns: its exit status."""
     async with machine.restored() as guest:
         await guest.sh(f"{UDEV_RULE}; board-kernel both {media.OTPMK_A}")
         return await shown(guest, f"/src/tools/measure throughput {shlex.join(options)}")
 
 
 async def shown(guest: Guest, program: str) -> int:
-    """Python has run it in the guest, and what it said was shown. Returns: its exit status."""
+    """Run it with Python in the guest and show its output. Returns: its exit status."""
     command = (
         "cd /tmp; export PYTHONPATH=/src/agent:/src/tests PYTHONDONTWRITEBYTECODE=1; "
         f"exec python3 {program} >{LOG} 2>&1"
@@ -54,15 +54,15 @@ async def shown(guest: Guest, program: str) -> int:
     running = asyncio.create_task(guest.sh(command, check=False, timeout_s=DEADLINE_S))
     read = 0
     while not running.done():
-        await asyncio.wait({running}, timeout=LOOKED_AT_EVERY_S)
+        await asyncio.wait({running}, timeout=CHECK_INTERVAL_S)
         read += await _show(guest, read)
     return (await running).returncode
 
 
 async def _show(guest: Guest, read: int) -> int:
-    """What was said since; on a terminal each line takes the place of the one before."""
-    said = (await guest.run("tail", "-c", f"+{read + 1}", LOG)).stdout
-    text, newline, _ = said.rpartition("\n")
+    """Show the new output; on a terminal each line replaces the one before."""
+    new = (await guest.run("tail", "-c", f"+{read + 1}", LOG)).stdout
+    text, newline, _ = new.rpartition("\n")
     for line in text.splitlines():
         passing = sys.stdout.isatty() and line.startswith(("cycle ", "damaged "))
         sys.stdout.write(f"\r\033[K{line}" if passing else f"{line}\n")

@@ -1,4 +1,4 @@
-"""A person's terminal joined to the guest's console."""
+"""Connects a user's terminal to the guest's console."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-LEAVE: Final = b"\x1d"
+EXIT_KEY: Final = b"\x1d"
 """Control-], as in telnet."""
 
 
@@ -27,22 +27,22 @@ def _raw(terminal: int) -> Iterator[None]:
 
 
 async def bridged(socket: Path) -> None:
-    """What is typed has gone to the guest and what it wrote to the terminal, until Control-]."""
+    """Send input to the guest and its output to the terminal, until Control-]."""
     reader, writer = await asyncio.open_unix_connection(socket)
     terminal = sys.stdin.fileno()
-    left = asyncio.Event()
+    closed = asyncio.Event()
 
     def typed() -> None:
         data = os.read(terminal, 4096)
-        before, leave, _ = data.partition(LEAVE)
+        before, exit_key, _ = data.partition(EXIT_KEY)
         writer.write(before)
-        if leave or not data:
-            left.set()
+        if exit_key or not data:
+            closed.set()
 
     async def written() -> None:
         while data := await reader.read(65536):
             os.write(sys.stdout.fileno(), data)
-        left.set()
+        closed.set()
 
     print("A root shell in the guest; Control-] leaves, and the guest is gone.", flush=True)
     columns, rows = os.get_terminal_size(terminal)
@@ -52,7 +52,7 @@ async def bridged(socket: Path) -> None:
         writer.write(f" stty rows {rows} cols {columns}; clear\n".encode())
         loop.add_reader(terminal, typed)
         try:
-            await left.wait()
+            await closed.wait()
         finally:
             loop.remove_reader(terminal)
             output.cancel()

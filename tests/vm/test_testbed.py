@@ -1,4 +1,4 @@
-"""The bed itself: what other tests build on must hold."""
+"""Tests of the test bed itself, which other tests rely on."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ async def test_commands_run_side_by_side(guest: Guest) -> None:
     assert (await guest.run("stat", "-c", "%a", "/tmp/sign")).stdout == "600\n"
 
 
-async def test_a_large_file_goes_in_and_out_whole(guest: Guest) -> None:
+async def test_a_large_file_is_copied_in_and_out_unchanged(guest: Guest) -> None:
     data = random.Random(1).randbytes(4 << 20)
     await guest.write("/var/tmp/large", data)
     assert await guest.read("/var/tmp/large") == data
 
 
-async def test_a_restored_guest_knows_nothing_of_the_one_before() -> None:
+async def test_a_restored_guest_has_no_changes_of_an_earlier_one() -> None:
     numbers = set()
     for _ in range(2):
         async with machine.restored() as guest:
@@ -54,13 +54,13 @@ async def test_a_restored_guest_knows_nothing_of_the_one_before() -> None:
     assert len(numbers) == 2
 
 
-async def test_the_repository_is_there_read_only(guest: Guest) -> None:
+async def test_the_repository_is_mounted_read_only(guest: Guest) -> None:
     assert await guest.read("/src/tests/vm/test_testbed.py") == Path(__file__).read_bytes()
     await guest.sh("! touch /src/trace")
 
 
 @pytest.mark.parametrize("filesystem", ["ext4", "vfat"])
-async def test_a_usb_stick_comes_and_goes_and_is_what_software_encryption_reads(
+async def test_a_usb_stick_is_plugged_read_by_software_encryption_and_pulled(
     guest: Guest, tmp_path: Path, filesystem: str
 ) -> None:
     medium = make_medium(
@@ -80,7 +80,7 @@ async def test_a_usb_stick_comes_and_goes_and_is_what_software_encryption_reads(
         await stick.plug()
 
 
-async def test_an_sd_card_comes_and_goes(guest: Guest, tmp_path: Path) -> None:
+async def test_an_sd_card_is_inserted_and_pulled(guest: Guest, tmp_path: Path) -> None:
     card = await guest.insert_sd(make_medium(tmp_path / "sd.img", total_mib=64))
     for _ in range(2):
         await guest.until("test -b /dev/mmcblk0p1")
@@ -89,7 +89,7 @@ async def test_an_sd_card_comes_and_goes(guest: Guest, tmp_path: Path) -> None:
         await card.plug()
 
 
-async def test_a_scsi_disk_comes_and_goes(guest: Guest, tmp_path: Path) -> None:
+async def test_a_scsi_disk_is_plugged_and_pulled(guest: Guest, tmp_path: Path) -> None:
     disk = await guest.plug_scsi(make_medium(tmp_path / "m.img"), serial="D1", read_only=True)
     await guest.until("test -b /dev/sda1")
     assert await guest.read("/sys/block/sda/ro") == b"1\n"
@@ -129,13 +129,13 @@ async def test_hostile_labels_reach_the_guest_as_they_are(guest: Guest, tmp_path
         write_disk(tmp_path / f"{number}.img", label, bytes(1 << 20))
         await guest.plug_usb(tmp_path / f"{number}.img")
     await guest.until(f"[ $(ls /sys/class/block | grep -c 'sd.1') = {len(labels)} ]")
-    # Not PARTNAME of the kernel's uevent, which has seven bits of every character.
+    # Not PARTNAME in the kernel's uevent, which has seven bits of every character.
     name = "blkid -p -o value -s PART_ENTRY_NAME $device; echo"
     seen = (await guest.sh(f"for device in /dev/sd?1; do {name}; done")).stdout
     assert sorted(filter(None, seen.splitlines())) == sorted(labels)
 
 
-async def test_a_dead_guest_is_noticed_at_once(guest: Guest) -> None:
+async def test_a_guest_that_ended_is_noticed_at_once(guest: Guest) -> None:
     with pytest.raises(GuestDiedError, match="sysrq"):
         await guest.sh("sleep 0.2; echo c > /proc/sysrq-trigger; sleep 60")
     with pytest.raises(GuestDiedError):
@@ -153,7 +153,7 @@ def test_a_medium_holds_no_plain_text(tmp_path: Path) -> None:
     assert b"Encrypted data" in make_medium(tmp_path / "c.img", key=None).read_bytes()
 
 
-def test_a_folder_cut_short_is_made_anew(
+def test_a_truncated_folder_is_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What mainline's CAAM driver offers to the kernel's trusted keys (soc/fsl/caam-blob.h): memory of
- * the caller's sealed into a blob, and back. Whoever calls it sees the key; nothing is covered.
+ * The interface of mainline's CAAM driver for the kernel's trusted keys (soc/fsl/caam-blob.h): it
+ * seals the caller's memory into a blob, and unseals it. The caller sees the key; nothing is covered.
  */
 #include <linux/err.h>
 #include <linux/module.h>
@@ -9,7 +9,7 @@
 
 #include "caam_sim.h"
 
-/* The hardware hands out job rings here; there is nothing to keep. */
+/* The hardware allocates job rings here; the simulation has none. */
 static u8 no_state;
 
 struct caam_blob_priv *caam_blob_gen_init(void)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The board's tool for making and importing black keys, as far as the board procedure uses it:
+ * The board's tool for making and importing black keys, with the commands of the board procedure:
  *
  *   caam-keygen create NAME ecb|ccm -s SIZE    a random key of SIZE bytes
  *   caam-keygen create NAME ecb|ccm -t TEXT    the bytes of TEXT as the key
  *   caam-keygen import BLOB_FILE NAME          the black key of a blob
  *
  * create writes /data/caam/NAME and NAME.bb, import writes /data/caam/NAME. Like the vendor's
- * tool it exits 0 whatever happens: a script that tests the exit status tests nothing.
+ * tool it always exits with 0: a script that checks the exit status checks nothing.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -93,7 +93,7 @@ static void create(const char *name, const char *enc, const char *mode, const ch
 
 	if (err) {
 		complain("create", err);
-		/* The driver's own words lie where the blob would. */
+		/* The driver's message is in place of the blob. */
 		fprintf(stderr, "%.*s", (int)sizeof(blob), blob);
 		return;
 	}

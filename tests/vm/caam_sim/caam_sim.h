@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the simulated CAAM and its callers in user space agree on. */
+/* Interface between the simulated CAAM and its callers in user space. */
 #ifndef CAAM_SIM_H
 #define CAAM_SIM_H
 

@@ -227,7 +227,7 @@ static int read_blob(struct keygen_job *job)
 {
 	u32 len = job->cmd.blob_len;
 
-	/* Some of NXP's kernels copy any length into a buffer of this size: refused, and said. */
+	/* Some of NXP's kernels copy any length into a buffer of this size; this refuses and logs it. */
 	if (len > sizeof(job->tagged_blob)) {
 		pr_warn_ratelimited("%u bytes are longer than any blob\n", len);
 		return -EINVAL;
@@ -240,8 +240,8 @@ static int read_blob(struct keygen_job *job)
 }
 
 /*
- * What is wrong with a blob's tag or MAC is told to the kernel log alone. Not as an error: those go
- * to the serial console as well, which a test that imports a thousand broken blobs waits for.
+ * Only the kernel log has the fault of a blob's tag or MAC. It is not an error message: those also go
+ * to the serial console, which would delay a test that imports a thousand broken blobs.
  */
 static int keygen_import(struct keygen_job *job)
 {
@@ -363,5 +363,5 @@ module_exit(caam_sim_exit);
 
 MODULE_DESCRIPTION("Simulated CAAM: black keys, black blobs and tagged-key ciphers for tests");
 MODULE_LICENSE("GPL");
-/* sha256 and the AES used to cover keys are library functions; these are looked up by name. */
+/* sha256 and the AES used to cover keys are library functions; these are found by name. */
 MODULE_SOFTDEP("pre: ccm ctr ecb cbc aes");

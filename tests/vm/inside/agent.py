@@ -1,7 +1,7 @@
-"""Runs in the guest: executes what the host asks for over a virtio-serial port.
+"""Runs in the guest: executes the host's requests from a virtio-serial port.
 
-One JSON object per line each way. Requests are served side by side, a thread each, so that a
-command can wait while another one acts.
+There is one JSON object per line in each direction. Each request has a thread, so that a command
+can wait while another one acts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PORT = "/dev/virtio-ports/agent"
 LIBC = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY = 1
 INTERVAL_S = 0.2
-"""How often a condition is looked at that nothing in the kernel announces."""
+"""Interval of checks for a condition that the kernel does not announce."""
 
 
 def run(argv: list[str], stdin: str, timeout_s: float, env: dict[str, str]) -> dict[str, Any]:
-    """Output goes to files, so that a child left in the background cannot keep us waiting."""
+    """Write output to files, so that a child left in the background cannot delay the answer."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             done = subprocess.run(
@@ -55,7 +55,7 @@ def encoded(data: bytes) -> str:
 
 
 def until(script: str, deadline_s: float) -> dict[str, Any]:
-    """Ask a shell again and again; one shell does all the asking, since a spawn is slow here."""
+    """Check a condition again and again in one shell, since a spawn is slow here."""
     end = time.monotonic() + deadline_s
     with subprocess.Popen(
         ["/bin/bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -75,7 +75,7 @@ def until(script: str, deadline_s: float) -> dict[str, Any]:
 
 
 def until_mount(point: str, present: bool, deadline_s: float) -> dict[str, Any]:
-    """Wait on the kernel's own announcement of changes to the mount table (proc(5))."""
+    """Wait for the kernel's own announcement of changes to the mount table (proc(5))."""
     end = time.monotonic() + deadline_s
     with open("/proc/self/mountinfo", "rb") as mountinfo:
         poller = select.poll()
@@ -92,7 +92,7 @@ def until_mount(point: str, present: bool, deadline_s: float) -> dict[str, Any]:
 
 
 def resume(now: float, source: str, target: str, options: str) -> None:
-    """A restored guest has the host's time and mounts: by system calls, as a spawn is slow here."""
+    """Set the host's time and mounts in a restored guest, by system calls: a spawn is slow here."""
     time.clock_settime(time.CLOCK_REALTIME, now)
     arguments = (source.encode(), target.encode(), b"9p", MS_RDONLY, options.encode())
     if LIBC.mount(*arguments) != 0:
@@ -132,7 +132,7 @@ def main() -> None:
         number = request.pop("id")
         try:
             reply = serve(request)
-        except Exception as error:  # the host is to see every fault
+        except Exception as error:  # the host must see every fault
             reply = {"error": f"{type(error).__name__}: {error}"}
         data = json.dumps({"id": number, **reply}).encode() + b"\n"
         with turn:
@@ -143,7 +143,7 @@ def main() -> None:
     while True:
         with contextlib.suppress(BlockingIOError):
             chunk = os.read(port, 65536)
-            if not chunk:  # nobody at the other end, and poll(2) would return at once
+            if not chunk:  # the host has closed the port, and poll(2) would return at once
                 time.sleep(INTERVAL_S)
             first, *more = chunk.split(b"\n")
             pending.append(first)

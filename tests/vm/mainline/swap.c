@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* The kernel's own key type `encrypted` makes room for one that knows of trusted masters. */
+/* Replaces the kernel's own key type `encrypted` by one that supports trusted masters. */
 #include <linux/key-type.h>
 
 extern struct key_type key_type_encrypted;

@@ -1,4 +1,4 @@
-"""A medium whose I/O never completes: it says so, and nobody else waits for it."""
+"""A medium whose I/O never completes: it is published as stuck, and delays no other medium."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ UNTIL_MOUNT = ARRIVAL.index("mkdir") + 1
 @pytest.mark.parametrize(
     ("step", "after"), [("probe", UNTIL_PROBE), ("mount", UNTIL_MOUNT)], ids=["probe", "mount"]
 )
-def test_a_wedged_medium_is_stuck_and_others_are_served_meanwhile(
+def test_a_hung_medium_is_published_as_stuck_and_others_are_served_meanwhile(
     faulty: Faulty, room: Room, step: str, after: int
 ) -> None:
     room.agent.start(Stop(after))
     with faulty.plugged():
         room.agent.until_called(after)
-        with faulty.wedged():
+        with faulty.hung():
             room.agent.go_on()
             room.agent.until_said(f"cartridge-03.*: stuck: {step}: the kernel has not answered")
-            room.arrives()
-            room.arrives(room.neighbour)
-            room.leaves()
-            room.agent.until_fed(times=3)
+            room.plug_and_check()
+            room.plug_and_check(room.neighbour)
+            room.pull_and_check()
+            room.agent.until_pinged(times=3)
         room.agent.until_said("cartridge-03.*: mounted: at ")
         room.agent.stop()
         assert mappings() == []
 
 
 @pytest.mark.parametrize("after", [UNTIL_PROBE, UNTIL_MOUNT], ids=["probe", "mount"])
-def test_a_stop_does_not_wait_for_a_wedged_medium_beyond_its_deadline(
+def test_a_stop_does_not_wait_for_a_hung_medium_beyond_its_deadline(
     faulty: Faulty, room: Room, after: int
 ) -> None:
     room.configure(stop_within_s=5)
     room.agent.start(Stop(after))
     with faulty.plugged():
         room.agent.until_called(after)
-        with faulty.wedged():
+        with faulty.hung():
             room.agent.go_on()
             room.agent.until_said("cartridge-03.*: stuck: ")
-            room.arrives(room.neighbour)
+            room.plug_and_check(room.neighbour)
             (room.point(room.neighbour) / "written").write_bytes(b"before the stop")
-            room.agent.tell_to_stop()
+            room.agent.request_stop()
             room.agent.until_said("cartridge-03.*: not released within 5 s")
             assert not room.point(room.neighbour).exists()
             assert [name for name in mappings() if "cartridge-03" not in name] == []
