@@ -100,6 +100,7 @@ _WITHOUT_SDBUS: Final = (
     "exec(open(__file__).read())"
 )
 
+# ExecStop= is left out if the medium goes before `up` has ended, though it may be mounted by then.
 _BOARD: Final = f"""\
 [Unit]
 BindsTo=dev-%i.device
@@ -111,7 +112,7 @@ RemainAfterExit=yes
 Slice={SLICE}
 KeyringMode=private
 ExecStart={HERE}/board up %i
-ExecStop={HERE}/board down %i
+ExecStopPost={HERE}/board down %i
 """
 _BOARD_RULE: Final = (
     f'ACTION=="add", SUBSYSTEM=="block", ENV{{ID_PART_ENTRY_NAME}}=="{LABELS}", '
