@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vm import cache, image
+from vm import accel, cache, image
 from vm.guest import CommandFailedError, Guest, GuestDiedError
 from vm.media import KEYS, OTPMK_A
 from vm.qmp import Qmp, QmpError
@@ -48,9 +48,10 @@ class MachineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A saved machine: the image it booted from and its state."""
+    """A saved machine: the image it booted from, on which accelerator, and its state."""
 
     image: image.Image
+    accelerator: accel.Accelerator
     folder: Path
 
     @property
@@ -58,7 +59,7 @@ class Saved:
         return self.folder / "state"
 
 
-def _arguments(img: image.Image, run: Path) -> list[str]:
+def _arguments(img: image.Image, accelerator: accel.Accelerator, run: Path) -> list[str]:
     """The machine. They must be the same on restore as they were when the state was saved.
 
     Without ioeventfd, and with few serial ports, QEMU's main thread has little to watch: without
@@ -66,7 +67,7 @@ def _arguments(img: image.Image, run: Path) -> list[str]:
     """
     return [
         "qemu-system-x86_64",
-        *("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2"),
+        *(*accel.OPTIONS[accelerator], "-smp", "2"),
         *("-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", str(img.kernel), "-initrd", str(img.initrd), "-append"),
         # norandmaps: QEMU translates code anew at every address that it runs at, so that with
@@ -175,7 +176,7 @@ def _layered(base: Saved, layer: Layer) -> Saved:
             lambda making: asyncio.run(_restore_and_save(base, layer, making)),
             says=f"Preparing the guest once more: {layer.name}",
         )
-        return Saved(base.image, folder)
+        return Saved(base.image, base.accelerator, folder)
 
 
 async def _restore_and_save(base: Saved, layer: Layer, making: Path) -> None:
@@ -199,23 +200,28 @@ async def _save(guest: Guest, making: Path) -> None:
 def _booted() -> Saved:
     with cache.locked():
         img = image.build()
-        here = Path(__file__)
-        code = [here, here.with_name("media.py"), here.with_name("guest.py")]
+        accelerator = accel.chosen(img.kernel, img.initrd)
         qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, check=True)
-        key = cache.key_of(img.key, qemu.stdout, *code)
         folder = cache.built(
             "state",
-            key,
-            lambda making: asyncio.run(_boot_and_save(img, making)),
+            state_key(img, accelerator, qemu.stdout),
+            lambda making: asyncio.run(_boot_and_save(img, accelerator, making)),
             says="Booting the guest and saving its state",
         )
-        return Saved(img, folder)
+        return Saved(img, accelerator, folder)
 
 
-async def _boot_and_save(img: image.Image, making: Path) -> None:
+def state_key(img: image.Image, accelerator: accel.Accelerator, qemu: bytes) -> str:
+    """By which the booted guest is found again; on another accelerator it would not run."""
+    here = Path(__file__)
+    code = [here, here.with_name("media.py"), here.with_name("guest.py")]
+    return cache.key_of(img.key, qemu, " ".join(accel.OPTIONS[accelerator]), *code)
+
+
+async def _boot_and_save(img: image.Image, accelerator: accel.Accelerator, making: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="caam-bed-") as scratch:
         run = Path(scratch)
-        async with _qemu(_arguments(img, run), run) as qmp:
+        async with _qemu(_arguments(img, accelerator, run), run) as qmp:
             try:
                 async with asyncio.timeout(BOOT_DEADLINE_S):
                     guest = await Guest.connected(run, qmp)
@@ -266,7 +272,8 @@ async def restored(layer: Layer | None = None) -> AsyncIterator[Guest]:
 async def _restore(machine: Saved, held: contextlib.AsyncExitStack) -> Guest:
     scratch = held.enter_context(tempfile.TemporaryDirectory(prefix="caam-bed-"))
     run = Path(scratch)
-    arguments = [*_arguments(machine.image, run), "-incoming", f"exec:cat '{machine.state}'"]
+    arguments = _arguments(machine.image, machine.accelerator, run)
+    arguments += ["-incoming", f"exec:cat '{machine.state}'"]
     qmp = await held.enter_async_context(_qemu(arguments, run))
     async with asyncio.timeout(RESTORE_DEADLINE_S):
         await _incoming(qmp)
