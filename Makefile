@@ -61,7 +61,7 @@ lint: $(VENV)/.installed
 
 check: lint
 	@tests/vm/setup tools
-	$(PYTHON) -m pytest -q tests/unit tests/life tests/install tests/fuzz tests/bus
+	$(PYTHON) -m pytest -q -n 2 tests/unit tests/life tests/install tests/fuzz tests/bus
 
 # A quarter of an hour or more. What is found stays in .hypothesis and is tried first the next time.
 fuzz: $(VENV)/.installed

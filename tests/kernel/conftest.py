@@ -1,10 +1,10 @@
 """The kernel's tests run in a guest, all of them in one pytest there, and show here as themselves.
 
-On the host a guest is restored and pytest started in it for all that were selected, as soon as the
-tests are through that have guests of their own: two guests on two processors are each six times
-slower, as one's processor that holds a lock waits for the host. It works beside all other tests;
-what is said of each test here is what the guest's pytest said of it, phase by phase. There is no
-skipping: a test that the guest did not run has failed.
+On the host a guest is restored and pytest started in it for all that were selected. With several
+processes that happens at the first of them; with one as soon as the tests are through that have
+guests of their own, and it works beside all other tests. What is said of each test here is what the
+guest's pytest said of it, phase by phase. There is no skipping: a test that the guest did not run
+has failed.
 """
 
 from __future__ import annotations
@@ -208,7 +208,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """
     if IN_GUEST or _has_a_guest(item):
         return None
-    _begin(item.session)
+    is_shared = hasattr(item.config, "workerinput")  # then others may have another process
+    if _is_here(item) or not is_shared:
+        _begin(item.session)
     if not _is_here(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -25,14 +24,3 @@ def bench() -> Iterator[Bench]:
     left = bench.kernel.leftovers()
     bench.close()
     assert left == []
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Report how many combinations of the fault matrix were tried."""
-    matrix = sys.modules.get("life.test_fault_matrix")
-    if matrix is not None and matrix.tried:
-        fails, hangs = matrix.tried["fails"], matrix.tried["hangs"]
-        terminalreporter.write_line(
-            f"fault matrix: {fails + hangs} combinations of moment, call and fault tried "
-            f"({fails} failures, {hangs} hangs)"
-        )
