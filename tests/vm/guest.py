@@ -113,7 +113,7 @@ class Guest:
         self,
         *argv: str,
         check: bool = True,
-        timeout_s: float = 60,
+        timeout_s: float = 240,
         stdin: bytes = b"",
         env: dict[str, str] | None = None,
     ) -> Completed:
@@ -132,7 +132,7 @@ class Guest:
             raise CommandFailedError(f"{' '.join(argv)}: {what}\n{out}\n{err}")
         return Completed(reply["code"], out, err)
 
-    async def sh(self, script: str, *, check: bool = True, timeout_s: float = 60) -> Completed:
+    async def sh(self, script: str, *, check: bool = True, timeout_s: float = 240) -> Completed:
         """A shell script has run, stopping at its first failing command."""
         return await self.run("/bin/bash", "-ec", script, check=check, timeout_s=timeout_s)
 

@@ -94,11 +94,12 @@ class InstalledAgent:
 
         Raises: AssertionError if a key remains.
         """
-        await self.guest.until("awk '/caam-hotplug/ && $3 != 0 { exit 1 }' /proc/keys")
         found = await self.guest.sh(
+            "until awk '/caam-hotplug/ && $3 != 0 { exit 1 }' /proc/keys; do sleep 0.05; done\n"
             "dmsetup info -c --noheadings -o uuid,name 2>/dev/null | grep CAAM-HOTPLUG || true\n"
             "grep ' /run/media/' /proc/self/mountinfo || true\n"
-            "ls -d /run/media/* 2>/dev/null || true"
+            "ls -d /run/media/* 2>/dev/null || true",
+            timeout_s=120,
         )
         return found.stdout.splitlines()
 
@@ -139,11 +140,11 @@ async def put_back(guest: Guest) -> None:
         different from those that the package installs.
     """
     assert await InstalledAgent(guest).leftovers() == []
-    await guest.run("systemctl", "is-enabled", UNIT)
-    await guest.run("systemctl", "is-active", HOLDERS_SOCKET)
     await guest.pull_all()
-    await guest.until("! ls /sys/class/block | grep -E '^(sd|mmcblk)'")
     await guest.sh(
-        f"rm -rf /etc/caam-hotplug /run/media/* {_BLOBS}; cp -a {_BLOBS_AS_MADE} {_BLOBS}; "
-        f"udevadm settle; systemctl reset-failed {UNIT} 2>/dev/null || true"
+        f"systemctl is-enabled {UNIT}; systemctl is-active {HOLDERS_SOCKET}\n"
+        "while ls /sys/class/block | grep -qE '^(sd|mmcblk)'; do sleep 0.05; done\n"
+        f"rm -rf /etc/caam-hotplug /run/media/* {_BLOBS}; cp -a {_BLOBS_AS_MADE} {_BLOBS}\n"
+        f"udevadm settle; systemctl reset-failed {UNIT} 2>/dev/null || true",
+        timeout_s=120,
     )
