@@ -29,7 +29,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.api import Kernel
-from caam_hotplug.keys import loading
+from caam_hotplug.keys import backends
 from caam_hotplug.model import (
     DeviceNumber,
     KeyReference,
@@ -149,7 +149,7 @@ def created(world: World) -> Iterator[str]:
 def key_added(world: World, blob: str = BLOB) -> Iterator[int]:
     """Add a blob's key to the keyring; yield its length in bytes."""
     kernel = world.kernel
-    key = loading.load(kernel, kernel.read_blob(blob), KeySource(), description(world))
+    key = backends.load(kernel, kernel.read_blob(blob), KeySource(), description(world))
     try:
         yield key.length
     finally:
@@ -545,7 +545,7 @@ def test_a_blob_that_is_not_there_is_missing(world: World) -> None:
 
 def test_a_damaged_blob_is_refused_by_the_caam(world: World) -> None:
     with pytest.raises(BlobRejectedError):
-        loading.load(
+        backends.load(
             world.kernel, world.kernel.read_blob(DAMAGED_BLOB), KeySource(), description(world)
         )
     assert not world.kernel.has_key(description(world))

@@ -32,7 +32,7 @@ from caam_hotplug.kernel import (
     udev,
 )
 from caam_hotplug.keys import store
-from caam_hotplug.keys.sealing import SealMethod
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,

@@ -118,14 +118,14 @@ def _require_name(name: str) -> None:
 
 
 def _create(parsed: argparse.Namespace, loaded: loader.Config) -> int:
-    from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
+    from caam_hotplug.keys import backends, store  # noqa: PLC0415  libraries, only needed here
 
     _require_name(parsed.name)
     options.require_root(f"make a key {parsed.name}")
     method, key_bytes = options.seal_method(parsed)
     with store.folder(loaded.blob_directory) as folder:
         store.require_new(parsed.name, folder)
-        blob = sealing.seal(method, key_bytes, folder.path)
+        blob = backends.seal(method, key_bytes, folder.path)
         folder.write(parsed.name, blob, settled=True)
         how = method.seal if method.backend == "tagged" else method.backend
         print(f"{folder.file(parsed.name)}: made; {key_bytes} bytes, {how}")
@@ -135,12 +135,12 @@ def _create(parsed: argparse.Namespace, loaded: loader.Config) -> int:
 def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
     from caam_hotplug.formats import recovery_files  # noqa: PLC0415  libraries, only needed here
     from caam_hotplug.kernel import memory  # noqa: PLC0415
-    from caam_hotplug.keys import sealing, store  # noqa: PLC0415  libraries, only needed here
+    from caam_hotplug.keys import backends, store  # noqa: PLC0415  libraries, only needed here
 
     _require_name(parsed.name)
     options.require_root(f"enroll {parsed.name}")
     method, _ = options.seal_method(parsed)
-    sealing.require_given(method)
+    backends.BACKENDS[method.backend].require_given()
     memory.refuse_core_dumps()
     with store.recovered(parsed.file) as (about, key):
         if store.is_open_to_others(parsed.file):
@@ -154,10 +154,10 @@ def _enroll(parsed: argparse.Namespace, loaded: loader.Config) -> int:
                 f"enroll {parsed.name}: {shown(parsed.file)} is the recovery file of "
                 f"{about.label}, and the blob must have that name"
             )
-        sealing.require_fit(method, about.cipher, len(key))
+        backends.BACKENDS[method.backend].require_fit(about.cipher, len(key))
         with store.folder(loaded.blob_directory) as folder:
             store.require_new(parsed.name, folder)
-            blob = sealing.seal(method, key, folder.path)
+            blob = backends.seal(method, key, folder.path)
             folder.write(parsed.name, blob, settled=True)
             print(f"{folder.file(parsed.name)}: made; this board opens {parsed.name} too")
     for line in recovery_files.needs_rule(about, KEY_TYPES[method.backend]):

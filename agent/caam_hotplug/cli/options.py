@@ -10,7 +10,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
 
 if TYPE_CHECKING:
-    from caam_hotplug.keys import sealing
+    from caam_hotplug.keys import backends
 
 
 def add_seal_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:
@@ -56,17 +56,17 @@ def add_key_choices(parser: argparse.ArgumentParser, *, makes_key: bool = True) 
     )
 
 
-def seal_method(parsed: argparse.Namespace) -> tuple[sealing.SealMethod, int]:
+def seal_method(parsed: argparse.Namespace) -> tuple[backends.SealMethod, int]:
     """Return the seal method and the key's length that were asked for. Raises: HotplugError."""
     from caam_hotplug.config import checks  # noqa: PLC0415  only some commands need it
-    from caam_hotplug.keys import sealing  # noqa: PLC0415  only some commands need it
+    from caam_hotplug.keys import backends  # noqa: PLC0415  only some commands need it
 
     options = getattr(parsed, "key_options", "")
     try:
         checks.KEY_OPTIONS.require(options)
     except ValueError as error:
         raise HotplugError(f"use --key-options: {error}") from error
-    backend = sealing.backend_here(parsed.backend)
+    backend = backends.backend_here(parsed.backend)
     reason = names.why_unsafe(parsed.master)
     if reason is not None:
         raise HotplugError(f"use master {parsed.master!a}: {reason}")
@@ -74,10 +74,10 @@ def seal_method(parsed: argparse.Namespace) -> tuple[sealing.SealMethod, int]:
         raise HotplugError(f"use --seal {parsed.seal}: only tagged keys are covered in memory")
     if backend == "tagged" and options:
         raise HotplugError("use --key-options: the CAAM needs none for a tagged key")
-    key_bytes = getattr(parsed, "key_bytes", None) or sealing.KEY_BYTES[backend]
+    key_bytes = getattr(parsed, "key_bytes", None) or backends.BACKENDS[backend].key_bytes
     if backend == "tagged" and key_bytes not in {16, 32}:
         raise HotplugError(f"use --key-bytes {key_bytes}: a tagged key for AES has 16 or 32")
-    method = sealing.SealMethod(
+    method = backends.SealMethod(
         backend=backend, seal=parsed.seal, master=parsed.master, options=options
     )
     return method, key_bytes

@@ -7,10 +7,11 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, assert_never
+from typing import Any, assert_never
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
+from caam_hotplug.daemon import safe_removal
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.model import (
     Announced,
@@ -31,9 +32,6 @@ from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
 
 log = logging.getLogger(__name__)
-
-_HOLD_NOTHING: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
-"""States of a volume that does not keep its medium from being pulled."""
 
 
 class Supervisor:
@@ -124,9 +122,7 @@ class Supervisor:
 
     async def unlock(self, which: VolumeId, by: str) -> None:
         """Mount the volume, or do what else its rule asks for. Raises: RequestRefusedError."""
-        for sibling in self._siblings(which):
-            if sibling.status.state is State.EJECTED:
-                sibling.repark(State.LOCKED, "another volume of its medium was unlocked")
+        safe_removal.revoke(self._siblings(which))
         await self._ask(which, Ask.UNLOCK, by)
 
     async def retry(self, which: VolumeId, by: str) -> None:
@@ -141,13 +137,7 @@ class Supervisor:
         none is published as safe to remove.
         """
         lifecycle = self._lifecycle(which)
-        if lifecycle.record.why_not(Ask.EJECT) is None:
-            for sibling in self._siblings(which):
-                if sibling.status.state not in _HOLD_NOTHING:
-                    await self._ask(sibling.volume.id, Ask.LOCK, by)
-        await self._ask(which, Ask.EJECT, by)
-        for sibling in self._siblings(which):
-            sibling.repark(State.EJECTED, "safe to remove")
+        await safe_removal.release_medium(lifecycle.record, lambda: self._siblings(which), by)
         volume = lifecycle.record.volume
         if power_off:
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -27,7 +27,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats.blobs import Blob, Tagged
 from caam_hotplug.kernel import blob_files, config_files, keyring, paths
 from caam_hotplug.kernel.linux import LinuxKernel
-from caam_hotplug.keys import loading
+from caam_hotplug.keys import backends
 
 _ANY_LENGTH: Final = 64
 """Length for a trusted key whose blob does not have it: no table needs it here."""
@@ -162,7 +162,7 @@ def _refusal(board: Board, name: str, blob: Blob) -> Verdict | None:
     host = LinuxKernel(board.at(board.config.blob_directory), board.config.mount_root)
     description = f"{names.DOCTOR.key}{os.getpid()}"
     try:
-        loading.load(host, blob, KeySource(length=_ANY_LENGTH, options=options), description)
+        backends.load(host, blob, KeySource(length=_ANY_LENGTH, options=options), description)
         keyring.unlink_key(description)
     except (BlobRejectedError, MasterKeyError) as error:
         return failure(

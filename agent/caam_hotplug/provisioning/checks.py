@@ -23,7 +23,7 @@ from caam_hotplug.kernel import (
     paths,
     udev,
 )
-from caam_hotplug.keys import sealing
+from caam_hotplug.keys import backends
 from caam_hotplug.model import SECTOR_BYTES, Mapping, Volume
 from caam_hotplug.names import why_unsafe
 from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
@@ -68,7 +68,7 @@ def require_provisionable(options: ProvisionOptions, config: Config, disk: Volum
 
 def _require_recoverable(options: ProvisionOptions, file: Path, operation: str) -> None:
     """Check that a recovery file can have the medium's key. Raises: HotplugError."""
-    sealing.require_given(options.method)
+    backends.BACKENDS[options.method.backend].require_given()
     _require_text(file)
     is_tagged, cipher = options.method.backend == "tagged", options.cipher
     if recovery_files.plain_cipher(cipher) is None or (
@@ -144,7 +144,7 @@ def _require_rule_opens(options: MigrateOptions, rule: Rule, operation: str) -> 
 
 def _require_recoverable_by(options: MigrateOptions, rule: Rule, file: Path, label: str) -> None:
     """Check that a recovery file can have the new key, and the rule. Raises: HotplugError."""
-    sealing.require_given(options.method)
+    backends.BACKENDS[options.method.backend].require_given()
     _require_text(file)
     why = why_unsafe(label)
     if why is not None:

@@ -21,7 +21,7 @@ from caam_hotplug.errors import BlobMissingError, HotplugError, UnsupportedVolum
 from caam_hotplug.formats import blobs, crypt_table
 from caam_hotplug.kernel import atomic_files, blob_files, disks
 from caam_hotplug.kernel.direct_io import Blocks
-from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SECTOR_BYTES, Mapping
 from caam_hotplug.provisioning import (
     checks,
@@ -92,10 +92,10 @@ def _new_head(plan: MigrationPlan) -> migration_journal.Head:
     options, entry = plan.options, plan.entry
     file = options.recovery_file
     if file is None:
-        new = sealing.seal(plan.method, options.key_bytes, plan.directory)
+        new = backends.seal(plan.method, options.key_bytes, plan.directory)
     else:
         with store.recovery_key(file, plan.recovery, plan.about, options.key_bytes) as (_, key):
-            new = sealing.seal(plan.method, key, plan.directory)
+            new = backends.seal(plan.method, key, plan.directory)
     return migration_journal.Head(
         mark=uuid4(),
         name=entry.identity.name,

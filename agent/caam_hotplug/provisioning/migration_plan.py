@@ -10,7 +10,7 @@ from caam_hotplug.config.rules import Rule
 from caam_hotplug.errors import shown
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
 from caam_hotplug.kernel import gpt
-from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SECTOR_BYTES, Volume
 from caam_hotplug.provisioning import migration_journal
 from caam_hotplug.provisioning.migration_stage import FoundMigration, Stage
@@ -51,7 +51,7 @@ class MigrationPlan:
         return self.directory / self.blob_name
 
     @property
-    def method(self) -> sealing.SealMethod:
+    def method(self) -> backends.SealMethod:
         """How the new key is sealed, with the rule's options for the trust source."""
         method = self.options.method
         return replace(method, options="" if method.backend == "tagged" else self.rule.key.options)

@@ -12,7 +12,7 @@ from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.errors import DeviceInUseError, HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import blob_files, device_users, disks, gpt
-from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.model import Volume
 from caam_hotplug.provisioning import (
     checks,
@@ -184,7 +184,7 @@ def _check_begun(
     options, rule, label = plan.options, plan.rule, plan.label
     checks.require_migratable(options, rule, hold.disk, plan.data_start_bytes, label)
     _require_names_free(plan, heads)
-    sealing.require_master(plan.method, plan.directory)
+    backends.BACKENDS[plan.method.backend].require_master(plan.method, plan.directory)
     with temporary_mapping.through_key(
         hold, "migrate-from", plan.entry, rule=rule, blob=plan.old, directory=plan.directory
     ) as mapping:

@@ -9,7 +9,7 @@ from pathlib import Path
 from caam_hotplug import names
 from caam_hotplug.config.rules import Rule
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
-from caam_hotplug.keys.sealing import SealMethod
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import KeyReference
 
 Progress = Callable[[str], None]

@@ -23,7 +23,7 @@ from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import BlobError, HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import blkid, disks, gpt, mkfs
-from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SecretBytes
 from caam_hotplug.provisioning import marked_partition, temporary_mapping
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
@@ -114,7 +114,7 @@ def _begin(
     progress("making the key")
     with _key(plan) as (recovery_id, key):
         folder.discard_unsettled(label)
-        folder.write(label, sealing.seal(options.method, key, folder.path), settled=False)
+        folder.write(label, backends.seal(options.method, key, folder.path), settled=False)
     blob = folder.read(label)
     progress("writing the partition table")
     mark = marked_partition.mark_of(label, recovery_id, blob)

@@ -15,7 +15,7 @@ from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.formats import blobs, crypt_table
 from caam_hotplug.kernel import devmapper, disks, gpt, keyring
 from caam_hotplug.kernel.linux import LinuxKernel
-from caam_hotplug.keys import loading, sealing
+from caam_hotplug.keys import backends
 from caam_hotplug.model import Mapping, Sectors, Volume
 
 Purpose = Literal["provision", "migrate-from", "migrate-to"]
@@ -67,7 +67,7 @@ def try_method(
     start: Sectors,
     *,
     rule: Rule,
-    method: sealing.SealMethod,
+    method: backends.SealMethod,
     key_bytes: int,
     directory: Path,
 ) -> None:
@@ -75,7 +75,7 @@ def try_method(
 
     Raises: as `try_blob`.
     """
-    test_key = sealing.seal(method, key_bytes, directory)
+    test_key = backends.seal(method, key_bytes, directory)
     blob = blobs.parse(test_key, method.backend)
     try_blob(volume, purpose, start, rule=rule, blob=blob, directory=directory)
 
@@ -126,7 +126,7 @@ def _load(
     description = f"{names.KEY_PREFIX}{name}"
     host = LinuxKernel(directory, names.MOUNT_ROOT)
     try:
-        loaded = loading.load(host, blob, rule.key, description)
+        loaded = backends.load(host, blob, rule.key, description)
         target = crypt_table.crypt_target(volume, rule.crypt, loaded)
         target = replace(
             target,

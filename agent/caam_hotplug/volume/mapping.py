@@ -12,7 +12,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import ForeignMappingError
 from caam_hotplug.formats.blobs import KEY_TYPES, Backend
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
-from caam_hotplug.keys import loading
+from caam_hotplug.keys import backends
 from caam_hotplug.model import KeyReference, Mapping, VolumeId
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
@@ -103,7 +103,7 @@ async def _make_mapping(operations: Operations, target: Target) -> Mapping | Non
 
     def load_key() -> KeyReference:
         blob = kernel.read_blob(plan.blob, plan.rule.key.form)
-        return loading.load(kernel, blob, plan.rule.key, description)
+        return backends.load(kernel, blob, plan.rule.key, description)
 
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_key, operations, target.volume.id)

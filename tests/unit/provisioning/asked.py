@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Final
 
-from caam_hotplug.keys.sealing import SealMethod
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 from caam_hotplug.provisioning.options import ProvisionOptions
 from caam_hotplug.provisioning.rule_file import rule_for

@@ -11,8 +11,8 @@ import pytest
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import recovery_files
 from caam_hotplug.kernel import atomic_files, gpt, mkfs
-from caam_hotplug.keys import sealing, store
-from caam_hotplug.keys.sealing import SealMethod
+from caam_hotplug.keys import backends, store
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.provisioning import temporary_mapping
 from unit.workshop import LABEL, Workshop, disk_of
 
@@ -85,7 +85,7 @@ def cut_at(
 
 
 CUTS = {
-    "the key is in its file": (sealing, "seal"),
+    "the key is in its file": (backends, "seal"),
     "the blob is there": (gpt, "make"),
     "the medium is marked": (atomic_files, "settle"),
     "the blob is settled": (store, "settle_recovery"),
@@ -130,7 +130,7 @@ def test_a_recovery_file_that_is_not_roots_alone_is_refused_however_it_came(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     medium, file = workshop.medium(), workshop.recovery
-    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+    cut_at(monkeypatch, (backends, "seal"), workshop, medium, recovery_file=file)
     if fault == "owner":
         os.chown(file, 1000, 0)
     elif fault == "mode":
@@ -210,7 +210,7 @@ def test_a_recovery_file_that_is_replaced_after_the_plan_was_made_is_not_used(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     medium, file = workshop.medium(), workshop.recovery
-    cut_at(monkeypatch, (sealing, "seal"), workshop, medium, recovery_file=file)
+    cut_at(monkeypatch, (backends, "seal"), workshop, medium, recovery_file=file)
 
     def replaced(*_arguments: object, **_more: object) -> None:
         file.unlink()

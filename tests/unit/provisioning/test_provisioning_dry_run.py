@@ -9,7 +9,7 @@ import pytest
 
 from caam_hotplug.cli.main import main
 from caam_hotplug.kernel import gpt, mkfs
-from caam_hotplug.keys import sealing, store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.provisioning.migration_stage import Stage
 from unit.provisioning.test_provision import cut_at
 from unit.workshop import LABEL, MigrationWorkshop, Workshop, disk_of
@@ -48,7 +48,7 @@ def test_a_plan_says_what_would_be_erased(workshop: Workshop) -> None:
 
 
 STAGES = {
-    "only the recovery file was written": ((sealing, "seal"), False),
+    "only the recovery file was written": ((backends, "seal"), False),
     "the blob was written": ((gpt, "make"), False),
     "the medium was marked": ((store, "settle_recovery"), True),
     "the filesystem was not made": ((mkfs, "make"), True),

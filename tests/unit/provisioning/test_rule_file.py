@@ -14,7 +14,7 @@ from caam_hotplug.config.rules import KeySource, Rule
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats.crypt_table import CIPHERS, Crypt
 from caam_hotplug.kernel import config_files
-from caam_hotplug.keys.sealing import SealMethod
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.provisioning import rule_file
 from caam_hotplug.provisioning.options import ProvisionOptions
 from caam_hotplug.provisioning.rule_file import differences, plan_rule, rule_for
