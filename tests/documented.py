@@ -1,4 +1,4 @@
-"""The commands that README and docs tell people to type."""
+"""Read from README and docs the commands that readers are to type."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ PAGES: Final = [
 NO_COMMANDS: Final = {
     "medium plugged in": "a picture",
     "ready: 1 rules, events from udev": "the journal",
-    "'cartridge-07' (sdb1, 9-1): waiting: no blob /data/caam/cartridge-07.bb": "the journal",
     "no rule matches it; it is left untouched": "output of explain",
-    "agent/caam_hotplug/     the package; a module imports only from those below it": "the tree",
+    "agent/caam_hotplug/     the packages cli daemon volume provisioning doctor dbus": "the tree",
 }
 """The first lines of blocks that have no language and yet no commands."""
 
@@ -35,12 +34,12 @@ class Block:
 
     @property
     def has_commands(self) -> bool:
-        """Whether people are to type what stands there: a language says if they are not."""
+        """Return whether readers are to type its lines. A language says if they are not."""
         first = next((line.strip() for line in self.lines if line.strip()), "")
         return self.language in {"", "sh", "console"} and first not in NO_COMMANDS
 
     def commands(self) -> Iterator[str]:
-        """A line each; of a session with `$ ` only what was typed, and no comments."""
+        """Yield each command without comments; of a session with `$ ` only what was typed."""
         text = "\n".join(self.lines).replace("\\\n", " ")
         typed = [line.strip() for line in text.splitlines()]
         if any(line.startswith("$ ") for line in typed):
@@ -52,7 +51,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """All blocks of a page, with the heading above them."""
+    """Yield all blocks of a page, with the heading above them."""
     name = str(page.relative_to(REPOSITORY))
     heading, before, fence, language = "", "", "", ""
     held: list[str] = []
@@ -84,7 +83,7 @@ def _ends(following: str) -> bool:
 
 
 def commands(page: str, heading: str = "") -> list[str]:
-    """What a page tells people to type, below one heading or in all of it."""
+    """Return a page's commands, below one heading or in all of it."""
     return [
         command
         for block in blocks(REPOSITORY / page)

@@ -7,8 +7,8 @@
  * It waits for udev's events of partitions whose GPT label the pattern matches, makes the kernel
  * calls that the agent makes, and spawns nothing: BLOBS/LABEL.bb becomes a tagged key, the key a
  * logon key, that a mapping, and its ext4 is mounted at MOUNT_ROOT/LABEL. When the kernel reports that
- * the partition has gone, mount, mapping and mount point go. It serves one medium after the other,
- * trusts them, and gives up at the first error: it is to be measured against, not to be used.
+ * the partition has gone, it removes mount, mapping and mount point. It serves one medium after the
+ * other, trusts them, and exits at the first error: it is a measure, not a program to use.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -33,10 +33,10 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-/* The prefixes are those of measurements: the udev rule keeps udev from opening such a mapping. */
-#define DM_NAME_OF_OURS "caam-bench-limit-%s"
-#define DM_UUID_OF_OURS "CAAM-BENCH-limit-%s"
-#define KEY_OF_OURS "caam-bench:limit"
+/* Prefixes of measurements: the udev rule keeps udev from opening such a mapping. */
+#define BENCH_DM_NAME "caam-bench-limit-%s"
+#define BENCH_DM_UUID "CAAM-BENCH-limit-%s"
+#define BENCH_KEY "caam-bench:limit"
 
 #define GROUP_KERNEL 1 /* groups of kobject-uevent: device-monitor.c in systemd */
 #define GROUP_UDEV 2
@@ -56,7 +56,7 @@ struct keygen_cmd {
 };
 #define KEYGEN_IOCTL_IMPORT _IOWR('K', 1, struct keygen_cmd)
 
-/* What precedes the properties in a message of udev's: sd-device's device-monitor.c */
+/* Header before the properties in udev's message: device-monitor.c in systemd */
 struct udev_header {
 	char prefix[8]; /* "libudev" */
 	uint32_t magic; /* big endian */
@@ -73,7 +73,7 @@ static struct {
 } dm;
 
 static struct volume {
-	char name[32]; /* the partition's; "" if nothing is served here */
+	char name[32]; /* of the partition; "" if the entry is free */
 	char point[256];
 } volumes[VOLUMES_MAX];
 
@@ -103,7 +103,7 @@ static int listen_to(unsigned int group)
 	return listener;
 }
 
-/* The value of a property in KEY=VALUE texts that each end with a NUL, or "". */
+/* Returns a property's value from KEY=VALUE texts that each end with a NUL, or "". */
 static const char *property(const char *at, const char *end, const char *key)
 {
 	size_t len = strlen(key);
@@ -159,15 +159,15 @@ static void dm_call(unsigned long request, const char *name, uint32_t flags, uin
 	if (control < 0)
 		control = open("/dev/mapper/control", O_RDWR | O_CLOEXEC);
 	dm.head = (struct dm_ioctl){
-		.version = { 4, 0, 0 }, /* the least that is needed: ctl_ioctl in dm-ioctl.c */
+		.version = { 4, 0, 0 }, /* the lowest that the kernel takes: ctl_ioctl in dm-ioctl.c */
 		.data_size = sizeof(dm),
 		.data_start = offsetof(typeof(dm), target),
 		.target_count = targets,
 		.flags = flags,
 	};
-	snprintf(dm.head.name, sizeof(dm.head.name), DM_NAME_OF_OURS, name);
+	snprintf(dm.head.name, sizeof(dm.head.name), BENCH_DM_NAME, name);
 	if (request == DM_DEV_CREATE)
-		snprintf(dm.head.uuid, sizeof(dm.head.uuid), DM_UUID_OF_OURS, name);
+		snprintf(dm.head.uuid, sizeof(dm.head.uuid), BENCH_DM_UUID, name);
 	if (control < 0 || ioctl(control, request, &dm))
 		die("device-mapper's call %lu for %s", request & 0xff, name);
 }
@@ -178,7 +178,7 @@ static unsigned int map(const char *name, const char *label, const char *major,
 {
 	char key[TAGGED_KEY_MAX_BYTES];
 	uint32_t len = import_key(label, key);
-	long serial = syscall(SYS_add_key, "logon", KEY_OF_OURS, key, (size_t)len,
+	long serial = syscall(SYS_add_key, "logon", BENCH_KEY, key, (size_t)len,
 			      KEY_SPEC_SESSION_KEYRING);
 	unsigned int number;
 
@@ -188,7 +188,7 @@ static unsigned int map(const char *name, const char *label, const char *major,
 	dm_call(DM_DEV_CREATE, name, 0, 0);
 	dm.target = (struct dm_target_spec){ .length = sectors_of(name), .target_type = "crypt" };
 	snprintf(dm.parameters, sizeof(dm.parameters),
-		 "capi:tk(cbc(aes))-plain :%u:logon:" KEY_OF_OURS " 0 %s:%s 0", len, major,
+		 "capi:tk(cbc(aes))-plain :%u:logon:" BENCH_KEY " 0 %s:%s 0", len, major,
 		 minor_of_it);
 	dm_call(DM_TABLE_LOAD, name, DM_SECURE_DATA_FLAG, 1);
 	/* dm-crypt has its copy: crypt_set_keyring_key in dm-crypt.c */
@@ -199,7 +199,7 @@ static unsigned int map(const char *name, const char *label, const char *major,
 	return number;
 }
 
-/* Where this partition is served, by its name; "" finds a free place. NULL if there is none. */
+/* Returns the entry of the partition; "" finds a free entry. NULL if there is none. */
 static struct volume *find(const char *name)
 {
 	for (struct volume *at = volumes; at < volumes + VOLUMES_MAX; at++)
@@ -272,7 +272,7 @@ static void receive(int listener, void (*handle)(const char *event, const char *
 	handle(event, event + len);
 }
 
-/* The service manager knows that no event from now on is missed: sd_notify(3). */
+/* Reports to the service manager that no later event is missed: sd_notify(3). */
 static void say_ready(void)
 {
 	struct sockaddr_un manager = { .sun_family = AF_UNIX };

@@ -127,7 +127,7 @@ async def test_every_fault_of_a_kernel_key_has_its_own_message(
         "noise": trusted_blob(bytes(64), OTPMK_A),
         "tagged": bytes.fromhex("4f676154 00000000 01000000 10000000 4c000000") + bytes(76),
         "masterless": encrypted_blob(board.key, MASTER, "nobody"),
-        "stranger": encrypted_blob(board.key, MASTER, "elsewhere"),
+        "elsewhere": encrypted_blob(board.key, MASTER, "elsewhere"),
         "impostor": encrypted_blob(board.key, bytes(64), "master"),
         "user": under.replace(b"trusted:", b"user:"),
     }
@@ -139,7 +139,7 @@ async def test_every_fault_of_a_kernel_key_has_its_own_message(
         "noise": "no known filesystem under this key",
         "tagged": "is the kernel's caam_keygen driver there?",
         "masterless": "load the master key nobody: no blob /data/caam/nobody.bb",
-        "stranger": "the master key elsewhere cannot be used: the trust source refused the blob",
+        "elsewhere": "the master key elsewhere cannot be used: the trust source refused the blob",
         "impostor": "damaged, or encrypted under another master key than this board's master",
         "user": "is encrypted under user:, and only a trusted key keeps such a key to this board",
     }

@@ -70,11 +70,11 @@ class GuestRun:
         self._pytest: asyncio.Task[Completed]
 
     def start(self) -> None:
-        """It has begun, and goes on by itself; what fails of it is told by its tests."""
+        """Start the guest's run; it goes on by itself, and its tests report its failures."""
         self._runner.run(self._guarded(self._start()))
 
     def reports_of(self, nodeid: str) -> list[dict[str, Any]]:
-        """What was reported of this test: all phases, unless the run ended before."""
+        """Return the reports of this test: of all phases, unless the run ended before."""
         self._runner.run(self._guarded(self._until_reported(nodeid)))
         return self._reports.get(nodeid, [])
 

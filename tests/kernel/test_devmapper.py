@@ -72,7 +72,7 @@ def test_a_mapping_is_as_writable_as_its_table(world: RealWorld, *, read_only: b
         assert written == f"{int(read_only)}\n"
 
 
-def test_all_of_ours_are_found_among_many(world: RealWorld) -> None:
+def test_all_mappings_of_the_agent_are_found_among_many(world: RealWorld) -> None:
     ids = [VolumeId(world.volume.id.diskseq, number) for number in range(1, 6)]
     with world.foreign_mapping():
         for which in ids:

@@ -129,7 +129,7 @@ def test_a_revoked_key_is_not_found() -> None:
 def test_an_unlinked_key_is_gone_from_the_kernel() -> None:
     with added(secret()) as serial:
         pass
-    # The keyring lets go of it after a grace period (assoc_array_rcu_cleanup in
+    # The keyring drops it after a grace period (assoc_array_rcu_cleanup in
     # lib/assoc_array.c).
     until(lambda: attempt("keyctl", "describe", str(serial)).returncode != 0)
     keyring.unlink_key(DESCRIPTION)

@@ -202,7 +202,7 @@ def test_a_medium_goes_to_a_trusted_key_with_every_byte(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("by", ["label", "device"])
-def test_a_medium_of_which_udev_has_not_told_yet_is_found(bench: Bench, by: str) -> None:
+def test_a_medium_that_udev_has_not_reported_yet_is_found(bench: Bench, by: str) -> None:
     with ExitStack() as held:
         with udevd_hanging():
             bench.medium.pull()

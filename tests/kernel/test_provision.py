@@ -82,7 +82,7 @@ def test_a_rule_is_written_once_and_says_what_the_medium_has(bench: Bench) -> No
     assert "the built-in one no longer applies" in done.err
     assert rule.stat().st_mode == 0o100644
     explained = bench.run("explain", bench.medium.partition)
-    assert f"rule '{LABEL}' admits it" in explained.out
+    assert f"rule '{LABEL}' matches it" in explained.out
     again = bench.provision(*options)
     assert (again.status, "was made before" in again.out) == (0, True), again.err
     other = bench.provision("--rule")

@@ -175,6 +175,7 @@ BY_TESTS: Final = {
         "make deb",
         "make demo",
         "make fuzz",
+        "make man",
         "make soak",
         "make test",
         "make throughput",

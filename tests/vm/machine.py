@@ -73,7 +73,7 @@ def _arguments(img: image.Image, accelerator: accel.Accelerator, run: Path) -> l
         # norandmaps: QEMU translates code anew at every address that it runs at, so that with
         # random addresses no process gains from those before it (a spawn takes 3 times as long).
         # tsc=reliable: the guest's check of its processors' counters against each other fails under
-        # emulation, though all are the host's one, and every look at the time then goes to QEMU.
+        # emulation, though all are the host's one, and every clock read then goes to QEMU.
         "console=ttyS0 quiet panic=1 oops=panic norandmaps tsc=reliable "
         "systemd.unit=multi-user.target "
         "systemd.show_status=0 mitigations=off audit=0 net.ifnames=0",

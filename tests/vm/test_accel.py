@@ -23,7 +23,7 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list
     commands: list[list[str]] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "caam-hotplug").mkdir()
-    monkeypatch.setattr(accel, "DEVICE", tmp_path)  # whoever runs this may use it
+    monkeypatch.setattr(accel, "DEVICE", tmp_path)  # the user of this run may use it
     monkeypatch.setattr(accel, "answers", lambda command: bool(commands.append(command)))
     monkeypatch.delenv("ACCEL", raising=False)
     accel.chosen.cache_clear()
@@ -69,7 +69,7 @@ def test_a_machine_without_kvm_is_not_asked(
 
 
 @pytest.mark.parametrize("wanted", ["kvm", "tcg"])
-def test_whoever_says_which_one_gets_it(
+def test_the_accelerator_that_the_user_names_is_taken(
     tried: list[list[str]], monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     monkeypatch.setenv("ACCEL", wanted)

@@ -11,7 +11,7 @@ from caam_hotplug.config import loader
 from caam_hotplug.errors import ConfigError, UnfitFileError, UnsafePathError
 from caam_hotplug.kernel.config_files import AnyonesFiles, RootsFiles
 
-STRANGER = 54321
+OTHER_USER = 54321
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def refusals(folder: Path) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-def of_stranger(component: Path) -> str:
+def owned_by_other_user(component: Path) -> str:
     return (
-        f"{component}: belongs to user {STRANGER}, not to root, and who can change the "
+        f"{component}: belongs to user {OTHER_USER}, not to root, and who can change the "
         f"configuration controls the agent: chown root {component}"
     )
 
@@ -60,8 +60,8 @@ def test_what_only_root_can_have_written_is_read(folder: Path) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_component_of_another_user_refuses_the_configuration(folder: Path, part: str) -> None:
     component = folder.parent / part
-    os.chown(component, STRANGER, 0)
-    assert refusals(folder) == [of_stranger(component)]
+    os.chown(component, OTHER_USER, 0)
+    assert refusals(folder) == [owned_by_other_user(component)]
 
 
 @pytest.mark.parametrize("others", [0o020, 0o002])
@@ -110,9 +110,12 @@ def test_a_link_above_the_configuration_refuses_it(folder: Path) -> None:
 
 
 def test_every_wrong_component_is_reported_once(folder: Path) -> None:
-    os.chown(folder / "agent.toml", STRANGER, 0)
+    os.chown(folder / "agent.toml", OTHER_USER, 0)
     (folder / "rules.d").chmod(0o777)
-    assert refusals(folder) == [of_stranger(folder / "agent.toml"), writable(folder / "rules.d")]
+    assert refusals(folder) == [
+        owned_by_other_user(folder / "agent.toml"),
+        writable(folder / "rules.d"),
+    ]
 
 
 def test_a_relative_path_is_walked_from_the_root(
@@ -120,8 +123,8 @@ def test_a_relative_path_is_walked_from_the_root(
 ) -> None:
     monkeypatch.chdir(folder)
     assert RootsFiles().read(Path("agent.toml")) == b'log_level = "debug"\n'
-    os.chown(folder.parent, STRANGER, 0)
-    with pytest.raises(UnsafePathError, match=f"{folder.parent} belongs to user {STRANGER}"):
+    os.chown(folder.parent, OTHER_USER, 0)
+    with pytest.raises(UnsafePathError, match=f"{folder.parent} belongs to user {OTHER_USER}"):
         RootsFiles().read(Path("agent.toml"))
 
 

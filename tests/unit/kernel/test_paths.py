@@ -215,7 +215,7 @@ def test_removing_what_is_not_there_is_done_already(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mount_point_of_ours_with_content_stays(tmp_path: Path) -> None:
+def test_a_mount_point_of_the_agent_with_content_stays(tmp_path: Path) -> None:
     ours = tmp_path / "a"
     ours.mkdir()
     (ours / "file").write_text("kept")
@@ -247,7 +247,7 @@ def test_only_directories_of_our_mode_are_ours(tmp_path: Path) -> None:
     assert paths.our_mount_points(tmp_path) == ["ours"]
 
 
-def test_a_mount_root_that_is_not_there_has_no_mount_points_of_ours(tmp_path: Path) -> None:
+def test_a_mount_root_that_is_not_there_has_no_mount_points_of_the_agent(tmp_path: Path) -> None:
     assert paths.our_mount_points(tmp_path / "media") == []
 
 
