@@ -15,10 +15,17 @@ POINT: Final = "/run/media/cartridge-01"
 ANY_BUS: Final = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
 
 
-ON_EVERY_BOARD: Final = pytest.mark.parametrize(
-    "board", boards.BOARDS, ids=lambda board: board.backend, indirect=True, scope="package"
-)
-"""Runs a test once on each kernel, with each of its seal methods."""
+def _on(*which: Board) -> pytest.MarkDecorator:
+    """Run a test once on each of these boards."""
+    return pytest.mark.parametrize(
+        "board", which, ids=lambda board: board.backend, indirect=True, scope="package"
+    )
+
+
+ON_EVERY_BOARD: Final = _on(*boards.BOARDS)
+"""With each seal method of each kernel, for a test that depends on it."""
+ON_EACH_KERNEL: Final = _on(boards.TAGGED, boards.ENCRYPTED)
+"""With NXP's keys and with mainline's. An encrypted key has a master, so a trusted one is loaded."""
 
 
 def labelled(folder: Path, label: str, board: Board = boards.TAGGED, **more: Any) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.support import ANY_BUS, ON_EVERY_BOARD, POINT, blobs_up_to, labelled
+from e2e.support import ANY_BUS, ON_EACH_KERNEL, ON_EVERY_BOARD, POINT, blobs_up_to, labelled
 from vm import media
-from vm.boards import Board
+from vm.boards import BOARDS, TAGGED, Board
 from vm.guest import Guest
 from vm.installed import InstalledAgent
 from vm.media import KEYS, OTPMK_A, OTPMK_B
@@ -26,8 +26,15 @@ async def check_served(guest: Guest, board: Board) -> None:
 
 
 @pytest.mark.smoke
-@ON_EVERY_BOARD
-@pytest.mark.parametrize("bus", ["usb", "sd", "scsi"])
+@pytest.mark.parametrize(
+    ("bus", "board"),
+    [
+        *(pytest.param("usb", board, id=f"usb-{board.backend}") for board in BOARDS),
+        *(pytest.param(bus, TAGGED, id=f"{bus}-tagged") for bus in ("sd", "scsi")),
+    ],
+    indirect=["board"],
+    scope="package",
+)
 async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path, bus: str
 ) -> None:
@@ -69,7 +76,7 @@ async def test_all_libraries_are_loaded_before_the_first_medium_arrives(
     await agent.until_said(r"cartridge-01.*removed-unsafely")
 
 
-@ON_EVERY_BOARD
+@ON_EACH_KERNEL
 async def test_a_loop_device_with_partitions_is_served_and_released_at_the_stop(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
@@ -89,7 +96,7 @@ async def test_a_loop_device_with_partitions_is_served_and_released_at_the_stop(
     await guest.run("losetup", "-D")
 
 
-@ON_EVERY_BOARD
+@ON_EACH_KERNEL
 async def test_media_present_before_the_start_and_arriving_during_it_are_mounted_once(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
@@ -171,7 +178,7 @@ async def test_a_key_that_the_cipher_cannot_use_has_another_error_than_a_wrong_k
     assert "Invalid argument" in log
 
 
-@ON_EVERY_BOARD
+@ON_EACH_KERNEL
 async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
@@ -195,7 +202,7 @@ async def test_a_vfat_medium_and_a_write_protected_one_are_mounted_too(
 UDEVD = ["systemd-udevd", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket"]
 
 
-@ON_EVERY_BOARD
+@ON_EACH_KERNEL
 async def test_without_udevd_media_are_served_by_the_kernels_own_events(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
