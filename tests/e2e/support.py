@@ -25,7 +25,7 @@ def _on(*which: Board) -> pytest.MarkDecorator:
 ON_EVERY_BOARD: Final = _on(*boards.BOARDS)
 """With each seal method of each kernel, for a test that depends on it."""
 ON_EACH_KERNEL: Final = _on(boards.TAGGED, boards.ENCRYPTED)
-"""With NXP's keys and with mainline's. An encrypted key has a master, so a trusted one is loaded."""
+"""With NXP's keys and with mainline's; an encrypted key loads its trusted master as well."""
 
 
 def labelled(folder: Path, label: str, board: Board = boards.TAGGED, **more: Any) -> Path:

@@ -263,7 +263,8 @@ def _command(selected: list[str], *, covered: bool) -> str:
         options = ["--branch", "--source=caam_hotplug"]
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")
         command[1:1] = ["-m", "coverage", "run", *options]
-    environment = "BED_IN_GUEST=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/src/agent:/src/tests"
+    environment = "BED_IN_GUEST=1 PYTHONPYCACHEPREFIX=/var/tmp/compiled"  # /src is read-only
+    environment += " PYTHONPATH=/src/agent:/src/tests"
     environment += f" AWAIT_UDEV={AWAIT_UDEV}"
     return f"mkdir -pm 1777 {COVERAGE_IN_GUEST}; cd /tmp; {environment} {shlex.join(command)}"
 

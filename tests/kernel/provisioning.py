@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import json
 import mmap
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import caam_hotplug
 from caam_hotplug.cli import main as cli
 from caam_hotplug.kernel import devmapper, mkfs
 from fakes.contract import until
@@ -62,6 +65,12 @@ RECOVERY_CALLS = ("fsync", "link", "fsync")
 """With a recovery file, before the blob is made."""
 RECOVERY_SETTLED = ("unlink", "fsync")
 """And after the blob is settled."""
+
+
+# A command imports what it needs when it is asked for. Each process forked for one would compile
+# that anew from its source, which takes seconds in the guest.
+for _found in pkgutil.walk_packages(caam_hotplug.__path__, "caam_hotplug."):
+    importlib.import_module(_found.name)
 
 
 @contextmanager

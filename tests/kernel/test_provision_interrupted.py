@@ -79,7 +79,7 @@ def test_killed_between_any_two_writes_to_the_table_an_erased_medium_is_complete
 def traced(bench: Bench, inject: str, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """The command under strace, which acts at its writes to the disk."""
     python = ("python3", "-m", "caam_hotplug.cli.main", *command[1:], "--config", str(bench.config))
-    environment = ("env", "PYTHONPATH=/src/agent", "PYTHONDONTWRITEBYTECODE=1")
+    environment = ("env", "PYTHONPATH=/src/agent")
     strace = ("strace", "-f", "-qq", "-o", "/dev/null", "-P", bench.node, "-e", "trace=write")
     return attempt(*environment, *strace, "-e", inject, *python)
 
