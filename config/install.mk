@@ -1,5 +1,5 @@
-# What an installation is made of, and where it goes: one list for `make install`, `make uninstall`,
-# the Debian package and the recipe. A pattern that no file matches installs nothing.
+# Files of an installation and their places: one list for `make install`, `make uninstall`, the Debian
+# package and the recipe. A pattern that no file matches installs nothing.
 #
 #     make install [DESTDIR=STAGE] [PREFIX=/usr]
 
@@ -9,8 +9,7 @@ SYSCONFDIR = /etc
 BINDIR = $(PREFIX)/bin
 HOMEDIR = $(PREFIX)/lib/caam-hotplug
 DATADIR = $(PREFIX)/share
-# Whoever reads these looks in places of its own: systemd and udevd below /usr, /usr/local and /etc,
-# dbus-daemon below /usr and /etc only.
+# systemd and udevd read below /usr, /usr/local and /etc; dbus-daemon below /usr and /etc only.
 SYSTEMDIR = $(if $(filter /usr /usr/local,$(PREFIX)),$(PREFIX)/lib,$(SYSCONFDIR))
 UNITDIR = $(SYSTEMDIR)/systemd/system
 SYSUSERSDIR = $(SYSTEMDIR)/sysusers.d
@@ -19,7 +18,7 @@ DBUSDIR = $(if $(filter /usr,$(PREFIX)),$(DATADIR),$(SYSCONFDIR))/dbus-1/system.
 # It must sort before device-mapper's own: 55-dm.rules on Debian, 10-dm.rules elsewhere.
 UDEV_RULE = 50-caam-hotplug.rules
 ZSHDIR = $(DATADIR)/zsh/site-functions
-# Whose bytecode is made. None for a stage: which Python it will run under is not known here.
+# Python that the bytecode is made for. None for a stage, whose Python is unknown here.
 COMPILE_WITH = $(if $(DESTDIR),,/usr/bin/python3)
 
 # A word is SOURCE=TARGET.

@@ -53,7 +53,7 @@ exit status: 0 it was measured; 1 it could not be; 2 wrong usage; 130 interrupte
 THROUGHPUT: Final = """\
 Measure dm-crypt over memory with each kind of key that this board's kernel can seal.
 
-A volume in memory is encrypted with throwaway keys: a tagged one (sealed by the CAAM through
+A volume in memory is encrypted with test keys: a tagged one (sealed by the CAAM through
 /dev/caam-keygen), a trusted one (sealed by the kernel's trust source), and one in software as
 the reference. Each is measured with two sector sizes and with dm-crypt's flags. No medium and no
 file is touched, and nothing is left. docs/throughput.md explains the figures, and which settings
@@ -65,7 +65,7 @@ THROUGHPUT_EXAMPLES: Final = """\
 examples:
   sudo python3 measure throughput                       some minutes; the table
   sudo python3 measure throughput --json > board.json   the same for programs, and to send
-  sudo python3 measure throughput --rounds 2 --size 16  quickly, for a first look
+  sudo python3 measure throughput --rounds 2 --size 16  quickly, with few figures
 
 exit status: 0 it was measured; 1 it could not be; 2 wrong usage; 130 interrupted
 """

@@ -1,4 +1,4 @@
-"""What was measured, for people and for programs; nothing in it tells whose medium it was."""
+"""Reports of the measurement, for users and programs; they do not identify the medium."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def figures(samples: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Write the report for people; what is not known is left out."""
+    """Write the report for users, without unknown figures."""
     waits = "unknown" if report["await_udev"] is None else report["await_udev"]
     how = f"{report['cycles']} cycles by {'hand' if report['by_hand'] else 'software'}"
     known = {**report, "waits": f"await_udev {waits}".lower(), "how": how}

@@ -17,7 +17,7 @@ from caam_hotplug.kernel.test_mapping import Encryption
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 from measure.running import MeasureError
 from measure.throughput import NAME, drivers, report
-from measure.throughput.keys import throwaway_keys
+from measure.throughput.keys import new_test_keys
 from measure.throughput.progress import progress
 from measure.throughput.rows import Key, Row, Settings, rows
 from measure.throughput.transfers import Transfers
@@ -36,7 +36,7 @@ class Bench:
         """Measure every combination. Raises: HotplugError."""
         absent: dict[str, str] = {}
         size = Sectors(self._settings.size_bytes // SECTOR_BYTES)
-        with throwaway_keys(absent) as keys, _volume(size) as self._memory:
+        with new_test_keys(absent) as keys, _volume(size) as self._memory:
             for name, why in absent.items():
                 print(f"{NAME}: {name} keys are left out: {why}", file=sys.stderr)
             measured = list(rows(self._with_drivers(keys)))

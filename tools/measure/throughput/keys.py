@@ -1,4 +1,4 @@
-"""A throwaway key of each kind that this kernel has."""
+"""A test key of each kind that this kernel has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOFTWARE_BYTES: Final = 16
 
 
 @contextmanager
-def throwaway_keys(absent: dict[str, str]) -> Iterator[list[Key]]:
+def new_test_keys(absent: dict[str, str]) -> Iterator[list[Key]]:
     """Provide a key of each kind; of those that the kernel has not, `absent` says why.
 
     Raises: MeasureError if it has none that is sealed.

@@ -1,4 +1,4 @@
-"""What was measured, for people and for programs."""
+"""Reports of the measurement, for users and for programs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _described(row: Row, reference: Row) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Write the report for people."""
+    """Write the report for users."""
     called = report["machine"] or report["architecture"]
     lines = [
         described(HEAD, {**report, "day": report["date"][:10], "called": called}),

@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A throwaway key, or none, and the cipher that goes with it."""
+    """A test key, or none, and the cipher that goes with it."""
 
     name: str
     cipher: str
