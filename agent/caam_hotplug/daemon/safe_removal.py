@@ -9,8 +9,8 @@ from caam_hotplug.model import State
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.requests import Ask, Request
 
-_HOLD_NOTHING: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
-"""States of a volume that does not keep its medium from being pulled."""
+_RELEASED: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
+"""States of a volume that holds nothing, unless a leftover is there."""
 
 
 async def release_medium(record: Record, siblings: Callable[[], list[Record]], by: str) -> None:
@@ -21,7 +21,7 @@ async def release_medium(record: Record, siblings: Callable[[], list[Record]], b
     """
     if record.why_not(Ask.EJECT) is None:
         for sibling in siblings():
-            if sibling.status.state not in _HOLD_NOTHING:
+            if sibling.phase.has_leftover or sibling.status.state not in _RELEASED:
                 await sibling.ask(Request(Ask.LOCK, by))
     await record.ask(Request(Ask.EJECT, by))
     for sibling in siblings():

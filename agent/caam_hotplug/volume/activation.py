@@ -28,9 +28,9 @@ class Released:
     """The end of an activation without an error."""
 
     cause: Request | Reevaluate | None
-    """Why it was released in order; None if the lifecycle is to end."""
-    was_writable: bool
-    """Whether it was mounted read-write until the end, so that a departure may have cost data."""
+    """Why it was released in order; None if nobody has asked for that."""
+    loses_data_if_gone: bool = False
+    """Whether it is still mounted read-write, so that a departure of the medium costs data."""
     is_kept: bool = False
     """Whether mapping and mount stay, for the next run of the agent."""
 
@@ -58,19 +58,20 @@ class Activation:
             is_writable = False
             if self._target.plan.rule.action is Action.UNLOCK:
                 self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
-            elif (change := self._record.reason_to_release(self._target)) is not None:
-                return Released(change, was_writable=False)
+            elif (change := self._record.take_reason_to_release(self._target)) is not None:
+                self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
+                return Released(None)
             else:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
                 is_writable = await self._mount(mapping, held)
             cause = await self._until_released(mapping)
             if cause is not None:  # flushed and unmounted already, if the medium was there
-                return Released(cause, was_writable=is_writable and self._stop.medium_gone)
+                return Released(cause, is_writable and self._stop.medium_gone)
             if self._stop.keeps:
-                return Released(None, was_writable=is_writable, is_kept=True)
+                return Released(None, is_writable, is_kept=True)
             self._status.publish(State.DETACHING, self._stop.words)
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
-            return Released(None, was_writable=is_writable)
+            return Released(None, is_writable)
 
     async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> bool:
         """Mount the filesystem, publish that, and return whether it is writable."""
@@ -97,7 +98,7 @@ class Activation:
             if self._inbox.request is not None and not self._inbox.wants_release:
                 self._inbox.grant()  # it is mounted or unlocked already
                 continue
-            cause = self._inbox.request or self._record.reason_to_release(self._target)
+            cause = self._inbox.request or self._record.take_reason_to_release(self._target)
             if cause is not None and await self._release(mapping, cause):
                 return cause
 

@@ -16,7 +16,7 @@ class Merged:
     is_udevs_first: bool
     """Whether this is the first report of udev's."""
     is_kept: bool
-    """Whether the facts are those that the agent has read from the partition table itself."""
+    """Whether the report was ignored, but for `awaits_udev`."""
 
 
 class Facts:

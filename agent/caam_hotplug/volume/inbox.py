@@ -21,7 +21,7 @@ class Reevaluate(Enum):
     """Why the rules are to be matched again, and how an active volume is released for it."""
 
     FACTS = ("its facts have changed", OnBusy.REFUSE)
-    """Of no consequence for an active volume."""
+    """Acted on when the volume is no longer active."""
     RULES = ("other rules ask for something else", OnBusy.REFUSE)
     UDEV = ("udev reports something else of it than was known", OnBusy.DETACH)
     """It was served before udev's report, and should not have been."""
@@ -60,12 +60,12 @@ class Inbox:
         self._changes.add(change)
         self._stop.wake()
 
-    def discard(self, change: Reevaluate) -> None:
-        """Forget a change that has lost its meaning."""
-        self._changes.discard(change)
+    def discard_facts(self) -> None:
+        """Forget changed facts: they were of the volume as it was held."""
+        self._changes.discard(Reevaluate.FACTS)
 
     def clear_changes(self) -> None:
-        """Forget all changes: the rules are matched again anyway."""
+        """Forget all changes: the rules are matched before anything else is done."""
         self._changes.clear()
 
     def take_change(self) -> Reevaluate | None:

@@ -68,10 +68,10 @@ class VolumeLifecycle:
         try:
             while not self._stop.is_set:
                 match record.phase:
-                    case Parked() as parked:
-                        record.phase = await self._wait_parked(parked)
-                    case Idle() as idle:
-                        record.phase = await self._wait_idle(idle)
+                    case Parked():
+                        record.phase = await self._wait_parked()
+                    case Idle():
+                        record.phase = await self._wait_idle()
                     case _:
                         record.phase = await self._evaluate()
             await self._release_at_end()
@@ -83,19 +83,19 @@ class VolumeLifecycle:
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
 
-    async def _wait_parked(self, parked: Parked) -> Phase:
+    async def _wait_parked(self) -> Phase:
         """Stay locked or ejected until there is a request."""
         self._inbox.clear_changes()
         await self._inbox.until(lambda: self._inbox.request is not None)
         request = self._inbox.request
         if request is None or self._stop.is_set:
-            return parked
+            return self._phase  # which `Record.repark` may have replaced
         if request.releases:
             return await self._release_for(request)
         self._kernel.remember(self.record.volume, "")
-        return Evaluate(has_leftover=parked.has_leftover)
+        return self._phase.to_evaluate()
 
-    async def _wait_idle(self, idle: Idle) -> Phase:
+    async def _wait_idle(self) -> Phase:
         """Answer requests while nothing is held, until something is worth another attempt."""
         request = self._inbox.request
         if request is not None and request.releases:
@@ -104,15 +104,15 @@ class VolumeLifecycle:
             self._inbox.refuse(self._status.words)
         await self._inbox.until(lambda: bool(self._inbox.request) or self._inbox.has_changes)
         if self._inbox.wants_release or self._stop.is_set:
-            return idle
-        return idle.to_evaluate()
+            return self._phase
+        return self._phase.to_evaluate()
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
         if self._inbox.wants_release:
             return self._phase.to_idle()
         self._inbox.clear_changes()
-        udev_had_reported = self.record.facts.udevs_report is not None
+        udev_before = self.record.udev_status
         try:
             return await self._follow_rules()
         except (StopRequestedError, DeviceLockedError):
@@ -124,9 +124,12 @@ class VolumeLifecycle:
         except ReleaseError as error:
             before = error.__cause__ and error.__cause__.__context__
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
+            self.record.retry_if_udev_reported(udev_before)
             return self._badly_released(f"{error}{cause}")
         except (HotplugError, OSError) as error:
-            return self._failed(error, udev_had_reported=udev_had_reported)
+            if not isinstance(error, _BLOB_AT_FAULT):
+                self.record.retry_if_udev_reported(udev_before)
+            return self._failed(error)
         return self._phase.to_idle()
 
     async def _follow_rules(self) -> Phase:
@@ -150,19 +153,16 @@ class VolumeLifecycle:
                 self._status.volume = found
         self._stop.check()
 
-    def _failed(self, error: Exception, *, udev_had_reported: bool) -> Phase:
+    def _failed(self, error: Exception) -> Phase:
         if self._stop.medium_gone or not self._kernel.is_present(self.record.volume):
             # A medium that is pulled makes the current operation fail; nothing is wrong with it.
             log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
             return self._phase.to_idle()
         self._status.publish(State.FAILED, str(error))
-        is_blobs_fault = isinstance(error, _BLOB_AT_FAULT)
-        udev_has_reported = self.record.facts.udevs_report is not None
-        if udev_has_reported and not (udev_had_reported or is_blobs_fault):
-            # The attempt might have succeeded after udev's report.
-            return self._phase.to_evaluate()
-        is_foreign = isinstance(error, ForeignMappingError)
-        return self._phase.to_idle(retry_on_blob=is_blobs_fault, is_foreign=is_foreign)
+        return self._phase.to_idle(
+            retry_on_blob=isinstance(error, _BLOB_AT_FAULT),
+            is_foreign=isinstance(error, ForeignMappingError),
+        )
 
     @property
     def _phase(self) -> Phase:
@@ -191,7 +191,7 @@ class VolumeLifecycle:
                 self._stop.check()
                 if self._inbox.request is not None and not self._inbox.wants_release:
                     self._inbox.refuse(self._status.words)  # and keep the place in the queue
-                elif self._inbox.wants_release or self.record.reason_to_release(target):
+                elif self._inbox.wants_release or self.record.take_reason_to_release(target):
                     return self._phase.to_evaluate()
             if target.volume != self.record.volume:  # other facts may ask for another target
                 return self._phase.to_evaluate()
@@ -213,7 +213,7 @@ class VolumeLifecycle:
             self.record.phase = Queued(target=target, has_leftover=has_leftover)
         if released.is_kept:  # the medium may depart before the lifecycle has ended
             self.record.phase = Queued(target=target, has_leftover=True)
-        if released.was_writable and self._stop.medium_gone:
+        if released.loses_data_if_gone and self._stop.medium_gone:
             self._status.publish(State.REMOVED_UNSAFELY, _LOST)
         elif released.cause is not None and not self._stop.is_set:
             return await self._released_for(released.cause)
@@ -229,7 +229,7 @@ class VolumeLifecycle:
         except (HotplugError, OSError) as error:  # the mapping may be there
             return self._still_held(str(error))
         if left is not None:
-            self._inbox.discard(Reevaluate.FACTS)  # they were for the volume as it was held
+            self._inbox.discard_facts()  # they were for the volume as it was held
             others = "; ".join(await who_uses(self._operations, left)) or "others"
             return self._still_held(
                 f"mapping {left.name} is held open: {others}; it goes when they close it"
@@ -241,11 +241,14 @@ class VolumeLifecycle:
     def _still_held(self, words: str) -> Phase:
         self._status.publish(State.FAILED, words)
         self._inbox.refuse(words)
-        return Idle(target=self._phase.target, has_leftover=True)
+        return self._with_leftover()
+
+    def _with_leftover(self) -> Phase:
+        phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
+        return replace(phase, has_leftover=True)
 
     async def _release_for(self, request: Request) -> Phase:
         """Release leftovers on request: this lifecycle itself holds nothing."""
-        self._inbox.clear_changes()
         if isinstance(self._phase, Idle) and self._phase.is_foreign:
             self._inbox.refuse(self._status.words)
             return self._phase
@@ -259,15 +262,14 @@ class VolumeLifecycle:
             return idle
         return await self._released_for(request)
 
-    def _park(self, request: Request) -> Parked:
+    def _park(self, request: Request) -> Phase:
+        parked = self.record.parked
         if request.ask is Ask.EJECT:
-            parked = self.record.park(State.EJECTED, "safe to remove")
-        elif isinstance(self._phase, Parked) and self._phase.state is State.EJECTED:
-            parked = self._phase
-        else:
-            parked = self.record.park(State.LOCKED, request.words)
+            self.record.park(State.EJECTED, "safe to remove")
+        elif parked is None or self._status.state is not State.EJECTED:
+            self.record.park(State.LOCKED, request.words)
         self._inbox.grant()
-        return parked
+        return self._phase
 
     async def _release_leftover(self) -> None:
         """Release what an earlier run or attempt has left. Raises: ReleaseError."""
@@ -290,8 +292,8 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self._badly_released(str(error))
 
-    def _badly_released(self, words: str) -> Idle:
+    def _badly_released(self, words: str) -> Phase:
         # Without its medium the volume cannot be `failed`; only the remains are there.
         gone = self._stop.medium_gone
         self._status.publish(State.REMOVED_UNSAFELY if gone else State.FAILED, words)
-        return Idle(target=self._phase.target, has_leftover=True)
+        return self._with_leftover()

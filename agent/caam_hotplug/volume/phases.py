@@ -20,7 +20,7 @@ class Phase:
     target: Target | None = None
     """Target of the last attempt."""
     has_leftover: bool = False
-    """Whether the kernel may have our mapping or mount, though this lifecycle holds none."""
+    """Whether an earlier run or a failed release may have left a mapping or mount of it."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""
@@ -33,6 +33,12 @@ class Phase:
             has_leftover=self.has_leftover,
             retry_on_blob=retry_on_blob,
             is_foreign=is_foreign,
+        )
+
+    def to_parked(self, state: State, reason: str) -> Parked:
+        """Return the phase in which nothing is held on request."""
+        return Parked(
+            target=self.target, has_leftover=self.has_leftover, state=state, reason=reason
         )
 
 

@@ -57,6 +57,11 @@ class Record:
         return self.status.volume
 
     @property
+    def udev_status(self) -> tuple[bool, bool]:
+        """Whether udev has reported the volume, and whether its report is still awaited."""
+        return self.facts.udevs_report is not None, self.volume.awaits_udev
+
+    @property
     def parked(self) -> Parked | None:
         """How the volume was released on request, if it was."""
         return self.phase if isinstance(self.phase, Parked) else None
@@ -69,10 +74,11 @@ class Record:
         merged = self.facts.merge(before, report, needs_udev=self._needs_udev(before))
         if merged.volume != before:
             self.status.volume = merged.volume
-            if (merged.is_udevs_first or merged.is_kept) and self._is_confirmed():
+            if not ((merged.is_udevs_first or merged.is_kept) and self._is_confirmed()):
+                self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
+            elif not self._is_in_conflict:
                 return
-            self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
-        if self.status.state in {State.WAITING, State.CONFLICT}:  # its cause may have ended
+        if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
 
@@ -104,6 +110,14 @@ class Record:
         """End the lifecycle: the medium has departed."""
         self.stop.set(Reason.GONE)
 
+    def retry_if_udev_reported(self, before: tuple[bool, bool]) -> None:
+        """Have a failed attempt repeated if it might have succeeded after udev's report.
+
+        `before`: `udev_status` when it began.
+        """
+        if self.udev_status != before:
+            self.inbox.note(Reevaluate.FACTS)
+
     async def ask(self, request: Request) -> None:
         """Have the request carried out. Raises: RequestRefusedError."""
         self.inbox.ask(request, self.why_not(request.ask))
@@ -121,16 +135,16 @@ class Record:
             return "the kernel does not answer; pull the medium, or wait"
         return refusal(ask, self.status.state)
 
-    def park(self, state: State, reason: str) -> Parked:
-        """Publish that the volume is locked or ejected, and remember that across restarts."""
+    def park(self, state: State, reason: str) -> None:
+        """Make the volume locked or ejected, publish that, and remember it across restarts."""
+        self.phase = self.phase.to_parked(state, reason)
         self.context.kernel.remember(self.volume, state.value)
         self.status.publish(state, reason)
-        return Parked(state=state, reason=reason)
 
     def repark(self, state: State, reason: str) -> None:
-        """Change how the volume is parked, if it is."""
-        if isinstance(self.phase, Parked) and not self.stop.is_set:
-            self.phase = self.park(state, reason)
+        """As `park`, for a volume that is parked already."""
+        if self.parked is not None and not self.stop.is_set:
+            self.park(state, reason)
 
     def publish_defect(self, state: State) -> None:
         """Publish that a defect of the agent ended the service of this volume."""
@@ -140,14 +154,14 @@ class Record:
 
     # Rules.
 
-    def reason_to_release(self, target: Target) -> Reevaluate | None:
-        """Return what has changed, if rules and facts now ask for something else than is held."""
-        # Taken out once: a user who refuses to release is asked again only after another change.
+    def take_reason_to_release(self, target: Target) -> Reevaluate | None:
+        """Take out what has changed, if rules and facts ask for something else than is held."""
+        # Once: users who refuse to release it are asked again only after another change.
         change = self.inbox.take_change()
         if change is None:
             return None
         plan = match_rules(self.context.rules, self.volume)
-        if self._agrees(target, plan) or isinstance(plan, NeedsUdev):
+        if self._continues(target, plan) or isinstance(plan, NeedsUdev):
             return None
         return change
 
@@ -155,8 +169,8 @@ class Record:
         """Return the plan by which the target is held now."""
         return self.phase.plan if isinstance(self.phase, Active) else target.plan
 
-    def _agrees(self, target: Target, plan: Plan | NoMatch | NeedsUdev) -> bool:
-        """Whether the plan asks for what is held; then it is the plan in force."""
+    def _continues(self, target: Target, plan: Plan | NoMatch | NeedsUdev) -> bool:
+        """Whether the plan asks for what the target has; if so, put it in force."""
         if not (isinstance(plan, Plan) and plan.makes_the_same(target.plan)):
             return False
         if target.volume.read_only != self.volume.read_only:
@@ -175,13 +189,18 @@ class Record:
             return False
         target = self.phase.target
         plan = match_rules(self.context.rules, self.volume)
-        return target is not None and self._agrees(target, plan)
+        return target is not None and self._continues(target, plan)
 
     def _needs_udev(self, volume: Volume) -> bool:
         """Whether the rules cannot be matched without udev's report."""
         if isinstance(self.phase, Active) or not volume.awaits_udev:
             return False
         return not isinstance(match_rules(self.context.rules, volume), Plan)
+
+    @property
+    def _is_in_conflict(self) -> bool:
+        """Whether the mount point was occupied by others than volumes of the agent."""
+        return isinstance(self.phase, Idle) and self.status.state is State.CONFLICT
 
     @property
     def _retries_on_blob(self) -> bool:

@@ -1,0 +1,238 @@
+"""Leftovers, foreign mappings and parked volumes: nothing of them is lost between two phases."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from caam_hotplug.config.rules import BUILT_IN, Action, OnStop
+from caam_hotplug.errors import DmError
+from caam_hotplug.model import Appeared, DevType, State, Volume, VolumeId
+from fakes.bench import Bench
+from fakes.kernel import Fault
+
+(RULE,) = BUILT_IN
+
+
+_requests: list[asyncio.Future[None]] = []
+"""Kept, since the loop keeps no strong reference to its tasks."""
+
+
+@pytest.fixture
+def machine() -> Iterator[Bench]:
+    """Bench without a check for leftovers."""
+    bench = Bench()
+    bench.start()
+    bench.settle()
+    yield bench
+    bench.kernel.before = lambda _: None
+    bench.stop()
+    bench.close()
+    _requests.clear()
+
+
+def at(bench: Bench, step: str, action: Callable[[], object]) -> None:
+    """Act once, before the next call of this step."""
+
+    def before(name: str) -> None:
+        if name == step:
+            bench.kernel.before = lambda _: None
+            action()
+
+    bench.kernel.before = before
+
+
+def take(bench: Bench, volume: Volume) -> None:
+    bench._supervisor.take(Appeared(volume), [])
+
+
+def request(bench: Bench, verb: str, volume: Volume) -> None:
+    work = getattr(bench._supervisor, verb)(volume.id, "uid 0")
+    _requests.append(asyncio.ensure_future(work))
+
+
+def mounted_then_killed(bench: Bench) -> Volume:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    return volume
+
+
+def make_foreign(bench: Bench) -> None:
+    (mapping,) = bench.kernel.mappings.values()
+    mapping.live = mapping.live.replace(" 0 8:", " 5 8:")
+
+
+def two_partitions(bench: Bench) -> tuple[Volume, Volume]:
+    disk = bench.kernel.insert(None, "sda", devtype=DevType.DISK)
+    one, two = (
+        bench.kernel.insert("cartridge-01", "sda1"),
+        bench.kernel.insert("cartridge-02", "sda2"),
+    )
+    for number, volume in enumerate((disk, one, two)):
+        object.__setattr__(volume, "id", VolumeId(1, number))
+        bench.appear(volume)
+    bench.settle()
+    return one, two
+
+
+def test_rules_that_change_while_a_leftover_is_adopted_are_followed_at_once(
+    machine: Bench,
+) -> None:
+    volume = mounted_then_killed(machine)
+    machine.start()
+    ignore = (replace(RULE, action=Action.IGNORE),)
+    at(machine, "keep_mapping", lambda: machine._supervisor.reevaluate(ignore))
+    machine.settle()
+    assert machine.state(volume) is State.IGNORED
+    assert machine.kernel.leftovers() == []
+
+
+def test_a_leftover_of_an_ejected_volume_is_released_before_it_is_safe_to_remove(
+    machine: Bench,
+) -> None:
+    one, two = two_partitions(machine)
+    machine.kill()
+    for name in ("sda1", "sda2"):
+        machine.kernel.media[name].remembered = "ejected"
+    machine.start()
+    machine.settle()
+    machine.answer("unlock", two)
+    machine.answer("eject", one)
+    assert machine.kernel.leftovers() == []
+
+
+def test_a_leftover_of_an_ejected_volume_is_kept_if_its_rule_keeps_it() -> None:
+    bench = Bench((replace(RULE, on_stop=OnStop.KEEP),))
+    bench.start()
+    _, two = two_partitions(bench)
+    bench.kill()
+    for name in ("sda1", "sda2"):
+        bench.kernel.media[name].remembered = "ejected"
+    bench.start()
+    bench.settle()
+    bench.answer("unlock", two)
+    bench.stop()
+    bench.close()
+    assert len(bench.kernel.mounts) == 2
+
+
+def test_a_volume_whose_sibling_was_unlocked_is_not_safe_to_remove_after_a_reread_table(
+    machine: Bench,
+) -> None:
+    one, two = two_partitions(machine)
+    machine.answer("eject", two)
+    machine.answer("unlock", one)
+    assert machine.state(two) is State.LOCKED
+    machine.report_absent("sda2")
+    machine.appear(two)
+    machine.settle()
+    assert machine.state(two) is State.LOCKED
+
+
+def test_a_foreign_mapping_is_left_alone_though_udev_reports_and_a_lock_is_requested(
+    machine: Bench,
+) -> None:
+    volume = mounted_then_killed(machine)
+    make_foreign(machine)
+    medium = machine.kernel.media["sda1"]
+    medium.volume = replace(volume, identified=False, awaits_udev=True)
+    machine.unreported_by_udev = {"sda1"}
+    machine.start()
+
+    def act() -> None:
+        medium.volume = volume
+        take(machine, volume)
+        request(machine, "lock", volume)
+
+    at(machine, "find_mapping", act)
+    machine.settle()
+    assert machine.kernel.mappings
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_parked_volume_whose_release_failed_is_not_mounted_by_other_rules(
+    machine: Bench, fails: bool
+) -> None:
+    volume = mounted_then_killed(machine)
+    machine.kernel.media["sda1"].remembered = "locked"
+    machine.kernel.users["cartridge-01"] = 0 if fails else 1
+    machine.start()
+    machine.settle()
+    if fails:
+        machine.kernel.faults.append(Fault("remove_mapping", DmError("x", "x", errno.EIO)))
+    asked = machine.ask("lock", volume)
+    machine.settle()
+    assert asked.exception() is not None
+    assert machine.state(volume) is State.FAILED
+    machine.reload_rules(replace(RULE, name="other"))
+    assert machine.state(volume) is State.FAILED
+    assert machine.kernel.mounts == []
+
+
+def test_a_reload_during_an_attempt_that_finds_a_foreign_mapping_is_not_lost(
+    machine: Bench,
+) -> None:
+    volume = mounted_then_killed(machine)
+    make_foreign(machine)
+    machine.start()
+    fitting = (replace(RULE, crypt=replace(RULE.crypt, iv_offset=5)),)
+
+    def act() -> None:
+        machine._supervisor.reevaluate(fitting)
+        request(machine, "lock", volume)
+
+    at(machine, "find_mapping", act)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_release_for_udevs_report_that_fails_is_tried_again(machine: Bench) -> None:
+    volume = machine.kernel.insert()
+    machine.announce(volume)
+    machine.settle()
+    machine.kernel.faults.append(Fault("remove_mapping", DmError("x", "x", errno.EIO)))
+    machine.appear(replace(volume, opted_out=True))
+    machine.settle()
+    assert machine.state(volume) is State.IGNORED
+    assert machine.kernel.leftovers() == []
+
+
+def test_an_attempt_that_fails_while_udevs_report_becomes_overdue_is_tried_again(
+    machine: Bench,
+) -> None:
+    volume = machine.kernel.insert()
+    machine.announce(volume)
+    machine.kernel.fail_next("create_mapping", errno.ENOMEM)
+    overdue = replace(volume, identified=False, awaits_udev=False)
+    at(machine, "require_unused", lambda: take(machine, overdue))
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_mount_point_that_became_free_is_used_when_udevs_report_is_overdue(
+    machine: Bench,
+) -> None:
+    volume = machine.kernel.insert()
+    machine.kernel.directories["cartridge-01"] = "content"
+    machine.announce(volume)
+    machine.settle()
+    assert machine.state(volume) is State.CONFLICT
+    machine.kernel.directories.clear()
+    machine.appear(replace(volume, identified=False, awaits_udev=False))
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_udevs_facts_of_a_locked_volume_are_published(machine: Bench) -> None:
+    volume = machine.kernel.insert()
+    machine.announce(volume)
+    machine.settle()
+    machine.answer("lock", volume)
+    machine.appear(replace(volume, path="pci-1"))
+    machine.settle()
+    assert machine.entry(volume).volume.path == "pci-1"
