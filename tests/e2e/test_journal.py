@@ -60,7 +60,7 @@ async def test_a_refusal_can_be_queried_and_a_label_stays_in_its_field(
     await agent.start()
     pid = await agent.main_pid()
     await guest.plug_scsi(labelled(tmp_path, label))
-    await agent.until_said("ignored: any bus: matches")
+    await agent.until_said("ignored: any bus: partlabel .*cannot be part")
     found = await asked(guest, pid, Event.IGNORED)
     (refused,) = [entry for entry in found if entry.get("LABEL") == label]
     assert "cannot be part of a file name" in refused["REASON"]
