@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from caam_hotplug.kernel import (
     memory,
     mount,
     mountinfo,
+    trusted,
     udev,
 )
-from caam_hotplug.keys import store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import (
     Bus,
@@ -56,7 +58,7 @@ from caam_hotplug.provisioning import (
 from caam_hotplug.provisioning.migration_plan import MigrationPlan
 from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
-from caam_hotplug.provisioning.reencryption import Record
+from caam_hotplug.provisioning.reencryption import Journal, Record
 
 LABEL: Final = "cartridge-01"
 _MAGIC: Final = 0x5461674F
@@ -199,7 +201,7 @@ def _through_key(
 
 
 class MigrationWorkshop(Workshop):
-    """Where migrations are planned. Only the kernel tests carry one out."""
+    """Where media are migrated. Only the kernel tests move them piece by piece."""
 
     def made(self) -> Path:
         """A medium under a tagged key."""
@@ -211,10 +213,15 @@ class MigrationWorkshop(Workshop):
         )
         return medium
 
-    def plan_migration(self, to: Backend) -> MigrationPlan:
-        """`migrate --dry-run` of the medium to such a key."""
-        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64)
+    def plan_migration(self, to: Backend, **more: Any) -> MigrationPlan:
+        """`migrate --dry-run` of the medium to such a key. `more`: fields of the options."""
+        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64, **more)
         return migrate.dry_run(options, self.config(), self.steps.append)
+
+    def migrate(self, to: Backend, **more: Any) -> migrate.MigrateResult:
+        """`migrate` the medium to such a key. `more`: fields of the options."""
+        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64, **more)
+        return migrate.migrate(options, self.config(), self.steps.append, nothing)
 
     def journal(self, moved_bytes: int = 0) -> Path:
         """A journal of the medium, which is marked if bytes of it were moved."""
@@ -246,6 +253,28 @@ class MigrationWorkshop(Workshop):
         return migration_journal.file(self.blobs, head)
 
 
+def _sealed(key: int | SecretBytes, *_method: object) -> bytes:
+    return os.urandom((key if isinstance(key, int) else len(key)) + 48).hex().encode()
+
+
+def _encrypted(key: int | SecretBytes, *_method: object) -> bytes:
+    return b"default trusted:master 64 " + _sealed(key)
+
+
+def _moved(
+    _plan: MigrationPlan,
+    _hold: disks.Held,
+    mappings: tuple[Mapping, Mapping],
+    journal: Journal,
+    _count: migrate.Count,
+) -> None:
+    """All bytes move at once."""
+    before, after = (Path(mapping.node) for mapping in mappings)
+    shutil.copyfile(before, after)
+    journal.note(Record(1, 0, b"a piece"))
+    journal.note(Record(2, after.stat().st_size, b""))
+
+
 def nothing(*_arguments: object, **_more: object) -> None:
     """What only a kernel could do is taken as done."""
 
@@ -268,7 +297,7 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 
 def prepared_to_migrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
-    """A workshop as `prepared` makes it, in which migrations can be planned as well."""
+    """A workshop as `prepared` makes it, in which media can be migrated as well."""
     prepared(folder, monkeypatch)
     workshop = MigrationWorkshop(folder)
     monkeypatch.setattr(volume_lookup, "find_partition", lambda *_: workshop.partition)
@@ -276,5 +305,10 @@ def prepared_to_migrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Migrat
     monkeypatch.setattr(disks, "logical_block", lambda _disk: 512)
     monkeypatch.setattr(mountinfo, "why_volatile", lambda _directory: None)
     monkeypatch.setattr(mount, "require_readable", nothing)
+    monkeypatch.setattr(trusted, "is_offered", lambda *_kind: True)
+    monkeypatch.setattr(trusted, "seal_trusted", _sealed)
+    monkeypatch.setattr(trusted, "seal_encrypted", _encrypted)
+    monkeypatch.setattr(backends, "_master", nothing)
+    monkeypatch.setattr(migrate, "_reencrypt", _moved)
     monkeypatch.setattr(medium_blocks, "_DIRECT", os.O_CLOEXEC)  # not every tmpfs has direct I/O
     return workshop

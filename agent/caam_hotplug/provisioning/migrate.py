@@ -74,7 +74,7 @@ def carry_out(plan: MigrationPlan, hold: disks.Held, count: Count) -> MigrateRes
     """Carry out the plan on the disk that it was made for. Raises: HotplugError."""
     directory = plan.directory
     if plan.migration.unused is not None:
-        _remove_journal(directory, plan.migration.unused)
+        _remove_unused_journal(directory, plan.migration.unused)
     if plan.stage is Stage.DONE:
         return MigrateResult(plan.volume.node, plan.label, plan.blob_file, None, None)
     head = plan.migration.head or _new_head(plan)
@@ -221,6 +221,15 @@ def _swap_blobs(directory: Path, head: migration_journal.Head) -> Path:
                 "same command"
             )
     return kept
+
+
+def _remove_unused_journal(directory: Path, head: migration_journal.Head) -> None:
+    """Remove the journal that no medium needs. Raises: HotplugError if it is another by now."""
+    with migration_journal.opened(directory, head) as migration:
+        if not migration.journal.records()[0].is_first:
+            path = shown(migration_journal.file(directory, head))
+            raise HotplugError(f"remove {path}: it was replaced meanwhile; try again")
+        _remove_journal(directory, head)
 
 
 def _remove_journal(directory: Path, head: migration_journal.Head) -> None:

@@ -67,7 +67,7 @@ def find_migration(
             "part of it is under a new key, and it is not marked so; is it a copy that was made "
             "before? Remove that file if the medium that it is of is lost"
         )
-    if last.position == 0:
+    if last.is_first:
         return FoundMigration(unused=named[0])
     return FoundMigration(named[0], last.position)
 
