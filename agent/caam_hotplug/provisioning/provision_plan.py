@@ -34,10 +34,7 @@ class ProvisionPlan:
     earlier: EarlierRun | None
     """The work to go on with. None if the medium is to be made from the beginning."""
     erased_content: str | None
-    discards_blob: bool
-    """Whether an interrupted run made a blob that no medium relies on."""
-    recovery: store.FoundRecovery | None
-    """The recovery file that was there before."""
+    keys: FoundKeys
     rule: rule_file.RulePlan
     found_notes: tuple[str, ...]
 
@@ -86,14 +83,14 @@ class ProvisionPlan:
 
     def _key_steps(self) -> Iterator[str]:
         options, file = self.options, self.options.recovery_file
-        if self.discards_blob:
-            yield f"remove {self.blob_file}, which an interrupted run made for no medium"
         if file is None:
             yield f"make a key of {options.key_bytes} bytes"
-        elif self.recovery is None:
+        elif self.keys.recovery is None:
             yield f"make a key of {options.key_bytes} bytes, and write it to {shown(file)}"
         else:
             yield f"read the key from {shown(file)}"
+        if self.keys.blob.is_unsettled:
+            yield f"remove {self.blob_file}, which an interrupted run made for no medium"
         yield f"seal the key as a {options.method.backend} key, and write {self.blob_file}"
 
 
@@ -148,8 +145,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
         disk_name=disk.name,
         earlier=medium.earlier,
         erased_content=medium.content,
-        discards_blob=medium.earlier is None and keys.blob.exists,
-        recovery=keys.recovery,
+        keys=keys,
         rule=rule,
         found_notes=notes,
     )

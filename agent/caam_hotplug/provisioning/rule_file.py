@@ -115,7 +115,7 @@ class RulePlan:
 
     options: ProvisionOptions
     is_written: bool
-    """Whether the drop-in is there already."""
+    """Whether the drop-in was there when the plan was made."""
     is_first: bool
     """Whether the board had no rule before."""
     decision: Plan | NoMatch | NeedsUdev
@@ -127,9 +127,9 @@ class RulePlan:
         return None if file is None or self.is_written else f"write the rule to {shown(file)}"
 
     def write(self) -> None:
-        """Write the drop-in unless it is there. Raises: HotplugError if another is there now."""
+        """Write the drop-in unless it is there now. Raises: HotplugError if another is."""
         options = self.options
-        if options.rule_file is None or self.is_written:
+        if options.rule_file is None or _is_written(options):
             return
         with atomic_files.folder(options.rule_file.parent, mode=0o755, only_root=True) as opened:
             mode = 0o600 if options.method.options else 0o644  # an option may be a password

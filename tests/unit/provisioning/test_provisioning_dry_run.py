@@ -68,6 +68,10 @@ def test_an_interrupted_mediums_plan_has_only_the_steps_that_are_left(
     assert any(line.startswith("- erase ") for line in lines) is not is_begun
     discards = f"- remove {workshop.blob}, which an interrupted run made for no medium"
     assert (discards in lines) is (stage == "the blob was written")
+    if discards in lines:  # in the order in which it is done
+        read = f"- read the key from {file}"
+        seal = f"- seal the key as a tagged key, and write {workshop.blob}"
+        assert [line for line in lines if line in {read, discards, seal}] == [read, discards, seal]
     assert any(line.startswith("- make the filesystem ext4") for line in lines)
     assert workshop.make(medium, recovery_file=file).was_made_before is False
 
