@@ -32,7 +32,7 @@ from caam_hotplug.provisioning import (
     temporary_mapping,
 )
 from caam_hotplug.provisioning.migration_plan import MigrationPlan
-from caam_hotplug.provisioning.migration_planning import held_medium, plan_migration
+from caam_hotplug.provisioning.migration_planning import entry_of, held_medium, plan_migration
 from caam_hotplug.provisioning.migration_stage import Stage
 from caam_hotplug.provisioning.options import MigrateOptions, Progress
 
@@ -72,13 +72,22 @@ def dry_run(options: MigrateOptions, config: Config, progress: Progress) -> Migr
 
 def carry_out(plan: MigrationPlan, hold: disks.Held, count: Count) -> MigrateResult:
     """Carry out the plan on the disk that it was made for. Raises: HotplugError."""
-    directory = plan.directory
+    hold.require_disk(plan.disk)
+    directory, rule = plan.directory, plan.rule
     if plan.migration.unused is not None:
         _remove_unused_journal(directory, plan.migration.unused)
     if plan.stage is Stage.DONE:
         return MigrateResult(plan.volume.node, plan.label, plan.blob_file, None, None)
-    head = plan.migration.head or _new_head(plan)
-    kept = _move(plan, hold, head, count)
+    # The mapping comes first: if others use the disk by now, nothing was written yet.
+    with temporary_mapping.through_key(
+        hold, "migrate-from", plan.entry, rule=rule, blob=plan.old, directory=directory
+    ) as before:
+        if entry_of(hold, plan.volume) != plan.entry:
+            raise HotplugError(
+                f"migrate {plan.volume.node}: its partition table was changed meanwhile; try again"
+            )
+        head = plan.migration.head or _new_head(plan)
+        kept = _move(plan, hold, head, before, count)
     disks.read_partitions(hold)
     recovery_file = None if head.recovery_file is None else Path(head.recovery_file)
     return MigrateResult(plan.volume.node, head.name, plan.blob_file, kept, recovery_file)
@@ -114,23 +123,21 @@ def _new_head(plan: MigrationPlan) -> migration_journal.Head:
 
 
 def _move(
-    plan: MigrationPlan, hold: disks.Held, head: migration_journal.Head, count: Count
+    plan: MigrationPlan,
+    hold: disks.Held,
+    head: migration_journal.Head,
+    before: Mapping,
+    count: Count,
 ) -> Path:
     """Move the medium by the journal, and replace its blob. Returns: where the old blob is kept.
 
     Raises: HotplugError.
     """
     directory, entry, rule = plan.directory, plan.entry, plan.rule
-    old = blobs.parse(head.old_blob, head.before)
     new = blobs.parse(head.new_blob, head.after)
-    with (
-        temporary_mapping.through_key(
-            hold, "migrate-from", entry, rule=rule, blob=old, directory=directory
-        ) as before,
-        temporary_mapping.through_key(
-            hold, "migrate-to", entry, rule=rule, blob=new, directory=directory
-        ) as after,
-    ):
+    with temporary_mapping.through_key(
+        hold, "migrate-to", entry, rule=rule, blob=new, directory=directory
+    ) as after:
         if plan.migration.head is None:
             with store.folder(directory) as folder:
                 migration_journal.create(folder.opened, directory, head)

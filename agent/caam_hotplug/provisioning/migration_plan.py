@@ -24,6 +24,7 @@ class MigrationPlan:
     options: MigrateOptions
     directory: Path
     """The blob directory."""
+    disk: Volume
     volume: Volume
     """The partition."""
     entry: gpt.Entry
@@ -67,9 +68,10 @@ class MigrationPlan:
         after = self.options.method.backend
         return settings_of(self.rule, blobs.backend_of(self.old), after)
 
-    def on_disk(self, disk: Volume) -> Volume:
-        """Describe the partition as a part of its disk, from its own start on."""
-        return replace(disk, size=self.entry.length)
+    @property
+    def on_disk(self) -> Volume:
+        """The partition as a part of its disk, from its own start on."""
+        return replace(self.disk, size=self.entry.length)
 
     def about(self, identifier: str) -> recovery_files.About:
         """Describe the medium, as in the new recovery file with this identifier."""

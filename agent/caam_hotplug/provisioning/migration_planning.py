@@ -64,7 +64,7 @@ def plan_migration(
     Raises: HotplugError, and nothing was changed.
     """
     directory = config.blob_directory
-    entry = _entry_of(hold, volume)
+    entry = entry_of(hold, volume)
     heads = tuple(migration_journal.heads(directory))
     found = find_migration(heads, entry, volume.node, directory)
     head = found.head
@@ -77,6 +77,7 @@ def plan_migration(
     plan = MigrationPlan(
         options=options,
         directory=directory,
+        disk=hold.disk,
         volume=volume,
         entry=entry,
         rule=rule,
@@ -86,15 +87,15 @@ def plan_migration(
         migration=found,
     )
     if head is not None:
-        _check_continued(plan, head, hold)
+        _check_continued(plan, head)
     elif stage is Stage.DONE:
         _check_done(plan, hold)
     else:
-        plan = _check_begun(plan, hold, heads, progress)
+        plan = _check_new(plan, hold, heads, progress)
     return plan
 
 
-def _entry_of(hold: disks.Held, volume: Volume) -> gpt.Entry:
+def entry_of(hold: disks.Held, volume: Volume) -> gpt.Entry:
     """Read the partition's entry. Raises: HotplugError if it could not be marked."""
     entries = gpt.read(hold.reading, hold.disk.node)
     if entries is None:
@@ -142,7 +143,7 @@ def _check_done(plan: MigrationPlan, hold: disks.Held) -> None:
         checks.require_filesystem(mapping, plan.rule, through)
 
 
-def _check_continued(plan: MigrationPlan, head: migration_journal.Head, hold: disks.Held) -> None:
+def _check_continued(plan: MigrationPlan, head: migration_journal.Head) -> None:
     """Check that it was begun with the same options and rule. Raises: HotplugError."""
     operation, options = f"go on with {shown(head.name)}", plan.options
     if (plan.entry.start, plan.entry.length) != (head.start, head.length):
@@ -165,7 +166,7 @@ def _check_continued(plan: MigrationPlan, head: migration_journal.Head, hold: di
         )
     for content, backend in ((head.old_blob, head.before), (head.new_blob, head.after)):
         temporary_mapping.try_blob(
-            plan.on_disk(hold.disk),
+            plan.on_disk,
             "migrate-from",
             plan.entry.start,
             rule=plan.rule,
@@ -174,7 +175,7 @@ def _check_continued(plan: MigrationPlan, head: migration_journal.Head, hold: di
         )
 
 
-def _check_begun(
+def _check_new(
     plan: MigrationPlan,
     hold: disks.Held,
     heads: Sequence[migration_journal.Head],
@@ -190,20 +191,21 @@ def _check_begun(
     ) as mapping:
         through = f"migrate {plan.volume.node}: through its key"
         plan = replace(plan, filesystem=checks.require_filesystem(mapping, rule, through))
-    if options.recovery_file is not None:
-        found = store.find_recovery(options.recovery_file, plan.about, options.key_bytes)
-        store.require_unsettled(found, options.recovery_file)
-        plan = replace(plan, recovery=found)
-    temporary_mapping.try_method(
-        plan.on_disk(hold.disk),
-        "migrate-to",
-        plan.entry.start,
-        rule=rule,
-        method=plan.method,
-        key_bytes=options.key_bytes,
-        directory=plan.directory,
-    )
-    medium_blocks.require_readable(hold, plan.entry, progress)
+        if options.recovery_file is not None:
+            found = store.find_recovery(options.recovery_file, plan.about, options.key_bytes)
+            store.require_unsettled(found, options.recovery_file)
+            plan = replace(plan, recovery=found)
+        temporary_mapping.try_method(
+            plan.on_disk,
+            "migrate-to",
+            plan.entry.start,
+            rule=rule,
+            method=plan.method,
+            key_bytes=options.key_bytes,
+            directory=plan.directory,
+        )
+        # All of it is read under the mapping, so that nobody can use the disk meanwhile.
+        medium_blocks.require_readable(hold, plan.entry, progress)
     return plan
 
 

@@ -76,6 +76,7 @@ def carry_out(
     """
     options, disk, earlier = plan.options, hold.disk, plan.earlier
     was_made_before = earlier is not None and earlier.is_finished
+    hold.require_disk(plan.disk)
     with store.folder(plan.blob_directory) as folder:
         if earlier is None:
             entry, blob = _begin(plan, hold, folder, progress)

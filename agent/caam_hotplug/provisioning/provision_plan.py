@@ -12,7 +12,7 @@ from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import device_users, disks
 from caam_hotplug.keys import store
-from caam_hotplug.model import Sectors
+from caam_hotplug.model import Sectors, Volume
 from caam_hotplug.provisioning import checks, marked_partition, rule_file, temporary_mapping
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
 from caam_hotplug.provisioning.provision_stage import (
@@ -30,7 +30,7 @@ class ProvisionPlan:
 
     options: ProvisionOptions
     blob_directory: Path
-    disk_name: str
+    disk: Volume
     earlier: EarlierRun | None
     """The work to go on with. None if the medium is to be made from the beginning."""
     erased_content: str | None
@@ -51,7 +51,7 @@ class ProvisionPlan:
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
-        medium = f"/dev/{self.disk_name}: {self.options.label}"
+        medium = f"{self.disk.node}: {self.options.label}"
         if self.earlier is None:
             yield f"{medium} would be made in these steps:"
         elif self.earlier.is_finished:
@@ -67,7 +67,7 @@ class ProvisionPlan:
             yield from self._key_steps()
             content = self.erased_content
             found = "looks blank" if content is None else f"holds {content}"
-            yield f"erase /dev/{self.disk_name}, which {found}"
+            yield f"erase {self.disk.node}, which {found}"
             yield "write a partition table with one partition, marked as not finished"
         if self.earlier is None or not self.earlier.is_finished:
             yield (
@@ -142,7 +142,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
     return ProvisionPlan(
         options=options,
         blob_directory=directory,
-        disk_name=disk.name,
+        disk=disk,
         earlier=medium.earlier,
         erased_content=medium.content,
         keys=keys,

@@ -13,7 +13,7 @@ import pytest
 
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import recovery_files
-from caam_hotplug.kernel import atomic_files, gpt, mkfs
+from caam_hotplug.kernel import atomic_files, disks, gpt, mkfs
 from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import SecretBytes
@@ -331,6 +331,18 @@ def test_the_key_is_wiped_before_its_blob_is_written(
     workshop.make(medium, recovery_file=file)
     assert keys
     assert wiped == {"discard_unsettled": True, "write": True}
+
+
+def test_a_plan_is_not_carried_out_on_another_disk(workshop: Workshop) -> None:
+    plan = workshop.plan(workshop.medium())
+    other = workshop.medium("other.img")
+    before = other.read_bytes()
+    with (
+        disks.held(disk_of(other)) as hold,
+        pytest.raises(HotplugError, match="the plan was made for another disk"),
+    ):
+        provision.carry_out(plan, hold, workshop.steps.append, workshop.announce)
+    assert (other.read_bytes(), workshop.blobs.exists()) == (before, False)
 
 
 ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
