@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug.kernel import trusted
+from caam_hotplug.kernel import devmapper, trusted
 from fakes.contract import until
 from kernel import witness
 from kernel.cartridges import Cartridge
@@ -356,6 +356,13 @@ def test_a_dry_run_checks_everything_and_changes_nothing(bench: Bench) -> None:
     assert f"- keep the old blob as {bench.blob}.tagged" in steps
     assert end == "nothing was changed"
     half_moved(bench)
+    left = {mapping.name for mapping in devmapper.ours("CAAM-COMMAND-")}
+    hindered = migrate(bench, "--dry-run")
+    assert (hindered.status, hindered.out) == (1, "")
+    assert {mapping.name for mapping in devmapper.ours("CAAM-COMMAND-")} == left
+    for name in left:
+        assert "lies on it; `dmsetup remove " in hindered.err
+        run("dmsetup", "remove", "--retry", name)
     with unchanged(bench):
         again = migrate(bench, "--dry-run")
     assert "- go on by " in again.out, again.err

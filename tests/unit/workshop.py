@@ -19,6 +19,7 @@ from uuid import uuid4
 import pytest
 
 from caam_hotplug.config import loader
+from caam_hotplug.formats import blobs
 from caam_hotplug.formats.blobs import Backend, Blob
 from caam_hotplug.kernel import (
     caam,
@@ -253,6 +254,12 @@ class MigrationWorkshop(Workshop):
         return migration_journal.file(self.blobs, head)
 
 
+def _try_method(*_disk: object, method: SealMethod, key_bytes: int, **_more: Any) -> Blob:
+    """Such a blob is sealed, and nothing is done with it."""
+    sealed = backends.BACKENDS[method.backend].seal(method, key_bytes, Path())
+    return blobs.parse(sealed, method.backend)
+
+
 def _sealed(key: int | SecretBytes, *_method: object) -> bytes:
     return os.urandom((key if isinstance(key, int) else len(key)) + 48).hex().encode()
 
@@ -286,11 +293,12 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(disks, "held", _held)
     monkeypatch.setattr(rule_file, "_known_to_udev", lambda disk, _config: disk)
     monkeypatch.setattr(temporary_mapping, "through_key", _through_key)
+    monkeypatch.setattr(temporary_mapping, "try_method", _try_method)
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
         (device_users, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
         (keyring, "join_session_keyring"), (temporary_mapping, "remove_leftovers"),
-        (temporary_mapping, "try_method"), (temporary_mapping, "try_blob"),
+        (temporary_mapping, "require_no_leftovers"), (temporary_mapping, "try_blob"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, nothing)
     return Workshop(folder)

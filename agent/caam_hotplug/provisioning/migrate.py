@@ -59,14 +59,14 @@ def migrate(
 
     Raises: HotplugError. Then the medium is as it was, or the same call completes it.
     """
-    with held_medium(options, config, progress) as (hold, volume):
+    with held_medium(options, config, progress, is_dry=False) as (hold, volume):
         plan = plan_migration(options, config, hold, volume, progress)
         return carry_out(plan, hold, count)
 
 
 def dry_run(options: MigrateOptions, config: Config, progress: Progress) -> MigrationPlan:
     """Return the plan, and change nothing. Raises: HotplugError, as `migrate`."""
-    with held_medium(options, config, progress) as (hold, volume):
+    with held_medium(options, config, progress, is_dry=True) as (hold, volume):
         return plan_migration(options, config, hold, volume, progress)
 
 

@@ -28,10 +28,11 @@ from caam_hotplug.provisioning.options import MigrateOptions, Progress
 
 @contextmanager
 def held_medium(
-    options: MigrateOptions, config: Config, progress: Progress
+    options: MigrateOptions, config: Config, progress: Progress, *, is_dry: bool
 ) -> Iterator[tuple[disks.Held, Volume]]:
     """Find the partition, and hold its disk while the context is open.
 
+    Mappings that a killed run left are removed, but by a dry run, which refuses them.
     Raises: HotplugError if the partition is missing or used, or no journal could be kept.
     """
     checks.prepare(f"migrate {shown(options.volume)}")
@@ -41,7 +42,10 @@ def held_medium(
     disks.require_not_the_systems(disk, config.blob_directory)
     progress(f"reading {volume.node}")
     with disks.held(disk) as hold:
-        temporary_mapping.remove_leftovers(disk)
+        if is_dry:
+            temporary_mapping.require_no_leftovers(disk)
+        else:
+            temporary_mapping.remove_leftovers(disk)
         try:
             device_users.require_unused(disk)
         except DeviceInUseError as error:
@@ -90,9 +94,7 @@ def plan_migration(
         _check_continued(plan, head)
     elif stage is Stage.DONE:
         _check_done(plan, hold)
-    else:
-        plan = _check_new(plan, hold, heads, progress)
-    return plan
+    return plan if stage is not Stage.BEGIN else _check_new(plan, hold, heads, progress)
 
 
 def entry_of(hold: disks.Held, volume: Volume) -> gpt.Entry:

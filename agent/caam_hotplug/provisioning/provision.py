@@ -55,14 +55,14 @@ def provision(
 
     Raises: HotplugError. Then the medium is as it was, or the same call completes it.
     """
-    with held_disk(options, config, progress) as hold:
+    with held_disk(options, config, progress, is_dry=False) as hold:
         plan = plan_provisioning(options, config, hold)
         return carry_out(plan, hold, progress, announce)
 
 
 def dry_run(options: ProvisionOptions, config: Config, progress: Progress) -> ProvisionPlan:
     """Return the plan, and change nothing. Raises: HotplugError, as `provision`."""
-    with held_disk(options, config, progress) as hold:
+    with held_disk(options, config, progress, is_dry=True) as hold:
         return plan_provisioning(options, config, hold)
 
 
@@ -89,7 +89,7 @@ def carry_out(
             _format(plan, hold, entry, blob, progress)
             uuid = uuid4()
         plan.rule.write()
-        notes = [*plan.found_notes, *plan.rule.notes(blob)]
+        notes = [*plan.notes]
         if options.rule_file is not None:
             notes = [f"the rule is in {shown(options.rule_file)}", *notes, *announce()]
         progress("writing the label")

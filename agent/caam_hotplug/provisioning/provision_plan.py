@@ -36,18 +36,13 @@ class ProvisionPlan:
     erased_content: str | None
     keys: FoundKeys
     rule: rule_file.RulePlan
-    found_notes: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What the user is to know before anything is done."""
 
     @property
     def blob_file(self) -> Path:
         """The path of the medium's blob."""
         return self.blob_directory / self.options.blob_name
-
-    def notes(self) -> tuple[str, ...]:
-        """Return what the user is to know before anything is done."""
-        return *self.found_notes, *self.rule.notes(
-            None if self.earlier is None else self.earlier.blob
-        )
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
@@ -96,19 +91,24 @@ class ProvisionPlan:
 
 @contextmanager
 def held_disk(
-    options: ProvisionOptions, config: Config, progress: Progress
+    options: ProvisionOptions, config: Config, progress: Progress, *, is_dry: bool
 ) -> Iterator[disks.Held]:
     """Check the options, and hold the disk while the context is open.
 
+    Mappings that a killed run left are removed, but by a dry run, which refuses them.
     Raises: HotplugError if the options make no sense, or the disk is used.
     """
     checks.prepare(f"provision {shown(options.device)}")
     disk = disks.whole_disk(options.device)
     checks.require_provisionable(options, config, disk)
+    rule_file.is_written(options, config)  # for its refusals: they need no disk
     disks.require_not_the_systems(disk, config.blob_directory)
     progress(f"reading {disk.node}")
     with disks.held(disk) as hold:
-        temporary_mapping.remove_leftovers(disk)
+        if is_dry:
+            temporary_mapping.require_no_leftovers(disk)
+        else:
+            temporary_mapping.remove_leftovers(disk)
         device_users.require_unused(disk)
         yield hold
 
@@ -119,7 +119,6 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
     Raises: HotplugError, and nothing was changed.
     """
     disk, directory = hold.disk, config.blob_directory
-    rule = rule_file.plan_rule(options, config, disk)
     keys = find_keys(options, directory)
     medium = examine(options, hold, keys, directory)
     _require_erasable(options, hold, medium)
@@ -130,7 +129,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
         notes = _check_finished(options, hold, medium.earlier, keys)
     else:
         _check_unfinished(options, hold, medium.earlier, directory)
-    temporary_mapping.try_method(
+    test_blob = temporary_mapping.try_method(
         disk,
         "provision",
         Sectors(0),
@@ -139,6 +138,8 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
         key_bytes=options.key_bytes,
         directory=directory,
     )
+    blob = test_blob if medium.earlier is None else medium.earlier.blob
+    rule = rule_file.plan_rule(options, config, disk, blob)
     return ProvisionPlan(
         options=options,
         blob_directory=directory,
@@ -147,7 +148,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
         erased_content=medium.content,
         keys=keys,
         rule=rule,
-        found_notes=notes,
+        notes=(*notes, *rule.notes),
     )
 
 

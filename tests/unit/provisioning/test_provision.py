@@ -345,6 +345,18 @@ def test_a_plan_is_not_carried_out_on_another_disk(workshop: Workshop) -> None:
     assert (other.read_bytes(), workshop.blobs.exists()) == (before, False)
 
 
+@pytest.mark.parametrize("text", ["# another rule\n", ""])
+def test_a_rule_that_cannot_be_written_is_refused_before_the_disk_is_touched(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml", text)
+    if not text:
+        workshop.drop_in("same.toml", ALL.replace("others", LABEL))
+    monkeypatch.setattr(disks, "held", cut)
+    said = refusal(workshop, medium, rule_file=rule)
+    assert said.startswith(f"write {rule}: ")
+
+
 ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'
 DECIDING = {
     "cipher": ("and would not open the medium, which has another cipher;", ALL),

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from caam_hotplug.cli.main import main
-from caam_hotplug.kernel import gpt, mkfs
+from caam_hotplug.kernel import gpt, mkfs, trusted
 from caam_hotplug.keys import backends, store
+from caam_hotplug.keys.backends import SealMethod
+from caam_hotplug.provisioning import temporary_mapping
 from caam_hotplug.provisioning.migration_stage import Stage
-from unit.provisioning.test_provision import cut_at
+from unit.provisioning.test_provision import ALL, cut_at
 from unit.workshop import LABEL, MigrationWorkshop, Workshop, disk_of
 
 
@@ -135,6 +137,36 @@ def test_a_migrations_plan_names_everything_that_would_be_written(
     ]
     assert workshop.contents() == before
     assert workshop.identity(medium).name == LABEL
+
+
+def test_a_dry_run_has_the_notes_of_the_real_run(
+    migration_workshop: MigrationWorkshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop, medium = migration_workshop, migration_workshop.medium()
+    # As of a TPM: the blob does not have its key's length.
+    monkeypatch.setattr(trusted, "seal_trusted", lambda *_: bytes(213).hex().encode())
+    workshop.drop_in("all.toml", ALL)
+    more = {"method": SealMethod(backend="trusted"), "key_bytes": 64, "cipher": "aes-xts-plain64"}
+    planned = workshop.plan(medium, **more)
+    assert planned.notes == workshop.make(medium, **more).notes
+    assert "the medium has another key.length;" in planned.notes[0]
+
+
+@pytest.mark.parametrize("command", ["provision", "migrate"])
+def test_a_dry_run_removes_no_leftover_mapping_and_the_next_real_run_does(
+    migration_workshop: MigrationWorkshop, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    workshop, medium = migration_workshop, migration_workshop.made()
+    called: list[str] = []
+    for name in ("remove_leftovers", "require_no_leftovers"):
+        monkeypatch.setattr(temporary_mapping, name, lambda _disk, name=name: called.append(name))
+    if command == "provision":
+        workshop.plan(medium)
+        workshop.make(medium)
+    else:
+        workshop.plan_migration("trusted")
+        workshop.migrate("trusted")
+    assert called == ["require_no_leftovers", "remove_leftovers"]
 
 
 def test_a_migration_to_the_key_that_the_medium_has_plans_nothing(
