@@ -84,15 +84,15 @@ class MigrationPlan:
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
         medium = f"{self.volume.node}: {shown(self.label)}"
-        to = self.options.method.backend
+        to = blobs.key_of(self.options.method.backend)
         match self.stage:
             case Stage.BEGIN:
-                before = blobs.backend_of(self.old)
-                yield f"{medium} would move from a {before} key to a {to} key in these steps:"
+                before = blobs.key_of(blobs.backend_of(self.old))
+                yield f"{medium} would move from {before} to {to} in these steps:"
             case Stage.CONTINUE:
                 yield f"{medium} was begun before, and would be finished in these steps:"
             case Stage.DONE:
-                yield f"{medium} has a {to} key already"
+                yield f"{medium} has {to} already"
         for step in self._steps():
             yield f"- {step}"
 
@@ -126,7 +126,7 @@ class MigrationPlan:
             yield f"make a key of {options.key_bytes} bytes, and write it to {shown(file)}"
         else:
             yield f"read the key from {shown(file)}, of a run that was interrupted"
-        yield f"seal the key as a {options.method.backend} key"
+        yield f"seal the key as {blobs.key_of(options.method.backend)}"
         yield f"write a journal to {shown(self.directory)}, with both blobs"
         yield "mark the partition as not finished"
 

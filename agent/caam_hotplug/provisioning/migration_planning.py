@@ -139,8 +139,8 @@ def _check_done(plan: MigrationPlan, hold: disks.Held) -> None:
         hold, "migrate-from", plan.entry, rule=plan.rule, blob=plan.old, directory=plan.directory
     ) as mapping:
         through = (
-            f"migrate {plan.volume.node}: {shown(plan.blob_file)} is a "
-            f"{blobs.backend_of(plan.old)} key's already, and through that"
+            f"migrate {plan.volume.node}: {shown(plan.blob_file)} is "
+            f"{blobs.key_of(blobs.backend_of(plan.old))}'s already, and through that"
         )
         checks.require_filesystem(mapping, plan.rule, through)
 

@@ -86,7 +86,7 @@ class ProvisionPlan:
             yield f"read the key from {shown(file)}"
         if self.keys.blob.is_unsettled:
             yield f"remove {self.blob_file}, which an interrupted run made for no medium"
-        yield f"seal the key as a {options.method.backend} key, and write {self.blob_file}"
+        yield f"seal the key as {blobs.key_of(options.method.backend)}, and write {self.blob_file}"
 
 
 @contextmanager

@@ -169,6 +169,19 @@ def test_a_dry_run_removes_no_leftover_mapping_and_the_next_real_run_does(
     assert called == ["require_no_leftovers", "remove_leftovers"]
 
 
+def test_a_plan_has_the_right_article_for_every_kind_of_key(
+    migration_workshop: MigrationWorkshop,
+) -> None:
+    workshop = migration_workshop
+    workshop.made()
+    planned = list(workshop.plan_migration("encrypted").lines())
+    assert planned[0].endswith("would move from a tagged key to an encrypted key in these steps:")
+    assert "- seal the key as an encrypted key" in planned
+    workshop.migrate("encrypted")
+    (done,) = workshop.plan_migration("encrypted").lines()
+    assert done.endswith(f"{LABEL} has an encrypted key already")
+
+
 def test_a_migration_to_the_key_that_the_medium_has_plans_nothing(
     migration_workshop: MigrationWorkshop,
 ) -> None:
