@@ -56,7 +56,7 @@ from caam_hotplug.provisioning import (
     temporary_mapping,
     volume_lookup,
 )
-from caam_hotplug.provisioning.migration_plan import MigrationPlan
+from caam_hotplug.provisioning.migration_plan import MediumToMigrate, MigrationPlan
 from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
 from caam_hotplug.provisioning.reencryption import Journal, Record
@@ -226,8 +226,8 @@ class MigrationWorkshop(Workshop):
 
     def journal(self, moved_bytes: int = 0) -> Path:
         """A journal of the medium, which is marked if bytes of it were moved."""
-        plan = self.plan_migration("trusted")
-        entry = plan.entry
+        medium = self.plan_migration("trusted").medium
+        entry = medium.entry
         head = migration_journal.Head(
             mark=uuid4(),
             name=entry.identity.name,
@@ -235,12 +235,12 @@ class MigrationWorkshop(Workshop):
             uuid=entry.identity.uuid,
             start=entry.start,
             length=entry.length,
-            blob=plan.blob_name,
+            blob=medium.blob_name,
             before="tagged",
             after="trusted",
-            old_blob=plan.old.content,
+            old_blob=medium.old.content,
             new_blob=b"ab" * 60,
-            how=plan.settings,
+            how=medium.settings,
             recovery_file=None,
         )
         with store.folder(self.blobs) as folder:
@@ -248,9 +248,9 @@ class MigrationWorkshop(Workshop):
         if moved_bytes:
             with migration_journal.opened(self.blobs, head) as migration:
                 migration.journal.note(Record(1, moved_bytes, b"a piece"))
-            with open(self.partition.node, "r+b") as medium:
+            with open(self.partition.node, "r+b") as file:
                 marked = marked_partition.migrating(head.mark)
-                gpt.rename(medium.fileno(), self.partition.node, entry.number, marked)
+                gpt.rename(file.fileno(), self.partition.node, entry.number, marked)
         return migration_journal.file(self.blobs, head)
 
 
@@ -269,7 +269,7 @@ def _encrypted(key: int | SecretBytes, *_method: object) -> bytes:
 
 
 def _moved(
-    _plan: MigrationPlan,
+    _medium: MediumToMigrate,
     _hold: disks.Held,
     mappings: tuple[Mapping, Mapping],
     journal: Journal,

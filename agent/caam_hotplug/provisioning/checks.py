@@ -1,4 +1,4 @@
-"""Checks of a command's options, before the medium is read."""
+"""Checks of root, kernel, options and filesystem, for both commands. Nothing is changed."""
 
 from __future__ import annotations
 
