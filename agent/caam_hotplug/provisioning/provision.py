@@ -27,7 +27,8 @@ from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SecretBytes
 from caam_hotplug.provisioning import marked_partition, temporary_mapping
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
-from caam_hotplug.provisioning.provision_plan import ProvisionPlan, held_disk, plan_provisioning
+from caam_hotplug.provisioning.provision_plan import ProvisionPlan
+from caam_hotplug.provisioning.provision_planning import held_disk, plan_provisioning
 from caam_hotplug.provisioning.provision_stage import find_keys
 
 Announce = Callable[[], list[str]]
