@@ -1,4 +1,8 @@
-"""Plan the migration of a medium. All is read and checked here, and nothing is changed."""
+"""Plan the migration of a medium. All is read and checked here, and nothing is changed.
+
+To read all of a medium may take an hour. The plan comes from one read, and what it relies on is
+checked again before each write.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,7 @@ def plan_migration(
     volume: Volume,
     progress: Progress,
 ) -> MigrationPlan:
-    """Read partition table, journals, rule, blob and recovery file once, and check the medium.
+    """Read partition table, journals, rule, blob and recovery file, and check the medium.
 
     Raises: HotplugError, and nothing was changed.
     """

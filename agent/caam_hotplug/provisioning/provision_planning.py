@@ -1,4 +1,7 @@
-"""Plan how a medium is provisioned. All is read and checked here, and nothing is changed."""
+"""Plan how a medium is provisioned. All is read and checked here, and nothing is changed.
+
+The plan comes from one read, and what it relies on is checked again before each write.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def held_disk(
 
 
 def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Held) -> ProvisionPlan:
-    """Read blob, recovery file, rule and medium once, and check them and the kernel.
+    """Read blob, recovery file, rule and medium, and check them and the kernel.
 
     Raises: HotplugError, and nothing was changed.
     """
