@@ -39,7 +39,7 @@ def held_disk(
     checks.prepare(f"provision {shown(options.device)}")
     disk = disks.whole_disk(options.device)
     checks.require_provisionable(options, config, disk)
-    rule_file.is_written(options, config)  # for its refusals: they need no disk
+    rule_file.require_writable(options, config)
     disks.require_not_the_systems(disk, config.blob_directory)
     progress(f"reading {disk.node}")
     with disks.held(disk) as hold:

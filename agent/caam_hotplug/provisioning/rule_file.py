@@ -146,25 +146,23 @@ def plan_rule(
     `blob`: the medium's, or one of the same kind. Raises: HotplugError if another rule or drop-in
     is in its way.
     """
-    written = is_written(options, config)
+    is_written = _is_there(options)
     partition = _partition_of(options, config, disk)
     if options.rule_file is None:
         advice = _advice(options, match_rules(config.rule, partition), blob)
-        return RulePlan(options, written, tuple(advice))
+        return RulePlan(options, is_written, tuple(advice))
     _require_decides(options, options.rule_file, partition, blob)
-    return RulePlan(options, written, (_FIRST_RULE,) if config.rule is BUILT_IN else ())
+    return RulePlan(options, is_written, (_FIRST_RULE,) if config.rule is BUILT_IN else ())
 
 
-def is_written(options: ProvisionOptions, config: Config) -> bool:
-    """Whether exactly this drop-in is there. Raises: HotplugError if another is, or its name."""
-    is_there = _is_there(options)
+def require_writable(options: ProvisionOptions, config: Config) -> None:
+    """Check that the drop-in is there, or can be. Raises: HotplugError if not."""
     taken = any(rule.name == options.label for rule in config.rule)
-    if options.rule_file is not None and taken and not is_there:
+    if options.rule_file is not None and not _is_there(options) and taken:
         raise HotplugError(
             f"write {shown(options.rule_file)}: there is a rule {options.label!r} already; change "
             "that one, and leave out --rule"
         )
-    return is_there
 
 
 def _is_there(options: ProvisionOptions) -> bool:

@@ -19,7 +19,7 @@ from caam_hotplug.kernel import config_files
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.provisioning import rule_file
 from caam_hotplug.provisioning.options import ProvisionOptions
-from caam_hotplug.provisioning.rule_file import differences, plan_rule, rule_for
+from caam_hotplug.provisioning.rule_file import differences, plan_rule, require_writable, rule_for
 from unit.provisioning.asked import DISK, options_for
 
 BLOB: Final = blobs.Tagged(b"", 1, "ecb", 16)
@@ -36,7 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def refusal(options: ProvisionOptions, config: Config) -> str:
     with pytest.raises(HotplugError) as refused:
-        plan_rule(options, config, DISK, BLOB)
+        require_writable(options, config)
     return str(refused.value)
 
 
