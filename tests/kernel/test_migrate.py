@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug.kernel import trusted
+from caam_hotplug.kernel import devmapper, trusted
 from fakes.contract import until
 from kernel import witness
 from kernel.cartridges import Cartridge
@@ -41,13 +41,14 @@ SEALED: Final = ("add_key", "keyctl_unlink")
 LOADED: Final = ("dm create", "add_key", "dm load", "keyctl_unlink")
 PLANNED: Final = (
     # the medium through its old key
-    *THROUGH_OLD, *READ, "dm remove",
+    *THROUGH_OLD, *READ,
     # the new kind of key is tried with one that nobody keeps
     *SEALED, *LOADED, "dm remove",
+    "dm remove",
 )  # fmt: skip
 BEGIN: Final = (
     *PLANNED,
-    *SEALED, *THROUGH_OLD, *LOADED, "dm resume",
+    *THROUGH_OLD, *SEALED, *LOADED, "dm resume",
     # the journal, the mark
     "fsync", "renameat2", "fsync", "fdatasync", "ioctl", "fdisk_write_disklabel",
 )  # fmt: skip
@@ -237,7 +238,9 @@ def test_a_medium_goes_under_the_boards_master_and_back_to_a_tagged_key_each_wit
     assert not list(bench.folder.glob(".*"))
 
 
-RECOVERED: Final = len(PLANNED) + 2 * UNDER_MASTER + len(("fsync", "link", "fsync"))
+RECOVERED: Final = (
+    len(PLANNED) + 2 * UNDER_MASTER + len(THROUGH_OLD) + len(("fsync", "link", "fsync"))
+)
 """The calls after which a recovery file is there, and nothing that relies on it."""
 HALF_UNDER_MASTER: Final = HALF + 4 * UNDER_MASTER
 
@@ -353,6 +356,13 @@ def test_a_dry_run_checks_everything_and_changes_nothing(bench: Bench) -> None:
     assert f"- keep the old blob as {bench.blob}.tagged" in steps
     assert end == "nothing was changed"
     half_moved(bench)
+    left = {mapping.name for mapping in devmapper.ours("CAAM-COMMAND-")}
+    hindered = migrate(bench, "--dry-run")
+    assert (hindered.status, hindered.out) == (1, "")
+    assert {mapping.name for mapping in devmapper.ours("CAAM-COMMAND-")} == left
+    for name in left:
+        assert "lies on it; `dmsetup remove " in hindered.err
+        run("dmsetup", "remove", "--retry", name)
     with unchanged(bench):
         again = migrate(bench, "--dry-run")
     assert "- go on by " in again.out, again.err

@@ -34,5 +34,5 @@ def workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 
 @pytest.fixture
 def migration_workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
-    """Where migrations of images are planned."""
+    """Where images are migrated."""
     return prepared_to_migrate(roots_folder, monkeypatch)

@@ -12,7 +12,7 @@ import pickle
 import struct
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from caam_hotplug.config.rules import BUILT_IN, Plan, match_rules
 from caam_hotplug.errors import BlobRejectedError, CaamError, HotplugError
 from caam_hotplug.formats.crypt_table import crypt_target
 from caam_hotplug.kernel import caam, keyring
+from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import KeyReference, SecretBytes
+from caam_hotplug.provisioning.options import ProvisionOptions
+from caam_hotplug.provisioning.rule_file import RulePlan, rule_for
 from caam_hotplug.volume.target import Target
 from unit.volumes import stick
+from unit.workshop import Workshop
 
 KEY = bytes.fromhex("4f6174610000000001000000100000001000000099a1b7c3d5e9f1020b1d2f41536577")
 """A tagged key: a header, then a black key of 16 bytes. Some bytes of both are printable."""
@@ -205,3 +209,24 @@ def test_a_key_that_the_keyring_refuses_is_not_shown(
         assert "payload = <35 secret bytes>" in trace
         assert not shows_the_key(f"{caught.value} {caught.value!r} {trace}")
     assert bytes(key.buffer) == bytes(len(KEY))
+
+
+def test_options_of_a_trust_source_are_not_shown_as_one_may_be_a_password(
+    workshop: Workshop,
+) -> None:
+    options = "keyhandle=0x81000001 blobauth=hunter2hunter2"
+    rule, text = rule_for("x", backend="trusted", key_bytes=64, key_options=options)
+    method = SealMethod(backend="trusted", options=options)
+    plan = replace(
+        workshop.plan(workshop.medium()),
+        options=ProvisionOptions(
+            device="/dev/sdb",
+            rule=rule,
+            rule_text=text,
+            key_bytes=64,
+            method=method,
+        ),
+    )
+    assert "hunter2" in text + plan.options.rule.key.options + plan.options.method.options
+    for shown in (plan, method, rule, RulePlan(plan.options, is_written=False, notes=())):
+        assert "hunter2" not in f"{shown!r} {shown}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from uuid import uuid4
 import pytest
 
 from caam_hotplug.config import loader
+from caam_hotplug.formats import blobs
 from caam_hotplug.formats.blobs import Backend, Blob
 from caam_hotplug.kernel import (
     caam,
@@ -29,9 +31,10 @@ from caam_hotplug.kernel import (
     memory,
     mount,
     mountinfo,
+    trusted,
     udev,
 )
-from caam_hotplug.keys import store
+from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import (
     Bus,
@@ -53,10 +56,10 @@ from caam_hotplug.provisioning import (
     temporary_mapping,
     volume_lookup,
 )
-from caam_hotplug.provisioning.migration_plan import MigrationPlan
+from caam_hotplug.provisioning.migration_plan import MediumToMigrate, MigrationPlan
 from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
-from caam_hotplug.provisioning.reencryption import Record
+from caam_hotplug.provisioning.reencryption import Journal, Record
 
 LABEL: Final = "cartridge-01"
 _MAGIC: Final = 0x5461674F
@@ -199,7 +202,7 @@ def _through_key(
 
 
 class MigrationWorkshop(Workshop):
-    """Where migrations are planned. Only the kernel tests carry one out."""
+    """Where media are migrated. Only the kernel tests move them piece by piece."""
 
     def made(self) -> Path:
         """A medium under a tagged key."""
@@ -211,15 +214,20 @@ class MigrationWorkshop(Workshop):
         )
         return medium
 
-    def plan_migration(self, to: Backend) -> MigrationPlan:
-        """`migrate --dry-run` of the medium to such a key."""
-        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64)
+    def plan_migration(self, to: Backend, **more: Any) -> MigrationPlan:
+        """`migrate --dry-run` of the medium to such a key. `more`: fields of the options."""
+        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64, **more)
         return migrate.dry_run(options, self.config(), self.steps.append)
+
+    def migrate(self, to: Backend, **more: Any) -> migrate.MigrateResult:
+        """`migrate` the medium to such a key. `more`: fields of the options."""
+        options = MigrateOptions(volume=LABEL, method=SealMethod(backend=to), key_bytes=64, **more)
+        return migrate.migrate(options, self.config(), self.steps.append, nothing)
 
     def journal(self, moved_bytes: int = 0) -> Path:
         """A journal of the medium, which is marked if bytes of it were moved."""
-        plan = self.plan_migration("trusted")
-        entry = plan.entry
+        medium = self.plan_migration("trusted").medium
+        entry = medium.entry
         head = migration_journal.Head(
             mark=uuid4(),
             name=entry.identity.name,
@@ -227,12 +235,12 @@ class MigrationWorkshop(Workshop):
             uuid=entry.identity.uuid,
             start=entry.start,
             length=entry.length,
-            blob=plan.blob_name,
+            blob=medium.blob_name,
             before="tagged",
             after="trusted",
-            old_blob=plan.old.content,
+            old_blob=medium.old.content,
             new_blob=b"ab" * 60,
-            how=plan.settings,
+            how=medium.settings,
             recovery_file=None,
         )
         with store.folder(self.blobs) as folder:
@@ -240,10 +248,38 @@ class MigrationWorkshop(Workshop):
         if moved_bytes:
             with migration_journal.opened(self.blobs, head) as migration:
                 migration.journal.note(Record(1, moved_bytes, b"a piece"))
-            with open(self.partition.node, "r+b") as medium:
+            with open(self.partition.node, "r+b") as file:
                 marked = marked_partition.migrating(head.mark)
-                gpt.rename(medium.fileno(), self.partition.node, entry.number, marked)
+                gpt.rename(file.fileno(), self.partition.node, entry.number, marked)
         return migration_journal.file(self.blobs, head)
+
+
+def _try_method(*_disk: object, method: SealMethod, key_bytes: int, **_more: Any) -> Blob:
+    """Such a blob is sealed, and nothing is done with it."""
+    sealed = backends.BACKENDS[method.backend].seal(method, key_bytes, Path())
+    return blobs.parse(sealed, method.backend)
+
+
+def _sealed(key: int | SecretBytes, *_method: object) -> bytes:
+    return os.urandom((key if isinstance(key, int) else len(key)) + 48).hex().encode()
+
+
+def _encrypted(key: int | SecretBytes, *_method: object) -> bytes:
+    return b"default trusted:master 64 " + _sealed(key)
+
+
+def _moved(
+    _medium: MediumToMigrate,
+    _hold: disks.Held,
+    mappings: tuple[Mapping, Mapping],
+    journal: Journal,
+    _count: migrate.Count,
+) -> None:
+    """All bytes move at once."""
+    before, after = (Path(mapping.node) for mapping in mappings)
+    shutil.copyfile(before, after)
+    journal.note(Record(1, 0, b"a piece"))
+    journal.note(Record(2, after.stat().st_size, b""))
 
 
 def nothing(*_arguments: object, **_more: object) -> None:
@@ -257,18 +293,19 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(disks, "held", _held)
     monkeypatch.setattr(rule_file, "_known_to_udev", lambda disk, _config: disk)
     monkeypatch.setattr(temporary_mapping, "through_key", _through_key)
+    monkeypatch.setattr(temporary_mapping, "try_method", _try_method)
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
         (device_users, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
         (keyring, "join_session_keyring"), (temporary_mapping, "remove_leftovers"),
-        (temporary_mapping, "try_method"), (temporary_mapping, "try_blob"),
+        (temporary_mapping, "require_no_leftovers"), (temporary_mapping, "try_blob"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, nothing)
     return Workshop(folder)
 
 
 def prepared_to_migrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
-    """A workshop as `prepared` makes it, in which migrations can be planned as well."""
+    """A workshop as `prepared` makes it, in which media can be migrated as well."""
     prepared(folder, monkeypatch)
     workshop = MigrationWorkshop(folder)
     monkeypatch.setattr(volume_lookup, "find_partition", lambda *_: workshop.partition)
@@ -276,5 +313,10 @@ def prepared_to_migrate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Migrat
     monkeypatch.setattr(disks, "logical_block", lambda _disk: 512)
     monkeypatch.setattr(mountinfo, "why_volatile", lambda _directory: None)
     monkeypatch.setattr(mount, "require_readable", nothing)
+    monkeypatch.setattr(trusted, "is_offered", lambda *_kind: True)
+    monkeypatch.setattr(trusted, "seal_trusted", _sealed)
+    monkeypatch.setattr(trusted, "seal_encrypted", _encrypted)
+    monkeypatch.setattr(backends, "_master", nothing)
+    monkeypatch.setattr(migrate, "_reencrypt", _moved)
     monkeypatch.setattr(medium_blocks, "_DIRECT", os.O_CLOEXEC)  # not every tmpfs has direct I/O
     return workshop

@@ -110,11 +110,13 @@ def _migrate(parsed: argparse.Namespace, loaded: loader.Config) -> int:
 
 
 def _print_result(backend: Backend, result: MigrateResult) -> None:
-    label = shown(result.label)
+    from caam_hotplug.formats.blobs import key_of  # noqa: PLC0415  loaded by now
+
+    label, key = shown(result.label), key_of(backend)
     if result.kept is None:
-        print(f"{result.node}: {label} has a {backend} key already")
+        print(f"{result.node}: {label} has {key} already")
         return
-    print(f"{result.node}: {label} is under a {backend} key; it is in {result.blob}")
+    print(f"{result.node}: {label} is under {key}; it is in {result.blob}")
     print(f"its old blob is kept as {shown(result.kept)}")
     if result.recovery_file is not None:
         print(f"recovery key: {shown(result.recovery_file)}; keep it apart from medium and board")

@@ -129,7 +129,7 @@ def _provision(parsed: argparse.Namespace, loaded: loader.Config) -> int:
             plan = provision.dry_run(asked, loaded, progress.show)
     if parsed.dry_run:
         terminal.print_plan(plan.lines())
-        _print_notes(plan.notes())
+        _print_notes(plan.notes)
     else:
         _print_result(parsed.label, result)
     return 0

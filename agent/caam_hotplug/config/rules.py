@@ -68,7 +68,7 @@ class KeySource:
     """File name of the blob in the blob directory."""
     length: int = 0
     """Length in bytes of a trusted key that no CAAM has sealed; 0 where the blob tells it."""
-    options: str = ""
+    options: str = field(default="", repr=False)  # one may be a password
     """Options of the trust source, such as `keyhandle=0x81000001` of a TPM."""
 
     @property

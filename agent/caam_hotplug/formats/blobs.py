@@ -124,6 +124,11 @@ def backend_of(blob: Blob) -> Backend:
             return "encrypted"
 
 
+def key_of(backend: Backend) -> str:
+    """Name a key of this backend, with its article."""
+    return f"{'an' if backend == 'encrypted' else 'a'} {backend} key"
+
+
 def parse(content: bytes, wanted: Backend | None = None) -> Blob:
     """Read a blob in the form that is wanted, or in any form.
 
@@ -131,7 +136,7 @@ def parse(content: bytes, wanted: Backend | None = None) -> Blob:
     """
     blob = _parsed(content, wanted)
     if wanted is not None and backend_of(blob) != wanted:
-        raise BlobError(f"is a {backend_of(blob)} key's blob, and the rule asks for {wanted!r}")
+        raise BlobError(f"is {key_of(backend_of(blob))}'s blob, and the rule asks for {wanted!r}")
     return blob
 
 

@@ -102,6 +102,11 @@ class Held:
                 "the one that is there now"
             )
 
+    def require_disk(self, disk: Volume) -> None:
+        """Require that this is the held disk, for which a plan was made. Raises: HotplugError."""
+        if disk != self.disk:
+            raise HotplugError(f"hold {self.disk.node}: the plan was made for another disk")
+
     def close(self) -> None:
         """Release the disk.
 

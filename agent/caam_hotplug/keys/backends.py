@@ -5,7 +5,7 @@ A new kind is a class here and an entry in `BACKENDS`; its blob's form is in `fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -31,7 +31,7 @@ class SealMethod:
     """For a tagged key."""
     master: str = MASTER
     """For an encrypted key: the name of its master's blob without the ending."""
-    options: str = ""
+    options: str = field(default="", repr=False)  # one may be a password
     """Options of the trust source for a trusted key or a master, such as
     `keyhandle=0x81000001` for a TPM."""
 

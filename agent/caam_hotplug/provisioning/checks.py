@@ -1,4 +1,4 @@
-"""Checks of a command's options, before the medium is read."""
+"""Checks of root, kernel, options and filesystem, for both commands. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _require_recoverable(options: ProvisionOptions, file: Path, operation: str) 
         raise HotplugError(
             f"{operation}: a recovery key opens media of tagged keys, such as "
             f"capi:tk(cbc(aes))-plain, or of Linux's own ciphers, not {cipher} "
-            f"with a {options.method.backend} key"
+            f"with {blobs.key_of(options.method.backend)}"
         )
 
 
@@ -132,8 +132,8 @@ def _require_rule_opens(options: MigrateOptions, rule: Rule, operation: str) -> 
     cipher = crypt_table.cipher_for(rule.crypt, blobs.KEY_TYPES[after])
     if rule.key.form not in {None, after} or cipher.startswith("capi:tk(") != (after == "tagged"):
         raise HotplugError(
-            f"{operation}: rule {rule.name!r} would not open it with a {after} key; let it say "
-            'backend = "auto" and cipher = "auto", so that media of both kinds are opened'
+            f"{operation}: rule {rule.name!r} would not open it with {blobs.key_of(after)}; let it "
+            'say backend = "auto" and cipher = "auto", so that media of both kinds are opened'
         )
     if after == "trusted" and rule.key.length not in {0, options.key_bytes}:
         raise HotplugError(

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,9 +32,9 @@ from caam_hotplug.provisioning import (
     reencryption,
     temporary_mapping,
 )
-from caam_hotplug.provisioning.migration_plan import MigrationPlan
-from caam_hotplug.provisioning.migration_planning import held_medium, plan_migration
-from caam_hotplug.provisioning.migration_stage import Stage
+from caam_hotplug.provisioning.migration_plan import MediumToMigrate, MigrationPlan, NewKey
+from caam_hotplug.provisioning.migration_planning import entry_of, held_medium, plan_migration
+from caam_hotplug.provisioning.migration_stage import Begun, Untouched
 from caam_hotplug.provisioning.options import MigrateOptions, Progress
 
 Count = Callable[[int, int], None]
@@ -59,43 +60,64 @@ def migrate(
 
     Raises: HotplugError. Then the medium is as it was, or the same call completes it.
     """
-    with held_medium(options, config, progress) as (hold, volume):
+    with held_medium(options, config, progress, is_dry=False) as (hold, volume):
         plan = plan_migration(options, config, hold, volume, progress)
         return carry_out(plan, hold, count)
 
 
 def dry_run(options: MigrateOptions, config: Config, progress: Progress) -> MigrationPlan:
     """Return the plan, and change nothing. Raises: HotplugError, as `migrate`."""
-    with held_medium(options, config, progress) as (hold, volume):
+    with held_medium(options, config, progress, is_dry=True) as (hold, volume):
         return plan_migration(options, config, hold, volume, progress)
 
 
 def carry_out(plan: MigrationPlan, hold: disks.Held, count: Count) -> MigrateResult:
     """Carry out the plan on the disk that it was made for. Raises: HotplugError."""
-    directory = plan.directory
-    if plan.migration.unused is not None:
-        _remove_journal(directory, plan.migration.unused)
-    if plan.stage is Stage.DONE:
-        return MigrateResult(plan.volume.node, plan.label, plan.blob_file, None, None)
-    head = plan.migration.head or _new_head(plan)
-    kept = _move(plan, hold, head, count)
+    medium = plan.medium
+    hold.require_disk(medium.disk)
+    match medium.found:
+        case Untouched(unused=unused) if unused is not None:
+            _remove_unused_journal(medium.directory, unused)
+    if plan.work is None:
+        return MigrateResult(medium.volume.node, medium.label, medium.blob_file, None, None)
+    # The mapping comes first: if others use the disk by now, nothing was written yet.
+    with temporary_mapping.through_key(
+        hold,
+        "migrate-from",
+        medium.entry,
+        rule=medium.rule,
+        blob=medium.old,
+        directory=medium.directory,
+    ) as before:
+        if entry_of(hold, medium.volume) != medium.entry:
+            raise HotplugError(
+                f"migrate {medium.volume.node}: its partition table was changed meanwhile; try "
+                "again"
+            )
+        match plan.work:
+            case Begun(head=head):
+                pass
+            case NewKey() as new_key:
+                head = _new_head(medium, new_key)
+        kept = _move(medium, hold, head, before, count)
     disks.read_partitions(hold)
     recovery_file = None if head.recovery_file is None else Path(head.recovery_file)
-    return MigrateResult(plan.volume.node, head.name, plan.blob_file, kept, recovery_file)
+    return MigrateResult(medium.volume.node, head.name, medium.blob_file, kept, recovery_file)
 
 
-def _new_head(plan: MigrationPlan) -> migration_journal.Head:
+def _new_head(medium: MediumToMigrate, new_key: NewKey) -> migration_journal.Head:
     """Seal the new key, and describe the migration. The recovery file, if any, is written first.
 
     Raises: HotplugError.
     """
-    options, entry = plan.options, plan.entry
-    file = options.recovery_file
+    options, entry = medium.options, medium.entry
+    file, length = options.recovery_file, options.key_bytes
     if file is None:
-        new = backends.seal(plan.method, options.key_bytes, plan.directory)
+        new = backends.seal(medium.method, length, medium.directory)
     else:
-        with store.recovery_key(file, plan.recovery, plan.about, options.key_bytes) as (_, key):
-            new = backends.seal(plan.method, key, plan.directory)
+        about = partial(medium.about, new_key.filesystem)
+        with store.recovery_key(file, new_key.recovery, about, length) as (_, key):
+            new = backends.seal(medium.method, key, medium.directory)
     return migration_journal.Head(
         mark=uuid4(),
         name=entry.identity.name,
@@ -103,39 +125,37 @@ def _new_head(plan: MigrationPlan) -> migration_journal.Head:
         uuid=entry.identity.uuid,
         start=entry.start,
         length=entry.length,
-        blob=plan.blob_name,
-        before=blobs.backend_of(plan.old),
+        blob=medium.blob_name,
+        before=blobs.backend_of(medium.old),
         after=options.method.backend,
-        old_blob=plan.old.content,
+        old_blob=medium.old.content,
         new_blob=new,
-        how=plan.settings,
+        how=medium.settings,
         recovery_file=None if file is None else str(file),
     )
 
 
 def _move(
-    plan: MigrationPlan, hold: disks.Held, head: migration_journal.Head, count: Count
+    medium: MediumToMigrate,
+    hold: disks.Held,
+    head: migration_journal.Head,
+    before: Mapping,
+    count: Count,
 ) -> Path:
     """Move the medium by the journal, and replace its blob. Returns: where the old blob is kept.
 
     Raises: HotplugError.
     """
-    directory, entry, rule = plan.directory, plan.entry, plan.rule
-    old = blobs.parse(head.old_blob, head.before)
+    directory, entry, rule = medium.directory, medium.entry, medium.rule
     new = blobs.parse(head.new_blob, head.after)
-    with (
-        temporary_mapping.through_key(
-            hold, "migrate-from", entry, rule=rule, blob=old, directory=directory
-        ) as before,
-        temporary_mapping.through_key(
-            hold, "migrate-to", entry, rule=rule, blob=new, directory=directory
-        ) as after,
-    ):
-        if plan.migration.head is None:
+    with temporary_mapping.through_key(
+        hold, "migrate-to", entry, rule=rule, blob=new, directory=directory
+    ) as after:
+        if isinstance(medium.found, Untouched):
             with store.folder(directory) as folder:
                 migration_journal.create(folder.opened, directory, head)
         with migration_journal.opened(directory, head) as migration:
-            _mark_and_reencrypt(plan, hold, (before, after), migration, count)
+            _mark_and_reencrypt(medium, hold, (before, after), migration, count)
             through = f"migrate {shown(head.name)}: through its new key"
             checks.require_filesystem(after, rule, through)
             kept = _swap_blobs(directory, head)
@@ -145,7 +165,7 @@ def _move(
 
 
 def _mark_and_reencrypt(
-    plan: MigrationPlan,
+    medium: MediumToMigrate,
     hold: disks.Held,
     mappings: tuple[Mapping, Mapping],
     migration: migration_journal.Migration,
@@ -155,16 +175,16 @@ def _mark_and_reencrypt(
     head = migration.head
     last = migration.journal.records()[0]
     is_moved = not last.content and last.position > 0
-    if is_moved and marked_partition.mark_in(plan.entry) is None:
+    if is_moved and marked_partition.mark_in(medium.entry) is None:
         return
-    marked_partition.write(hold, plan.entry.number, marked_partition.migrating(head.mark))
+    marked_partition.write(hold, medium.entry.number, marked_partition.migrating(head.mark))
     if head.recovery_file is not None and os.path.lexists(head.recovery_file):
         store.settle_recovery(Path(head.recovery_file))
-    _reencrypt(plan, hold, mappings, migration.journal, count)
+    _reencrypt(medium, hold, mappings, migration.journal, count)
 
 
 def _reencrypt(
-    plan: MigrationPlan,
+    medium: MediumToMigrate,
     hold: disks.Held,
     mappings: tuple[Mapping, Mapping],
     journal: reencryption.Journal,
@@ -175,9 +195,9 @@ def _reencrypt(
     target = crypt_table.CryptTarget.from_line(before.table[0])
     if target is None:
         raise UnsupportedVolumeError(
-            f"migrate {plan.volume.node}: its mapping was replaced meanwhile"
+            f"migrate {medium.volume.node}: its mapping was replaced meanwhile"
         )
-    node, start, length = hold.disk.node, plan.data_start_bytes, target.length * SECTOR_BYTES
+    node, start, length = hold.disk.node, medium.data_start_bytes, target.length * SECTOR_BYTES
     with (
         medium_blocks.opened(node, os.O_RDWR) as raw,
         medium_blocks.opened(before.node, os.O_RDONLY) as old,
@@ -188,14 +208,14 @@ def _reencrypt(
             hold.require_same(raw)  # a card may have been changed in its reader
             count(position, length)
 
-        medium = reencryption.Medium(
+        views = reencryption.Medium(
             Blocks(raw, node, start),
             Blocks(old, before.node),
             Blocks(new, after.node),
             start,
             length,
         )
-        reencryption.reencrypt(medium, journal, reached)
+        reencryption.reencrypt(views, journal, reached)
 
 
 def _swap_blobs(directory: Path, head: migration_journal.Head) -> Path:
@@ -221,6 +241,15 @@ def _swap_blobs(directory: Path, head: migration_journal.Head) -> Path:
                 "same command"
             )
     return kept
+
+
+def _remove_unused_journal(directory: Path, head: migration_journal.Head) -> None:
+    """Remove the journal that no medium needs. Raises: HotplugError if it is another by now."""
+    with migration_journal.opened(directory, head) as migration:
+        if not migration.journal.records()[0].is_first:
+            path = shown(migration_journal.file(directory, head))
+            raise HotplugError(f"remove {path}: it was replaced meanwhile; try again")
+        _remove_journal(directory, head)
 
 
 def _remove_journal(directory: Path, head: migration_journal.Head) -> None:

@@ -13,17 +13,18 @@ from caam_hotplug.kernel import gpt
 from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SECTOR_BYTES, Volume
 from caam_hotplug.provisioning import migration_journal
-from caam_hotplug.provisioning.migration_stage import FoundMigration, Stage
+from caam_hotplug.provisioning.migration_stage import Begun, Untouched
 from caam_hotplug.provisioning.options import MigrateOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MigrationPlan:
-    """The steps to take, and everything that they rely on."""
+class MediumToMigrate:
+    """The medium as it was found, and the key that it is to get."""
 
     options: MigrateOptions
     directory: Path
     """The blob directory."""
+    disk: Volume
     volume: Volume
     """The partition."""
     entry: gpt.Entry
@@ -31,19 +32,16 @@ class MigrationPlan:
     blob_name: str
     old: blobs.Blob
     """The blob of the key that the medium has, or had when it was begun."""
-    stage: Stage
-    migration: FoundMigration
-    """What earlier runs have left."""
-    filesystem: str | None = None
-    """The filesystem under the old key. None if an earlier run has begun."""
-    recovery: store.FoundRecovery | None = None
-    """The recovery file that was there before."""
+    found: Untouched | Begun
+    """What earlier runs have done."""
 
     @property
     def label(self) -> str:
         """The label of the finished medium."""
-        head = self.migration.head
-        return self.entry.identity.name if head is None else head.name
+        match self.found:
+            case Begun(head=head):
+                return head.name
+        return self.entry.identity.name
 
     @property
     def blob_file(self) -> Path:
@@ -67,65 +65,85 @@ class MigrationPlan:
         after = self.options.method.backend
         return settings_of(self.rule, blobs.backend_of(self.old), after)
 
-    def on_disk(self, disk: Volume) -> Volume:
-        """Describe the partition as a part of its disk, from its own start on."""
-        return replace(disk, size=self.entry.length)
+    @property
+    def on_disk(self) -> Volume:
+        """The partition as a part of its disk, from its own start on."""
+        return replace(self.disk, size=self.entry.length)
 
-    def about(self, identifier: str) -> recovery_files.About:
+    def about(self, filesystem: str, identifier: str) -> recovery_files.About:
         """Describe the medium, as in the new recovery file with this identifier."""
         crypt, kind = self.rule.crypt, blobs.KEY_TYPES[self.options.method.backend]
         cipher = crypt_table.cipher_for(crypt, kind)
-        return recovery_files.About(
-            self.label, cipher, crypt.sector_size, self.filesystem or "", identifier
-        )
+        return recovery_files.About(self.label, cipher, crypt.sector_size, filesystem, identifier)
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """Facts that a new key needs, read if no run has begun."""
+
+    filesystem: str
+    """The filesystem under the old key."""
+    recovery: store.FoundRecovery | None
+    """The recovery file that was there before."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationPlan:
+    """The steps to take, and everything that they rely on."""
+
+    medium: MediumToMigrate
+    work: Begun | NewKey | None
+    """The migration to go on with or to begin. None if the medium has such a key already."""
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
-        medium = f"{self.volume.node}: {shown(self.label)}"
-        to = self.options.method.backend
-        match self.stage:
-            case Stage.BEGIN:
-                before = blobs.backend_of(self.old)
-                yield f"{medium} would move from a {before} key to a {to} key in these steps:"
-            case Stage.CONTINUE:
-                yield f"{medium} was begun before, and would be finished in these steps:"
-            case Stage.DONE:
-                yield f"{medium} has a {to} key already"
+        medium = self.medium
+        name, to = f"{medium.volume.node}: {shown(medium.label)}", medium.options.method.backend
+        match self.work:
+            case None:
+                yield f"{name} has {blobs.key_of(to)} already"
+            case Begun():
+                yield f"{name} was begun before, and would be finished in these steps:"
+            case NewKey():
+                before = blobs.key_of(blobs.backend_of(medium.old))
+                yield f"{name} would move from {before} to {blobs.key_of(to)} in these steps:"
         for step in self._steps():
             yield f"- {step}"
 
     def _steps(self) -> Iterator[str]:
-        found = self.migration
-        if found.unused is not None:
-            journal = migration_journal.file(self.directory, found.unused)
-            yield f"remove {shown(journal)}, of a run that did not touch the medium"
-        if self.stage is Stage.DONE:
-            return
-        megabytes = self.entry.length * SECTOR_BYTES / 1e6
-        if found.head is None:
-            yield from self._begin_steps()
-            yield f"encrypt all {megabytes:.0f} MB anew: {self.settings}"
-        else:
-            yield (
-                f"go on by {shown(migration_journal.file(self.directory, found.head))}: "
-                f"{found.moved_bytes / 1e6:.0f} of {megabytes:.0f} MB are under the new key"
-            )
-        before = blobs.backend_of(self.old)
-        yield f"keep the old blob as {shown(f'{self.blob_file}.{before}')}"
-        yield f"write the new blob to {shown(self.blob_file)}"
-        yield f"give the partition its label {shown(self.label)} and its type back"
+        medium = self.medium
+        megabytes = medium.entry.length * SECTOR_BYTES / 1e6
+        match medium.found:
+            case Untouched(unused=unused) if unused is not None:
+                journal = migration_journal.file(medium.directory, unused)
+                yield f"remove {shown(journal)}, of a run that did not touch the medium"
+        match self.work:
+            case None:
+                return
+            case Begun(head=head, moved_bytes=moved):
+                yield (
+                    f"go on by {shown(migration_journal.file(medium.directory, head))}: "
+                    f"{moved / 1e6:.0f} of {megabytes:.0f} MB are under the new key"
+                )
+            case NewKey() as new:
+                yield from self._key_steps(new)
+                yield f"encrypt all {megabytes:.0f} MB anew: {medium.settings}"
+        before = blobs.backend_of(medium.old)
+        yield f"keep the old blob as {shown(f'{medium.blob_file}.{before}')}"
+        yield f"write the new blob to {shown(medium.blob_file)}"
+        yield f"give the partition its label {shown(medium.label)} and its type back"
         yield "remove the journal"
 
-    def _begin_steps(self) -> Iterator[str]:
-        options, file = self.options, self.options.recovery_file
+    def _key_steps(self, new: NewKey) -> Iterator[str]:
+        options, file = self.medium.options, self.medium.options.recovery_file
         if file is None:
             yield f"make a key of {options.key_bytes} bytes"
-        elif self.recovery is None:
+        elif new.recovery is None:
             yield f"make a key of {options.key_bytes} bytes, and write it to {shown(file)}"
         else:
             yield f"read the key from {shown(file)}, of a run that was interrupted"
-        yield f"seal the key as a {options.method.backend} key"
-        yield f"write a journal to {shown(self.directory)}, with both blobs"
+        yield f"seal the key as {blobs.key_of(options.method.backend)}"
+        yield f"write a journal to {shown(self.medium.directory)}, with both blobs"
         yield "mark the partition as not finished"
 
 

@@ -1,10 +1,15 @@
-"""Plan the migration of a medium. All is read and checked here, and nothing is changed."""
+"""Plan the migration of a medium. All is read and checked here, and nothing is changed.
+
+To read all of a medium may take an hour. The plan comes from one read, and what it relies on is
+checked again before each write.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
@@ -21,17 +26,23 @@ from caam_hotplug.provisioning import (
     temporary_mapping,
     volume_lookup,
 )
-from caam_hotplug.provisioning.migration_plan import MigrationPlan, settings_of
-from caam_hotplug.provisioning.migration_stage import Stage, find_migration
+from caam_hotplug.provisioning.migration_plan import (
+    MediumToMigrate,
+    MigrationPlan,
+    NewKey,
+    settings_of,
+)
+from caam_hotplug.provisioning.migration_stage import Begun, Untouched, find_migration
 from caam_hotplug.provisioning.options import MigrateOptions, Progress
 
 
 @contextmanager
 def held_medium(
-    options: MigrateOptions, config: Config, progress: Progress
+    options: MigrateOptions, config: Config, progress: Progress, *, is_dry: bool
 ) -> Iterator[tuple[disks.Held, Volume]]:
     """Find the partition, and hold its disk while the context is open.
 
+    Mappings that a killed run left are removed, but by a dry run, which refuses them.
     Raises: HotplugError if the partition is missing or used, or no journal could be kept.
     """
     checks.prepare(f"migrate {shown(options.volume)}")
@@ -41,7 +52,10 @@ def held_medium(
     disks.require_not_the_systems(disk, config.blob_directory)
     progress(f"reading {volume.node}")
     with disks.held(disk) as hold:
-        temporary_mapping.remove_leftovers(disk)
+        if is_dry:
+            temporary_mapping.require_no_leftovers(disk)
+        else:
+            temporary_mapping.remove_leftovers(disk)
         try:
             device_users.require_unused(disk)
         except DeviceInUseError as error:
@@ -59,42 +73,57 @@ def plan_migration(
     volume: Volume,
     progress: Progress,
 ) -> MigrationPlan:
-    """Read partition table, journals, rule, blob and recovery file once, and check the medium.
+    """Read partition table, journals, rule, blob and recovery file, and check the medium.
 
     Raises: HotplugError, and nothing was changed.
     """
+    heads = tuple(migration_journal.heads(config.blob_directory))
+    medium = _read_medium(options, config, hold, volume, heads)
+    work: Begun | NewKey | None
+    match medium.found:
+        case Begun(head=head) as work:
+            _check_continued(medium, head)
+        case Untouched() if blobs.backend_of(medium.old) == options.method.backend:
+            work = None
+            _check_done(medium, hold)
+        case Untouched(unused=unused):
+            others = [head for head in heads if head != unused]
+            work = _check_new(medium, hold, others, progress)
+    return MigrationPlan(medium, work)
+
+
+def _read_medium(
+    options: MigrateOptions,
+    config: Config,
+    hold: disks.Held,
+    volume: Volume,
+    heads: Sequence[migration_journal.Head],
+) -> MediumToMigrate:
+    """Read the partition's entry, its journal among these, its rule and its blob."""
     directory = config.blob_directory
-    entry = _entry_of(hold, volume)
-    heads = tuple(migration_journal.heads(directory))
+    entry = entry_of(hold, volume)
     found = find_migration(heads, entry, volume.node, directory)
-    head = found.head
-    rule, blob_name = _rule_for(volume, entry.identity if head is None else head.identity, config)
-    if head is None:
-        old = blob_files.read(directory, blob_name, rule.key.form)
-        stage = Stage.BEGIN if blobs.backend_of(old) != options.method.backend else Stage.DONE
-    else:
-        old, stage = blobs.parse(head.old_blob, head.before), Stage.CONTINUE
-    plan = MigrationPlan(
+    match found:
+        case Begun(head=head):
+            rule, blob_name = _rule_for(volume, head.identity, config)
+            old = blobs.parse(head.old_blob, head.before)
+        case Untouched():
+            rule, blob_name = _rule_for(volume, entry.identity, config)
+            old = blob_files.read(directory, blob_name, rule.key.form)
+    return MediumToMigrate(
         options=options,
         directory=directory,
+        disk=hold.disk,
         volume=volume,
         entry=entry,
         rule=rule,
         blob_name=blob_name,
         old=old,
-        stage=stage,
-        migration=found,
+        found=found,
     )
-    if head is not None:
-        _check_continued(plan, head, hold)
-    elif stage is Stage.DONE:
-        _check_done(plan, hold)
-    else:
-        plan = _check_begun(plan, hold, heads, progress)
-    return plan
 
 
-def _entry_of(hold: disks.Held, volume: Volume) -> gpt.Entry:
+def entry_of(hold: disks.Held, volume: Volume) -> gpt.Entry:
     """Read the partition's entry. Raises: HotplugError if it could not be marked."""
     entries = gpt.read(hold.reading, hold.disk.node)
     if entries is None:
@@ -130,22 +159,27 @@ def _rule_for(volume: Volume, identity: gpt.Identity, config: Config) -> tuple[R
             )
 
 
-def _check_done(plan: MigrationPlan, hold: disks.Held) -> None:
+def _check_done(medium: MediumToMigrate, hold: disks.Held) -> None:
     """Check that medium and blob both have such a key. Raises: HotplugError if the blob alone."""
     with temporary_mapping.through_key(
-        hold, "migrate-from", plan.entry, rule=plan.rule, blob=plan.old, directory=plan.directory
+        hold,
+        "migrate-from",
+        medium.entry,
+        rule=medium.rule,
+        blob=medium.old,
+        directory=medium.directory,
     ) as mapping:
         through = (
-            f"migrate {plan.volume.node}: {shown(plan.blob_file)} is a "
-            f"{blobs.backend_of(plan.old)} key's already, and through that"
+            f"migrate {medium.volume.node}: {shown(medium.blob_file)} is "
+            f"{blobs.key_of(blobs.backend_of(medium.old))}'s already, and through that"
         )
-        checks.require_filesystem(mapping, plan.rule, through)
+        checks.require_filesystem(mapping, medium.rule, through)
 
 
-def _check_continued(plan: MigrationPlan, head: migration_journal.Head, hold: disks.Held) -> None:
+def _check_continued(medium: MediumToMigrate, head: migration_journal.Head) -> None:
     """Check that it was begun with the same options and rule. Raises: HotplugError."""
-    operation, options = f"go on with {shown(head.name)}", plan.options
-    if (plan.entry.start, plan.entry.length) != (head.start, head.length):
+    operation, options = f"go on with {shown(head.name)}", medium.options
+    if (medium.entry.start, medium.entry.length) != (head.start, head.length):
         raise HotplugError(
             f"{operation}: the partition was moved or resized; put it back to {head.length} "
             f"sectors from sector {head.start} on"
@@ -156,73 +190,76 @@ def _check_continued(plan: MigrationPlan, head: migration_journal.Head, hold: di
         other = head.recovery_file
         file = "without a recovery key" if other is None else f"with --recovery-key {shown(other)}"
         raise HotplugError(f"{operation}: it was begun {file}; go on so")
-    settings = settings_of(plan.rule, head.before, head.after)
-    if (settings, plan.blob_name) != (head.how, head.blob):
+    settings = settings_of(medium.rule, head.before, head.after)
+    if (settings, medium.blob_name) != (head.how, head.blob):
         raise HotplugError(
-            f"{operation}: rule {plan.rule.name!r} says something else than when it was begun, "
+            f"{operation}: rule {medium.rule.name!r} says something else than when it was begun, "
             f"which was {head.how}, blob {shown(head.blob)}, and is {settings}, blob "
-            f"{shown(plan.blob_name)}; put the rule back as it was until the medium is finished"
+            f"{shown(medium.blob_name)}; put the rule back as it was until the medium is finished"
         )
     for content, backend in ((head.old_blob, head.before), (head.new_blob, head.after)):
         temporary_mapping.try_blob(
-            plan.on_disk(hold.disk),
+            medium.on_disk,
             "migrate-from",
-            plan.entry.start,
-            rule=plan.rule,
+            medium.entry.start,
+            rule=medium.rule,
             blob=blobs.parse(content, backend),
-            directory=plan.directory,
+            directory=medium.directory,
         )
 
 
-def _check_begun(
-    plan: MigrationPlan,
+def _check_new(
+    medium: MediumToMigrate,
     hold: disks.Held,
-    heads: Sequence[migration_journal.Head],
+    others: Sequence[migration_journal.Head],
     progress: Progress,
-) -> MigrationPlan:
+) -> NewKey:
     """Check all that a migration from the beginning needs. Raises: HotplugError; KernelError."""
-    options, rule, label = plan.options, plan.rule, plan.label
-    checks.require_migratable(options, rule, hold.disk, plan.data_start_bytes, label)
-    _require_names_free(plan, heads)
-    backends.BACKENDS[plan.method.backend].require_master(plan.method, plan.directory)
+    options, rule, directory = medium.options, medium.rule, medium.directory
+    checks.require_migratable(options, rule, hold.disk, medium.data_start_bytes, medium.label)
+    _require_names_free(medium, others)
+    backends.BACKENDS[medium.method.backend].require_master(medium.method, directory)
     with temporary_mapping.through_key(
-        hold, "migrate-from", plan.entry, rule=rule, blob=plan.old, directory=plan.directory
+        hold, "migrate-from", medium.entry, rule=rule, blob=medium.old, directory=directory
     ) as mapping:
-        through = f"migrate {plan.volume.node}: through its key"
-        plan = replace(plan, filesystem=checks.require_filesystem(mapping, rule, through))
-    if options.recovery_file is not None:
-        found = store.find_recovery(options.recovery_file, plan.about, options.key_bytes)
-        store.require_unsettled(found, options.recovery_file)
-        plan = replace(plan, recovery=found)
-    temporary_mapping.try_method(
-        plan.on_disk(hold.disk),
-        "migrate-to",
-        plan.entry.start,
-        rule=rule,
-        method=plan.method,
-        key_bytes=options.key_bytes,
-        directory=plan.directory,
-    )
-    medium_blocks.require_readable(hold, plan.entry, progress)
-    return plan
+        through = f"migrate {medium.volume.node}: through its key"
+        filesystem = checks.require_filesystem(mapping, rule, through)
+        recovery, file = None, options.recovery_file
+        if file is not None:
+            recovery = store.find_recovery(
+                file, partial(medium.about, filesystem), options.key_bytes
+            )
+            store.require_unsettled(recovery, file)
+        temporary_mapping.try_method(
+            medium.on_disk,
+            "migrate-to",
+            medium.entry.start,
+            rule=rule,
+            method=medium.method,
+            key_bytes=options.key_bytes,
+            directory=directory,
+        )
+        # All of it is read under the mapping, so that nobody can use the disk meanwhile.
+        medium_blocks.require_readable(hold, medium.entry, progress)
+    return NewKey(filesystem, recovery)
 
 
-def _require_names_free(plan: MigrationPlan, heads: Sequence[migration_journal.Head]) -> None:
-    """Check that neither a kept blob nor a journal has a name that this run needs.
+def _require_names_free(medium: MediumToMigrate, others: Sequence[migration_journal.Head]) -> None:
+    """Check that neither a kept blob nor another's journal has a name that this run needs.
 
     Raises: HotplugError.
     """
-    operation = f"migrate {shown(plan.label)}"
-    kept = f"{plan.blob_name}.{blobs.backend_of(plan.old)}"
-    if store.find_blob(plan.directory, kept).exists:
+    operation = f"migrate {shown(medium.label)}"
+    kept = f"{medium.blob_name}.{blobs.backend_of(medium.old)}"
+    if store.find_blob(medium.directory, kept).exists:
         raise HotplugError(
-            f"{operation}: {shown(plan.directory / kept)} is there, where its old blob is to be "
+            f"{operation}: {shown(medium.directory / kept)} is there, where its old blob is to be "
             "kept; move that away"
         )
-    for head in heads:
-        if head.blob == plan.blob_name and head != plan.migration.unused:
+    for head in others:
+        if head.blob == medium.blob_name:
             raise HotplugError(
                 f"{operation}: another medium with blob {shown(head.blob)} is not finished; "
                 "finish that one first, or remove "
-                f"{shown(migration_journal.file(plan.directory, head))} if it is lost"
+                f"{shown(migration_journal.file(medium.directory, head))} if it is lost"
             )

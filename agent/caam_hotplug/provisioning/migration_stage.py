@@ -1,16 +1,15 @@
 """How far earlier runs of `migrate` have come, read off the board's journals and the medium.
 
 journal                         medium                      stage
-none, or with the first record  as it was                   begin, or done
-there                           marked for that journal     continue
-there, with its last record     as it was                   continue with the last steps
+none, or with the first record  as it was                   untouched
+there                           marked for that journal     begun
+there, with its last record     as it was                   begun, and only the last steps are left
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from caam_hotplug.errors import HotplugError, shown
@@ -19,30 +18,26 @@ from caam_hotplug.provisioning import marked_partition, migration_journal
 from caam_hotplug.provisioning.reencryption import Record
 
 
-class Stage(Enum):
-    """How far earlier runs have come."""
-
-    BEGIN = "begin"
-    CONTINUE = "continue"
-    DONE = "done"
-    """The medium has a key of the wanted kind already."""
-
-
 @dataclass(frozen=True, slots=True)
-class FoundMigration:
-    """The medium's journal, and how far it says that the medium is."""
+class Untouched:
+    """No earlier run has touched the medium."""
 
-    head: migration_journal.Head | None = None
-    """The journal to go on with. None if no run has touched the medium."""
-    moved_bytes: int = 0
-    """How many bytes are under the new key at least."""
     unused: migration_journal.Head | None = None
     """The journal of a run that ended before it touched the medium."""
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An earlier run has begun, and its journal says how far it came."""
+
+    head: migration_journal.Head
+    moved_bytes: int
+    """How many bytes are under the new key at least."""
+
+
 def find_migration(
     heads: Sequence[migration_journal.Head], entry: gpt.Entry, node: str, directory: Path
-) -> FoundMigration:
+) -> Untouched | Begun:
     """Find the medium's journal among those of the board.
 
     Raises: HotplugError if medium and journals contradict each other.
@@ -56,10 +51,10 @@ def find_migration(
                 "it; go on on the board where it was begun, or with `provision` if that began it. "
                 "If nothing of it was moved yet, its old label and partition type bring it back"
             )
-        return FoundMigration(marked[0], _last_record(directory, marked[0]).position)
+        return Begun(marked[0], _last_record(directory, marked[0]).position)
     named = [head for head in heads if head.uuid == entry.identity.uuid]
     if not named:
-        return FoundMigration()
+        return Untouched()
     last = _last_record(directory, named[0])
     if last.content:
         raise HotplugError(
@@ -67,9 +62,9 @@ def find_migration(
             "part of it is under a new key, and it is not marked so; is it a copy that was made "
             "before? Remove that file if the medium that it is of is lost"
         )
-    if last.position == 0:
-        return FoundMigration(unused=named[0])
-    return FoundMigration(named[0], last.position)
+    if last.is_first:
+        return Untouched(unused=named[0])
+    return Begun(named[0], last.position)
 
 
 def _last_record(directory: Path, head: migration_journal.Head) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from caam_hotplug import names
@@ -23,7 +23,7 @@ class ProvisionOptions:
     device: str
     rule: Rule
     """The rule for the medium, whether or not it is written. Its name is the medium's label."""
-    rule_text: str
+    rule_text: str = field(repr=False)  # the options in it may be a password
     key_bytes: int
     method: SealMethod
     recovery_file: Path | None = None

@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
 from caam_hotplug.config.loader import Config
-from caam_hotplug.errors import BlobError, HotplugError, shown
+from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import blkid, disks, gpt, mkfs
 from caam_hotplug.keys import backends, store
 from caam_hotplug.model import SecretBytes
 from caam_hotplug.provisioning import marked_partition, temporary_mapping
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
-from caam_hotplug.provisioning.provision_plan import ProvisionPlan, held_disk, plan_provisioning
+from caam_hotplug.provisioning.provision_plan import ProvisionPlan
+from caam_hotplug.provisioning.provision_planning import held_disk, plan_provisioning
+from caam_hotplug.provisioning.provision_stage import find_keys
 
 Announce = Callable[[], list[str]]
 """Has a running agent read a new rule, and returns notes about the result."""
@@ -54,14 +56,14 @@ def provision(
 
     Raises: HotplugError. Then the medium is as it was, or the same call completes it.
     """
-    with held_disk(options, config, progress) as hold:
+    with held_disk(options, config, progress, is_dry=False) as hold:
         plan = plan_provisioning(options, config, hold)
         return carry_out(plan, hold, progress, announce)
 
 
 def dry_run(options: ProvisionOptions, config: Config, progress: Progress) -> ProvisionPlan:
     """Return the plan, and change nothing. Raises: HotplugError, as `provision`."""
-    with held_disk(options, config, progress) as hold:
+    with held_disk(options, config, progress, is_dry=True) as hold:
         return plan_provisioning(options, config, hold)
 
 
@@ -75,19 +77,20 @@ def carry_out(
     """
     options, disk, earlier = plan.options, hold.disk, plan.earlier
     was_made_before = earlier is not None and earlier.is_finished
+    hold.require_disk(plan.disk)
     with store.folder(plan.blob_directory) as folder:
         if earlier is None:
             entry, blob = _begin(plan, hold, folder, progress)
         else:
             entry, blob = earlier.entry, earlier.blob
-            _require_stored(blob, plan, hold, folder)
+            _require_same_keys(plan, hold)
         uuid = entry.identity.uuid
         if not was_made_before:
             _settle(plan, folder)
             _format(plan, hold, entry, blob, progress)
             uuid = uuid4()
         plan.rule.write()
-        notes = [*plan.found_notes, *plan.rule.notes(blob)]
+        notes = [*plan.notes]
         if options.rule_file is not None:
             notes = [f"the rule is in {shown(options.rule_file)}", *notes, *announce()]
         progress("writing the label")
@@ -113,8 +116,9 @@ def _begin(
         store.require_new(label, folder)
     progress("making the key")
     with _key(plan) as (recovery_id, key):
-        folder.discard_unsettled(label)
-        folder.write(label, backends.seal(options.method, key, folder.path), settled=False)
+        sealed = backends.seal(options.method, key, folder.path)
+    folder.discard_unsettled(label)
+    folder.write(label, sealed, settled=False)
     blob = folder.read(label)
     progress("writing the partition table")
     mark = marked_partition.mark_of(label, recovery_id, blob)
@@ -132,18 +136,16 @@ def _key(plan: ProvisionPlan) -> Iterator[tuple[str | None, int | SecretBytes]]:
     if file is None:
         yield None, options.key_bytes
         return
-    with store.recovery_key(file, plan.recovery, options.about, options.key_bytes) as found:
+    with store.recovery_key(file, plan.keys.recovery, options.about, options.key_bytes) as found:
         yield found
 
 
-def _require_stored(
-    blob: blobs.Blob, plan: ProvisionPlan, hold: disks.Held, folder: store.Folder
-) -> None:
-    """Check that the blob is still stored, now that the folder is locked. Raises: HotplugError."""
-    stored = None
-    with suppress(BlobError):
-        stored = folder.read(plan.options.label)
-    if stored != blob:
+def _require_same_keys(plan: ProvisionPlan, hold: disks.Held) -> None:
+    """Check that the plan's blob and recovery file are there, now that the folder is locked.
+
+    Raises: HotplugError.
+    """
+    if find_keys(plan.options, plan.blob_directory) != plan.keys:
         raise HotplugError(
             f"go on with {hold.disk.node}: its key was replaced meanwhile; try again"
         )

@@ -1,27 +1,17 @@
-"""The plan that provisions a medium. All is read and checked here, and nothing is changed."""
+"""The plan that provisions a medium, and its text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from caam_hotplug.config.loader import Config
-from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.errors import shown
 from caam_hotplug.formats import blobs
-from caam_hotplug.kernel import device_users, disks
-from caam_hotplug.keys import store
-from caam_hotplug.model import Sectors
-from caam_hotplug.provisioning import checks, marked_partition, rule_file, temporary_mapping
-from caam_hotplug.provisioning.options import Progress, ProvisionOptions
-from caam_hotplug.provisioning.provision_stage import (
-    EarlierRun,
-    FoundKeys,
-    FoundMedium,
-    examine,
-    find_keys,
-)
+from caam_hotplug.model import Volume
+from caam_hotplug.provisioning import rule_file
+from caam_hotplug.provisioning.options import ProvisionOptions
+from caam_hotplug.provisioning.provision_stage import EarlierRun, FoundKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,31 +20,23 @@ class ProvisionPlan:
 
     options: ProvisionOptions
     blob_directory: Path
-    disk_name: str
+    disk: Volume
     earlier: EarlierRun | None
     """The work to go on with. None if the medium is to be made from the beginning."""
     erased_content: str | None
-    discards_blob: bool
-    """Whether an interrupted run made a blob that no medium relies on."""
-    recovery: store.FoundRecovery | None
-    """The recovery file that was there before."""
+    keys: FoundKeys
     rule: rule_file.RulePlan
-    found_notes: tuple[str, ...]
+    notes: tuple[str, ...]
+    """What the user is to know before anything is done."""
 
     @property
     def blob_file(self) -> Path:
         """The path of the medium's blob."""
         return self.blob_directory / self.options.blob_name
 
-    def notes(self) -> tuple[str, ...]:
-        """Return what the user is to know before anything is done."""
-        return *self.found_notes, *self.rule.notes(
-            None if self.earlier is None else self.earlier.blob
-        )
-
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
-        medium = f"/dev/{self.disk_name}: {self.options.label}"
+        medium = f"{self.disk.node}: {self.options.label}"
         if self.earlier is None:
             yield f"{medium} would be made in these steps:"
         elif self.earlier.is_finished:
@@ -70,7 +52,7 @@ class ProvisionPlan:
             yield from self._key_steps()
             content = self.erased_content
             found = "looks blank" if content is None else f"holds {content}"
-            yield f"erase /dev/{self.disk_name}, which {found}"
+            yield f"erase {self.disk.node}, which {found}"
             yield "write a partition table with one partition, marked as not finished"
         if self.earlier is None or not self.earlier.is_finished:
             yield (
@@ -86,158 +68,12 @@ class ProvisionPlan:
 
     def _key_steps(self) -> Iterator[str]:
         options, file = self.options, self.options.recovery_file
-        if self.discards_blob:
-            yield f"remove {self.blob_file}, which an interrupted run made for no medium"
         if file is None:
             yield f"make a key of {options.key_bytes} bytes"
-        elif self.recovery is None:
+        elif self.keys.recovery is None:
             yield f"make a key of {options.key_bytes} bytes, and write it to {shown(file)}"
         else:
             yield f"read the key from {shown(file)}"
-        yield f"seal the key as a {options.method.backend} key, and write {self.blob_file}"
-
-
-@contextmanager
-def held_disk(
-    options: ProvisionOptions, config: Config, progress: Progress
-) -> Iterator[disks.Held]:
-    """Check the options, and hold the disk while the context is open.
-
-    Raises: HotplugError if the options make no sense, or the disk is used.
-    """
-    checks.prepare(f"provision {shown(options.device)}")
-    disk = disks.whole_disk(options.device)
-    checks.require_provisionable(options, config, disk)
-    disks.require_not_the_systems(disk, config.blob_directory)
-    progress(f"reading {disk.node}")
-    with disks.held(disk) as hold:
-        temporary_mapping.remove_leftovers(disk)
-        device_users.require_unused(disk)
-        yield hold
-
-
-def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Held) -> ProvisionPlan:
-    """Read blob, recovery file, rule and medium once, and check them and the kernel.
-
-    Raises: HotplugError, and nothing was changed.
-    """
-    disk, directory = hold.disk, config.blob_directory
-    rule = rule_file.plan_rule(options, config, disk)
-    keys = find_keys(options, directory)
-    medium = examine(options, hold, keys, directory)
-    _require_erasable(options, hold, medium)
-    notes: tuple[str, ...] = ()
-    if medium.earlier is None:
-        notes = _check_new_keys(options, keys, directory)
-    elif medium.earlier.is_finished:
-        notes = _check_finished(options, hold, medium.earlier, keys)
-    else:
-        _check_unfinished(options, hold, medium.earlier, directory)
-    temporary_mapping.try_method(
-        disk,
-        "provision",
-        Sectors(0),
-        rule=options.rule,
-        method=options.method,
-        key_bytes=options.key_bytes,
-        directory=directory,
-    )
-    return ProvisionPlan(
-        options=options,
-        blob_directory=directory,
-        disk_name=disk.name,
-        earlier=medium.earlier,
-        erased_content=medium.content,
-        discards_blob=medium.earlier is None and keys.blob.exists,
-        recovery=keys.recovery,
-        rule=rule,
-        found_notes=notes,
-    )
-
-
-def _require_erasable(options: ProvisionOptions, hold: disks.Held, medium: FoundMedium) -> None:
-    if medium.content is not None and options.erase is None:
-        raise HotplugError(
-            f"provision {hold.disk.node}: it holds {medium.content}; if all of it may be lost, say "
-            f"so with --erase {hold.disk.name}"
-        )
-
-
-def _check_new_keys(options: ProvisionOptions, keys: FoundKeys, directory: Path) -> tuple[str, ...]:
-    """Check that neither blob nor recovery file is in the way. Raises: HotplugError."""
-    if keys.blob.exists and not keys.blob.is_unsettled:
-        raise HotplugError(store.why_taken(options.label, directory / options.blob_name))
-    if options.recovery_file is None or keys.recovery is None:
-        return ()
-    store.require_unsettled(keys.recovery, options.recovery_file)
-    file = shown(options.recovery_file)  # its description is true of whatever its key encrypts
-    return (f"the key is that in {file}, of a run that was interrupted",)
-
-
-def _check_unfinished(
-    options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, directory: Path
-) -> None:
-    """Check that the medium was begun with the same options. Raises: HotplugError."""
-    operation, file = f"go on with {hold.disk.node}", shown(directory / options.blob_name)
-    anew = f"remove {file} and add --erase {hold.disk.name} to begin anew"
-    begun = f"{operation}: it was begun"
-    _require_same_choices(options, earlier.blob, begun, f"use the same, or {anew}")
-    without = marked_partition.mark_of(options.label, None, earlier.blob)
-    if options.recovery_file is not None and earlier.entry.identity.uuid == without:
-        raise HotplugError(
-            f"{begun} without {shown(options.recovery_file)}, and a blob does not tell its key; "
-            f"{anew}"
-        )
-
-
-def _check_finished(
-    options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, keys: FoundKeys
-) -> tuple[str, ...]:
-    """Check that the medium was made with the same options. Raises: HotplugError."""
-    operation, file = f"provision {hold.disk.node}", options.recovery_file
-    _require_same_choices(options, earlier.blob, f"{operation}: it was made", "use the same")
-    if file is None:
-        return ()
-    if keys.recovery is None:
-        raise HotplugError(
-            f"{operation}: it was made before, {shown(file)} is not there, and a blob does not "
-            "tell its key; leave out --recovery-key, or make it anew under another label, with "
-            f"--erase {hold.disk.name}"
-        )
-    return (f"{shown(file)} was there before; whether its key is the medium's was not checked",)
-
-
-def _require_same_choices(
-    options: ProvisionOptions, blob: blobs.Blob, begun: str, remedy: str
-) -> None:
-    """Check that the blob was made with the same options. Raises: HotplugError."""
-    before, asked = _choices_in(blob), _choices_of(options, blob)
-    if before != asked:
-        raise HotplugError(f"{begun} with {before}, not with {asked}; {remedy}")
-
-
-def _choices_in(blob: blobs.Blob) -> str:
-    """Return the options of the command that made the blob, as far as the blob has them."""
-    backend = blobs.backend_of(blob)
-    match blob:
-        case blobs.Tagged():
-            return _as_options(backend, blob.key_bytes, f"--seal {blob.seal}")
-        case blobs.Encrypted():
-            return _as_options(backend, blob.key_bytes, f"--master {blob.master}")
-    return _as_options(backend, blob.key_bytes)
-
-
-def _choices_of(options: ProvisionOptions, blob: blobs.Blob) -> str:
-    """Return this run's options in the same form. Some blobs do not have their key's length."""
-    method, key_bytes = options.method, None if blob.key_bytes is None else options.key_bytes
-    match method.backend:
-        case "tagged":
-            return _as_options(method.backend, key_bytes, f"--seal {method.seal}")
-        case "encrypted":
-            return _as_options(method.backend, key_bytes, f"--master {method.master}")
-    return _as_options(method.backend, key_bytes)
-
-
-def _as_options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
-    length = [] if key_bytes is None else [f"--key-bytes {key_bytes}"]
-    return " ".join([f"--backend {backend}", *length, *more])
+        if self.keys.blob.is_unsettled:
+            yield f"remove {self.blob_file}, which an interrupted run made for no medium"
+        yield f"seal the key as {blobs.key_of(options.method.backend)}, and write {self.blob_file}"

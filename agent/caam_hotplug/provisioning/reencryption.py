@@ -62,6 +62,11 @@ class Record:
     content: bytes
     """Empty at the beginning and at the end, when no piece is being written."""
 
+    @property
+    def is_first(self) -> bool:
+        """Whether the medium was not touched yet."""
+        return self.position == 0 and not self.content
+
 
 class Journal:
     """The records of the last two pieces. One of them may be torn."""

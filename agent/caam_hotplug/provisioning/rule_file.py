@@ -33,6 +33,10 @@ sector_size = {sector_size}
 [rule.mount]
 filesystems = ["{filesystem}"]
 """
+_FIRST_RULE: Final = (
+    "it is the first rule of this board, so the built-in one no longer applies: other media need "
+    "rules of their own"
+)
 
 
 def rule_for(
@@ -115,11 +119,9 @@ class RulePlan:
 
     options: ProvisionOptions
     is_written: bool
-    """Whether the drop-in is there already."""
-    is_first: bool
-    """Whether the board had no rule before."""
-    decision: Plan | NoMatch | NeedsUdev
-    """Decision of the rules in force without the drop-in."""
+    """Whether the drop-in was there when the plan was made."""
+    notes: tuple[str, ...]
+    """What the user is to know about the medium's rule."""
 
     def step(self) -> str | None:
         """Return the step that writes the drop-in, or None if it is not to be written."""
@@ -127,48 +129,43 @@ class RulePlan:
         return None if file is None or self.is_written else f"write the rule to {shown(file)}"
 
     def write(self) -> None:
-        """Write the drop-in unless it is there. Raises: HotplugError if another is there now."""
+        """Write the drop-in unless it is there now. Raises: HotplugError if another is."""
         options = self.options
-        if options.rule_file is None or self.is_written:
+        if options.rule_file is None or _is_there(options):
             return
         with atomic_files.folder(options.rule_file.parent, mode=0o755, only_root=True) as opened:
             mode = 0o600 if options.method.options else 0o644  # an option may be a password
             atomic_files.write(opened, options.rule_file, options.rule_text.encode(), mode)
 
-    def notes(self, blob: blobs.Blob | None) -> Iterator[str]:
-        """Yield notes about the medium's rule. `blob`: the medium's, if it was sealed already."""
-        file = self.options.rule_file
-        if file is None:
-            yield from _advice(self.options, self.decision, blob)
-            return
-        if self.is_first:
-            yield (
-                "it is the first rule of this board, so the built-in one no longer applies: other "
-                "media need rules of their own"
-            )
 
-
-def plan_rule(options: ProvisionOptions, config: Config, disk: Volume) -> RulePlan:
+def plan_rule(
+    options: ProvisionOptions, config: Config, disk: Volume, blob: blobs.Blob
+) -> RulePlan:
     """Read the drop-in, and check that it would decide for the medium.
 
-    Raises: HotplugError if another rule or drop-in is in its way.
+    `blob`: the medium's, or one of the same kind. Raises: HotplugError if another rule or drop-in
+    is in its way.
     """
-    is_written = _is_written(options)
+    is_written = _is_there(options)
+    partition = _partition_of(options, config, disk)
+    if options.rule_file is None:
+        advice = _advice(options, match_rules(config.rule, partition), blob)
+        return RulePlan(options, is_written, tuple(advice))
+    _require_decides(options, options.rule_file, partition, blob)
+    return RulePlan(options, is_written, (_FIRST_RULE,) if config.rule is BUILT_IN else ())
+
+
+def require_writable(options: ProvisionOptions, config: Config) -> None:
+    """Check that the drop-in is there, or can be. Raises: HotplugError if not."""
     taken = any(rule.name == options.label for rule in config.rule)
-    if options.rule_file is not None and taken and not is_written:
+    if options.rule_file is not None and not _is_there(options) and taken:
         raise HotplugError(
             f"write {shown(options.rule_file)}: there is a rule {options.label!r} already; change "
             "that one, and leave out --rule"
         )
-    partition = _partition_of(options, config, disk)
-    if options.rule_file is not None:
-        _require_decides(options, options.rule_file, partition)
-    return RulePlan(
-        options, is_written, config.rule is BUILT_IN, match_rules(config.rule, partition)
-    )
 
 
-def _is_written(options: ProvisionOptions) -> bool:
+def _is_there(options: ProvisionOptions) -> bool:
     """Whether exactly this drop-in is there. Raises: HotplugError if another text is there."""
     if options.rule_file is None:
         return False
@@ -184,7 +181,9 @@ def _is_written(options: ProvisionOptions) -> bool:
     return True
 
 
-def _require_decides(options: ProvisionOptions, file: Path, partition: Volume) -> None:
+def _require_decides(
+    options: ProvisionOptions, file: Path, partition: Volume, blob: blobs.Blob
+) -> None:
     """Check that no other rule decides first and fails. Raises: HotplugError.
 
     The agent tries drop-ins in the order of their names.
@@ -192,8 +191,8 @@ def _require_decides(options: ProvisionOptions, file: Path, partition: Volume) -
     files = _WithDropIn(file, options.rule_text)
     rules = loader.load(options.config_file, files, required=False).rule
     match match_rules(rules, partition):
-        case Plan(rule=rule, blob=blob):
-            differs = differences(options, rule, blob)
+        case Plan(rule=rule, blob=name):
+            differs = differences(options, rule, name, blob)
             why = f"would not open the medium, which has another {' and another '.join(differs)}"
         case NoMatch(reasons=((name, matches),)) if name:
             rule, differs, why = next(r for r in rules if r.name == name), [name], matches
@@ -207,7 +206,7 @@ def _require_decides(options: ProvisionOptions, file: Path, partition: Volume) -
 
 
 def _advice(
-    options: ProvisionOptions, decision: Plan | NoMatch | NeedsUdev, blob: blobs.Blob | None
+    options: ProvisionOptions, decision: Plan | NoMatch | NeedsUdev, blob: blobs.Blob
 ) -> Iterator[str]:
     """Yield the remedy if the rules in force do not open the medium."""
     remedy = "the same command with --rule writes one that does"
@@ -223,10 +222,8 @@ def _advice(
             yield f"no rule matches it ({no_match}); {remedy}"
 
 
-def differences(
-    options: ProvisionOptions, rule: Rule, name: str, blob: blobs.Blob | None = None
-) -> list[str]:
-    """List the rule's keys that differ from the medium's. `blob`: the medium's, once sealed."""
+def differences(options: ProvisionOptions, rule: Rule, name: str, blob: blobs.Blob) -> list[str]:
+    """List the rule's keys that differ from the medium's, whose blob is like `blob`."""
     crypt, key = rule.crypt, rule.key
     cipher = crypt_table.cipher_for(crypt, options.key.type)
     return [
@@ -242,15 +239,15 @@ def differences(
     ]
 
 
-def _has_length(options: ProvisionOptions, rule: Rule, blob: blobs.Blob | None) -> bool:
+def _has_length(options: ProvisionOptions, rule: Rule, blob: blobs.Blob) -> bool:
     """Whether the key's length is in the rule, or need not be: the CAAM's blobs have it.
 
-    Before there is a blob, a source that needs no options counts as the CAAM.
+    The CAAM needs no options. The blob of another source may have such a length by chance.
     """
     if options.method.backend != "trusted" or rule.key.length == options.key_bytes:
         return True
-    in_blob = options.key_bytes if blob is None else blob.key_bytes
-    return not rule.key.length and not options.method.options and in_blob == options.key_bytes
+    is_in_blob = not options.method.options and blob.key_bytes == options.key_bytes
+    return not rule.key.length and is_in_blob
 
 
 def _needed(options: str) -> set[str]:

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Rule
-from caam_hotplug.errors import DmError, MappingBusyError
+from caam_hotplug.errors import DmError, HotplugError, MappingBusyError
 from caam_hotplug.formats import blobs, crypt_table
 from caam_hotplug.kernel import devmapper, disks, gpt, keyring
 from caam_hotplug.kernel.linux import LinuxKernel
@@ -70,14 +70,27 @@ def try_method(
     method: backends.SealMethod,
     key_bytes: int,
     directory: Path,
-) -> None:
-    """Check that this board can seal such a key and encrypt with it. The test key is forgotten.
+) -> blobs.Blob:
+    """Check that this board can seal such a key and encrypt with it. Return the test key's blob.
 
-    Raises: as `try_blob`.
+    The key is forgotten, and the blob is not stored. Raises: as `try_blob`.
     """
     test_key = backends.seal(method, key_bytes, directory)
     blob = blobs.parse(test_key, method.backend)
     try_blob(volume, purpose, start, rule=rule, blob=blob, directory=directory)
+    return blob
+
+
+def require_no_leftovers(disk: Volume) -> None:
+    """Check that no killed run left a mapping on this disk. Raises: HotplugError."""
+    for purpose in _PURPOSES:
+        found = devmapper.find(_dm_uuid(disk, purpose))
+        if found is not None:
+            raise HotplugError(
+                f"check {disk.node} without a change: mapping {found.name} of a run that was "
+                f"killed lies on it; `dmsetup remove {found.name}` removes it, and so does a run "
+                "without --dry-run"
+            )
 
 
 def remove_leftovers(disk: Volume) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import recovery_files
-from caam_hotplug.kernel import atomic_files, gpt, mkfs
+from caam_hotplug.kernel import atomic_files, disks, gpt, mkfs
 from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
-from caam_hotplug.provisioning import temporary_mapping
+from caam_hotplug.model import SecretBytes
+from caam_hotplug.provisioning import provision
 from unit.workshop import LABEL, Workshop, disk_of
 
 
@@ -116,7 +120,7 @@ def planted(workshop: Workshop, file: Path) -> None:
     head = recovery_files.head(about, file.name, 16)
     file.write_bytes(head + b"key = " + base64.b64encode(b"0123456789abcdef") + b"\n")
     file.chmod(0o600)
-    workshop.blobs.mkdir(mode=0o700)
+    workshop.blobs.mkdir(mode=0o700, exist_ok=True)
 
 
 def test_the_key_of_a_file_that_no_run_has_left_is_not_used(workshop: Workshop) -> None:
@@ -190,6 +194,17 @@ def test_a_medium_that_was_begun_says_with_which_options(
     assert said.endswith(anew)
 
 
+def once_planned(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Something happens between the plan and its first step."""
+    carry_out = provision.carry_out
+
+    def later(*arguments: Any) -> provision.ProvisionResult:
+        act()
+        return carry_out(*arguments)
+
+    monkeypatch.setattr(provision, "carry_out", later)
+
+
 def test_a_blob_that_is_replaced_after_the_plan_was_made_is_not_used(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,9 +212,7 @@ def test_a_blob_that_is_replaced_after_the_plan_was_made_is_not_used(
     cut_at(monkeypatch, (mkfs, "make"), workshop, begun)
     other = bytearray(workshop.blob.read_bytes())
     other[30] ^= 1
-    monkeypatch.setattr(
-        temporary_mapping, "try_method", lambda *_, **_more: workshop.blob.write_bytes(other)
-    )
+    once_planned(monkeypatch, lambda: workshop.blob.write_bytes(other))
     before = begun.read_bytes()
     with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
         workshop.make(begun)
@@ -212,12 +225,7 @@ def test_a_recovery_file_that_is_replaced_after_the_plan_was_made_is_not_used(
     medium, file = workshop.medium(), workshop.recovery
     cut_at(monkeypatch, (backends, "seal"), workshop, medium, recovery_file=file)
 
-    def replaced(*_arguments: object, **_more: object) -> None:
-        file.unlink()
-        planted(workshop, file)
-
-    workshop.blobs.rmdir()
-    monkeypatch.setattr(temporary_mapping, "try_method", replaced)
+    once_planned(monkeypatch, lambda: (file.unlink(), planted(workshop, file)))
     before = medium.read_bytes()
     with pytest.raises(HotplugError, match=f"use {file}: it was replaced meanwhile; try again"):
         workshop.make(medium, recovery_file=file)
@@ -229,22 +237,124 @@ def test_files_that_appear_after_the_plan_was_made_are_not_overwritten(
 ) -> None:
     medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
 
-    def appearing(file: Path) -> object:
-        def write(*_arguments: object, **_more: object) -> None:
-            file.parent.mkdir(mode=0o700, exist_ok=True)
-            file.write_bytes(b"whatever it is")
-
-        return write
+    def appears(file: Path) -> None:
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        file.write_bytes(b"whatever it is")
 
     for file in (workshop.blob, workshop.recovery, rule):
         with monkeypatch.context() as planning:
-            planning.setattr(temporary_mapping, "try_method", appearing(file))
-            with pytest.raises(HotplugError, match=f"{file}:? (it )?exists, and "):
+            once_planned(planning, partial(appears, file))
+            with pytest.raises(HotplugError, match=f"{file}:? (it )?exists,? and "):
                 workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
         assert file.read_bytes() == b"whatever it is"
         file.unlink()
     workshop.make(medium, recovery_file=workshop.recovery, rule_file=rule)
     assert workshop.identity(medium).name == LABEL
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_begun_medium_is_not_finished_if_its_recovery_file_changes_after_the_plan_was_made(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    begun, file = workshop.medium(), workshop.recovery
+    cut_at(monkeypatch, (mkfs, "make"), workshop, begun, recovery_file=file)
+
+    def changes() -> None:
+        file.unlink()
+        if is_replaced:
+            planted(workshop, file)
+
+    once_planned(monkeypatch, changes)
+    before = begun.read_bytes()
+    with pytest.raises(HotplugError, match="its key was replaced meanwhile; try again"):
+        workshop.make(begun, recovery_file=file)
+    assert begun.read_bytes() == before
+
+
+def test_a_rule_that_is_removed_after_the_plan_was_made_is_written_again(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
+    workshop.make(medium, rule_file=rule)
+    text = rule.read_text()
+    once_planned(monkeypatch, rule.unlink)
+    workshop.make(medium, rule_file=rule)
+    assert rule.read_text() == text
+
+
+def test_a_medium_gets_no_label_if_its_rule_is_replaced_after_the_plan_was_made(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
+    cut_at(monkeypatch, (gpt, "rename"), workshop, medium, rule_file=rule)
+    once_planned(monkeypatch, lambda: rule.write_text("another rule"))
+    with pytest.raises(HotplugError, match="it exists and says something else"):
+        workshop.make(medium, rule_file=rule)
+    assert (rule.read_text(), workshop.identity(medium).name == LABEL) == ("another rule", False)
+
+
+def test_the_same_rule_may_appear_after_the_plan_was_made(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml")
+    text = workshop.options(medium).rule_text
+    once_planned(monkeypatch, lambda: workshop.drop_in(rule.name, text))
+    workshop.make(medium, rule_file=rule)
+    assert (rule.read_text(), workshop.identity(medium).name) == (text, LABEL)
+
+
+def test_the_key_is_wiped_before_its_blob_is_written(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium, file, seal = workshop.medium(), workshop.recovery, backends.seal
+    cut_at(monkeypatch, (gpt, "make"), workshop, medium, recovery_file=file)
+    keys: list[SecretBytes] = []
+    wiped: dict[str, bool] = {}
+
+    def sealing(method: SealMethod, key: int | SecretBytes, directory: Path) -> bytes:
+        if not isinstance(key, int):
+            keys.append(key)
+        return seal(method, key, directory)
+
+    def watch(name: str) -> None:
+        real = getattr(store.Folder, name)
+
+        def watched(*arguments: Any, **more: Any) -> None:
+            wiped[name] = all(not any(key.buffer) for key in keys)
+            real(*arguments, **more)
+
+        monkeypatch.setattr(store.Folder, name, watched)
+
+    monkeypatch.setattr(backends, "seal", sealing)
+    watch("discard_unsettled")
+    watch("write")
+    workshop.make(medium, recovery_file=file)
+    assert keys
+    assert wiped == {"discard_unsettled": True, "write": True}
+
+
+def test_a_plan_is_not_carried_out_on_another_disk(workshop: Workshop) -> None:
+    plan = workshop.plan(workshop.medium())
+    other = workshop.medium("other.img")
+    before = other.read_bytes()
+    with (
+        disks.held(disk_of(other)) as hold,
+        pytest.raises(HotplugError, match="the plan was made for another disk"),
+    ):
+        provision.carry_out(plan, hold, workshop.steps.append, workshop.announce)
+    assert (other.read_bytes(), workshop.blobs.exists()) == (before, False)
+
+
+@pytest.mark.parametrize("text", ["# another rule\n", ""])
+def test_a_rule_that_cannot_be_written_is_refused_before_the_disk_is_touched(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    medium, rule = workshop.medium(), workshop.drop_in(f"{LABEL}.toml", text)
+    if not text:
+        workshop.drop_in("same.toml", ALL.replace("others", LABEL))
+    monkeypatch.setattr(disks, "held", cut)
+    said = refusal(workshop, medium, rule_file=rule)
+    assert said.startswith(f"write {rule}: ")
 
 
 ALL = '[[rule]]\nname = "others"\nmatch = { partlabel = "*" }\n'

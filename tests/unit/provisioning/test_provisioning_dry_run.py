@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from caam_hotplug.cli.main import main
-from caam_hotplug.kernel import gpt, mkfs
+from caam_hotplug.kernel import gpt, mkfs, trusted
 from caam_hotplug.keys import backends, store
-from caam_hotplug.provisioning.migration_stage import Stage
-from unit.provisioning.test_provision import cut_at
+from caam_hotplug.keys.backends import SealMethod
+from caam_hotplug.provisioning import temporary_mapping
+from caam_hotplug.provisioning.migration_plan import NewKey
+from caam_hotplug.provisioning.migration_stage import Begun
+from unit.provisioning.test_provision import ALL, cut_at
 from unit.workshop import LABEL, MigrationWorkshop, Workshop, disk_of
 
 
@@ -68,6 +71,10 @@ def test_an_interrupted_mediums_plan_has_only_the_steps_that_are_left(
     assert any(line.startswith("- erase ") for line in lines) is not is_begun
     discards = f"- remove {workshop.blob}, which an interrupted run made for no medium"
     assert (discards in lines) is (stage == "the blob was written")
+    if discards in lines:  # in the order in which it is done
+        read = f"- read the key from {file}"
+        seal = f"- seal the key as a tagged key, and write {workshop.blob}"
+        assert [line for line in lines if line in {read, discards, seal}] == [read, discards, seal]
     assert any(line.startswith("- make the filesystem ext4") for line in lines)
     assert workshop.make(medium, recovery_file=file).was_made_before is False
 
@@ -133,13 +140,56 @@ def test_a_migrations_plan_names_everything_that_would_be_written(
     assert workshop.identity(medium).name == LABEL
 
 
+def test_a_dry_run_has_the_notes_of_the_real_run(
+    migration_workshop: MigrationWorkshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop, medium = migration_workshop, migration_workshop.medium()
+    # As of a TPM: the blob does not have its key's length.
+    monkeypatch.setattr(trusted, "seal_trusted", lambda *_: bytes(213).hex().encode())
+    workshop.drop_in("all.toml", ALL)
+    more = {"method": SealMethod(backend="trusted"), "key_bytes": 64, "cipher": "aes-xts-plain64"}
+    planned = workshop.plan(medium, **more)
+    assert planned.notes == workshop.make(medium, **more).notes
+    assert "the medium has another key.length;" in planned.notes[0]
+
+
+@pytest.mark.parametrize("command", ["provision", "migrate"])
+def test_a_dry_run_removes_no_leftover_mapping_and_the_next_real_run_does(
+    migration_workshop: MigrationWorkshop, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    workshop, medium = migration_workshop, migration_workshop.made()
+    called: list[str] = []
+    for name in ("remove_leftovers", "require_no_leftovers"):
+        monkeypatch.setattr(temporary_mapping, name, lambda _disk, name=name: called.append(name))
+    if command == "provision":
+        workshop.plan(medium)
+        workshop.make(medium)
+    else:
+        workshop.plan_migration("trusted")
+        workshop.migrate("trusted")
+    assert called == ["require_no_leftovers", "remove_leftovers"]
+
+
+def test_a_plan_has_the_right_article_for_every_kind_of_key(
+    migration_workshop: MigrationWorkshop,
+) -> None:
+    workshop = migration_workshop
+    workshop.made()
+    planned = list(workshop.plan_migration("encrypted").lines())
+    assert planned[0].endswith("would move from a tagged key to an encrypted key in these steps:")
+    assert "- seal the key as an encrypted key" in planned
+    workshop.migrate("encrypted")
+    (done,) = workshop.plan_migration("encrypted").lines()
+    assert done.endswith(f"{LABEL} has an encrypted key already")
+
+
 def test_a_migration_to_the_key_that_the_medium_has_plans_nothing(
     migration_workshop: MigrationWorkshop,
 ) -> None:
     migration_workshop.made()
     before = migration_workshop.contents()
     plan = migration_workshop.plan_migration("tagged")
-    assert plan.stage is Stage.DONE
+    assert plan.work is None
     assert list(plan.lines()) == [
         f"{migration_workshop.partition.node}: {LABEL} has a tagged key already"
     ]
@@ -154,7 +204,7 @@ def test_a_journal_of_a_run_that_did_not_touch_the_medium_is_removed_by_the_next
     before = migration_workshop.contents()
     plan = migration_workshop.plan_migration("trusted")
     assert migration_workshop.contents() == before
-    assert plan.stage is Stage.BEGIN
+    assert isinstance(plan.work, NewKey)
     removed = f"- remove {journal}, of a run that did not touch the medium"
     assert list(plan.lines())[1] == removed
 
@@ -167,7 +217,7 @@ def test_a_marked_mediums_plan_says_how_far_the_journal_is(
     before = migration_workshop.contents()
     plan = migration_workshop.plan_migration("trusted")
     assert migration_workshop.contents() == before
-    assert plan.stage is Stage.CONTINUE
+    assert isinstance(plan.work, Begun)
     lines = list(plan.lines())
     assert lines[0].endswith(f"{LABEL} was begun before, and would be finished in these steps:")
     assert lines[1] == f"- go on by {journal}: 5 of 23 MB are under the new key"

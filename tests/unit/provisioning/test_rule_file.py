@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -12,13 +13,18 @@ from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import KeySource, Rule
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.formats import blobs
 from caam_hotplug.formats.crypt_table import CIPHERS, Crypt
 from caam_hotplug.kernel import config_files
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.provisioning import rule_file
 from caam_hotplug.provisioning.options import ProvisionOptions
-from caam_hotplug.provisioning.rule_file import differences, plan_rule, rule_for
+from caam_hotplug.provisioning.rule_file import differences, plan_rule, require_writable, rule_for
 from unit.provisioning.asked import DISK, options_for
+
+BLOB: Final = blobs.Tagged(b"", 1, "ecb", 16)
+OF_THE_CAAM: Final = blobs.Trusted(bytes(64 + 48))
+OF_A_TPM: Final = blobs.Trusted(bytes(213))
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def refusal(options: ProvisionOptions, config: Config) -> str:
     with pytest.raises(HotplugError) as refused:
-        plan_rule(options, config, DISK)
+        require_writable(options, config)
     return str(refused.value)
 
 
@@ -91,12 +97,12 @@ def test_a_rule_is_written_once(config: Config, roots_folder: Path) -> None:
         rule_file=file, config_file=roots_folder / "etc" / "agent.toml", sector_size=4096
     )
     for is_written in (False, True):
-        plan = plan_rule(options, config, DISK)
+        plan = plan_rule(options, config, DISK, BLOB)
         assert plan.is_written is is_written
         assert plan.step() == (None if is_written else f"write the rule to {file}")
         plan.write()
         assert file.read_text() == options.rule_text
-        (note,) = plan.notes(None)
+        (note,) = plan.notes
         assert "built-in one no longer applies" in note
     other = replace(options_for(rule_file=file), config_file=options.config_file)
     assert "says something else; it is not overwritten" in refusal(other, config)
@@ -118,7 +124,8 @@ def test_a_rule_without_the_options_that_a_tpms_key_needs_does_not_open_it(
 ) -> None:
     method = SealMethod(backend="trusted", options="keyhandle=1 blobauth=x")
     options = options_for(method=method, key_bytes=64, cipher="aes-xts-plain64")
-    assert differences(options, Rule(name="x", key=key), "cartridge-01.bb") == differs
+    rule = Rule(name="x", key=key)
+    assert differences(options, rule, "cartridge-01.bb", OF_A_TPM) == differs
 
 
 @pytest.mark.parametrize(("length", "differs"), [(0, []), (64, []), (32, ["key.length"])])
@@ -126,7 +133,13 @@ def test_a_rule_need_not_have_the_length_of_the_caams_keys(length: int, differs:
     method = SealMethod(backend="trusted")
     options = options_for(method=method, key_bytes=64, cipher="aes-xts-plain64")
     rule = Rule(name="x", key=KeySource(length=length))
-    assert differences(options, rule, "cartridge-01.bb") == differs
+    assert differences(options, rule, "cartridge-01.bb", OF_THE_CAAM) == differs
+
+
+def test_a_rule_needs_the_length_of_a_key_whose_blob_does_not_have_it() -> None:
+    method = SealMethod(backend="trusted")
+    options = options_for(method=method, key_bytes=64, cipher="aes-xts-plain64")
+    assert differences(options, Rule(name="x"), "cartridge-01.bb", OF_A_TPM) == ["key.length"]
 
 
 def test_a_folder_of_rules_that_others_may_write_to_is_refused(

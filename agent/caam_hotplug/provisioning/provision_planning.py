@@ -1,0 +1,178 @@
+"""Plan how a medium is provisioned. All is read and checked here, and nothing is changed.
+
+The plan comes from one read, and what it relies on is checked again before each write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from caam_hotplug.config.loader import Config
+from caam_hotplug.errors import HotplugError, shown
+from caam_hotplug.formats import blobs
+from caam_hotplug.kernel import device_users, disks
+from caam_hotplug.keys import store
+from caam_hotplug.model import Sectors
+from caam_hotplug.provisioning import checks, marked_partition, rule_file, temporary_mapping
+from caam_hotplug.provisioning.options import Progress, ProvisionOptions
+from caam_hotplug.provisioning.provision_plan import ProvisionPlan
+from caam_hotplug.provisioning.provision_stage import (
+    EarlierRun,
+    FoundKeys,
+    FoundMedium,
+    examine,
+    find_keys,
+)
+
+
+@contextmanager
+def held_disk(
+    options: ProvisionOptions, config: Config, progress: Progress, *, is_dry: bool
+) -> Iterator[disks.Held]:
+    """Check the options, and hold the disk while the context is open.
+
+    Mappings that a killed run left are removed, but by a dry run, which refuses them.
+    Raises: HotplugError if the options make no sense, or the disk is used.
+    """
+    checks.prepare(f"provision {shown(options.device)}")
+    disk = disks.whole_disk(options.device)
+    checks.require_provisionable(options, config, disk)
+    rule_file.require_writable(options, config)
+    disks.require_not_the_systems(disk, config.blob_directory)
+    progress(f"reading {disk.node}")
+    with disks.held(disk) as hold:
+        if is_dry:
+            temporary_mapping.require_no_leftovers(disk)
+        else:
+            temporary_mapping.remove_leftovers(disk)
+        device_users.require_unused(disk)
+        yield hold
+
+
+def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Held) -> ProvisionPlan:
+    """Read blob, recovery file, rule and medium, and check them and the kernel.
+
+    Raises: HotplugError, and nothing was changed.
+    """
+    disk, directory = hold.disk, config.blob_directory
+    keys = find_keys(options, directory)
+    medium = examine(options, hold, keys, directory)
+    _require_erasable(options, hold, medium)
+    notes: tuple[str, ...] = ()
+    if medium.earlier is None:
+        notes = _check_new_keys(options, keys, directory)
+    elif medium.earlier.is_finished:
+        notes = _check_finished(options, hold, medium.earlier, keys)
+    else:
+        _check_unfinished(options, hold, medium.earlier, directory)
+    test_blob = temporary_mapping.try_method(
+        disk,
+        "provision",
+        Sectors(0),
+        rule=options.rule,
+        method=options.method,
+        key_bytes=options.key_bytes,
+        directory=directory,
+    )
+    blob = test_blob if medium.earlier is None else medium.earlier.blob
+    rule = rule_file.plan_rule(options, config, disk, blob)
+    return ProvisionPlan(
+        options=options,
+        blob_directory=directory,
+        disk=disk,
+        earlier=medium.earlier,
+        erased_content=medium.content,
+        keys=keys,
+        rule=rule,
+        notes=(*notes, *rule.notes),
+    )
+
+
+def _require_erasable(options: ProvisionOptions, hold: disks.Held, medium: FoundMedium) -> None:
+    if medium.content is not None and options.erase is None:
+        raise HotplugError(
+            f"provision {hold.disk.node}: it holds {medium.content}; if all of it may be lost, say "
+            f"so with --erase {hold.disk.name}"
+        )
+
+
+def _check_new_keys(options: ProvisionOptions, keys: FoundKeys, directory: Path) -> tuple[str, ...]:
+    """Check that neither blob nor recovery file is in the way. Raises: HotplugError."""
+    if keys.blob.exists and not keys.blob.is_unsettled:
+        raise HotplugError(store.why_taken(options.label, directory / options.blob_name))
+    if options.recovery_file is None or keys.recovery is None:
+        return ()
+    store.require_unsettled(keys.recovery, options.recovery_file)
+    file = shown(options.recovery_file)  # its description is true of whatever its key encrypts
+    return (f"the key is that in {file}, of a run that was interrupted",)
+
+
+def _check_unfinished(
+    options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, directory: Path
+) -> None:
+    """Check that the medium was begun with the same options. Raises: HotplugError."""
+    operation, file = f"go on with {hold.disk.node}", shown(directory / options.blob_name)
+    anew = f"remove {file} and add --erase {hold.disk.name} to begin anew"
+    begun = f"{operation}: it was begun"
+    _require_same_choices(options, earlier.blob, begun, f"use the same, or {anew}")
+    without = marked_partition.mark_of(options.label, None, earlier.blob)
+    if options.recovery_file is not None and earlier.entry.identity.uuid == without:
+        raise HotplugError(
+            f"{begun} without {shown(options.recovery_file)}, and a blob does not tell its key; "
+            f"{anew}"
+        )
+
+
+def _check_finished(
+    options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, keys: FoundKeys
+) -> tuple[str, ...]:
+    """Check that the medium was made with the same options. Raises: HotplugError."""
+    operation, file = f"provision {hold.disk.node}", options.recovery_file
+    _require_same_choices(options, earlier.blob, f"{operation}: it was made", "use the same")
+    if file is None:
+        return ()
+    if keys.recovery is None:
+        raise HotplugError(
+            f"{operation}: it was made before, {shown(file)} is not there, and a blob does not "
+            "tell its key; leave out --recovery-key, or make it anew under another label, with "
+            f"--erase {hold.disk.name}"
+        )
+    return (f"{shown(file)} was there before; whether its key is the medium's was not checked",)
+
+
+def _require_same_choices(
+    options: ProvisionOptions, blob: blobs.Blob, begun: str, remedy: str
+) -> None:
+    """Check that the blob was made with the same options. Raises: HotplugError."""
+    before, asked = _choices_in(blob), _choices_of(options, blob)
+    if before != asked:
+        raise HotplugError(f"{begun} with {before}, not with {asked}; {remedy}")
+
+
+def _choices_in(blob: blobs.Blob) -> str:
+    """Return the options of the command that made the blob, as far as the blob has them."""
+    backend = blobs.backend_of(blob)
+    match blob:
+        case blobs.Tagged():
+            return _as_options(backend, blob.key_bytes, f"--seal {blob.seal}")
+        case blobs.Encrypted():
+            return _as_options(backend, blob.key_bytes, f"--master {blob.master}")
+    return _as_options(backend, blob.key_bytes)
+
+
+def _choices_of(options: ProvisionOptions, blob: blobs.Blob) -> str:
+    """Return this run's options in the same form. Some blobs do not have their key's length."""
+    method, key_bytes = options.method, None if blob.key_bytes is None else options.key_bytes
+    match method.backend:
+        case "tagged":
+            return _as_options(method.backend, key_bytes, f"--seal {method.seal}")
+        case "encrypted":
+            return _as_options(method.backend, key_bytes, f"--master {method.master}")
+    return _as_options(method.backend, key_bytes)
+
+
+def _as_options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
+    length = [] if key_bytes is None else [f"--key-bytes {key_bytes}"]
+    return " ".join([f"--backend {backend}", *length, *more])
