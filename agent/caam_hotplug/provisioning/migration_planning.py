@@ -42,7 +42,7 @@ def held_medium(
 ) -> Iterator[tuple[disks.Held, Volume]]:
     """Find the partition, and hold its disk while the context is open.
 
-    Mappings that a killed run left are removed, but by a dry run, which refuses them.
+    A killed run may have left mappings. A dry run refuses them, and any other run removes them.
     Raises: HotplugError if the partition is missing or used, or no journal could be kept.
     """
     checks.prepare(f"migrate {shown(options.volume)}")

@@ -33,7 +33,7 @@ def held_disk(
 ) -> Iterator[disks.Held]:
     """Check the options, and hold the disk while the context is open.
 
-    Mappings that a killed run left are removed, but by a dry run, which refuses them.
+    A killed run may have left mappings. A dry run refuses them, and any other run removes them.
     Raises: HotplugError if the options make no sense, or the disk is used.
     """
     checks.prepare(f"provision {shown(options.device)}")
