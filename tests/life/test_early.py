@@ -386,3 +386,17 @@ def test_a_medium_that_was_identified_slowly_does_not_stay_stuck(bench: Bench) -
     bench.wait(20)
     assert State.STUCK in [state for _, state, _ in bench.states]
     assert bench.registry.entries() == []
+
+
+def test_a_conflict_is_published_once_though_udev_reports_afterwards(bench: Bench) -> None:
+    volume = known_to_udev(bench)
+    bench.kernel.directories["cartridge-01"] = "content"
+    bench.announce(volume)
+    bench.settle()
+    assert bench.state(volume) is State.CONFLICT
+    steps = list(bench.kernel.steps)
+    bench.appear(volume)
+    bench.settle()
+    assert (bench.state(volume), bench.kernel.steps) == (State.CONFLICT, steps)
+    assert bench.registry.counters[State.CONFLICT.value] == 1
+    bench.kernel.directories.clear()

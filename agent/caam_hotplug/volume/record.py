@@ -76,8 +76,8 @@ class Record:
             self.status.volume = merged.volume
             if not ((merged.is_udevs_first or merged.is_kept) and self._is_confirmed()):
                 self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
-            elif not self._is_in_conflict:
-                return
+            elif merged.is_udevs_first or not self._is_in_conflict:
+                return  # a report that confirms an attempt is no reason to repeat it
         if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
