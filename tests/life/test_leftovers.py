@@ -236,3 +236,17 @@ def test_udevs_facts_of_a_locked_volume_are_published(machine: Bench) -> None:
     machine.appear(replace(volume, path="pci-1"))
     machine.settle()
     assert machine.entry(volume).volume.path == "pci-1"
+
+
+def test_an_adopted_volume_that_was_locked_holds_nothing_when_the_agent_stops() -> None:
+    bench = Bench((replace(RULE, on_stop=OnStop.KEEP),))
+    bench.start()
+    bench.settle()
+    volume = mounted_then_killed(bench)
+    bench.start()
+    bench.settle()
+    bench.answer("lock", volume)
+    bench.stop()
+    assert bench.state(volume) is State.GONE
+    assert bench.kernel.leftovers() == []
+    bench.close()

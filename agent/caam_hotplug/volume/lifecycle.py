@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import NeedsUdev, NoMatch, Plan, match_rules
+from caam_hotplug.config.rules import NoMatch, Plan, match_rules
 from caam_hotplug.errors import (
     BlobError,
     BlobMissingError,
@@ -136,13 +136,11 @@ class VolumeLifecycle:
         await self._identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
-            case NeedsUdev() | NoMatch() if self.record.volume.awaits_udev:
-                return self._phase.to_idle()  # and publish nothing before udev's report
-            case NoMatch() as why:
-                return await self._ignore(why)
             case Plan() as plan:
                 return await self._reserve(Target(self.record.volume, plan))
-        return self._phase.to_idle()
+            case NoMatch() as why if not self.record.volume.awaits_udev:
+                return await self._ignore(why)
+        return self._phase.to_idle()  # and publish nothing before udev's report
 
     async def _identify(self) -> None:
         """Read from the medium what udev has not reported."""
@@ -234,9 +232,10 @@ class VolumeLifecycle:
             return self._still_held(
                 f"mapping {left.name} is held open: {others}; it goes when they close it"
             )
+        self.record.phase = replace(self._phase, has_leftover=False)  # the kernel has none
         if isinstance(cause, Request):
             return self._park(cause)
-        return Evaluate(target=self._phase.target)
+        return self._phase.to_evaluate()
 
     def _still_held(self, words: str) -> Phase:
         self._status.publish(State.FAILED, words)

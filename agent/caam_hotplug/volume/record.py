@@ -74,10 +74,10 @@ class Record:
         merged = self.facts.merge(before, report, needs_udev=self._needs_udev(before))
         if merged.volume != before:
             self.status.volume = merged.volume
-            if not ((merged.is_udevs_first or merged.is_kept) and self._is_confirmed()):
-                self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
-            elif merged.is_udevs_first or not self._is_in_conflict:
+            may_confirm = merged.is_udevs_first or (merged.is_kept and not self._is_in_conflict)
+            if may_confirm and self._is_confirmed():
                 return  # a report that confirms an attempt is no reason to repeat it
+            self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
         if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
