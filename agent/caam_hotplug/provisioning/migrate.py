@@ -30,7 +30,6 @@ from caam_hotplug.provisioning import (
     medium_blocks,
     migration_journal,
     reencryption,
-    temporary_mapping,
 )
 from caam_hotplug.provisioning.migration_plan import MediumToMigrate, MigrationPlan, NewKey
 from caam_hotplug.provisioning.migration_planning import entry_of, held_medium, plan_migration
@@ -81,14 +80,7 @@ def carry_out(plan: MigrationPlan, hold: disks.Held, count: Count) -> MigrateRes
     if plan.work is None:
         return MigrateResult(medium.volume.node, medium.label, medium.blob_file, None, None)
     # The mapping comes first: if others use the disk by now, nothing was written yet.
-    with temporary_mapping.through_key(
-        hold,
-        "migrate-from",
-        medium.entry,
-        rule=medium.rule,
-        blob=medium.old,
-        directory=medium.directory,
-    ) as before:
+    with medium.through_key(hold, "migrate-from", medium.old) as before:
         if entry_of(hold, medium.volume) != medium.entry:
             raise HotplugError(
                 f"migrate {medium.volume.node}: its partition table was changed meanwhile; try "
@@ -146,20 +138,18 @@ def _move(
 
     Raises: HotplugError.
     """
-    directory, entry, rule = medium.directory, medium.entry, medium.rule
+    directory = medium.directory
     new = blobs.parse(head.new_blob, head.after)
-    with temporary_mapping.through_key(
-        hold, "migrate-to", entry, rule=rule, blob=new, directory=directory
-    ) as after:
+    with medium.through_key(hold, "migrate-to", new) as after:
         if isinstance(medium.found, Untouched):
             with store.folder(directory) as folder:
                 migration_journal.create(folder.opened, directory, head)
         with migration_journal.opened(directory, head) as migration:
             _mark_and_reencrypt(medium, hold, (before, after), migration, count)
             through = f"migrate {shown(head.name)}: through its new key"
-            checks.require_filesystem(after, rule, through)
+            checks.require_filesystem(after, medium.rule, through)
             kept = _swap_blobs(directory, head)
-            marked_partition.write(hold, entry.number, head.identity)
+            marked_partition.write(hold, medium.entry.number, head.identity)
             _remove_journal(directory, head)
     return kept
 

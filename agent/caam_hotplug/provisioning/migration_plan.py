@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from caam_hotplug.config.rules import Rule
 from caam_hotplug.errors import shown
 from caam_hotplug.formats import blobs, crypt_table, recovery_files
-from caam_hotplug.kernel import gpt
+from caam_hotplug.kernel import disks, gpt
 from caam_hotplug.keys import backends, store
-from caam_hotplug.model import SECTOR_BYTES, Volume
-from caam_hotplug.provisioning import migration_journal
+from caam_hotplug.model import SECTOR_BYTES, Mapping, Volume
+from caam_hotplug.provisioning import migration_journal, temporary_mapping
 from caam_hotplug.provisioning.migration_stage import Begun, Untouched
 from caam_hotplug.provisioning.options import MigrateOptions
 
@@ -69,6 +70,14 @@ class MediumToMigrate:
     def on_disk(self) -> Volume:
         """The partition as a part of its disk, from its own start on."""
         return replace(self.disk, size=self.entry.length)
+
+    def through_key(
+        self, hold: disks.Held, purpose: temporary_mapping.Purpose, blob: blobs.Blob
+    ) -> AbstractContextManager[Mapping]:
+        """Map the partition under a blob's key while the context is open. Raises: HotplugError."""
+        return temporary_mapping.through_key(
+            hold, purpose, self.entry, rule=self.rule, blob=blob, directory=self.directory
+        )
 
     def about(self, filesystem: str, identifier: str) -> recovery_files.About:
         """Describe the medium, as in the new recovery file with this identifier."""

@@ -161,14 +161,7 @@ def _rule_for(volume: Volume, identity: gpt.Identity, config: Config) -> tuple[R
 
 def _check_done(medium: MediumToMigrate, hold: disks.Held) -> None:
     """Check that medium and blob both have such a key. Raises: HotplugError if the blob alone."""
-    with temporary_mapping.through_key(
-        hold,
-        "migrate-from",
-        medium.entry,
-        rule=medium.rule,
-        blob=medium.old,
-        directory=medium.directory,
-    ) as mapping:
+    with medium.through_key(hold, "migrate-from", medium.old) as mapping:
         through = (
             f"migrate {medium.volume.node}: {shown(medium.blob_file)} is "
             f"{blobs.key_of(blobs.backend_of(medium.old))}'s already, and through that"
@@ -219,9 +212,7 @@ def _check_new(
     checks.require_migratable(options, rule, hold.disk, medium.data_start_bytes, medium.label)
     _require_names_free(medium, others)
     backends.BACKENDS[medium.method.backend].require_master(medium.method, directory)
-    with temporary_mapping.through_key(
-        hold, "migrate-from", medium.entry, rule=rule, blob=medium.old, directory=directory
-    ) as mapping:
+    with medium.through_key(hold, "migrate-from", medium.old) as mapping:
         through = f"migrate {medium.volume.node}: through its key"
         filesystem = checks.require_filesystem(mapping, rule, through)
         recovery, file = None, options.recovery_file
