@@ -78,7 +78,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_ho
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'instead of /etc/caam-hotplug/agent.toml; drop-ins are in rules.d/ beside it'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using explain; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_devices)" -d 'a device node such as /dev/sdb1'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a provision -d 'Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a partition of the label, a filesystem. What the disk is seen to hold is erased only if --erase names the disk; raw data look like none.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a provision -d 'Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a partition of the label, a'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l label -x -d 'the partition'"'"'s label, and the name of blob, mount point and rule'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using provision' -l fs -xka "ext4 xfs btrfs f2fs vfat exfat" -d 'default: ext4'

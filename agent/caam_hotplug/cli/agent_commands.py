@@ -12,12 +12,12 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from caam_hotplug import names
+from caam_hotplug.cli import options
 from caam_hotplug.errors import HotplugError
 
 if TYPE_CHECKING:
     from caam_hotplug.dbus.client import Remote
 
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     _Work = Callable[[Remote, argparse.Namespace], Coroutine[Any, Any, None]]
 
 NOT_RUNNING: Final = 3
@@ -41,7 +41,7 @@ agent-stopped), time_us, and volume, except for the agent's own events.
 """
 
 
-def add_commands(commands: _Commands) -> None:
+def add_commands(commands: options.Commands) -> None:
     """Add the commands that ask the running agent to the parser."""
     _add_status(commands)
     _add_watch(commands)
@@ -63,7 +63,7 @@ def add_commands(commands: _Commands) -> None:
     )
 
 
-def _add_status(commands: _Commands) -> None:
+def _add_status(commands: options.Commands) -> None:
     counters = 'Beside "volumes" there are "version" and "counters" (how often each state was '
     status = _add(
         commands,
@@ -80,7 +80,7 @@ def _add_status(commands: _Commands) -> None:
     status.add_argument("--json", action="store_true", help="all, for programs")
 
 
-def _add_watch(commands: _Commands) -> None:
+def _add_watch(commands: options.Commands) -> None:
     watch = _add(
         commands,
         "watch",
@@ -92,7 +92,7 @@ def _add_watch(commands: _Commands) -> None:
     watch.add_argument("--json", action="store_true", help="a JSON object on every line")
 
 
-def _add_eject(commands: _Commands) -> None:
+def _add_eject(commands: options.Commands) -> None:
     eject = _add(
         commands,
         "eject",
@@ -106,7 +106,7 @@ def _add_eject(commands: _Commands) -> None:
 
 
 def _add(
-    commands: _Commands,
+    commands: options.Commands,
     name: str,
     work: _Work,
     summary: str,
@@ -115,12 +115,12 @@ def _add(
     more: str,
 ) -> argparse.ArgumentParser:
     lines = "".join(f"  {names.PROGRAM} {example}\n" for example in examples)
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
+        summary,
         epilog=f"{more}\nexamples:\n{lines}\n{EXIT_STATUS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{summary[0].upper()}{summary[1:]}.",
     )
     parser.set_defaults(command=lambda parsed: _ask(name, work, parsed), name=name)
     return parser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,10 +16,6 @@ from caam_hotplug.formats.blobs import KEY_TYPES, Blob, Encrypted, Tagged, Trust
 
 if TYPE_CHECKING:
     from caam_hotplug.config import loader
-
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-    _AddConfig = Callable[[argparse.ArgumentParser], None]
-    _Load = Callable[[argparse.Namespace], loader.Config]
 
 _EXAMPLES: Final = """\
 examples:
@@ -35,13 +30,13 @@ _SUFFIX: Final = ".bb"
 _KINDS: Final = {Tagged: "black blob", Trusted: "trusted key", Encrypted: "encrypted key"}
 
 
-def add_to(commands: _Commands, add_config: _AddConfig, load: _Load) -> None:
+def add_to(commands: options.Commands, add_config: options.AddConfig, load: options.Load) -> None:
     """Add the command `key`."""
-    key = commands.add_parser(
+    key = options.add_command(
+        commands,
         "key",
-        help="make, list and inspect the keys of this board",
+        "make, list and inspect the keys of this board",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = key.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -49,24 +44,24 @@ def add_to(commands: _Commands, add_config: _AddConfig, load: _Load) -> None:
     _add_reading(verbs, add_config, load)
 
 
-def _add_making(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
+def _add_making(verbs: options.Commands, add_config: options.AddConfig, load: options.Load) -> None:
     """Add `create` and `enroll`."""
-    create = verbs.add_parser(
+    create = options.add_command(
+        verbs,
         "create",
-        help="make a key that only the CAAM knows; no medium is touched",
+        "make a key that only the CAAM knows; no medium is touched",
         epilog="example:\n  caam-hotplug key create spare-01 --key-bytes 32 --seal ccm",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     create.add_argument("name", metavar="NAME", help="the blob is NAME.bb in the blob directory")
     options.add_seal_options(create)
     add_config(create)
     create.set_defaults(command=lambda parsed: _create(parsed, load(parsed)))
 
-    enroll = verbs.add_parser(
+    enroll = options.add_command(
+        verbs,
         "enroll",
-        help="seal the key of a recovery file for this board, so that it opens the medium too",
+        "seal the key of a recovery file for this board, so that it opens the medium too",
         epilog="example:\n  caam-hotplug key enroll cartridge-01 --from cartridge-01.recovery",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     enroll.add_argument("name", metavar="NAME", help="the label of the medium")
     enroll.add_argument(
@@ -77,23 +72,25 @@ def _add_making(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
     enroll.set_defaults(command=lambda parsed: _enroll(parsed, load(parsed)))
 
 
-def _add_reading(verbs: _Commands, add_config: _AddConfig, load: _Load) -> None:
+def _add_reading(
+    verbs: options.Commands, add_config: options.AddConfig, load: options.Load
+) -> None:
     """Add `list` and `inspect`."""
-    listing = verbs.add_parser(
+    listing = options.add_command(
+        verbs,
         "list",
-        help="list the blobs of this board",
+        "list the blobs of this board",
         epilog="example:\n  caam-hotplug key list --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listing.add_argument("--json", action="store_true", help="for programs")
     add_config(listing)
     listing.set_defaults(command=lambda parsed: _list(parsed, load(parsed)))
 
-    inspect = verbs.add_parser(
+    inspect = options.add_command(
+        verbs,
         "inspect",
-        help="show a blob's header; none of it is secret",
+        "show a blob's header; none of it is secret",
         epilog="example:\n  caam-hotplug key inspect /data/caam/cartridge-01.bb",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="for programs")

@@ -21,9 +21,9 @@ from caam_hotplug.errors import ConfigError, HotplugError, shown
 if TYPE_CHECKING:
     import argparse
 
+    from caam_hotplug.cli.options import Commands
     from caam_hotplug.config import loader
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Parsed = argparse.Namespace | SimpleNamespace
 
 _EXAMPLES = """\
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     provision.add_to(commands, _add_config, _load_to_act)
     keys.add_to(commands, _add_config, _load_to_act)
     migrate.add_to(commands, _add_config, _load_to_act)
-    _add_doctor(commands, argparse.RawDescriptionHelpFormatter)
+    _add_doctor(commands)
     # Without help: only the agent asks it, through its socket. Users have `status`.
     holders = commands.add_parser("holders")
     holders.set_defaults(command=_holders)
@@ -189,16 +189,12 @@ def _add_check_and_explain(commands: Commands) -> None:
     explain.set_defaults(command=_explain)
 
 
-def _add_doctor(
-    commands: Commands,
-    formatter: type[argparse.HelpFormatter],
-) -> None:
-    doctor = commands.add_parser(
-        "doctor",
-        help="check what the agent needs on this board, and say what to do",
-        description=_DOCTOR,
-        epilog=_DOCTOR_EPILOG,
-        formatter_class=formatter,
+def _add_doctor(commands: Commands) -> None:
+    from caam_hotplug.cli import options  # noqa: PLC0415
+
+    summary = "check what the agent needs on this board, and say what to do"
+    doctor = options.add_command(
+        commands, "doctor", summary, epilog=_DOCTOR_EPILOG, description=_DOCTOR
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     _add_config(doctor)

@@ -46,18 +46,11 @@ _LINE_EVERY: Final = 10
 """Per cent between two lines, if there is no terminal."""
 
 
-def add_to(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_config: Callable[[argparse.ArgumentParser], None],
-    load: Callable[[argparse.Namespace], loader.Config],
-) -> None:
+def add_to(commands: options.Commands, add_config: options.AddConfig, load: options.Load) -> None:
     """Add the command `migrate`."""
-    parser = commands.add_parser(
-        "migrate",
-        help="move a medium to a key of another kind, where it is",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    summary = "move a medium to a key of another kind, where it is"
+    parser = options.add_command(
+        commands, "migrate", summary, epilog=_EXAMPLES, description=_DESCRIPTION
     )
     parser.add_argument(
         "volume", metavar="VOLUME", help="the partition's label, or its device such as /dev/sdb1"

@@ -1,16 +1,35 @@
-"""Options that several commands have: how a key is sealed, and whether the run is dry."""
+"""What several commands have in common: how they are added, seal options, --dry-run."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
 
 if TYPE_CHECKING:
+    from caam_hotplug.config import loader
     from caam_hotplug.keys import backends
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    AddConfig = Callable[[argparse.ArgumentParser], None]
+    Load = Callable[[argparse.Namespace], loader.Config]
+
+
+def add_command(
+    commands: Commands, name: str, summary: str, *, epilog: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a command whose description and epilog are printed line by line as they are."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_seal_options(parser: argparse.ArgumentParser, *, makes_key: bool = True) -> None:

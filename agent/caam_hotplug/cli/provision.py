@@ -21,6 +21,11 @@ _RELOAD_WITHIN_S: Final = 60.0
 """More than a sound agent needs. The medium is locked meanwhile."""
 FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
 
+_DESCRIPTION: Final = """\
+Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a partition of the label, a
+filesystem. Content that is found on the disk is erased only if --erase names the disk. Raw data
+cannot be told from a blank disk.
+"""
 _EXAMPLES: Final = """\
 examples:
   caam-hotplug provision /dev/sdb --label cartridge-01
@@ -45,20 +50,14 @@ exit status: 0 done; 1 refused or failed, the reason is on standard error; 2 wro
 """
 
 
-def add_to(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    add_config: Callable[[argparse.ArgumentParser], None],
-    load: Callable[[argparse.Namespace], loader.Config],
-) -> None:
+def add_to(commands: options.Commands, add_config: options.AddConfig, load: options.Load) -> None:
     """Add the command `provision`."""
-    parser = commands.add_parser(
+    parser = options.add_command(
+        commands,
         "provision",
-        help="make an encrypted medium of a whole disk, with a new key of this board",
-        description="Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a "
-        "partition of the label, a filesystem. What the disk is seen to hold is erased only if "
-        "--erase names the disk; raw data look like none.",
+        "make an encrypted medium of a whole disk, with a new key of this board",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_DESCRIPTION,
     )
     _add_medium_options(parser)
     options.add_seal_options(parser)
