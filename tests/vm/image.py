@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,15 +32,16 @@ GUEST_PACKAGES: Final = [
     "e2fsprogs", "dosfstools", "exfatprogs", "fdisk", "gdisk", "kmod", "procps", "strace",
     "libglib2.0-bin", "swtpm", "tpm2-tools",
 ]  # fmt: skip
-GUEST_PYTHON: Final = [
-    "sdbus>=0.14",
-    "pytest>=8.2",
-    "pytest-asyncio>=1.0",
-    "pytest-timeout>=2.3",
-    "coverage>=7.4",
-    "cryptography>=42",
-    "hypothesis>=6.100",
+_PROJECT: Final = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]
+_NEEDED: Final = {
+    "coverage", "cryptography", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "sdbus",
+}  # fmt: skip
+GUEST_PYTHON: Final[list[str]] = [
+    requirement
+    for requirement in _PROJECT["optional-dependencies"]["dev"]
+    if re.split("[<>=]", requirement, maxsplit=1)[0] in _NEEDED
 ]
+"""Requirements of the tests that run in the guest."""
 MODULES: Final = [
     "virtio_pci", "virtio_blk", "virtio_console", "virtio_scsi", "virtio_rng", "squashfs",
     "overlay", "9p", "9pnet_virtio", "ext4", "vfat", "exfat", "xfs", "btrfs", "f2fs",
