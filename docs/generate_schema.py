@@ -195,11 +195,11 @@ def _default(field: Field[Any]) -> Schema:
         return {}
     if isinstance(value, tuple) and any(map(is_dataclass, value)):
         return {}
-    return {"default": _json(value)}
+    return {"default": as_written(value)}
 
 
-def _json(value: Any) -> Any:
-    """Spell a value as a file would. Raises: NoSchemaError."""
+def as_written(value: Any) -> Any:
+    """Return a value as TOML gives it. Raises: NoSchemaError."""
     match value:
         case Enum():
             return value.value
@@ -208,9 +208,9 @@ def _json(value: Any) -> Any:
         case Template():
             return value.text
         case tuple():
-            return [_json(item) for item in value]
+            return [as_written(item) for item in value]
         case dict():
-            return {key: _json(item) for key, item in value.items()}
+            return {key: as_written(item) for key, item in value.items()}
         case bool() | int() | float() | str():
             return value
     raise NoSchemaError(f"no rule in docs/generate_schema.py for the default {value!r}")

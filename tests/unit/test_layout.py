@@ -13,8 +13,6 @@ UNIT: Final = REPOSITORY / "tests" / "unit"
 MODULE_LINES: Final = 300
 FUNCTION_LINES: Final = 40
 
-NOT_YET: Final[tuple[str, ...]] = ()
-"""Where modules or functions are still too long."""
 ELSEWHERE: Final = {"dbus": "tests/bus", "volume": "tests/life"}
 """Packages that need a bus or a simulated kernel to be tested."""
 BY_OTHERS: Final = {"keys"}
@@ -22,8 +20,7 @@ BY_OTHERS: Final = {"keys"}
 
 
 def sources() -> list[Path]:
-    found = sorted(AGENT.rglob("*.py"))
-    return [path for path in found if not named(path).startswith(NOT_YET)]
+    return sorted(AGENT.rglob("*.py"))
 
 
 def named(path: Path) -> str:
@@ -76,8 +73,3 @@ def test_every_module_of_unit_tests_begins_with_the_name_of_what_it_tests() -> N
         if not any(subject == one or subject.startswith(f"{one}_") for one in tested):
             strays.append(named(test))
     assert strays == []
-
-
-def test_a_name_on_the_list_of_exceptions_is_there() -> None:
-    for prefix in NOT_YET:
-        assert (REPOSITORY / prefix).exists(), prefix

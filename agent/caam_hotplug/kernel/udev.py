@@ -199,8 +199,8 @@ class Devices:
             raise HotplugError(f"look at {node}: it is no block device") from error
         if sysfs.NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
-        told: Source = self.source if device.is_initialized else "kernel"
-        found = sysfs.volume_at(device.sys_name, _properties(device), told)
+        source: Source = self.source if device.is_initialized else "kernel"
+        found = sysfs.volume_at(device.sys_name, _properties(device), source)
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found

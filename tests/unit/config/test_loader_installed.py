@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import fields, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
+from generate_schema import as_written
 
 from caam_hotplug.config import loader
 from caam_hotplug.config.loader import Config
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, KeySource, MountSettings, Rule
-from caam_hotplug.config.templates import Template
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.kernel.config_files import AnyonesFiles
 from unit.config.files import (
@@ -54,30 +53,14 @@ def test_a_default_that_the_installed_file_shows_is_the_default() -> None:
     first = table["rule"][0]
     del table["rule"], first["name"]
     shown_match = first.pop("match")
-    assert table == {key: plain(getattr(Config(), key)) for key in table}
+    assert table == {key: as_written(getattr(Config(), key)) for key in table}
     builtin = BUILT_IN[0]
     for part in ("key", "crypt", "mount"):
         shown = first.pop(part)
-        assert shown == {key: plain(getattr(getattr(builtin, part), key)) for key in shown}
-    assert first == {key: plain(getattr(builtin, key)) for key in first}
+        assert shown == {key: as_written(getattr(getattr(builtin, part), key)) for key in shown}
+    assert first == {key: as_written(getattr(builtin, key)) for key in first}
     for key in ("bus", "removable", "partlabel", "devtype"):
-        assert shown_match[key] == plain(getattr(builtin.match, key))
-
-
-def plain(value: Any) -> Any:
-    """Spell a value as TOML gives it."""
-    match value:
-        case Enum():
-            return value.value
-        case Path():
-            return str(value)
-        case Template():
-            return value.text
-        case tuple():
-            return [plain(item) for item in value]
-        case dict():
-            return {key: plain(item) for key, item in value.items()}
-    return value
+        assert shown_match[key] == as_written(getattr(builtin.match, key))
 
 
 @pytest.mark.parametrize("line", SINGLE)
