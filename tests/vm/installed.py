@@ -24,6 +24,9 @@ NO_RESTART: Final = f"/etc/systemd/system/{UNIT}.d/no-restart.conf"
 NEVER: Final = b"[Unit]\nConditionPathExists=!/run/stays-dead\n[Service]\nRestart=no\n"
 """Content of that file; after a kill no event starts the agent either."""
 
+FOLLOW_S: Final = 30
+"""How long `until_said` follows the journal before it begins anew."""
+
 Kernel = Literal["nxp", "mainline"]
 """Support of the guest's kernel for the CAAM; see inside/board-kernel."""
 
@@ -72,12 +75,17 @@ class InstalledAgent:
 
         Returns the matching lines. Raises: AssertionError with the journal after the deadline.
         """
+        # journalctl -f can miss a line for good, so it begins anew now and then.
         follow = shlex.join([*self._journal, "-n", "all", "-f"])
-        script = f"grep -m{times} -E -- {shlex.quote(pattern)} < <({follow})"
+        found = f"grep -m{times} -E -- {shlex.quote(pattern)} < <({follow})"
+        rounds = -(-deadline_s // FOLLOW_S)
+        script = (
+            f"for ((n = 0; n < {rounds}; n++)); do "
+            f"timeout {FOLLOW_S} bash -c {shlex.quote(found)} && exit; done; exit 1"
+        )
         done = await self.guest.run(
-            "timeout", f"{deadline_s}", "bash", "-c", script, check=False,
-            timeout_s=deadline_s + 10,
-        )  # fmt: skip
+            "bash", "-c", script, check=False, timeout_s=deadline_s + 10 * rounds
+        )
         assert done.returncode == 0, f"not logged: {pattern}\n{await self.journal()}"
         return done.stdout
 
