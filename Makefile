@@ -83,6 +83,7 @@ demo: setup
 	@$(BED) demo
 
 soak: setup
+	tests/run-all -m soak
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
 

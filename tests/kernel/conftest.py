@@ -258,7 +258,8 @@ def _unreported(item: pytest.Item, run: GuestRun) -> pytest.TestReport:
 def _command(selected: list[str], *, covered: bool) -> str:
     files = dict.fromkeys(f"/src/{nodeid.partition('::')[0]}" for nodeid in selected)
     pytest_itself = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir=/src"]
-    command = ["python3", *pytest_itself, "-c", "/src/pyproject.toml", *files]
+    marks = ["-m", ""]  # any: these tests are selected already
+    command = ["python3", *pytest_itself, "-c", "/src/pyproject.toml", *marks, *files]
     if covered:
         options = ["--branch", "--source=caam_hotplug"]
         options.append(f"--data-file={COVERAGE_IN_GUEST}/.coverage")

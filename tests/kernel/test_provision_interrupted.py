@@ -23,8 +23,16 @@ from kernel.provisioning import (
 from kernel.witness import attempt, run
 
 
-def numbered(calls: tuple[str, ...]) -> list[object]:
-    return [pytest.param(n, id=f"{n}-{call.replace(' ', '-')}") for n, call in enumerate(calls, 1)]
+def numbered(calls: tuple[str, ...], every: int = 1) -> list[object]:
+    """All calls by their numbers; those between, if not `every` call is tried, in the soak."""
+    return [
+        pytest.param(n, id=f"{n}-{call.replace(' ', '-')}", marks=sampled(n, every))
+        for n, call in enumerate(calls, 1)
+    ]
+
+
+def sampled(number: int, every: int) -> list[pytest.MarkDecorator]:
+    return [] if number % every == 0 else [pytest.mark.soak]
 
 
 @pytest.mark.parametrize("call", numbered(CALLS))
@@ -47,7 +55,7 @@ KEYS = CALLS[:9] + RECOVERY_CALLS + CALLS[9:17] + RECOVERY_SETTLED
 """Until the medium relies on its keys."""
 
 
-@pytest.mark.parametrize("call", numbered(KEYS))
+@pytest.mark.parametrize("call", numbered(KEYS, every=3))
 def test_killed_after_any_call_that_makes_its_keys_the_recovery_key_stays_the_mediums(
     bench: Bench, call: int
 ) -> None:
@@ -60,7 +68,9 @@ def test_killed_after_any_call_that_makes_its_keys_the_recovery_key_stays_the_me
     assert not list(bench.folder.glob(".*"))
 
 
-@pytest.mark.parametrize("write", range(1, 12))
+@pytest.mark.parametrize(
+    "write", [pytest.param(n, marks=sampled(n, every=3)) for n in range(1, 12)]
+)
 def test_killed_between_any_two_writes_to_the_table_an_erased_medium_is_completed(
     bench: Bench, write: int
 ) -> None:
