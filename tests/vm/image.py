@@ -29,8 +29,8 @@ DEFAULT_KERNEL: Final = "6.1"
 GUEST_PACKAGES: Final = [
     "systemd", "systemd-sysv", "udev", "dbus", "python3", "python3-pyudev", "python3-keyutils",
     "dmsetup", "libdevmapper1.02.1", "cryptsetup-bin", "keyutils", "libkeyutils1", "libblkid1",
-    "e2fsprogs", "dosfstools", "exfatprogs", "fdisk", "gdisk", "kmod", "procps", "strace",
-    "libglib2.0-bin", "swtpm", "tpm2-tools",
+    "e2fsprogs", "dosfstools", "exfatprogs", "xfsprogs", "btrfs-progs", "f2fs-tools", "fdisk",
+    "gdisk", "kmod", "procps", "strace", "libglib2.0-bin", "swtpm", "tpm2-tools",
 ]  # fmt: skip
 _PROJECT: Final = tomllib.loads((HERE.parents[1] / "pyproject.toml").read_text())["project"]
 _NEEDED: Final = {
@@ -49,7 +49,8 @@ MODULES: Final = [
     "dm-flakey", "dm-delay", "dm-zero", "xhci-pci", "usb-storage", "uas", "sd_mod", "sdhci-pci",
     "mmc_block", "scsi_debug", "cbc", "ecb", "ccm", "ctr", "xts", "essiv", "aes_generic",
     "aesni-intel", "sha256_generic", "sha256_ssse3", "crc32c_generic", "crc32c-intel",
-    "libcrc32c", "algif_skcipher", "algif_hash", "tpm_vtpm_proxy",
+    "libcrc32c", "crc32_generic", "algif_skcipher", "algif_hash", "tpm_vtpm_proxy",
+    "dummy_hcd", "libcomposite", "usb_f_mass_storage", "usb_f_acm", "cdc-acm",
 ]  # fmt: skip
 INITRD_MODULES: Final = ["virtio_pci", "virtio_blk", "squashfs", "overlay"]
 MAINLINE_SOURCES: Final = [

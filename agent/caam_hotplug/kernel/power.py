@@ -12,6 +12,7 @@ from typing import Final
 
 from caam_hotplug.errors import DeviceInUseError, KernelError
 from caam_hotplug.kernel import sysfs
+from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.model import Volume, VolumeId
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ _SG_DXFER_NONE: Final = -1
 _START_STOP: Final = bytes([0x1B, 0, 0, 0, 0, 0])
 """START STOP UNIT with neither START nor LOEJ: stop (SBC-4, 5.25)."""
 _BUILT_IN: Final = {"fixed", "hardwired"}
+_SCSI_TYPES: Final = "*:*/host*/target*/*/type"
+"""Below a USB device: the type of each of its SCSI devices."""
+_ENCLOSURE: Final = "13"
 _TIMEOUT_MS: Final = 10_000
 
 
@@ -57,7 +61,7 @@ class _SgIo(ctypes.Structure):
 def off(volume: Volume) -> None:
     """Stop the volume's disk and switch its USB port off, as far as they can be.
 
-    A port stays on for a reader that is built in, or that has other disks: cards in other slots.
+    A port stays on for a reader that is built in, and for a device that is more than this disk.
     Raises: DeviceInUseError if the disk or one of its partitions is in use; KernelError (ENODEV if
     another medium is in its place). Blocks for I/O. Source: sd(4), SBC-4;
     Documentation/ABI/testing/sysfs-bus-usb (`remove`).
@@ -115,22 +119,55 @@ def _stop(opened: int, node: str) -> None:
 
 
 def _switch_port_off(disk: Path) -> None:
-    """Disconnect the USB device above the disk, if there is one with no other disk."""
-    for above in disk.parents:
-        remove = above / "remove"
-        if (above / "busnum").exists() and remove.exists():
-            disks = [b for b in _SYS_BLOCK.iterdir() if b.resolve().parent.name == "block"]
-            others = [b for b in disks if above in b.resolve().parents and b.name != disk.name]
-            if others or _is_built_in(above):
-                return
-            try:
-                remove.write_text("1")
-            except OSError as error:
-                raise KernelError("switch off the port of", str(above), error.errno or 0) from error
+    """Disconnect the USB device that the disk belongs to, if the device is nothing but this disk.
+
+    `remove` takes the whole device away. Its other functions, in use or not, stay where they are,
+    and then so does the disk, stopped. No hub is asked.
+    """
+    device = next((above for above in disk.parents if (above / "busnum").exists()), None)
+    if device is None or not (device / "remove").exists():
+        return
+    with reported_as("switch off the port of", str(device)):
+        if _is_built_in(device):
             return
+        others = [*_other_interfaces(device, disk), *_other_units(device, disk)]
+        if others:
+            log.info("%s: its port stays on; the device has %s", disk.name, ", ".join(others))
+            return
+        (device / "remove").write_text("1")
 
 
 def _is_built_in(device: Path) -> bool:
     """Return whether the board's description calls the USB device built in: not to be replugged."""
     described = (device / "removable", device / "port" / "connect_type")
     return any(file.exists() and file.read_text().strip() in _BUILT_IN for file in described)
+
+
+def _other_interfaces(device: Path, disk: Path) -> list[str]:
+    """Name the USB device's interfaces but for the disk's own, with their class.
+
+    One without a driver counts: programs use it through /dev/bus/usb. Source:
+    Documentation/ABI/testing/sysfs-bus-usb (`bInterfaceClass`).
+    """
+    classes = device.glob("*:*/bInterfaceClass")
+    others = {file.parent: file.read_text().strip() for file in classes}
+    return [
+        f"interface {folder.name} (class {number})"
+        for folder, number in sorted(others.items())
+        if folder not in disk.parents
+    ]
+
+
+def _other_units(device: Path, disk: Path) -> list[str]:
+    """Name the USB device's other disks, such as cards in other slots, and its other SCSI devices.
+
+    The enclosure of a disk is no other use of it. Source: SPC-4, peripheral device types.
+    """
+    blocks = (block.resolve() for block in _SYS_BLOCK.iterdir())
+    disks = [b for b in blocks if b.parent.name == "block" and device in b.parents and b != disk]
+    types = {file.parent: file.read_text().strip() for file in device.glob(_SCSI_TYPES)}
+    units = [u for u, type_ in types.items() if u not in disk.parents and type_ != _ENCLOSURE]
+    return [
+        *sorted(found.name for found in disks),
+        *sorted(f"SCSI device {unit.name}" for unit in units if not (unit / "block").exists()),
+    ]
