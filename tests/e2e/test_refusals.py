@@ -16,6 +16,9 @@ python3 - <<X
 blob = bytearray(open("cartridge-01.bb", "rb").read())
 blob[50] ^= 4
 open("cartridge-flipped.bb", "wb").write(blob)
+blob[50] ^= 4
+blob[8] = 5
+open("cartridge-trusted.bb", "wb").write(blob)
 X
 mkfifo cartridge-fifo.bb
 mkdir cartridge-directory.bb
@@ -31,6 +34,8 @@ MESSAGES = {
     "60 bytes, the tag header says 96",
     "flipped": "failed: the CAAM refused the blob: damaged, sealed on another chip, or sealed in "
     "another security state of this one",
+    "trusted": "failed: read blob /data/caam/cartridge-trusted.bb: has tag type 5: black key, ECB, "
+    "for trusted descriptors; tk(...) needs a black key, type 1 (ECB) or 9 (CCM)",
     "fifo": "failed: read blob /data/caam/cartridge-fifo.bb: is not a regular file",
     "directory": "failed: read blob /data/caam/cartridge-directory.bb: is not a regular file",
     "symlink": "failed: read blob /data/caam/cartridge-symlink.bb: is a symbolic link",

@@ -21,6 +21,7 @@ DEVICE: Final = FOLDER / "not-a-caam"
 DEVICE.touch()
 
 MAGIC: Final = 0x5461674F
+TYPES: Final = (1, 9)
 numbers = st.sampled_from([0, 1, 15, 16, 36, 64, 65, 76, 124, 125, 2**31, 2**32 - 1])
 any_number = numbers | st.integers(0, 2**32 - 1)
 payloads = st.integers(0, 140).map(bytes) | st.binary(max_size=140)
@@ -30,7 +31,7 @@ payloads = st.integers(0, 140).map(bytes) | st.binary(max_size=140)
 def headed(draw: st.DrawFn) -> bytes:
     """Draw a tag header, valid or with any field wrong, and a payload."""
     payload = draw(payloads)
-    fields = [MAGIC, 0, draw(any_number), draw(st.integers(16, 64)), len(payload)]
+    fields = [MAGIC, 0, draw(st.sampled_from(TYPES)), draw(st.integers(16, 64)), len(payload)]
     for field in draw(st.sets(st.integers(0, 4), max_size=2)):
         fields[field] = draw(any_number)
     return struct.pack(draw(st.sampled_from(["<5I", ">5I"])), *fields) + payload
@@ -44,9 +45,9 @@ def is_one(content: bytes) -> bool:
     """Whether the bytes have a black blob's form, by the table in blobs.py."""
     if not 20 <= len(content) <= 144:
         return False
-    magic, version, _, red, length = struct.unpack_from("=5I", content)
-    whole = length == len(content) - 20
-    return (magic, version) == (MAGIC, 0) and 16 <= red <= 64 and whole and length >= red + 48
+    magic, version, kind, red, length = struct.unpack_from("=5I", content)
+    whole = length == len(content) - 20 and length >= red + 48
+    return (magic, version) == (MAGIC, 0) and kind in TYPES and 16 <= red <= 64 and whole
 
 
 def read_or_refuse(

@@ -9,12 +9,12 @@
     offset  field of the tag header, in host order
     0       u32 magic 0x5461674f
     4       u32 version, 0
-    8       u32 type: bit 0 black, bit 2 trusted descriptor, bit 3 CCM
+    8       u32 type: bit 0 black, 1 blob, 2 trusted descriptors, 3 CCM, 4 secure memory, 5-6 state
     12      u32 length of the red key, in bytes
     16      u32 length of the object that follows, in bytes
 
-Source: the caam_keygen driver of NXP's kernels (linux-imx, drivers/crypto/caam/caamkeygen.c);
-trusted-encrypted.rst in the kernel's documentation.
+Source: the caam_keygen driver of NXP's kernels (linux-imx, drivers/crypto/caam/caamkeygen.c and
+tag_object.h); trusted-encrypted.rst in the kernel's documentation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,15 @@ MAX_BYTES: Final = 4096
 
 _TAG: Final = struct.Struct("=5I")
 _TAG_MAGIC: Final = 0x5461674F
-_TYPE_CCM: Final = 1 << 3
+_SEALS: Final[dict[int, Seal]] = {1: "ecb", 9: "ccm"}
+"""Types of a black key, by its seal. The driver takes all others, too."""
+_TYPE_BITS: Final = (
+    (1 << 2, "for trusted descriptors"),
+    (1 << 4, "in secure memory"),
+    (1 << 5, "of the secure state"),
+    (1 << 6, "of the trusted state"),
+    (~0x7F, "with unknown bits"),
+)
 _BLOB_OVERHEAD: Final = 48
 _CCM_OVERHEAD: Final = 12
 _KEY_BYTES: Final = range(16, 65)
@@ -182,6 +190,11 @@ def _tagged(content: bytes) -> Tagged:
     magic, version, kind, red_bytes, object_bytes = _TAG.unpack_from(content)
     if magic != _TAG_MAGIC or version != 0:
         raise BlobError("is not a black blob of caam-keygen (no tag header)")
+    if kind not in _SEALS:
+        raise BlobError(
+            f"has tag type {kind}: {_meaning(kind)}; tk(...) needs a black key, type 1 (ECB) or "
+            "9 (CCM)"
+        )
     if red_bytes not in _KEY_BYTES:
         raise BlobError(f"names a key of {red_bytes} bytes; black keys have 16 to 64")
     if len(content) != _TAG.size + object_bytes:
@@ -195,7 +208,15 @@ def _tagged(content: bytes) -> Tagged:
         raise BlobError(
             "is a black key, not a blob; caam-keygen writes the blob beside it, as NAME.bb"
         )
-    return Tagged(content, kind, "ccm" if kind & _TYPE_CCM else "ecb", red_bytes)
+    return Tagged(content, kind, _SEALS[kind], red_bytes)
+
+
+def _meaning(kind: int) -> str:
+    """Say what a tag type means."""
+    color, what = "black" if kind & 1 else "red", "blob" if kind & 2 else "key"
+    cover = "CCM" if kind & 8 else "ECB"
+    more = [words for bits, words in _TYPE_BITS if kind & bits]
+    return ", ".join([f"{color} {what}", cover, *more])
 
 
 def _trusted_of_hex(text: bytes) -> Trusted:

@@ -114,6 +114,36 @@ def test_the_largest_blob_is_taken_and_one_byte_more_is_not(tmp_path: Path) -> N
     assert refusal(tmp_path) == "has 145 bytes, a black blob at most 144"
 
 
+TYPES = {
+    0: "red key, ECB",
+    2: "red blob, ECB",
+    3: "black blob, ECB",
+    5: "black key, ECB, for trusted descriptors",
+    8: "red key, CCM",
+    11: "black blob, CCM",
+    13: "black key, CCM, for trusted descriptors",
+    17: "black key, ECB, in secure memory",
+    33: "black key, ECB, of the secure state",
+    73: "black key, CCM, of the trusted state",
+    129: "black key, ECB, with unknown bits",
+}
+"""Tag types of no black key that tk(...) takes, and what they are."""
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("wanted", [None, "tagged"])
+def test_a_blob_of_another_tag_type_is_refused_with_its_meaning(
+    tmp_path: Path, kind: int, wanted: blobs.Backend | None
+) -> None:
+    (tmp_path / "cartridge.bb").write_bytes(blob_of(kind=kind))
+    with pytest.raises(BlobError) as caught:
+        blob_files.read(tmp_path, "cartridge.bb", wanted)
+    assert str(caught.value) == (
+        f"read blob {tmp_path}/cartridge.bb: has tag type {kind}: {TYPES[kind]}; tk(...) needs a "
+        "black key, type 1 (ECB) or 9 (CCM)"
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
