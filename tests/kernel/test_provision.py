@@ -14,7 +14,9 @@ import pytest
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import disks, mkfs
 from kernel import witness
+from kernel.cartridges import KEY
 from kernel.provisioning import CALLS, LABEL, TRIED, Bench, opened_on_a_pc, refused, unchanged
+from kernel.real import BLOBS
 from kernel.witness import Board, run
 
 
@@ -139,6 +141,51 @@ def test_a_medium_that_holds_something_is_erased_only_by_its_name(
     bench.is_made()
     # As a medium of another label it holds something, too, and its own blob is never replaced.
     assert "it holds a partition table (gpt)" in refused(bench, bench.node, "--label", "other")
+
+
+WHOLE = """
+[[rule]]
+name = "archives"
+match.devtype = "disk"
+match.bus = "scsi"
+key.blob = "archive.bb"
+mount.name = "archive"
+"""
+
+
+def test_a_whole_disk_of_this_board_is_erased_only_by_its_name(bench: Bench) -> None:
+    bench.blobs.mkdir(mode=0o700)
+    blob = bench.blobs / "archive.bb"
+    blob.write_bytes((BLOBS / "cartridge-01.bb").read_bytes())
+    bench.config.write_text(bench.config.read_text() + WHOLE)
+    sectors = run("blockdev", "--getsz", bench.node).strip()
+    table = f"0 {sectors} crypt aes-cbc-plain {KEY.hex()} 0 {bench.node} 0"
+    run("dmsetup", "create", "whole", "--table", table)
+    try:
+        run("mkfs.ext4", "-q", "/dev/mapper/whole")
+        options = (bench.node, "--label", LABEL)
+        erase = ("--erase", bench.medium.disk.name)
+        assert "it is in use: mapping whole lies on it" in refused(bench, *options, *erase)
+    finally:
+        run("dmsetup", "remove", "--retry", "whole")
+    words = (
+        f"provision {bench.node}: it holds the volume of rule 'archives': ext4 (a filesystem, or a "
+        f"header), under the key of {blob}; if all of it may be lost, say so with --erase"
+    )
+    assert words in refused(bench, *options)
+    assert words in refused(bench, *options, "--dry-run")
+    blob.unlink()
+    assert "it holds something that no program here knows, at byte" in refused(bench, *options)
+    assert bench.provision(*erase).status == 0
+    bench.is_made()
+
+
+def test_noise_on_a_medium_is_erased_only_by_its_name(bench: Bench) -> None:
+    bench.holds(bytes(3 << 20) + os.urandom(1 << 20))
+    said = refused(bench, bench.node, "--label", LABEL)
+    assert "it holds something that no program here knows, at byte 31" in said
+    assert bench.provision("--erase", bench.medium.disk.name).status == 0
+    bench.is_made()
 
 
 def partitioned(bench: Bench) -> str:
@@ -267,7 +314,10 @@ def test_a_board_without_the_driver_changes_nothing(bench: Bench) -> None:
     assert "is the kernel's caam_keygen driver there?" in said
 
 
-def test_a_program_that_is_not_installed_is_named_with_its_package() -> None:
+def test_a_program_that_is_not_installed_is_named_with_its_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mkfs, "_FOLDERS", ("/nowhere",))
     with pytest.raises(HotplugError, match=r"mkfs.btrfs is not installed.*btrfs-progs"):
         mkfs.program("btrfs")
 

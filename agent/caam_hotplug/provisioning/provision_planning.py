@@ -58,7 +58,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
     """
     disk, directory = hold.disk, config.blob_directory
     keys = find_keys(options, directory)
-    medium = examine(options, hold, keys, directory)
+    medium = examine(options, hold, keys, config)
     _require_erasable(options, hold, medium)
     notes: tuple[str, ...] = ()
     if medium.earlier is None:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import BlobError, BlobRejectedError
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import blkid, disks, gpt
 from caam_hotplug.keys import store
-from caam_hotplug.provisioning import marked_partition, temporary_mapping
+from caam_hotplug.provisioning import marked_partition, medium_content, temporary_mapping
 from caam_hotplug.provisioning.options import ProvisionOptions
 
 _UNFINISHED: Final = "a medium that is not finished, begun with another label, key or recovery file"
@@ -59,7 +60,7 @@ class FoundMedium:
 
     earlier: EarlierRun | None = None
     content: str | None = None
-    """The content that would be erased. None if the medium looks blank."""
+    """The content that would be erased. None if the medium reads as blank."""
 
 
 def find_keys(options: ProvisionOptions, directory: Path) -> FoundKeys:
@@ -72,7 +73,7 @@ def find_keys(options: ProvisionOptions, directory: Path) -> FoundKeys:
 
 
 def examine(
-    options: ProvisionOptions, hold: disks.Held, keys: FoundKeys, directory: Path
+    options: ProvisionOptions, hold: disks.Held, keys: FoundKeys, config: Config
 ) -> FoundMedium:
     """Read the earlier runs' work, or the content, off the medium. Raises: HotplugError."""
     entries, blob = gpt.read(hold.reading, hold.disk.node), keys.blob.blob
@@ -84,9 +85,10 @@ def examine(
                 return FoundMedium(EarlierRun(entry, blob, is_finished=False))
             return FoundMedium(content=_UNFINISHED)
         is_named = (identity.type, identity.name) == (marked_partition.LINUX_DATA, options.label)
+        directory = config.blob_directory
         if is_named and blob is not None and _is_finished(options, hold, entry, blob, directory):
             return FoundMedium(EarlierRun(entry, blob, is_finished=True))
-    return FoundMedium(content=blkid.known_contents(hold.disk.node))
+    return FoundMedium(content=medium_content.of(hold, config))
 
 
 def _is_finished(
