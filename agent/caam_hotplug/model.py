@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass, field
 from enum import Enum
-from types import TracebackType
 from typing import Literal, NewType, NoReturn
 
 from caam_hotplug.errors import shown
@@ -194,6 +193,8 @@ class Mount:
     source: str
     read_only: bool
     filesystem: str
+    leaves_journal: bool = False
+    """Whether it shows the medium without the changes that its journal may have."""
     identity: int = field(default=0, compare=False)
     """Number that the kernel gives the mount: unique across places and namespaces."""
 
@@ -267,12 +268,7 @@ class SecretBytes:
     def __enter__(self) -> SecretBytes:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.wipe()
 
     def __len__(self) -> int:

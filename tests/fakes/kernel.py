@@ -22,6 +22,7 @@ from caam_hotplug.errors import (
     MountError,
     MountPointOccupiedError,
 )
+from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import (
@@ -437,7 +438,6 @@ class FakeProcess:
         filesystem_options: Sequence[str],
     ) -> None:
         assert options is not None
-        assert filesystem_options is not None
         with self.kernel.lock:
             found = self.kernel.directories.setdefault(name, "ours")
             point = str(self.mount_root / name)
@@ -445,7 +445,9 @@ class FakeProcess:
                 raise MountPointOccupiedError(f"{point} is not empty")
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
-            self.kernel.mounts.append(Mount(mapping.number, point, node, read_only, kind))
+            unread = mount_options.leaves_journal(filesystem_options)
+            made = Mount(mapping.number, point, node, read_only, kind, leaves_journal=unread)
+            self.kernel.mounts.append(made)
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:

@@ -55,6 +55,40 @@ def test_a_pulled_read_only_stick_was_removed_safely(bench: Bench) -> None:
     assert bench.state(volume) is State.GONE
 
 
+def unclean(*, lasting: bool = False, number: int = errno.EROFS) -> Fault:
+    """Return the refusal of a mount whose journal has changes."""
+    return Fault("mount", MountError("mount", "/dev/dm-0", number), lasting=lasting)
+
+
+def test_an_unclean_journal_of_a_write_protected_medium_is_left_and_that_is_said(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.kernel.faults.append(unclean())
+    volume = bench.insert(read_only=True)
+    bench.settle()
+    assert (bench.state(volume), bench.reason(volume)) == (
+        State.MOUNTED,
+        "at /run/media/cartridge-01, read-only, without what its journal has",
+    )
+    assert "mount /dev/dm-0: Read-only file system; it is write-protected, so it is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("read_only", "fault"),
+    [(False, unclean()), (True, unclean(number=errno.EUCLEAN)), (True, unclean(lasting=True))],
+    ids=["a writable medium", "another error", "an error without the journal, too"],
+)
+def test_a_refusal_for_another_reason_is_an_error(
+    bench: Bench, fault: Fault, *, read_only: bool
+) -> None:
+    bench.kernel.faults.append(replace(fault))
+    volume = bench.insert(read_only=read_only)
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert bench.kernel.mounts == []
+    assert ("without its journal" in bench.reason(volume)) is fault.lasting
+
+
 def test_an_unsafe_removal_is_shown_until_the_next_arrival(bench: Bench) -> None:
     first = bench.insert()
     bench.settle()

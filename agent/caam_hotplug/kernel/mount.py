@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from caam_hotplug.errors import MountBusyError, MountError
+from caam_hotplug.formats import mount_options
 from caam_hotplug.kernel.ctypes_lib import Function, reported_as
 from caam_hotplug.kernel.libc import Libc
 
@@ -29,13 +30,6 @@ _MOUNT_ATTRS: Final = {
     "strictatime": 0x20,
     "nodiratime": 0x80,
     "nosymfollow": 0x200000,
-}
-
-_WITHOUT_REPLAY: Final[dict[str, tuple[str, ...]]] = {
-    "ext4": ("noload",),
-    "xfs": ("norecovery", "nouuid"),
-    "btrfs": ("rescue=nologreplay",),
-    "f2fs": ("norecovery",),
 }
 
 _MNT_DETACH: Final = 2
@@ -72,9 +66,9 @@ def mount(
 def require_readable(node: str, kind: str) -> None:
     """Have the kernel read the filesystem and write nothing, not even what its journal has left.
 
-    Raises: MountError. Blocks for I/O. Source: ext4(5), xfs(5), btrfs(5), f2fs.rst.
+    Raises: MountError. Blocks for I/O.
     """
-    with _superblock(node, kind, _WITHOUT_REPLAY.get(kind, ()), read_only=True):
+    with _superblock(node, kind, mount_options.without_replay(kind), read_only=True):
         pass
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import MountError
+from caam_hotplug.formats import mount_options
 from caam_hotplug.model import DeviceNumber, Mount
 
 _VOLATILE: Final = {"tmpfs", "ramfs"}
@@ -64,13 +65,15 @@ def parse_mount(line: str) -> Mount:
     left, _, right = line.partition(" - ")
     fields, of_superblock = left.split(" "), right.split(" ", 2)
     try:
-        filesystem, source, superblock_options = of_superblock
+        filesystem, source, shown = of_superblock
+        superblock_options = shown.split(",")
         return Mount(
             number=DeviceNumber.from_text(fields[2]),
             point=_unescaped(fields[4]),
             source=_unescaped(source),
-            read_only="ro" in fields[5].split(",") or "ro" in superblock_options.split(","),
+            read_only="ro" in fields[5].split(",") or "ro" in superblock_options,
             filesystem=filesystem,
+            leaves_journal=mount_options.leaves_journal(superblock_options),
             identity=int(fields[0]),
         )
     except (ValueError, IndexError) as error:

@@ -77,6 +77,8 @@ class Activation:
         """Mount the filesystem, publish that, and return whether it is writable."""
         mount = await held.enter_async_context(mounted(self._operations, self._target, mapping))
         access = "read-only" if mount.read_only else "read-write"
+        if mount.leaves_journal:
+            access += ", without what its journal has"
         self._publish_served(
             State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
             filesystem=mount.filesystem, read_only=mount.read_only,

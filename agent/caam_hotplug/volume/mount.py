@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from caam_hotplug.errors import (
     MountError,
@@ -13,6 +14,7 @@ from caam_hotplug.errors import (
     NoFilesystemError,
     shown,
 )
+from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
 from caam_hotplug.model import Mapping, Mount
 from caam_hotplug.volume.mount_table import first_of, is_of, mount_at, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
@@ -63,17 +65,46 @@ async def _mount(operations: Operations, target: Target, mapping: Mapping) -> No
             )
         filesystem = found
 
-    def mount() -> None:
-        kernel.mount(
+    def mount() -> MountError | None:
+        attach = partial(
+            kernel.mount,
             mapping.node,
             filesystem,
             target.plan.mount_name,
             read_only=target.read_only,
             options=asked.options,
-            filesystem_options=asked.options_for(filesystem),
+        )
+        return _attached(attach, target, filesystem)
+
+    _, refusal = await operations.each(("probe", probe), ("mount", mount))
+    if refusal is not None:
+        log.warning(
+            "%s: %s; it is write-protected, so it is mounted without the changes that its journal "
+            "has. They are kept: mounted writable once, it shows them",
+            target.volume,
+            refusal,
         )
 
-    await operations.each(("probe", probe), ("mount", mount))
+
+def _attached(attach: Callable[..., None], target: Target, filesystem: str) -> MountError | None:
+    """Mount it; if its journal cannot be written back, without that. Return why, if so.
+
+    Raises: MountError. Worker: the volume's.
+    """
+    options = target.plan.rule.mount.options_for(filesystem)
+    try:
+        attach(filesystem_options=options)
+    except MountError as error:
+        if not target.volume.read_only or not may_lack_replay(filesystem, error.errno):
+            raise
+        try:
+            attach(filesystem_options=without_replay(filesystem, options))
+        except MountError as second:
+            operation = f"{second.operation} without its journal"
+            number, words = second.errno or errno.EIO, second.detail
+            raise MountError(operation, second.subject, number, words) from error
+        return error
+    return None
 
 
 async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
