@@ -20,9 +20,7 @@ SERIAL: Final = "acm.0"
 
 
 @contextmanager
-def stick(
-    units: Sequence[Path], others: Sequence[str] = (), *, read_only: bool = False
-) -> Iterator[list[Path]]:
+def stick(units: Sequence[Path], others: Sequence[str] = ()) -> Iterator[list[Path]]:
     """Plug a stick with a disk for each of these files, and other functions; pull it afterwards.
 
     Yield the disks' folders in sysfs, in the order of the files.
@@ -34,15 +32,7 @@ def stick(
     functions = ["mass_storage.0", *others]
     made: list[Path] = []
     try:
-        _make(gadget, functions, made)
-        for number, file in enumerate(units):
-            unit = gadget / "functions/mass_storage.0" / f"lun.{number}"
-            if number:  # the first is there with the function
-                unit.mkdir()
-                made.append(unit)
-            (unit / "removable").write_text("1")
-            (unit / "ro").write_text(str(int(read_only)))
-            (unit / "file").write_text(str(file))
+        _make(gadget, functions, units, made)
         (gadget / "UDC").write_text(_CONTROLLER)
         until(lambda: len(_disks()) == len(units))
         run("udevadm", "settle")
@@ -56,7 +46,7 @@ def stick(
         run("udevadm", "settle")
 
 
-def _make(gadget: Path, functions: Sequence[str], made: list[Path]) -> None:
+def _make(gadget: Path, functions: Sequence[str], units: Sequence[Path], made: list[Path]) -> None:
     """Make the folders and links of the device, and list them as they are made."""
     configuration = gadget / "configs/c.1"
     for folder in (gadget, configuration, *(gadget / "functions" / name for name in functions)):
@@ -64,7 +54,14 @@ def _make(gadget: Path, functions: Sequence[str], made: list[Path]) -> None:
         made.append(folder)
     (gadget / "idVendor").write_text("0x1d6b")
     (gadget / "idProduct").write_text("0x0104")
-    for name in functions:
+    for number, file in enumerate(units):
+        unit = gadget / "functions/mass_storage.0" / f"lun.{number}"
+        if number:  # the first is there with the function
+            unit.mkdir()
+            made.append(unit)
+        (unit / "removable").write_text("1")
+        (unit / "file").write_text(str(file))
+    for name in functions:  # a function that is linked gets no more units
         link = configuration / name
         link.symlink_to(gadget / "functions" / name)
         made.append(link)

@@ -28,7 +28,7 @@ MAKERS: Final = {
 SIZE_MIB: Final = {"btrfs": 128}
 SETTLED: Final = b"it was there long before"
 RECENT: Final = b"only the journal has it"
-UNREAD: Final = "read-only, without what its journal has$"
+UNREAD: Final = "read-only, without what its journal has"
 
 
 @contextmanager
@@ -48,27 +48,31 @@ def plugged(file: Path, *, read_only: bool) -> Iterator[str]:
         detach(device)
 
 
-def pulled(kind: str, where: Path, *, dirty: bool = True) -> Path:
-    """Make a medium, write two files to it, and return a copy of it as it was at that moment."""
-    made, copy = where / "made", where / "copy"
+def media(kind: str, where: Path) -> tuple[Path, Path]:
+    """Make a medium; return a copy as it was while it was mounted, and one that was unmounted."""
+    made, dirty, clean = (where / name for name in ("made", "dirty", "clean"))
     made.touch()
     os.truncate(made, (SIZE_MIB.get(kind, 64) + 2) << 20)
     run("sfdisk", "-q", str(made), stdin=f'label: gpt\nstart=2048, name="{LABEL}"\n'.encode())
     with plugged(made, read_only=False) as device, mapped(f"{device}p1") as node:
         run(*MAKERS[kind], node)
-        run("mount", "-t", kind, node, "/mnt")
-        try:
+        with mounted(kind, node):
             written("settled", SETTLED)
-            run("sync", "-f", "/mnt")
+        with mounted(kind, node):
             written("recent", RECENT)
-            if dirty:
-                shutil.copyfile(made, copy)
-        finally:
-            run("umount", "/mnt")
-        if not dirty:
-            shutil.copyfile(made, copy)
+            shutil.copyfile(made, dirty)
+        shutil.copyfile(made, clean)
     made.unlink()
-    return copy
+    return dirty, clean
+
+
+@contextmanager
+def mounted(kind: str, node: str) -> Iterator[None]:
+    run("mount", "-t", kind, node, "/mnt")
+    try:
+        yield
+    finally:
+        run("umount", "/mnt")
 
 
 @contextmanager
@@ -95,64 +99,49 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+@contextmanager
+def served(room: Room, medium: Path, words: str, *, read_only: bool = True) -> Iterator[Path]:
+    """The medium is mounted with these words, and is not changed; yield its mount point."""
+    before = digest(medium)
+    room.agent.start()
+    with plugged(medium, read_only=read_only):
+        room.agent.until_said(f"{LABEL}.*: mounted: at .*, {words}$")
+        yield room.mount_root / LABEL
+        room.agent.stop()
+    assert not read_only or digest(medium) == before
+
+
 @pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "f2fs"])
 def test_an_unclean_journal_of_a_write_protected_medium_is_left_and_that_is_said(
     room: Room, kind: str
 ) -> None:
     with folder() as where:
-        medium = pulled(kind, where)
-        before = digest(medium)
-        room.agent.start()
-        with plugged(medium, read_only=True):
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, {UNREAD}")
+        dirty, clean = media(kind, where)
+        with served(room, dirty, UNREAD) as point:
             room.agent.until_said_ever("it is write-protected, so it is mounted without the chang")
-            assert (room.mount_root / LABEL / "settled").read_bytes() == SETTLED
-            room.agent.stop()
-        assert digest(medium) == before
-
-
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "f2fs"])
-def test_a_clean_journal_of_a_write_protected_medium_is_no_obstacle(room: Room, kind: str) -> None:
-    with folder() as where:
-        medium = pulled(kind, where, dirty=False)
-        room.agent.start()
-        with plugged(medium, read_only=True):
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, read-only$")
-            assert (room.mount_root / LABEL / "recent").read_bytes() == RECENT
-            room.agent.stop()
+            assert (point / "settled").read_bytes() == SETTLED
+        with served(room, clean, "read-only") as point:
+            assert (point / "recent").read_bytes() == RECENT
 
 
 def test_a_write_protected_fat_that_was_pulled_is_mounted_as_it_is(room: Room) -> None:
     with folder() as where:
-        medium = pulled("vfat", where)
-        room.agent.start()
-        with plugged(medium, read_only=True):
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, read-only$")
-            assert (room.mount_root / LABEL / "recent").read_bytes() == RECENT
-            room.agent.stop()
+        dirty, _ = media("vfat", where)
+        with served(room, dirty, "read-only") as point:
+            assert (point / "recent").read_bytes() == RECENT
 
 
-def test_options_of_the_rule_that_need_the_journal_are_left_out_without_it(room: Room) -> None:
+def test_options_that_need_the_journal_are_left_out_and_an_adopted_mount_is_described_too(
+    room: Room,
+) -> None:
     options = '"commit=7", "data=journal", "journal_checksum", "errors=continue"'
     room.configure(f"mount.filesystem_options = {{ ext4 = [{options}] }}")
     with folder() as where:
-        medium = pulled("ext4", where)
-        room.agent.start()
-        with plugged(medium, read_only=True):
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, {UNREAD}")
-            room.agent.stop()
-
-
-def test_an_agent_that_adopts_such_a_mount_says_so_too(room: Room) -> None:
-    with folder() as where:
-        medium = pulled("ext4", where)
-        room.agent.start()
-        with plugged(medium, read_only=True):
-            room.agent.until_said(f"{LABEL}.*: mounted: at ")
+        dirty, _ = media("ext4", where)
+        with served(room, dirty, UNREAD):
             room.agent.kill()
             room.agent.begin()
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, {UNREAD}")
-            room.agent.stop()
+            room.agent.until_said(f"{LABEL}.*: mounted: at .*, {UNREAD}$")
 
 
 def test_a_rule_for_reading_only_has_the_journal_replayed_where_the_medium_allows_it(
@@ -160,9 +149,6 @@ def test_a_rule_for_reading_only_has_the_journal_replayed_where_the_medium_allow
 ) -> None:
     room.configure("mount.read_only = true")
     with folder() as where:
-        medium = pulled("ext4", where)
-        room.agent.start()
-        with plugged(medium, read_only=False):
-            room.agent.until_said(f"{LABEL}.*: mounted: at .*, read-only$")
-            assert (room.mount_root / LABEL / "recent").read_bytes() == RECENT
-            room.agent.stop()
+        dirty, _ = media("ext4", where)
+        with served(room, dirty, "read-only", read_only=False) as point:
+            assert (point / "recent").read_bytes() == RECENT
