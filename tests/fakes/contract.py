@@ -35,7 +35,6 @@ from caam_hotplug.model import (
     KeyReference,
     Mapping,
     Mount,
-    Sectors,
     Volume,
     VolumeId,
 )
@@ -233,11 +232,9 @@ def test_a_mapping_that_does_not_exist_accepts_no_table(world: World) -> None:
             world.kernel.load_table(name, line, read_only=False)
     with pytest.raises(DmError) as activate:
         world.kernel.activate_mapping(name)
-    with pytest.raises(DmError) as error_table:
-        world.kernel.load_error_table(name, Sectors(8))
     with pytest.raises(DmError) as keep:
         world.kernel.keep_mapping(name)
-    assert {e.value.errno for e in (load, activate, error_table, keep)} == {errno.ENXIO}
+    assert {e.value.errno for e in (load, activate, keep)} == {errno.ENXIO}
 
 
 def test_a_new_mapping_has_no_table_and_no_holder(world: World) -> None:
@@ -368,7 +365,7 @@ def test_cancelling_a_removal_that_nobody_requested_is_no_error(world: World) ->
 
 def test_a_mapping_with_an_error_table_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
-        world.kernel.load_error_table(mapping.name, target(world).length)
+        world.kernel.load_error_table(mapping.uuid)
         assert found(world).table == (f"0 {target(world).length} error",)
         with pytest.raises(OSError) as failed:
             world.reads_as_written(mapping.node)
@@ -378,17 +375,31 @@ def test_a_mapping_with_an_error_table_fails_all_reads(world: World) -> None:
 def test_a_mapping_with_an_error_table_can_be_unmounted_and_removed(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping):
-            world.kernel.load_error_table(mapping.name, target(world).length)
+            world.kernel.load_error_table(mapping.uuid)
             world.kernel.unmount(POINT)
             assert mounts_there(world) == []
         world.kernel.remove_mapping(mapping.name)
         until(lambda: is_gone(world))
 
 
+def test_an_error_table_for_a_mapping_without_a_table_changes_nothing(world: World) -> None:
+    world.kernel.load_error_table(dm_uuid(world))
+    assert is_gone(world)
+    with created(world):
+        world.kernel.load_error_table(dm_uuid(world))
+        assert found(world).table == ()
+
+
+def test_a_disk_whose_medium_is_still_there_has_not_changed(world: World) -> None:
+    volume = world.volume
+    assert world.kernel.changed_disk(volume.id, volume.number) is None
+    assert world.kernel.changed_disk(VolumeId(volume.id.diskseq + 1, 1), NOWHERE) is None
+
+
 def test_loading_an_error_table_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
-            world.kernel.load_error_table(mapping.name, target(world).length)
+            world.kernel.load_error_table(mapping.uuid)
         assert found(world).table == (f"0 {target(world).length} error",)
 
 
@@ -420,7 +431,7 @@ def test_a_probe_finds_nothing_under_another_key(world: World) -> None:
 
 def test_a_mapping_with_an_error_table_cannot_be_probed(world: World) -> None:
     with mapped(world) as mapping:
-        world.kernel.load_error_table(mapping.name, target(world).length)
+        world.kernel.load_error_table(mapping.uuid)
         with pytest.raises(KernelError) as failed:
             world.kernel.probe(mapping.node, ("ext4",))
     assert failed.value.errno == errno.EIO
@@ -581,6 +592,7 @@ __all__ = [
     "test_a_damaged_blob_is_refused_by_the_caam",
     "test_a_deferred_removal_can_be_cancelled",
     "test_a_directory_of_the_board_is_not_the_agents",
+    "test_a_disk_whose_medium_is_still_there_has_not_changed",
     "test_a_filesystem_that_is_not_there_is_not_mounted",
     "test_a_held_mapping_is_removed_when_its_holder_closes_it",
     "test_a_key_exists_until_it_is_unlinked",
@@ -610,6 +622,7 @@ __all__ = [
     "test_a_table_is_not_loaded_without_its_key",
     "test_a_volume_is_present_while_it_is_the_same",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
+    "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_holders_are_counted",
     "test_loading_an_error_table_twice_is_no_error",

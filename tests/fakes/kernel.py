@@ -118,6 +118,8 @@ class FakeKernel:
     """State of the machine. Every step may be watched, delayed or made to fail."""
 
     media: dict[str, FakeMedium] = field(default_factory=dict)
+    unread: dict[DeviceNumber, FakeMedium] = field(default_factory=dict)
+    """Cards in readers that still show the partitions of the card before."""
     blobs: dict[str, bytes] = field(default_factory=dict)
     backend: Backend = "tagged"
     """Seal method of the blobs."""
@@ -169,6 +171,14 @@ class FakeKernel:
         """Take the medium out."""
         with self.lock:
             del self.media[name]
+
+    def change(self, label: str = "cartridge-02", name: str = "sda1") -> Volume:
+        """Change the card of a reader; the kernel shows the new one once its table was read."""
+        with self.lock:
+            number = self.media.pop(name).volume.number
+            volume = self._insert(label, name, KEY, {"number": number})
+            self.unread[number] = self.media.pop(name)
+            return volume
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """Make the next call of this step raise the error instead of acting."""
@@ -400,10 +410,13 @@ class FakeProcess:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
 
-    def load_error_table(self, name: str, size: Sectors) -> None:
-        self._step("load_error_table", name)
-        mapping = self._mapping(name, "load error table of mapping")
-        mapping.live, mapping.key = f"0 {size} error", None
+    def load_error_table(self, uuid: str) -> None:
+        found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
+        mapping = next(found, None)
+        self._step("load_error_table", uuid if mapping is None else mapping.name)
+        target = None if mapping is None else CryptTarget.from_line(mapping.live or "")
+        if mapping is not None and target is not None:
+            mapping.live, mapping.key = f"0 {target.length} error", None
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -480,6 +493,17 @@ class FakeProcess:
             for mount in self.kernel.mounts:
                 if mount.number == mapping.number and number in self.kernel.fatal_signals:
                     self.kernel.users.pop(Path(mount.point).name, None)
+
+    def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
+        medium = self.kernel.unread.get(number)
+        is_another = medium is not None and medium.volume.id.diskseq != which.diskseq
+        return f"/dev/disk-{number}" if is_another else None
+
+    def read_table(self, disk: str) -> None:
+        self._step("read_table", disk)
+        number = DeviceNumber.from_text(disk.removeprefix("/dev/disk-"))
+        medium = self.kernel.unread.pop(number)
+        self.kernel.media.setdefault(medium.volume.name, medium)
 
     def power_off(self, volume: Volume) -> None:
         self._step("power_off", volume.name)

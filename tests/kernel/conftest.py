@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from caam_hotplug.kernel import devmapper
+from caam_hotplug.kernel import devmapper, error_table
 from kernel import real
 from kernel.agents import Room, room_of
 from kernel.cartridges import Cartridge, Faulty, cartridges
@@ -294,6 +294,7 @@ def formatted(udev_rule: None) -> Iterator[real.Formatted]:
 def nothing_left() -> Iterator[None]:
     """The test has left no mapping, loop device, key, mount, file or semaphore behind."""
     devmapper.ours()  # libdevmapper keeps its control device open from its first call on
+    error_table.prepare()  # and so does this
     gc.collect()
     before = real.left_behind()
     yield

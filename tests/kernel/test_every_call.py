@@ -7,8 +7,9 @@ import pytest
 from kernel.agents import ARRIVAL, Room
 from kernel.forked import Stop, kill_self
 
-SURPRISE = ("umount2", "rmdir", "dm remove")
-"""Calls after the medium was pulled while nobody used it."""
+SURPRISE = ("ioctl", "ioctl", "ioctl", "umount2", "rmdir", "dm remove")
+"""Calls after the medium was pulled while nobody used it: the mapping's status, the error table,
+its activation, and the release."""
 ORDERLY = ("syncfs", "umount2", "rmdir", "dm remove")
 """Calls after the agent was asked to stop."""
 ADOPTION = ("dm message",)

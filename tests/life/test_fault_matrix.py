@@ -120,8 +120,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     ),
     # do_resume in dm-ioctl.c: the mapping gone, a table that does not fit its queue, no memory.
     "activate_mapping": (errno.ENXIO, errno.EINVAL, errno.ENOMEM),
-    # table_load and do_resume again: the mapping went meanwhile, no memory.
-    "load_error_table": (errno.ENXIO, errno.ENOMEM, errno.EINVAL),
+    # table_load and do_resume again: no memory, a signal while it waits for what is in flight
+    # (dm_wait_for_completion); open(2): too many open files. ENXIO is "none".
+    "load_error_table": (errno.ENOMEM, errno.EINTR, errno.EMFILE),
     # dev_remove: ENXIO is "gone" and a holder only defers it, so the ioctl itself is what fails.
     "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
     # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
@@ -154,6 +155,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "detach": (errno.EIO, errno.ENOMEM, errno.EPERM),
     # rmdir(2). ENOENT, EBUSY and ENOTEMPTY are no errors here (paths.py): then it is not ours.
     "remove_mount_point": (errno.EROFS, errno.EACCES, errno.EIO, errno.ENOMEM, errno.EMFILE),
+    # open(2) of a reader's disk: no card, the reader gone, a sick one, too many open files.
+    "read_table": (errno.ENOMEDIUM, errno.ENXIO, errno.ENOENT, errno.EIO, errno.EMFILE),
     # open(2), readdir(3) of the mount root: a link on its way, not allowed, sick, too many files.
     "our_mount_points": (errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
 }
@@ -195,7 +198,7 @@ def error_of(step: str, number: int) -> HotplugError:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "identify" | "require_unused" | "probe", _:
+        case "identify" | "require_unused" | "probe" | "read_table", _:
             return KernelError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -222,6 +225,7 @@ class Scene:
         return frozenset({
             "", LABEL, "stale", self.target.name, f"{LABEL}.bb", KEY.decode(),
             names.key_description(which), names.dm_uuid(which), names.dm_name(which, LABEL),
+            f"/dev/disk-{self.target.number}",
         })  # fmt: skip
 
     def published(self) -> tuple[State, str]:
@@ -355,6 +359,12 @@ def pull(scene: Scene) -> None:
     scene.bench.pull("sda1")
 
 
+def change(scene: Scene) -> None:
+    """Change the target's card in its reader."""
+    scene.bench.kernel.change("another")
+    scene.bench.report_absent()
+
+
 def stop(scene: Scene) -> None:
     """Ask the agent to stop."""
     scene.bench.begin_stop()
@@ -382,11 +392,13 @@ MOMENTS: Final = (
     Moment("pull", mounted, pull, State.REMOVED_UNSAFELY),
     Moment("pull while in use", mounted, pull, State.REMOVED_UNSAFELY, held=True),
     Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
+    Moment("change of cards", mounted, change, State.REMOVED_UNSAFELY),
     Moment("stop", mounted, stop, State.GONE),
     Moment("stop while in use", mounted, stop, State.GONE, held=True),
     Moment("release of leftovers", orphaned, find_leftovers, State.GONE),
     Moment("release of leftovers while in use", orphaned, find_leftovers, State.GONE, held=True),
 )
+DEPARTS: Final = {pull, change}
 STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, find_leftovers}]
 
 
@@ -435,17 +447,19 @@ class Combination:
     def is_taken_by_the_dm_worker(self) -> bool:
         """Whether others wait behind the call: the load of a table also unlinks its key."""
         loads = self.moment.act in {arrive, announced, start} and self.step == "unlink_key"
-        return self.step in DM_STEPS or loads
+        return self.step in DM_STEPS - {"load_error_table"} or loads
 
     @property
     def state_after_failure(self) -> State:
         """State of the target after the call has failed."""
         act = self.moment.act
-        if act is find_leftovers or self.step in {"unmount", "our_mount_points"}:
-            return self.moment.ends_in  # no lifecycle of the target; a detach follows; only listed
+        # A detach follows; it is only listed; it is tried again; it comes after the target's life.
+        harmless = {"unmount", "our_mount_points", "load_error_table", "read_table"}
+        if act is find_leftovers or self.step in harmless:
+            return self.moment.ends_in
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
-        return State.REMOVED_UNSAFELY if act is pull else State.FAILED
+        return State.REMOVED_UNSAFELY if act in DEPARTS else State.FAILED
 
     @property
     def may_leave_something(self) -> bool:
@@ -455,8 +469,8 @@ class Combination:
         release of leftovers, and a lifecycle under a lasting fault, leave the rest to the next
         start.
         """
-        once_more = not self.lasting and self.moment.act in {pull, stop}
-        releases = self.moment.act in {pull, stop, find_leftovers}
+        once_more = not self.lasting and self.moment.act in {*DEPARTS, stop}
+        releases = self.moment.act in {*DEPARTS, stop, find_leftovers}
         return releases and not (once_more and self.step != "remove_mount_point")
 
     @contextmanager
@@ -486,9 +500,9 @@ class Combination:
             raise
 
     def assert_stuck(self, scene: Scene) -> None:
-        """Check that the target is published as stuck; a leftover has no published state."""
+        """Check that the target is published as stuck; a leftover and a disk have no state."""
         state, reason = scene.published()
-        if self.moment.act is not find_leftovers:
+        if self.moment.act is not find_leftovers and self.step != "read_table":
             assert state is State.STUCK
             assert reason.endswith(": the kernel has not answered for 3 s; still waiting")
 
@@ -524,7 +538,7 @@ CALLS: Final[list[Call]] = [
 THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # has its own test
 THAT_HANG: Final = [call for call in CALLS if call[1] not in GLOBAL]
 THAT_HANG_WITH_MEDIUM: Final = [
-    call for call in THAT_HANG if call[0].act not in {pull, find_leftovers}
+    call for call in THAT_HANG if call[0].act not in {*DEPARTS, find_leftovers}
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnStop, Rule
 from caam_hotplug.config.templates import Template
-from caam_hotplug.errors import KernelError, MountError, VolumeBusyError
+from caam_hotplug.errors import DmError, KernelError, MountError, VolumeBusyError
 from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -531,7 +531,8 @@ def test_a_mapping_whose_table_cannot_be_replaced_is_removed_at_its_last_close(
     volume = bench.insert()
     bench.settle()
     bench.kernel.users["cartridge-01"] = 1
-    bench.kernel.fail_next("load_error_table", errno.ENOMEM)
+    failure = DmError("load_error_table", "x", errno.ENOMEM)
+    bench.kernel.faults.append(Fault("load_error_table", failure, lasting=True))
     bench.pull()
     bench.settle()
     assert bench.state(volume) is State.REMOVED_UNSAFELY

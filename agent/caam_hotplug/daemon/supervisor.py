@@ -12,6 +12,7 @@ from typing import Any, assert_never
 from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.daemon import safe_removal
+from caam_hotplug.daemon.changed_disks import ChangedDisks
 from caam_hotplug.errors import HotplugError, RequestRefusedError
 from caam_hotplug.model import (
     Announced,
@@ -51,6 +52,7 @@ class Supervisor:
         """Volumes that came back before their lifecycle has ended."""
         self._parked: dict[VolumeId, Parked] = {}
         """Volumes released on request while the kernel re-reads the partition table."""
+        self._changed = ChangedDisks(context, self._run)
         self._stopping = False
         self._tasks: dict[asyncio.Task[None], Callable[[], str]] = {}
 
@@ -246,6 +248,7 @@ class Supervisor:
         phase = replace(parked or Evaluate(), has_leftover=has_leftover)
         lifecycle = VolumeLifecycle(self._context, volume, phase)
         self._lifecycles[volume.id] = lifecycle
+        self._changed.begin(volume.id)
         self._run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))
 
     def _parked_before(self, volume: Volume) -> Parked | None:
@@ -269,9 +272,11 @@ class Supervisor:
             record.publish_defect(State.FAILED)
             await record.stop.until(lambda: False)
             if record.stop.medium_gone:
+                await record.cut_off.done()
                 record.publish_defect(State.REMOVED_UNSAFELY)
         finally:
             del self._lifecycles[which]
+            self._changed.end(which, record.volume.number if record.cut_off.has_begun else None)
             if record.parked is not None and VolumeId(which.diskseq, 0) in self._at.values():
                 self._parked[which] = record.parked
         again = self._next.pop(which, None)
@@ -282,7 +287,8 @@ class Supervisor:
         context = self._context
         worker, points = context.new_worker(f"leftover {orphan.name}"), context.mount_points
         try:
-            await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
+            with self._changed.without_volume(orphan):
+                await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
         except Exception:  # a defect of the agent must not cost present volumes their mounts
             defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
             words = "release leftover %s: a defect of the agent ended it"

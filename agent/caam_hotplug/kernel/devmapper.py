@@ -21,7 +21,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import DmError, MappingBusyError
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.libdevmapper import Devmapper, DmInfo
-from caam_hotplug.model import DeviceNumber, Mapping, Sectors
+from caam_hotplug.model import DeviceNumber, Mapping
 
 _LINKS: Final = Path("/dev/mapper")
 _REMEMBERED_MOST: Final = 32
@@ -207,20 +207,6 @@ def _update_links(*, at_once: bool) -> None:
 def _links_are_there() -> bool:
     mappings = {name for name in _all_names() if name.startswith(names.DM_NAME_PREFIX)}
     return all((_LINKS / name).exists() for name in mappings)
-
-
-def load_error_table(name: str, size: Sectors) -> None:
-    """Replace the mapping's table with one whose I/O fails; the kernel wipes the key.
-
-    What was in flight is not flushed: its medium has gone. Raises: DmError. Worker: dm.
-    """
-    with _task(_RELOAD, "load error table of mapping", name) as task:
-        Devmapper.dm_task_add_target(task, 0, int(size), b"error", b"")
-        Devmapper.dm_task_run(task)
-    with _task(_RESUME, "activate error table of mapping", name) as task:
-        Devmapper.dm_task_no_flush(task)
-        Devmapper.dm_task_skip_lockfs(task)
-        Devmapper.dm_task_run(task)
 
 
 def remove(name: str) -> None:

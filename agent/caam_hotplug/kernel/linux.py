@@ -15,9 +15,11 @@ from caam_hotplug.kernel import (
     blkid,
     blob_files,
     caam,
+    changed_disk,
     device_users,
     device_xattr,
     devmapper,
+    error_table,
     keyring,
     mount,
     mountinfo,
@@ -28,14 +30,22 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
-from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
+from caam_hotplug.model import (
+    DeviceNumber,
+    Holder,
+    Mapping,
+    Mount,
+    SecretBytes,
+    Volume,
+    VolumeId,
+)
 
 
 class LinuxKernel:
     """This machine's kernel, for one blob directory and one mount root.
 
     Raises, in every method: KernelError and its subclasses. Worker: methods about mappings run on
-    the dm worker, all others on any thread.
+    the dm worker, but for `load_error_table`; all others on any thread.
     """
 
     def __init__(
@@ -55,6 +65,8 @@ class LinuxKernel:
             blkid.Blkid.open()
         with suppress(HotplugError, OSError):
             devmapper.target_version("crypt")
+        with suppress(HotplugError):
+            error_table.prepare()
 
     def is_present(self, volume: Volume) -> bool:
         """Return whether the volume is still at its kernel name."""
@@ -148,9 +160,12 @@ class LinuxKernel:
         """Make the table loaded last the live one."""
         devmapper.resume(name)
 
-    def load_error_table(self, name: str, size: Sectors) -> None:
-        """Replace the table with an error table: all I/O fails, and the kernel wipes the key."""
-        devmapper.load_error_table(name, size)
+    def load_error_table(self, uuid: str) -> None:
+        """Replace the live table of the mapping with this DM-UUID, if there is one.
+
+        All its I/O fails from then on, and the kernel wipes the key. Any thread.
+        """
+        error_table.load(uuid)
 
     def remove_mapping(self, name: str) -> None:
         """Remove the mapping, at its last close if somebody holds it open."""
@@ -204,6 +219,14 @@ class LinuxKernel:
     def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
         """Send every holder the signal, and wait until it has ended or its time is up."""
         open_files.end(mapping, number, within_s)
+
+    def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
+        """Return the node of the disk if it has another medium than the volume's now."""
+        return changed_disk.node(which, number)
+
+    def read_table(self, disk: str) -> None:
+        """Have the kernel read the table of the disk's new medium."""
+        changed_disk.read_table(disk)
 
     def power_off(self, volume: Volume) -> None:
         """Stop the volume's disk and switch its USB port off. Raises: DeviceInUseError."""

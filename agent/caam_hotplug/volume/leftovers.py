@@ -9,6 +9,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping
+from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
@@ -25,9 +26,11 @@ async def release_leftovers(operations: Operations, uuid: str) -> bool:
 
     Returns whether it was mounted read-write.
     """
+    operations.cut_off.is_mapped = True
     async with AsyncExitStack() as then:  # each release runs whether or not one before it failed
         if (volume := names.volume_of_dm_uuid(uuid)) is not None:
             then.push_async_callback(release_key, operations, volume)
+        await operations.cut_off.done()
         mapping = await operations.dm("look for the mapping", operations.kernel.find_mapping, uuid)
         if mapping is None:
             return False
@@ -44,7 +47,7 @@ async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> l
     The caller adopts or releases the mappings. Raises: DmError if they cannot be listed: without
     them it is not known what is ours.
     """
-    operations = _without_medium(kernel, worker, dm_worker)
+    operations = _without_medium(kernel, worker, dm_worker, "")
     mappings = await operations.dm("list our mappings", kernel.our_mappings)
     try:
         for name in await operations.call("list our mount points", kernel.our_mount_points):
@@ -72,15 +75,17 @@ async def release_orphan(
             if volume is not None:
                 for name in mounts_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
-            await release_leftovers(_without_medium(kernel, worker, dm_worker), orphan.uuid)
+            operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
+            await release_leftovers(operations, orphan.uuid)
     except (HotplugError, OSError) as error:
         log.error("release leftover mapping %s: %s", orphan.name, error)
 
 
-def _without_medium(kernel: Kernel, worker: Worker, dm_worker: Worker) -> Operations:
+def _without_medium(kernel: Kernel, worker: Worker, dm_worker: Worker, uuid: str) -> Operations:
     stop = StopSignal()
     stop.set(Reason.GONE)
-    return Operations(kernel, stop, worker, dm_worker, _log_late)
+    cut_off = CutOff(kernel, stop, lambda: worker, _log_late, uuid)
+    return Operations(kernel, stop, worker, dm_worker, _log_late, cut_off)
 
 
 def _log_late(why: str | None) -> None:

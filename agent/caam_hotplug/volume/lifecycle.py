@@ -53,9 +53,9 @@ class VolumeLifecycle:
         self._kernel = context.kernel
         self._status, self._stop = self.record.status, self.record.stop
         self._inbox = self.record.inbox
-        worker = context.new_worker(f"volume {volume.id}")
+        worker, late = context.new_worker(f"volume {volume.id}"), self._status.publish_late
         self._operations = Operations(
-            self._kernel, self._stop, worker, context.dm_worker, self._status.publish_late
+            self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
 
     async def power_off(self) -> None:
@@ -75,6 +75,7 @@ class VolumeLifecycle:
                     case _:
                         record.phase = await self._evaluate()
             await self._release_at_end()
+            await record.cut_off.done()
         finally:
             self._inbox.refuse(self._stop.words or "a defect of the agent; its journal says more")
         # A failed release was published; only the departure of the medium overrides it.

@@ -39,6 +39,7 @@ async def active_mapping(operations: Operations, target: Target) -> AsyncIterato
     Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
     """
     kernel, uuid = operations.kernel, target.dm_uuid
+    operations.cut_off.is_mapped = True
     existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
     adopted = existing is not None and _as_wanted(existing, target)
     async with AsyncExitStack() as held:
@@ -135,13 +136,16 @@ def backend_that_made(mapping: Mapping) -> Backend:
 async def release_mapping(operations: Operations, uuid: str) -> None:
     """Remove the mapping, or have the kernel remove it when its last holder closes it.
 
-    Without a medium nothing waits for holders: an error table replaces the crypt table, which
+    Without a medium nothing waits for holders: an error table has replaced the crypt table, which
     wipes the key in the kernel (crypt_dtr, drivers/md/dm-crypt.c).
     """
     if operations.stop.keeps:
         return
+    await operations.cut_off.done()
     left = await operations.dm("remove the mapping", _remove, operations, uuid)
+    operations.cut_off.is_mapped = left is not None
     if left is not None:
+        await operations.cut_off.require()
         fate = "without its key" if operations.stop.medium_gone else "with its key"
         log.warning(
             "mapping %s is held open by others; it stays, %s, until they close it",
@@ -157,19 +161,5 @@ def _remove(operations: Operations, uuid: str) -> Mapping | None:
     mapping = kernel.find_mapping(uuid)
     if mapping is None:
         return None
-    try:
-        if mapping.open_count:
-            _load_error_table_if_gone(operations, mapping)
-    finally:
-        kernel.remove_mapping(mapping.name)
-    left = kernel.find_mapping(uuid)
-    if left is not None:
-        _load_error_table_if_gone(operations, left)  # its holder has opened it meanwhile
-    return left
-
-
-def _load_error_table_if_gone(operations: Operations, mapping: Mapping) -> None:
-    """Replace the crypt table, and with it the key, if the medium has departed. Worker: dm."""
-    crypt = CryptTarget.from_line(mapping.table[0]) if mapping.table else None
-    if operations.stop.medium_gone and crypt is not None:
-        operations.kernel.load_error_table(mapping.name, crypt.length)
+    kernel.remove_mapping(mapping.name)
+    return kernel.find_mapping(uuid)

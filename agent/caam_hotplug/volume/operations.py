@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from caam_hotplug.kernel.api import Kernel
+from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.stop_signal import StopSignal
 from caam_hotplug.volume.worker import Late, Observe, Worker
 
@@ -35,11 +36,14 @@ class Operations:
     dm_worker: Worker
     late: Late
     """Called with the operation that takes long and why, and with None when it has ended."""
+    cut_off: CutOff
+    """What precedes every call on the volume's own worker once the medium has gone."""
     took: dict[str, float] = field(default_factory=dict)
     """Duration of each operation in seconds, with its wait for a turn."""
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run the function on the volume's own worker."""
+        await self.cut_off.done()
         return await self._timed(self.worker, words, function, *args, **named)
 
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
@@ -51,6 +55,7 @@ class Operations:
 
         They are handed over to the worker once, and return the list of their results.
         """
+        await self.cut_off.done()
         return await self._in_one_call(self.worker, operations)
 
     async def dm_each(self, *operations: Operation) -> list[Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from caam_hotplug import names
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
+from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
@@ -46,6 +49,11 @@ class Record:
         self.phase = phase
         self.status = VolumeStatus(volume, context.publish)
         self.stop = StopSignal()
+        self.cut_off = CutOff(
+            context.kernel, self.stop, partial(context.new_worker, f"departure {volume.id}"),
+            self.status.publish_late, names.dm_uuid(volume.id),
+        )  # fmt: skip
+        self.cut_off.is_mapped = phase.has_leftover
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
         if isinstance(phase, Parked):

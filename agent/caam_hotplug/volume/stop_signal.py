@@ -28,6 +28,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.reason: Reason | None = None
+        self.when_gone: Callable[[], None] = lambda: None
+        """Called when the medium departs, before anybody is woken."""
         self._woken = asyncio.Event()
 
     @property
@@ -54,6 +56,8 @@ class StopSignal:
         """End the lifecycle for this reason."""
         if self.reason is None or reason is Reason.GONE:
             self.reason = reason
+        if self.medium_gone:
+            self.when_gone()
         self.wake()
 
     def check(self) -> None:

@@ -1,0 +1,94 @@
+"""Cuts a mapping off its medium once that has gone, before anything is unmounted.
+
+What a filesystem has not written yet must not reach another medium. A reader keeps its disk when
+its card is changed, and the old mapping leads to the new card. So an error table comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel.api import Kernel
+from caam_hotplug.volume.stop_signal import StopSignal
+from caam_hotplug.volume.worker import Late, Worker, to_the_end
+
+log = logging.getLogger(__name__)
+
+_TRIES: Final = 2
+
+
+class CutOff:
+    """The error table of one volume's mapping. Synchronization: loop only.
+
+    It has a worker of its own: the volume's may hang in a flush, that of the mappings may wait for
+    another volume.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        stop: StopSignal,
+        new_worker: Callable[[], Worker],
+        late: Late,
+        uuid: str,
+    ) -> None:
+        self.is_mapped = False
+        """Whether the kernel may have the mapping."""
+        self._kernel = kernel
+        self._stop = stop
+        self._new_worker = new_worker
+        self._late = late
+        self._uuid = uuid
+        self._loading: asyncio.Task[Exception | None] | None = None
+        stop.when_gone = self._begin
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the medium went while the kernel may have had the mapping."""
+        return self._loading is not None
+
+    async def done(self) -> Exception | None:
+        """Wait until it is done, if the medium has gone, and return what made it fail.
+
+        What has failed before is tried again.
+        """
+        if self._stop.medium_gone:
+            self._begin()
+        return None if self._loading is None else await to_the_end(self._loaded, self._loading)
+
+    async def require(self) -> None:
+        """As `done`. Raises: HotplugError, OSError if it fails."""
+        failure = await self.done()
+        if failure is not None:
+            raise failure
+
+    @staticmethod
+    async def _loaded(loading: asyncio.Task[Exception | None]) -> Exception | None:
+        return await loading
+
+    def _begin(self) -> None:
+        before = self._loading
+        if self.is_mapped and (before is None or (before.done() and before.result() is not None)):
+            self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> Exception | None:
+        words = "load the error table"
+        worker, late = self._new_worker(), partial(self._late_with, words)
+        failure: Exception | None = None
+        for _ in range(_TRIES):
+            try:
+                await worker.run(words, self._kernel.load_error_table, self._uuid, late=late)
+            except (HotplugError, OSError) as error:
+                log.error("%s", error)
+                failure = error
+            else:
+                return None
+        return failure
+
+    def _late_with(self, words: str, why: str | None) -> None:
+        self._late(None if why is None else f"{words}: {why}")
