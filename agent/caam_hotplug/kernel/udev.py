@@ -231,11 +231,22 @@ class Devices:
         which = sysfs.present_id(name) if announced is None else announced.id
         if which is None or before not in {None, which}:
             yield self._disappeared(name)
+        if which is not None:
+            yield from self._replaced_by(name, which)
         if which is not None and which != before:
             self._await_udev(name)
         if announced is not None:
             self._reported[name] = announced.id
             yield Announced(announced)
+
+    def _replaced_by(self, disk: str, which: VolumeId) -> Iterator[Event]:
+        """Yield that the partitions of a disk's earlier medium have left.
+
+        They may have been announced before udev has reported the disk.
+        """
+        for name, reported in list(self._reported.items()):
+            if names.is_partition_of(name, disk) and reported.diskseq != which.diskseq:
+                yield self._disappeared(name)
 
     def _may_announce(self) -> bool:
         return self._rules is not None and not self._rules.may_opt_out()

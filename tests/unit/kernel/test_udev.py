@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -198,6 +199,20 @@ def test_a_medium_that_is_swapped_before_udev_reports_it_has_left(
     there["sda1"] = volume(2)
     kernel_events.events = [uevents.Uevent("remove", "sda1", {}), uevents.Uevent("add", "sda1", {})]
     assert devices.read_kernel() == [Disappeared("sda1"), Announced(volume(2))]
+
+
+def test_a_card_that_is_changed_before_udev_reports_its_reader_has_left(
+    early: Early,
+) -> None:
+    devices, kernel_events, there = early
+    there["sda1"] = volume(1)
+    kernel_events.events = [uevents.Uevent("add", "sda1", {})]
+    assert devices.read_kernel() == [Announced(volume(1))]
+    there["sda"] = replace(volume(2), id=VolumeId(2, 0), name="sda")
+    kernel_events.events = [uevents.Uevent("change", "sda", {})]
+    assert devices.read_kernel() == [Disappeared("sda1")]
+    kernel_events.events = [uevents.Uevent("change", "sda", {})]
+    assert devices.read_kernel() == []
 
 
 def test_a_disk_that_is_locked_is_not_served_without_udev_however_long_it_takes(
