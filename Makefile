@@ -7,6 +7,7 @@ DAMAGED := 200
 STORMS := 10
 TIMINGS := 12
 ROUNDS := 7
+CHANGES := 100
 SEED :=
 SYSTEMS := L,agent,nobus,S,P,Y,U
 WHAT := cycles
@@ -16,7 +17,7 @@ AWAIT_UDEV ?= no
 export AWAIT_UDEV
 BED := PYTHONPATH=tests $(PYTHON) -m vm
 
-.PHONY: help setup lint man check fuzz test smoke coverage demo soak throughput bench vm-shell wheel deb clean
+.PHONY: help setup lint man check fuzz test smoke coverage demo soak swaps throughput bench vm-shell wheel deb clean
 
 help:
 	@echo "make demo       the main job, narrated, in a virtual machine"
@@ -26,6 +27,7 @@ help:
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
 	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
+	@echo "make swaps      cards changed quickly under a mounted filesystem: CHANGES=100; half an hour"
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
 	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent CYCLES=12"
 	@echo "                WHAT=cycles,storm,scaling,start,idle measures the rest as well: twenty minutes"
@@ -86,6 +88,9 @@ soak: setup
 	tests/run-all -m soak
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
+
+swaps: setup
+	@$(BED) swaps -- --changes $(CHANGES) $(SEED:%=--seed %)
 
 # Only ratios mean anything there; tools/measure takes the figures on a board.
 throughput: setup

@@ -54,6 +54,27 @@ def test_a_mapping_works_after_it_was_suspended_without_its_key(world: RealWorld
         assert world.reads_as_written(mapping.node)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_suspended_mapping_goes_on_with_an_error_table(world: RealWorld, times: int) -> None:
+    with mapped(world) as mapping:
+        for _ in range(times):
+            run("dmsetup", "suspend", mapping.name)
+            world.kernel.load_error_table(mapping.uuid)
+            with pytest.raises(OSError, match="Input/output error"):
+                world.reads_as_written(mapping.node)
+
+
+def test_a_mapping_of_several_targets_gets_an_error_table_of_the_same_size(
+    world: RealWorld,
+) -> None:
+    with created(world) as name:
+        lines = "".join(f"{start} 8 zero\n" for start in range(0, 800, 8))
+        run("dmsetup", "load", name, stdin=lines.encode())
+        run("dmsetup", "resume", name)
+        world.kernel.load_error_table(dm_uuid(world.volume.id))
+        assert found(world).table == ("0 800 error",)
+
+
 def test_a_mapping_has_its_node_when_it_is_activated(world: RealWorld) -> None:
     with mapped(world) as mapping:
         node = Path(mapping.node)

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from vm import bench, demo, installed, machine, soak, terminal
+from vm import bench, demo, installed, machine, soak, swaps, terminal
 
 
 def main() -> int:
@@ -26,6 +26,8 @@ def main() -> int:
     growing.add_argument("cycles", type=int)
     throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
     throughput.add_argument("options", nargs="*", help="those of measure throughput, after --")
+    swapping = commands.add_parser("swaps", help="cards changed quickly under a filesystem")
+    swapping.add_argument("options", nargs="*", help="those of vm/swaps.py, after --")
     benching = commands.add_parser("bench", help="the agent beside other ways to serve a medium")
     benching.add_argument("options", nargs="*", help="those of bench/measure.py, after --")
     options = parser.parse_args()
@@ -43,6 +45,8 @@ def main() -> int:
             return asyncio.run(soak.growth(options.cycles))
         case "soak":
             return asyncio.run(soak.soak(*options.options))
+        case "swaps":
+            return asyncio.run(swaps.swaps(*options.options))
         case "throughput":
             return asyncio.run(soak.throughput(*options.options))
         case _:

@@ -218,17 +218,20 @@ class Guest:
 
     async def insert_sd(self, medium: Path) -> SdCard:
         """An SD card sits in the slot; its image's size is a power of two, 64 MiB and up."""
-        node = await self._open(medium, read_only=False, slow=False)
-        if not self._sd_found:
-            await self.sh("echo 1 > /sys/bus/pci/rescan; modprobe -a sdhci-pci mmc_block")
-            self._sd_found = True
-        card = SdCard(self, node)
+        await self.find_slot()
+        card = SdCard(self, await self.open_card(medium))
         await card.plug()
         return card
 
+    async def find_slot(self) -> None:
+        """The SD slot is there, which saving the guest has taken away."""
+        if not self._sd_found:
+            await self.sh("echo 1 > /sys/bus/pci/rescan; modprobe -a sdhci-pci mmc_block")
+            self._sd_found = True
+
     async def plug_reader(self, medium: Path) -> CardReader:
         """A USB card reader has been plugged, with this card in it."""
-        node = await self._open(medium, read_only=False, slow=False)
+        node = await self.open_card(medium)
         reader = CardReader(self, Plug(self, f"usb-{node}", "usb-storage", node, node, bus=None))
         await reader.plug()
         return reader
