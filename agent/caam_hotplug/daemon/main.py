@@ -19,7 +19,7 @@ from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import keyring, memory, trusted, udev
+from caam_hotplug.kernel import keyring, memory, trusted, udev, uevents
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry
 from caam_hotplug.systemd import journal
@@ -71,7 +71,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
     context = _new_context(kernel, config, registry, observe)
     source = udev.default_source() if config.source == "auto" else config.source
     # Subscribed from here on: what is enumerated below is complete.
-    devices = udev.Devices(source, udev.handed_sockets(), await_udev=config.await_udev)
+    devices = udev.Devices(source, uevents.handed_sockets(), await_udev=config.await_udev)
     with ExitStack() as held:
         held.callback(devices.close)
         worker = context.new_worker("leftovers")

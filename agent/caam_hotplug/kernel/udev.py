@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -41,11 +40,6 @@ _USED: Final = (
     "ID_SERIAL_SHORT", "ID_VENDOR_ENC", names.UDEV_OPT_OUT,
 )  # fmt: skip
 """The properties in use."""
-_LISTEN_FDS_START: Final = 3
-_SOURCES: Final[Mapping[int, Source]] = {
-    uevents.KERNEL_GROUP: "kernel",
-    uevents.UDEV_GROUP: "udev",
-}
 
 
 def default_source() -> Source:
@@ -60,29 +54,6 @@ def require_diskseq() -> None:
         raise HotplugError(
             "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
         )
-
-
-def handed_sockets() -> dict[Source, int]:
-    """Take over the event sockets that the service manager has opened, by their source.
-
-    The service has a network namespace of its own, without udev's events, and no right to buffers
-    that are large enough for a storm. A socket has both from the process that made it. Source:
-    sd_listen_fds(3); the variables are removed as it says.
-    """
-    count, whose = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    if not count.isdecimal() or whose != str(os.getpid()):
-        return {}
-    found: dict[Source, int] = {}
-    for fileno in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        os.set_inheritable(fileno, False)
-        os.set_blocking(fileno, False)
-        with socket.socket(fileno=fileno) as opened:
-            if opened.family == socket.AF_NETLINK:
-                _, group = opened.getsockname()
-                if group in _SOURCES:
-                    found[_SOURCES[group]] = opened.detach()
-    return found
 
 
 class Devices:

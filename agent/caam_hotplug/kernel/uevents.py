@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from caam_hotplug.kernel.sysfs import Source
+
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
 _NETLINK_KOBJECT_UEVENT: Final = 15
@@ -47,6 +49,11 @@ _ONLY_BLOCK: Final = b"".join(
 )
 """A filter for the socket, so that a keyboard does not wake the agent (bpf.rst,
 sd_device_monitor_filter_update in systemd's device-monitor.c)."""
+_LISTEN_FDS_START: Final = 3
+_SOURCES: Final[Mapping[int, Source]] = {
+    KERNEL_GROUP: "kernel",
+    UDEV_GROUP: "udev",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,29 @@ class Uevent:
     properties: Mapping[str, str]
     """Those that are text: kernels before 6.4 report a partition's name in bytes of no encoding
     (utf16_le_to_7bit in block/partitions/efi.c)."""
+
+
+def handed_sockets() -> dict[Source, int]:
+    """Take over the event sockets that the service manager has opened, by their source.
+
+    The service has a network namespace of its own, without udev's events, and no right to buffers
+    that are large enough for a storm. A socket has both from the process that made it. Source:
+    sd_listen_fds(3); the variables are removed as it says.
+    """
+    count, whose = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not count.isdecimal() or whose != str(os.getpid()):
+        return {}
+    found: dict[Source, int] = {}
+    for fileno in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        os.set_inheritable(fileno, False)
+        os.set_blocking(fileno, False)
+        with socket.socket(fileno=fileno) as opened:
+            if opened.family == socket.AF_NETLINK:
+                _, group = opened.getsockname()
+                if group in _SOURCES:
+                    found[_SOURCES[group]] = opened.detach()
+    return found
 
 
 class Uevents:

@@ -99,7 +99,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[socket.socket]]:
     first = max(int(name) for name in os.listdir("/proc/self/fd")) + 10
     for number, opened in enumerate(made, first):
         os.dup2(opened.fileno(), number)
-    monkeypatch.setattr(udev, "_LISTEN_FDS_START", first)
+    monkeypatch.setattr(uevents, "_LISTEN_FDS_START", first)
     monkeypatch.setenv("LISTEN_FDS", str(len(made)))
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDNAMES", "a:b:c")
@@ -119,7 +119,7 @@ def test_the_service_managers_sockets_are_distinguished_by_their_group(
     handed: list[socket.socket],
 ) -> None:
     kernel, from_udev, _ = handed
-    found = udev.handed_sockets()
+    found = uevents.handed_sockets()
     assert {source: inode(fileno) for source, fileno in found.items()} == {
         "kernel": inode(kernel.fileno()),
         "udev": inode(from_udev.fileno()),
@@ -131,18 +131,18 @@ def test_the_service_managers_sockets_are_distinguished_by_their_group(
 @pytest.mark.usefixtures("handed")
 def test_sockets_meant_for_another_process_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", "1")
-    assert udev.handed_sockets() == {}
+    assert uevents.handed_sockets() == {}
 
 
 def test_devices_listen_on_the_sockets_that_they_were_handed(handed: list[socket.socket]) -> None:
-    found = udev.handed_sockets()
+    found = uevents.handed_sockets()
     with closing(udev.Devices("udev", found)) as devices:
         listened = {inode(fileno) for fileno in devices.readers()}
     assert listened == {inode(opened.fileno()) for opened in handed[:2]}
 
 
 def test_a_handed_socket_that_is_not_used_is_closed(handed: list[socket.socket]) -> None:
-    found = udev.handed_sockets()
+    found = uevents.handed_sockets()
     with closing(udev.Devices("kernel", found)) as devices:
         assert [inode(f) for f in devices.readers()] == [inode(handed[0].fileno())]
     with pytest.raises(OSError, match="Bad file descriptor"):
