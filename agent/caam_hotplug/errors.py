@@ -6,6 +6,7 @@ carries key material.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,12 @@ class RequestRefusedError(HotplugError):
 
 
 _MAX_HOLDERS = 32
+_CURES = {
+    errno.EMFILE: "raise LimitNOFILE= of the service",
+    errno.ENFILE: "raise the sysctl fs.file-max",
+    errno.ENOMEM: "the system is short of memory",
+    errno.EACCES: "the log of the security module may say more",
+}
 
 
 class VolumeBusyError(RequestRefusedError):
@@ -139,6 +146,24 @@ class KernelError(HotplugError, OSError):
     def __str__(self) -> str:
         words = f"{self.operation} {self.subject}: {self.strerror}"
         return f"{words} ({self.detail})" if self.detail else words
+
+
+class UnknownError(KernelError):
+    """The kernel did not say whether something is there. So nothing is done that needs to know."""
+
+    def __init__(self, operation: str, subject: str, errno: int, detail: str = "") -> None:
+        super().__init__(operation, subject, errno, detail or _CURES.get(errno, ""))
+
+
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR})
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether the error says nothing about its subject, so that another attempt may do."""
+    cause = error.__cause__
+    if isinstance(error, UnknownError) or (isinstance(error, OSError) and error.errno in _PASSING):
+        return True
+    return cause is not None and is_passing(cause)
 
 
 class CaamError(KernelError):

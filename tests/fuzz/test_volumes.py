@@ -22,7 +22,7 @@ from caam_hotplug.config.rules import (
     match_rules,
 )
 from caam_hotplug.config.templates import Template
-from caam_hotplug.errors import UnsupportedVolumeError
+from caam_hotplug.errors import UnknownError, UnsupportedVolumeError
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.kernel import sysfs
 from caam_hotplug.model import SECTOR_BYTES, Bus, KeyReference, Volume
@@ -54,6 +54,7 @@ def make_sysfs() -> None:
 
 
 make_sysfs()
+SYS_ROOT: Final = os.open(SYS, os.O_PATH | os.O_CLOEXEC)
 
 plain = st.text("abcXYZ019._-", min_size=1, max_size=8)
 escapes = st.integers(0, 255).map(lambda byte: f"\\x{byte:02x}")
@@ -151,7 +152,10 @@ def volume_of(
         path.unlink(missing_ok=True)
         if path.name in usb:
             path.write_bytes(usb[path.name])
-    return sysfs.volume_at("sdb1", found, source, str(SYS_BLOCK))
+    try:
+        return sysfs.volume_at("sdb1", found, source, SYS_ROOT)
+    except UnknownError:  # a number that is none
+        return None
 
 
 def assert_is_one_name(name: str, longest: int) -> None:

@@ -35,6 +35,7 @@ from caam_hotplug.errors import (
     MasterKeyError,
     MountBusyError,
     MountError,
+    UnknownError,
 )
 from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.model import State, Volume
@@ -146,8 +147,17 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.ENOSPC,
         errno.EMFILE,
     ),
-    # open(2) of /proc/self/mountinfo.
-    "mounts": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    # open(2), read(2) of /proc/self/mountinfo; EACCES is a security module's, ENOENT where /proc is
+    # unmounted or covered.
+    "mounts": (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.EACCES,
+        errno.EINTR,
+        errno.ENOENT,
+    ),
     # syncfs(2): what was written could not be; open(2): too many open files.
     "flush": (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE),
     # umount2(2). EINVAL and ENOENT are "nothing is mounted there" (filesystem.py).
@@ -200,6 +210,8 @@ def error_of(step: str, number: int) -> HotplugError:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
         case "identify" | "require_unused" | "probe" | "read_table", _:
             return KernelError(*words)
+        case "mounts" | "holders", _:
+            return UnknownError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
         case _ if step in DM_STEPS:
@@ -646,3 +658,72 @@ def test_an_agent_that_cannot_list_its_mappings_does_not_start_and_touches_nothi
             bench.start()
             bench.settle()
             assert scene.published()[0] is moment.ends_in
+
+
+# what cannot be seen
+
+
+def reported_again(scene: Scene) -> None:
+    """Report the target once more."""
+    scene.bench.appear(scene.target)
+
+
+def events_lost(scene: Scene) -> None:
+    """Have the agent look at all media."""
+    scene.bench.lose_events()
+
+
+def rules_read_again(scene: Scene) -> None:
+    """Put the same rules into force."""
+    scene.bench.reload_rules(*scene.bench.rules)
+
+
+def asked_to(verb: str) -> Callable[[Scene], None]:
+    """Return an act that asks for this of the target, and goes on whatever the answer is."""
+
+    def ask(scene: Scene) -> None:
+        scene.bench.ask(verb, scene.target)
+
+    ask.__name__ = verb
+    return ask
+
+
+STAYS: Final = (
+    (unreported, arrive),
+    (without_table, start),
+    (crashed, start),
+    (mounted, reported_again),
+    (mounted, events_lost),
+    (mounted, rules_read_again),
+    (mounted, asked_to("lock")),
+    (mounted, asked_to("eject")),
+    (mounted, asked_to("retry")),
+)
+"""Moments of a medium that stays in its socket and in use."""
+SEEN_BY: Final = ("mounts", "holders")
+"""Steps that read /proc."""
+
+
+@pytest.mark.parametrize("step", SEEN_BY)
+@pytest.mark.parametrize(
+    ("before", "act"), STAYS, ids=[f"{b.__name__}, {a.__name__}" for b, a in STAYS]
+)
+def test_what_cannot_be_seen_in_proc_takes_no_medium_in_use_and_is_served_afterwards(
+    before: Callable[[Scene], None], act: Callable[[Scene], None], step: str
+) -> None:
+    for nth in range(4):
+        for number in ERRNOS["mounts"][nth::4]:
+            moment = Moment("in use", before, act, State.MOUNTED, held=before is not unreported)
+            scene = moment.scene()
+            kernel = scene.bench.kernel
+            was_mounted = [m.point for m in kernel.mounts]
+            kernel.faults.append(Fault(step, error_of(step, number), after=nth, lasting=True))
+            act(scene)
+            scene.bench.settle()
+            assert set(was_mounted) <= {mount.point for mount in kernel.mounts}
+            assert "load_error_table" not in kernel.steps
+            assert scene.bench.state(scene.target) in {State.MOUNTED, State.FAILED}
+            kernel.faults.clear()
+            scene.bench.wait(60)
+            assert scene.is_served(scene.target), (nth, errno.errorcode[number])
+            scene.end(restart=False)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from caam_hotplug.daemon.supervisor import Supervisor
+from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev
+from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe
 
@@ -50,8 +51,10 @@ class DeviceEvents:
 
     def _take_overdue(self) -> None:
         self._alarm = None
-        for event in self._devices.overdue():
-            self._supervisor.take(event, ())
+        with self._observe("look at devices again"):
+            events = self._devices.overdue()
+        for event in events:
+            self._supervisor.take(event, self._devices.present())
         self._set_alarm()
 
     def _set_alarm(self) -> None:
@@ -63,28 +66,54 @@ class DeviceEvents:
             self._alarm = self._loop.call_at(at, self._take_overdue)
 
 
-@contextmanager
-def blobs_watched(directory: Path, supervisor: Supervisor) -> Iterator[None]:
-    """Report new blobs to the supervisor, if the kernel has an inotify watch left for that."""
-    try:
-        blobs = inotify.Directory(directory)
-    except OSError as error:
-        log.warning(
-            "cannot watch %s for new blobs: %s; ask for `retry` when one has come",
-            directory,
-            error.strerror,
-        )
-        yield
-        return
+class BlobEvents:
+    """Takes new blobs as they come. While the kernel gives no watch, it is asked for one again."""
 
-    def take() -> None:
-        for name in blobs.read():
-            supervisor.blob_appeared(name)
+    def __init__(self, directory: Path, supervisor: Supervisor) -> None:
+        self._directory = directory
+        self._supervisor = supervisor
+        self._loop = asyncio.get_running_loop()
+        self._watch: inotify.Directory | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._delay_s = 0.0
+        """Time to the next attempt to have a watch; 0 while there is one."""
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(blobs, take)
-    try:
-        yield
-    finally:
-        loop.remove_reader(blobs)
-        blobs.close()
+    def begin(self) -> None:
+        """Watch the directory from now on."""
+        self._alarm = None
+        try:
+            self._watch = watch = inotify.Directory(self._directory)
+        except UnknownError as error:
+            self._ask_again(error)
+            return
+        self._loop.add_reader(watch, self._take, watch)
+        if self._delay_s:
+            self._delay_s = 0.0
+            log.info("watch %s: the kernel watches it again", self._directory)
+            self._supervisor.blob_appeared(None)  # one may have come meanwhile
+
+    def end(self) -> None:
+        """Watch no more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._watch is not None:
+            self._loop.remove_reader(self._watch)
+            self._watch.close()
+            self._watch = None
+
+    def _take(self, watch: inotify.Directory) -> None:
+        try:
+            found = watch.read()
+        except UnknownError as error:
+            self.end()
+            self._ask_again(error)
+            return
+        for name in found:
+            self._supervisor.blob_appeared(name)
+
+    def _ask_again(self, error: UnknownError) -> None:
+        if not self._delay_s:
+            words = "%s; until that is possible, ask for `retry` when a blob has come"
+            log.warning(words, error)
+        self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S) or FIRST_DELAY_S
+        self._alarm = self._loop.call_later(self._delay_s, self.begin)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon.agent import Agent, Load
-from caam_hotplug.daemon.events import DeviceEvents, blobs_watched
+from caam_hotplug.daemon.events import BlobEvents, DeviceEvents
 from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
@@ -83,8 +83,10 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = DeviceEvents(devices, supervisor, observe)
+            blobs = BlobEvents(config.blob_directory, supervisor)
             held.callback(events.end)
-            held.enter_context(blobs_watched(config.blob_directory, supervisor))
+            held.callback(blobs.end)
+            blobs.begin()
             events.begin()
             await service.first_attempt(_BUS_WITHIN_S)
             async with _ready(

@@ -34,6 +34,8 @@ from caam_hotplug.volume.requests import Ask, Request
 
 log = logging.getLogger(__name__)
 
+Reported = Appeared | Disappeared
+
 
 class Supervisor:
     """Starts and ends lifecycles. Synchronization: loop only."""
@@ -64,7 +66,7 @@ class Supervisor:
         self.stop()
         await self._group.__aexit__(*error)  # type: ignore[arg-type]
 
-    def start(self, present: Iterable[Appeared], there: Iterable[Volume]) -> None:
+    def start(self, present: Iterable[Reported], there: Iterable[Volume]) -> None:
         """Start the lifecycles of all present volumes, and release leftovers without a volume.
 
         `there`: the volumes that the kernel has, without the facts that only udev knows. Volumes
@@ -73,7 +75,7 @@ class Supervisor:
         They start first, since nobody else can be given what they hold already. So do leftovers
         without a volume: they keep their mount points reserved until they are released.
         """
-        reported = {event.volume.id: event.volume for event in present}
+        reported = {e.volume.id: e.volume for e in present if isinstance(e, Appeared)}
         known = ({volume.id: volume for volume in there} if self._leftovers else {}) | reported
         for mapping in self._leftovers:
             owner = names.volume_of_dm_uuid(mapping.uuid)
@@ -86,7 +88,7 @@ class Supervisor:
             if which in known:
                 self._arrive(known[which])
 
-    def take(self, event: Event, present: Iterable[Appeared]) -> None:
+    def take(self, event: Event, present: Iterable[Reported]) -> None:
         """Act on an event; `present` is compared with the lifecycles if events were lost."""
         match event:
             case Appeared(volume):
@@ -226,9 +228,13 @@ class Supervisor:
             for other in [n for n, at in self._at.items() if at.diskseq == which.diskseq]:
                 self._depart(other)
 
-    def _reconcile(self, present: list[Appeared]) -> None:
+    def _reconcile(self, reported: list[Reported]) -> None:
         lost = journal.event(journal.Event.EVENTS_LOST)
         log.warning("the kernel dropped events; looking at all devices", extra=lost)
+        present = [event for event in reported if isinstance(event, Appeared)]
+        for event in reported:
+            if isinstance(event, Disappeared):
+                self._depart(event.name)
         for name in set(self._at) - {event.volume.name for event in present}:
             which = self._at.get(name)
             if which is None:  # it departed with its disk

@@ -11,11 +11,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import DeviceInUseError, DeviceLockedError, KernelError, shown
-from caam_hotplug.kernel import mountinfo, sysfs
+from caam_hotplug import names
+from caam_hotplug.errors import (
+    DeviceInUseError,
+    DeviceLockedError,
+    KernelError,
+    UnknownError,
+    shown,
+)
+from caam_hotplug.kernel import mountinfo, sysfs, sysfs_tree
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.sysfs_tree import ABSENT
 from caam_hotplug.model import DeviceNumber, Volume
 
-_SYS_BLOCK: Final = Path("/sys/class/block")
+_BLOCK: Final = "class/block"
+_NO_DEVICE: Final = ABSENT | {errno.ENOTDIR, errno.ELOOP}
+"""Error numbers of a path that leads to no device."""
 _PROC: Final = Path("/proc")
 
 
@@ -26,7 +37,8 @@ def require_unused(volume: Volume) -> None:
     exclusively, and for a whole disk the kernel counts the holders of its partitions as well
     (open(2), O_EXCL; bd_may_claim in block/bdev.c). A loop device does not.
 
-    Raises: DeviceInUseError with all users that can be found; KernelError.
+    Raises: DeviceInUseError with all users that can be found; KernelError, also if it cannot be
+    seen whether there are users.
     """
     try:
         os.close(os.open(volume.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -36,24 +48,31 @@ def require_unused(volume: Volume) -> None:
         busy = True
     else:
         busy = False
-    numbers = {volume.number, *_partitions(volume.name)}
-    users = [*_loops(numbers)]
+    users: list[str] = []
+    with reported_as("look who uses", volume.node, UnknownError):
+        numbers = {volume.number, *_partitions(volume.name)}
+        users += _loops(numbers)
     if busy:
-        users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
-        users += list(_processes(numbers)) if not users else []
+        with suppress(OSError):  # it is refused anyway
+            users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
+            users += list(_processes(numbers)) if not users else []
     if busy or users:
         who = "; ".join(users) or "something that is not visible from here holds it exclusively"
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
 
 
 def is_locked(name: str) -> bool:
-    """Return whether a program has locked the disk of this name, or of this partition."""
+    """Return whether a program has locked the disk of this name, or of this partition.
+
+    One that has gone, or has no medium in it, is not locked. Raises: UnknownError.
+    """
     try:
         require_unlocked(name)
     except DeviceLockedError:
         return True
-    except KernelError:  # such as one that has gone
-        pass
+    except KernelError as error:
+        if error.errno not in {*ABSENT, errno.ENOMEDIUM}:
+            raise UnknownError(error.operation, error.subject, error.errno or errno.EIO) from error
     return False
 
 
@@ -88,8 +107,10 @@ def _number_of(path: str) -> DeviceNumber | None:
         return None
     try:
         status = Path(path).stat()
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_DEVICE:
+            return None
+        raise
     if not stat.S_ISBLK(status.st_mode):
         return None
     return DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
@@ -101,9 +122,31 @@ def _text(file: Path) -> str:
 
 
 def _partitions(name: str) -> Iterator[DeviceNumber]:
-    for file in (_SYS_BLOCK / name).glob(f"{name}*/dev"):
-        with suppress(OSError):  # the table of partitions is read anew
-            yield DeviceNumber.from_text(file.read_text())
+    for partition in _partition_names(name):
+        number = _if_there(f"{_BLOCK}/{partition}/dev")
+        if number is not None:  # else the table of partitions is read anew
+            yield DeviceNumber.from_text(number)
+
+
+def _partition_names(name: str) -> list[str]:
+    """Return the names of a disk's partitions. Raises: OSError."""
+    try:
+        inside = sysfs_tree.names(sysfs_tree.root(), f"{_BLOCK}/{name}")
+    except OSError as error:
+        if error.errno in ABSENT:
+            return []
+        raise
+    return [each for each in inside if names.is_partition_of(each, name)]
+
+
+def _if_there(file: str) -> str | None:
+    """Read a file of sysfs; None if it is not there. Raises: OSError if that is not known."""
+    try:
+        return sysfs_tree.text(sysfs_tree.root(), file)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
 
 
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
@@ -114,12 +157,11 @@ def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
 
 
 def _holders(name: str) -> Iterator[str]:
-    folder = _SYS_BLOCK / name
-    for holder in [*folder.glob("holders/*"), *folder.glob(f"{name}*/holders/*")]:
-        try:
-            yield f"mapping {shown(_text(holder / 'dm/name'))} lies on it"
-        except OSError:
-            yield f"{holder.name} lies on it"
+    for used in (name, *_partition_names(name)):
+        folder = f"{_BLOCK}/{used}/holders"
+        for holder in sysfs_tree.names(sysfs_tree.root(), folder):
+            mapping = _if_there(f"{folder}/{holder}/dm/name")
+            yield f"{holder if mapping is None else f'mapping {shown(mapping.strip())}'} lies on it"
 
 
 def _swaps(numbers: set[DeviceNumber]) -> Iterator[str]:
@@ -130,14 +172,11 @@ def _swaps(numbers: set[DeviceNumber]) -> Iterator[str]:
 
 
 def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
-    for name in os.listdir(_SYS_BLOCK):  # noqa: PTH208  there may be hundreds of others
+    for name in sysfs.block_names():
         if not name.startswith("loop"):
             continue
-        try:
-            backing = _text(_SYS_BLOCK / name / "loop/backing_file")
-        except OSError:  # it has none, or was detached meanwhile
-            continue
-        if _number_of(backing) in numbers:
+        backing = _if_there(f"{_BLOCK}/{name}/loop/backing_file")
+        if backing is not None and _number_of(backing.strip()) in numbers:
             yield f"{name} lies on it"
 
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from caam_hotplug.errors import UnknownError
+from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.libc import Libc
 
 _IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x80, 0x100
@@ -19,6 +21,11 @@ _WANTED: Final = _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE_SELF |
 _EVENT: Final = struct.Struct("iIII")
 """struct inotify_event without its name: watch, mask, cookie, length of the name."""
 _ROOM: Final = 64 << 10
+_CURES: Final = {
+    errno.ENOSPC: "raise the sysctl fs.inotify.max_user_watches",
+    errno.EMFILE: "raise the sysctl fs.inotify.max_user_instances, or LimitNOFILE= of the service",
+}
+"""Source: inotify_add_watch(2), inotify_init1(2)."""
 
 
 class Directory:
@@ -28,11 +35,16 @@ class Directory:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises: OSError."""
+        """Raises: KernelError if the kernel has no watch left, with the cure."""
         self._path = path
-        self._fileno: int = Libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._watched = self._watch = -1
-        self._watch_nearest()
+        with reported_as("watch", str(path), _not_watched):
+            self._fileno: int = Libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._watched = self._watch = -1
+            try:
+                self._watch_nearest()
+            except OSError:
+                self.close()
+                raise
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when `read` has something."""
@@ -43,7 +55,11 @@ class Directory:
         os.close(self._fileno)
 
     def read(self) -> list[str | None]:
-        """Return the names of new and changed files; None stands for any."""
+        """Return the names of new and changed files; None stands for any.
+
+        Raises: KernelError if the directory was replaced and the new one cannot be watched. It is
+        watched no more then.
+        """
         try:
             events = os.read(self._fileno, _ROOM)
         except BlockingIOError:
@@ -56,7 +72,8 @@ class Directory:
             elif name == self._path.parts[self._watched]:
                 names.append(None)  # it was created, or a directory on the path to it
         if None in names:
-            self._watch_nearest()
+            with reported_as("watch", str(self._path), _not_watched):
+                self._watch_nearest()
             return [None]
         return list(dict.fromkeys(names))
 
@@ -85,6 +102,10 @@ class Directory:
             if count + 1 in {denied, len(parts) + 1} or not Path(*parts[: count + 1]).is_dir():
                 return
             count += 1  # it was created before its parent was watched
+
+
+def _not_watched(operation: str, path: str, number: int) -> UnknownError:
+    return UnknownError(operation, path, number, _CURES.get(number, ""))
 
 
 def _parsed(events: bytes) -> Iterator[tuple[int, str]]:

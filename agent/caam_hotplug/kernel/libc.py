@@ -11,6 +11,7 @@ class Libc(Library, soname="libc.so.6", package="libc6"):
     """Another C library with the same interface may lack what is GNU's: see `Function.exists`."""
 
     free = Function(None, c_void_p)
+    fstatfs = Function(c_int, c_int, c_void_p, failure=minus_one)
     getpid = Function(c_int)
     getrandom = Function(c_ssize_t, c_void_p, c_size_t, c_uint, failure=minus_one)
     inotify_add_watch = Function(c_int, c_int, c_char_p, c_uint32, failure=minus_one)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import cast
 
 from caam_hotplug import names
-from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError, MountError
+from caam_hotplug.errors import (
+    BlobError,
+    HotplugError,
+    MasterKeyError,
+    MountError,
+    UnknownError,
+)
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.kernel import (
     blkid,
@@ -69,8 +75,11 @@ class LinuxKernel:
             error_table.prepare()
 
     def is_present(self, volume: Volume) -> bool:
-        """Return whether the volume is still at its kernel name."""
-        return sysfs.present_id(volume.name) == volume.id
+        """Return whether the volume is still at its kernel name; also while that is not known."""
+        try:
+            return sysfs.present_id(volume.name) == volume.id
+        except UnknownError:
+            return True
 
     def identify(self, volume: Volume) -> Volume:
         """Return the volume with its labels and identifiers, read off the medium.
@@ -209,8 +218,7 @@ class LinuxKernel:
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
-        with reported_as("read", "/proc/self/mountinfo", MountError):
-            return mountinfo.mounts()
+        return mountinfo.mounts()
 
     def holders(self, mapping: Mapping) -> list[Holder]:
         """Return the holders of the mapping's filesystem, as far as this process can see them."""

@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import MountError
+from caam_hotplug.errors import UnknownError
 from caam_hotplug.formats import mount_options
+from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.model import DeviceNumber, Mount
 
 _VOLATILE: Final = {"tmpfs", "ramfs"}
@@ -21,22 +22,23 @@ _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 def mounts() -> list[Mount]:
     """Return the mounts of this process's namespace.
 
-    Raises: MountError for a line of an unknown form, which might be a mount of the agent.
-    Source: proc_pid_mountinfo(5).
+    Raises: UnknownError if they cannot be read; also for a line of an unknown form, which might be
+    a mount of the agent. Source: proc_pid_mountinfo(5).
     """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
-    lines = _MOUNTINFO.read_bytes().split(b"\n")
+    with reported_as("read", str(_MOUNTINFO), UnknownError):
+        lines = _MOUNTINFO.read_bytes().split(b"\n")
     try:
         return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
     except ValueError as error:
-        raise MountError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
+        raise UnknownError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
 
 
 def why_volatile(path: Path) -> str | None:
     """Return why files there do not outlive a power cut, or None if they seem to.
 
     An overlay's upper directory decides for it, which another mount may hide. Raises:
-    MountError. Source: proc_pid_mountinfo(5), overlayfs.rst.
+    OSError. Source: proc_pid_mountinfo(5), overlayfs.rst.
     """
     above = {str(path), *map(str, path.parents)}
     found = []

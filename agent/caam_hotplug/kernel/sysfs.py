@@ -4,11 +4,15 @@ Facts come from two sources. udev (or, without udevd, libblkid later) reports wh
 claims: label, identifiers, serial number. sysfs has the kernel's own facts, which count more than
 any event: a synthesized `remove` leaves the device in place.
 
+What the kernel does not say is not known: every function here raises then, and only ENOENT, ENODEV
+and ENXIO mean that a volume has gone.
+
 It is read at every event, by the loop of a slow processor; so paths are texts here.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +21,8 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from caam_hotplug import names
+from caam_hotplug.kernel import sysfs_tree
+from caam_hotplug.kernel.sysfs_tree import known
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId, number
 
 Source = Literal["udev", "kernel"]
@@ -26,61 +32,67 @@ NEVER_MEDIA: Final = re.compile(r"(dm-|md|ram|zram|sr|fd|nbd)\d")
 """Built on other devices, without partitions worth the name, or ours."""
 _ATA: Final = re.compile(r"ata\d+")
 _HEX: Final = re.compile(rb"\\x([0-9a-fA-F]{2})")
-_SYS_BLOCK: Final = "/sys/class/block"
-_PAGE: Final = 4096
-"""The most that an attribute has (sysfs.rst)."""
+_BLOCK: Final = "class/block"
+
+
+def block_names(root: int | None = None) -> list[str]:
+    """Return the kernel's names of all block devices. Raises: UnknownError."""
+    at = sysfs_tree.root() if root is None else root
+    return known("the block devices", lambda: sysfs_tree.names(at, _BLOCK)) or []
 
 
 def there() -> Iterator[Volume]:
-    """Yield the volumes in sysfs, also those that udev does not know yet."""
-    for name in os.listdir(_SYS_BLOCK):
+    """Yield the volumes in sysfs, also those that udev does not know yet. Raises: UnknownError."""
+    for name in block_names():
         if not NEVER_MEDIA.match(name):
             volume = volume_at(name, {}, "kernel")
             if volume is not None:
                 yield volume
 
 
-def present_id(name: str, sys_block: str = _SYS_BLOCK) -> VolumeId | None:
-    """Return the volume that is at a kernel name now, or None. Any thread."""
-    try:
-        return _Place(name, sys_block).id
-    except (OSError, ValueError):
-        return None
+def present_id(name: str, root: int | None = None) -> VolumeId | None:
+    """Return the volume that is at a kernel name now, or None. Raises: UnknownError. Any thread."""
+    return known(name, lambda: _Place(name, root).id)
 
 
 def disk_name(name: str) -> str:
     """Return the kernel's name of a partition's disk, or a disk's own.
 
-    Raises: OSError if it has gone.
+    Raises: OSError if it has gone, or is not known.
     """
-    folder = os.readlink(f"{_SYS_BLOCK}/{name}")
-    is_partition = os.path.exists(f"{_SYS_BLOCK}/{name}/partition")
+    at = sysfs_tree.root()
+    folder = sysfs_tree.link(at, f"{_BLOCK}/{name}")
+    is_partition = sysfs_tree.is_there(at, f"{_BLOCK}/{name}/partition")
     return os.path.basename(os.path.dirname(folder) if is_partition else folder)
 
 
 def announced_at(name: str, partlabel: str | None) -> Volume | None:
     """Return the partition that only the kernel has reported yet, or None if it has gone.
 
-    The kernel's spelling of the label is not always the medium's.
+    The kernel's spelling of the label is not always the medium's. Raises: UnknownError.
     """
-    if not os.path.exists(f"{_SYS_BLOCK}/{name}/partition"):
+    at, file = sysfs_tree.root(), f"{_BLOCK}/{name}/partition"
+    if not known(name, lambda: sysfs_tree.is_there(at, file)):
         return None
     volume = volume_at(name, {}, "kernel")
     return None if volume is None else replace(volume, partlabel=partlabel, awaits_udev=True)
 
 
 def volume_at(
-    name: str, properties: Mapping[str, str], source: Source, sys_block: str = _SYS_BLOCK
+    name: str, properties: Mapping[str, str], source: Source, root: int | None = None
 ) -> Volume | None:
-    """Return the volume at a kernel name; None without one, or without a medium in the reader."""
+    """Return the volume at a kernel name; None without one, or without a medium in the reader.
+
+    Raises: UnknownError if one of its facts cannot be read: a part of them is another volume's.
+    """
 
     def text(key: str) -> str | None:
         value = properties.get(key)
         return None if value is None else decoded(value)
 
-    try:
-        place = _Place(name, sys_block)
-        disk = _disk(place.disk, place.id.diskseq)
+    def look() -> Volume:
+        place = _Place(name, root)
+        disk = _disk(place.root, place.disk, place.id.diskseq)
         return place.volume(
             disk,
             partlabel=text("ID_PART_ENTRY_NAME"),
@@ -95,36 +107,34 @@ def volume_at(
             opted_out=properties.get(names.UDEV_OPT_OUT) == "0",
             identified=source == "udev",
         )
-    except (OSError, ValueError):
-        return None  # it left meanwhile; its remove event follows
+
+    return known(name, look)
 
 
 class _Place:
     """A volume's place in sysfs."""
 
-    def __init__(self, name: str, sys_block: str) -> None:
-        """Raises: OSError; ValueError without a medium, or for a file that has no number."""
-        folder = f"{sys_block}/{name}"
-        # The kernel removes the `dev` file before it reports the removal, the folder after
-        # (device_del in drivers/base/core.c).
-        self._number = DeviceNumber.from_text(_text(f"{folder}/dev"))
-        # A class's folder has links only, and they lead to where there are none (sysfs.rst).
-        self._folder = os.path.normpath(f"{sys_block}/{os.readlink(folder)}")
+    def __init__(self, name: str, root: int | None) -> None:
+        """Raises: OSError, ENXIO without a medium; ValueError for a file that has no number."""
+        self.root = at = sysfs_tree.root() if root is None else root
+        folder = f"{_BLOCK}/{name}"
+        # The kernel removes this link and the `dev` file before it reports the removal, the folder
+        # after (device_del in drivers/base/core.c). So a removal is seen without a descriptor. A
+        # class's folder has links only, and they lead to where there are none (sysfs.rst).
+        self._folder = os.path.normpath(f"{_BLOCK}/{sysfs_tree.link(at, folder)}")
+        self._number = DeviceNumber.from_text(sysfs_tree.text(at, f"{folder}/dev"))
         self._name = name
-        try:
-            partition = _number(f"{folder}/partition")
-        except FileNotFoundError:
-            self.disk, partition = self._folder, 0
-        else:
-            self.disk = os.path.dirname(self._folder)
-        self.id = VolumeId(_number(f"{self.disk}/diskseq"), partition)
-        self._size = Sectors(_number(f"{folder}/size"))
+        is_partition = sysfs_tree.is_there(at, f"{self._folder}/partition")
+        self.disk = os.path.dirname(self._folder) if is_partition else self._folder
+        partition = _number(at, f"{self._folder}/partition") if is_partition else 0
+        self.id = VolumeId(_number(at, f"{self.disk}/diskseq"), partition)
+        self._size = Sectors(_number(at, f"{folder}/size"))
         if not self._size:
-            raise ValueError("no medium is in the reader")
+            raise OSError(errno.ENXIO, "no medium is in the reader")
 
     def volume(self, disk: _Disk, **reported: Any) -> Volume:
         """Return the volume with the reported facts. Raises: OSError."""
-        return Volume(
+        volume = Volume(
             id=self.id,
             name=self._name,
             number=self._number,
@@ -132,9 +142,16 @@ class _Place:
             size=self._size,
             bus=disk.bus,
             removable=disk.removable,
-            read_only=_is_set(f"{self._folder}/ro") or _attribute(f"{self.disk}/ro") == "1",
+            read_only=self._is_read_only(),
             **reported,
         )
+        # A file that was not there counts as a fact only if the device itself still is.
+        sysfs_tree.link(self.root, f"{_BLOCK}/{self._name}")
+        return volume
+
+    def _is_read_only(self) -> bool:
+        own = sysfs_tree.text(self.root, f"{self._folder}/ro").strip()
+        return own == "1" or _attribute(self.root, f"{self.disk}/ro") == "1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,71 +166,62 @@ class _Disk:
 
 
 @lru_cache(maxsize=64)  # the kernel and udev each report a disk and its partitions
-def _disk(folder: str, _diskseq: int) -> _Disk:
-    bus = _bus(folder)
+def _disk(root: int, folder: str, _diskseq: int) -> _Disk:
+    """Return the facts of a disk. Raises: OSError."""
+    bus = _bus(root, folder)
+    device = f"{folder}/device"
     return _Disk(
         bus=bus,
-        removable=_is_removable(folder, bus),
-        serial=_serial(folder),
-        vendor=_attribute(f"{folder}/device/vendor"),
-        model=_attribute(f"{folder}/device/model") or _attribute(f"{folder}/device/name"),
+        removable=_is_removable(root, folder, bus),
+        serial=_serial(root, folder),
+        vendor=_attribute(root, f"{device}/vendor"),
+        model=_attribute(root, f"{device}/model") or _attribute(root, f"{device}/name"),
     )
 
 
-def _text(file: str) -> str:
-    """Read the file. Raises: OSError."""
-    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(opened, _PAGE).decode(errors="replace")
-    finally:
-        os.close(opened)
-
-
-def _number(file: str) -> int:
+def _number(at: int, file: str) -> int:
     """Read a number. Raises: OSError; ValueError if the file has anything else."""
-    return number(_text(file).removesuffix("\n"))
-
-
-def _is_set(file: str) -> bool:
-    """Return whether the file has a 1. Raises: OSError."""
-    return _text(file).strip() == "1"
+    return number(sysfs_tree.text(at, file).removesuffix("\n"))
 
 
 def _plain(text: str | None) -> str | None:
     return (text or "").strip() or None
 
 
-def _attribute(file: str) -> str | None:
+def _attribute(at: int, file: str) -> str | None:
+    """Return the text of a file, None without it. Raises: OSError if it cannot be read."""
     try:
-        return _plain(_text(file))
-    except OSError:
-        return None
+        return _plain(sysfs_tree.text(at, file))
+    except OSError as error:
+        if error.errno in sysfs_tree.ABSENT:
+            return None
+        raise
 
 
-def _is_removable(disk: str, bus: Bus) -> bool:
+def _is_removable(at: int, disk: str, bus: Bus) -> bool:
     """Return whether users plug it: by the kernel's flag, or a bus whose disks mostly lack it.
 
     An SD card's flag is 0; so is an eMMC's, which is soldered on: its type is MMC, not SD.
     """
     if bus is Bus.MMC:
-        return _attribute(f"{disk}/device/type") == "SD"
-    return bus is Bus.USB or _attribute(f"{disk}/removable") == "1"
+        return _attribute(at, f"{disk}/device/type") == "SD"
+    return bus is Bus.USB or _attribute(at, f"{disk}/removable") == "1"
 
 
-def _serial(disk: str) -> str | None:
+def _serial(at: int, disk: str) -> str | None:
     """Return the serial number where udev reports none: an SD card's, a USB device's."""
-    return _attribute(f"{disk}/device/serial") or next(
-        (serial for up in _above(disk) if (serial := _attribute(f"{up}/serial"))), None
+    return _attribute(at, f"{disk}/device/serial") or next(
+        (serial for up in _above(disk) if (serial := _attribute(at, f"{up}/serial"))), None
     )
 
 
 def _above(folder: str) -> Iterator[str]:
     """Yield the folders above one, nearest first."""
-    while (folder := os.path.dirname(folder)) != "/":
+    while folder := os.path.dirname(folder):
         yield folder
 
 
-def _bus(disk: str) -> Bus:
+def _bus(at: int, disk: str) -> Bus:
     """Return the disk's bus, from the subsystems above it, nearest first.
 
     A SCSI disk may really sit behind USB or ATA, so SCSI is the answer only if nothing else is.
@@ -225,9 +233,11 @@ def _bus(disk: str) -> Bus:
         if _ATA.fullmatch(os.path.basename(folder)):
             return Bus.ATA
         try:
-            subsystem = os.path.basename(os.readlink(f"{folder}/subsystem"))
-        except OSError:
-            continue
+            subsystem = os.path.basename(sysfs_tree.link(at, f"{folder}/subsystem"))
+        except OSError as error:
+            if error.errno in sysfs_tree.ABSENT:
+                continue
+            raise
         match subsystem:
             case "usb" | "mmc" | "nvme":
                 return Bus(subsystem)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pyudev
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import device_users, sysfs, udev_rules, uevents
+from caam_hotplug.errors import HotplugError, UnknownError
+from caam_hotplug.kernel import device_users, sysfs, sysfs_tree, udev_rules, uevents
 from caam_hotplug.kernel.sysfs import Source
+from caam_hotplug.kernel.unknown import Unknown
 from caam_hotplug.model import (
     Announced,
     Appeared,
@@ -40,6 +43,9 @@ _USED: Final = (
     "ID_SERIAL_SHORT", "ID_VENDOR_ENC", names.UDEV_OPT_OUT,
 )  # fmt: skip
 """The properties in use."""
+_UDEV_DATA: Final = "/run/udev/data"
+"""What udev has reported, in a file for each device (systemd's device-private.c)."""
+_LISTING: Final = "the block devices"
 
 
 def default_source() -> Source:
@@ -48,9 +54,10 @@ def default_source() -> Source:
 
 
 def require_diskseq() -> None:
-    """Raise HotplugError if this kernel does not number insertions."""
-    disks = list(Path("/sys/block").iterdir())
-    if disks and not any((disk / "diskseq").exists() for disk in disks):
+    """Raise HotplugError if this kernel does not number insertions, or shows no sysfs."""
+    at = sysfs_tree.root()
+    disks = sysfs_tree.known(_LISTING, lambda: sysfs_tree.names(at, "block")) or []
+    if disks and not any(sysfs_tree.is_there(at, f"block/{disk}/diskseq") for disk in disks):
         raise HotplugError(
             "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
         )
@@ -62,7 +69,7 @@ class Devices:
     Where udev is the source, the kernel's events are read, too. The kernel announces a partition
     before udev has read it. A medium that the kernel has removed is gone, whatever udev still does
     with the event. A medium that udev does not report, because udevd has ended or hangs, is served
-    without it after UDEV_PATIENCE_S.
+    without it after UDEV_PATIENCE_S. A device that cannot be looked at has neither come nor gone.
 
     Synchronization: loop thread only; libudev objects are not thread-safe.
     """
@@ -88,6 +95,7 @@ class Devices:
             self._rules = None if await_udev else udev_rules.UdevRules()
         for unused in given.values():
             os.close(unused)
+        self._unknown = Unknown()
         self._awaited: dict[str, float] = {}
         """Deadlines for udev's reports of present devices, by their names."""
         self._reported: dict[str, VolumeId] = {}
@@ -113,48 +121,89 @@ class Devices:
         """Read a bounded number of the kernel's events."""
         events: list[Event] = []
         for uevent in self._kernel.read(_EVENTS_PER_READ):
-            events += [EventsLost()] if uevent is None else self._from_kernel(uevent)
+            events += [EventsLost()] if uevent is None else self._taken("kernel", uevent)
         return events
 
     def read_udev(self) -> list[Event]:
         """Read a bounded number of udev's events."""
         events: list[Event] = []
         for uevent in () if self._udev is None else self._udev.read(_EVENTS_PER_READ):
-            events += [EventsLost()] if uevent is None else self._from_source(uevent)
+            events += [EventsLost()] if uevent is None else self._taken("udev", uevent)
         return events
 
-    def present(self) -> Iterator[Appeared]:
-        """Yield every present volume."""
-        for device in self._context.list_devices(subsystem="block"):
-            uevent = uevents.Uevent("", device.sys_name, _properties(device))
-            if self.source == "udev" and not device.is_initialized:
-                self._await_udev(uevent.name)
-            else:
-                yield from (e for e in self._from_source(uevent) if isinstance(e, Appeared))
+    def _taken(self, reporter: Source, uevent: uevents.Uevent) -> list[Event]:
+        """Return the events of a uevent; what is not known now follows later, by `overdue`."""
+        if sysfs.NEVER_MEDIA.match(uevent.name):
+            return []
+        check = self._from_kernel if reporter == "kernel" != self.source else self._from_source
+        action = uevent.action
+        # What an `add` says of a medium is not said again, and a `remove` may be synthesized.
+        replaces = action == "add" or (reporter == "udev" and action != "remove")
+        return self._unknown.check(uevent.name, reporter, partial(check, uevent), replaces=replaces)
+
+    def present(self) -> Iterator[Appeared | Disappeared]:
+        """Yield every present volume, and every name of before that has none now.
+
+        What is not known now follows, by `overdue`.
+        """
+        names: list[str] = []
+
+        def list_them() -> Iterator[Event]:
+            names[:] = sysfs.block_names()
+            yield EventsLost()  # so that all are looked at, if this is repeated
+
+        self._unknown.check(_LISTING, "list", list_them)
+        for name in dict.fromkeys([*names, *self._reported, *self._awaited]):
+            if not sysfs.NEVER_MEDIA.match(name):
+                events = self._unknown.check(name, "list", partial(self._listed, name))
+                yield from (e for e in events if isinstance(e, Appeared | Disappeared))
+
+    def _listed(self, name: str) -> Iterator[Event]:
+        """Yield the event of a device that is listed, unless udev has yet to report it."""
+        device = None
+        with suppress(pyudev.DeviceNotFoundError):  # for whatever reason: libudev gives none
+            device = pyudev.Devices.from_name(self._context, "block", name)
+        if device is not None and (self.source == "kernel" or device.is_initialized):
+            yield from self._from_source(uevents.Uevent("", name, _properties(device)))
+            return
+        found = sysfs.volume_at(name, {}, "kernel")
+        if found is None:
+            yield self._disappeared(name)
+            return
+        self._await_udev(name)
+        if device is None or os.path.exists(f"{_UDEV_DATA}/b{found.number}"):  # noqa: PTH110
+            raise UnknownError("read udev's report of", name, errno.EAGAIN)
 
     @property
     def next_overdue(self) -> float | None:
-        """Return the monotonic time of the next deadline for udev; None without one."""
-        return min(self._awaited.values(), default=None)
+        """Return the monotonic time at which to call `overdue`; None while nothing is awaited."""
+        times = [*self._awaited.values(), self._unknown.next_at]
+        return min((at for at in times if at is not None), default=None)
 
     def overdue(self) -> list[Event]:
-        """Return the volumes that udev has not reported in time, without what only udev knows."""
-        events: list[Event] = []
+        """Return what has become known since it was asked, and what udev has not reported in time.
+
+        The latter are volumes without what only udev knows.
+        """
+        events = self._unknown.again()
         now = time.monotonic()
         for name in [name for name, at in self._awaited.items() if at <= now]:
-            del self._awaited[name]
-            if device_users.is_locked(name):  # then udev waits as well
-                self._await_udev(name)
-                continue
-            volume = sysfs.volume_at(name, {}, "kernel")
-            if volume is not None:
-                log.warning(
-                    "udev has not reported %s for %g s; serving it without udev",
-                    name,
-                    UDEV_PATIENCE_S,
-                )
-                events.append(self._appeared(volume))
+            self._awaited[name] = now + UDEV_PATIENCE_S
+            events += self._unknown.check(name, "overdue", partial(self._without_udev, name))
         return events
+
+    def _without_udev(self, name: str) -> Iterator[Event]:
+        """Yield the volume without udev's report, unless that has come meanwhile."""
+        if name not in self._awaited or device_users.is_locked(name):  # then udev waits as well
+            return
+        volume = sysfs.volume_at(name, {}, "kernel")
+        if volume is None:
+            del self._awaited[name]
+            return
+        log.warning(
+            "udev has not reported %s for %g s; serving it without udev", name, UDEV_PATIENCE_S
+        )
+        yield self._appeared(volume)
 
     def volume(self, node: str) -> Volume:
         """Return the volume at a device node; it is identified if udev has reported it.
@@ -179,8 +228,6 @@ class Devices:
     def _from_source(self, uevent: uevents.Uevent) -> Iterator[Event]:
         """Yield the events of a uevent from the source."""
         name, properties = uevent.name, uevent.properties
-        if sysfs.NEVER_MEDIA.match(name):
-            return
         volume = sysfs.volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
@@ -189,13 +236,8 @@ class Devices:
             yield self._appeared(volume)
 
     def _from_kernel(self, uevent: uevents.Uevent) -> Iterator[Event]:
-        """Yield the events of a kernel's uevent; if udev is the source, its uevent follows."""
+        """Yield the events of a kernel's uevent, which udev's follows."""
         name = uevent.name
-        if self.source == "kernel":
-            yield from self._from_source(uevent)
-            return
-        if sysfs.NEVER_MEDIA.match(name):
-            return
         before, announced = self._reported.get(name), None
         if uevent.action == "add" and before is None and self._may_announce():
             announced = sysfs.announced_at(name, uevent.properties.get("PARTNAME"))

@@ -7,6 +7,7 @@ If no rule sets it, there is nothing to wait for.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -30,7 +31,10 @@ class UdevRules:
     def __init__(self, roots: tuple[str, ...] = _ROOTS) -> None:
         self._directories = {(Path(root) / "udev/rules.d").resolve() for root in roots}
         self._watched: dict[Path, inotify.Directory] = {}
-        self._found = False
+        self._found: bool | None = None
+        """Whether a rule sets the property; None until all are read."""
+        self._is_said = False
+        """Whether it is said that they cannot be watched or read."""
 
     def close(self) -> None:
         """Stop watching."""
@@ -39,43 +43,52 @@ class UdevRules:
         self._watched.clear()
 
     def may_opt_out(self) -> bool:
-        """Return whether a rule sets the property, or may. Only changed directories are read."""
-        missing = [at for at in self._directories if at not in self._watched and at.is_dir()]
+        """Return whether a rule sets the property, or may. Only changed directories are read.
+
+        What cannot be watched or read now may have such a rule, and is tried again at each call.
+        """
         try:
-            for directory in missing:
-                self._watched[directory] = inotify.Directory(directory)
+            if self._has_changed():
+                self._found = None
+            if self._found is None:
+                self._found = any(map(_sets, self._directories))
         except OSError as error:
-            log.warning(
-                "cannot watch udev's rules: %s; every medium waits until udev has reported it",
-                error.strerror,
-            )
+            if not self._is_said:
+                log.warning("%s; every medium waits until udev has reported it", error)
+            self._is_said = True
             return True
-        changed = [at for at, each in self._watched.items() if each.read()]
-        if missing or changed:
-            self._found = any(map(_sets, self._directories))
+        self._is_said = False
         return self._found
+
+    def _has_changed(self) -> bool:
+        """Return whether a directory has come or changed since the last call. Raises: OSError."""
+        changed = False
+        for at in self._directories:
+            try:
+                if at in self._watched:
+                    changed |= bool(self._watched[at].read())
+                elif at.is_dir():
+                    self._found = None  # also if a later one cannot be watched
+                    self._watched[at] = inotify.Directory(at)
+            except OSError:
+                self._found = None
+                if at in self._watched:
+                    self._watched.pop(at).close()
+                raise
+        return changed
 
 
 def _sets(directory: Path) -> bool:
-    """Return whether a rule in the directory sets the property, or cannot be read."""
+    """Return whether a rule in the directory sets the property. Raises: OSError."""
     try:
-        return any(map(_may_set, directory.glob("*.rules")))
-    except OSError as error:
-        return _warn_unreadable(error)
+        names_there = os.listdir(directory)  # noqa: PTH208  glob() hides errors
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return any(_sets_in(directory / name) for name in names_there if name.endswith(".rules"))
 
 
-def _may_set(file: Path) -> bool:
+def _sets_in(file: Path) -> bool:
     try:
         return _NAMES.search(file.read_bytes().replace(b"\\\n", b"")) is not None
     except FileNotFoundError:  # a dangling link, which udevd ignores
         return False
-    except OSError as error:
-        return _warn_unreadable(error)
-
-
-def _warn_unreadable(error: OSError) -> bool:
-    """Log the error; return that a rule may set the property."""
-    log.warning(
-        "cannot read udev's rules: %s; every medium waits until udev has reported it", error
-    )
-    return True

@@ -8,7 +8,7 @@ from dataclasses import replace
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.kernel import blkid, sysfs, udev
-from caam_hotplug.model import DevType, Volume
+from caam_hotplug.model import Appeared, DevType, Volume
 from caam_hotplug.provisioning import migration_journal
 
 
@@ -26,7 +26,8 @@ def find_partition(text: str, config: Config) -> Volume:
             for head in migration_journal.heads(config.blob_directory)
             if head.name == text
         }
-        reported = {event.volume.id: event.volume for event in devices.present()}
+        events = (event for event in devices.present() if isinstance(event, Appeared))
+        reported = {event.volume.id: event.volume for event in events}
         there = {volume.id: volume for volume in sysfs.there()} | reported
     found = [
         volume

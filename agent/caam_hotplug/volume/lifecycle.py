@@ -126,7 +126,8 @@ class VolumeLifecycle:
             before = error.__cause__ and error.__cause__.__context__
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self.record.retry_if_udev_reported(udev_before)
-            return self._badly_released(f"{error}{cause}")
+            again = self.record.retry_if_passing(error)
+            return self._badly_released(f"{error}{cause}{again}")
         except (HotplugError, OSError) as error:
             if not isinstance(error, _BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
@@ -157,7 +158,7 @@ class VolumeLifecycle:
             # A medium that is pulled makes the current operation fail; nothing is wrong with it.
             log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
             return self._phase.to_idle()
-        self._status.publish(State.FAILED, str(error))
+        self._status.publish(State.FAILED, f"{error}{self.record.retry_if_passing(error)}")
         return self._phase.to_idle(
             retry_on_blob=isinstance(error, _BLOB_AT_FAULT),
             is_foreign=isinstance(error, ForeignMappingError),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
+from caam_hotplug.errors import is_passing
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
@@ -21,6 +25,9 @@ from caam_hotplug.volume.status import Publish, VolumeStatus
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import Worker
+
+_FIRST_RETRY_S: Final = 1.0
+_LONGEST_RETRY_S: Final = 30.0
 
 
 @dataclass(slots=True)
@@ -56,6 +63,7 @@ class Record:
         self.cut_off.is_mapped = phase.has_leftover
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
+        self._failed_at, self._retry_s = -math.inf, 0.0
         if isinstance(phase, Parked):
             self.status.publish(phase.state, phase.reason)
 
@@ -124,6 +132,21 @@ class Record:
         `before`: `udev_status` when it began.
         """
         if self.udev_status != before:
+            self.inbox.note(Reevaluate.FACTS)
+
+    def retry_if_passing(self, error: Exception) -> str:
+        """Have a failed attempt repeated if the error passes by itself; return words about that."""
+        if not is_passing(error) or self.inbox.wants_release:
+            return ""
+        loop = asyncio.get_running_loop()
+        is_first = loop.time() - self._failed_at > 2 * _LONGEST_RETRY_S
+        self._retry_s = _FIRST_RETRY_S if is_first else min(2 * self._retry_s, _LONGEST_RETRY_S)
+        self._failed_at = loop.time()
+        loop.call_later(self._retry_s, self._retry)
+        return "; it is tried again"
+
+    def _retry(self) -> None:
+        if isinstance(self.phase, Idle) and self.status.state is State.FAILED:
             self.inbox.note(Reevaluate.FACTS)
 
     async def ask(self, request: Request) -> None:
