@@ -19,7 +19,7 @@ from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import keyring, memory, trusted, udev, uevents
+from caam_hotplug.kernel import keyring, memory, reserve, trusted, udev, uevents
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry
 from caam_hotplug.systemd import journal
@@ -47,6 +47,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
     config = load()
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
+    reserve.fill()
     udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)

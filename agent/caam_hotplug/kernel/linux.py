@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -36,6 +37,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.model import (
     DeviceNumber,
     Holder,
@@ -247,19 +249,23 @@ class LinuxKernel:
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""
         point = self.mount_root / name
-        try:
+
+        def unmount() -> None:
             with (
                 reported_as("unmount", str(point), MountError),
                 paths.directory(self.mount_root) as root,
             ):
                 mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
+
+        try:
+            spent_on(unmount)
         except MountError as error:
             raise type(error)("unmount", str(point), error.errno or 0) from error
 
     def remove_mount_point(self, name: str) -> None:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            paths.remove_mount_point(self.mount_root, name)
+            spent_on(partial(paths.remove_mount_point, self.mount_root, name))
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

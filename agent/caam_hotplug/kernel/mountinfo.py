@@ -11,6 +11,7 @@ from typing import Final
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.formats import mount_options
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.model import DeviceNumber, Mount
 
 _VOLATILE: Final = {"tmpfs", "ramfs"}
@@ -27,7 +28,7 @@ def mounts() -> list[Mount]:
     """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
     with reported_as("read", str(_MOUNTINFO), UnknownError):
-        lines = _MOUNTINFO.read_bytes().split(b"\n")
+        lines = spent_on(_MOUNTINFO.read_bytes).split(b"\n")
     try:
         return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from caam_hotplug.errors import KernelError, UnknownError
 from caam_hotplug.kernel.libc import Libc
+from caam_hotplug.kernel.reserve import spent_on
 
 T = TypeVar("T")
 
@@ -89,7 +90,7 @@ def known(subject: str, look: Callable[[], T]) -> T | None:
 
 def text(at: int, file: str) -> str:
     """Read the file below a descriptor of sysfs. Raises: OSError."""
-    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at)
+    opened = spent_on(lambda: os.open(file, os.O_RDONLY | os.O_CLOEXEC, dir_fd=at))
     try:
         return os.read(opened, _PAGE).decode(errors="replace")
     finally:
@@ -114,6 +115,10 @@ def is_there(at: int, path: str) -> bool:
 
 def names(at: int, folder: str) -> list[str]:
     """Return the names in the folder. Raises: OSError."""
+    return spent_on(lambda: _names(at, folder))
+
+
+def _names(at: int, folder: str) -> list[str]:
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
     try:
         return os.listdir(opened)  # noqa: PTH208  a descriptor has no path
