@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Awaitable, Generator, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from caam_hotplug.kernel import devmapper, error_table
+from caam_hotplug.kernel import devmapper, error_table, sysfs_tree, uevents
 from kernel import real
 from kernel.agents import Room, room_of
 from kernel.cartridges import Cartridge, Faulty, cartridges
@@ -294,7 +295,8 @@ def formatted(udev_rule: None) -> Iterator[real.Formatted]:
 def nothing_left() -> Iterator[None]:
     """The test has left no mapping, loop device, key, mount, file or semaphore behind."""
     devmapper.ours()  # libdevmapper keeps its control device open from its first call on
-    error_table.prepare()  # and so does this
+    error_table.prepare()  # and so do these
+    sysfs_tree.root()
     gc.collect()
     before = real.left_behind()
     yield
@@ -323,6 +325,18 @@ def room(media: list[Cartridge], nothing_left: None) -> Iterator[Room]:
     """A room with those media."""
     with room_of(media) as made:
         yield made
+
+
+@pytest.fixture
+def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the agent's sockets so small that a few events overflow them."""
+    start = uevents.Uevents.__init__
+
+    def small(listener: uevents.Uevents, *arguments: Any) -> None:
+        start(listener, *arguments)
+        listener._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+
+    monkeypatch.setattr(uevents.Uevents, "__init__", small)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
-from caam_hotplug.kernel import udev, uevents
+from caam_hotplug.kernel import udev
 from fakes.contract import until
 from kernel.agents import Room, mappings, room_of
 from kernel.cartridges import Cartridge, cartridges
@@ -31,18 +30,6 @@ def many(udev_rule: None) -> Iterator[list[Cartridge]]:
 def room(many: list[Cartridge], nothing_left: None) -> Iterator[Room]:
     with room_of(many) as made:
         yield made
-
-
-@pytest.fixture
-def small_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the agent's sockets so small that a few events overflow them."""
-    start = uevents.Uevents.__init__
-
-    def small(listener: uevents.Uevents, *arguments: Any) -> None:
-        start(listener, *arguments)
-        listener._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-
-    monkeypatch.setattr(uevents.Uevents, "__init__", small)
 
 
 @contextmanager

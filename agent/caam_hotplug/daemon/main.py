@@ -47,7 +47,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
     config = load()
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
-    reserve.fill()
+    reserve.RESERVE.fill()
     udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_uint32, c_uint64, c_void_p
 from typing import Any, ClassVar
 
@@ -29,9 +30,15 @@ class DmInfo(Structure):
 
 
 def _task_failed(result: int, function: Any, arguments: tuple[Any, ...]) -> int:
-    """Raise the task's error number for 0; it is 0 if libdevmapper did not ask the kernel."""
+    """Raise the task's error number for 0.
+
+    libdevmapper has none if it did not ask the kernel. Before the first answer that is for want of
+    a device-mapper, later of memory: then nothing is known.
+    """
+    number = 0 if result else Devmapper.dm_task_get_errno(arguments[0])
+    Devmapper.has_answered |= bool(result or number)
     if not result:
-        raise failed(function, Devmapper.dm_task_get_errno(arguments[0]))
+        raise failed(function, number or (errno.ENOMEM if Devmapper.has_answered else 0))
     return result
 
 
@@ -64,6 +71,8 @@ class Devmapper(Library, soname="libdevmapper.so.1.02.1", package="libdevmapper1
     dm_task_update_nodes = Function(None)
     dm_udev_set_sync_support = Function(None, c_int)
 
+    has_answered: ClassVar[bool] = False
+    """Whether the kernel has answered a call."""
     nodes_to_update: ClassVar[int] = 0
     """How many nodes it may remember, see `_update_links`."""
 

@@ -10,33 +10,52 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-_KEPT_MOST: Final = 9
+KEPT_MOST: Final = 9
 _SHARE: Final = 3
 """The most that one call has open at a time, with a path that is walked part by part."""
 
-_kept: list[int] = []
-"""A call takes its share out, and fills up afterwards; two threads may do so at a time. There is no
-lock, since a call may block on a medium."""
+
+class Reserve:
+    """Descriptors that are kept open. Any thread.
+
+    A call takes its share out, and fills up afterwards; two threads may do so at a time. There is
+    no lock, since a call may block on a medium.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self._is_spent = False
+        """Whether it is to be filled as soon as a call succeeds."""
+
+    def fill(self) -> None:
+        """Open the reserve, as far as the limit permits it. Early, so that the numbers are low."""
+        try:
+            while len(self.kept) < KEPT_MOST:
+                self.kept.append(os.eventfd(0, os.EFD_CLOEXEC))
+            self._is_spent = False
+        except OSError:
+            self._is_spent = True
+
+    def spent_on(self, call: Callable[[], T]) -> T:
+        """Return what the call returns; if it wants for descriptors, make it again with a share."""
+        try:
+            result = call()
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self.kept:
+                raise
+        else:
+            if self._is_spent:
+                self.fill()
+            return result
+        with suppress(IndexError):
+            for _ in range(_SHARE):
+                os.close(self.kept.pop())
+        try:
+            return call()
+        finally:
+            self.fill()
 
 
-def fill() -> None:
-    """Open the reserve, as far as the limit permits it. Early, so that the numbers are low."""
-    with suppress(OSError):
-        while len(_kept) < _KEPT_MOST:
-            _kept.append(os.eventfd(0, os.EFD_CLOEXEC))
-
-
-def spent_on(call: Callable[[], T]) -> T:
-    """Return what the call returns; if it wants for descriptors, make it again with a share."""
-    try:
-        return call()
-    except OSError as error:
-        if error.errno != errno.EMFILE or not _kept:
-            raise
-    with suppress(IndexError):
-        for _ in range(_SHARE):
-            os.close(_kept.pop())
-    try:
-        return call()
-    finally:
-        fill()
+RESERVE: Final = Reserve()
+"""That of this process, empty until it is filled."""
+spent_on = RESERVE.spent_on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from contextlib import suppress
 
 
@@ -17,15 +18,14 @@ class Notifier:
         usable = is_ours and watchdog_us.isdecimal() and int(watchdog_us) > 0
         self.watchdog_s = int(watchdog_us) / 1e6 if usable else None
         """Longest time between two pings of the watchdog, or None without a watchdog."""
+        # Kept open: at the limit of open files, the watchdog would end an agent that works.
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        weakref.finalize(self, self._socket.close)
 
     def send(self, *assignments: str) -> None:
-        """Send the assignments, such as `READY=1`.
-
-        A service manager that is gone is no error, nor is a lack of file descriptors.
-        """
+        """Send the assignments, such as `READY=1`. A service manager that is gone is no error."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
-        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-        with suppress(OSError), socket.socket(socket.AF_UNIX, kind) as sender:
-            sender.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)
+        with suppress(OSError):
+            self._socket.sendto("\n".join(assignments).encode(), socket.MSG_DONTWAIT, address)

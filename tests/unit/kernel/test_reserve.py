@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from caam_hotplug.kernel import mountinfo, reserve, sysfs_tree
+from caam_hotplug.kernel.reserve import KEPT_MOST, RESERVE
 
 
 @pytest.fixture(autouse=True)
 def filled() -> Iterator[None]:
-    reserve.fill()
+    RESERVE.fill()
     yield
-    while reserve._kept:
-        os.close(reserve._kept.pop())
+    while RESERVE.kept:
+        os.close(RESERVE.kept.pop())
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def test_what_a_release_needs_can_be_read_at_the_limit_of_open_files() -> None:
         for _ in range(20):
             assert mountinfo.mounts()
             assert sysfs_tree.names(at, "class/block")
-    assert len(reserve._kept) == 9
+    assert len(RESERVE.kept) == KEPT_MOST
 
 
 def test_a_call_that_wants_for_more_than_there_is_fails_and_the_reserve_stays() -> None:
@@ -54,7 +55,23 @@ def test_a_call_that_wants_for_more_than_there_is_fails_and_the_reserve_stays() 
 
     with pytest.raises(OSError, match="Too many open files"):
         reserve.spent_on(greedy)
-    assert len(reserve._kept) == 9
+    assert len(RESERVE.kept) == KEPT_MOST
+
+
+def test_a_reserve_that_was_spent_is_filled_once_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def greedy(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reserve.os, "eventfd", greedy)
+        for _ in range(4):
+            with pytest.raises(OSError, match="Too many open files"):
+                reserve.spent_on(greedy)
+    assert RESERVE.kept == []
+    assert reserve.spent_on(lambda: 1) == 1
+    assert len(RESERVE.kept) == KEPT_MOST
 
 
 def test_other_errors_spend_nothing() -> None:
