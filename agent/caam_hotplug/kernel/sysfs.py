@@ -124,10 +124,9 @@ class _Place:
         self._folder = os.path.normpath(f"{_BLOCK}/{sysfs_tree.link(at, folder)}")
         self._number = DeviceNumber.from_text(sysfs_tree.text(at, f"{folder}/dev"))
         self._name = name
-        is_partition = sysfs_tree.is_there(at, f"{self._folder}/partition")
-        self.disk = os.path.dirname(self._folder) if is_partition else self._folder
-        partition = _number(at, f"{self._folder}/partition") if is_partition else 0
-        self.id = VolumeId(_number(at, f"{self.disk}/diskseq"), partition)
+        partition = _attribute(at, f"{self._folder}/partition")
+        self.disk = self._folder if partition is None else os.path.dirname(self._folder)
+        self.id = VolumeId(_number(at, f"{self.disk}/diskseq"), number(partition or "0"))
         self._size = Sectors(_number(at, f"{folder}/size"))
         if not self._size:
             raise OSError(errno.ENXIO, "no medium is in the reader")
