@@ -18,8 +18,8 @@ from kernel.cartridges import Cartridge
 from kernel.witness import run
 
 ENOUGH: Final = 1024
-STOPS_AT_ONCE: Final = 3
-"""A limit at which no descriptor is free, whatever the process closes."""
+NONE: Final = 0
+"""A limit at which no descriptor can be opened, whatever the process closes."""
 
 
 def opened(room: Room) -> set[int]:
@@ -28,7 +28,7 @@ def opened(room: Room) -> set[int]:
 
 
 @contextmanager
-def no_more_files(room: Room, most: int = STOPS_AT_ONCE) -> Iterator[None]:
+def no_more_files(room: Room, most: int = NONE) -> Iterator[None]:
     """Let the agent open no more files meanwhile."""
     _, hard = resource.prlimit(room.agent.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(room.agent.pid, resource.RLIMIT_NOFILE, (most, hard))
@@ -111,7 +111,20 @@ def test_a_change_that_cannot_be_looked_at_releases_nothing(room: Room, reports:
     room.pull_and_check()
 
 
-def test_a_medium_that_is_pulled_while_no_file_can_be_opened_loses_its_key(
+def test_a_medium_that_is_pulled_at_the_limit_of_open_files_is_released(
+    room: Room, reports: Reports
+) -> None:
+    room.plug_and_check(room.neighbour)
+    with no_more_files(room, len(opened(room))):
+        reports.change()
+        room.neighbour.pull()
+        until(lambda: not tables(room.neighbour.label) and not room.point(room.neighbour).exists())
+        check_untouched(room)
+    room.plug_and_check(room.neighbour)
+    room.pull_and_check()
+
+
+def test_a_medium_that_is_pulled_while_no_file_can_be_opened_loses_its_key_and_later_its_mount(
     room: Room, reports: Reports
 ) -> None:
     room.plug_and_check(room.neighbour)
@@ -120,7 +133,8 @@ def test_a_medium_that_is_pulled_while_no_file_can_be_opened_loses_its_key(
         room.neighbour.pull()
         until(lambda: [t.split()[2] for t in tables(room.neighbour.label)] in ([], ["error"]))
         check_untouched(room)
-    room.agent.until_said("the kernel answers again")
+    room.agent.until_said_ever("the kernel answers again")
+    until(lambda: not room.point(room.neighbour).exists())
     check_untouched(room)
     room.plug_and_check(room.neighbour)
     room.pull_and_check()

@@ -727,3 +727,32 @@ def test_what_cannot_be_seen_in_proc_takes_no_medium_in_use_and_is_served_afterw
             scene.bench.wait(60)
             assert scene.is_served(scene.target), (nth, errno.errorcode[number])
             scene.end(restart=False)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["not used", "in use"])
+def test_a_departed_medium_whose_mount_cannot_be_seen_is_released_once_it_can(held: bool) -> None:
+    scene = Moment("pull", mounted, pull, State.REMOVED_UNSAFELY, held=held).scene()
+    bench = scene.bench
+    failure = error_of("mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.pull("sda1")
+    bench.settle()
+    again = bench.insert(LABEL, "sda1")
+    bench.settle()
+    assert bench.state(again) is State.CONFLICT
+    bench.kernel.faults.clear()
+    bench.wait(60)
+    assert scene.is_served(again)
+    assert scene.published()[0] is State.REMOVED_UNSAFELY
+    scene.end(restart=False)
+
+
+def test_an_agent_that_stops_does_not_wait_for_a_mount_that_cannot_be_seen() -> None:
+    scene = Moment("pull", mounted, pull, State.REMOVED_UNSAFELY).scene()
+    failure = error_of("mounts", errno.EMFILE)
+    scene.bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    scene.bench.pull("sda1")
+    scene.bench.begin_stop()
+    scene.bench.wait(60)
+    assert scene.bench.registry.entries() == [] or not scene.is_served(scene.target)
+    scene.end(restart=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from caam_hotplug.config.rules import Action
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.hooks import Hooks
 from caam_hotplug.volume.inbox import Reevaluate
@@ -50,6 +50,13 @@ class Activation:
 
         Raises: HotplugError, OSError if an operation fails; ReleaseError if a release does.
         """
+        try:
+            return await self._held()
+        except ReleaseError:
+            self._record.phase = replace(self._record.phase, has_leftover=True)
+            raise
+
+    async def _held(self) -> Released:
         self._operations.took = {}
         async with AsyncExitStack() as held:
             mapping = await held.enter_async_context(active_mapping(self._operations, self._target))

@@ -126,8 +126,7 @@ class VolumeLifecycle:
             before = error.__cause__ and error.__cause__.__context__
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self.record.retry_if_udev_reported(udev_before)
-            again = self.record.retry_if_passing(error)
-            return self._badly_released(f"{error}{cause}{again}")
+            return self._badly_released(f"{error}{cause}{self.record.retry_if_passing(error)}")
         except (HotplugError, OSError) as error:
             if not isinstance(error, _BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
@@ -210,7 +209,7 @@ class VolumeLifecycle:
             released = await Activation(self.record, self._operations, target).run()
         finally:
             self._status.forget_mapping()
-            self.record.phase = Queued(target=target, has_leftover=has_leftover)
+            self.record.phase = Queued(target=target, has_leftover=self._phase.has_leftover)
         if released.is_kept:  # the medium may depart before the lifecycle has ended
             self.record.phase = Queued(target=target, has_leftover=True)
         if released.loses_data_if_gone and self._stop.medium_gone:
@@ -291,7 +290,9 @@ class VolumeLifecycle:
         try:
             await self._release_leftover()
         except ReleaseError as error:
-            self._badly_released(str(error))
+            self.record.phase = self._badly_released(str(error))
+            if await self.record.may_release_again(error):
+                await self._release_at_end()
 
     def _badly_released(self, words: str) -> Phase:
         # Without its medium the volume cannot be `failed`; only the remains are there.

@@ -64,6 +64,7 @@ class Record:
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
         self._failed_at, self._retry_s = -math.inf, 0.0
+        self._agent_stops = False
         if isinstance(phase, Parked):
             self.status.publish(phase.state, phase.reason)
 
@@ -115,6 +116,7 @@ class Record:
 
     def agent_stops(self) -> None:
         """End the lifecycle: release the volume, or leave it mounted if its rule says so."""
+        self._agent_stops = True
         serving = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
         active = self.phase if isinstance(self.phase, Active) else None
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
@@ -136,14 +138,27 @@ class Record:
 
     def retry_if_passing(self, error: Exception) -> str:
         """Have a failed attempt repeated if the error passes by itself; return words about that."""
-        if not is_passing(error) or self.inbox.wants_release:
+        if not is_passing(error) or self.inbox.wants_release or self.stop.is_set:
             return ""
-        loop = asyncio.get_running_loop()
-        is_first = loop.time() - self._failed_at > 2 * _LONGEST_RETRY_S
-        self._retry_s = _FIRST_RETRY_S if is_first else min(2 * self._retry_s, _LONGEST_RETRY_S)
-        self._failed_at = loop.time()
-        loop.call_later(self._retry_s, self._retry)
+        asyncio.get_running_loop().call_later(self._next_retry_s(), self._retry)
         return "; it is tried again"
+
+    async def may_release_again(self, error: Exception) -> bool:
+        """Wait until a failed release may be repeated; False if another attempt would not help.
+
+        Without its medium, a volume keeps its mount point reserved as long as it is mounted there.
+        """
+        if not (is_passing(error) and self.stop.medium_gone) or self._agent_stops:
+            return False
+        await asyncio.sleep(self._next_retry_s())
+        return True
+
+    def _next_retry_s(self) -> float:
+        now = asyncio.get_running_loop().time()
+        is_first = now - self._failed_at > 2 * _LONGEST_RETRY_S
+        self._retry_s = _FIRST_RETRY_S if is_first else min(2 * self._retry_s, _LONGEST_RETRY_S)
+        self._failed_at = now
+        return self._retry_s
 
     def _retry(self) -> None:
         if isinstance(self.phase, Idle) and self.status.state is State.FAILED:
