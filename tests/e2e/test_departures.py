@@ -90,6 +90,27 @@ async def test_synthesized_events_change_nothing(
     assert "detaching" not in journal
 
 
+async def test_what_the_service_cannot_see_takes_no_medium_from_its_users(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    limit = f"prlimit --pid {await agent.main_pid()} --nofile"
+    ask = "caam-hotplug status; caam-hotplug status"  # the agent has taken the event by then
+    await guest.sh(
+        "exec 7>/sys/class/block/sda1/uevent; mount -t tmpfs none /sys; echo change >&7\n"
+        f"{ask}; umount /sys; {limit}=0:; echo change >&7; {ask}"
+    )
+    await agent.until_said("look at sda1: Too many open files .raise LimitNOFILE=")
+    await guest.sh(f"{limit}=1024:")
+    await agent.until_said("look at sda1: the kernel answers again")
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
+    journal = await agent.journal()
+    assert journal.count("mounted: at /run/media/cartridge-01") == 1
+    assert "detaching" not in journal
+
+
 @pytest.mark.timeout(1800)
 async def test_thirty_two_media_at_once_are_all_mounted_and_all_gone(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
