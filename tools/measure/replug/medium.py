@@ -70,7 +70,7 @@ class Medium:
     def _openers(self) -> Iterator[str]:
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
-        yield from map(str, open_files.search(number, read_text(mapping / "dm/name") or ""))
+        yield from map(str, open_files.search({number: read_text(mapping / "dm/name") or ""}))
 
     def _mounts(self) -> Iterator[str]:
         """Mounts inside it, and its own at other places."""
