@@ -103,7 +103,7 @@ _MAX_HOLDERS = 32
 
 
 class VolumeBusyError(RequestRefusedError):
-    """Processes use the volume, and its rule does not take it from them."""
+    """Others use the volume, or its disk, and it is not taken from them."""
 
     def __init__(self, what: str, holders: tuple[str, ...]) -> None:
         named = holders[:_MAX_HOLDERS]
@@ -111,8 +111,9 @@ class VolumeBusyError(RequestRefusedError):
             named += (f"and {len(holders) - len(named)} more",)
         who = "; ".join(named) or "by a process that is not visible from here"
         super().__init__(f"{what} is in use: {who}")
+        self.what = what
         self.holders = named
-        """A text for each process."""
+        """A text for each process, mount or device."""
 
 
 class ForeignMappingError(HotplugError):

@@ -21,13 +21,17 @@ from caam_hotplug.errors import (
     MountBusyError,
     MountError,
     MountPointOccupiedError,
+    VolumeBusyError,
 )
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import (
+    Appeared,
     Bus,
     DeviceNumber,
     DevType,
+    Disappeared,
+    Event,
     Holder,
     Mapping,
     Mount,
@@ -106,8 +110,6 @@ class FakeMedium:
     key: bytes = KEY
     filesystem: str | None = "ext4"
     writes: int = 0
-    remembered: str = ""
-    """State that the agent has recorded for its volume."""
     is_locked: bool = False
     """Whether a program has locked its disk for exclusive use."""
 
@@ -128,6 +130,16 @@ class FakeKernel:
     """Signals that end the processes."""
     powered_off: list[str] = field(default_factory=list)
     """Names of volumes whose medium was powered off."""
+    away: dict[str, FakeMedium] = field(default_factory=dict)
+    """Partitions of present disks that were removed from the kernel, by their earlier names."""
+    held_disks: dict[int, FakeProcess] = field(default_factory=dict)
+    """Who holds a disk, by its sequence number."""
+    disk_users: dict[int, list[str]] = field(default_factory=dict)
+    """Others who use a disk: mounts of partitions, programs."""
+    marks: dict[VolumeId, str] = field(default_factory=dict)
+    """Texts that the agent has stored for volumes."""
+    report: Callable[[Event], None] = lambda _event: None
+    """Called with what the kernel and udev report of partitions that a program removes or adds."""
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
@@ -167,7 +179,28 @@ class FakeKernel:
     def pull(self, name: str = "sda1") -> None:
         """Take the medium out."""
         with self.lock:
-            del self.media[name]
+            (self.media if name in self.media else self.away).pop(name)
+
+    def disk(self, diskseq: int) -> dict[str, FakeMedium]:
+        """Return what the kernel has of the disk: itself and its partitions."""
+        return {n: m for n, m in self.media.items() if m.volume.id.diskseq == diskseq}
+
+    def remove_partitions(self, diskseq: int) -> None:
+        """Remove the disk's partitions, as BLKPG_DEL_PARTITION does."""
+        for name, medium in self.disk(diskseq).items():
+            if medium.volume.id.partition:
+                self.away[name] = self.media.pop(name)
+                self.report(Disappeared(name))
+
+    def read_partitions(self, diskseq: int) -> list[Volume]:
+        """Have the disk's partitions again, as BLKRRPART does; their numbers may be others."""
+        for name, medium in list(self.away.items()):
+            if medium.volume.id.diskseq == diskseq:
+                number = DeviceNumber(259, medium.volume.number.minor)
+                medium.volume = replace(medium.volume, number=number)
+                self.media[name] = self.away.pop(name)
+                self.report(Appeared(medium.volume))
+        return [m.volume for m in self.disk(diskseq).values() if m.volume.id.partition]
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """Make the next call of this step raise the error instead of acting."""
@@ -261,6 +294,9 @@ class FakeProcess:
     def die(self) -> None:
         """End as after kill -9: the keys of the process's keyring are lost, all else stays."""
         self.is_running = False
+        held = self.kernel.held_disks
+        for diskseq in [diskseq for diskseq, process in held.items() if process is self]:
+            del held[diskseq]
         self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
 
     def _step(self, name: str, subject: str = "") -> None:
@@ -287,18 +323,22 @@ class FakeProcess:
         object.__setattr__(volume, "identified", True)
         return volume
 
-    def remember(self, volume: Volume, state: str) -> None:
-        medium = self.kernel.media.get(volume.name)
-        if medium is not None and medium.volume.id == volume.id:
-            medium.remembered = state
+    def remember(self, volume: Volume, text: str) -> None:
+        self.kernel.marks[volume.id] = text
 
     def remembered(self, volume: Volume) -> str:
-        medium = self.kernel.media.get(volume.name)
-        same = medium is not None and medium.volume.id == volume.id
-        return medium.remembered if medium is not None and same else ""
+        return self.kernel.marks.get(volume.id, "")
+
+    def remembered_on(self, disk: Volume) -> list[str]:
+        marks = self.kernel.marks.items()
+        return [text for v, text in marks if v.diskseq == disk.id.diskseq and text]
 
     def require_unused(self, volume: Volume) -> None:
         self._step("require_unused", volume.name)
+        if volume.name not in self.kernel.media:
+            raise KernelError("open", volume.node, errno.ENOENT)
+        if volume.id.diskseq in self.kernel.held_disks:
+            raise DeviceInUseError(f"use {volume.node}: it is in use: something holds its disk")
         for mapping in self.kernel.mappings.values():
             target = CryptTarget.from_line(mapping.live or "")
             if target is not None and target.device == volume.number:
@@ -479,9 +519,31 @@ class FakeProcess:
                 if mount.number == mapping.number and number in self.kernel.fatal_signals:
                     self.kernel.users.pop(Path(mount.point).name, None)
 
-    def power_off(self, volume: Volume) -> None:
-        self._step("power_off", volume.name)
-        self.kernel.powered_off.append(volume.name)
+    def disk_users(self, volume: Volume) -> list[str]:
+        self._step("disk_users", volume.name)
+        return list(self.kernel.disk_users.get(volume.id.diskseq, ()))
+
+    def empty_disk(self, volume: Volume) -> FakeEmptiedDisk:
+        self._step("empty_disk", volume.name)
+        with self.kernel.lock:
+            diskseq = volume.id.diskseq
+            there = [
+                m.volume.id.diskseq for m in {**self.kernel.media, **self.kernel.away}.values()
+            ]
+            if diskseq not in there:
+                raise KernelError("look for the disk of", volume.node, errno.ENODEV)
+            numbers = {m.volume.number for m in self.kernel.disk(diskseq).values()}
+            users = list(self.kernel.disk_users.get(diskseq, ()))
+            for mapping in self.kernel.mappings.values():
+                for line in filter(None, (mapping.live, mapping.inactive)):
+                    target = CryptTarget.from_line(line)
+                    if target is not None and target.device in numbers:
+                        users.append(f"mapping {mapping.name} lies on it")
+            if users or diskseq in self.kernel.held_disks:
+                raise VolumeBusyError(volume.node, tuple(users))
+            self.kernel.remove_partitions(diskseq)
+            self.kernel.held_disks[diskseq] = self
+        return FakeEmptiedDisk(self, volume)
 
     def flush(self, name: str, node: str) -> None:
         assert name
@@ -520,3 +582,29 @@ class FakeProcess:
         kinds = self.kernel.directories.items()
         ours = [name for name, kind in kinds if kind == "ours"]
         return [name for name in ours if str(self.mount_root / name) not in points]
+
+
+class FakeEmptiedDisk:
+    """A disk that a process holds, or has held."""
+
+    def __init__(self, process: FakeProcess, volume: Volume) -> None:
+        self.disk = volume
+        self._process = process
+        self._kernel = process.kernel
+
+    def power_off(self) -> None:
+        self._process._step("power_off", self.disk.name)
+        self._kernel.powered_off.append(self.disk.name)
+
+    def close(self) -> None:
+        self._process._step("close_disk", self.disk.name)
+        if self._kernel.held_disks.get(self.disk.id.diskseq) is self._process:
+            del self._kernel.held_disks[self.disk.id.diskseq]
+
+    def restore(self) -> list[Volume]:
+        self._process._step("restore", self.disk.name)
+        holder = self._kernel.held_disks.get(self.disk.id.diskseq, self._process)
+        if holder is not self._process or self._kernel.disk_users.get(self.disk.id.diskseq):
+            raise VolumeBusyError(self.disk.node, ())
+        self._kernel.held_disks.pop(self.disk.id.diskseq, None)
+        return self._kernel.read_partitions(self.disk.id.diskseq)

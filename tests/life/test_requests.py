@@ -11,7 +11,7 @@ import pytest
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule
 from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import DmError, MountError, RequestRefusedError, VolumeBusyError
-from caam_hotplug.model import DevType, State, Volume, VolumeId
+from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
 
@@ -617,34 +617,6 @@ def test_a_request_that_waits_when_a_defect_ends_the_lifecycle_is_answered(bench
     bench.run_turns(3)
     with pytest.raises(RequestRefusedError, match="a defect of the agent"):
         bench.answer("lock", volume)
-
-
-def test_an_ejected_medium_stays_ejected_when_the_kernel_reads_its_partition_table_again(
-    bench: Bench,
-) -> None:
-    disk = bench.kernel.insert("", "sda")
-    whole = replace(disk, id=VolumeId(disk.id.diskseq, 0), devtype=DevType.DISK, partlabel=None)
-    bench.kernel.media["sda"].volume = whole
-    bench.appear(whole)
-    volume = bench.insert(name="sda1")
-    inside = replace(volume, id=VolumeId(whole.id.diskseq, 1))
-    bench.pull("sda1")
-    bench.kernel.insert("cartridge-01", "sda1")
-    bench.kernel.media["sda1"].volume = inside
-    bench.appear(inside)
-    bench.settle()
-    bench.answer("eject", inside)
-    medium = bench.kernel.media["sda1"]
-    bench.pull("sda1")
-    bench.settle()
-    bench.kernel.media["sda1"] = medium
-    bench.appear(inside)
-    bench.settle()
-    assert bench.state(inside) is State.EJECTED
-    bench.pull("sda1")
-    bench.pull("sda")
-    bench.settle()
-    assert bench.table_sizes()["parked"] == 0
 
 
 def test_units_that_a_reload_adds_apply_to_media_that_are_mounted(bench: Bench) -> None:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, DeviceLockedError, KernelError, shown
 from caam_hotplug.kernel import mountinfo, sysfs
 from caam_hotplug.model import DeviceNumber, Volume
@@ -44,6 +45,17 @@ def require_unused(volume: Volume) -> None:
     if busy or users:
         who = "; ".join(users) or "something that is not visible from here holds it exclusively"
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
+
+
+def of_disk(name: str, *, with_ours: bool = False) -> list[str]:
+    """Return the users of the disk and of its partitions, as far as files of the kernel's tell.
+
+    `with_ours`: also mappings of the agent. Raises: MountError.
+    """
+    numbers = {number for number in [_own_number(name)] if number is not None}
+    numbers |= {*_partitions(name)}
+    held = _holders(name, with_ours=with_ours)
+    return [*_loops(numbers), *_mounts(numbers), *held, *_swaps(numbers)]
 
 
 def is_locked(name: str) -> bool:
@@ -106,6 +118,13 @@ def _partitions(name: str) -> Iterator[DeviceNumber]:
             yield DeviceNumber.from_text(file.read_text())
 
 
+def _own_number(name: str) -> DeviceNumber | None:
+    try:
+        return DeviceNumber.from_text((_SYS_BLOCK / name / "dev").read_text())
+    except OSError:
+        return None
+
+
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
     for mount in mountinfo.mounts():
         # btrfs gives its mounts a number of their own, and names the device.
@@ -113,10 +132,12 @@ def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
             yield f"mounted at {shown(mount.point)}"
 
 
-def _holders(name: str) -> Iterator[str]:
+def _holders(name: str, *, with_ours: bool = True) -> Iterator[str]:
     folder = _SYS_BLOCK / name
     for holder in [*folder.glob("holders/*"), *folder.glob(f"{name}*/holders/*")]:
         try:
+            if not with_ours and _text(holder / "dm/uuid").startswith(names.DM_UUID_PREFIX):
+                continue
             yield f"mapping {shown(_text(holder / 'dm/name'))} lies on it"
         except OSError:
             yield f"{holder.name} lies on it"

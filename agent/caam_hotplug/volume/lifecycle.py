@@ -32,7 +32,7 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.release import who_uses
-from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import StopRequestedError
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -46,9 +46,14 @@ _LOST: Final = "it was mounted read-write; what was written last may be lost"
 class VolumeLifecycle:
     """The lifecycle of one volume. Synchronization: loop only."""
 
-    def __init__(self, context: Context, volume: Volume, phase: Phase | None = None) -> None:
-        """`phase`: where it begins, if an earlier run has left a mapping or parked the volume."""
-        self.record = Record(context, volume, phase or Evaluate())
+    def __init__(
+        self, context: Context, volume: Volume, phase: Phase | None = None, lost: str = ""
+    ) -> None:
+        """`phase`: where it begins, if an earlier run has left a mapping or parked the volume.
+
+        `lost`: what an earlier run could not write to it.
+        """
+        self.record = Record(context, volume, phase or Evaluate(), lost)
         self._context = context
         self._kernel = context.kernel
         self._status, self._stop = self.record.status, self.record.stop
@@ -57,10 +62,6 @@ class VolumeLifecycle:
         self._operations = Operations(
             self._kernel, self._stop, worker, context.dm_worker, self._status.publish_late
         )
-
-    async def power_off(self) -> None:
-        """Stop the medium. Raises: HotplugError if something else on it is in use."""
-        await self._operations.call("power off", self._kernel.power_off, self.record.volume)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -92,7 +93,7 @@ class VolumeLifecycle:
             return self._phase  # which `Record.repark` may have replaced
         if request.releases:
             return await self._release_for(request)
-        self._kernel.remember(self.record.volume, "")
+        self.record.unpark()
         return self._phase.to_evaluate()
 
     async def _wait_idle(self) -> Phase:
@@ -263,10 +264,9 @@ class VolumeLifecycle:
 
     def _park(self, request: Request) -> Phase:
         parked = self.record.parked
-        if request.ask is Ask.EJECT:
-            self.record.park(State.EJECTED, "safe to remove")
-        elif parked is None or self._status.state is not State.EJECTED:
-            self.record.park(State.LOCKED, request.words)
+        if parked is None or self._status.state is not State.EJECTED:  # which is more
+            lost = self.record.lost
+            self.record.park(State.LOCKED, f"{request.words}; {lost}" if lost else request.words)
         self._inbox.grant()
         return self._phase
 

@@ -1,0 +1,324 @@
+"""A medium is published as safe to remove only while nothing of its disk can be in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import BUILT_IN
+from caam_hotplug.errors import KernelError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.model import Bus, DeviceNumber, DevType, State, Volume, VolumeId
+from fakes.bench import Bench
+from fakes.kernel import Fault
+
+NEIGHBOUR = "/dev/sda3 is mounted at /mnt"
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    made.start()
+    made.settle()
+    yield made
+    if made.running:
+        made.stop()
+    made.close()
+
+
+def plugged(bench: Bench, **facts: object) -> tuple[Volume, Volume]:
+    """Insert a disk with two partitions, both mounted."""
+    kernel = bench.kernel
+    found = []
+    for number, (label, name) in enumerate(
+        [(None, "sda"), ("cartridge-01", "sda1"), ("cartridge-02", "sda2")]
+    ):
+        volume = kernel.insert(label, name, **facts)  # type: ignore[arg-type]
+        kind = DevType.PARTITION if number else DevType.DISK
+        volume = replace(volume, id=VolumeId(1, number), devtype=kind)
+        kernel.media[name].volume = volume
+        bench.appear(volume)
+        found.append(volume)
+    bench.settle()
+    _, one, two = found
+    assert bench.state(one) is bench.state(two) is State.MOUNTED
+    return one, two
+
+
+def is_in_use(bench: Bench) -> bool:
+    return bool(bench.kernel.mounts or bench.kernel.mappings or bench.kernel.disk_users)
+
+
+def pull_all(bench: Bench) -> None:
+    for name in [*bench.kernel.media, *bench.kernel.away]:
+        bench.pull(name)
+    bench.settle()
+
+
+def test_all_volumes_of_an_ejected_medium_stay_though_the_kernel_has_no_partitions(
+    bench: Bench,
+) -> None:
+    one, two = plugged(bench)
+    assert bench.answer("eject", one) == "cartridge-01: safe to remove"
+    assert bench.state(one) is bench.state(two) is State.EJECTED
+    assert set(bench.kernel.media) == {"sda"}
+    assert set(bench.kernel.held_disks) == {1}
+    pull_all(bench)
+    assert bench.state(one) is bench.state(two) is State.GONE
+    assert bench.kernel.held_disks == {}
+    assert bench.table_sizes()["parked"] == 0
+
+
+@pytest.mark.parametrize("turn", range(60))
+@pytest.mark.parametrize("verb", ["unlock", "retry", "eject"])
+def test_a_neighbour_unlocked_at_any_turn_of_an_eject_is_never_on_a_medium_safe_to_remove(
+    bench: Bench, verb: str, turn: int
+) -> None:
+    one, two = plugged(bench)
+    bench.answer("lock", two)
+    first = bench.ask("eject", one)
+    bench.run_turns(turn)
+    other = bench.ask(verb, two)
+    for _ in range(80):
+        bench.run_turns(1)
+        states = {bench.state(one), bench.state(two)}
+        assert State.EJECTED not in states or not is_in_use(bench)
+    bench.settle()
+    assert first.done()
+    assert other.done()
+    first.exception()
+    other.exception()
+
+
+@pytest.mark.parametrize("turn", range(60))
+def test_an_eject_at_any_turn_of_a_neighbours_unlock_never_ejects_a_medium_in_use(
+    bench: Bench, turn: int
+) -> None:
+    one, two = plugged(bench)
+    bench.answer("lock", two)
+    other = bench.ask("unlock", two)
+    bench.run_turns(turn)
+    first = bench.ask("eject", one)
+    for _ in range(80):
+        bench.run_turns(1)
+        states = {bench.state(one), bench.state(two)}
+        assert State.EJECTED not in states or not is_in_use(bench)
+    bench.settle()
+    assert first.done()
+    assert other.done()
+    first.exception()
+    other.exception()
+
+
+@pytest.mark.parametrize("turn", range(60))
+def test_a_medium_pulled_at_any_turn_of_an_eject_leaves_nothing(bench: Bench, turn: int) -> None:
+    one, two = plugged(bench)
+    asked = bench.ask("eject", one)
+    bench.run_turns(turn)
+    pull_all(bench)
+    assert asked.done()
+    assert asked.exception() is None or isinstance(asked.exception(), RequestRefusedError)
+    assert bench.state(one) is not State.EJECTED
+    assert bench.state(two) is not State.EJECTED
+    assert bench.kernel.leftovers() == []
+    assert bench.kernel.held_disks == {}
+
+
+def test_a_medium_whose_other_partition_somebody_has_mounted_is_not_touched(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.kernel.disk_users[1] = [NEIGHBOUR]
+    with pytest.raises(VolumeBusyError, match="`lock` releases this volume alone") as refused:
+        bench.answer("eject", one)
+    assert refused.value.holders == (NEIGHBOUR,)
+    assert bench.state(one) is State.MOUNTED
+    bench.answer("lock", one)
+    assert bench.state(one) is State.LOCKED
+
+
+def test_a_medium_that_is_used_only_after_its_release_is_locked_and_not_ejected(
+    bench: Bench,
+) -> None:
+    one, two = plugged(bench)
+    bench.kernel.before = lambda step: (
+        bench.kernel.disk_users.update({1: [NEIGHBOUR]}) if step == "empty_disk" else None
+    )
+    with pytest.raises(VolumeBusyError, match="it is locked, but not safe to remove") as refused:
+        bench.answer("eject", one)
+    assert refused.value.holders == (NEIGHBOUR,)
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    assert set(bench.kernel.media) == {"sda", "sda1", "sda2"}
+    bench.kernel.before = lambda _step: None
+    bench.kernel.disk_users.clear()
+    bench.answer("eject", one)
+    assert bench.state(two) is State.EJECTED
+
+
+def test_a_medium_that_cannot_be_flushed_is_not_safe_to_remove(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.kernel.faults.append(Fault("empty_disk", KernelError("flush", "/dev/sda", 5)))
+    with pytest.raises(RequestRefusedError, match=r"not safe to remove: flush .*Input/output"):
+        bench.answer("eject", one)
+    assert bench.state(one) is State.LOCKED
+
+
+def test_what_is_built_in_is_not_called_safe_to_remove(bench: Bench) -> None:
+    (rule,) = BUILT_IN
+    bench.reload_rules(replace(rule, match=Match(partlabel="cartridge-*")))
+    one, _ = plugged(bench, bus=Bus.MMC, removable=False)
+    with pytest.raises(RequestRefusedError, match=r"it is built in, .*`lock` releases it"):
+        bench.answer("eject", one)
+    assert bench.state(one) is State.MOUNTED
+
+
+def test_an_ejected_volume_is_unlocked_where_the_kernel_has_it_now(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", two)
+    bench.answer("unlock", one)
+    assert bench.state(one) is State.MOUNTED
+    assert bench.entry(one).volume.number == DeviceNumber(259, one.number.minor)
+    assert bench.state(two) is State.LOCKED
+    assert bench.reason(two) == "another volume of its medium was unlocked"
+    bench.answer("unlock", two)
+    assert bench.state(two) is State.MOUNTED
+
+
+def test_an_ejected_volume_whose_disk_others_use_stays_ejected_at_an_unlock(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.answer("eject", one, power_off=False)
+    bench.kernel.disk_users[1] = ["program dd"]
+    with pytest.raises(VolumeBusyError):
+        bench.answer("unlock", one)
+    with pytest.raises(VolumeBusyError):
+        bench.answer("eject", one)
+    assert bench.state(one) is State.LOCKED
+    bench.kernel.disk_users.clear()
+    bench.answer("unlock", one)
+    assert bench.state(one) is State.MOUNTED
+
+
+def test_a_medium_that_is_not_powered_off_is_given_back_and_locked_once_others_read_it(
+    bench: Bench,
+) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one, power_off=False)
+    assert bench.kernel.held_disks == {}
+    assert bench.state(one) is bench.state(two) is State.EJECTED
+    bench.kernel.read_partitions(1)
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    assert bench.kernel.mounts == []
+    for name in ("sda1", "sda2"):  # and read once more
+        bench.report_absent(name)
+    for name in ("sda1", "sda2"):
+        bench.appear(bench.kernel.media[name].volume)
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    bench.answer("unlock", one)
+    assert bench.state(one) is State.MOUNTED
+
+
+def test_a_partition_that_a_new_table_lacks_ends_its_volume(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one, power_off=False)
+    del bench.kernel.away["sda2"]
+    bench.kernel.read_partitions(1)
+    bench.settle()
+    assert bench.state(one) is State.LOCKED
+    assert bench.state(two) is State.GONE
+
+
+def test_a_held_medium_stays_ejected_whatever_is_reported_of_it(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one)
+    bench.appear(one)
+    bench.report_absent("sda2")
+    bench.lose_events()
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.EJECTED
+
+
+def test_a_card_changed_in_its_reader_after_an_eject_is_served(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one)
+    kernel = bench.kernel
+    kernel.media.clear()
+    kernel.away.clear()
+    fresh = [kernel.insert(None, "sda"), kernel.insert("cartridge-03", "sda1")]
+    for number, name in ((1, "sda1"), (0, "sda")):
+        volume = replace(fresh[number], id=VolumeId(9, number))
+        kernel.media[name].volume = volume
+        bench.appear(volume)
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.GONE
+    assert bench.state(replace(one, id=VolumeId(9, 1))) is State.MOUNTED
+    assert kernel.held_disks == {}
+
+
+@pytest.mark.parametrize("end", ["kill", "stop"])
+@pytest.mark.parametrize("power_off", [True, False])
+def test_after_a_restart_a_medium_is_ejected_once_it_is_held_again(
+    bench: Bench, end: str, power_off: bool
+) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one, power_off=power_off)
+    getattr(bench, end)()
+    assert bench.kernel.held_disks == {}
+    bench.kernel.faults.append(Fault("empty_disk", hangs_s=1))
+    bench.start()
+    bench.settle()
+    assert bench.state(one) is State.GONE
+    bench.wait(2)
+    assert bench.state(one) is bench.state(two) is State.EJECTED
+    assert bench.entry(one).volume.partlabel == "cartridge-01"
+    assert set(bench.kernel.held_disks) == ({1} if power_off else set())
+    bench.answer("unlock", two)
+    assert bench.state(two) is State.MOUNTED
+    assert bench.state(one) is State.LOCKED
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert bench.state(two) is State.MOUNTED
+    assert bench.state(one) is State.LOCKED
+
+
+def test_after_a_restart_a_medium_that_others_use_is_locked(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one)
+    bench.kill()
+    bench.kernel.disk_users[1] = ["program dd"]
+    bench.start()
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    assert "program dd" in bench.reason(one)
+    bench.kernel.disk_users.clear()
+    bench.answer("unlock", one)
+    assert bench.state(one) is State.MOUNTED
+
+
+def test_a_medium_whose_partitions_were_read_while_no_agent_ran_is_locked(bench: Bench) -> None:
+    one, two = plugged(bench)
+    bench.answer("eject", one)
+    bench.kill()
+    bench.kernel.read_partitions(1)
+    bench.start()
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    assert bench.kernel.mounts == []
+    bench.answer("unlock", one)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert (bench.state(one), bench.state(two)) == (State.MOUNTED, State.LOCKED)
+
+
+def test_a_medium_pulled_while_no_agent_ran_is_not_published(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.answer("eject", one)
+    bench.kill()
+    bench.kernel.media.clear()
+    bench.kernel.away.clear()
+    bench.start()
+    bench.settle()
+    assert bench.registry.entries() == []
