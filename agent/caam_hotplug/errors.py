@@ -99,6 +99,10 @@ class RequestRefusedError(HotplugError):
     """The volume's state does not allow the request; the message says why and what to do."""
 
 
+class WritesLostError(RequestRefusedError):
+    """Not all that was written to the volume has reached its medium."""
+
+
 _MAX_HOLDERS = 32
 
 
@@ -160,6 +164,10 @@ class MappingBusyError(DmError):
 
 class MountError(KernelError):
     """A step of mounting or unmounting failed."""
+
+
+class FlushError(MountError):
+    """It is not known whether all that was written has reached the medium."""
 
 
 class MountBusyError(MountError):

@@ -432,9 +432,12 @@ def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: boo
         point = str(world.kernel.mount_root / POINT)
         expected = Mount(mapping.number, point, mapping.node, read_only, "ext4")
         assert mounts_there(world) == [expected]
-        world.kernel.flush(POINT, mapping.node)
-        world.kernel.unmount(POINT)
+        watch = world.kernel.watch_writes(mapping)
+        watch.unmount(POINT, anyway=False)
         assert mounts_there(world) == []
+        assert found(world).open_count == 1
+        watch.close()
+        assert (watch.lost, found(world).open_count) == ("", 0)
 
 
 def test_a_read_only_mapping_is_mounted_only_for_reading(world: World) -> None:

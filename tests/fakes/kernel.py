@@ -22,6 +22,7 @@ from caam_hotplug.errors import (
     MountError,
     MountPointOccupiedError,
     VolumeBusyError,
+    WritesLostError,
 )
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
@@ -99,6 +100,9 @@ class FakeMapping:
     inactive_key: bytes | None = None
     read_only: bool = False
     holders: int = 0
+    watches: int = 0
+    """How many times the agent holds it, to see failed writes."""
+    is_suspended: bool = False
     is_removed_at_last_close: bool = False
 
 
@@ -274,7 +278,9 @@ class FakeKernel:
 
     def open_count(self, mapping: FakeMapping) -> int:
         """Count who holds the mapping open: mounts, detached mounts, processes."""
-        return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
+        return (
+            mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
+        )
 
     def _remove_if_closed(self, mapping: FakeMapping) -> None:
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
@@ -289,11 +295,14 @@ class FakeProcess:
         self.blob_directory = Path("/data/caam")
         self.mount_root = MOUNT_ROOT
         self.is_running = True
+        self.watches: list[FakeWriteWatch] = []
         self._keyring = keyring
 
     def die(self) -> None:
         """End as after kill -9: the keys of the process's keyring are lost, all else stays."""
         self.is_running = False
+        for watch in list(self.watches):
+            watch.close()
         held = self.kernel.held_disks
         for diskseq in [diskseq for diskseq, process in held.items() if process is self]:
             del held[diskseq]
@@ -396,7 +405,9 @@ class FakeProcess:
     def _as_mapping(self, mapping: FakeMapping) -> Mapping:
         table = () if mapping.live is None else (mapping.live,)
         open_count = self.kernel.open_count(mapping)
-        return Mapping(mapping.name, mapping.uuid, mapping.number, table, open_count)
+        return Mapping(
+            mapping.name, mapping.uuid, mapping.number, table, open_count, mapping.is_suspended
+        )
 
     def our_mappings(self) -> list[Mapping]:
         self._step("our_mappings")
@@ -545,9 +556,9 @@ class FakeProcess:
             self.kernel.held_disks[diskseq] = self
         return FakeEmptiedDisk(self, volume)
 
-    def flush(self, name: str, node: str) -> None:
-        assert name
-        self._step("flush", name)
+    def watch_writes(self, mapping: Mapping) -> FakeWriteWatch:
+        self._step("watch_writes", mapping.name)
+        return FakeWriteWatch(self, self.kernel.by_node(mapping.node))
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         self._step("detach" if lazily else "unmount", name)
@@ -608,3 +619,40 @@ class FakeEmptiedDisk:
             raise VolumeBusyError(self.disk.node, ())
         self._kernel.held_disks.pop(self.disk.id.diskseq, None)
         return self._kernel.read_partitions(self.disk.id.diskseq)
+
+
+class FakeWriteWatch:
+    """A process's watch for failed writes to a mapping."""
+
+    def __init__(self, process: FakeProcess, mapping: FakeMapping) -> None:
+        self.lost = ""
+        self._process = process
+        self._mapping = mapping
+        mapping.watches += 1
+        process.watches.append(self)
+
+    def mounted(self) -> None:
+        """Nothing was counted before."""
+
+    def check(self) -> None:
+        self._flush(self._mapping.name)
+
+    def _flush(self, name: str) -> None:
+        try:
+            self._process._step("flush", name)
+        except KernelError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            self.lost = self.lost or f"not all has reached the medium: {error}"
+
+    def unmount(self, name: str, *, anyway: bool) -> None:
+        self._flush(name)
+        if self.lost and not anyway:
+            raise WritesLostError(self.lost)
+        self._process.unmount(name)
+
+    def close(self) -> None:
+        if self in self._process.watches:
+            self._process.watches.remove(self)
+            self._mapping.watches -= 1
+            self._process.kernel._remove_if_closed(self._mapping)

@@ -9,7 +9,7 @@ from kernel.forked import Stop, kill_self
 
 SURPRISE = ("umount2", "rmdir", "dm remove")
 """Calls after the medium was pulled while nobody used it."""
-ORDERLY = ("syncfs", "umount2", "rmdir", "dm remove")
+ORDERLY = ("syncfs", "umount2", "syncfs", "rmdir", "dm remove")
 """Calls after the agent was asked to stop."""
 ADOPTION = ("dm message",)
 """Calls of an agent that finds everything as a killed agent made it."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from caam_hotplug.config.match import Match
-from caam_hotplug.config.rules import BUILT_IN
-from caam_hotplug.errors import KernelError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings
+from caam_hotplug.errors import (
+    KernelError,
+    MountError,
+    RequestRefusedError,
+    VolumeBusyError,
+    WritesLostError,
+)
 from caam_hotplug.model import Bus, DeviceNumber, DevType, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
 
+LOST = MountError("flush", "/run/media/cartridge-01", errno.EIO)
 NEIGHBOUR = "/dev/sda3 is mounted at /mnt"
 
 
@@ -322,3 +330,103 @@ def test_a_medium_pulled_while_no_agent_ran_is_not_published(bench: Bench) -> No
     bench.start()
     bench.settle()
     assert bench.registry.entries() == []
+
+
+def test_a_volume_to_which_a_write_failed_is_never_safe_to_remove_and_can_be_locked(
+    bench: Bench,
+) -> None:
+    one, two = plugged(bench)
+    bench.kernel.faults.append(Fault("flush", LOST, about={"cartridge-01"}))
+    with pytest.raises(RequestRefusedError, match=r"not all .* the medium: flush .*Input/output"):
+        bench.answer("eject", one)
+    assert bench.state(one) is State.MOUNTED
+    for _ in range(2):
+        for volume in (one, two):
+            with pytest.raises(WritesLostError, match="`lock` releases it nevertheless"):
+                bench.answer("eject", volume)
+    bench.answer("lock", one)
+    assert bench.state(one) is State.LOCKED
+    assert "not all has reached the medium: flush" in bench.reason(one)
+    with pytest.raises(WritesLostError):
+        bench.answer("eject", one)
+    bench.answer("unlock", one)
+    with pytest.raises(WritesLostError):
+        bench.answer("eject", one)
+    assert State.EJECTED not in {state for _, state, _ in bench.states}
+
+
+def test_a_lock_lets_the_volume_out_of_use_though_a_write_fails(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.kernel.faults.append(Fault("flush", LOST, about={"cartridge-01"}))
+    bench.answer("lock", one)
+    assert bench.state(one) is State.LOCKED
+    assert "Input/output error" in bench.reason(one)
+
+
+@pytest.mark.parametrize("before", ["lock", "stop"])
+def test_a_failed_write_is_remembered_when_the_agent_is_started_again(
+    bench: Bench, before: str
+) -> None:
+    one, two = plugged(bench)
+    bench.kernel.faults.append(Fault("flush", LOST, about={"cartridge-01"}))
+    if before == "lock":
+        bench.answer("lock", one)
+        bench.kill()
+    else:
+        bench.stop()
+    bench.start()
+    bench.settle()
+    for volume in (one, two):
+        with pytest.raises(WritesLostError, match="Input/output error"):
+            bench.answer("eject", volume)
+
+
+def test_a_medium_that_is_put_in_again_has_lost_nothing(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.kernel.faults.append(Fault("flush", LOST, about={"cartridge-01"}))
+    bench.answer("lock", one)
+    pull_all(bench)
+    again = bench.insert()
+    bench.settle()
+    bench.answer("eject", again)
+    assert bench.state(again) is State.EJECTED
+
+
+def test_a_suspended_mapping_is_not_released_and_the_refusal_says_how_to_resume_it(
+    bench: Bench,
+) -> None:
+    one, _ = plugged(bench)
+    mapping = bench.kernel.mappings["caam-cartridge-01-1-1"]
+    mapping.is_suspended = True
+    for verb in ("lock", "eject"):
+        with pytest.raises(RequestRefusedError, match="dmsetup resume caam-cartridge-01-1-1"):
+            bench.answer(verb, one)
+    assert bench.state(one) is State.MOUNTED
+    mapping.is_suspended = False
+    bench.answer("eject", one)
+
+
+def test_a_volume_that_is_only_unlocked_is_watched_for_failed_writes_too() -> None:
+    (rule,) = BUILT_IN
+    bench = Bench((replace(rule, action=Action.UNLOCK),))
+    bench.start()
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.UNLOCKED
+    bench.kernel.faults.append(Fault("flush", LOST))
+    with pytest.raises(RequestRefusedError, match="Input/output error"):
+        bench.answer("eject", volume)
+    assert bench.state(volume) is State.UNLOCKED
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    bench.stop()
+    bench.close()
+
+
+def test_changed_rules_do_not_release_a_volume_to_which_a_write_failed(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    (rule,) = BUILT_IN
+    bench.kernel.faults.append(Fault("flush", LOST, about={"cartridge-01"}))
+    bench.reload_rules(replace(rule, mount=MountSettings(read_only=True)))
+    assert bench.state(one) is State.MOUNTED
+    assert not bench.entry(one).read_only

@@ -28,6 +28,7 @@ from caam_hotplug.errors import (
     CaamError,
     DeviceInUseError,
     DmError,
+    FlushError,
     HotplugError,
     KernelError,
     KeyringError,
@@ -145,6 +146,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.ENOSPC,
         errno.EMFILE,
     ),
+    # open(2) of the mapping's node.
+    "watch_writes": (errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     # open(2) of /proc/self/mountinfo.
     "mounts": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     # syncfs(2): what was written could not be; open(2): too many open files.
@@ -195,7 +198,9 @@ def error_of(step: str, number: int) -> HotplugError:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "identify" | "require_unused" | "probe", _:
+        case "flush", _:
+            return FlushError(*words)
+        case "identify" | "require_unused" | "probe" | "watch_writes", _:
             return KernelError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -443,6 +448,8 @@ class Combination:
         act = self.moment.act
         if act is find_leftovers or self.step in {"unmount", "our_mount_points"}:
             return self.moment.ends_in  # no lifecycle of the target; a detach follows; only listed
+        if self.step == "watch_writes" and self.moment.before is crashed:
+            return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
         return State.REMOVED_UNSAFELY if act is pull else State.FAILED

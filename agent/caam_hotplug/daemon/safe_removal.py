@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Set
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from caam_hotplug.daemon.disk_hold import DiskHold
-from caam_hotplug.errors import HotplugError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.errors import (
+    HotplugError,
+    RequestRefusedError,
+    VolumeBusyError,
+    WritesLostError,
+)
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Bus, State, Volume, VolumeId
 from caam_hotplug.volume.phases import REREAD
@@ -32,7 +38,7 @@ class Volumes(Protocol):
         ...
 
     def run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
-        """Run the work to its end, whoever waits for it."""
+        """Run the work to its end, also for a client that has gone."""
         ...
 
     def depart(self, diskseq: int, but: Set[VolumeId]) -> None:
@@ -164,6 +170,7 @@ class SafeRemoval:
             raise RequestRefusedError(
                 f"eject {volume}: it is built in, and cannot be removed; `lock` releases it"
             )
+        self._require_written(record)
         users = await hold.look_who_uses(volume, record.status.publish_late)
         if users:
             what = f"eject {volume}: `lock` releases this volume alone, for its disk"
@@ -174,8 +181,22 @@ class SafeRemoval:
             is_released = sibling.status.state in _RELEASED and not sibling.phase.has_leftover
             is_asked = sibling.inbox.request is not None
             if sibling is not record and (is_asked or not is_released):
-                await sibling.ask(Request(Ask.LOCK, by))
-        await record.ask(Request(Ask.EJECT, by))
+                await self._release(sibling, by)
+        await self._release(record, by)
+
+    async def _release(self, record: Record, by: str) -> None:
+        with suppress(WritesLostError):  # which its record has, with more words
+            await record.ask(Request(Ask.EJECT, by))
+        self._require_written(record)
+
+    def _require_written(self, record: Record) -> None:
+        """Raise WritesLostError if not all was written to the disk's volumes."""
+        for each in self._volumes.records_of(record.volume.id.diskseq):
+            if each.lost:
+                raise WritesLostError(
+                    f"eject {record.volume}: it is not safe to remove: {each.lost} "
+                    f"(volume {each.volume}); `lock` releases it nevertheless"
+                )
 
     async def _finish(self, record: Record, hold: DiskHold, *, power_off: bool) -> None:
         """Hold the disk of released volumes, publish them, and power it off or give it back."""

@@ -112,9 +112,10 @@ def empty(volume: Volume) -> EmptiedDisk:
     try:
         with _locked(opened, disk, end):
             _remove_partitions(opened, disk, removed, end)
-        openers = open_files.openers({disk.number: disk.node})
-        if openers:
-            raise _in_use(disk, list(map(str, openers)))
+        users = device_users.of_disk(disk.name, with_ours=True)
+        users += map(str, open_files.openers({disk.number: disk.node}))
+        if users:
+            raise VolumeBusyError(disk.node, tuple(users))
         try:
             os.fsync(opened)
         except OSError as error:
@@ -224,15 +225,14 @@ def _partitions(disk: Volume) -> list[Partition]:
     return sorted(found, key=lambda partition: partition.number)
 
 
-def _in_use(disk: Volume, found: list[str] | None = None) -> VolumeBusyError:
-    if found is None:
-        found = device_users.of_disk(disk.name, with_ours=True)
-        nodes = {disk.number: disk.node}
-        for partition in _partitions(disk):
-            volume = sysfs.volume_at(partition.name, {}, "kernel")
-            if volume is not None:
-                nodes[volume.number] = volume.node
-        found += map(str, open_files.openers(nodes))
+def _in_use(disk: Volume) -> VolumeBusyError:
+    found = device_users.of_disk(disk.name, with_ours=True)
+    nodes = {disk.number: disk.node}
+    for partition in _partitions(disk):
+        volume = sysfs.volume_at(partition.name, {}, "kernel")
+        if volume is not None:
+            nodes[volume.number] = volume.node
+    found += map(str, open_files.openers(nodes))
     return VolumeBusyError(disk.node, tuple(dict.fromkeys(found)))
 
 

@@ -28,6 +28,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.write_watch import WriteWatch
 from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
 
@@ -220,9 +221,9 @@ class LinuxKernel:
         """
         return emptied_disk.empty(volume)
 
-    def flush(self, name: str, node: str) -> None:
-        """Write what the mount point's filesystem has cached to its medium, the device `node`."""
-        mount.flush(str(self.mount_root / name), node)
+    def watch_writes(self, mapping: Mapping) -> WriteWatch:
+        """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
+        return WriteWatch(mapping, self.mount_root)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""

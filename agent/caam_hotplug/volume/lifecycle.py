@@ -49,10 +49,7 @@ class VolumeLifecycle:
     def __init__(
         self, context: Context, volume: Volume, phase: Phase | None = None, lost: str = ""
     ) -> None:
-        """`phase`: where it begins, if an earlier run has left a mapping or parked the volume.
-
-        `lost`: what an earlier run could not write to it.
-        """
+        """`phase`, `lost`: how an earlier run has left it, and what that could not write to it."""
         self.record = Record(context, volume, phase or Evaluate(), lost)
         self._context = context
         self._kernel = context.kernel
@@ -276,7 +273,11 @@ class VolumeLifecycle:
         if self._status.state is None:
             self._status.publish(State.DETACHING, "an earlier run of the agent has left it")
         uuid = names.dm_uuid(self.record.volume.id)
-        was_writable = await to_the_end(release_leftovers, self._operations, uuid)
+        try:
+            was_writable = await to_the_end(release_leftovers, self._operations, uuid)
+        except ReleaseError as error:
+            self.record.note_lost(error.__cause__)
+            raise
         if was_writable and self._stop.medium_gone:
             self._status.publish(State.REMOVED_UNSAFELY, _LOST)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from caam_hotplug.errors import (
+    FlushError,
+    HotplugError,
     MountError,
     MountPointOccupiedError,
     NoFilesystemError,
+    WritesLostError,
     shown,
 )
+from caam_hotplug.kernel.api import WriteWatch
 from caam_hotplug.model import Mapping, Mount
 from caam_hotplug.volume.mount_table import first_of, is_of, mount_at, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
@@ -22,8 +26,56 @@ from caam_hotplug.volume.worker import to_the_end
 log = logging.getLogger(__name__)
 
 
+class Writes:
+    """The watch for failed writes of one mapping, while it is served. Loop only."""
+
+    def __init__(self) -> None:
+        self.watch: WriteWatch | None = None
+        """None before the mapping is made, and once all is written and the watch closed."""
+        self.lost = ""
+        """What could not be written; empty while that is nothing."""
+
+    @property
+    def holds(self) -> int:
+        """How many times the watch holds the mapping open."""
+        return 0 if self.watch is None else 1
+
+    @property
+    def error(self) -> WritesLostError | None:
+        """The error to raise for what could not be written, if there is any."""
+        return WritesLostError(self.lost) if self.lost else None
+
+    def note(self) -> None:
+        """Remember what the watch has seen."""
+        if self.watch is not None:
+            self.lost = self.lost or self.watch.lost
+
+    def close(self) -> None:
+        """Close the watch: at a departure not before the error table, for which it would wait."""
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            self.lost = self.lost or watch.lost
+            watch.close()
+
+
 @asynccontextmanager
-async def mounted(operations: Operations, target: Target, mapping: Mapping) -> AsyncIterator[Mount]:
+async def watched(operations: Operations, mapping: Mapping, writes: Writes) -> AsyncIterator[None]:
+    """Watch a mapping that others write to, which the agent does not mount."""
+    writes.watch = await operations.call(
+        "watch its writes", operations.kernel.watch_writes, mapping
+    )
+    try:
+        yield
+        if not operations.stop.medium_gone and writes.watch is not None:
+            await operations.call("flush", writes.watch.check)
+    finally:
+        await to_the_end(operations.call, "end the watch", writes.close)
+
+
+@asynccontextmanager
+async def mounted(
+    operations: Operations, target: Target, mapping: Mapping, writes: Writes
+) -> AsyncIterator[Mount]:
     """Mount or adopt the filesystem of the mapping, and release the mount on the way out.
 
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
@@ -33,22 +85,41 @@ async def mounted(operations: Operations, target: Target, mapping: Mapping) -> A
     found = first_of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
+
+    def watch() -> None:
+        writes.watch = kernel.watch_writes(mapping)
+
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mount, operations, name, mapping)
+        held.push_async_callback(to_the_end, release_mount, operations, name, mapping, writes)
         if mapping.open_count:
             await _release_other_mounts(operations, name, mapping)
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
+            await _watch_adopted(operations, watch)
         else:
-            await _mount(operations, target, mapping)
+            await _mount(operations, target, mapping, watch, writes)
             found = mount_at(kernel, name)
         if found is None:
             raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found
 
 
-async def _mount(operations: Operations, target: Target, mapping: Mapping) -> None:
+async def _watch_adopted(operations: Operations, watch: Callable[[], None]) -> None:
+    """Watch a mount that is in use, if that can be done; else at its release."""
+    try:
+        await operations.call("watch its writes", watch)
+    except (HotplugError, OSError) as error:
+        log.warning("%s", error)
+
+
+async def _mount(
+    operations: Operations,
+    target: Target,
+    mapping: Mapping,
+    watch: Callable[[], None],
+    writes: Writes,
+) -> None:
     kernel, asked = operations.kernel, target.plan.rule.mount
     filesystem = ""
 
@@ -62,6 +133,7 @@ async def _mount(operations: Operations, target: Target, mapping: Mapping) -> No
                 f"{kernel.blob_directory / target.plan.blob} may belong to another medium"
             )
         filesystem = found
+        watch()
 
     def mount() -> None:
         kernel.mount(
@@ -72,30 +144,48 @@ async def _mount(operations: Operations, target: Target, mapping: Mapping) -> No
             options=asked.options,
             filesystem_options=asked.options_for(filesystem),
         )
+        if writes.watch is not None:
+            writes.watch.mounted()
 
     await operations.each(("probe", probe), ("mount", mount))
 
 
-async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
+async def release_mount(
+    operations: Operations, name: str, mapping: Mapping, writes: Writes | None = None
+) -> None:
     """Unmount the mapping from the mount point, and remove the directory.
 
     A mount in use is detached: its users may finish there, and nobody new gets in. If the medium
-    is there, everything written so far is flushed first. Raises: MountError if it is still there.
+    is there, everything written so far is flushed first. Raises: MountError if it is still there;
+    WritesLostError.
     """
+    writes = writes or Writes()
+    try:
+        if not operations.stop.keeps:
+            await _release(operations, name, mapping, writes)
+    finally:
+        if writes.watch is not None:
+            await operations.call("end the watch", writes.close)
+    if writes.lost and not operations.stop.medium_gone:
+        raise WritesLostError(writes.lost)
+
+
+async def _release(operations: Operations, name: str, mapping: Mapping, writes: Writes) -> None:
     kernel = operations.kernel
-    if operations.stop.keeps:
-        return
     there = mounts_at(kernel, name)
     found = first_of(mapping, there)
+
+    def remove_mount_point() -> None:
+        writes.close()
+        kernel.remove_mount_point(name)
+
     if found is None:
-        await operations.call("remove the mount point", kernel.remove_mount_point, name)
+        await operations.call("remove the mount point", remove_mount_point)
         return
     try:
         await _uncover(operations, name, mapping, there)
-        if not operations.stop.medium_gone and not found.read_only:
-            await operations.call("flush", kernel.flush, name, mapping.node)
     finally:
-        await _unmount_or_detach(operations, name, mapping)
+        await _unmount_or_detach(operations, name, mapping, writes)
 
 
 async def _uncover(
@@ -109,14 +199,25 @@ async def _uncover(
         await operations.call("detach", operations.kernel.unmount, name, lazily=True)
 
 
-async def _unmount_or_detach(operations: Operations, name: str, mapping: Mapping) -> None:
+async def _unmount_or_detach(
+    operations: Operations, name: str, mapping: Mapping, writes: Writes
+) -> None:
     kernel = operations.kernel
 
     def unmount() -> MountError | None:
         try:
-            kernel.unmount(name)
+            if operations.stop.medium_gone:
+                kernel.unmount(name)
+            else:
+                writes.watch = writes.watch or kernel.watch_writes(mapping)
+                writes.watch.unmount(name, anyway=True)
+        except FlushError as error:
+            writes.lost = writes.lost or f"it is not known whether all was written: {error}"
+            return error
         except MountError as error:
             return error
+        finally:
+            writes.close()
         kernel.remove_mount_point(name)
         return None
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
+from caam_hotplug.errors import WritesLostError
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
@@ -156,10 +157,10 @@ class Record:
         """Have later runs of the agent serve the volume."""
         self._remember(None)
 
-    def note_lost(self, what: str) -> None:
-        """Remember, also across restarts, that this could not be written. The first stays."""
-        if not self.lost:
-            self.lost = what
+    def note_lost(self, error: BaseException | None) -> None:
+        """Remember, also across restarts, which write has failed, if one has. The first stays."""
+        if isinstance(error, WritesLostError) and not self.lost:
+            self.lost = str(error)
             parked = self.parked
             self._remember(None if parked is None else parked.state)
 
