@@ -49,6 +49,7 @@ possible what to do.
 | `ForeignMapping`, `MountPointOccupied` | another mapping or mount has the name |
 | `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | the volume or the file is not safe to use |
 | `Release` | a part of the volume could not be released |
+| `Flush` | it is not known whether all that was written has reached the medium |
 | `MappingBusy`, `MountBusy` | the kernel reports mapping or mount in use |
 | `Kernel`, `Caam`, `Keyring`, `DeviceMapper`, `Mount` | a call to the kernel failed |
 | `Failed` | any other failure; the journal has more |

@@ -206,6 +206,7 @@ class Supervisor:
 
     def _arrive_early(self, volume: Volume) -> None:
         """Start without udev's report, if the volume's rule does not need it."""
+        self._removal.appeared(volume.id)
         is_new = volume.id not in self._lifecycles
         if is_new and isinstance(match_rules(self._context.rules, volume), Plan):
             self._arrive(volume)
@@ -260,7 +261,8 @@ class Supervisor:
         self._lifecycles[volume.id] = lifecycle
         self.run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))
         if volume.id.partition == 0:
-            self.run(self._recover(volume), lambda: f"{volume}: hold it again")
+            words = f"{volume}: hold it again"
+            self.run(_guarded(self._removal.recover(volume), words, volume=volume), lambda: words)
 
     async def _run_lifecycle(self, lifecycle: VolumeLifecycle, which: VolumeId) -> None:
         record = lifecycle.record
@@ -282,19 +284,16 @@ class Supervisor:
         if again is not None:
             self._start(again)
 
-    async def _recover(self, disk: Volume) -> None:
-        try:
-            await self._removal.recover(disk)
-        except Exception:  # a defect of the agent must not cost the volumes their mounts
-            defect = journal.event(journal.Event.DEFECT, volume=disk)
-            log.exception("%s: a defect of the agent ended its eject", disk, extra=defect)
-
     async def _release_orphan(self, orphan: Mapping) -> None:
         context = self._context
         worker, points = context.new_worker(f"leftover {orphan.name}"), context.mount_points
-        try:
-            await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
-        except Exception:  # a defect of the agent must not cost present volumes their mounts
-            defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
-            words = "release leftover %s: a defect of the agent ended it"
-            log.exception(words, orphan.name, extra=defect)
+        release = release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
+        await _guarded(release, f"release leftover {orphan.name}", mapping=orphan.name)
+
+
+async def _guarded(work: Coroutine[Any, Any, None], words: str, **of: Any) -> None:
+    try:
+        await work
+    except Exception:  # a defect of the agent must not cost present volumes their mounts
+        defect = journal.event(journal.Event.DEFECT, **of)
+        log.exception("%s: a defect of the agent ended it", words, extra=defect)

@@ -44,6 +44,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.DmError: f"{names.BUS_ERROR_PREFIX}DeviceMapper",
     errors.MappingBusyError: f"{names.BUS_ERROR_PREFIX}MappingBusy",
     errors.MountError: f"{names.BUS_ERROR_PREFIX}Mount",
+    errors.FlushError: f"{names.BUS_ERROR_PREFIX}Flush",
     errors.MountBusyError: f"{names.BUS_ERROR_PREFIX}MountBusy",
     OSError: f"{names.BUS_ERROR_PREFIX}Failed",
 }

@@ -63,7 +63,7 @@ class WriteWatch:
             self._device = os.open(self._node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise KernelError("open", self._node, error.errno or 0) from error
-        self._errors_before = self._ext4_errors()
+        self._errors_before = 0
 
     def mounted(self) -> None:
         """Note which errors an ext4 has counted before: it keeps their number on the medium."""
@@ -93,10 +93,11 @@ class WriteWatch:
             except MountError as error:
                 raise type(error)("unmount", point, error.errno or 0) from error
             if directory is not None:  # what programs wrote after the first time
-                self._try("flush", point, Libc.syncfs, directory)
+                self._try("flush", point, Libc.syncfs, directory, is_last=True)
             if self._ext4_errors() > self._errors_before:
                 self._note(f"write to {point}: the filesystem has counted errors")
-        self.check()  # what the filesystem wrote at its end
+        # What the filesystem wrote at its end.
+        self._try("flush", self._node, os.fsync, self._device, is_last=True)
 
     def close(self) -> None:
         """Watch no more. Once is enough."""
@@ -114,14 +115,22 @@ class WriteWatch:
         self.check()
 
     def _try(
-        self, operation: str, subject: str, call: Callable[..., object], *arguments: object
+        self,
+        operation: str,
+        subject: str,
+        call: Callable[..., object],
+        *arguments: object,
+        is_last: bool = False,
     ) -> None:
-        """Make the call; note a failed write. Raises: FlushError for another failure."""
+        """Make the call; note a failed write, and any failure of the last call.
+
+        Raises: FlushError for another failure.
+        """
         try:
             with reported_as(operation, subject, FlushError):
                 call(*arguments)
         except FlushError as error:
-            if error.errno in _NOT_KNOWN:
+            if error.errno in _NOT_KNOWN and not is_last:
                 raise
             self._note(str(error))
 

@@ -66,10 +66,13 @@ async def watched(operations: Operations, mapping: Mapping, writes: Writes) -> A
     )
     try:
         yield
+        known = writes.lost
         if not operations.stop.medium_gone and writes.watch is not None:
             await operations.call("flush", writes.watch.check)
     finally:
         await to_the_end(operations.call, "end the watch", writes.close)
+    if writes.lost != known:
+        raise WritesLostError(writes.lost)
 
 
 @asynccontextmanager
@@ -160,13 +163,14 @@ async def release_mount(
     WritesLostError.
     """
     writes = writes or Writes()
+    known = writes.lost
     try:
         if not operations.stop.keeps:
             await _release(operations, name, mapping, writes)
     finally:
         if writes.watch is not None:
             await operations.call("end the watch", writes.close)
-    if writes.lost and not operations.stop.medium_gone:
+    if writes.lost != known and not operations.stop.medium_gone:
         raise WritesLostError(writes.lost)
 
 
