@@ -349,7 +349,7 @@ def test_a_volume_to_which_a_write_failed_is_never_safe_to_remove_and_can_be_loc
     bench.answer("lock", one)
     assert bench.state(one) is State.LOCKED
     assert "not all has reached the medium: flush" in bench.reason(one)
-    with pytest.raises(WritesLostError):
+    with pytest.raises(WritesLostError, match=r"Input/output error .*1-1\)\)$"):
         bench.answer("eject", one)
     bench.answer("unlock", one)
     with pytest.raises(WritesLostError):

@@ -193,9 +193,10 @@ class SafeRemoval:
         """Raise WritesLostError if not all was written to the disk's volumes."""
         for each in self._volumes.records_of(record.volume.id.diskseq):
             if each.lost:
+                lock = "" if each.parked is not None else "; `lock` releases it nevertheless"
                 raise WritesLostError(
                     f"eject {record.volume}: it is not safe to remove: {each.lost} "
-                    f"(volume {each.volume}); `lock` releases it nevertheless"
+                    f"(volume {each.volume}){lock}"
                 )
 
     async def _finish(self, record: Record, hold: DiskHold, *, power_off: bool) -> None:

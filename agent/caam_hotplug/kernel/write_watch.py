@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from typing import Final
 from caam_hotplug.errors import FlushError, KernelError, MountError, WritesLostError
 from caam_hotplug.kernel import mount, paths
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.model import Mapping
 
@@ -76,7 +78,8 @@ class WriteWatch:
     def unmount(self, name: str, *, anyway: bool) -> None:
         """Write out the filesystem at `name` in the mount root, and unmount it.
 
-        `anyway`: also if something could not be written. Else it stays mounted then.
+        `anyway`: also if something could not be written. Else it stays mounted then, unless its
+        medium cannot be read either: nothing of it can be saved any more.
         Raises: WritesLostError; FlushError; MountBusyError; MountError. Then it stays mounted.
         """
         point = str(self._mount_root / name)
@@ -86,7 +89,7 @@ class WriteWatch:
             _copied(root, name, point) as directory,
         ):
             self._flush(directory, point)
-            if self.lost and not anyway:
+            if self.lost and not anyway and self._is_readable():
                 raise WritesLostError(self.lost)
             try:
                 mount.unmount(f"/proc/self/fd/{root}/{name}")
@@ -94,8 +97,7 @@ class WriteWatch:
                 raise type(error)("unmount", point, error.errno or 0) from error
             if directory is not None:  # what programs wrote after the first time
                 self._try("flush", point, Libc.syncfs, directory, is_last=True)
-            if self._ext4_errors() > self._errors_before:
-                self._note(f"write to {point}: the filesystem has counted errors")
+            self._look_at_ext4(point)
         # What the filesystem wrote at its end.
         self._try("flush", self._node, os.fsync, self._device, is_last=True)
 
@@ -113,6 +115,7 @@ class WriteWatch:
             # block/ioctl.c), and does not say whether files' data were written.
             self._try("flush", self._node, fcntl.ioctl, self._device, _BLKFLSBUF)
         self.check()
+        self._look_at_ext4(point)
 
     def _try(
         self,
@@ -136,6 +139,21 @@ class WriteWatch:
 
     def _note(self, what: str) -> None:
         self.lost = self.lost or f"not all that was written to it has reached the medium: {what}"
+
+    def _look_at_ext4(self, point: str) -> None:
+        if self._ext4_errors() > self._errors_before:
+            self._note(f"write to {point}: the filesystem has counted errors")
+
+    def _is_readable(self) -> bool:
+        try:
+            opened = os.open(self._node, os.O_RDONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                Blocks(opened, self._node).read(0, mmap.PAGESIZE)
+            finally:
+                os.close(opened)
+        except OSError as error:
+            return error.errno in _NOT_KNOWN
+        return True
 
     def _ext4_errors(self) -> int:
         with suppress(OSError, ValueError):
