@@ -121,6 +121,26 @@ def test_an_eject_at_any_turn_of_a_neighbours_unlock_never_ejects_a_medium_in_us
 
 
 @pytest.mark.parametrize("turn", range(60))
+def test_a_partition_that_is_served_at_any_turn_of_an_eject_is_never_on_a_medium_safe_to_remove(
+    bench: Bench, turn: int
+) -> None:
+    one, _ = plugged(bench)
+    third = replace(bench.kernel.insert("cartridge-03", "sda3"), id=VolumeId(1, 3))
+    bench.kernel.media["sda3"].volume = third
+    asked = bench.ask("eject", one)
+    bench.run_turns(turn)
+    if "sda3" in bench.kernel.media:
+        bench.appear(third)
+    for _ in range(80):
+        bench.run_turns(1)
+        states = {bench.state(volume) for volume in (one, third)}
+        assert State.EJECTED not in states or not is_in_use(bench)
+    bench.settle()
+    assert asked.done()
+    assert asked.exception() is None or bench.state(third) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turn", range(60))
 def test_a_medium_pulled_at_any_turn_of_an_eject_leaves_nothing(bench: Bench, turn: int) -> None:
     one, two = plugged(bench)
     asked = bench.ask("eject", one)
