@@ -112,8 +112,7 @@ def empty(volume: Volume) -> EmptiedDisk:
     try:
         with _locked(opened, disk, end):
             _remove_partitions(opened, disk, removed, end)
-        users = device_users.of_disk(disk.name, with_ours=True)
-        users += map(str, open_files.openers({disk.number: disk.node}))
+        users = _users_of_whole(disk) and _users_of_whole(disk)  # a passing one has gone by then
         if users:
             raise VolumeBusyError(disk.node, tuple(users))
         try:
@@ -223,6 +222,12 @@ def _partitions(disk: Volume) -> list[Partition]:
             )
             found.append(Partition(folder.name, number, start * SECTOR_BYTES, size * SECTOR_BYTES))
     return sorted(found, key=lambda partition: partition.number)
+
+
+def _users_of_whole(disk: Volume) -> list[str]:
+    """Return the users of a disk without partitions whom O_EXCL does not notice."""
+    openers = open_files.openers({disk.number: disk.node})
+    return [*device_users.of_disk(disk.name, with_ours=True), *map(str, openers)]
 
 
 def _in_use(disk: Volume) -> VolumeBusyError:
