@@ -92,6 +92,13 @@ class SafeRemoval:
         Raises: RequestRefusedError if anything of the disk is in use, or if written data were lost.
         Volumes that were released before stay released, and none is safe to remove.
         """
+        try:
+            await self._eject(record, by, power_off=power_off)
+        except RequestRefusedError as error:
+            record.inbox.log_refusal(Request(Ask.EJECT, by), error)
+            raise
+
+    async def _eject(self, record: Record, by: str, *, power_off: bool) -> None:
         volume = record.volume
         if record.why_not(Ask.EJECT) is not None:
             await record.ask(Request(Ask.EJECT, by))  # it says why
@@ -106,7 +113,7 @@ class SafeRemoval:
             raise
         await self._to_the_end(volume, hold, self._finish(record, hold, power_off=power_off))
 
-    async def before_unlock(self, record: Record) -> None:
+    async def before_unlock(self, record: Record, by: str) -> None:
         """Have the kernel read the partitions of an ejected disk again.
 
         Raises: RequestRefusedError if that cannot be, or while the disk is being ejected.
@@ -114,8 +121,12 @@ class SafeRemoval:
         volume = record.volume
         is_away = record.parked is not None and not self._context.kernel.is_present(volume)
         if is_away or volume.id.diskseq in self._holds:
-            hold = self._begin(volume, "unlock")
-            await self._to_the_end(volume, hold, self._restore(record, hold))
+            try:
+                hold = self._begin(volume, "unlock")
+                await self._to_the_end(volume, hold, self._restore(record, hold))
+            except HotplugError as error:
+                record.inbox.log_refusal(Request(Ask.UNLOCK, by), error)
+                raise
 
     async def recover(self, disk: Volume) -> None:
         """Hold the disk again that an earlier run has ejected, and publish its volumes."""

@@ -127,7 +127,7 @@ class Supervisor:
         """Mount the volume, or do what else its rule asks for. Raises: RequestRefusedError."""
         record = self._lifecycle(which).record
         if record.why_not(Ask.UNLOCK) is None:
-            await self._removal.before_unlock(record)
+            await self._removal.before_unlock(record, by)
         await self._ask(which, Ask.UNLOCK, by)
 
     async def retry(self, which: VolumeId, by: str) -> None:
