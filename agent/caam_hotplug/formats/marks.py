@@ -40,7 +40,7 @@ class Mark:
             found = json.loads(text)
             state = None if found["state"] is None else State(found["state"])
             return cls(_volume(found["volume"]), state, bool(found["held"]), str(found["lost"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
@@ -57,7 +57,7 @@ _AS_TEXT: Final[dict[str, Callable[[Any], str]]] = {
 
 
 def _volume(facts: Mapping[str, Any]) -> Volume:
-    """Raises: ValueError, KeyError, TypeError for facts of another form."""
+    """Raises: ValueError, KeyError, TypeError or AttributeError for facts of another form."""
     which = VolumeId.from_text(facts["id"])
     if which is None:
         raise ValueError("no volume")
