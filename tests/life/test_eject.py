@@ -453,3 +453,20 @@ def test_changed_rules_do_not_release_a_volume_to_which_a_write_failed(bench: Be
     bench.reload_rules(replace(rule, mount=MountSettings(read_only=True)))
     assert bench.state(one) is State.MOUNTED
     assert not bench.entry(one).read_only
+
+
+def test_a_stop_unmounts_also_what_it_cannot_watch(bench: Bench) -> None:
+    one, _ = plugged(bench)
+    bench.kill()
+    too_many = KernelError("open", "/dev/dm-1", errno.EMFILE)
+    bench.kernel.faults.append(Fault("watch_writes", too_many, lasting=True))
+    bench.start()
+    bench.settle()
+    assert bench.state(one) is State.MOUNTED
+    bench.stop()
+    assert bench.kernel.mounts == []
+    assert bench.kernel.mappings == {}
+    assert (
+        "it is not known whether all was written"
+        in {s: r for _, s, r in bench.states}[State.FAILED]
+    )

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from caam_hotplug.errors import (
     FlushError,
     HotplugError,
+    KernelError,
     MountError,
     MountPointOccupiedError,
     NoFilesystemError,
@@ -208,17 +209,16 @@ async def _unmount_or_detach(
 ) -> None:
     kernel = operations.kernel
 
-    def unmount() -> MountError | None:
+    def unmount() -> KernelError | None:
         try:
             if operations.stop.medium_gone:
                 kernel.unmount(name)
             else:
                 writes.watch = writes.watch or kernel.watch_writes(mapping)
                 writes.watch.unmount(name, anyway=True)
-        except FlushError as error:
-            writes.lost = writes.lost or f"it is not known whether all was written: {error}"
-            return error
-        except MountError as error:
+        except KernelError as error:
+            if isinstance(error, FlushError) or not isinstance(error, MountError):
+                writes.lost = writes.lost or f"it is not known whether all was written: {error}"
             return error
         finally:
             writes.close()
