@@ -39,7 +39,8 @@ possible what to do.
 | name | when |
 |---|---|
 | `RequestRefused` | the volume's state does not allow it |
-| `VolumeBusy` | processes use the volume; the message has a line for each |
+| `VolumeBusy` | others use the volume or its disk; the message has a line for each |
+| `WritesLost` | a write to the medium has failed since it was inserted |
 | `Configuration` | Reload found mistakes; the message has a line for each |
 | `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or not a blob |
 | `MasterKey` | the trusted key that the blob is encrypted under is absent, or of another board |
@@ -48,6 +49,7 @@ possible what to do.
 | `ForeignMapping`, `MountPointOccupied` | another mapping or mount has the name |
 | `UnsupportedVolume`, `UnsafePath`, `UnfitFile` | the volume or the file is not safe to use |
 | `Release` | a part of the volume could not be released |
+| `Flush` | it is not known whether all that was written has reached the medium |
 | `MappingBusy`, `MountBusy` | the kernel reports mapping or mount in use |
 | `Kernel`, `Caam`, `Keyring`, `DeviceMapper`, `Mount` | a call to the kernel failed |
 | `Failed` | any other failure; the journal has more |

@@ -10,6 +10,7 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 
 class HotplugError(Exception):
@@ -92,12 +93,20 @@ class NoFilesystemError(HotplugError):
     """The key shows no known filesystem: it is wrong, or the medium was never formatted."""
 
 
+BLOB_AT_FAULT: Final = (BlobError, BlobRejectedError, MasterKeyError, NoFilesystemError)
+"""Errors that another blob may end."""
+
+
 class ReleaseError(HotplugError):
     """A resource of the agent could not be released; the next start tries again."""
 
 
 class RequestRefusedError(HotplugError):
     """The volume's state does not allow the request; the message says why and what to do."""
+
+
+class WritesLostError(RequestRefusedError):
+    """Not all that was written to the volume has reached its medium."""
 
 
 _MAX_HOLDERS = 32
@@ -110,7 +119,7 @@ _CURES = {
 
 
 class VolumeBusyError(RequestRefusedError):
-    """Processes use the volume, and its rule does not take it from them."""
+    """Others use the volume, or its disk, and it is not taken from them."""
 
     def __init__(self, what: str, holders: tuple[str, ...]) -> None:
         named = holders[:_MAX_HOLDERS]
@@ -118,8 +127,9 @@ class VolumeBusyError(RequestRefusedError):
             named += (f"and {len(holders) - len(named)} more",)
         who = "; ".join(named) or "by a process that is not visible from here"
         super().__init__(f"{what} is in use: {who}")
+        self.what = what
         self.holders = named
-        """A text for each process."""
+        """A text for each process, mount or device."""
 
 
 class ForeignMappingError(HotplugError):
@@ -146,6 +156,10 @@ class KernelError(HotplugError, OSError):
     def __str__(self) -> str:
         words = f"{self.operation} {self.subject}: {self.strerror}"
         return f"{words} ({self.detail})" if self.detail else words
+
+
+class MediumGoneError(HotplugError):
+    """The medium went while an operation was under way, so its next step was not taken."""
 
 
 class UnknownError(KernelError):
@@ -184,6 +198,10 @@ class MappingBusyError(DmError):
 
 class MountError(KernelError):
     """A step of mounting or unmounting failed."""
+
+
+class FlushError(MountError):
+    """It is not known whether all that was written has reached the medium."""
 
 
 class MountBusyError(MountError):

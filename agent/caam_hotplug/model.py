@@ -169,7 +169,7 @@ Event = Appeared | Announced | Disappeared | EventsLost
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A live device-mapper device."""
+    """A live device-mapper device; reads and writes of a suspended one wait."""
 
     name: str
     uuid: str
@@ -177,6 +177,7 @@ class Mapping:
     table: tuple[str, ...]
     """Target lines as `START LENGTH TYPE PARAMETERS`; empty while none is live."""
     open_count: int
+    is_suspended: bool = False
 
     @property
     def node(self) -> str:

@@ -144,7 +144,7 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using watch' -s h -l help -d 's
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using watch' -l json -d 'a JSON object on every line'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a eject -d 'Release a medium, so that it can be pulled.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject' -s h -l help -d 'show this help message and exit'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject' -l no-power-off -d 'leave the medium powered'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject' -l no-power-off -d 'leave the medium powered, and its disk to others'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a lock -d 'Unmount a medium and remove its key; it stays locked until unlock.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using lock' -s h -l help -d 'show this help message and exit'

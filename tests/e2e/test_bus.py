@@ -119,9 +119,9 @@ async def test_an_ejected_medium_stays_ejected_until_it_is_unlocked_by_request(
     assert result.stdout == "cartridge-01: safe to remove\n"
     assert await agent.leftovers() == []
     await until_state(guest, "ejected")
-    await guest.sh("udevadm trigger --settle --action=change /dev/sda1")
+    await guest.sh("udevadm trigger --settle --action=change /dev/sda")
     await until_state(guest, "ejected")
-    await agent.start()  # a new run knows of the eject only from the device's node
+    await agent.start()  # a new run knows of the eject only from the disk's node
     await until_state(guest, "ejected")
     assert await agent.leftovers() == []
     assert "eject" in await agent.until_said("asked for by .*uid 0 .root., pid [0-9]+, :1")

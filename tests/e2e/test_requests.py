@@ -78,7 +78,7 @@ async def test_an_ejected_scsi_disk_stays_ejected_and_can_be_unlocked_again(
     await guest.plug_scsi(medium)
     await guest.until_mounted(POINT)
     await guest.run("caam-hotplug", "eject", "cartridge-01")
-    await guest.sh("udevadm trigger /dev/sda1; udevadm settle")
+    await guest.sh("udevadm trigger /dev/sda; udevadm settle")
     assert "ejected" in (await guest.run("caam-hotplug", "status")).stdout
     assert await agent.leftovers() == []
     await guest.run("caam-hotplug", "unlock", "cartridge-01")

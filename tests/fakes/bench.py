@@ -133,6 +133,7 @@ class Bench:
         self._process: FakeProcess | None = None
         self._supervisor: Supervisor | None = None
         self._socket: list[tuple[Event, list[Appeared]]] = []
+        self.kernel.report = self._report
 
     def close(self) -> None:
         """Close the loop."""
@@ -278,9 +279,13 @@ class Bench:
         return volume
 
     def pull(self, name: str = "sda1") -> None:
-        """Pull the medium and report that to the agent."""
+        """Pull the medium and report that to the agent, and its disk's departure if it has gone."""
         self.kernel.pull(name)
         self._take(Disappeared(name))
+        disk = name.rstrip("0123456789")
+        left = {**self.kernel.media, **self.kernel.away}
+        if not any(other.startswith(disk) for other in left):
+            self._take(Disappeared(disk))
 
     def report_absent(self, name: str = "sda1") -> None:
         """Report to the agent, perhaps again, that the device is absent."""
@@ -341,6 +346,18 @@ class Bench:
             self._read_socket(supervisor)
 
         self.run(take())
+
+    def _report(self, event: Event) -> None:
+        """Report to the agent, a turn later, what its own call to the kernel has changed."""
+
+        def take() -> None:
+            if self._main is not None:
+                media = self.kernel.media.values()
+                self._socket.append((event, [Appeared(medium.volume) for medium in media]))
+                if self._supervisor is not None:
+                    self._read_socket(self._supervisor)
+
+        self._loop.call_soon_threadsafe(take)
 
     def _read_socket(self, supervisor: Supervisor) -> None:
         while self._socket:

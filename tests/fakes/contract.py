@@ -21,11 +21,13 @@ from caam_hotplug.errors import (
     BlobRejectedError,
     DeviceInUseError,
     DmError,
+    HotplugError,
     KernelError,
     MappingBusyError,
     MountBusyError,
     MountError,
     MountPointOccupiedError,
+    VolumeBusyError,
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.api import Kernel
@@ -410,6 +412,36 @@ def test_mappings_of_others_are_not_the_agents(world: World) -> None:
             assert world.kernel.our_mappings() == [found(world)]
 
 
+# whole disks
+
+
+def test_nobody_else_can_use_an_emptied_disk_until_it_is_restored(world: World) -> None:
+    emptied = world.kernel.empty_disk(world.volume)
+    with pytest.raises(HotplugError):
+        world.kernel.require_unused(world.volume)
+    emptied.restore()
+    assert world.kernel.is_present(world.volume)
+    world.kernel.require_unused(world.volume)
+
+
+def test_a_disk_that_was_emptied_can_be_emptied_again_and_restored(world: World) -> None:
+    world.kernel.empty_disk(world.volume).close()
+    emptied = world.kernel.empty_disk(world.volume)
+    emptied.close()
+    emptied.restore()
+    assert world.kernel.is_present(world.volume)
+
+
+def test_a_disk_below_a_mapping_is_not_emptied(world: World) -> None:
+    with mapped(world) as mapping:
+        assert world.kernel.disk_users(world.volume) == []
+        with pytest.raises(VolumeBusyError) as refused:
+            world.kernel.empty_disk(world.volume)
+        assert refused.value.holders == (f"mapping {mapping.name} lies on it",)
+        assert world.kernel.is_present(world.volume)
+        assert world.reads_as_written(mapping.node)
+
+
 # filesystems and mounts
 
 
@@ -443,9 +475,12 @@ def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: boo
         point = str(world.kernel.mount_root / POINT)
         expected = Mount(mapping.number, point, mapping.node, read_only, "ext4")
         assert mounts_there(world) == [expected]
-        world.kernel.flush(POINT, mapping.node)
-        world.kernel.unmount(POINT)
+        watch = world.kernel.watch_writes(mapping)
+        watch.unmount(POINT, anyway=False)
         assert mounts_there(world) == []
+        assert found(world).open_count == 1
+        watch.close()
+        assert (watch.lost, found(world).open_count) == ("", 0)
 
 
 def test_a_read_only_mapping_is_mounted_only_for_reading(world: World) -> None:
@@ -543,6 +578,8 @@ def test_the_recorded_state_of_a_volume_belongs_to_this_insertion_alone(world: W
         assert world.kernel.remembered(later) == ""
         world.kernel.remember(world.volume, "locked")
         assert world.kernel.remembered(world.volume) == "locked"
+        assert world.kernel.remembered_on(world.volume) == ["locked"]
+        assert world.kernel.remembered_on(later) == []
     finally:
         world.kernel.remember(world.volume, "")
     assert world.kernel.remembered(world.volume) == ""
@@ -592,6 +629,8 @@ __all__ = [
     "test_a_damaged_blob_is_refused_by_the_caam",
     "test_a_deferred_removal_can_be_cancelled",
     "test_a_directory_of_the_board_is_not_the_agents",
+    "test_a_disk_below_a_mapping_is_not_emptied",
+    "test_a_disk_that_was_emptied_can_be_emptied_again_and_restored",
     "test_a_disk_whose_medium_is_still_there_has_not_changed",
     "test_a_filesystem_that_is_not_there_is_not_mounted",
     "test_a_held_mapping_is_removed_when_its_holder_closes_it",
@@ -627,6 +666,7 @@ __all__ = [
     "test_holders_are_counted",
     "test_loading_an_error_table_twice_is_no_error",
     "test_mappings_of_others_are_not_the_agents",
+    "test_nobody_else_can_use_an_emptied_disk_until_it_is_restored",
     "test_nothing_is_mounted_over_another_mount",
     "test_nothing_is_mounted_over_content",
     "test_the_options_of_a_live_table_read_as_they_were_loaded",

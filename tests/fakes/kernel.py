@@ -21,14 +21,19 @@ from caam_hotplug.errors import (
     MountBusyError,
     MountError,
     MountPointOccupiedError,
+    VolumeBusyError,
+    WritesLostError,
 )
 from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import (
+    Appeared,
     Bus,
     DeviceNumber,
     DevType,
+    Disappeared,
+    Event,
     Holder,
     Mapping,
     Mount,
@@ -96,6 +101,9 @@ class FakeMapping:
     inactive_key: bytes | None = None
     read_only: bool = False
     holders: int = 0
+    watches: int = 0
+    """How many times the agent holds it, to see failed writes."""
+    is_suspended: bool = False
     is_removed_at_last_close: bool = False
 
 
@@ -107,8 +115,6 @@ class FakeMedium:
     key: bytes = KEY
     filesystem: str | None = "ext4"
     writes: int = 0
-    remembered: str = ""
-    """State that the agent has recorded for its volume."""
     is_locked: bool = False
     """Whether a program has locked its disk for exclusive use."""
 
@@ -131,6 +137,16 @@ class FakeKernel:
     """Signals that end the processes."""
     powered_off: list[str] = field(default_factory=list)
     """Names of volumes whose medium was powered off."""
+    away: dict[str, FakeMedium] = field(default_factory=dict)
+    """Partitions of present disks that were removed from the kernel, by their earlier names."""
+    held_disks: dict[int, FakeProcess] = field(default_factory=dict)
+    """Who holds a disk, by its sequence number."""
+    disk_users: dict[int, list[str]] = field(default_factory=dict)
+    """Others who use a disk: mounts of partitions, programs."""
+    marks: dict[VolumeId, str] = field(default_factory=dict)
+    """Texts that the agent has stored for volumes."""
+    report: Callable[[Event], None] = lambda _event: None
+    """Called with what the kernel and udev report of partitions that a program removes or adds."""
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
@@ -170,7 +186,28 @@ class FakeKernel:
     def pull(self, name: str = "sda1") -> None:
         """Take the medium out."""
         with self.lock:
-            del self.media[name]
+            (self.media if name in self.media else self.away).pop(name)
+
+    def disk(self, diskseq: int) -> dict[str, FakeMedium]:
+        """Return what the kernel has of the disk: itself and its partitions."""
+        return {n: m for n, m in self.media.items() if m.volume.id.diskseq == diskseq}
+
+    def remove_partitions(self, diskseq: int) -> None:
+        """Remove the disk's partitions, as BLKPG_DEL_PARTITION does."""
+        for name, medium in self.disk(diskseq).items():
+            if medium.volume.id.partition:
+                self.away[name] = self.media.pop(name)
+                self.report(Disappeared(name))
+
+    def read_partitions(self, diskseq: int) -> list[Volume]:
+        """Have the disk's partitions again, as BLKRRPART does; their numbers may be others."""
+        for name, medium in list(self.away.items()):
+            if medium.volume.id.diskseq == diskseq:
+                number = DeviceNumber(259, medium.volume.number.minor)
+                medium.volume = replace(medium.volume, number=number)
+                self.media[name] = self.away.pop(name)
+                self.report(Appeared(medium.volume))
+        return [m.volume for m in self.disk(diskseq).values() if m.volume.id.partition]
 
     def change(self, label: str = "cartridge-02", name: str = "sda1") -> Volume:
         """Change the card of a reader; the kernel shows the new one once its table was read."""
@@ -252,7 +289,9 @@ class FakeKernel:
 
     def open_count(self, mapping: FakeMapping) -> int:
         """Count who holds the mapping open: mounts, detached mounts, processes."""
-        return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
+        return (
+            mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
+        )
 
     def _remove_if_closed(self, mapping: FakeMapping) -> None:
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
@@ -267,11 +306,17 @@ class FakeProcess:
         self.blob_directory = Path("/data/caam")
         self.mount_root = MOUNT_ROOT
         self.is_running = True
+        self.watches: list[FakeWriteWatch] = []
         self._keyring = keyring
 
     def die(self) -> None:
         """End as after kill -9: the keys of the process's keyring are lost, all else stays."""
         self.is_running = False
+        for watch in list(self.watches):
+            watch.close()
+        held = self.kernel.held_disks
+        for diskseq in [diskseq for diskseq, process in held.items() if process is self]:
+            del held[diskseq]
         self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
 
     def _step(self, name: str, subject: str = "") -> None:
@@ -298,18 +343,22 @@ class FakeProcess:
         object.__setattr__(volume, "identified", True)
         return volume
 
-    def remember(self, volume: Volume, state: str) -> None:
-        medium = self.kernel.media.get(volume.name)
-        if medium is not None and medium.volume.id == volume.id:
-            medium.remembered = state
+    def remember(self, volume: Volume, text: str) -> None:
+        self.kernel.marks[volume.id] = text
 
     def remembered(self, volume: Volume) -> str:
-        medium = self.kernel.media.get(volume.name)
-        same = medium is not None and medium.volume.id == volume.id
-        return medium.remembered if medium is not None and same else ""
+        return self.kernel.marks.get(volume.id, "")
+
+    def remembered_on(self, disk: Volume) -> list[str]:
+        marks = self.kernel.marks.items()
+        return [text for v, text in marks if v.diskseq == disk.id.diskseq and text]
 
     def require_unused(self, volume: Volume) -> None:
         self._step("require_unused", volume.name)
+        if volume.name not in self.kernel.media:
+            raise KernelError("open", volume.node, errno.ENOENT)
+        if volume.id.diskseq in self.kernel.held_disks:
+            raise DeviceInUseError(f"use {volume.node}: it is in use: something holds its disk")
         for mapping in self.kernel.mappings.values():
             target = CryptTarget.from_line(mapping.live or "")
             if target is not None and target.device == volume.number:
@@ -367,7 +416,9 @@ class FakeProcess:
     def _as_mapping(self, mapping: FakeMapping) -> Mapping:
         table = () if mapping.live is None else (mapping.live,)
         open_count = self.kernel.open_count(mapping)
-        return Mapping(mapping.name, mapping.uuid, mapping.number, table, open_count)
+        return Mapping(
+            mapping.name, mapping.uuid, mapping.number, table, open_count, mapping.is_suspended
+        )
 
     def our_mappings(self) -> list[Mapping]:
         self._step("our_mappings")
@@ -505,13 +556,35 @@ class FakeProcess:
         medium = self.kernel.unread.pop(number)
         self.kernel.media.setdefault(medium.volume.name, medium)
 
-    def power_off(self, volume: Volume) -> None:
-        self._step("power_off", volume.name)
-        self.kernel.powered_off.append(volume.name)
+    def disk_users(self, volume: Volume) -> list[str]:
+        self._step("disk_users", volume.name)
+        return list(self.kernel.disk_users.get(volume.id.diskseq, ()))
 
-    def flush(self, name: str, node: str) -> None:
-        assert name
-        self._step("flush", name)
+    def empty_disk(self, volume: Volume) -> FakeEmptiedDisk:
+        self._step("empty_disk", volume.name)
+        with self.kernel.lock:
+            diskseq = volume.id.diskseq
+            there = [
+                m.volume.id.diskseq for m in {**self.kernel.media, **self.kernel.away}.values()
+            ]
+            if diskseq not in there:
+                raise KernelError("look for the disk of", volume.node, errno.ENODEV)
+            numbers = {m.volume.number for m in self.kernel.disk(diskseq).values()}
+            users = list(self.kernel.disk_users.get(diskseq, ()))
+            for mapping in self.kernel.mappings.values():
+                for line in filter(None, (mapping.live, mapping.inactive)):
+                    target = CryptTarget.from_line(line)
+                    if target is not None and target.device in numbers:
+                        users.append(f"mapping {mapping.name} lies on it")
+            if users or diskseq in self.kernel.held_disks:
+                raise VolumeBusyError(volume.node, tuple(users))
+            self.kernel.remove_partitions(diskseq)
+            self.kernel.held_disks[diskseq] = self
+        return FakeEmptiedDisk(self, volume)
+
+    def watch_writes(self, mapping: Mapping) -> FakeWriteWatch:
+        self._step("watch_writes", mapping.name)
+        return FakeWriteWatch(self, self.kernel.by_node(mapping.node))
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         self._step("detach" if lazily else "unmount", name)
@@ -546,3 +619,69 @@ class FakeProcess:
         kinds = self.kernel.directories.items()
         ours = [name for name, kind in kinds if kind == "ours"]
         return [name for name in ours if str(self.mount_root / name) not in points]
+
+
+class FakeEmptiedDisk:
+    """A disk that a process holds, or has held."""
+
+    def __init__(self, process: FakeProcess, volume: Volume) -> None:
+        self.disk = volume
+        self._process = process
+        self._kernel = process.kernel
+
+    def power_off(self) -> None:
+        self._process._step("power_off", self.disk.name)
+        self._kernel.powered_off.append(self.disk.name)
+
+    def close(self) -> None:
+        self._process._step("close_disk", self.disk.name)
+        if self._kernel.held_disks.get(self.disk.id.diskseq) is self._process:
+            del self._kernel.held_disks[self.disk.id.diskseq]
+
+    def restore(self) -> list[Volume]:
+        self._process._step("restore", self.disk.name)
+        holder = self._kernel.held_disks.get(self.disk.id.diskseq, self._process)
+        if holder is not self._process or self._kernel.disk_users.get(self.disk.id.diskseq):
+            raise VolumeBusyError(self.disk.node, ())
+        self._kernel.held_disks.pop(self.disk.id.diskseq, None)
+        return self._kernel.read_partitions(self.disk.id.diskseq)
+
+
+class FakeWriteWatch:
+    """A process's watch for failed writes to a mapping."""
+
+    def __init__(self, process: FakeProcess, mapping: FakeMapping) -> None:
+        self.lost = ""
+        self._process = process
+        self._mapping = mapping
+        mapping.watches += 1
+        process.watches.append(self)
+
+    def mounted(self) -> None:
+        """Nothing was counted before."""
+
+    def check(self) -> None:
+        self._flush(self._mapping.name)
+
+    def _flush(self, name: str) -> None:
+        try:
+            self._process._step("flush", name)
+        except KernelError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            self.lost = self.lost or f"not all has reached the medium: {error}"
+
+    def unmount(
+        self, name: str, *, anyway: bool, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self._flush(name)
+        if self.lost and not anyway:
+            raise WritesLostError(self.lost)
+        before()
+        self._process.unmount(name)
+
+    def close(self) -> None:
+        if self in self._process.watches:
+            self._process.watches.remove(self)
+            self._mapping.watches -= 1
+            self._process.kernel._remove_if_closed(self._mapping)

@@ -10,7 +10,7 @@ from kernel.forked import Stop, kill_self
 SURPRISE = ("ioctl", "ioctl", "ioctl", "umount2", "rmdir", "dm remove")
 """Calls after the medium was pulled while nobody used it: the mapping's status, the error table,
 its activation, and the release."""
-ORDERLY = ("syncfs", "umount2", "rmdir", "dm remove")
+ORDERLY = ("syncfs", "umount2", "syncfs", "rmdir", "dm remove")
 """Calls after the agent was asked to stop."""
 ADOPTION = ("dm message",)
 """Calls of an agent that finds everything as a killed agent made it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 
 from caam_hotplug.errors import MountError, MountPointOccupiedError
 from caam_hotplug.model import Mapping
-from fakes.contract import POINT, mapped, mounted, mounts_there
+from fakes.contract import POINT, mapped, mounts_there
 from kernel.real import RealWorld
 
 T = TypeVar("T")
@@ -94,20 +92,6 @@ def test_a_link_at_the_mount_point_is_not_followed(world: RealWorld, tmp_path: P
     link.unlink()
 
 
-WRITTEN: Final = b"written by a program, and nowhere else"
-
-
-@pytest.mark.parametrize("owner", [0, 1000], ids=["of-roots", "that-lets-no-other-in"])
-def test_what_was_written_is_on_the_medium_after_a_flush(world: RealWorld, owner: int) -> None:
-    with mapped(world) as mapping, mounted(world, mapping):
-        root = world.kernel.mount_root / POINT
-        (root / "file").write_bytes(WRITTEN)
-        os.chown(root, owner, owner)
-        root.chmod(0o700)
-        without_passing_for_others(lambda: world.kernel.flush(POINT, mapping.node))
-        assert WRITTEN in past_the_cache(mapping.node)
-
-
 def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWorld) -> None:
     point = world.kernel.mount_root / POINT
     with mapped(world) as mapping:
@@ -117,12 +101,6 @@ def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWo
         assert without_passing_for_others(world.kernel.our_mount_points) == [POINT]
         without_passing_for_others(lambda: world.kernel.remove_mount_point(POINT))
     assert not point.exists()
-
-
-def test_flushing_what_is_not_there_is_an_error(world: RealWorld) -> None:
-    with pytest.raises(MountError) as refused:
-        world.kernel.flush(POINT, "/dev/dm-0")
-    assert refused.value.errno == errno.ENOENT
 
 
 CAPABILITY_VERSION_3: Final = 0x20080522
@@ -144,14 +122,3 @@ def without_passing_for_others(act: Callable[[], T]) -> T:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(drop_and_act).result()
-
-
-def past_the_cache(node: str) -> bytes:
-    """Read all bytes of the device off its medium."""
-    file = os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    try:
-        with mmap.mmap(-1, os.lseek(file, 0, os.SEEK_END)) as room:
-            assert os.preadv(file, [room], 0) == len(room)
-            return room[:]
-    finally:
-        os.close(file)

@@ -28,6 +28,7 @@ from caam_hotplug.errors import (
     CaamError,
     DeviceInUseError,
     DmError,
+    FlushError,
     HotplugError,
     KernelError,
     KeyringError,
@@ -147,6 +148,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.ENOSPC,
         errno.EMFILE,
     ),
+    # open(2) of the mapping's node.
+    "watch_writes": (errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     # open(2), read(2) of /proc/self/mountinfo; EACCES is a security module's, ENOENT where /proc is
     # unmounted or covered.
     "mounts": (
@@ -188,27 +191,33 @@ LISTS: Final = {"our_mappings", "our_mount_points"}
 """Steps of the agent before it serves a volume."""
 
 
+REFUSED: Final = {errno.EBADMSG, errno.EINVAL}
+"""Error numbers of a driver that does not take the blob."""
+
+
 def error_of(step: str, number: int) -> HotplugError:
     """Return the error that `kernel.linux.LinuxKernel` raises for an errno in a step."""
     words = ("take the step", f"of {step}", number)
     match step, number:
+        case (("import_blob" | "load_trusted_key" | "load_encrypted_key"), number) if (
+            number in REFUSED
+        ):
+            return BlobRejectedError("the blob was refused")
         case "read_blob", errno.ENOENT:
             return BlobMissingError(f"no blob /data/caam/{LABEL}.bb")
         case "read_blob", _:
             return BlobError(f"read blob /data/caam/{LABEL}.bb: {os.strerror(number)}")
-        case "import_blob", errno.EBADMSG | errno.EINVAL:
-            return BlobRejectedError("the CAAM refused the blob")
         case "import_blob", _:
             return CaamError(*words)
         case "load_encrypted_key", errno.ENOENT:
             return MasterKeyError("load the master key master: no blob /data/caam/master.bb")
-        case "load_trusted_key" | "load_encrypted_key", errno.EBADMSG | errno.EINVAL:
-            return BlobRejectedError("the trust source refused the blob")
         case "add_key" | "unlink_key" | "load_trusted_key" | "load_encrypted_key", _:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "identify" | "require_unused" | "probe" | "read_table", _:
+        case "flush", _:
+            return FlushError(*words)
+        case "identify" | "require_unused" | "probe" | "read_table" | "watch_writes", _:
             return KernelError(*words)
         case "mounts" | "holders", _:
             return UnknownError(*words)
@@ -469,6 +478,8 @@ class Combination:
         harmless = {"unmount", "our_mount_points", "load_error_table", "read_table"}
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
+        if self.step == "watch_writes" and self.moment.before is crashed:
+            return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
         return State.REMOVED_UNSAFELY if act in DEPARTS else State.FAILED

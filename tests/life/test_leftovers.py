@@ -11,6 +11,7 @@ import pytest
 
 from caam_hotplug.config.rules import BUILT_IN, Action, OnStop
 from caam_hotplug.errors import DmError
+from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Appeared, DevType, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -80,6 +81,12 @@ def two_partitions(bench: Bench) -> tuple[Volume, Volume]:
     return one, two
 
 
+def remember_ejected(bench: Bench) -> None:
+    for name in ("sda1", "sda2"):
+        volume = bench.kernel.media[name].volume
+        bench.kernel.marks[volume.id] = Mark(volume, State.EJECTED).to_text()
+
+
 def test_rules_that_change_while_a_leftover_is_adopted_are_followed_at_once(
     machine: Bench,
 ) -> None:
@@ -97,8 +104,7 @@ def test_a_leftover_of_an_ejected_volume_is_released_before_it_is_safe_to_remove
 ) -> None:
     one, two = two_partitions(machine)
     machine.kill()
-    for name in ("sda1", "sda2"):
-        machine.kernel.media[name].remembered = "ejected"
+    remember_ejected(machine)
     machine.start()
     machine.settle()
     machine.answer("unlock", two)
@@ -111,8 +117,7 @@ def test_a_leftover_of_an_ejected_volume_is_kept_if_its_rule_keeps_it() -> None:
     bench.start()
     _, two = two_partitions(bench)
     bench.kill()
-    for name in ("sda1", "sda2"):
-        bench.kernel.media[name].remembered = "ejected"
+    remember_ejected(bench)
     bench.start()
     bench.settle()
     bench.answer("unlock", two)
@@ -159,7 +164,7 @@ def test_a_parked_volume_whose_release_failed_is_not_mounted_by_other_rules(
     machine: Bench, fails: bool
 ) -> None:
     volume = mounted_then_killed(machine)
-    machine.kernel.media["sda1"].remembered = "locked"
+    machine.kernel.marks[volume.id] = Mark(volume, State.LOCKED).to_text()
     machine.kernel.users["cartridge-01"] = 0 if fails else 1
     machine.start()
     machine.settle()

@@ -101,7 +101,11 @@ def _add_eject(commands: options.Commands) -> None:
         examples=["eject cartridge-01", "eject --no-power-off /dev/sdb1"],
         more=_WHICH,
     )
-    eject.add_argument("--no-power-off", action="store_true", help="leave the medium powered")
+    eject.add_argument(
+        "--no-power-off",
+        action="store_true",
+        help="leave the medium powered, and its disk to others",
+    )
     _add_which(eject)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, assert_never
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
-from caam_hotplug.daemon import safe_removal
 from caam_hotplug.daemon.changed_disks import ChangedDisks
-from caam_hotplug.errors import HotplugError, RequestRefusedError
+from caam_hotplug.daemon.defects import guarded, log_defect
+from caam_hotplug.daemon.safe_removal import SAFE, SafeRemoval
+from caam_hotplug.errors import RequestRefusedError
+from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import (
     Announced,
     Appeared,
@@ -54,7 +56,8 @@ class Supervisor:
         """Volumes that came back before their lifecycle has ended."""
         self._parked: dict[VolumeId, Parked] = {}
         """Volumes released on request while the kernel re-reads the partition table."""
-        self._changed = ChangedDisks(context, self._run)
+        self._changed = ChangedDisks(context, self.run)
+        self._removal = SafeRemoval(context, self)
         self._stopping = False
         self._tasks: dict[asyncio.Task[None], Callable[[], str]] = {}
 
@@ -82,7 +85,7 @@ class Supervisor:
             if owner is not None and owner in known:
                 self._with_leftovers.add(owner)
             else:
-                self._run(self._release_orphan(mapping), partial(str, f"mapping {mapping.name}"))
+                self.run(self._release_orphan(mapping), partial(str, f"mapping {mapping.name}"))
         disks = [VolumeId(owner.diskseq, 0) for owner in self._with_leftovers]
         for which in dict.fromkeys([*self._with_leftovers, *disks, *reported]):
             if which in known:
@@ -105,6 +108,7 @@ class Supervisor:
     def stop(self) -> None:
         """Ask every lifecycle to end; leaving the context does that too, and waits for them."""
         self._stopping = True
+        self._removal.close()
         self._next.clear()
         for lifecycle in self._lifecycles.values():
             lifecycle.record.agent_stops()
@@ -122,57 +126,28 @@ class Supervisor:
 
     async def lock(self, which: VolumeId, by: str) -> None:
         """Unmount the volume and remove its mapping. Raises: RequestRefusedError."""
-        await self._ask(which, Ask.LOCK, by)
+        await self._lifecycle(which).record.ask(Request(Ask.LOCK, by))
 
     async def unlock(self, which: VolumeId, by: str) -> None:
         """Mount the volume, or do what else its rule asks for. Raises: RequestRefusedError."""
-        safe_removal.revoke(self._siblings(which))
-        await self._ask(which, Ask.UNLOCK, by)
+        record = self._lifecycle(which).record
+        if record.why_not(Ask.UNLOCK) is None:
+            await self._removal.before_unlock(record, by)
+        await self._lifecycle(which).record.ask(Request(Ask.UNLOCK, by))
 
     async def retry(self, which: VolumeId, by: str) -> None:
         """As `unlock`, for a volume that failed or waits. Raises: RequestRefusedError."""
-        await self._ask(which, Ask.RETRY, by)
+        await self._lifecycle(which).record.ask(Request(Ask.RETRY, by))
 
     async def eject(self, which: VolumeId, by: str, *, power_off: bool = True) -> str:
         """Release all volumes of the medium, and return words that say that it may be pulled.
 
-        With `power_off`, stop the medium and switch its port off, where the hardware can.
-        Raises: RequestRefusedError if a volume is in use. Those released before stay released, and
-        none is published as safe to remove.
+        With `power_off`, stop the medium and switch its port off, where the hardware can; without,
+        others may use its disk afterwards. Raises: RequestRefusedError.
         """
-        lifecycle = self._lifecycle(which)
-        await safe_removal.release_medium(lifecycle.record, lambda: self._siblings(which), by)
-        volume = lifecycle.record.volume
-        if power_off:
-            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._run(self._power_off(lifecycle, ended), lambda: f"{volume}: power off")
-            try:
-                await ended
-            except HotplugError as error:
-                raise RequestRefusedError(f"{volume} is ejected; {error}") from error
-        return f"{volume.partlabel or volume.name}: safe to remove"
-
-    def _siblings(self, which: VolumeId) -> list[Record]:
-        """Return the records of the other volumes on the medium."""
-        lifecycles = self._lifecycles.items()
-        return [each.record for v, each in lifecycles if v.diskseq == which.diskseq and v != which]
-
-    async def _power_off(self, lifecycle: VolumeLifecycle, ended: asyncio.Future[None]) -> None:
-        """Stop the medium, and answer the client if it still waits."""
-        error: Exception | None = None
-        try:
-            await lifecycle.power_off()
-        except Exception as refusal:  # noqa: BLE001  a defect too concerns the client, and no volume
-            error = refusal
-        if ended.done():
-            return
-        if error is None:
-            ended.set_result(None)
-        else:
-            ended.set_exception(error)
-
-    async def _ask(self, which: VolumeId, ask: Ask, by: str) -> None:
-        await self._lifecycle(which).record.ask(Request(ask, by))
+        record = self._lifecycle(which).record
+        await self._removal.eject(record, by, power_off=power_off)
+        return f"{record.volume.partlabel or record.volume.name}: {SAFE}"
 
     def _lifecycle(self, which: VolumeId) -> VolumeLifecycle:
         lifecycle = self._lifecycles.get(which)
@@ -186,16 +161,41 @@ class Supervisor:
             await asyncio.wait(self._tasks, timeout=within_s)
         return [name() for task, name in self._tasks.items() if not task.done()]
 
-    def _run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
+    # As `safe_removal.Volumes` has it.
+
+    def records_of(self, diskseq: int) -> list[Record]:
+        """Return the records of the disk's volumes."""
+        return [each.record for v, each in self._lifecycles.items() if v.diskseq == diskseq]
+
+    def depart(self, diskseq: int, but: Set[VolumeId]) -> None:
+        """End the lifecycles of the disk's volumes but for these."""
+        for name, at in list(self._at.items()):
+            if at.diskseq == diskseq and at not in but:
+                self._end(name)
+
+    def start_parked(self, volume: Volume, state: State, reason: str) -> None:
+        """Start the lifecycle of a volume that was released on request, unless it has one."""
+        is_disk_there = VolumeId(volume.id.diskseq, 0) in self._at.values()
+        if is_disk_there and volume.id not in self._lifecycles and not self._stopping:
+            self._at[volume.name] = volume.id
+            self._parked[volume.id] = Parked(state=state, reason=reason)
+            self._start(volume)
+
+    def run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
+        """Run the work to its end, and name it if a stop has to wait for it."""
         task = self._group.create_task(work)
         self._tasks[task] = name
         task.add_done_callback(self._tasks.pop)
 
     def _arrive(self, volume: Volume) -> None:
-        if self._at.get(volume.name, volume.id) != volume.id:
+        before = self._at.get(volume.name, volume.id)
+        if before.diskseq != volume.id.diskseq:
+            self._removal.departed(before.diskseq)
+        if before != volume.id:
             self._depart(volume.name)
         if self._stopping:
             return
+        self._removal.appeared(volume.id)
         self._at[volume.name] = volume.id
         lifecycle = self._lifecycles.get(volume.id)
         if lifecycle is None:
@@ -208,25 +208,35 @@ class Supervisor:
 
     def _arrive_early(self, volume: Volume) -> None:
         """Start without udev's report, if the volume's rule does not need it."""
+        self._removal.appeared(volume.id)
         is_new = volume.id not in self._lifecycles
         if is_new and isinstance(match_rules(self._context.rules, volume), Plan):
             self._arrive(volume)
 
     def _depart(self, name: str) -> None:
-        which = self._at.pop(name, None)
+        which = self._at.get(name)
         if which is None:  # udev has not reported the disk, whose partitions may be served already
             for partition in [n for n in self._at if names.is_partition_of(n, name)]:
-                self._depart(partition)
+                self._removal.departed(self._at[partition].diskseq)
+                self._end(partition)
             return
-        self._next.pop(which, None)
-        if which in self._lifecycles:
-            self._lifecycles[which].record.medium_gone()
+        lifecycle = self._lifecycles.get(which)
+        is_parked = lifecycle is not None and lifecycle.record.parked is not None
+        if is_parked and self._removal.keeps(which):
+            return
+        self._end(name)
         if which.partition == 0:
+            self._removal.departed(which.diskseq)
             self._parked = {v: p for v, p in self._parked.items() if v.diskseq != which.diskseq}
             # The kernel keeps the partitions of a reader's last medium, and reports nothing of
             # them, while one is in use (bdev_disk_changed in block/partitions/core.c).
-            for other in [n for n, at in self._at.items() if at.diskseq == which.diskseq]:
-                self._depart(other)
+            self.depart(which.diskseq, but=frozenset())
+
+    def _end(self, name: str) -> None:
+        which = self._at.pop(name)
+        self._next.pop(which, None)
+        if which in self._lifecycles:
+            self._lifecycles[which].record.medium_gone()
 
     def _reconcile(self, reported: list[Reported]) -> None:
         lost = journal.event(journal.Event.EVENTS_LOST)
@@ -250,31 +260,24 @@ class Supervisor:
     def _start(self, volume: Volume) -> None:
         has_leftover = volume.id in self._with_leftovers
         self._with_leftovers.discard(volume.id)
-        parked = self._parked.pop(volume.id, None) or self._parked_before(volume)
+        mark = Mark.from_text(self._context.kernel.remembered(volume))
+        parked = self._parked.pop(volume.id, None) or Parked.before(mark)
         phase = replace(parked or Evaluate(), has_leftover=has_leftover)
-        lifecycle = VolumeLifecycle(self._context, volume, phase)
+        lifecycle = VolumeLifecycle(self._context, volume, phase, mark.lost if mark else "")
         self._lifecycles[volume.id] = lifecycle
         self._changed.begin(volume.id)
-        self._run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))
-
-    def _parked_before(self, volume: Volume) -> Parked | None:
-        """Return how an earlier run of the agent has released it on request, if it has."""
-        try:
-            state = State(self._context.kernel.remembered(volume))
-        except ValueError:
-            return None
-        words = "safe to remove" if state is State.EJECTED else "before the agent was started"
-        is_parked = state in {State.EJECTED, State.LOCKED}
-        return Parked(state=state, reason=words) if is_parked else None
+        self.run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))
+        if volume.id.partition == 0:
+            words = f"{volume}: hold it again"
+            self.run(guarded(self._removal.recover(volume), words, volume=volume), lambda: words)
 
     async def _run_lifecycle(self, lifecycle: VolumeLifecycle, which: VolumeId) -> None:
         record = lifecycle.record
         try:
             await lifecycle.run()
-        except Exception:  # a defect of the agent must not cost the other volumes their mounts
-            defect = journal.event(journal.Event.DEFECT, volume=record.volume)
-            words = "%s: a defect of the agent ended its service"
-            log.exception(words, record.volume, extra=defect)
+        except Exception:  # noqa: BLE001  a defect of the agent must not cost the other volumes their mounts
+            words = f"{record.volume}: a defect of the agent ended its service"
+            log_defect(words, volume=record.volume)
             record.publish_defect(State.FAILED)
             await record.stop.until(lambda: False)
             if record.stop.medium_gone:
@@ -282,20 +285,16 @@ class Supervisor:
                 record.publish_defect(State.REMOVED_UNSAFELY)
         finally:
             del self._lifecycles[which]
-            self._changed.end(which, record.volume.number if record.cut_off.has_begun else None)
             if record.parked is not None and VolumeId(which.diskseq, 0) in self._at.values():
                 self._parked[which] = record.parked
+        self._changed.end(which, record.volume.number if record.cut_off.has_begun else None)
         again = self._next.pop(which, None)
         if again is not None:
             self._start(again)
 
     async def _release_orphan(self, orphan: Mapping) -> None:
-        context = self._context
-        worker, points = context.new_worker(f"leftover {orphan.name}"), context.mount_points
-        try:
-            with self._changed.without_volume(orphan):
-                await release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
-        except Exception:  # a defect of the agent must not cost present volumes their mounts
-            defect = journal.event(journal.Event.DEFECT, mapping=orphan.name)
-            words = "release leftover %s: a defect of the agent ended it"
-            log.exception(words, orphan.name, extra=defect)
+        context, words = self._context, f"leftover {orphan.name}"
+        worker, points = context.new_worker(words), context.mount_points
+        with self._changed.without_volume(orphan):
+            release = release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
+            await guarded(release, f"release {words}", mapping=orphan.name)

@@ -34,6 +34,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.NoFilesystemError: f"{names.BUS_ERROR_PREFIX}NoFilesystem",
     errors.ReleaseError: f"{names.BUS_ERROR_PREFIX}Release",
     errors.RequestRefusedError: f"{names.BUS_ERROR_PREFIX}RequestRefused",
+    errors.WritesLostError: f"{names.BUS_ERROR_PREFIX}WritesLost",
     errors.VolumeBusyError: f"{names.BUS_ERROR_PREFIX}VolumeBusy",
     errors.ForeignMappingError: f"{names.BUS_ERROR_PREFIX}ForeignMapping",
     errors.MountPointOccupiedError: f"{names.BUS_ERROR_PREFIX}MountPointOccupied",
@@ -43,6 +44,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.DmError: f"{names.BUS_ERROR_PREFIX}DeviceMapper",
     errors.MappingBusyError: f"{names.BUS_ERROR_PREFIX}MappingBusy",
     errors.MountError: f"{names.BUS_ERROR_PREFIX}Mount",
+    errors.FlushError: f"{names.BUS_ERROR_PREFIX}Flush",
     errors.MountBusyError: f"{names.BUS_ERROR_PREFIX}MountBusy",
     OSError: f"{names.BUS_ERROR_PREFIX}Failed",
 }

@@ -61,6 +61,19 @@ def require_unused(volume: Volume) -> None:
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
 
 
+def of_disk(name: str, *, with_ours: bool = False) -> list[str]:
+    """Return the users of the disk and of its partitions, as far as files of the kernel's tell.
+
+    `with_ours`: also mappings of the agent. Raises: UnknownError.
+    """
+    with reported_as("look who uses", f"/dev/{name}", UnknownError):
+        own = _if_there(f"{_BLOCK}/{name}/dev")
+        numbers = set() if own is None else {DeviceNumber.from_text(own)}
+        numbers |= {*_partitions(name)}
+        held = _holders(name, with_ours=with_ours)
+        return [*_loops(numbers), *_mounts(numbers), *held, *_swaps(numbers)]
+
+
 def is_locked(name: str) -> bool:
     """Return whether a program has locked the disk of this name, or of this partition.
 
@@ -156,10 +169,13 @@ def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
             yield f"mounted at {shown(mount.point)}"
 
 
-def _holders(name: str) -> Iterator[str]:
+def _holders(name: str, *, with_ours: bool = True) -> Iterator[str]:
     for used in (name, *_partition_names(name)):
         folder = f"{_BLOCK}/{used}/holders"
         for holder in sysfs_tree.names(sysfs_tree.root(), folder):
+            uuid = _if_there(f"{folder}/{holder}/dm/uuid") or ""
+            if not with_ours and uuid.startswith(names.DM_UUID_PREFIX):
+                continue
             mapping = _if_there(f"{folder}/{holder}/dm/name")
             yield f"{holder if mapping is None else f'mapping {shown(mapping.strip())}'} lies on it"
 

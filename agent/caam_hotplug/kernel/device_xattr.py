@@ -1,8 +1,9 @@
-"""A volume's state, stored as an extended attribute of its device's node.
+"""What is remembered of a volume, stored as an extended attribute of its disk's node.
 
 A restart of the agent must not mount a medium that it has declared safe to pull. The kernel keeps
 devices' nodes in memory (devtmpfs), with their attributes, and removes a node with its device. So
-nothing has to be removed, and no file can be out of date. Source: xattr(7),
+nothing has to be removed, and no file can be out of date. The node of an ejected partition has
+gone with it, so the disk's has the attributes of all volumes. Source: xattr(7),
 drivers/base/devtmpfs.c.
 """
 
@@ -18,8 +19,8 @@ from caam_hotplug.model import Volume
 
 log = logging.getLogger(__name__)
 
-_ATTRIBUTE: Final = "trusted.caam-hotplug"
-"""In the namespace that only root with CAP_SYS_ADMIN can read and write."""
+_ATTRIBUTE: Final = "trusted.caam-hotplug."
+"""In the namespace that only root with CAP_SYS_ADMIN can read and write; the partition follows."""
 _NONE: Final = {errno.ENODATA, errno.ENOENT, errno.ENXIO}
 """Error numbers without such an attribute, or without the node."""
 
@@ -29,23 +30,52 @@ def mark(volume: Volume, text: str) -> None:
 
     Without attributes for nodes in the kernel (CONFIG_TMPFS_XATTR), nothing is stored.
     """
+    node, attribute = _disk_node(volume), f"{_ATTRIBUTE}{volume.id.partition}"
     try:
         if text:
-            value = f"{volume.id} {text}".encode()
-            os.setxattr(volume.node, _ATTRIBUTE, value, follow_symlinks=False)
+            os.setxattr(node, attribute, f"{volume.id} {text}".encode(), follow_symlinks=False)
         else:
-            os.removexattr(volume.node, _ATTRIBUTE, follow_symlinks=False)
+            os.removexattr(node, attribute, follow_symlinks=False)
     except OSError as error:
         if error.errno not in _NONE:
-            failure = KernelError("mark", volume.node, error.errno or 0)
+            failure = KernelError("mark", node, error.errno or 0)
             log.debug("%s; after a restart this is not known: %s", failure, text)
 
 
 def marked(volume: Volume) -> str:
     """Return the text stored for this insertion of the volume; empty if there is none."""
+    return _read(_disk_node(volume), f"{_ATTRIBUTE}{volume.id.partition}", str(volume.id))
+
+
+def all_marked(disk: Volume) -> list[str]:
+    """Return the texts stored for this insertion of a disk and its partitions."""
     try:
-        found = os.getxattr(volume.node, _ATTRIBUTE, follow_symlinks=False)
+        found = os.listxattr(disk.node, follow_symlinks=False)
+    except OSError:
+        return []
+    ours = [name for name in found if name.startswith(_ATTRIBUTE)]
+    texts = (
+        _read(disk.node, name, f"{disk.id.diskseq}-{name.removeprefix(_ATTRIBUTE)}")
+        for name in ours
+    )
+    return [text for text in texts if text]
+
+
+def _read(node: str, attribute: str, which: str) -> str:
+    try:
+        found = os.getxattr(node, attribute, follow_symlinks=False)
     except OSError:
         return ""
     of, _, text = found.decode(errors="replace").partition(" ")
-    return text if of == str(volume.id) else ""
+    return text if of == which else ""
+
+
+def _disk_node(volume: Volume) -> str:
+    """Return the node of the volume's disk, also when there is no such partition any more.
+
+    Source: disk_name in block/genhd.c.
+    """
+    if not volume.id.partition:
+        return volume.node
+    disk = volume.node.removesuffix(str(volume.id.partition))
+    return disk[:-1] if disk.endswith("p") and disk[-2:-1].isdigit() else disk

@@ -88,6 +88,7 @@ def find(uuid: str) -> Mapping | None:
             number=DeviceNumber(info.major, info.minor),
             table=tuple(_target_lines(task)),
             open_count=info.open_count,
+            is_suspended=bool(info.suspended),
         )
 
 

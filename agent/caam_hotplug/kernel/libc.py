@@ -26,7 +26,9 @@ class Libc(Library, soname="libc.so.6", package="libc6"):
     umount2 = Function(c_int, c_char_p, c_int, failure=minus_one)
 
     # The numbers are the same on every architecture (asm-generic/unistd.h).
+    open_tree = SystemCall(428, c_long, c_char_p, c_long)
     move_mount = SystemCall(429, c_long, c_char_p, c_long, c_char_p, c_long)
     fsopen = SystemCall(430, c_char_p, c_long)
     fsconfig = SystemCall(431, c_long, c_long, c_char_p, c_char_p, c_long)
     fsmount = SystemCall(432, c_long, c_long, c_long)
+    mount_setattr = SystemCall(442, c_long, c_char_p, c_long, c_void_p, c_size_t)

@@ -26,18 +26,19 @@ from caam_hotplug.kernel import (
     device_users,
     device_xattr,
     devmapper,
+    emptied_disk,
     error_table,
     keyring,
     mount,
     mountinfo,
     open_files,
     paths,
-    power,
     sysfs,
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.reserve import spent_on
+from caam_hotplug.kernel.write_watch import WriteWatch
 from caam_hotplug.model import (
     DeviceNumber,
     Holder,
@@ -102,13 +103,17 @@ class LinuxKernel:
             identified=True,
         )
 
-    def remember(self, volume: Volume, state: str) -> None:
-        """Store the state on the volume's node, for later runs of the agent, too; "" removes it."""
-        device_xattr.mark(volume, state)
+    def remember(self, volume: Volume, text: str) -> None:
+        """Store a text for the volume, for later runs of the agent, too; "" removes it."""
+        device_xattr.mark(volume, text)
 
     def remembered(self, volume: Volume) -> str:
-        """Return the state stored last, by any run of the agent; empty if there is none."""
+        """Return the text stored last, by any run of the agent; empty if there is none."""
         return device_xattr.marked(volume)
+
+    def remembered_on(self, disk: Volume) -> list[str]:
+        """Return the texts stored for the disk and its partitions, also for those that are gone."""
+        return device_xattr.all_marked(disk)
 
     def require_unused(self, volume: Volume) -> None:
         """Raise DeviceInUseError with the users if something else uses the volume."""
@@ -238,13 +243,20 @@ class LinuxKernel:
         """Have the kernel read the table of the disk's new medium."""
         changed_disk.read_table(disk)
 
-    def power_off(self, volume: Volume) -> None:
-        """Stop the volume's disk and switch its USB port off. Raises: DeviceInUseError."""
-        power.off(volume)
+    def disk_users(self, volume: Volume) -> list[str]:
+        """Return who has mounted or mapped anything of the volume's disk, but for the agent."""
+        return emptied_disk.users(volume)
 
-    def flush(self, name: str, node: str) -> None:
-        """Write what the mount point's filesystem has cached to its medium, the device `node`."""
-        mount.flush(str(self.mount_root / name), node)
+    def empty_disk(self, volume: Volume) -> emptied_disk.EmptiedDisk:
+        """Hold the volume's disk, remove its partitions from the kernel, and flush its cache.
+
+        Raises: VolumeBusyError with the users; then all is as before.
+        """
+        return emptied_disk.empty(volume)
+
+    def watch_writes(self, mapping: Mapping) -> WriteWatch:
+        """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
+        return WriteWatch(mapping, self.mount_root)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""

@@ -1,9 +1,8 @@
-"""Mounting a filesystem, unmounting it, and flushing it to its medium."""
+"""Mounting a filesystem, and unmounting it."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ _MOUNT_ATTRS: Final = {
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
-_BLKFLSBUF: Final = 0x1261
 
 
 def mount(
@@ -142,35 +140,3 @@ def unmount(path: str, *, lazily: bool = False) -> None:
 def _not_unmounted(operation: str, path: str, number: int) -> MountError:
     kind = MountBusyError if number == errno.EBUSY else MountError
     return kind(operation, path, number)
-
-
-def flush(path: str, node: str) -> None:
-    """Bring all that was written to the filesystem at the path to its medium, the device `node`.
-
-    Raises: MountError. Blocks for I/O. Source: syncfs(2).
-    """
-    with reported_as("flush", path, MountError):
-        try:
-            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError:
-            _flush_device(node)
-            return
-        try:
-            Libc.syncfs(directory)
-        finally:
-            os.close(directory)
-
-
-def _flush_device(node: str) -> None:
-    """Flush through the device, where the mode of the filesystem's root locks the agent out.
-
-    The agent lacks CAP_DAC_READ_SEARCH. The kernel flushes a device's filesystem with the device
-    (blkdev_flushbuf in block/ioctl.c), and fsync(2) reports errors of metadata. Errors of files'
-    data are not reported this way.
-    """
-    device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(device, _BLKFLSBUF)
-        os.fsync(device)
-    finally:
-        os.close(device)

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import time
+from collections import abc
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,19 +49,26 @@ def find(mapping: Mapping) -> list[Holder]:
     A service that may see into other processes answers; without it, the result is what this process
     may see. Blocks for as long as the answer takes.
     """
+    return openers({mapping.number: mapping.name})
+
+
+def openers(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
+    """As `find`, for several devices: the name of each mapping, or the node of another device."""
     try:
-        return _asked(mapping)
+        found = _asked(devices)
     except (OSError, ValueError) as error:
         log.debug("nobody answers at %s: %s", names.HOLDERS_SOCKET, error)
-        return search(mapping.number, mapping.name)
+        found = search(devices)
+    return [holder for holder in found if holder.pid != os.getpid()]
 
 
-def _asked(mapping: Mapping) -> list[Holder]:
+def _asked(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
     """Ask the service for the holders. Raises: OSError; ValueError for an invalid answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as service:
         service.settimeout(_ANSWERS_WITHIN_S)
         service.connect(str(names.HOLDERS_SOCKET))
-        service.sendall(f"{mapping.number} {mapping.name}\n".encode())
+        for number, name in devices.items():
+            service.sendall(f"{number} {name}\n".encode())
         service.shutdown(socket.SHUT_WR)
         with service.makefile("rb") as answer:
             holders = [Holder(**json.loads(line)) for line in answer]
@@ -70,12 +78,13 @@ def _asked(mapping: Mapping) -> list[Holder]:
 
 
 def answer(question: TextIO, to: TextIO) -> None:
-    """Answer the question of `find`: a line of JSON for each holder, one for the end.
+    """Answer the question of `openers`: a line of JSON for each holder, one for the end.
 
     Raises: ValueError for another question.
     """
-    number, _, name = question.readline().removesuffix("\n").partition(" ")
-    for holder in [*search(DeviceNumber.from_text(number), name), _END]:
+    lines = [line.removesuffix("\n").partition(" ") for line in question]
+    devices = {DeviceNumber.from_text(number): name for number, _, name in lines}
+    for holder in [*search(devices), _END]:
         to.write(f"{json.dumps(asdict(holder))}\n")
 
 
@@ -88,19 +97,22 @@ class _Copy:
     """Its peer groups, and those from which it receives (mount_namespaces(7))."""
 
 
-def search(number: DeviceNumber, name: str) -> list[Holder]:
-    """Search /proc for holders of the mapping, as far as this process may see into others.
+def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
+    """Search /proc for holders of the devices, as far as this process may see into others.
 
     A copy of the mount in another namespace is no use if it is unmounted with the host's. Such are
     those of services that systemd confines: their namespaces receive the host's unmounts.
 
     Source: proc_pid_fd(5), proc_pid_cwd(5), proc_pid_maps(5), proc_pid_mountinfo(5).
     """
-    sources = {f"/dev/dm-{number.minor}", f"/dev/mapper/{name}"}
+    sources = set()
+    for number, name in devices.items():
+        is_node = name.startswith("/")
+        sources |= {name} if is_node else {f"/dev/dm-{number.minor}", f"/dev/mapper/{name}"}
 
     def copies(process: Path) -> list[_Copy]:
         listed = _mounts(process)
-        return [c for c in listed if c.mount.number == number or c.mount.source in sources]
+        return [c for c in listed if c.mount.number in devices or c.mount.source in sources]
 
     here = copies(_PROC / "1")
     groups = frozenset[int]().union(*(copy.groups for copy in here))

@@ -10,10 +10,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.errors import DeviceInUseError, KernelError
-from caam_hotplug.kernel import sysfs
+from caam_hotplug.errors import KernelError
 from caam_hotplug.kernel.ctypes_lib import reported_as
-from caam_hotplug.model import Volume, VolumeId
+from caam_hotplug.model import Volume
 
 log = logging.getLogger(__name__)
 
@@ -58,45 +57,26 @@ class _SgIo(ctypes.Structure):
     )
 
 
-def off(volume: Volume) -> None:
-    """Stop the volume's disk and switch its USB port off, as far as they can be.
+def off(disk: Volume) -> None:
+    """Stop the disk and switch its USB port off, as far as they can be.
 
-    A port stays on for a reader that is built in, and for a device that is more than this disk.
-    Raises: DeviceInUseError if the disk or one of its partitions is in use; KernelError (ENODEV if
-    another medium is in its place). Blocks for I/O. Source: sd(4), SBC-4;
+    The caller holds the disk exclusively. A port stays on for a reader that is built in, and for a
+    device that is more than this disk. Raises: KernelError. Blocks for I/O. Source: sd(4), SBC-4;
     Documentation/ABI/testing/sysfs-bus-usb (`remove`).
     """
-    disk = _disk_of(volume)
-    node = f"/dev/{disk.name}"
     try:
-        opened = os.open(node, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+        # The command to stop needs a descriptor for writing (scsi_cmd_allowed, scsi_ioctl.c). At
+        # its close udevd would read the partitions anew; the kernel refuses that while it is held.
+        opened = os.open(disk.node, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise DeviceInUseError(f"power off {node}: something else on it is in use") from error
-        if error.errno not in {errno.EROFS, errno.EACCES}:  # a write-protected one needs no flush
-            raise KernelError("power off", node, error.errno or 0) from error
-        opened = os.open(node, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if _disk_of(volume) != disk:
-            raise KernelError("power off", node, errno.ENODEV, "another medium is in its place")
-        os.fsync(opened)
-        _stop(opened, node)
-        # Before it is closed: the close has udevd read the partitions anew.
-        _switch_port_off(disk)
-    finally:
-        os.close(opened)
-
-
-def _disk_of(volume: Volume) -> Path:
-    """Return the folder of the volume's disk in sysfs, even while its partition is missing.
-
-    Raises: KernelError (ENODEV) if the disk has gone.
-    """
-    wanted = VolumeId(volume.id.diskseq, 0)
-    for disk in _SYS_BLOCK.iterdir():
-        if sysfs.present_id(disk.name) == wanted:
-            return disk.resolve()
-    raise KernelError("power off", volume.node, errno.ENODEV, "its disk has gone")
+        if error.errno not in {errno.EROFS, errno.EACCES}:  # a write-protected one is not stopped
+            raise KernelError("power off", disk.node, error.errno or 0) from error
+    else:
+        try:
+            _stop(opened, disk.node)
+        finally:
+            os.close(opened)
+    _switch_port_off((_SYS_BLOCK / disk.name).resolve())
 
 
 def _stop(opened: int, node: str) -> None:

@@ -17,8 +17,9 @@ from caam_hotplug.volume.mount import mounted
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import release
-from caam_hotplug.volume.requests import Request
+from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.target import Target
+from caam_hotplug.volume.writes import Writes, watched
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Activation:
         self._target = target
         self._status, self._inbox, self._stop = record.status, record.inbox, record.stop
         self._hooks = Hooks(record.context.units, self._stop)
+        self._writes = Writes()
 
     async def run(self) -> Released:
         """Hold mapping and mount until a cause to release them, and release them.
@@ -55,6 +57,8 @@ class Activation:
         except ReleaseError:
             self._record.phase = replace(self._record.phase, has_leftover=True)
             raise
+        finally:
+            self._record.note_lost(self._writes.error)
 
     async def _held(self) -> Released:
         self._operations.took = {}
@@ -64,6 +68,8 @@ class Activation:
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
             is_writable = False
             if self._target.plan.rule.action is Action.UNLOCK:
+                writes = watched(self._operations, mapping, self._writes)
+                await held.enter_async_context(writes)
                 self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
             elif (change := self._record.take_reason_to_release(self._target)) is not None:
                 self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
@@ -82,7 +88,9 @@ class Activation:
 
     async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> bool:
         """Mount the filesystem, publish that, and return whether it is writable."""
-        mount = await held.enter_async_context(mounted(self._operations, self._target, mapping))
+        mount = await held.enter_async_context(
+            mounted(self._operations, self._target, mapping, self._writes)
+        )
         access = "read-only" if mount.read_only else "read-write"
         if mount.leaves_journal:
             access += ", without what its journal has"
@@ -120,9 +128,13 @@ class Activation:
             return False
         by_rule = self._record.plan_in_force(self._target).rule.on_busy
         on_busy = cause.on_busy if isinstance(cause, Reevaluate) else by_rule
+        anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
         try:
-            await release(self._operations, self._target, mapping, on_busy)
+            await release(
+                self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
+            )
         except (HotplugError, OSError) as error:
+            self._record.note_lost(error)
             if cause is Reevaluate.UDEV:  # it should not be served: the unwinding detaches it
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
                 return True

@@ -39,6 +39,7 @@ class Inbox:
         self._volume = volume
         self._changes: set[Reevaluate] = set()
         self.request: Request | None = None
+        self._last_refusal: Exception | None = None
 
     @property
     def has_changes(self) -> bool:
@@ -80,9 +81,9 @@ class Inbox:
         """Add the request. Raises: RequestRefusedError if there is a reason against it."""
         volume, words = self._volume(), request.words
         if why_not is not None:
-            refused = self._fields("request-refused", request, REASON=why_not)
-            log.warning("%s: %s: refused: %s", volume, words, why_not, extra=refused)
-            raise RequestRefusedError(f"{request.ask.value} {volume}: {why_not}")
+            refusal = RequestRefusedError(f"{request.ask.value} {volume}: {why_not}")
+            self.log_refusal(request, refusal, why_not)
+            raise refusal
         log.info("%s: %s", volume, words, extra=self._fields("requested", request))
         self.request = request
         self._stop.wake()
@@ -101,9 +102,16 @@ class Inbox:
         volume = self._volume()
         if not isinstance(why, RequestRefusedError):
             why = RequestRefusedError(f"{request.ask.value} {volume}: {why}")
-        extra = self._fields("request-refused", request, REASON=str(why))
-        log.warning("%s: %s: refused: %s", volume, request.words, why, extra=extra)
+        self.log_refusal(request, why)
         request.refuse(why)
+
+    def log_refusal(self, request: Request, error: Exception, words: str = "") -> None:
+        """Log that a request is refused, by these words or the error's, unless it was logged."""
+        if error is not self._last_refusal:
+            self._last_refusal = error
+            why = words or str(error)
+            extra = self._fields("request-refused", request, REASON=why)
+            log.warning("%s: %s: refused: %s", self._volume(), request.words, why, extra=extra)
 
     def _fields(self, event: str, request: Request, **more: str) -> dict[str, Any]:
         asked, by = request.ask.value, request.by

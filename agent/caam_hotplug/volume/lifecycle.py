@@ -13,15 +13,12 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.config.rules import NoMatch, Plan, match_rules
 from caam_hotplug.errors import (
-    BlobError,
+    BLOB_AT_FAULT,
     BlobMissingError,
-    BlobRejectedError,
     DeviceLockedError,
     ForeignMappingError,
     HotplugError,
-    MasterKeyError,
     MountPointOccupiedError,
-    NoFilesystemError,
     ReleaseError,
 )
 from caam_hotplug.model import State, Volume
@@ -32,23 +29,24 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.release import who_uses
-from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import StopRequestedError
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
 
-_BLOB_AT_FAULT: Final = (BlobError, BlobRejectedError, MasterKeyError, NoFilesystemError)
 _LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 class VolumeLifecycle:
     """The lifecycle of one volume. Synchronization: loop only."""
 
-    def __init__(self, context: Context, volume: Volume, phase: Phase | None = None) -> None:
-        """`phase`: where it begins, if an earlier run has left a mapping or parked the volume."""
-        self.record = Record(context, volume, phase or Evaluate())
+    def __init__(
+        self, context: Context, volume: Volume, phase: Phase | None = None, lost: str = ""
+    ) -> None:
+        """`phase`, `lost`: how an earlier run has left it, and what that could not write to it."""
+        self.record = Record(context, volume, phase or Evaluate(), lost)
         self._context = context
         self._kernel = context.kernel
         self._status, self._stop = self.record.status, self.record.stop
@@ -57,10 +55,6 @@ class VolumeLifecycle:
         self._operations = Operations(
             self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
-
-    async def power_off(self) -> None:
-        """Stop the medium. Raises: HotplugError if something else on it is in use."""
-        await self._operations.call("power off", self._kernel.power_off, self.record.volume)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -93,7 +87,7 @@ class VolumeLifecycle:
             return self._phase  # which `Record.repark` may have replaced
         if request.releases:
             return await self._release_for(request)
-        self._kernel.remember(self.record.volume, "")
+        self.record.unpark()
         return self._phase.to_evaluate()
 
     async def _wait_idle(self) -> Phase:
@@ -128,7 +122,7 @@ class VolumeLifecycle:
             self.record.retry_if_udev_reported(udev_before)
             return self._badly_released(f"{error}{cause}{self.record.retry_if_passing(error)}")
         except (HotplugError, OSError) as error:
-            if not isinstance(error, _BLOB_AT_FAULT):
+            if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
             return self._failed(error)
         return self._phase.to_idle()
@@ -159,7 +153,7 @@ class VolumeLifecycle:
             return self._phase.to_idle()
         self._status.publish(State.FAILED, f"{error}{self.record.retry_if_passing(error)}")
         return self._phase.to_idle(
-            retry_on_blob=isinstance(error, _BLOB_AT_FAULT),
+            retry_on_blob=isinstance(error, BLOB_AT_FAULT),
             is_foreign=isinstance(error, ForeignMappingError),
         )
 
@@ -264,10 +258,9 @@ class VolumeLifecycle:
 
     def _park(self, request: Request) -> Phase:
         parked = self.record.parked
-        if request.ask is Ask.EJECT:
-            self.record.park(State.EJECTED, "safe to remove")
-        elif parked is None or self._status.state is not State.EJECTED:
-            self.record.park(State.LOCKED, request.words)
+        if parked is None or self._status.state is not State.EJECTED:  # which is more
+            lost = self.record.lost
+            self.record.park(State.LOCKED, f"{request.words}; {lost}" if lost else request.words)
         self._inbox.grant()
         return self._phase
 
@@ -277,7 +270,11 @@ class VolumeLifecycle:
         if self._status.state is None:
             self._status.publish(State.DETACHING, "an earlier run of the agent has left it")
         uuid = names.dm_uuid(self.record.volume.id)
-        was_writable = await to_the_end(release_leftovers, self._operations, uuid)
+        try:
+            was_writable = await to_the_end(release_leftovers, self._operations, uuid)
+        except ReleaseError as error:
+            self.record.note_lost(error.__cause__)
+            raise
         if was_writable and self._stop.medium_gone:
             self._status.publish(State.REMOVED_UNSAFELY, _LOST)
 

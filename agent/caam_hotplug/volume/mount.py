@@ -9,9 +9,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from caam_hotplug.errors import (
+    FlushError,
+    HotplugError,
+    KernelError,
+    MediumGoneError,
     MountError,
     MountPointOccupiedError,
     NoFilesystemError,
+    WritesLostError,
     shown,
 )
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
@@ -20,12 +25,15 @@ from caam_hotplug.volume.mount_table import first_of, is_of, mount_at, mounts_at
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
+from caam_hotplug.volume.writes import Writes
 
 log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def mounted(operations: Operations, target: Target, mapping: Mapping) -> AsyncIterator[Mount]:
+async def mounted(
+    operations: Operations, target: Target, mapping: Mapping, writes: Writes
+) -> AsyncIterator[Mount]:
     """Mount or adopt the filesystem of the mapping, and release the mount on the way out.
 
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
@@ -35,22 +43,41 @@ async def mounted(operations: Operations, target: Target, mapping: Mapping) -> A
     found = first_of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
+
+    def watch() -> None:
+        writes.watch = kernel.watch_writes(mapping)
+
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mount, operations, name, mapping)
+        held.push_async_callback(to_the_end, release_mount, operations, name, mapping, writes)
         if mapping.open_count:
             await _release_other_mounts(operations, name, mapping)
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
+            await _watch_adopted(operations, watch)
         else:
-            await _mount(operations, target, mapping)
+            await _mount(operations, target, mapping, watch, writes)
             found = mount_at(kernel, name)
         if found is None:
             raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found
 
 
-async def _mount(operations: Operations, target: Target, mapping: Mapping) -> None:
+async def _watch_adopted(operations: Operations, watch: Callable[[], None]) -> None:
+    """Watch a mount that is in use, if that can be done; else at its release."""
+    try:
+        await operations.call("watch its writes", watch)
+    except (HotplugError, OSError) as error:
+        log.warning("%s", error)
+
+
+async def _mount(
+    operations: Operations,
+    target: Target,
+    mapping: Mapping,
+    watch: Callable[[], None],
+    writes: Writes,
+) -> None:
     kernel, asked = operations.kernel, target.plan.rule.mount
     filesystem = ""
 
@@ -64,6 +91,7 @@ async def _mount(operations: Operations, target: Target, mapping: Mapping) -> No
                 f"{kernel.blob_directory / target.plan.blob} may belong to another medium"
             )
         filesystem = found
+        watch()
 
     def mount() -> MountError | None:
         attach = partial(
@@ -78,12 +106,11 @@ async def _mount(operations: Operations, target: Target, mapping: Mapping) -> No
 
     _, refusal = await operations.each(("probe", probe), ("mount", mount))
     if refusal is not None:
-        log.warning(
-            "%s: %s; it is write-protected, so it is mounted without the changes that its journal "
-            "has. They are kept: mounted writable once, it shows them",
-            target.volume,
-            refusal,
-        )
+        words = "it is write-protected, so it is mounted without the changes that its journal has"
+        cure = "They are kept: mounted writable once, it shows them"
+        log.warning("%s: %s; %s. %s", target.volume, refusal, words, cure)
+    if writes.watch is not None:
+        writes.watch.mounted()
 
 
 def _attached(attach: Callable[..., None], target: Target, filesystem: str) -> MountError | None:
@@ -107,26 +134,43 @@ def _attached(attach: Callable[..., None], target: Target, filesystem: str) -> M
     return None
 
 
-async def release_mount(operations: Operations, name: str, mapping: Mapping) -> None:
+async def release_mount(
+    operations: Operations, name: str, mapping: Mapping, writes: Writes | None = None
+) -> None:
     """Unmount the mapping from the mount point, and remove the directory.
 
     A mount in use is detached: its users may finish there, and nobody new gets in. If the medium
-    is there, everything written so far is flushed first. Raises: MountError if it is still there.
+    is there, everything written so far is flushed first. Raises: MountError if it is still there;
+    WritesLostError.
     """
+    writes = writes or Writes()
+    known = writes.lost
+    try:
+        if not operations.stop.keeps:
+            await _release(operations, name, mapping, writes)
+    finally:
+        if writes.watch is not None:
+            await operations.call("end the watch", writes.close)
+    if writes.lost != known and not operations.stop.medium_gone:
+        raise WritesLostError(writes.lost)
+
+
+async def _release(operations: Operations, name: str, mapping: Mapping, writes: Writes) -> None:
     kernel = operations.kernel
-    if operations.stop.keeps:
-        return
     there = mounts_at(kernel, name)
     found = first_of(mapping, there)
+
+    def remove_mount_point() -> None:
+        writes.close()
+        kernel.remove_mount_point(name)
+
     if found is None:
-        await operations.call("remove the mount point", kernel.remove_mount_point, name)
+        await operations.call("remove the mount point", remove_mount_point)
         return
     try:
         await _uncover(operations, name, mapping, there)
-        if not operations.stop.medium_gone and not found.read_only:
-            await operations.call("flush", kernel.flush, name, mapping.node)
     finally:
-        await _unmount_or_detach(operations, name, mapping)
+        await _unmount_or_detach(operations, name, mapping, writes)
 
 
 async def _uncover(
@@ -140,18 +184,32 @@ async def _uncover(
         await operations.call("detach", operations.kernel.unmount, name, lazily=True)
 
 
-async def _unmount_or_detach(operations: Operations, name: str, mapping: Mapping) -> None:
+async def _unmount_or_detach(
+    operations: Operations, name: str, mapping: Mapping, writes: Writes
+) -> None:
     kernel = operations.kernel
 
-    def unmount() -> MountError | None:
+    def unmount() -> KernelError | None:
         try:
-            kernel.unmount(name)
-        except MountError as error:
+            if operations.stop.medium_gone:
+                kernel.unmount(name)
+            else:
+                writes.watch = writes.watch or kernel.watch_writes(mapping)
+                gone = operations.require_medium
+                writes.watch.unmount(name, anyway=True, before=gone)
+        except KernelError as error:
+            if isinstance(error, FlushError) or not isinstance(error, MountError):
+                writes.lost = writes.lost or f"it is not known whether all was written: {error}"
             return error
+        finally:
+            writes.close()
         kernel.remove_mount_point(name)
         return None
 
-    refusal = await operations.call("unmount", unmount)
+    try:
+        refusal = await operations.call("unmount", unmount)
+    except MediumGoneError:  # the next call comes after the error table
+        refusal = await operations.call("unmount", unmount)
     if refusal is not None:
         said = fields("busy", MOUNT_POINT=name)
         log.warning("%s; detaching it from the tree", refusal, extra=said)

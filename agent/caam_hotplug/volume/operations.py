@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from caam_hotplug.errors import MediumGoneError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.stop_signal import StopSignal
@@ -49,6 +50,11 @@ class Operations:
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run the function on the worker of all mappings."""
         return await self._timed(self.dm_worker, words, function, *args, **named)
+
+    def require_medium(self) -> None:
+        """Raise MediumGoneError if the medium has gone: the error table comes first. Any thread."""
+        if self.stop.medium_gone:
+            raise MediumGoneError(self.stop.words)
 
     async def each(self, *operations: Operation) -> list[Any]:
         """Run the operations in order on the volume's own worker, up to the first that fails.

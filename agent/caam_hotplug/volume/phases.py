@@ -7,10 +7,14 @@ docs/how-it-works.md has the table of what may happen in which phase.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from caam_hotplug.config.rules import Plan
+from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State
 from caam_hotplug.volume.target import Target
+
+REREAD: Final = "it was ejected, and its partitions were read anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +83,19 @@ class Parked(Phase):
 
     state: State
     reason: str
+
+    @classmethod
+    def before(cls, mark: Mark | None) -> Parked | None:
+        """Return how an earlier run of the agent has released a volume on request, if it has.
+
+        That it was safe to remove is not known any more.
+        """
+        if mark is None or mark.state is None:
+            return None
+        is_ejected = mark.state is State.EJECTED
+        return cls(
+            state=State.LOCKED, reason=REREAD if is_ejected else "before the agent was started"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

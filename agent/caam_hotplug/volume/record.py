@@ -11,7 +11,8 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
-from caam_hotplug.errors import is_passing
+from caam_hotplug.errors import WritesLostError, is_passing
+from caam_hotplug.formats.marks import Mark
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
@@ -51,9 +52,11 @@ class Record:
     Synchronization: loop only.
     """
 
-    def __init__(self, context: Context, volume: Volume, phase: Phase) -> None:
+    def __init__(self, context: Context, volume: Volume, phase: Phase, lost: str = "") -> None:
         self.context = context
         self.phase = phase
+        self.lost = lost
+        """What could not be written to the volume since it was inserted; empty if all was."""
         self.status = VolumeStatus(volume, context.publish)
         self.stop = StopSignal()
         self.cut_off = CutOff(
@@ -181,16 +184,40 @@ class Record:
             return "the kernel does not answer; pull the medium, or wait"
         return refusal(ask, self.status.state)
 
-    def park(self, state: State, reason: str) -> None:
-        """Make the volume locked or ejected, publish that, and remember it across restarts."""
+    def park(self, state: State, reason: str, *, is_held: bool = False) -> None:
+        """Make the volume locked or ejected, publish that, and remember it across restarts.
+
+        `is_held`: its disk is held against all others.
+        """
         self.phase = self.phase.to_parked(state, reason)
-        self.context.kernel.remember(self.volume, state.value)
+        self._remember(state, is_held=is_held)
         self.status.publish(state, reason)
 
-    def repark(self, state: State, reason: str) -> None:
+    def repark(self, state: State, reason: str, *, is_held: bool = False) -> None:
         """As `park`, for a volume that is parked already."""
         if self.parked is not None and not self.stop.is_set:
-            self.park(state, reason)
+            self.park(state, reason, is_held=is_held)
+
+    def unpark(self) -> None:
+        """Have later runs of the agent serve the volume."""
+        self._remember(None)
+
+    def note_lost(self, error: BaseException | None) -> None:
+        """Remember, also across restarts, which write has failed, if one has. The first stays."""
+        if isinstance(error, WritesLostError) and not self.lost:
+            self.lost = str(error)
+            parked = self.parked
+            self._remember(None if parked is None else parked.state)
+
+    def relocate(self, found: Volume) -> None:
+        """Note where the kernel has the volume, after it has read the partitions anew."""
+        place = {each: getattr(found, each) for each in ("name", "number", "size", "read_only")}
+        self.status.volume = replace(self.volume, **place)
+
+    def _remember(self, state: State | None, *, is_held: bool = False) -> None:
+        mark = Mark(self.volume, state, is_held=is_held, lost=self.lost)
+        text = mark.to_text() if state is not None or self.lost else ""
+        self.context.kernel.remember(self.volume, text)
 
     def publish_defect(self, state: State) -> None:
         """Publish that a defect of the agent ended the service of this volume."""

@@ -8,11 +8,18 @@ from contextlib import suppress
 from typing import Final
 
 from caam_hotplug.config.rules import OnBusy
-from caam_hotplug.errors import MountBusyError, VolumeBusyError, shown
+from caam_hotplug.errors import (
+    MountBusyError,
+    RequestRefusedError,
+    VolumeBusyError,
+    WritesLostError,
+    shown,
+)
 from caam_hotplug.model import Mapping
 from caam_hotplug.volume.mount_table import first_of, mounted_elsewhere, mounts_at
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
+from caam_hotplug.volume.writes import Writes
 
 log = logging.getLogger(__name__)
 
@@ -21,45 +28,94 @@ SIGNAL_GRACE_S: Final = 5.0
 
 
 async def release(
-    operations: Operations, target: Target, mapping: Mapping, on_busy: OnBusy
+    operations: Operations,
+    target: Target,
+    mapping: Mapping,
+    writes: Writes,
+    on_busy: OnBusy,
+    *,
+    anyway: bool,
 ) -> None:
     """Flush and unmount the volume, so that nothing of the mapping is mounted or in use.
 
-    Raises: VolumeBusyError if it is in use and the rule leaves it to its users; MountError. Then
-    nothing has changed.
+    `anyway`: also if something could not be written.
+    Raises: VolumeBusyError if it is in use and the rule leaves it to its users; WritesLostError;
+    MountError. Then nothing has changed.
     """
     kernel, name = operations.kernel, target.plan.mount_name
+    await _require_running(operations, target)
     there = mounts_at(kernel, name)
     found = first_of(mapping, there)
-    signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
     if found is None:
-        for number in (None, *signals):
-            if number is not None:
-                await _end_holders(operations, target, mapping, number)
-            live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
-            if live is None or not live.open_count or on_busy is OnBusy.DETACH:
-                return
-        raise await _busy(operations, mapping.node, mapping)
+        await _release_unmounted(operations, target, mapping, writes, on_busy)
+        if not anyway and writes.lost:
+            raise WritesLostError(writes.lost)
+        return
     if there[-1] is not found:
         raise VolumeBusyError(found.point, (f"{shown(there[-1].source)} is mounted over it",))
     if on_busy is OnBusy.REFUSE and mounted_elsewhere(kernel, mapping):
         raise await _busy(operations, found.point, mapping)  # an unmount here would not notice
-    for number in (None, *signals):
+
+    for number in (None, *_signals(on_busy)):
         if number is not None:
             await _end_holders(operations, target, mapping, number)
-        if not found.read_only:  # each time: users may write as they end
-            await operations.call("flush", kernel.flush, name, mapping.node)
         with suppress(MountBusyError):
-            await operations.call("unmount", kernel.unmount, name)
+            await _unmount(operations, name, mapping, writes, anyway=anyway)
             return
     if on_busy is not OnBusy.DETACH:
         raise await _busy(operations, found.point, mapping)
-    log.warning(
-        "%s is in use; detaching it from the tree",
-        found.point,
-        extra=fields("busy", VOLUME=target.volume, MOUNT_POINT=found.point),
-    )
+    said = fields("busy", VOLUME=target.volume, MOUNT_POINT=found.point)
+    log.warning("%s is in use; detaching it from the tree", found.point, extra=said)
     await operations.call("detach", kernel.unmount, name, lazily=True)
+
+
+async def _unmount(
+    operations: Operations, name: str, mapping: Mapping, writes: Writes, *, anyway: bool
+) -> None:
+    """Flush and unmount it: each time, since users may write as they end."""
+
+    def unmount() -> None:
+        writes.watch = writes.watch or operations.kernel.watch_writes(mapping)
+        writes.watch.unmount(name, anyway=anyway, before=operations.require_medium)
+
+    try:
+        await operations.call("unmount", unmount)
+    finally:
+        writes.note()
+
+
+def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
+    return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
+
+
+async def _require_running(operations: Operations, target: Target) -> None:
+    """Raise RequestRefusedError for a suspended mapping: a write to it would wait without end."""
+    kernel = operations.kernel
+    live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
+    if live is not None and live.is_suspended:
+        raise RequestRefusedError(
+            f"mapping {live.name} is suspended, and writes wait; `dmsetup resume {live.name}` "
+            "ends that"
+        )
+
+
+async def _release_unmounted(
+    operations: Operations, target: Target, mapping: Mapping, writes: Writes, on_busy: OnBusy
+) -> None:
+    """Wait for the users of a mapping that is not mounted here. Raises: VolumeBusyError."""
+    kernel = operations.kernel
+    for number in (None, *_signals(on_busy)):
+        if number is not None:
+            await _end_holders(operations, target, mapping, number)
+        live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
+        is_free = live is None or live.open_count <= writes.holds
+        if is_free or on_busy is OnBusy.DETACH:
+            break
+    else:
+        raise await _busy(operations, mapping.node, mapping)
+    if writes.watch is not None:
+        await operations.call("flush", writes.watch.check)
+        writes.note()
 
 
 async def _end_holders(

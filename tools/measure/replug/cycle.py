@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from caam_hotplug import names
-from caam_hotplug.kernel import mount, uevents
+from caam_hotplug.kernel import uevents
 from measure.replug import agent as agents
 from measure.replug.agent import Agent
 from measure.replug.medium import Medium, is_mounted
@@ -39,7 +40,7 @@ def cycle(
     Returns: the medium as it is there now, and what was measured. Raises: HotplugError; OSError.
     """
     medium.require_unused(replugger.slot)
-    mount.flush(medium.point, f"/dev/{medium.mapping}")
+    os.sync()
     cpu_s = agent.cpu_s
     moments = _pull(medium, watch, replugger)
     settle()

@@ -70,7 +70,9 @@ class Medium:
     def _openers(self) -> Iterator[str]:
         mapping = BLOCKS / self.mapping
         number = DeviceNumber.from_text((mapping / "dev").read_text())
-        yield from map(str, open_files.search(number, read_text(mapping / "dm/name") or ""))
+        found = open_files.search({number: read_text(mapping / "dm/name") or ""})
+        # The agent holds the mapping open itself, to see failed writes.
+        yield from (str(holder) for holder in found if holder.command != "caam-hotplug")
 
     def _mounts(self) -> Iterator[str]:
         """Mounts inside it, and its own at other places."""

@@ -1,0 +1,24 @@
+"""Defects of the agent: logged, so that one costs no other volume its mount."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from caam_hotplug.systemd import journal
+
+log = logging.getLogger(__name__)
+
+
+def log_defect(words: str, **of: object) -> None:
+    """Log the exception that is being handled. `of`: fields of the journal entry."""
+    log.exception(words, extra=journal.event(journal.Event.DEFECT, **of))
+
+
+async def guarded(work: Coroutine[Any, Any, None], words: str, **of: object) -> None:
+    """Have the work done; if a defect ends it, log that and raise nothing."""
+    try:
+        await work
+    except Exception:  # noqa: BLE001  whatever it is, it must not end the other volumes' service
+        log_defect(f"{words}: a defect of the agent ended it", **of)
