@@ -38,7 +38,6 @@ _NOT_KNOWN: Final = {
     errno.EPERM, errno.EINTR, errno.EBADF, errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE,
 }  # fmt: skip
 """Errors that say nothing of what was written. Filesystems have many others for a failed write."""
-_EXT4: Final = Path("/sys/fs/ext4")
 
 
 class _MountAttr(ctypes.Structure):
@@ -160,9 +159,15 @@ class WriteWatch:
         return True
 
     def _ext4_errors(self) -> int:
-        with suppress(OSError, ValueError):
-            return int((_EXT4 / Path(self._node).name / "errors_count").read_text())
-        return 0
+        name = self._node.rpartition("/")[2]
+        try:
+            opened = os.open(f"/sys/fs/ext4/{name}/errors_count", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it is another filesystem
+            return 0
+        try:
+            return int(os.read(opened, 32))
+        finally:
+            os.close(opened)
 
 
 @contextmanager
