@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +14,6 @@ from caam_hotplug.kernel import (
     blkid,
     blob_files,
     caam,
-    device_users,
     device_xattr,
     devmapper,
     keyring,
@@ -28,6 +26,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.model import Holder, Mapping, Mount, SecretBytes, Sectors, Volume
 
 
@@ -60,24 +59,12 @@ class LinuxKernel:
         """Return whether the volume is still at its kernel name."""
         return sysfs.present_id(volume.name) == volume.id
 
-    def identify(self, volume: Volume) -> Volume:
-        """Return the volume with its labels and identifiers, read off the medium.
+    def open_volume(self, volume: Volume) -> OpenVolume:
+        """Open the volume's node, and read its labels and identifiers off the disk.
 
-        If it awaits udev, those are the partition table's; udev will report its contents. Raises:
-        DeviceLockedError if udev, too, waits for a program that has locked the disk.
+        Raises: DeviceLockedError if udev, too, waits for a program that has locked the disk.
         """
-        if volume.awaits_udev:
-            device_users.require_unlocked(volume.name)
-        found = blkid.identify(volume.node, contents=not volume.awaits_udev)
-        return replace(
-            volume,
-            partlabel=found.partlabel,
-            partuuid=found.partuuid,
-            parttype=found.parttype,
-            label=found.label,
-            uuid=found.uuid,
-            identified=True,
-        )
+        return OpenVolume(volume)
 
     def remember(self, volume: Volume, state: str) -> None:
         """Store the state on the volume's node, for later runs of the agent, too; "" removes it."""
@@ -86,10 +73,6 @@ class LinuxKernel:
     def remembered(self, volume: Volume) -> str:
         """Return the state stored last, by any run of the agent; empty if there is none."""
         return device_xattr.marked(volume)
-
-    def require_unused(self, volume: Volume) -> None:
-        """Raise DeviceInUseError with the users if something else uses the volume."""
-        device_users.require_unused(volume)
 
     def read_blob(self, name: str, form: Backend | None = None) -> Blob:
         """Read the blob, in this form or in any. Raises: BlobMissingError, BlobError."""
