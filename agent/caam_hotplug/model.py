@@ -13,7 +13,6 @@ Sectors = NewType("Sectors", int)
 """A count of 512-byte sectors, whatever the device's own sector size."""
 SECTOR_BYTES = 512
 
-KeySerial = NewType("KeySerial", int)
 KeyType = Literal["logon", "trusted", "encrypted"]
 """Type of a key that dm-crypt takes from a keyring (dm-crypt.rst)."""
 
@@ -116,6 +115,8 @@ class Volume:
     parttype: str | None = None
     label: str | None = None
     uuid: str | None = None
+    header: str | None = None
+    """Type of a header that makes it another program's, such as `crypto_LUKS`, LVM's or md's."""
     serial: str | None = None
     vendor: str | None = None
     model: str | None = None

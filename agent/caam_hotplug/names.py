@@ -79,6 +79,8 @@ after a crash. Nobody writes into the directory while nothing is mounted there."
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """udev property that a board's rule sets to 0 to keep the agent off a device."""
+UDEV_DISKSEQ: Final = "CAAM_HOTPLUG_DISKSEQ"
+"""udev property that our rule sets, with the insertion that the other properties are of."""
 
 OPERATORS: Final = "caam-hotplug"
 """Group whose members may request over D-Bus all that root may."""

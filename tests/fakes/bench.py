@@ -261,7 +261,14 @@ class Bench:
         return self._main is not None
 
     def appear(self, volume: Volume) -> None:
-        """Report the volume to the agent as udev does, if it listens already."""
+        """Report the volume to the agent as udev does, if it listens already; its disk agrees."""
+        medium = self.kernel.media.get(volume.name)
+        if medium is not None and volume.identified:
+            medium.relabel(volume)
+        self.misreport(volume)
+
+    def misreport(self, volume: Volume) -> None:
+        """Report the volume to the agent as udev does, whatever its disk says."""
         self._take(Appeared(volume))
 
     def announce(self, volume: Volume) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
@@ -30,7 +30,7 @@ from caam_hotplug.errors import (
     VolumeBusyError,
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
-from caam_hotplug.kernel.api import Kernel
+from caam_hotplug.kernel.api import Kernel, OpenVolume
 from caam_hotplug.keys import backends
 from caam_hotplug.model import (
     DeviceNumber,
@@ -168,10 +168,45 @@ def mapped(world: World, blob: str = BLOB, *, read_only: bool = False) -> Iterat
         yield found(world)
 
 
+@contextmanager
+def opened(world: World) -> Iterator[OpenVolume]:
+    """Open the medium's node."""
+    with closing(world.kernel.open_volume(world.volume)) as node:
+        yield node
+
+
 def test_a_volume_with_a_mapping_on_it_is_in_use(world: World) -> None:
-    world.kernel.require_unused(world.volume)
-    with mapped(world) as mapping, pytest.raises(DeviceInUseError, match=mapping.name):
-        world.kernel.require_unused(world.volume)
+    with opened(world) as node:
+        node.require_unused()
+        with mapped(world) as mapping, pytest.raises(DeviceInUseError, match=mapping.name):
+            node.require_unused()
+
+
+def test_a_table_is_loaded_over_a_device_that_is_open(world: World) -> None:
+    with opened(world) as node:
+        with mapped(world) as mapping:
+            node.require_same()
+            assert world.reads_as_written(mapping.node)
+        node.require_unused()
+
+
+def test_a_volume_that_is_encrypted_says_nothing_of_itself(world: World) -> None:
+    with opened(world) as node:
+        assert node.volume.identified
+        assert (node.volume.label, node.volume.uuid, node.volume.header) == (None, None, None)
+
+
+def test_a_volume_whose_place_another_medium_has_is_not_opened(world: World) -> None:
+    later = replace(world.volume, id=replace(world.volume.id, diskseq=1 << 40))
+    with pytest.raises(KernelError) as refused:
+        world.kernel.open_volume(later)
+    assert refused.value.errno == errno.ENODEV
+
+
+def test_a_volume_that_is_not_there_is_not_opened(world: World) -> None:
+    with pytest.raises(KernelError) as refused:
+        world.kernel.open_volume(replace(world.volume, name="sdzz1"))
+    assert refused.value.errno == errno.ENOENT
 
 
 def mount(
@@ -415,13 +450,18 @@ def test_mappings_of_others_are_not_the_agents(world: World) -> None:
 # whole disks
 
 
+def require_unused(world: World) -> None:
+    with closing(world.kernel.open_volume(world.volume)) as node:
+        node.require_unused()
+
+
 def test_nobody_else_can_use_an_emptied_disk_until_it_is_restored(world: World) -> None:
     emptied = world.kernel.empty_disk(world.volume)
     with pytest.raises(HotplugError):
-        world.kernel.require_unused(world.volume)
+        require_unused(world)
     emptied.restore()
     assert world.kernel.is_present(world.volume)
-    world.kernel.require_unused(world.volume)
+    require_unused(world)
 
 
 def test_a_disk_that_was_emptied_can_be_emptied_again_and_restored(world: World) -> None:
@@ -656,10 +696,14 @@ __all__ = [
     "test_a_probe_finds_only_allowed_filesystems",
     "test_a_probe_finds_the_filesystem_under_the_right_key",
     "test_a_read_only_mapping_is_mounted_only_for_reading",
+    "test_a_table_is_loaded_over_a_device_that_is_open",
     "test_a_table_is_not_loaded_over_a_device_that_does_not_exist",
     "test_a_table_is_not_loaded_with_a_key_of_another_size",
     "test_a_table_is_not_loaded_without_its_key",
     "test_a_volume_is_present_while_it_is_the_same",
+    "test_a_volume_that_is_encrypted_says_nothing_of_itself",
+    "test_a_volume_that_is_not_there_is_not_opened",
+    "test_a_volume_whose_place_another_medium_has_is_not_opened",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
     "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",

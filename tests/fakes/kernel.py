@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from caam_hotplug.config.match import ON_THE_DISK
 from caam_hotplug.errors import (
     BlobMissingError,
     BlobRejectedError,
@@ -117,6 +118,19 @@ class FakeMedium:
     writes: int = 0
     is_locked: bool = False
     """Whether a program has locked its disk for exclusive use."""
+    says: Volume | None = None
+    """What its disk says of it, if that is not what `volume` has."""
+
+    @property
+    def on_disk(self) -> Volume:
+        """Volume with the facts that are on the disk."""
+        return self.says or self.volume
+
+    def relabel(self, volume: Volume) -> None:
+        """Write the facts of this volume to the disk, without those that it lacks."""
+        facts = {fact: getattr(volume, fact) for fact in ON_THE_DISK}
+        facts = {fact: value for fact, value in facts.items() if value is not None}
+        self.says = replace(self.on_disk, **facts)
 
 
 @dataclass
@@ -150,6 +164,7 @@ class FakeKernel:
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
+    open_nodes: list[FakeOpenVolume] = field(default_factory=list)
     diskseq: int = 0
     minor: int = 0
     steps: list[str] = field(default_factory=list)
@@ -254,7 +269,8 @@ class FakeKernel:
         keys = [f"key {name}" for keyring in self.keyrings for name in keyring]
         dirs = [f"directory {n}" for n, kind in self.directories.items() if kind == "ours"]
         mounts = [f"mount {mount.point}" for mount in self.mounts]
-        return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs
+        nodes = [f"open node {opened.volume.node}" for opened in self.open_nodes]
+        return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs + nodes
 
     def start_process(self) -> FakeProcess:
         """Start a process of the agent, with a new keyring."""
@@ -298,6 +314,38 @@ class FakeKernel:
             self.mappings.pop(mapping.name, None)
 
 
+class FakeOpenVolume:
+    """A volume whose node is open."""
+
+    def __init__(self, process: FakeProcess, volume: Volume) -> None:
+        self.process = process
+        self.volume = volume
+
+    def require_unused(self) -> None:
+        volume = self.volume
+        self.process._step("require_unused", volume.name)
+        if volume.id.diskseq in self.process.kernel.held_disks:
+            raise DeviceInUseError(f"use {volume.node}: it is in use: something holds its disk")
+        for mapping in self.process.kernel.mappings.values():
+            target = CryptTarget.from_line(mapping.live or "")
+            if target is not None and target.device == volume.number:
+                raise DeviceInUseError(f"use {volume.node}: mapping {mapping.name} lies on it")
+
+    def require_same(self) -> None:
+        self.process._step("require_same", self.volume.name)
+        self.require_number()
+
+    def require_number(self) -> None:
+        medium = self.process.kernel.medium(self.volume.number)
+        if medium is not None and medium.volume.id.diskseq != self.volume.id.diskseq:
+            raise KernelError("use", self.volume.node, errno.ENODEV)
+
+    def close(self) -> None:
+        nodes = self.process.kernel.open_nodes
+        if self in nodes:
+            nodes.remove(self)
+
+
 class FakeProcess:
     """The kernel as one agent process sees it; implements the interface of `kernel.api.Kernel`."""
 
@@ -318,6 +366,7 @@ class FakeProcess:
         for diskseq in [diskseq for diskseq, process in held.items() if process is self]:
             del held[diskseq]
         self.kernel.keyrings = [k for k in self.kernel.keyrings if k is not self._keyring]
+        self.kernel.open_nodes.clear()
 
     def _step(self, name: str, subject: str = "") -> None:
         self.kernel.before(name)
@@ -331,17 +380,18 @@ class FakeProcess:
         medium = self.kernel.media.get(volume.name)
         return medium is not None and medium.volume.id == volume.id
 
-    def identify(self, volume: Volume) -> Volume:
+    def open_volume(self, volume: Volume) -> FakeOpenVolume:
         self._step("identify", volume.name)
         medium = self.kernel.media.get(volume.name)
-        if volume.awaits_udev and medium is not None:
-            if medium.is_locked:
-                raise DeviceLockedError(f"use {medium.volume.node}: it is locked")
-            there = medium.volume
-            read = {"partlabel": there.partlabel, "parttype": there.parttype}
-            return replace(volume, identified=True, **read)
-        object.__setattr__(volume, "identified", True)
-        return volume
+        if medium is None:
+            raise KernelError("open", volume.node, errno.ENOENT)
+        if volume.awaits_udev and medium.is_locked:
+            raise DeviceLockedError(f"use {medium.volume.node}: it is locked")
+        read = {fact: getattr(medium.on_disk, fact) for fact in ON_THE_DISK}
+        opened = FakeOpenVolume(self, replace(volume, identified=True, **read))
+        opened.require_number()
+        self.kernel.open_nodes.append(opened)
+        return opened
 
     def remember(self, volume: Volume, text: str) -> None:
         self.kernel.marks[volume.id] = text
@@ -352,17 +402,6 @@ class FakeProcess:
     def remembered_on(self, disk: Volume) -> list[str]:
         marks = self.kernel.marks.items()
         return [text for v, text in marks if v.diskseq == disk.id.diskseq and text]
-
-    def require_unused(self, volume: Volume) -> None:
-        self._step("require_unused", volume.name)
-        if volume.name not in self.kernel.media:
-            raise KernelError("open", volume.node, errno.ENOENT)
-        if volume.id.diskseq in self.kernel.held_disks:
-            raise DeviceInUseError(f"use {volume.node}: it is in use: something holds its disk")
-        for mapping in self.kernel.mappings.values():
-            target = CryptTarget.from_line(mapping.live or "")
-            if target is not None and target.device == volume.number:
-                raise DeviceInUseError(f"use {volume.node}: mapping {mapping.name} lies on it")
 
     def read_blob(self, name: str, form: Backend | None = None) -> Blob:
         self._step("read_blob", name)

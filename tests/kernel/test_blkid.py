@@ -6,15 +6,12 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 import pytest
 
 from caam_hotplug.errors import KernelError
 from caam_hotplug.kernel import blkid
-from fakes.contract import mapped, until
 from kernel.real import RealWorld
 from kernel.witness import Medium, loop_medium, run
 
@@ -23,40 +20,9 @@ LINUX_DATA = "0fc63daf-8483-4772-8e79-3d69d8477de4"
 
 
 def test_a_probe_of_what_is_no_device_is_an_error(world: RealWorld) -> None:
-    for read in (lambda node: blkid.probe(node, ("ext4",)), blkid.identify):
-        with pytest.raises(KernelError) as refused:
-            read(str(world.kernel.mount_root / "nothing"))
-        assert refused.value.errno == errno.ENOENT
-
-
-def test_a_medium_in_the_clear_is_identified(world: RealWorld) -> None:
-    with mapped(world) as mapping:
-        run("mkfs.ext4", "-q", "-F", "-L", "LABEL", "-U", PARTUUID, mapping.node)
-        seen = blkid.identify(mapping.node)
-    assert seen == blkid.Identity("ext4", "LABEL", PARTUUID)
-
-
-@pytest.mark.usefixtures("nothing_left")
-def test_a_partition_says_what_its_table_says_of_it(world: RealWorld) -> None:
-    label = "cartridge-ä 01"
-    script = f'label: gpt\nstart=2048, size=4096, uuid={PARTUUID}, name="{label}"\n'
-    with loop_medium(4 << 20) as medium:
-        run("sfdisk", "-q", "--no-tell-kernel", str(medium.file), stdin=script.encode())
-        run("losetup", "-c", medium.device)
-        run("partx", "-a", medium.device)
-        partition = f"{medium.device}p1"
-        until(lambda: os.path.exists(partition))
-        seen = blkid.identify(partition)
-        bare = replace(world.volume, name=Path(partition).name, identified=False)
-        volume = world.kernel.identify(bare)
-        run("blockdev", "--flushbufs", partition)
-        run("partx", "-d", medium.device)
-    assert seen == blkid.Identity(
-        None, None, None, partlabel=label, partuuid=PARTUUID, parttype=LINUX_DATA
-    )
-    assert (volume.partlabel, volume.partuuid, volume.parttype, volume.identified) == (
-        label, PARTUUID, LINUX_DATA, True,
-    )  # fmt: skip
+    with pytest.raises(KernelError) as refused:
+        blkid.probe(str(world.kernel.mount_root / "nothing"), ("ext4",))
+    assert refused.value.errno == errno.ENOENT
 
 
 CIPHERS: Final = {"xts": f"aes-xts-plain64 {'5a' * 64}", "cbc": f"aes-cbc-plain64 {'5a' * 16}"}

@@ -98,10 +98,22 @@ def has_heard_of_it(room: Room) -> None:
     room.agent.until_said("^reloaded: ")
 
 
-def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(room: Room) -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        'SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n',
+        'SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n',
+    ],
+)
+def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(
+    room: Room, rule: str
+) -> None:
     room.agent.start()
-    with rule_of_the_board('SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n'):
-        room.medium.plug()
+    with rule_of_the_board(rule):
+        with udevd_hanging():
+            room.medium.plug()
+            until(lambda: room.medium.is_plugged and Path(room.medium.partition).exists())
+            has_heard_of_it(room)
         room.agent.until_said("CAAM_HOTPLUG is 0")
         run("udevadm", "settle")
         assert not [line for line in room.agent.log_lines if ": unlocking" in line]
@@ -112,14 +124,17 @@ def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(ro
 
 def test_a_medium_that_udev_opts_out_unexpectedly_is_released_again(room: Room) -> None:
     room.agent.start()
-    with rule_of_the_board('SUBSYSTEM=="block", IMPORT{program}="/bin/echo CAAM_HOTPLUG=0"\n'):
+    run("udevadm", "control", "--property=CAAM_HOTPLUG=0")
+    try:
         with udevd_hanging():
             room.plug_and_check()
         room.agent.until_said("udev reports something else of it than was known")
         room.agent.until_said("CAAM_HOTPLUG is 0")
         room.wait_until_released()
         room.medium.pull()
-    run("udevadm", "settle")
+        run("udevadm", "settle")
+    finally:
+        run("udevadm", "control", "--property=CAAM_HOTPLUG=")
 
 
 def test_a_medium_whose_disk_a_program_has_locked_waits_until_the_lock_is_released(

@@ -53,6 +53,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "identify": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.ENOMEDIUM, errno.EMFILE, errno.ENOMEM),
     # open(2) with O_EXCL: in use; the node or the medium gone, too many open files, no memory.
     "require_unused": (errno.EBUSY, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
+    # BLKGETDISKSEQ: another medium has its place.
+    "require_same": (errno.ENODEV,),
     # open(2) with O_NOFOLLOW, read(2): no blob, a link, not allowed (a security module), a sick
     # filesystem, too many open files.
     "read_blob": (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
@@ -177,8 +179,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
 
 DM_STEPS: Final = {
     "find_mapping", "our_mappings", "create_mapping", "load_table", "activate_mapping",
-    "load_error_table", "remove_mapping", "keep_mapping",
+    "load_error_table", "remove_mapping", "keep_mapping", "require_same",
 }  # fmt: skip
+"""Steps of the mappings' worker; the last is one of a device, and waits for nothing."""
 GLOBAL: Final = {"mounts"}
 """Steps that name no volume, so that a fault cannot be aimed at one of several. The mount table is
 read from memory on the loop and cannot hang; volume/mount_table.py says why.
@@ -193,6 +196,11 @@ LISTS: Final = {"our_mappings", "our_mount_points"}
 
 REFUSED: Final = {errno.EBADMSG, errno.EINVAL}
 """Error numbers of a driver that does not take the blob."""
+
+
+PLAIN: Final = {
+    "identify", "probe", "read_table", "require_same", "require_unused", "watch_writes",
+}  # fmt: skip
 
 
 def error_of(step: str, number: int) -> HotplugError:
@@ -217,7 +225,7 @@ def error_of(step: str, number: int) -> HotplugError:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
         case "flush", _:
             return FlushError(*words)
-        case "identify" | "require_unused" | "probe" | "read_table" | "watch_writes", _:
+        case _ if step in PLAIN:
             return KernelError(*words)
         case "mounts" | "holders", _:
             return UnknownError(*words)

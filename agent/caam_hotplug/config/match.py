@@ -14,16 +14,16 @@ Globs = str | tuple[str, ...]
 Buses = Bus | tuple[Bus, ...]
 
 
-ON_THE_TABLE: Final = frozenset({"partlabel", "partuuid", "parttype"})
-"""Facts that the partition table holds; the kernel's event has the label at most."""
-_OF_UDEV: Final = frozenset({"label", "uuid", "serial", "vendor", "model", "path"})
+ON_THE_DISK: Final = frozenset({"partlabel", "partuuid", "parttype", "label", "uuid", "header"})
+"""Facts that are read from the disk itself; the kernel's event has the first at most."""
+_OF_UDEV: Final = frozenset({"serial", "vendor", "model", "path"})
 
 
 def unknown_facts(volume: Volume) -> frozenset[str]:
     """List the facts that neither the kernel nor udev has reported yet."""
     if not volume.awaits_udev:
         return frozenset()
-    return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_TABLE - {"partlabel"})
+    return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_DISK - {"partlabel"})
 
 
 class Bytes(int):

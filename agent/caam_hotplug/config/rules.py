@@ -198,6 +198,9 @@ def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | Nee
         return NoMatch((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:
         return NoMatch((("", "it is not finished; run the same `provision` or `migrate` again"),))
+    if volume.header is not None:
+        why = f"it has a header of {volume.header}, so it is not plain dm-crypt; if that is of an"
+        return NoMatch((("", f"{why} earlier use, `wipefs --all --types` removes it"),))
     reasons: list[tuple[str, str]] = []
     for rule in rules:
         failure = next(rule.match.failures(volume), None)

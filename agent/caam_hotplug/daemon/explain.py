@@ -8,14 +8,15 @@ from contextlib import closing
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import Action, NoMatch, Plan, match_rules
+from caam_hotplug.errors import KernelError
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
-from caam_hotplug.kernel import udev
-from caam_hotplug.kernel.linux import LinuxKernel
+from caam_hotplug.kernel import open_volume, udev
 from caam_hotplug.model import SECTOR_BYTES, Volume
 
 _FACTS = (
-    "partlabel", "partuuid", "parttype", "label", "uuid", "serial", "vendor", "model", "path",
+    "partlabel", "partuuid", "parttype", "label", "uuid", "header", "serial", "vendor",
+    "model", "path",
 )  # fmt: skip
 
 
@@ -25,8 +26,11 @@ def explain(node: str, config: Config) -> Iterator[str]:
     with closing(udev.Devices(source)) as devices:
         volume = devices.volume(node)
     awaits_udev = source == "udev" and not volume.identified
-    if not volume.identified:
-        volume = LinuxKernel(config.blob_directory, config.mount_root).identify(volume)
+    try:
+        volume = open_volume.identify(volume)
+    except KernelError:
+        if not volume.identified:
+            raise
     yield from _facts(volume)
     if awaits_udev:
         yield "  udev has not reported it yet, and may report more"

@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from caam_hotplug.kernel.ctypes_lib import (
     null,
     reported_as,
 )
+from caam_hotplug.model import Sectors
 
 _BLKID_FLTR_ONLYIN: Final = 2
 _FOUND: Final = 0
@@ -30,23 +31,43 @@ _AMBIVALENT: Final = -2
 _BLKID_SUBLKS_LABEL: Final = 1 << 1
 _BLKID_SUBLKS_UUID: Final = 1 << 3
 _BLKID_SUBLKS_TYPE: Final = 1 << 5
-_IDENTITY_FLAGS: Final = _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID
-_BLKID_PARTS_ENTRY_DETAILS: Final = 1 << 2
+_BLKID_SUBLKS_USAGE: Final = 1 << 7
+_SUPERBLOCK_FLAGS: Final = (
+    _BLKID_SUBLKS_TYPE | _BLKID_SUBLKS_USAGE | _BLKID_SUBLKS_LABEL | _BLKID_SUBLKS_UUID
+)
+_BLKID_FLTR_NOTIN: Final = 1
+_OF_WHOLE_DISKS: Final = (
+    "adaptec_raid_member", "ddf_raid_member", "hpt37x_raid_member", "hpt45x_raid_member",
+    "isw_raid_member", "jmicron_raid_member", "lsi_mega_raid_member", "nvidia_raid_member",
+    "promise_fasttrack_raid_member", "silicon_medley_raid_member", "via_raid_member",
+)  # fmt: skip
+"""Headers of array controllers. libblkid looks for them on whole disks, and in files."""
 _PIECE: Final = 512
 _LARGEST_SECTOR: Final = 4096
 """Of dm-crypt."""
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """A device's labels and identifiers; None for those that it does not have."""
+class Entry:
+    """An entry in a partition table; None for what it does not have."""
 
-    type: str | None
-    label: str | None
+    number: int
+    start: Sectors
+    size: Sectors
+    name: str | None
     uuid: str | None
-    partlabel: str | None = None
-    partuuid: str | None = None
-    parttype: str | None = None
+    type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """A filesystem, or a header such as LUKS; None for what is not there."""
+
+    type: str | None = None
+    usage: str | None = None
+    """`filesystem`, `raid`, `crypto` or `other` (libblkid's manual)."""
+    label: str | None = None
+    uuid: str | None = None
 
 
 def _probe_failed(result: int, function: Any, _arguments: tuple[Any, ...]) -> int:
@@ -63,6 +84,15 @@ class Blkid(Library, soname="libblkid.so.1", package="libblkid1"):
     """Source: blkid.h."""
 
     blkid_do_safeprobe = Function(c_int, c_void_p, failure=_probe_failed)
+    blkid_partition_get_name = Function(c_char_p, c_void_p)
+    blkid_partition_get_partno = Function(c_int, c_void_p)
+    blkid_partition_get_size = Function(c_int64, c_void_p)
+    blkid_partition_get_start = Function(c_int64, c_void_p)
+    blkid_partition_get_type = Function(c_int, c_void_p)
+    blkid_partition_get_type_string = Function(c_char_p, c_void_p)
+    blkid_partition_get_uuid = Function(c_char_p, c_void_p)
+    blkid_partlist_get_partition = Function(c_void_p, c_void_p, c_int)
+    blkid_partlist_numof_partitions = Function(c_int, c_void_p)
     blkid_free_probe = Function(None, c_void_p)
     blkid_new_probe = Function(c_void_p, failure=null)
     blkid_probe_enable_partitions = Function(c_int, c_void_p, c_int, failure=minus_one)
@@ -70,12 +100,14 @@ class Blkid(Library, soname="libblkid.so.1", package="libblkid1"):
     blkid_probe_filter_superblocks_type = Function(
         c_int, c_void_p, c_int, POINTER(c_char_p), failure=minus_one
     )
+    blkid_probe_get_partitions = Function(c_void_p, c_void_p)
+    """Null without a table. It belongs to the probe, and is free with it."""
     blkid_probe_lookup_value = Function(
         c_int, c_void_p, c_char_p, POINTER(c_char_p), POINTER(c_size_t)
     )
     """-1 if there is no such value: the pointer is as it was."""
     blkid_probe_set_device = Function(c_int, c_void_p, c_int, c_int64, c_int64, failure=minus_one)
-    blkid_probe_set_partitions_flags = Function(c_int, c_void_p, c_int, failure=minus_one)
+    blkid_probe_set_sectorsize = Function(c_int, c_void_p, c_uint, failure=minus_one)
     blkid_probe_set_superblocks_flags = Function(c_int, c_void_p, c_int, failure=minus_one)
 
 
@@ -150,26 +182,51 @@ def known_contents(node: str) -> str | None:
         return None if table is None else f"a partition table ({table})"
 
 
-def identify(node: str, *, contents: bool = True) -> Identity:
-    """Read a volume's entry in the partition table, and a header such as LUKS.
+def entries(file: int, node: str, *, sector_bytes: int) -> list[Entry]:
+    """Read the partition table that an open file has; without one there are no entries.
 
-    Without `contents` the partition's own bytes are not read, and the entry is all.
-    Raises: KernelError. Blocks for I/O. Source: blkid_probe_set_partitions_flags in libblkid.
+    `node` is for messages. Raises: KernelError.
     """
-    with _probing(node) as pr:
-        Blkid.blkid_probe_enable_superblocks(pr, contents)
-        Blkid.blkid_probe_set_superblocks_flags(pr, _IDENTITY_FLAGS)
+    with _probing_file(file, node) as pr:
+        Blkid.blkid_probe_set_sectorsize(pr, sector_bytes)
+        Blkid.blkid_probe_enable_superblocks(pr, 0)
         Blkid.blkid_probe_enable_partitions(pr, 1)
-        Blkid.blkid_probe_set_partitions_flags(pr, _BLKID_PARTS_ENTRY_DETAILS)
-        Blkid.blkid_do_safeprobe(pr)
-        return Identity(
-            type=_value(pr, "TYPE"),
-            label=_value(pr, "LABEL"),
-            uuid=_value(pr, "UUID"),
-            partlabel=_value(pr, "PART_ENTRY_NAME"),
-            partuuid=_value(pr, "PART_ENTRY_UUID"),
-            parttype=_value(pr, "PART_ENTRY_TYPE"),
-        )
+        table = Blkid.blkid_probe_get_partitions(pr)
+        if table is None:
+            return []
+        count = Blkid.blkid_partlist_numof_partitions(table)
+        return [_entry(Blkid.blkid_partlist_get_partition(table, n)) for n in range(count)]
+
+
+def _entry(partition: int) -> Entry:
+    kind = Blkid.blkid_partition_get_type_string(partition)
+    return Entry(
+        number=Blkid.blkid_partition_get_partno(partition),
+        start=Sectors(Blkid.blkid_partition_get_start(partition)),
+        size=Sectors(Blkid.blkid_partition_get_size(partition)),
+        name=_text(Blkid.blkid_partition_get_name(partition)),
+        uuid=_text(Blkid.blkid_partition_get_uuid(partition)),
+        # As udev reports it (blkid_partitions_probe_partition in libblkid).
+        type=_text(kind) or f"{Blkid.blkid_partition_get_type(partition):#x}",
+    )
+
+
+def superblock(file: int, node: str, *, is_disk: bool) -> Superblock:
+    """Read the filesystem or header that an open file has in the clear.
+
+    `node` is for messages. Raises: KernelError.
+    """
+    with _probing_file(file, node) as pr:
+        Blkid.blkid_probe_enable_superblocks(pr, 1)
+        Blkid.blkid_probe_set_superblocks_flags(pr, _SUPERBLOCK_FLAGS)
+        if not is_disk:
+            left_out = (name.encode() for name in _OF_WHOLE_DISKS)
+            unwanted = (c_char_p * (len(_OF_WHOLE_DISKS) + 1))(*left_out, None)
+            Blkid.blkid_probe_filter_superblocks_type(pr, _BLKID_FLTR_NOTIN, unwanted)
+        if Blkid.blkid_do_safeprobe(pr) != _FOUND:
+            return Superblock()
+        found = (_value(pr, name) for name in ("TYPE", "USAGE", "LABEL", "UUID"))
+        return Superblock(*found)
 
 
 @contextmanager
@@ -178,18 +235,29 @@ def _probing(node: str) -> Iterator[int]:
     with reported_as("open", node):
         file = os.open(node, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        with reported_as("probe", node):
-            pr = Blkid.blkid_new_probe()
-            try:
-                Blkid.blkid_probe_set_device(pr, file, 0, 0)
-                yield pr
-            finally:
-                Blkid.blkid_free_probe(pr)
+        with _probing_file(file, node) as pr:
+            yield pr
     finally:
         os.close(file)
+
+
+@contextmanager
+def _probing_file(file: int, node: str) -> Iterator[int]:
+    """Yield a probe of an open file. Raises: KernelError, also for the block's failed calls."""
+    with reported_as("probe", node):
+        pr = Blkid.blkid_new_probe()
+        try:
+            Blkid.blkid_probe_set_device(pr, file, 0, 0)
+            yield pr
+        finally:
+            Blkid.blkid_free_probe(pr)
 
 
 def _value(pr: int, name: str) -> str | None:
     value, length = c_char_p(), c_size_t()
     Blkid.blkid_probe_lookup_value(pr, name.encode(), byref(value), byref(length))
-    return None if value.value is None else value.value.decode(errors="replace")
+    return _text(value.value)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode(errors="replace")

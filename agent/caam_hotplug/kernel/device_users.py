@@ -30,18 +30,20 @@ _NO_DEVICE: Final = ABSENT | {errno.ENOTDIR, errno.ELOOP}
 _PROC: Final = Path("/proc")
 
 
-def require_unused(volume: Volume) -> None:
+def require_unused(volume: Volume, opened: int = -1) -> None:
     """Require that nothing else uses the volume: mount, swap, mapping, array, loop device, fsck.
 
     The kernel is asked first: a file system, a mapping, swap or a running fsck holds its device
     exclusively, and for a whole disk the kernel counts the holders of its partitions as well
     (open(2), O_EXCL; bd_may_claim in block/bdev.c). A loop device does not.
 
+    `opened`: the caller's descriptor of the node, which is opened again by it and not by its name.
     Raises: DeviceInUseError with all users that can be found; KernelError, also if it cannot be
     seen whether there are users.
     """
+    node = volume.node if opened < 0 else f"/proc/self/fd/{opened}"
     try:
-        os.close(os.open(volume.node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(node, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise KernelError("open", volume.node, error.errno or 0) from error
@@ -55,7 +57,7 @@ def require_unused(volume: Volume) -> None:
     if busy:
         with suppress(OSError):  # it is refused anyway
             users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
-            users += list(_processes(numbers)) if not users else []
+            users += list(_processes(numbers, but=opened)) if not users else []
     if busy or users:
         who = "; ".join(users) or "something that is not visible from here holds it exclusively"
         raise DeviceInUseError(f"use {volume.node}: it is in use: {who}")
@@ -196,17 +198,22 @@ def _loops(numbers: set[DeviceNumber]) -> Iterator[str]:
             yield f"{name} lies on it"
 
 
-def _processes(numbers: set[DeviceNumber]) -> Iterator[str]:
-    """Yield the processes that have it open, as far as this one may see into others."""
+def _processes(numbers: set[DeviceNumber], but: int) -> Iterator[str]:
+    """Yield the processes that have it open, as far as this one may see into others.
+
+    `but`: a descriptor of this process that does not count.
+    """
+    ours = _PROC / str(os.getpid()) / "fd" / str(but)
     for process in _PROC.glob("[0-9]*"):
         try:
-            if any(_number_of(file) in numbers for file in _open_files(process)):
+            if any(_number_of(file) in numbers for file in _open_files(process, ours)):
                 yield f"process {process.name} ({shown(_text(process / 'comm'))}) has it open"
         except OSError:  # it has ended, or this process may not see into it
             continue
 
 
-def _open_files(process: Path) -> Iterator[str]:
+def _open_files(process: Path, but: Path) -> Iterator[str]:
     for file in (process / "fd").iterdir():
-        with suppress(FileNotFoundError):  # it was closed meanwhile
-            yield str(file.readlink())
+        if file != but:
+            with suppress(FileNotFoundError):  # it was closed meanwhile
+                yield str(file.readlink())

@@ -15,7 +15,7 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
 from caam_hotplug.kernel import mountinfo, sysfs
-from caam_hotplug.model import DeviceNumber, Volume
+from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
 _SYS_DEV: Final = Path("/sys/dev/block")
@@ -23,6 +23,8 @@ _BLKRRPART: Final = 0x125F
 _PATIENCE_S: Final = 30.0
 """How long others, such as a worker of udevd, may hold the disk before it counts as in use."""
 
+_ENDS_BYTES: Final = 128 << 10
+"""The header of an array lies up to so far before the end (md_p.h, MD_NEW_SIZE_SECTORS)."""
 _SYSTEMS_OWN: Final = ("/", "/boot", "/boot/efi", "/usr", "/var", "/etc")
 
 
@@ -89,6 +91,19 @@ class Held:
                 raise KernelError("open", self.disk.node, error.errno or 0) from error
         self.require_same(self._writing)
         return self._writing
+
+    def wipe(self, start: Sectors, length: Sectors) -> None:
+        """Overwrite both ends of a partition, where an earlier use may have left a header.
+
+        What is made in it, encrypted, need not overwrite that. Raises: KernelError; HotplugError.
+        """
+        first, size = start * SECTOR_BYTES, length * SECTOR_BYTES
+        file, zeros = self.writing(), bytes(min(_ENDS_BYTES, size))
+        for position in (first, first + size - len(zeros)):
+            try:
+                os.pwrite(file, zeros, position)
+            except OSError as error:
+                raise KernelError("wipe", self.disk.node, error.errno or 0) from error
 
     def require_same(self, opened: int) -> None:
         """Require that the open device is the disk, with the medium that was found.

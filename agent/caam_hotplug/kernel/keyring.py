@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 from ctypes import c_char, c_char_p, c_int32, c_long, c_size_t, c_void_p, create_string_buffer
-from typing import Final, get_args
+from typing import Final, NewType, get_args
 
 from caam_hotplug.errors import KeyringError
 from caam_hotplug.kernel.ctypes_lib import Function, Library, minus_one, reported_as
-from caam_hotplug.model import KeySerial, KeyType, SecretBytes
+from caam_hotplug.model import KeyType, SecretBytes
+
+KeySerial = NewType("KeySerial", int)
 
 _READ_MAX_BYTES: Final = 16 << 10
 KEY_TYPES: Final = get_args(KeyType)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -23,7 +22,6 @@ from caam_hotplug.kernel import (
     blob_files,
     caam,
     changed_disk,
-    device_users,
     device_xattr,
     devmapper,
     emptied_disk,
@@ -37,6 +35,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.kernel.write_watch import WriteWatch
 from caam_hotplug.model import (
@@ -84,24 +83,12 @@ class LinuxKernel:
         except UnknownError:
             return True
 
-    def identify(self, volume: Volume) -> Volume:
-        """Return the volume with its labels and identifiers, read off the medium.
+    def open_volume(self, volume: Volume) -> OpenVolume:
+        """Open the volume's node, and read its labels and identifiers off the disk.
 
-        If it awaits udev, those are the partition table's; udev will report its contents. Raises:
-        DeviceLockedError if udev, too, waits for a program that has locked the disk.
+        Raises: DeviceLockedError if udev, too, waits for a program that has locked the disk.
         """
-        if volume.awaits_udev:
-            device_users.require_unlocked(volume.name)
-        found = blkid.identify(volume.node, contents=not volume.awaits_udev)
-        return replace(
-            volume,
-            partlabel=found.partlabel,
-            partuuid=found.partuuid,
-            parttype=found.parttype,
-            label=found.label,
-            uuid=found.uuid,
-            identified=True,
-        )
+        return OpenVolume(volume)
 
     def remember(self, volume: Volume, text: str) -> None:
         """Store a text for the volume, for later runs of the agent, too; "" removes it."""
@@ -114,10 +101,6 @@ class LinuxKernel:
     def remembered_on(self, disk: Volume) -> list[str]:
         """Return the texts stored for the disk and its partitions, also for those that are gone."""
         return device_xattr.all_marked(disk)
-
-    def require_unused(self, volume: Volume) -> None:
-        """Raise DeviceInUseError with the users if something else uses the volume."""
-        device_users.require_unused(volume)
 
     def read_blob(self, name: str, form: Backend | None = None) -> Blob:
         """Read the blob, in this form or in any. Raises: BlobMissingError, BlobError."""

@@ -22,7 +22,8 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.blobs import TRUSTED_KEY_BYTES, Encrypted, Trusted
 from caam_hotplug.kernel import devmapper, keyring, memory
-from caam_hotplug.model import KeySerial, KeyType, SecretBytes
+from caam_hotplug.kernel.keyring import KeySerial
+from caam_hotplug.model import KeyType, SecretBytes
 
 _NEW: Final = "caam-hotplug:new"
 _DIGITS: Final = b"0123456789abcdef"

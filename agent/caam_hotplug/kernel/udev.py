@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,14 @@ import pyudev
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, UnknownError
-from caam_hotplug.kernel import device_users, sysfs, sysfs_tree, udev_rules, uevents
+from caam_hotplug.kernel import (
+    device_users,
+    sysfs,
+    sysfs_tree,
+    udev_database,
+    udev_rules,
+    uevents,
+)
 from caam_hotplug.kernel.sysfs import Source
 from caam_hotplug.kernel.unknown import Unknown
 from caam_hotplug.model import (
@@ -37,12 +45,6 @@ UDEV_PATIENCE_S = 30.0
 _EVENTS_PER_READ: Final = 8
 """A storm must not keep the loop from everything else, such as the watchdog: one device takes
 dozens of calls."""
-_USED: Final = (
-    "DISKSEQ", "ID_FS_LABEL", "ID_FS_LABEL_ENC", "ID_FS_UUID", "ID_FS_UUID_ENC", "ID_MODEL_ENC",
-    "ID_PART_ENTRY_NAME", "ID_PART_ENTRY_TYPE", "ID_PART_ENTRY_UUID", "ID_PATH", "ID_SERIAL",
-    "ID_SERIAL_SHORT", "ID_VENDOR_ENC", names.UDEV_OPT_OUT,
-)  # fmt: skip
-"""The properties in use."""
 _UDEV_DATA: Final = "/run/udev/data"
 """What udev has reported, in a file for each device (systemd's device-private.c)."""
 _LISTING: Final = "the block devices"
@@ -164,7 +166,8 @@ class Devices:
         with suppress(pyudev.DeviceNotFoundError):  # for whatever reason: libudev gives none
             device = pyudev.Devices.from_name(self._context, "block", name)
         if device is not None and (self.source == "kernel" or device.is_initialized):
-            yield from self._from_source(uevents.Uevent("", name, _properties(device)))
+            listed = uevents.Uevent("", name, udev_database.properties(device))
+            yield from [*self._from_source(listed)] or self._without_database(name)
             return
         found = sysfs.volume_at(name, {}, "kernel")
         if found is None:
@@ -173,6 +176,19 @@ class Devices:
         self._await_udev(name)
         if device is None or os.path.exists(f"{_UDEV_DATA}/b{found.number}"):  # noqa: PTH110
             raise UnknownError("read udev's report of", name, errno.EAGAIN)
+
+    def _without_database(self, name: str) -> Iterator[Event]:
+        """Yield a medium of whose insertion udev's database does not know yet."""
+        volume = sysfs.volume_at(name, {}, "kernel")
+        if volume is None:
+            return
+        if self.source == "kernel":
+            yield self._appeared(volume)
+            return
+        self._await_udev(name)
+        if volume.id.partition and self._may_announce():
+            self._reported[name] = volume.id
+            yield Appeared(replace(volume, awaits_udev=True))
 
     @property
     def next_overdue(self) -> float | None:
@@ -220,7 +236,10 @@ class Devices:
         if sysfs.NEVER_MEDIA.match(device.sys_name):
             raise HotplugError(f"look at {node}: the agent leaves devices of this kind alone")
         source: Source = self.source if device.is_initialized else "kernel"
-        found = sysfs.volume_at(device.sys_name, _properties(device), source)
+        properties = udev_database.properties(device)
+        found = sysfs.volume_at(device.sys_name, properties, source)
+        if found is not None and udev_database.is_of_another(properties, found.id):
+            found = sysfs.volume_at(device.sys_name, {}, "kernel")
         if device.subsystem != "block" or found is None:
             raise HotplugError(f"look at {node}: it is no block device with a medium in it")
         return found
@@ -231,7 +250,7 @@ class Devices:
         volume = sysfs.volume_at(name, properties, self.source)
         if volume is None:
             yield self._disappeared(name)
-        elif uevent.action != "remove" and not _is_of_another(properties, volume.id):
+        elif uevent.action != "remove" and not udev_database.is_of_another(properties, volume.id):
             # Else it is synthesized, or an earlier medium's: that of the present one follows.
             yield self._appeared(volume)
 
@@ -278,21 +297,3 @@ class Devices:
         if sysfs.NEVER_MEDIA.match(name):
             return
         self._awaited.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
-
-
-def _properties(device: pyudev.Device) -> dict[str, str]:
-    """Return the device's properties that are in use and are text.
-
-    Kernels before 6.4 report a partition's name in bytes of no encoding (utf16_le_to_7bit in
-    block/partitions/efi.c), at which pyudev raises for the one property and for all.
-    """
-    found = {}
-    for name in _USED:
-        with suppress(KeyError, UnicodeDecodeError):
-            found[name] = device.properties[name]
-    return found
-
-
-def _is_of_another(properties: Mapping[str, str], which: VolumeId) -> bool:
-    """Return whether the properties are those of an earlier medium in the same place."""
-    return properties.get("DISKSEQ", str(which.diskseq)) != str(which.diskseq)

@@ -1,7 +1,7 @@
 """Whether a board's udev rules may keep the agent off a device.
 
 A rule that sets the property shows only in udev's report of the device, once it has run all rules.
-If no rule sets it, there is nothing to wait for.
+If no rule sets it, or imports what may set it, there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.kernel import inotify
+from caam_hotplug.kernel.udev_imports import may_set_unnamed
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ def _sets(directory: Path) -> bool:
 
 def _sets_in(file: Path) -> bool:
     try:
-        return _NAMES.search(file.read_bytes().replace(b"\\\n", b"")) is not None
+        rules = file.read_bytes().replace(b"\\\n", b"")
+        return _NAMES.search(rules) is not None or may_set_unnamed(rules.decode(errors="replace"))
     except FileNotFoundError:  # a dangling link, which udevd ignores
         return False

@@ -164,6 +164,7 @@ def _format(
     """Make the filesystem, under the key of the blob as it is stored. Raises: HotplugError."""
     options = plan.options
     progress(f"making the filesystem ({options.filesystem})")
+    hold.wipe(entry.start, entry.length)
     with temporary_mapping.through_key(
         hold,
         "provision",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from contextlib import closing, suppress
-from dataclasses import replace
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, KernelError, shown
-from caam_hotplug.kernel import blkid, sysfs, udev
+from caam_hotplug.kernel import open_volume, sysfs, udev
 from caam_hotplug.model import Appeared, DevType, Volume
 from caam_hotplug.provisioning import migration_journal
 
@@ -63,6 +62,5 @@ def _partition_at(node: str, devices: udev.Devices) -> Volume:
 def _identified(volume: Volume) -> Volume:
     if not volume.identified and volume.devtype is DevType.PARTITION:
         with suppress(KernelError):  # an unreadable medium is not the one that was named
-            found = blkid.identify(volume.node)
-            return replace(volume, partlabel=found.partlabel, partuuid=found.partuuid)
+            return open_volume.identify(volume)
     return volume

@@ -10,6 +10,7 @@ from typing import Any
 from caam_hotplug.config.rules import Action
 from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.model import Mapping, State
+from caam_hotplug.volume.device import Device
 from caam_hotplug.volume.hooks import Hooks
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.mapping import active_mapping, backend_that_made
@@ -39,8 +40,11 @@ class Released:
 class Activation:
     """Mapping and mount of one volume while they are held. Synchronization: loop only."""
 
-    def __init__(self, record: Record, operations: Operations, target: Target) -> None:
+    def __init__(
+        self, record: Record, operations: Operations, device: Device, target: Target
+    ) -> None:
         self._record = record
+        self._device = device
         self._operations = operations
         self._target = target
         self._status, self._inbox, self._stop = record.status, record.inbox, record.stop
@@ -63,7 +67,9 @@ class Activation:
     async def _held(self) -> Released:
         self._operations.took = {}
         async with AsyncExitStack() as held:
-            mapping = await held.enter_async_context(active_mapping(self._operations, self._target))
+            mapping = await held.enter_async_context(
+                active_mapping(self._operations, self._device, self._target)
+            )
             by = f", by its {backend_that_made(mapping)} key"
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
             is_writable = False
@@ -115,9 +121,17 @@ class Activation:
             if self._inbox.request is not None and not self._inbox.wants_release:
                 self._inbox.grant()  # it is mounted or unlocked already
                 continue
-            cause = self._inbox.request or self._record.take_reason_to_release(self._target)
+            cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
                 return cause
+
+    async def _reason_to_release(self) -> Reevaluate | None:
+        """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
+        record, target = self._record, self._target
+        change = record.take_reason_to_release(target)
+        if change is not Reevaluate.UDEV or not record.contradicts(target):
+            return change
+        return None if await self._device.confirms(target) else change
 
     async def _release(self, mapping: Mapping, cause: Request | Reevaluate) -> bool:
         """Flush and unmount for this cause; False if its users or the stop signal prevent it."""

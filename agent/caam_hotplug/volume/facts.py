@@ -1,10 +1,10 @@
-"""What is known of a volume: the kernel's report first, udev's later."""
+"""What is known of a volume: the kernel's report first, udev's later, and what its disk says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from caam_hotplug.config.match import ON_THE_TABLE
+from caam_hotplug.config.match import ON_THE_DISK
 from caam_hotplug.model import Volume
 
 
@@ -25,18 +25,38 @@ class Facts:
     def __init__(self, volume: Volume) -> None:
         self.udevs_report = volume if volume.identified else None
         """Last report of udev's."""
+        self._is_doubted = False
+        """Whether the disk has contradicted it, so that it may be of another medium."""
 
     def merge(self, before: Volume, report: Volume, *, needs_udev: bool) -> Merged:
         """Merge a report. `needs_udev`: what was known before is not enough to match the rules."""
         is_udevs = report.identified
-        is_first = is_udevs and self.udevs_report is None
+        is_first = is_udevs and (self.udevs_report is None or self._is_doubted)
         is_kept = before.identified and not is_udevs and not needs_udev
         if is_kept:
             report = replace(before, awaits_udev=report.awaits_udev)
         elif is_udevs:
-            self.udevs_report = report
+            self.udevs_report, self._is_doubted = report, False
         if is_first and before.identified:
             # Facts that udev failed to read (bad sector) do not contradict the earlier ones.
-            missing = [fact for fact in ON_THE_TABLE if getattr(report, fact) is None]
+            missing = [fact for fact in ON_THE_DISK if getattr(report, fact) is None]
             report = replace(report, **{fact: getattr(before, fact) for fact in missing})
         return Merged(report, is_first, is_kept)
+
+    def read(self, before: Volume, found: Volume) -> Volume:
+        """Merge what the disk says, which counts more than what was reported."""
+        facts = {fact: getattr(found, fact) for fact in ON_THE_DISK}
+        return replace(before, **facts, identified=True)
+
+    def contradiction(self, read: Volume) -> str:
+        """Return what udev has reported last and the disk does not say, in words, once."""
+        report = self.udevs_report
+        if report is None or self._is_doubted:
+            return ""
+        words = [
+            f"{fact} is {getattr(read, fact)!a} on the disk, and udev reports {reported!a}"
+            for fact in sorted(ON_THE_DISK)
+            if (reported := getattr(report, fact)) not in {None, getattr(read, fact)}
+        ]
+        self._is_doubted = bool(words)
+        return "; ".join(words)

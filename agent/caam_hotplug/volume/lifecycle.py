@@ -23,6 +23,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
+from caam_hotplug.volume.device import Device, OtherOnDiskError
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import release_leftovers
 from caam_hotplug.volume.operations import Operations
@@ -55,6 +56,7 @@ class VolumeLifecycle:
         self._operations = Operations(
             self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
+        self._device = Device(self.record, self._operations)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -112,6 +114,9 @@ class VolumeLifecycle:
             return await self._follow_rules()
         except (StopRequestedError, DeviceLockedError):
             pass
+        except OtherOnDiskError as error:
+            self.record.read_from_disk(error.found)
+            self._inbox.note(Reevaluate.FACTS)
         except BlobMissingError as error:
             self._status.publish(State.WAITING, str(error))
         except MountPointOccupiedError as error:
@@ -125,10 +130,12 @@ class VolumeLifecycle:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
             return self._failed(error)
+        finally:
+            await self._device.close()
         return self._phase.to_idle()
 
     async def _follow_rules(self) -> Phase:
-        await self._identify()
+        await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
             case Plan() as plan:
@@ -136,15 +143,6 @@ class VolumeLifecycle:
             case NoMatch() as why if not self.record.volume.awaits_udev:
                 return await self._ignore(why)
         return self._phase.to_idle()  # and publish nothing before udev's report
-
-    async def _identify(self) -> None:
-        """Read from the medium what udev has not reported."""
-        while not self.record.volume.identified:
-            asked = self.record.volume
-            found = await self._operations.call("identify", self._kernel.identify, asked)
-            if self.record.volume == asked:  # else there was a report meanwhile
-                self._status.volume = found
-        self._stop.check()
 
     def _failed(self, error: Exception) -> Phase:
         if self._stop.medium_gone or not self._kernel.is_present(self.record.volume):
@@ -178,6 +176,7 @@ class VolumeLifecycle:
             while (owner := points.owner(name)) != me:
                 words = f"{self._kernel.mount_root / name} belongs to volume {owner}"
                 self._status.publish(State.CONFLICT, words, **facts)
+                await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
                     lambda: points.owner(name) == me or self._inbox.concerns_active
                 )
@@ -200,7 +199,7 @@ class VolumeLifecycle:
         has_leftover = self._phase.has_leftover
         self.record.phase = Active(target=target, plan=target.plan, has_leftover=has_leftover)
         try:
-            released = await Activation(self.record, self._operations, target).run()
+            released = await Activation(self.record, self._operations, self._device, target).run()
         finally:
             self._status.forget_mapping()
             self.record.phase = Queued(target=target, has_leftover=self._phase.has_leftover)

@@ -14,6 +14,7 @@ from caam_hotplug.formats.blobs import KEY_TYPES, Backend
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.keys import backends
 from caam_hotplug.model import KeyReference, Mapping, VolumeId
+from caam_hotplug.volume.device import Device
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -33,15 +34,21 @@ async def release_key(operations: Operations, volume: VolumeId) -> None:
 
 
 @asynccontextmanager
-async def active_mapping(operations: Operations, target: Target) -> AsyncIterator[Mapping]:
+async def active_mapping(
+    operations: Operations, device: Device, target: Target
+) -> AsyncIterator[Mapping]:
     """Make or adopt the mapping of the target, and release it on the way out.
 
-    Raises: ForeignMappingError if a mapping of its DM-UUID does something else.
+    The mapping holds the device, which is closed then without waiting for the medium.
+    Raises: OtherOnDiskError if its disk says something else; ForeignMappingError if a mapping of
+    its DM-UUID does something else.
     """
     kernel, uuid = operations.kernel, target.dm_uuid
     operations.cut_off.is_mapped = True
     existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
     adopted = existing is not None and _as_wanted(existing, target)
+    if existing is not None and existing.name != target.dm_name:  # made by another label or rule
+        await operations.call("identify", device.require_not_contradicted, target.volume)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
@@ -51,8 +58,9 @@ async def active_mapping(operations: Operations, target: Target) -> AsyncIterato
                 existing.name,
                 extra=fields("adopted", VOLUME=target.volume, MAPPING=existing.name),
             )
-            _, live = await operations.dm_each(
+            *_, live = await operations.dm_each(
                 ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
+                ("close the device", device.close_now),
                 ("look for the mapping", partial(kernel.find_mapping, uuid)),
             )
         else:
@@ -60,7 +68,7 @@ async def active_mapping(operations: Operations, target: Target) -> AsyncIterato
                 await operations.dm(
                     "remove the half-made mapping", kernel.remove_mapping, existing.name
                 )
-            live = await _make_mapping(operations, target)
+            live = await _make_mapping(operations, device, target)
         operations.stop.check()
         if live is None:
             raise ForeignMappingError(f"mapping {target.dm_name} vanished while it was made")
@@ -94,8 +102,12 @@ def _is_wanted(crypt: CryptTarget, target: Target) -> bool:
     )
 
 
-async def _make_mapping(operations: Operations, target: Target) -> Mapping | None:
+async def _make_mapping(operations: Operations, device: Device, target: Target) -> Mapping | None:
     """Make the mapping, and return it, or None if somebody has removed it since.
+
+    What has chosen it is on the disk, and not only reported: else OtherOnDiskError is raised.
+    The table refers to the device by its number, under which there may be another medium since it
+    was opened. That is known once the table is loaded, before anything can be read through it.
 
     dm-crypt copies the key when a table is loaded, so it is in the keyring until right after that.
     """
@@ -108,8 +120,9 @@ async def _make_mapping(operations: Operations, target: Target) -> Mapping | Non
 
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_key, operations, target.volume.id)
-        _, key = await operations.each(
-            ("look who uses it", partial(kernel.require_unused, target.volume)),
+        *_, key = await operations.each(
+            ("identify", partial(device.require_read, target.volume)),
+            ("look who uses it", device.require_unused),
             ("import the blob", load_key),
         )
         operations.stop.check()
@@ -119,6 +132,8 @@ async def _make_mapping(operations: Operations, target: Target) -> Mapping | Non
             ("create the mapping", partial(kernel.create_mapping, name, target.dm_uuid)),
             ("load the table", partial(kernel.load_table, name, line, read_only=read_only)),
             ("unlink the key", partial(kernel.unlink_key, description)),
+            ("look whether it is the same medium", device.require_same),
+            ("close the device", device.close_now),
             ("activate the mapping", partial(kernel.activate_mapping, name)),
             ("look for the mapping", partial(kernel.find_mapping, target.dm_uuid)),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.config.match import ON_THE_DISK
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
 from caam_hotplug.errors import WritesLostError, is_passing
 from caam_hotplug.formats.marks import Mark
@@ -26,6 +28,8 @@ from caam_hotplug.volume.status import Publish, VolumeStatus
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import Worker
+
+log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S: Final = 1.0
 _LONGEST_RETRY_S: Final = 30.0
@@ -101,6 +105,14 @@ class Record:
         if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
+
+    def read_from_disk(self, found: Volume) -> None:
+        """Note what the disk says of the volume: `found` was read after all reports so far."""
+        merged = self.facts.read(self.volume, found)
+        if words := self.facts.contradiction(merged):
+            log.warning("%s: %s; what the disk says counts", merged, words)
+        if merged != self.volume:
+            self.status.volume = merged
 
     def blob_appeared(self, blob: str | None) -> None:
         """Note that the blob of this file name is there, or with None that any may be.
@@ -231,12 +243,16 @@ class Record:
         """Take out what has changed, if rules and facts ask for something else than is held."""
         # Once: users who refuse to release it are asked again only after another change.
         change = self.inbox.take_change()
-        if change is None:
-            return None
+        return change if change is not None and self.wants_another(target) else None
+
+    def wants_another(self, target: Target) -> bool:
+        """Whether rules and facts ask for something else than the target has."""
         plan = match_rules(self.context.rules, self.volume)
-        if self._continues(target, plan) or isinstance(plan, NeedsUdev):
-            return None
-        return change
+        return not (self._continues(target, plan) or isinstance(plan, NeedsUdev))
+
+    def contradicts(self, target: Target) -> bool:
+        """Whether what was reported last is not what the disk said when the target was made."""
+        return any(getattr(self.volume, f) != getattr(target.volume, f) for f in ON_THE_DISK)
 
     def plan_in_force(self, target: Target) -> Plan:
         """Return the plan by which the target is held now."""

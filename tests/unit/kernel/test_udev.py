@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caam_hotplug import names
-from caam_hotplug.kernel import device_users, sysfs, udev, uevents
+from caam_hotplug.kernel import device_users, sysfs, udev, udev_database, uevents
 from caam_hotplug.model import (
     Announced,
     Appeared,
@@ -80,8 +80,35 @@ class Reported:
 
 def test_a_property_that_is_no_text_hides_no_other_one() -> None:
     device = Reported()
-    device.properties = device.properties(ID_PART_ENTRY_NAME="Donn\xe9es", DISKSEQ="7")  # type: ignore[assignment]
-    assert udev._properties(device) == {"DISKSEQ": "7"}  # type: ignore[arg-type]
+    device.properties = device.properties(ID_PART_ENTRY_NAME="Donn\xe9es", ID_PATH="7")  # type: ignore[assignment]
+    assert udev_database.properties(device) == {"ID_PATH": "7"}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("database", "is_stale"),
+    [
+        ({names.UDEV_DISKSEQ: "7", "DISKSEQ": "7"}, False),
+        ({names.UDEV_DISKSEQ: "6", "DISKSEQ": "7"}, True),
+        ({"DEVLINKS": "/dev/disk/by-id/x /dev/disk/by-diskseq/7", "DISKSEQ": "7"}, False),
+        ({"DEVLINKS": "/dev/disk/by-diskseq/6 /dev/disk/by-id/x", "DISKSEQ": "7"}, True),
+        ({"DEVLINKS": "/dev/disk/by-diskseq/7-part1", "DISKSEQ": "7"}, False),
+        ({"DISKSEQ": "7"}, False),
+        ({"DISKSEQ": "6"}, False),  # it is what the kernel says, and read a moment ago
+    ],
+)
+def test_udevs_database_is_of_another_medium_if_it_says_so(
+    database: dict[str, str], is_stale: bool
+) -> None:
+    device = Reported()
+    device.properties = device.properties(database)  # type: ignore[assignment]
+    properties = udev_database.properties(device)  # type: ignore[arg-type]
+    assert udev_database.is_of_another(properties, VolumeId(7, 1)) is is_stale
+
+
+@pytest.mark.parametrize("said", [{"DISKSEQ": "6"}, {names.UDEV_DISKSEQ: "6", "DISKSEQ": "7"}])
+def test_an_event_is_of_another_medium_if_any_number_in_it_is(said: dict[str, str]) -> None:
+    assert udev_database.is_of_another(said, VolumeId(7, 1))
+    assert not udev_database.is_of_another(dict.fromkeys(said, "7"), VolumeId(7, 1))
 
 
 KOBJECT_UEVENT = 15

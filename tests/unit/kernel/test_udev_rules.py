@@ -49,9 +49,25 @@ def test_without_such_a_rule_none_may_be_there(watched: UdevRules) -> None:
         'ENV{CAAM_HOTPLUG}=e"0"',
         'ENV{CAAM_HOTPLUG} \\\n = "0"',
         'IMPORT{cmdline}="CAAM_HOTPLUG"',
+        'IMPORT{program}="/usr/bin/board-id $devnode"',
+        'IMPORT{program}=="board-id"',
+        'SUBSYSTEM=="block", IMPORT{program}="/bin/sh -c \'scsi_id; echo X\'"',
+        'IMPORT{file}="/etc/board"',
+        'IMPORT="board-id"',
+        'ENV{DEVTYPE}=="partition", IMPORT{parent}="CAAM*"',
+        'SUBSYSTEMS=="usb", IMPORT{builtin}="hwdb --subsystem=usb"',
+        'KERNEL=="sd*|sr*", IMPORT{builtin}="hwdb board:%k"',
+        'KERNEL!="sr*", IMPORT{file}="/etc/board"',
+        'ENV{ID_FS_TYPE}=="", IMPORT{program}="board-id"',
+        'SUBSYSTEM!="net|block", GOTO="end"\nIMPORT{program}="board-id"\nLABEL="end"',
+        'ACTION=="remove", GOTO="end"\nIMPORT{program}="board-id"\nLABEL="end"',
+        'TEST=="x", GOTO="end"\nIMPORT{program}="board-id"\nLABEL="end"',
+        'SUBSYSTEM!="block", GOTO="a"\nLABEL="a"\nIMPORT{program}="board-id"',
     ],
 )
-def test_a_rule_that_sets_the_property_is_found(watched: UdevRules, rules: Path, rule: str) -> None:
+def test_a_rule_that_sets_the_property_or_may_is_found(
+    watched: UdevRules, rules: Path, rule: str
+) -> None:
     (rules / "10-board.rules").write_text(f"# a board's own\n{rule}\n")
     assert watched.may_opt_out()
 
@@ -63,9 +79,19 @@ def test_a_rule_that_sets_the_property_is_found(watched: UdevRules, rules: Path,
         'ENV{CAAM_HOTPLUG}=="0", TAG+="x"',
         'ENV{CAAM_HOTPLUG}!="0", TAG+="x"',
         'ENV{CAAM_HOTPLUG_X}="0"',
+        '# IMPORT{program}="board-id"',
+        'SUBSYSTEM=="net", IMPORT{program}="board-id"',
+        'ACTION=="remove", IMPORT{program}="board-id"',
+        'SUBSYSTEM!="net", GOTO="end"\nIMPORT{program}="board-id"\nLABEL="end"',
+        'KERNEL!="dm-[0-9]*|md*", GOTO="end"\nIMPORT{file}="/etc/board"\nLABEL="end"',
+        'ENV{MODALIAS}!="", IMPORT{builtin}="hwdb --subsystem=$env{SUBSYSTEM}"',
+        'KERNEL=="sd*", IMPORT{program}="scsi_id --export --whitelisted -d $devnode"',
+        'IMPORT{program}="/sbin/mdadm --incremental --export $devnode"',
+        'IMPORT{builtin}="blkid", IMPORT{builtin}="path_id", IMPORT{parent}="ID_*"',
+        'RUN{program}+="/usr/bin/mount-it", PROGRAM="/usr/bin/board-id"',
     ],
 )
-def test_a_rule_that_only_asks_for_it_does_not_count(
+def test_a_rule_that_does_not_set_it_does_not_count(
     watched: UdevRules, rules: Path, rule: str
 ) -> None:
     (rules / "10-board.rules").write_text(f"{rule}\n")

@@ -41,6 +41,22 @@ def test_a_recovery_key_is_the_mediums_and_is_reported(workshop: Workshop) -> No
     assert base64.b64decode(encoded) == workshop.key()
 
 
+def test_the_headers_of_an_earlier_use_are_wiped(workshop: Workshop) -> None:
+    medium = workshop.medium()
+    size = medium.stat().st_size
+    with medium.open("r+b") as file:
+        file.write(b"\xaa" * size)
+    workshop.make(medium)
+    with medium.open("rb") as file:
+        (entry,) = gpt.read(file.fileno(), str(medium)) or ()
+        first, length = entry.start * 512, entry.length * 512
+        for position in (first, first + length - (128 << 10)):
+            file.seek(position)
+            assert file.read(128 << 10) == bytes(128 << 10)
+        file.seek(first + length // 2)
+        assert file.read(512) == b"\xaa" * 512
+
+
 def test_a_medium_that_was_made_gets_no_recovery_key_later(workshop: Workshop) -> None:
     workshop.make(medium := workshop.medium())
     said = refusal(workshop, medium, recovery_file=workshop.recovery)
