@@ -55,7 +55,7 @@ class Guest:
         self._numbers = itertools.count(1)
         self._nodes = itertools.count(1)
         self._ports = list(USB_PORTS)
-        self.plugged: list[Plug | SdCard] = []
+        self.plugged: list[Plug | SdCard | CardReader] = []
         """The media in their sockets, in the order in which they were plugged."""
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._pump = asyncio.create_task(self._read())
@@ -226,6 +226,17 @@ class Guest:
         await card.plug()
         return card
 
+    async def plug_reader(self, medium: Path) -> CardReader:
+        """A USB card reader has been plugged, with this card in it."""
+        node = await self._open(medium, read_only=False, slow=False)
+        reader = CardReader(self, Plug(self, f"usb-{node}", "usb-storage", node, node, bus=None))
+        await reader.plug()
+        return reader
+
+    async def open_card(self, medium: Path) -> str:
+        """The name by which QEMU knows the image of a card, to be inserted anywhere."""
+        return await self._open(medium, read_only=False, slow=False)
+
     async def _open(self, medium: Path, *, read_only: bool, slow: bool) -> str:
         node = f"n{next(self._nodes)}"
         file = {"driver": "file", "filename": str(medium), "read-only": read_only}
@@ -332,3 +343,40 @@ class SdCard:
         """The slot is empty."""
         self.guest.plugged.remove(self)
         await self.guest.qmp("blockdev-remove-medium", id="sd0")
+
+
+@dataclass(slots=True, eq=False)
+class CardReader:
+    """A USB reader whose card is changed while the reader stays in its port.
+
+    The reader's disk keeps its name. The kernel asks for another card every two seconds, or when
+    somebody opens the disk.
+    """
+
+    guest: Guest
+    socket: Plug
+
+    async def plug(self) -> None:
+        """The reader is in its port, with the card that it had."""
+        await self.socket.plug()
+        self.guest.plugged[-1] = self
+
+    async def pull(self) -> None:
+        """The reader is out."""
+        self.guest.plugged[self.guest.plugged.index(self)] = self.socket
+        await self.socket.pull()
+
+    async def remove(self) -> None:
+        """The card is out, though the guest has locked it in."""
+        await self.guest.qmp("blockdev-open-tray", id=self._disk, force=True)
+        await self.guest.qmp("blockdev-remove-medium", id=self._disk)
+
+    async def insert(self, node: str) -> None:
+        """A card sits in the empty reader, by the name that `Guest.open_card` gave."""
+        await self.guest.qmp("blockdev-insert-medium", id=self._disk, node_name=node)
+        await self.guest.qmp("blockdev-close-tray", id=self._disk)
+
+    @property
+    def _disk(self) -> str:
+        device = f"{self.socket.device}-{self.socket.times}"
+        return f"{device}/{device}.0/legacy[0]"

@@ -89,6 +89,20 @@ async def test_an_sd_card_is_inserted_and_pulled(guest: Guest, tmp_path: Path) -
         await card.plug()
 
 
+async def test_a_card_is_changed_in_a_reader_that_stays(guest: Guest, tmp_path: Path) -> None:
+    reader = await guest.plug_reader(make_medium(tmp_path / "a.img", "card-a"))
+    another = await guest.open_card(make_medium(tmp_path / "b.img", "card-b"))
+    await guest.until("test -e /dev/disk/by-partlabel/card-a")
+    await reader.remove()
+    await reader.insert(another)
+    await guest.until("test -e /dev/disk/by-partlabel/card-b")
+    await guest.sh("! test -e /dev/disk/by-partlabel/card-a; test -b /dev/sda1")
+    await reader.remove()
+    await guest.until("! test -e /dev/sda1; test -b /dev/sda")
+    await reader.pull()
+    await guest.until("! test -e /dev/sda")
+
+
 async def test_a_scsi_disk_is_plugged_and_pulled(guest: Guest, tmp_path: Path) -> None:
     disk = await guest.plug_scsi(make_medium(tmp_path / "m.img"), serial="D1", read_only=True)
     await guest.until("test -b /dev/sda1")
