@@ -218,6 +218,10 @@ class Board:
         self._booted = True
         run("rmmod", "caam_sim")
 
+    def new_session(self) -> None:
+        """Cut the power of the CAAM only, as a deep sleep may: mappings stay live."""
+        (PARAMETERS / "new_session").write_text("1")
+
     def restore(self) -> None:
         """Load the original chip."""
         if not self._booted:

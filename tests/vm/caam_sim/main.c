@@ -29,6 +29,16 @@ static bool present = true;
 module_param(present, bool, 0400);
 MODULE_PARM_DESC(present, "Whether there is a CAAM; the drivers of others' keys need this module");
 
+/* Any write: the power of a running board's CAAM was cut, as in a deep sleep. */
+static int begin_session(const char *val, const struct kernel_param *kp)
+{
+	return present && keygen ? tk_renew() : -ENODEV;
+}
+
+static const struct kernel_param_ops new_session_ops = { .set = begin_session };
+module_param_cb(new_session, &new_session_ops, NULL, 0200);
+MODULE_PARM_DESC(new_session, "Write anything: a new JDKEK, also for the keys in use");
+
 bool caam_present(void)
 {
 	return present;
