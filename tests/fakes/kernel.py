@@ -24,6 +24,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
 from caam_hotplug.model import (
     Bus,
     DeviceNumber,
@@ -94,6 +95,8 @@ class FakeMapping:
     key: bytes | None = None
     inactive_key: bytes | None = None
     read_only: bool = False
+    is_held: bool = False
+    """Whether its I/O waits."""
     holders: int = 0
     is_removed_at_last_close: bool = False
 
@@ -110,6 +113,10 @@ class FakeMedium:
     """State that the agent has recorded for its volume."""
     is_locked: bool = False
     """Whether a program has locked its disk for exclusive use."""
+    is_refusing: bool = False
+    """Whether its reader refuses to read until its disk is opened anew."""
+    identifier: bytes = b"a GUID"
+    """Identifier of its partition table."""
 
 
 @dataclass
@@ -168,6 +175,13 @@ class FakeKernel:
         """Take the medium out."""
         with self.lock:
             del self.media[name]
+
+    def new_session(self) -> None:
+        """Cut the CAAM's power: the live mappings' keys become others."""
+        with self.lock:
+            for mapping in self.mappings.values():
+                if mapping.key is not None:
+                    mapping.key = b"another than " + mapping.key
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """Make the next call of this step raise the error instead of acting."""
@@ -395,6 +409,7 @@ class FakeProcess:
     def activate_mapping(self, name: str) -> None:
         self._step("activate_mapping", name)
         mapping = self._mapping(name, "activate mapping")
+        mapping.is_held = False
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
@@ -402,7 +417,7 @@ class FakeProcess:
     def load_error_table(self, name: str, size: Sectors) -> None:
         self._step("load_error_table", name)
         mapping = self._mapping(name, "load error table of mapping")
-        mapping.live, mapping.key = f"0 {size} error", None
+        mapping.live, mapping.key, mapping.is_held = f"0 {size} error", None, False
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -415,6 +430,28 @@ class FakeProcess:
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
         self._mapping(name, "keep mapping").is_removed_at_last_close = False
+
+    def hold_mapping(self, name: str) -> None:
+        self._step("hold_mapping", name)
+        self._mapping(name, "hold mapping").is_held = True
+
+    def plaintexts(self, mapping: Mapping) -> Plaintexts:
+        self._step("plaintexts", mapping.name)
+        fake = self._mapping(mapping.name, "read")
+        assert not fake.is_held, "nothing would answer"
+        target = CryptTarget.from_line(fake.live or "")
+        medium = None if target is None else self.kernel.medium(target.device)
+        if medium is None or medium.is_refusing:
+            return (None,)
+        return (hash((medium.identifier, fake.key)),)
+
+    def ciphertexts(self, volume: Volume, mapping: Mapping) -> Ciphertexts:
+        self._step("ciphertexts", volume.name)
+        medium = self.kernel.media.get(volume.name)
+        if medium is None:
+            raise KernelError("open", volume.node, errno.ENOENT)
+        medium.is_refusing = False
+        return Ciphertexts(medium.identifier, (1,))
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         at_node = (

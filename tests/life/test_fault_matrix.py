@@ -126,6 +126,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
     # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
     "keep_mapping": (errno.ENXIO, errno.EBUSY, errno.ENOMEM),
+    # open(2), read(2) past the cache: the node or the medium gone, bad sectors, no memory.
+    "plaintexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
+    "ciphertexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     # open(2), read(2) in blkid_do_safeprobe: bad sectors, the node or the medium gone.
     "probe": (errno.EIO, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
     # fsconfig(2), mount(2), ext4_fill_super and its kin: a bad superblock or option, corruption,
@@ -195,7 +198,7 @@ def error_of(step: str, number: int) -> HotplugError:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "identify" | "require_unused" | "probe", _:
+        case "identify" | "require_unused" | "probe" | "plaintexts" | "ciphertexts", _:
             return KernelError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -443,6 +446,8 @@ class Combination:
         act = self.moment.act
         if act is find_leftovers or self.step in {"unmount", "our_mount_points"}:
             return self.moment.ends_in  # no lifecycle of the target; a detach follows; only listed
+        if self.step in {"plaintexts", "ciphertexts"}:
+            return self.moment.ends_in  # only a later sleep needs them
         if self.step == "read_blob" and self.number == errno.ENOENT:
             return State.WAITING
         return State.REMOVED_UNSAFELY if act is pull else State.FAILED

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from caam_hotplug.daemon.supervisor import Supervisor
-from caam_hotplug.kernel import inotify, sysfs, udev
+from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe
 
@@ -88,3 +89,30 @@ def blobs_watched(directory: Path, supervisor: Supervisor) -> Iterator[None]:
     finally:
         loop.remove_reader(blobs)
         blobs.close()
+
+
+@contextmanager
+def sleeps_watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
+    """Report each sleep of the machine; what is yielded reports one that the clock did not show."""
+    try:
+        watched = wakeups.Wakeups()
+    except HotplugError as error:
+        log.warning("cannot notice that the machine has slept: %s", error)
+        yield lambda: None
+        return
+
+    def take() -> None:
+        if watched.read():
+            supervisor.machine_woke()
+
+    def look() -> None:
+        if watched.counts_another():
+            supervisor.machine_woke()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watched, take)
+    try:
+        yield look
+    finally:
+        loop.remove_reader(watched)
+        watched.close()

@@ -111,6 +111,11 @@ class Supervisor:
         for lifecycle in self._lifecycles.values():
             lifecycle.record.rules_changed()
 
+    def machine_woke(self) -> None:
+        """Have every mapping compared with what it gave before the sleep."""
+        for lifecycle in self._lifecycles.values():
+            lifecycle.record.machine_woke()
+
     def blob_appeared(self, name: str | None) -> None:
         """Report a new blob to all volumes; with None, any blob may be there."""
         for lifecycle in self._lifecycles.values():
@@ -272,10 +277,12 @@ class Supervisor:
                 record.publish_defect(State.REMOVED_UNSAFELY)
         finally:
             del self._lifecycles[which]
-            if record.parked is not None and VolumeId(which.diskseq, 0) in self._at.values():
+            lost = record.volume if record.stop.lost_in_sleep else None
+            has_disk = VolumeId(which.diskseq, 0) in self._at.values()
+            if record.parked is not None and (has_disk or lost is not None):
                 self._parked[which] = record.parked
-        again = self._next.pop(which, None)
-        if again is not None:
+        again = self._next.pop(which, lost)
+        if again is not None and not self._stopping:
             self._start(again)
 
     async def _release_orphan(self, orphan: Mapping) -> None:

@@ -50,8 +50,10 @@ async def active_mapping(operations: Operations, target: Target) -> AsyncIterato
                 existing.name,
                 extra=fields("adopted", VOLUME=target.volume, MAPPING=existing.name),
             )
-            _, live = await operations.dm_each(
+            *_, live = await operations.dm_each(
                 ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
+                # It may have been held when an earlier run ended.
+                ("activate the mapping", partial(kernel.activate_mapping, existing.name)),
                 ("look for the mapping", partial(kernel.find_mapping, uuid)),
             )
         else:

@@ -48,8 +48,10 @@ class Record:
         self.stop = StopSignal()
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
+        self.has_slept = False
+        """Whether the machine has slept since the active volume was last compared."""
         if isinstance(phase, Parked):
-            self.status.publish(phase.state, phase.reason)
+            self.status.publish(phase.state, phase.reason, is_parked=True)
 
     @property
     def volume(self) -> Volume:
@@ -63,7 +65,9 @@ class Record:
 
     @property
     def parked(self) -> Parked | None:
-        """How the volume was released on request, if it was."""
+        """How the volume waits for a request, if it does, or its next lifecycle will."""
+        if self.stop.lost_in_sleep:
+            return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
         return self.phase if isinstance(self.phase, Parked) else None
 
     # Events from outside.
@@ -93,6 +97,11 @@ class Record:
         if (waits or self._retries_on_blob) and path in {None, self.status.blob}:
             self.inbox.note(Reevaluate.FACTS)
 
+    def machine_woke(self) -> None:
+        """Note that the machine has slept: an active volume is compared with what it was."""
+        self.has_slept = True
+        self.stop.wake()
+
     def rules_changed(self) -> None:
         """Note that other rules are in force."""
         self.inbox.note(Reevaluate.RULES)
@@ -109,6 +118,8 @@ class Record:
     def medium_gone(self) -> None:
         """End the lifecycle: the medium has departed."""
         self.stop.set(Reason.GONE)
+        if self.status.state is State.REMOVED_UNSAFELY:  # parked until now
+            self.status.publish_facts()
 
     def retry_if_udev_reported(self, before: tuple[bool, bool]) -> None:
         """Have a failed attempt repeated if it might have succeeded after udev's report.

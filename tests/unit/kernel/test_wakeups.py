@@ -1,0 +1,44 @@
+"""Sleeps of the machine are counted; the guest's tests have the clock that a sleep changes."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+from caam_hotplug.kernel.wakeups import Wakeups
+
+
+def is_readable(wakeups: Wakeups) -> bool:
+    return bool(select.select([wakeups], [], [], 0)[0])
+
+
+def test_nothing_is_readable_while_nothing_happens() -> None:
+    wakeups = Wakeups()
+    assert not is_readable(wakeups)
+    assert not wakeups.read()
+    assert not wakeups.counts_another()
+    wakeups.close()
+
+
+def test_a_sleep_that_the_clock_did_not_show_is_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "success").write_text("3\n")
+    wakeups = Wakeups(tmp_path / "success")
+    assert not wakeups.counts_another()
+    (tmp_path / "success").write_text("4\n")
+    assert wakeups.counts_another()
+    assert not wakeups.counts_another()
+    wakeups.close()
+
+
+def test_a_kernel_that_cannot_sleep_has_no_count(tmp_path: Path) -> None:
+    wakeups = Wakeups(tmp_path / "missing")
+    assert not wakeups.counts_another()
+    wakeups.close()
+
+
+def test_its_descriptors_are_closed_at_the_end() -> None:
+    before = os.listdir("/proc/self/fd")
+    wakeups = Wakeups()
+    wakeups.close()
+    assert os.listdir("/proc/self/fd") == before
