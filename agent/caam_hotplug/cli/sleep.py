@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.formats.crypt_table import CryptTarget
-from caam_hotplug.kernel import devmapper
-from caam_hotplug.model import Mapping, VolumeId
 
 if TYPE_CHECKING:
     from caam_hotplug.cli.options import Commands
     from caam_hotplug.dbus.client import Remote
+    from caam_hotplug.model import Mapping, VolumeId
 
 LOCKED: Final = Path("/run/caam-hotplug/locked-for-sleep")
 """Volumes to unlock afterwards, one a line."""
@@ -51,6 +49,8 @@ def _before(_parsed: argparse.Namespace) -> int:
 
 def _after(_parsed: argparse.Namespace) -> int:
     """Unlock the volumes that were locked before, as far as their media are still there."""
+    from caam_hotplug.model import VolumeId  # noqa: PLC0415
+
     try:
         lines = LOCKED.read_text().splitlines()
     except FileNotFoundError:
@@ -62,19 +62,24 @@ def _after(_parsed: argparse.Namespace) -> int:
 
 def _with_tagged_keys() -> list[Mapping]:
     """Return the mappings under keys of the CAAM's session, those of our commands included."""
+    from caam_hotplug.kernel import devmapper  # noqa: PLC0415
+
     prefixes = (names.DM_UUID_PREFIX, names.COMMAND_DM_UUID_PREFIX)
     ours = [mapping for prefix in prefixes for mapping in devmapper.ours(prefix)]
     return [mapping for mapping in ours if any(map(_has_tagged_key, mapping.table))]
 
 
 def _has_tagged_key(line: str) -> bool:
+    from caam_hotplug.formats.crypt_table import CryptTarget  # noqa: PLC0415
+
     target = CryptTarget.from_line(line)
     return target is not None and target.key_description.startswith("logon:")
 
 
 def _ask_each(method: str, volumes: Iterable[VolumeId]) -> list[VolumeId]:
     """Ask the agent for this of each volume; return those for which it was done."""
-    asked, done = list(volumes), list[VolumeId]()
+    asked = list(volumes)
+    done: list[VolumeId] = []
     if not asked:
         return done
 

@@ -12,6 +12,7 @@ from caam_hotplug.cli import main as cli
 from caam_hotplug.cli import sleep
 from caam_hotplug.dbus import client
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import devmapper
 from caam_hotplug.model import DeviceNumber, Mapping
 
 TAGGED = "0 8 crypt capi:tk(cbc(aes))-plain :36:logon:caam-hotplug:{} 0 8:1 0"
@@ -54,7 +55,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     made = Machine()
-    monkeypatch.setattr(sleep.devmapper, "ours", made.ours)
+    monkeypatch.setattr(devmapper, "ours", made.ours)
     monkeypatch.setattr(sleep, "LOCKED", tmp_path / "locked")
     monkeypatch.setattr(client, "run", made.run)
     return made
