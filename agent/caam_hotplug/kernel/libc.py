@@ -10,6 +10,7 @@ from caam_hotplug.kernel.ctypes_lib import Function, Library, SystemCall, minus_
 class Libc(Library, soname="libc.so.6", package="libc6"):
     """Another C library with the same interface may lack what is GNU's: see `Function.exists`."""
 
+    epoll_wait = Function(c_int, c_int, c_void_p, c_int, c_int, failure=minus_one)
     free = Function(None, c_void_p)
     getpid = Function(c_int)
     getrandom = Function(c_ssize_t, c_void_p, c_size_t, c_uint, failure=minus_one)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from caam_hotplug.kernel.wakeups import Wakeups
@@ -35,6 +39,35 @@ def test_a_kernel_that_cannot_sleep_has_no_count(tmp_path: Path) -> None:
     wakeups = Wakeups(tmp_path / "missing")
     assert not wakeups.counts_another()
     wakeups.close()
+
+
+def test_a_process_that_was_stopped_may_have_slept() -> None:
+    code = (
+        "import os, select, signal, time\n"
+        "from caam_hotplug.kernel.wakeups import Wakeups\n"
+        "w = Wakeups()\n"
+        "print('ready', flush=True)\n"
+        "print(bool(select.select([w], [], [], 60)[0]), w.read(), w.read(), flush=True)\n"
+        "w.close()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        until_waiting(process.pid)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            process.send_signal(number)
+        assert process.stdout.readline() == b"True True False\n"
+
+
+def until_waiting(pid: int) -> None:
+    """Wait until all its threads sleep in the kernel."""
+    end = time.monotonic() + 60
+    while True:
+        tasks = Path(f"/proc/{pid}/task").glob("*/stat")
+        states = {task.read_text().rpartition(")")[2].split()[0] for task in tasks}
+        if states == {"S"}:
+            return
+        assert time.monotonic() < end
 
 
 def test_its_descriptors_are_closed_at_the_end() -> None:
