@@ -126,24 +126,6 @@ def test_volumes_under_several_keys_are_compared_and_the_agent_goes_on(
     room.agent.until_pinged(2)
 
 
-def test_a_writer_that_never_pauses_does_not_keep_the_machine_awake_nor_lose_the_medium(
-    room: Room,
-) -> None:
-    room.agent.start()
-    room.plug_and_check()
-    code = f"import os\nf = os.open('{room.point()}/f', os.O_CREAT | os.O_WRONLY)\n"
-    code += "while True: os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
-    with subprocess.Popen([sys.executable, "-c", code]) as writer:
-        try:
-            until((room.point() / "f").exists)
-            sleep_and_wake()
-            room.agent.until_said("compared after the sleep: the key is the one that it was")
-        finally:
-            writer.kill()
-    room.check_still_mounted()
-    room.pull_and_check()
-
-
 class Writer(threading.Thread):
     """Writes the blocks of a file one after the other, past the cache, until a write fails."""
 
@@ -249,3 +231,21 @@ def test_what_cannot_be_decrypted_has_no_plaintext_in_the_sample(world: RealWorl
         mapping = found(world)
         world.kernel.load_error_table(mapping.name, world.volume.size)
         assert set(sample(world, mapping).plain) == {None}
+
+
+def test_a_writer_that_never_pauses_does_not_keep_the_machine_awake_nor_lose_the_medium(
+    room: Room,
+) -> None:
+    room.agent.start()
+    room.plug_and_check()
+    code = f"import os\nf = os.open('{room.point()}/f', os.O_CREAT | os.O_WRONLY)\n"
+    code += "while True: os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
+    with subprocess.Popen([sys.executable, "-c", code]) as writer:
+        try:
+            until((room.point() / "f").exists)
+            sleep_and_wake()
+            room.agent.until_said("compared after the sleep: the key is the one that it was")
+        finally:
+            writer.kill()
+    room.check_still_mounted()
+    room.pull_and_check()
