@@ -257,6 +257,7 @@ class Entry:
     """Time at which it came to this state, in seconds of CLOCK_REALTIME."""
     steps: abc.Mapping[str, float] = field(default_factory=dict)
     """Seconds that each step of its last unlocking took."""
+    is_parked: bool = False
 
 
 class SecretBytes:

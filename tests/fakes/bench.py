@@ -332,6 +332,11 @@ class Bench:
         self._supervisor.blob_appeared(name)
         self.settle()
 
+    def wake(self) -> None:
+        """Report to the agent that the machine has slept."""
+        assert self._supervisor is not None
+        self._supervisor.machine_woke()
+
     def entry(self, volume: Volume) -> Entry:
         """Return the volume's entry in the status registry."""
         return next(entry for entry in self.registry.entries() if entry.volume.id == volume.id)

@@ -28,6 +28,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
 from caam_hotplug.model import (
     Appeared,
     Bus,
@@ -101,6 +102,8 @@ class FakeMapping:
     key: bytes | None = None
     inactive_key: bytes | None = None
     read_only: bool = False
+    is_held: bool = False
+    """Whether its I/O waits."""
     holders: int = 0
     watches: int = 0
     """How many times the agent holds it, to see failed writes."""
@@ -131,6 +134,11 @@ class FakeMedium:
         facts = {fact: getattr(volume, fact) for fact in ON_THE_DISK}
         facts = {fact: value for fact, value in facts.items() if value is not None}
         self.says = replace(self.on_disk, **facts)
+
+    is_refusing: bool = False
+    """Whether its reader refuses to read until its disk is opened anew."""
+    identifier: bytes = b"a GUID"
+    """Identifier of its partition table."""
 
 
 @dataclass
@@ -231,6 +239,13 @@ class FakeKernel:
             volume = self._insert(label, name, KEY, {"number": number})
             self.unread[number] = self.media.pop(name)
             return volume
+
+    def new_session(self) -> None:
+        """Cut the CAAM's power: the live mappings' keys become others."""
+        with self.lock:
+            for mapping in self.mappings.values():
+                if mapping.key is not None:
+                    mapping.key = b"another than " + mapping.key
 
     def fail_next(self, step: str, error: BaseException | int) -> None:
         """Make the next call of this step raise the error instead of acting."""
@@ -496,6 +511,7 @@ class FakeProcess:
     def activate_mapping(self, name: str) -> None:
         self._step("activate_mapping", name)
         mapping = self._mapping(name, "activate mapping")
+        mapping.is_held = False
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
@@ -507,6 +523,7 @@ class FakeProcess:
         target = None if mapping is None else CryptTarget.from_line(mapping.live or "")
         if mapping is not None and target is not None:
             mapping.live, mapping.key = f"0 {target.length} error", None
+            mapping.is_held = False
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -519,6 +536,28 @@ class FakeProcess:
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
         self._mapping(name, "keep mapping").is_removed_at_last_close = False
+
+    def hold_mapping(self, name: str) -> None:
+        self._step("hold_mapping", name)
+        self._mapping(name, "hold mapping").is_held = True
+
+    def plaintexts(self, mapping: Mapping) -> Plaintexts:
+        self._step("plaintexts", mapping.name)
+        fake = self._mapping(mapping.name, "read")
+        assert not fake.is_held, "nothing would answer"
+        target = CryptTarget.from_line(fake.live or "")
+        medium = None if target is None else self.kernel.medium(target.device)
+        if medium is None or medium.is_refusing:
+            return (None,)
+        return (hash((medium.identifier, fake.key)),)
+
+    def ciphertexts(self, volume: Volume, mapping: Mapping) -> Ciphertexts:
+        self._step("ciphertexts", volume.name)
+        medium = self.kernel.media.get(volume.name)
+        if medium is None:
+            raise KernelError("open", volume.node, errno.ENOENT)
+        medium.is_refusing = False
+        return Ciphertexts(medium.identifier, (1,))
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         at_node = (

@@ -21,6 +21,7 @@ PLACES: Final = {
     "config/drop-in.schema.json": "usr/share/caam-hotplug/drop-in.schema.json",
     "config/caam-hotplug-holders.socket": "usr/lib/systemd/system/caam-hotplug-holders.socket",
     "config/caam-hotplug-holders@.service": "usr/lib/systemd/system/caam-hotplug-holders@.service",
+    "config/caam-hotplug-sleep.service": "usr/lib/systemd/system/caam-hotplug-sleep.service",
     "config/caam-hotplug.service": "usr/lib/systemd/system/caam-hotplug.service",
     "config/caam-hotplug.socket": "usr/lib/systemd/system/caam-hotplug.socket",
     "config/sysusers.conf": "usr/lib/sysusers.d/caam-hotplug.conf",

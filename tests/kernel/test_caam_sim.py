@@ -508,6 +508,37 @@ def test_a_ccm_key_of_an_earlier_boot_maps_and_every_read_fails_with_eio(board, 
         assert read(mapping, len(PLAIN)) == PLAIN
 
 
+def test_a_live_mapping_under_an_ecb_key_reads_and_writes_noise_in_a_new_session(board, medium):
+    made = create("ecb", "-s", "16")
+    with logon_key("witness:", made.key) as tagged, medium.mapped(DM_CBC, tagged) as mapping:
+        write(mapping, PLAIN)
+        board.new_session()
+        run("blockdev", "--flushbufs", mapping)
+        noise = read(mapping, 4096)
+        write(mapping, PLAIN[:512])
+    assert noise != PLAIN[:4096]
+    fresh = import_blob(made.blob).key
+    with logon_key("witness:", fresh) as tagged, medium.mapped(DM_CBC, tagged) as mapping:
+        now = read(mapping, len(PLAIN))
+    assert now[:512] != PLAIN[:512]
+    assert now[4096:] == PLAIN[4096:]
+
+
+def test_a_live_mapping_under_a_ccm_key_neither_reads_nor_writes_in_a_new_session(board, medium):
+    made = create("ccm", "-s", "32")
+    with logon_key("witness:", made.key) as tagged, medium.mapped(DM_CBC, tagged) as mapping:
+        write(mapping, PLAIN)
+        board.new_session()
+        run("blockdev", "--flushbufs", mapping)
+        for act in (lambda: read(mapping, 512), lambda: write(mapping, PLAIN[:512])):
+            with pytest.raises(OSError) as refused:
+                act()
+            assert refused.value.errno == errno.EIO
+    fresh = import_blob(made.blob).key
+    with logon_key("witness:", fresh) as tagged, medium.mapped(DM_CBC, tagged) as mapping:
+        assert read(mapping, len(PLAIN)) == PLAIN
+
+
 @pytest.mark.parametrize(
     ("cipher", "size", "says"),
     [

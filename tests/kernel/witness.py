@@ -218,6 +218,10 @@ class Board:
         self._booted = True
         run("rmmod", "caam_sim")
 
+    def new_session(self, at: str = "now") -> None:
+        """Cut the power of the CAAM only: now, or at the resume of the next sleep."""
+        (PARAMETERS / "new_session").write_text(at)
+
     def restore(self) -> None:
         """Load the original chip."""
         if not self._booted:

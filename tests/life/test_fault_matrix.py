@@ -131,6 +131,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
     # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
     "keep_mapping": (errno.ENXIO, errno.EBUSY, errno.ENOMEM),
+    # open(2), read(2) past the cache: the node or the medium gone, bad sectors, no memory.
+    "plaintexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
+    "ciphertexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     # open(2), read(2) in blkid_do_safeprobe: bad sectors, the node or the medium gone.
     "probe": (errno.EIO, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
     # fsconfig(2), mount(2), ext4_fill_super and its kin: a bad superblock or option, corruption,
@@ -199,7 +202,8 @@ REFUSED: Final = {errno.EBADMSG, errno.EINVAL}
 
 
 PLAIN: Final = {
-    "identify", "probe", "read_table", "require_same", "require_unused", "watch_writes",
+    "ciphertexts", "identify", "plaintexts", "probe", "read_table", "require_same",
+    "require_unused", "watch_writes",
 }  # fmt: skip
 
 
@@ -482,8 +486,12 @@ class Combination:
     def state_after_failure(self) -> State:
         """State of the target after the call has failed."""
         act = self.moment.act
-        # A detach follows; it is only listed; it is tried again; it comes after the target's life.
-        harmless = {"unmount", "our_mount_points", "load_error_table", "read_table"}
+        # A detach follows; it is only listed; it is tried again; it comes after the target's life;
+        # only a later sleep needs it.
+        harmless = {
+            "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
+            "ciphertexts",
+        }  # fmt: skip
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
         if self.step == "watch_writes" and self.moment.before is crashed:

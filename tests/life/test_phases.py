@@ -125,6 +125,14 @@ def departs(bench: Bench, volume: Volume) -> str:
     return ""
 
 
+def loses_key(bench: Bench, volume: Volume) -> str:
+    mapping = bench.kernel.mappings.get(f"caam-cartridge-01-{volume.id}")
+    if mapping is not None:
+        mapping.key = b"another"
+    bench.wake()
+    return ""
+
+
 def stops(bench: Bench, _volume: Volume) -> str:
     bench.begin_stop()
     return ""
@@ -134,6 +142,7 @@ EVENTS: Final[dict[str, Callable[[Bench, Volume], str]]] = {
     "lock": asked("lock"), "eject": asked("eject"), "unlock": asked("unlock"),
     "retry": asked("retry"), "other facts": facts, "no rule matches": rules,
     "blob appears": blob, "medium departs": departs, "agent stops": stops,
+    "key lost in sleep": loses_key,
 }  # fmt: skip
 
 

@@ -148,6 +148,9 @@ BY_TESTS: Final = {
     "tests/e2e/test_replug.py::test_by_hand_it_says_when_to_pull_and_when_to_plug": [
         "python3 measure replug /dev/sda1 --by-hand --cycles 5 --json board.json",
     ],
+    "tests/e2e/test_sleep.py::test_volumes_are_locked_before_a_sleep_that_requires_it": [
+        "systemctl add-requires systemd-suspend.service caam-hotplug-sleep.service",
+    ],
     "tests/e2e/test_upgrade_and_removal.py::"
     "test_an_installation_by_make_runs_without_further_changes": [
         "make install",
@@ -155,6 +158,7 @@ BY_TESTS: Final = {
         "udevadm control --reload",
         "systemctl daemon-reload",
         "systemctl enable --now caam-hotplug",
+        "systemctl enable caam-hotplug-sleep",
     ],
     "tests/kernel/test_throughput.py::test_every_combination_has_figures_in_one_run": [
         "python3 measure throughput --json > board.json",

@@ -216,6 +216,15 @@ class Guest:
         await plug.plug()
         return plug
 
+    async def replace(self, plug: Plug, medium: Path) -> Plug:
+        """Another USB stick of the same serial number is in the port of the first."""
+        bus = plug.bus
+        assert bus is not None
+        await plug.pull()
+        self._ports.remove(bus)
+        self._ports.insert(0, bus)
+        return await self.plug_usb(medium, serial=plug.serial)
+
     async def insert_sd(self, medium: Path) -> SdCard:
         """An SD card sits in the slot; its image's size is a power of two, 64 MiB and up."""
         await self.find_slot()

@@ -140,7 +140,7 @@ def _run_without_options() -> SimpleNamespace:
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415
 
-    from caam_hotplug.cli import agent_commands, keys, migrate, provision  # noqa: PLC0415
+    from caam_hotplug.cli import agent_commands, keys, migrate, provision, sleep  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(
         prog=names.PROGRAM,
@@ -162,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     # Without help: only the agent asks it, through its socket. Users have `status`.
     holders = commands.add_parser("holders")
     holders.set_defaults(command=_holders)
+    sleep.add_to(commands)
     agent_commands.add_commands(commands)
     return parser
 

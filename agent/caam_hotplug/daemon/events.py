@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from caam_hotplug.daemon.supervisor import Supervisor
-from caam_hotplug.errors import UnknownError
-from caam_hotplug.kernel import inotify, sysfs, udev
+from caam_hotplug.errors import HotplugError, UnknownError
+from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe
@@ -117,3 +118,30 @@ class BlobEvents:
             log.warning(words, error)
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S) or FIRST_DELAY_S
         self._alarm = self._loop.call_later(self._delay_s, self.begin)
+
+
+@contextmanager
+def sleeps_watched(supervisor: Supervisor) -> Iterator[Callable[[], None]]:
+    """Report each sleep of the machine; what is yielded reports one that the clock did not show."""
+    try:
+        watched = wakeups.Wakeups()
+    except (HotplugError, OSError) as error:
+        log.warning("cannot notice that the machine has slept: %s", error)
+        yield lambda: None
+        return
+
+    def take() -> None:
+        if watched.read():
+            supervisor.machine_woke()
+
+    def look() -> None:
+        if watched.counts_another():
+            supervisor.machine_woke()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watched, take)
+    try:
+        yield look
+    finally:
+        loop.remove_reader(watched)
+        watched.close()

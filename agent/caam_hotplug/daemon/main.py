@@ -7,13 +7,13 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon.agent import Agent, Load
-from caam_hotplug.daemon.events import BlobEvents, DeviceEvents
+from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, sleeps_watched
 from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
@@ -88,11 +88,11 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             held.callback(events.end)
             held.callback(blobs.end)
             blobs.begin()
+            look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()
             await service.first_attempt(_BUS_WITHIN_S)
-            async with _ready(
-                notifier, registry, f"{len(config.rule)} rules, events from {source}"
-            ):
+            words = f"{len(config.rule)} rules, events from {source}"
+            async with _ready(notifier, registry, words, look_for_sleeps):
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
@@ -101,11 +101,16 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
 
 
 @asynccontextmanager
-async def _ready(notifier: Notifier, registry: StatusRegistry, words: str) -> AsyncIterator[None]:
-    """Report that the agent is ready, and ping the watchdog until the context ends."""
+async def _ready(
+    notifier: Notifier, registry: StatusRegistry, words: str, at_ping: Callable[[], None]
+) -> AsyncIterator[None]:
+    """Report that the agent is ready, and ping the watchdog until the context ends.
+
+    `at_ping` is called now and then, when the loop is awake anyway.
+    """
     log.info("ready: %s", words, extra=journal.event(journal.Event.STARTED))
     notifier.send("READY=1", f"STATUS={registry.summary()}")
-    watchdog = asyncio.create_task(_ping_watchdog(notifier))
+    watchdog = asyncio.create_task(_ping_watchdog(notifier, at_ping))
     gc.collect()
     gc.freeze()  # objects made until now stay, and need not be visited at each medium
     try:
@@ -178,10 +183,11 @@ class _StatusLine:
         self._notifier.send(f"STATUS={self._registry.summary()}")
 
 
-async def _ping_watchdog(notifier: Notifier) -> None:
+async def _ping_watchdog(notifier: Notifier, at_ping: Callable[[], None]) -> None:
     """Ping the watchdog from the loop that does the work, so that it notices when that hangs."""
     while notifier.watchdog_s is not None:
         notifier.send("WATCHDOG=1")
+        at_ping()
         await asyncio.sleep(notifier.watchdog_s / 2)
 
 

@@ -72,5 +72,5 @@ class StatusRegistry:
 
     def _forget_departed(self) -> None:
         for key, entry in list(self._entries.items()):
-            if entry.state is State.REMOVED_UNSAFELY:
+            if entry.state is State.REMOVED_UNSAFELY and not entry.is_parked:
                 del self._entries[key]

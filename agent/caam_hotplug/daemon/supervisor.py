@@ -11,6 +11,7 @@ from typing import Any, assert_never
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
+from caam_hotplug.daemon import orphans
 from caam_hotplug.daemon.changed_disks import ChangedDisks
 from caam_hotplug.daemon.defects import guarded, log_defect
 from caam_hotplug.daemon.safe_removal import SAFE, SafeRemoval
@@ -28,7 +29,6 @@ from caam_hotplug.model import (
     VolumeId,
 )
 from caam_hotplug.systemd import journal
-from caam_hotplug.volume.leftovers import release_orphan
 from caam_hotplug.volume.lifecycle import VolumeLifecycle
 from caam_hotplug.volume.phases import Evaluate, Parked
 from caam_hotplug.volume.record import Context, Record
@@ -75,8 +75,8 @@ class Supervisor:
         `there`: the volumes that the kernel has, without the facts that only udev knows. Volumes
         with leftovers start without udev's report.
 
-        They start first, since nobody else can be given what they hold already. So do leftovers
-        without a volume: they keep their mount points reserved until they are released.
+        They start first: nobody else can be given what they hold. So do leftovers without a volume,
+        which keep their mount points reserved until they are released.
         """
         reported = {e.volume.id: e.volume for e in present if isinstance(e, Appeared)}
         known = ({volume.id: volume for volume in there} if self._leftovers else {}) | reported
@@ -85,7 +85,8 @@ class Supervisor:
             if owner is not None and owner in known:
                 self._with_leftovers.add(owner)
             else:
-                self.run(self._release_orphan(mapping), partial(str, f"mapping {mapping.name}"))
+                work = orphans.released(self._context, self._changed, mapping)
+                self.run(work, partial(str, f"mapping {mapping.name}"))
         disks = [VolumeId(owner.diskseq, 0) for owner in self._with_leftovers]
         for which in dict.fromkeys([*self._with_leftovers, *disks, *reported]):
             if which in known:
@@ -118,6 +119,11 @@ class Supervisor:
         self._context.rules = rules
         for lifecycle in self._lifecycles.values():
             lifecycle.record.rules_changed()
+
+    def machine_woke(self) -> None:
+        """Have every mapping compared with what it gave before the sleep."""
+        for lifecycle in self._lifecycles.values():
+            lifecycle.record.machine_woke()
 
     def blob_appeared(self, name: str | None) -> None:
         """Report a new blob to all volumes; with None, any blob may be there."""
@@ -275,9 +281,8 @@ class Supervisor:
         record = lifecycle.record
         try:
             await lifecycle.run()
-        except Exception:  # noqa: BLE001  a defect of the agent must not cost the other volumes their mounts
-            words = f"{record.volume}: a defect of the agent ended its service"
-            log_defect(words, volume=record.volume)
+        except Exception:  # noqa: BLE001  a defect must not cost the other volumes their mounts
+            log_defect(f"{record.volume}: a defect ended its service", volume=record.volume)
             record.publish_defect(State.FAILED)
             await record.stop.until(lambda: False)
             if record.stop.medium_gone:
@@ -285,16 +290,11 @@ class Supervisor:
                 record.publish_defect(State.REMOVED_UNSAFELY)
         finally:
             del self._lifecycles[which]
-            if record.parked is not None and VolumeId(which.diskseq, 0) in self._at.values():
+            lost = record.volume if record.stop.lost_in_sleep else None
+            has_disk = VolumeId(which.diskseq, 0) in self._at.values()
+            if record.parked is not None and (has_disk or lost is not None):
                 self._parked[which] = record.parked
         self._changed.end(which, record.volume.number if record.cut_off.has_begun else None)
-        again = self._next.pop(which, None)
-        if again is not None:
+        again = self._next.pop(which, lost)
+        if again is not None and not self._stopping:
             self._start(again)
-
-    async def _release_orphan(self, orphan: Mapping) -> None:
-        context, words = self._context, f"leftover {orphan.name}"
-        worker, points = context.new_worker(words), context.mount_points
-        with self._changed.without_volume(orphan):
-            release = release_orphan(context.kernel, worker, context.dm_worker, points, orphan)
-            await guarded(release, f"release {words}", mapping=orphan.name)

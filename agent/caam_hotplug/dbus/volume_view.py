@@ -92,13 +92,13 @@ def select(text: str, volumes: Mapping[str, ShownVolume], what: str) -> str:
     matching = _by_path(text, volumes) if "/" in text else []
     if not matching:
         matching = [key for key, volume in volumes.items() if volume.label == text != ""]
-        # A volume that was removed may have the label of the one that was put in after it. So may
-        # media that the agent does not serve.
-        matching = (
-            [key for key in matching if volumes[key].state not in _NOT_SERVED]
-            or [key for key in matching if volumes[key].state != _REMOVED]
-            or matching
-        )
+    # A volume that was removed may have the label, or the device, of the one that was put in after
+    # it. So may media that the agent does not serve.
+    matching = (
+        [key for key in matching if volumes[key].state not in _NOT_SERVED]
+        or [key for key in matching if volumes[key].state != _REMOVED]
+        or matching
+    )
     match matching:
         case [one]:
             return one
@@ -118,7 +118,6 @@ def _by_path(path: str, volumes: Mapping[str, ShownVolume]) -> list[str]:
         key
         for key, volume in volumes.items()
         if paths & {volume.device, volume.mount_point, volume.mapping_device} - {""}
-        and volume.state != _REMOVED
     ]
 
 

@@ -10,6 +10,7 @@ from caam_hotplug.kernel.ctypes_lib import Function, Library, SystemCall, minus_
 class Libc(Library, soname="libc.so.6", package="libc6"):
     """Another C library with the same interface may lack what is GNU's: see `Function.exists`."""
 
+    epoll_wait = Function(c_int, c_int, c_void_p, c_int, c_int, failure=minus_one)
     free = Function(None, c_void_p)
     fstatfs = Function(c_int, c_int, c_void_p, failure=minus_one)
     getpid = Function(c_int)
@@ -23,6 +24,8 @@ class Libc(Library, soname="libc.so.6", package="libc6"):
     prctl = Function(c_int, c_int, c_ulong, c_ulong, c_ulong, c_ulong, failure=minus_one)
     renameat2 = Function(c_int, c_int, c_char_p, c_int, c_char_p, c_uint, failure=minus_one)
     syncfs = Function(c_int, c_int, failure=minus_one)
+    timerfd_create = Function(c_int, c_int, c_int, failure=minus_one)
+    timerfd_settime = Function(c_int, c_int, c_int, c_void_p, c_void_p, failure=minus_one)
     umount2 = Function(c_int, c_char_p, c_int, failure=minus_one)
 
     # The numbers are the same on every architecture (asm-generic/unistd.h).

@@ -27,6 +27,7 @@ from caam_hotplug.kernel import (
     emptied_disk,
     error_table,
     keyring,
+    medium_sample,
     mount,
     mountinfo,
     open_files,
@@ -173,6 +174,18 @@ class LinuxKernel:
     def keep_mapping(self, name: str) -> None:
         """Cancel an earlier deferred removal of the mapping."""
         devmapper.keep(name)
+
+    def hold_mapping(self, name: str) -> None:
+        """Have all I/O of the mapping wait until it is activated again."""
+        devmapper.suspend(name)
+
+    def plaintexts(self, mapping: Mapping) -> medium_sample.Plaintexts:
+        """Return digests of what the mapping gives at a few places."""
+        return medium_sample.plaintexts(mapping)
+
+    def ciphertexts(self, volume: Volume, mapping: Mapping) -> medium_sample.Ciphertexts:
+        """Return digests of what the medium has at the same places."""
+        return medium_sample.ciphertexts(volume, mapping)
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         """Return the type of the device's filesystem if it is one of those allowed, else None."""

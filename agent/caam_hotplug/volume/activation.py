@@ -19,6 +19,7 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import release
 from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.sleep_check import SleepCheck
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.writes import Writes, watched
 
@@ -48,6 +49,7 @@ class Activation:
         self._operations = operations
         self._target = target
         self._status, self._inbox, self._stop = record.status, record.inbox, record.stop
+        self._sleep_check = SleepCheck(operations, target.volume)
         self._hooks = Hooks(record.context.units, self._stop)
         self._writes = Writes()
 
@@ -83,6 +85,8 @@ class Activation:
             else:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
                 is_writable = await self._mount(mapping, held)
+            self._record.has_slept = False
+            await self._sleep_check.remember(mapping)
             cause = await self._until_released(mapping)
             if cause is not None:  # flushed and unmounted already, if the medium was there
                 return Released(cause, is_writable and self._stop.medium_gone)
@@ -115,7 +119,10 @@ class Activation:
     async def _until_released(self, mapping: Mapping) -> Request | Reevaluate | None:
         """Wait for a cause to release the volume until nobody uses it; None at the stop signal."""
         while True:
-            await self._inbox.until(lambda: self._inbox.concerns_active)
+            await self._inbox.until(lambda: self._inbox.concerns_active or self._record.has_slept)
+            if self._record.has_slept:
+                self._record.has_slept = False
+                await self._sleep_check.run(mapping)
             if self._stop.is_set:
                 return None
             if self._inbox.request is not None and not self._inbox.wants_release:

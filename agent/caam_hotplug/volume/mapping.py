@@ -52,15 +52,13 @@ async def active_mapping(
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
-            log.warning(
-                "%s: adopting its mapping %s",
-                target.volume,
-                existing.name,
-                extra=fields("adopted", VOLUME=target.volume, MAPPING=existing.name),
-            )
+            extra = fields("adopted", VOLUME=target.volume, MAPPING=existing.name)
+            log.warning("%s: adopting its mapping %s", target.volume, existing.name, extra=extra)
             *_, live = await operations.dm_each(
                 ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
                 ("close the device", device.close_now),
+                # It may have been held when an earlier run ended.
+                ("activate the mapping", partial(kernel.activate_mapping, existing.name)),
                 ("look for the mapping", partial(kernel.find_mapping, uuid)),
             )
         else:

@@ -79,7 +79,7 @@ class Idle(Phase):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parked(Phase):
-    """Hold nothing, on request: locked or ejected until somebody unlocks the volume."""
+    """Hold nothing until somebody unlocks it: locked, ejected, or its key was lost in a sleep."""
 
     state: State
     reason: str

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.match import ON_THE_DISK
@@ -24,15 +22,13 @@ from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.phases import Active, Broken, Idle, Parked, Phase
 from caam_hotplug.volume.requests import Ask, Request, refusal
+from caam_hotplug.volume.retry_delay import RetryDelay
 from caam_hotplug.volume.status import Publish, VolumeStatus
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import Worker
 
 log = logging.getLogger(__name__)
-
-_FIRST_RETRY_S: Final = 1.0
-_LONGEST_RETRY_S: Final = 30.0
 
 
 @dataclass(slots=True)
@@ -70,10 +66,12 @@ class Record:
         self.cut_off.is_mapped = phase.has_leftover
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
-        self._failed_at, self._retry_s = -math.inf, 0.0
+        self._retry_delay = RetryDelay()
         self._agent_stops = False
+        self.has_slept = False
+        """Whether the machine has slept since the active volume was last compared."""
         if isinstance(phase, Parked):
-            self.status.publish(phase.state, phase.reason)
+            self.status.publish(phase.state, phase.reason, is_parked=True)
 
     @property
     def volume(self) -> Volume:
@@ -87,7 +85,9 @@ class Record:
 
     @property
     def parked(self) -> Parked | None:
-        """How the volume was released on request, if it was."""
+        """How the volume waits for a request, if it does, or its next lifecycle will."""
+        if self.stop.lost_in_sleep:
+            return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
         return self.phase if isinstance(self.phase, Parked) else None
 
     # Events from outside.
@@ -125,6 +125,11 @@ class Record:
         if (waits or self._retries_on_blob) and path in {None, self.status.blob}:
             self.inbox.note(Reevaluate.FACTS)
 
+    def machine_woke(self) -> None:
+        """Note that the machine has slept: an active volume is compared with what it was."""
+        self.has_slept = True
+        self.stop.wake()
+
     def rules_changed(self) -> None:
         """Note that other rules are in force."""
         self.inbox.note(Reevaluate.RULES)
@@ -142,6 +147,8 @@ class Record:
     def medium_gone(self) -> None:
         """End the lifecycle: the medium has departed."""
         self.stop.set(Reason.GONE)
+        if self.status.state is State.REMOVED_UNSAFELY:  # parked until now
+            self.status.publish_facts()
 
     def retry_if_udev_reported(self, before: tuple[bool, bool]) -> None:
         """Have a failed attempt repeated if it might have succeeded after udev's report.
@@ -155,7 +162,7 @@ class Record:
         """Have a failed attempt repeated if the error passes by itself; return words about that."""
         if not is_passing(error) or self.inbox.wants_release or self.stop.is_set:
             return ""
-        asyncio.get_running_loop().call_later(self._next_retry_s(), self._retry)
+        asyncio.get_running_loop().call_later(self._retry_delay.next_s(), self._retry)
         return "; it is tried again"
 
     async def may_release_again(self, error: Exception) -> bool:
@@ -165,15 +172,8 @@ class Record:
         """
         if not (is_passing(error) and self.stop.medium_gone) or self._agent_stops:
             return False
-        await asyncio.sleep(self._next_retry_s())
+        await asyncio.sleep(self._retry_delay.next_s())
         return True
-
-    def _next_retry_s(self) -> float:
-        now = asyncio.get_running_loop().time()
-        is_first = now - self._failed_at > 2 * _LONGEST_RETRY_S
-        self._retry_s = _FIRST_RETRY_S if is_first else min(2 * self._retry_s, _LONGEST_RETRY_S)
-        self._failed_at = now
-        return self._retry_s
 
     def _retry(self) -> None:
         if isinstance(self.phase, Idle) and self.status.state is State.FAILED:

@@ -45,6 +45,7 @@ class VolumeStatus:
     def publish(self, state: State, reason: str = "", **facts: Any) -> None:
         """Publish a state; facts that are not named stay as they were."""
         now = self._entry or Entry(self.volume, state)
+        facts = {"is_parked": False, **facts}
         self._entry = replace(now, volume=self.volume, state=state, reason=reason, **facts)
         self._publish(self._entry)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from enum import Enum
-from typing import Any
+from typing import Any, Final
 
 
 class Reason(Enum):
     """Why a volume is released without a request."""
 
     GONE = "its medium has gone"
+    OTHER_KEY = "its key was lost in the machine's sleep, so all reads and writes were stopped"
+    OTHER_MEDIUM = "another medium took its place in the machine's sleep, so nothing is written"
     STOP = "the agent stops"
     KEEP = "the agent stops and keeps it"
+
+
+_IN_SLEEP: Final = frozenset({Reason.OTHER_KEY, Reason.OTHER_MEDIUM})
 
 
 class StopRequestedError(Exception):
@@ -21,7 +26,7 @@ class StopRequestedError(Exception):
 
 
 class StopSignal:
-    """Set once; only the medium's departure overrides an earlier reason.
+    """Set once; only the loss of the medium or its key overrides an earlier reason.
 
     Synchronization: loop only.
     """
@@ -39,8 +44,13 @@ class StopSignal:
 
     @property
     def medium_gone(self) -> bool:
-        """Whether the medium has departed, so that nothing may wait for it."""
-        return self.reason is Reason.GONE
+        """Whether the medium has departed, or must not be written to, so that nothing waits."""
+        return self.reason is Reason.GONE or self.lost_in_sleep
+
+    @property
+    def lost_in_sleep(self) -> bool:
+        """Whether the medium is there, and key or medium were exchanged while the machine slept."""
+        return self.reason in _IN_SLEEP
 
     @property
     def keeps(self) -> bool:
@@ -54,7 +64,8 @@ class StopSignal:
 
     def set(self, reason: Reason) -> None:
         """End the lifecycle for this reason."""
-        if self.reason is None or reason is Reason.GONE:
+        overrides = reason is Reason.GONE or (reason in _IN_SLEEP and not self.medium_gone)
+        if self.reason is None or overrides:
             self.reason = reason
         if self.medium_gone:
             self.when_gone()

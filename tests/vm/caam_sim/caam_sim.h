@@ -68,6 +68,7 @@ bool caam_present(void);
 /* seal.c */
 int seal_init(const u8 otpmk[OTPMK_BYTES]);
 void seal_exit(void);
+void renew_jdkek(void);
 u32 black_key_bytes(u32 type, u32 red_len);
 u32 blob_bytes(u32 red_len);
 int cover_key(u32 type, const u8 *red, u32 red_len, u8 *black);
@@ -80,6 +81,7 @@ int check_tag(const struct tag_header *tag);
 
 /* tk.c */
 int tk_register(void);
+int tk_renew(void);
 void tk_unregister(void);
 #endif
 

@@ -6,6 +6,8 @@
 #include <linux/kernel.h>
 #include <linux/miscdevice.h>
 #include <linux/module.h>
+#include <linux/platform_device.h>
+#include <linux/pm.h>
 #include <linux/random.h>
 #include <linux/slab.h>
 #include <linux/string.h>
@@ -28,6 +30,57 @@ MODULE_PARM_DESC(keygen, "NXP's driver and ciphers; mainline has neither");
 static bool present = true;
 module_param(present, bool, 0400);
 MODULE_PARM_DESC(present, "Whether there is a CAAM; the drivers of others' keys need this module");
+
+static bool loses_power_in_sleep;
+
+/* "now", or "resume": the CAAM's power is cut in the next sleep, between its suspend and its resume. */
+static int begin_session(const char *val, const struct kernel_param *kp)
+{
+	if (!present || !keygen)
+		return -ENODEV;
+	if (!sysfs_streq(val, "resume"))
+		return tk_renew();
+	loses_power_in_sleep = true;
+	return 0;
+}
+
+static int caam_resume(struct device *dev)
+{
+	bool lost = loses_power_in_sleep;
+
+	loses_power_in_sleep = false;
+	return lost ? tk_renew() : 0;
+}
+
+static DEFINE_SIMPLE_DEV_PM_OPS(caam_pm, NULL, caam_resume);
+static struct platform_driver caam_driver = {
+	.driver = { .name = KBUILD_MODNAME, .pm = pm_sleep_ptr(&caam_pm) },
+};
+static struct platform_device *caam_device;
+
+static int power_register(void)
+{
+	int err = platform_driver_register(&caam_driver);
+
+	if (err)
+		return err;
+	caam_device = platform_device_register_simple(KBUILD_MODNAME, PLATFORM_DEVID_NONE, NULL, 0);
+	if (IS_ERR(caam_device)) {
+		platform_driver_unregister(&caam_driver);
+		return PTR_ERR(caam_device);
+	}
+	return 0;
+}
+
+static void power_unregister(void)
+{
+	platform_device_unregister(caam_device);
+	platform_driver_unregister(&caam_driver);
+}
+
+static const struct kernel_param_ops new_session_ops = { .set = begin_session };
+module_param_cb(new_session, &new_session_ops, NULL, 0200);
+MODULE_PARM_DESC(new_session, "Write now or resume: a new JDKEK, also for the keys in use");
 
 bool caam_present(void)
 {
@@ -335,12 +388,17 @@ static int __init caam_sim_init(void)
 	err = tk_register();
 	if (err)
 		goto no_tk;
+	err = power_register();
+	if (err)
+		goto no_power;
 	err = misc_register(&keygen_device);
 	if (err)
 		goto no_device;
 	return 0;
 
 no_device:
+	power_unregister();
+no_power:
 	tk_unregister();
 no_tk:
 	seal_exit();
@@ -353,6 +411,7 @@ static void __exit caam_sim_exit(void)
 		return;
 	if (keygen) {
 		misc_deregister(&keygen_device);
+		power_unregister();
 		tk_unregister();
 	}
 	seal_exit();

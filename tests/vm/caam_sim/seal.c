@@ -3,7 +3,7 @@
  * Covering keys for RAM (black keys) and sealing them for storage (blobs).
  *
  * A black key is covered by the JDKEK, random at every load of the module as it is at every cold
- * boot of the hardware. A blob is sealed by a random blob key, itself wrapped by a key derived
+ * boot of the hardware, and whenever a test renews it. A blob is sealed by a random blob key, itself wrapped by a key derived
  * from the OTPMK: two OTPMKs are two chips.
  *
  *   blob: 32 bytes wrapped blob key | key padded to 8 + 12 bytes | 16 bytes MAC
@@ -35,8 +35,13 @@ int seal_init(const u8 chip_key[OTPMK_BYTES])
 	if (IS_ERR(ccm))
 		return PTR_ERR(ccm);
 	memcpy(otpmk, chip_key, sizeof(otpmk));
-	get_random_bytes(jdkek, sizeof(jdkek));
+	renew_jdkek();
 	return 0;
+}
+
+void renew_jdkek(void)
+{
+	get_random_bytes(jdkek, sizeof(jdkek));
 }
 
 void seal_exit(void)

@@ -4,18 +4,30 @@
  *
  * setkey uncovers the black key; data then goes through the kernel's own synchronous cipher, so
  * what is written is what cbc(aes) with the plain key would have written.
+ *
+ * The hardware uncovers a black key for every job. Here that is done once, and again for every key
+ * in use when the JDKEK is renewed: each then is what the new JDKEK makes of it.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <crypto/aes.h>
 #include <crypto/internal/skcipher.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
 #include <linux/string.h>
 
 #include "caam_sim.h"
 
+static LIST_HEAD(in_use);
+static DEFINE_MUTEX(in_use_turn);
+
 struct tk_ctx {
 	struct crypto_skcipher *child;
-	/* A CCM black key of an earlier boot: the hardware notices when it first uses the key. */
+	struct list_head in_use;
+	struct tag_header tag;
+	u8 black[BLACK_KEY_MAX_BYTES];
+	bool has_key;
+	/* A CCM black key of an earlier session: the hardware notices when it uses the key. */
 	bool key_refused;
 };
 
@@ -30,6 +42,9 @@ static int tk_init(struct crypto_skcipher *tfm, const char *child_name)
 		return PTR_ERR(ctx->child);
 	crypto_skcipher_set_reqsize(tfm, sizeof(struct skcipher_request) +
 						 crypto_skcipher_reqsize(ctx->child));
+	mutex_lock(&in_use_turn);
+	list_add(&ctx->in_use, &in_use);
+	mutex_unlock(&in_use_turn);
 	return 0;
 }
 
@@ -47,6 +62,9 @@ static void tk_exit(struct crypto_skcipher *tfm)
 {
 	struct tk_ctx *ctx = crypto_skcipher_ctx(tfm);
 
+	mutex_lock(&in_use_turn);
+	list_del(&ctx->in_use);
+	mutex_unlock(&in_use_turn);
 	crypto_free_skcipher(ctx->child);
 }
 
@@ -55,11 +73,22 @@ static bool is_aes_key(u32 len)
 	return len == AES_KEYSIZE_128 || len == AES_KEYSIZE_192 || len == AES_KEYSIZE_256;
 }
 
+static int uncover_into_child(struct tk_ctx *ctx)
+{
+	u8 red[KEY_MAX_BYTES];
+	int err = uncover_key(ctx->tag.type, ctx->black, red, ctx->tag.red_key_len);
+
+	ctx->key_refused = err == -EBADMSG;
+	if (!err)
+		err = crypto_skcipher_setkey(ctx->child, red, ctx->tag.red_key_len);
+	memzero_explicit(red, sizeof(red));
+	return ctx->key_refused ? 0 : err;
+}
+
 static int tk_setkey(struct crypto_skcipher *tfm, const u8 *key, unsigned int len)
 {
 	struct tk_ctx *ctx = crypto_skcipher_ctx(tfm);
 	struct tag_header tag;
-	u8 red[KEY_MAX_BYTES];
 	int err;
 
 	if (len < sizeof(tag))
@@ -70,12 +99,27 @@ static int tk_setkey(struct crypto_skcipher *tfm, const u8 *key, unsigned int le
 	    len != sizeof(tag) + tag.obj_len)
 		return -EINVAL;
 
-	err = uncover_key(tag.type, key + sizeof(tag), red, tag.red_key_len);
-	ctx->key_refused = err == -EBADMSG;
-	if (!err)
-		err = crypto_skcipher_setkey(ctx->child, red, tag.red_key_len);
-	memzero_explicit(red, sizeof(red));
-	return ctx->key_refused ? 0 : err;
+	mutex_lock(&in_use_turn);
+	ctx->tag = tag;
+	memcpy(ctx->black, key + sizeof(tag), tag.obj_len);
+	err = uncover_into_child(ctx);
+	ctx->has_key = !err;
+	mutex_unlock(&in_use_turn);
+	return err;
+}
+
+int tk_renew(void)
+{
+	struct tk_ctx *ctx;
+	int err = 0;
+
+	mutex_lock(&in_use_turn);
+	renew_jdkek();
+	list_for_each_entry(ctx, &in_use, in_use)
+		if (ctx->has_key && !err)
+			err = uncover_into_child(ctx);
+	mutex_unlock(&in_use_turn);
+	return err;
 }
 
 static int tk_crypt(struct skcipher_request *req, int (*crypt)(struct skcipher_request *))

@@ -34,7 +34,7 @@ FILES:${PN} += " \
 "
 CONFFILES:${PN} = "${sysconfdir}/caam-hotplug/agent.toml"
 
-SYSTEMD_SERVICE:${PN} = "caam-hotplug.service caam-hotplug-holders.socket"
+SYSTEMD_SERVICE:${PN} = "caam-hotplug.service caam-hotplug-holders.socket caam-hotplug-sleep.service"
 
 USERADD_PACKAGES = "${PN}"
 GROUPADD_PARAM:${PN} = "--system caam-hotplug"

@@ -1,0 +1,193 @@
+"""The machine sleeps under mounted volumes, and wakes with the same keys and media, or others."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from typing import Final
+
+import pytest
+
+from caam_hotplug.config.rules import BUILT_IN, Action
+from caam_hotplug.model import State, Volume
+from fakes.bench import Bench
+from fakes.kernel import Fault
+
+STOPPED: Final = ["plaintexts", "hold_mapping", "ciphertexts", "load_error_table"]
+LOST: Final = "it was mounted read-write; what was written last may be lost"
+
+
+def mounted(bench: Bench, label: str = "cartridge-01", name: str = "sda1") -> Volume:
+    volume = bench.insert(label, name)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    bench.kernel.steps.clear()
+    return volume
+
+
+def wake(bench: Bench) -> None:
+    bench.wake()
+    bench.settle()
+
+
+def test_a_sleep_that_changes_nothing_is_not_noticed(bench: Bench) -> None:
+    volume = mounted(bench)
+    for _ in range(2):
+        wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.steps == ["plaintexts"] * 2
+
+
+def test_a_volume_whose_key_was_lost_gets_an_error_table_before_anything_else(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.kernel.steps[:4] == STOPPED
+    assert "flush" not in bench.kernel.steps
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "its key was lost" in bench.reason(volume)
+    assert (volume, State.REMOVED_UNSAFELY, LOST) in bench.states
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_whose_key_was_lost_can_be_unlocked_again(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.answer("unlock", volume)
+    assert bench.state(volume) is State.MOUNTED
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+def test_a_volume_whose_key_was_lost_can_be_released(bench: Bench, verb: str) -> None:
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.answer(verb, volume)
+    assert bench.state(volume) is (State.LOCKED if verb == "lock" else State.EJECTED)
+
+
+def test_a_volume_in_use_whose_key_was_lost_keeps_no_key_while_its_users_finish(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    (mapping,) = bench.kernel.mappings.values()
+    assert mapping.key is None
+    assert bench.kernel.mounts == []
+    bench.kernel.close_holders()
+    assert bench.kernel.mappings == {}
+
+
+def test_an_unlocked_volume_is_compared_too(bench: Bench) -> None:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, action=Action.UNLOCK))
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.UNLOCKED
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert bench.kernel.leftovers() == []
+
+
+def test_another_medium_in_its_place_is_not_written_to(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.media["sda1"].identifier = b"another GUID"
+    wake(bench)
+    assert bench.kernel.steps[:4] == STOPPED
+    assert "flush" not in bench.kernel.steps
+    assert "another medium" in bench.reason(volume)
+
+
+@pytest.mark.parametrize("step", ["plaintexts", "hold_mapping", "ciphertexts"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENXIO])
+def test_a_comparison_that_fails_tears_nothing_down(bench: Bench, step: str, number: int) -> None:
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    bench.kernel.fail_next(step, number)
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert not any(mapping.is_held for mapping in bench.kernel.mappings.values())
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_a_medium_pulled_during_the_sleep_has_departed(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.pull()
+    wake(bench)
+    bench.report_absent()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "key" not in bench.reason(volume)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_without_its_key_is_listed_until_it_is_pulled(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    mounted(bench, "cartridge-02", "sdb1")
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    mounted(bench, "cartridge-03", "sdc1")
+    assert bench.state(volume) is State.GONE
+
+
+def test_every_volume_is_compared_and_one_that_hangs_delays_no_other(bench: Bench) -> None:
+    first, second = mounted(bench), mounted(bench, "cartridge-02", "sdb1")
+    bench.kernel.new_session()
+    bench.kernel.faults.append(Fault("ciphertexts", hangs_s=60, about={"sda1"}))
+    wake(bench)
+    assert bench.state(first) is State.MOUNTED
+    assert bench.state(second) is State.REMOVED_UNSAFELY
+    bench.wait(61)
+    assert bench.state(first) is State.REMOVED_UNSAFELY
+
+
+def test_a_stop_of_the_agent_while_it_compares_writes_nothing_under_the_other_key(
+    bench: Bench,
+) -> None:
+    mounted(bench)
+    bench.kernel.new_session()
+    bench.kernel.faults.append(Fault("ciphertexts", hangs_s=2))
+    wake(bench)
+    bench.begin_stop()
+    bench.wait(3)
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_wake_changes_nothing_for_volumes_that_hold_nothing(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.answer("lock", volume)
+    bench.kernel.steps.clear()
+    wake(bench)
+    assert bench.state(volume) is State.LOCKED
+    bench.answer("unlock", volume)
+    assert bench.state(volume) is State.MOUNTED
+    assert bench.kernel.steps.count("plaintexts") == 1
+
+
+def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.media["sda1"].is_refusing = True
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kernel.media["sda1"].is_refusing = True
+    bench.kernel.media["sda1"].identifier = b"another GUID"
+    bench.kernel.steps.clear()
+    wake(bench)
+    assert bench.kernel.steps[:4] == STOPPED
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
