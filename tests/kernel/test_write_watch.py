@@ -37,8 +37,8 @@ class Medium:
         file = folder / "medium"
         file.touch()
         os.truncate(file, 16 << 20)
-        self._below = run("losetup", "-f", "--show", str(file)).strip()
-        held.callback(detach, self._below)
+        self.below = run("losetup", "-f", "--show", str(file)).strip()
+        held.callback(detach, self.below)
         self._sectors = (16 << 20) // 512
         run("dmsetup", "create", NAME, "--table", self._table("linear {below} 0"))
         held.callback(run, "dmsetup", "remove", "--retry", NAME)
@@ -59,7 +59,7 @@ class Medium:
         self.watch.mounted()
 
     def _table(self, target: str) -> str:
-        return f"0 {self._sectors} {target.format(below=self._below)}"
+        return f"0 {self._sectors} {target.format(below=self.below)}"
 
     def becomes(self, target: str) -> None:
         run("dmsetup", "suspend", "--noflush", "--nolockfs", NAME)
@@ -176,7 +176,7 @@ def test_a_mount_in_use_stays_and_nothing_keeps_it_afterwards(medium: Medium) ->
 
 def test_the_devices_cache_is_flushed(medium: Medium) -> None:
     def flushes() -> int:
-        stat = Path("/sys/class/block", Path(medium.node).name, "stat")
+        stat = Path("/sys/class/block", Path(medium.below).name, "stat")
         return int(stat.read_text().split()[FLUSHES])
 
     medium.write()
