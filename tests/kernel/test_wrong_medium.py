@@ -43,9 +43,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(udev, "UDEV_PATIENCE_S", 1.0)
 
 
-def does_not_wait(room: Room) -> None:
-    rules = room.configuration.read_text()
-    room.configuration.write_text(rules.replace(WAITS, DOES_NOT_WAIT))
+def set_waiting(room: Room, *, waits: bool) -> None:
+    """Have the agent wait for udev, or not."""
+    before, after = (DOES_NOT_WAIT, WAITS) if waits else (WAITS, DOES_NOT_WAIT)
+    room.configuration.write_text(room.configuration.read_text().replace(before, after))
 
 
 @without_udevd
@@ -54,8 +55,7 @@ def does_not_wait(room: Room) -> None:
 def test_a_medium_that_came_without_udevd_is_not_taken_for_the_one_before(
     room: Room, udevd: Callable[[], AbstractContextManager[None]], *, waits: bool
 ) -> None:
-    if not waits:
-        does_not_wait(room)
+    set_waiting(room, waits=waits)
     with room.medium.disposable():
         before = room.medium.partition
     room.medium.plug()
@@ -104,6 +104,8 @@ def test_a_medium_relabelled_while_it_is_mounted_stays_and_is_then_mounted_as_th
 ) -> None:
     room.agent.start()
     room.plug_and_check()
+    run("udevadm", "settle")
+    has_heard_of_it(room)
     disk = f"/dev/{room.medium.disk.name}"
     run("sfdisk", "-q", "--no-tell-kernel", "--part-label", disk, "1", "cartridge-03")
     run("udevadm", "settle")
@@ -147,7 +149,7 @@ HEADERS: Final = {
 def test_a_medium_with_another_programs_header_is_left_alone_before_udevs_report_too(
     room: Room, header: str
 ) -> None:
-    does_not_wait(room)
+    set_waiting(room, waits=False)
     with room.medium.disposable():
         Path(room.medium.partition).write_bytes(HEADERS[header])
         room.medium.pull()

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import pyudev
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +104,36 @@ def test_udevs_database_is_of_another_medium_if_it_says_so(
     device.properties = device.properties(database)  # type: ignore[assignment]
     properties = udev_database.properties(device)  # type: ignore[arg-type]
     assert udev_database.is_of_another(properties, VolumeId(7, 1)) is is_stale
+
+
+class Listed(Reported):
+    """A device of which udev's database has a label, and that of another medium."""
+
+    sys_name = "sda1"
+    is_initialized = True
+    properties = Reported.properties({names.UDEV_DISKSEQ: "6", "ID_PART_ENTRY_NAME": "before"})  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("source", "announces"), [("udev", True), ("udev", False), ("kernel", True)]
+)
+def test_a_medium_whose_predecessor_is_in_udevs_database_is_listed_without_that(
+    monkeypatch: pytest.MonkeyPatch, source: sysfs.Source, *, announces: bool
+) -> None:
+    def at(_name: str, properties: dict[str, str], by: str) -> Volume:
+        label = properties.get("ID_PART_ENTRY_NAME")
+        return replace(volume(7), partlabel=label, identified=by == "udev", awaits_udev=False)
+
+    monkeypatch.setattr(sysfs, "volume_at", at)
+    with closing(udev.Devices(source)) as devices:
+        monkeypatch.setattr(sysfs, "block_names", lambda: ["sda1"])
+        monkeypatch.setattr(pyudev.Devices, "from_name", lambda *_: Listed())
+        monkeypatch.setattr(devices, "_may_announce", lambda: announces)
+        found = [event.volume for event in devices.present()]
+        is_awaited = devices.next_overdue is not None
+    seen = replace(volume(7), awaits_udev=source == "udev")
+    assert found == ([seen] if announces else [])
+    assert is_awaited is (source == "udev")
 
 
 @pytest.mark.parametrize("said", [{"DISKSEQ": "6"}, {names.UDEV_DISKSEQ: "6", "DISKSEQ": "7"}])
