@@ -51,6 +51,7 @@ possible what to do.
 | `Release` | a part of the volume could not be released |
 | `Flush` | it is not known whether all that was written has reached the medium |
 | `MappingBusy`, `MountBusy` | the kernel reports mapping or mount in use |
+| `MediumGone` | the medium went while the request was carried out |
 | `Unknown` | the kernel did not say what had to be known first; the message has the cure |
 | `Kernel`, `Caam`, `Keyring`, `DeviceMapper`, `Mount` | a call to the kernel failed |
 | `Failed` | any other failure; the journal has more |

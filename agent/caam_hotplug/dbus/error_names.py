@@ -39,6 +39,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.ForeignMappingError: f"{names.BUS_ERROR_PREFIX}ForeignMapping",
     errors.MountPointOccupiedError: f"{names.BUS_ERROR_PREFIX}MountPointOccupied",
     errors.KernelError: f"{names.BUS_ERROR_PREFIX}Kernel",
+    errors.MediumGoneError: f"{names.BUS_ERROR_PREFIX}MediumGone",
     errors.UnknownError: f"{names.BUS_ERROR_PREFIX}Unknown",
     errors.CaamError: f"{names.BUS_ERROR_PREFIX}Caam",
     errors.KeyringError: f"{names.BUS_ERROR_PREFIX}Keyring",

@@ -43,7 +43,7 @@ VOLUME: Final[Mapping[str, Property]] = {
     "Filesystem": Property("s", lambda entry: shown(entry.filesystem)),
     "Size": Property("t", lambda entry: min(entry.volume.size * SECTOR_BYTES, _U64)),
     "ReadOnly": Property("b", lambda entry: entry.read_only),
-    "Since": Property("t", lambda entry: min(max(0, int(entry.since * 1e6)), _U64)),
+    "Since": Property("t", lambda entry: int(min(max(0, entry.since * 1e6), _U64))),
     "StepDurations": Property(
         "a{sd}", lambda entry: {shown(step): float(took) for step, took in entry.steps.items()}
     ),
