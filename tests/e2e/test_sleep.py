@@ -19,7 +19,7 @@ DEADLINE_S: Final = 120
 MIB: Final = 1 << 20
 QUIET: Final = """
 [[rule]]
-name = "without ext4's own writes"
+name = "without writes of ext4 itself"
 match.partlabel = "cartridge-*"
 mount.filesystem_options.ext4 = ["noinit_itable"]
 """

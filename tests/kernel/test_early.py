@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -124,17 +124,16 @@ def test_the_agent_waits_for_udev_if_a_rule_of_the_board_may_opt_a_medium_out(
 
 def test_a_medium_that_udev_opts_out_unexpectedly_is_released_again(room: Room) -> None:
     room.agent.start()
-    run("udevadm", "control", "--property=CAAM_HOTPLUG=0")
-    try:
+    with ExitStack() as held:
         with udevd_hanging():
             room.plug_and_check()
+            rule = 'SUBSYSTEM=="block", ENV{CAAM_HOTPLUG}="0"\n'
+            held.enter_context(rule_of_the_board(rule))
         room.agent.until_said("udev reports something else of it than was known")
         room.agent.until_said("CAAM_HOTPLUG is 0")
         room.wait_until_released()
         room.medium.pull()
-        run("udevadm", "settle")
-    finally:
-        run("udevadm", "control", "--property=CAAM_HOTPLUG=")
+    run("udevadm", "settle")
 
 
 def test_a_medium_whose_disk_a_program_has_locked_waits_until_the_lock_is_released(
