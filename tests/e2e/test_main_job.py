@@ -238,7 +238,7 @@ async def test_a_run_by_hand_writes_a_timeline(
     taken = ["look who uses it", "load the table", "probe", "mount"]
     assert taken == sorted(taken, key=lambda step: spans[step]["ts"])
     waited_for = {event["name"] for event in events if event["ph"] == "b"}
-    assert {"look who uses it and more", "unmount", "remove the mapping"} <= waited_for
+    assert {"identify and more", "unmount", "remove the mapping"} <= waited_for
     assert spans["start Python"]["ts"] < spans["import caam_hotplug.daemon.main"]["ts"]
     late = [event for event in events if event["name"].startswith("import ")]
     first = next(event for event in events if event["name"] == "look who uses it")
