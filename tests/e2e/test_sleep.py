@@ -46,20 +46,6 @@ async def asleep(guest: Guest) -> AsyncIterator[None]:
     await guest.until("test -e /tmp/woke")
 
 
-async def suspend_to_ram(guest: Guest) -> None:
-    """The guest has slept, its processors without power, and its clock has stood still."""
-    await guest.sh(
-        "rm -f /tmp/woke; echo deep > /sys/power/mem_sleep\n"
-        "(sleep 0.2; echo mem > /sys/power/state; touch /tmp/woke) >/dev/null 2>&1 &"
-    )
-    deadline = time.monotonic() + DEADLINE_S
-    while (await guest.qmp("query-status"))["status"] != "suspended":
-        assert time.monotonic() < deadline, guest.console()[-2000:]
-        await asyncio.sleep(0.01)
-    await guest.qmp("system_wakeup")
-    await guest.until("test -e /tmp/woke")
-
-
 async def begin_to_write(guest: Guest) -> None:
     """A program writes to the medium all the time, and much of it is not on the medium yet."""
     code = (
@@ -93,7 +79,8 @@ async def test_a_medium_in_use_during_a_sleep_stays_mounted(
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
     await begin_to_write(guest)
-    await suspend_to_ram(guest)
+    async with asleep(guest):
+        pass
     await agent.until_said("compared after the sleep: the key is the one that it was")
     await guest.sh("kill $(cat /tmp/writer)")
     assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
@@ -210,7 +197,8 @@ async def test_a_volume_whose_key_was_lost_in_a_sleep_is_unlocked_on_request(
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
     await guest.sh("echo resume > /sys/module/caam_sim/parameters/new_session")
-    await suspend_to_ram(guest)
+    async with asleep(guest):
+        pass
     await agent.until_said("removed-unsafely: its key was lost")
     assert "removed-unsafely" in (await guest.run("caam-hotplug", "status")).stdout
     await guest.run("caam-hotplug", "unlock", "cartridge-01")

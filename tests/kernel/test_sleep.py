@@ -7,12 +7,7 @@ resume of a sleep that stops it.
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +25,6 @@ from kernel.cartridges import HELLO, KEY, TEXT
 from kernel.real import RealWorld
 from kernel.witness import Board, create, run
 
-BLOCK: Final = 4096
-BLOCKS: Final = 600
 POWER: Final = Path("/sys/power")
 
 
@@ -126,63 +119,6 @@ def test_volumes_under_several_keys_are_compared_and_the_agent_goes_on(
     room.agent.until_pinged(2)
 
 
-class Writer(threading.Thread):
-    """Writes the blocks of a file one after the other, past the cache, until a write fails."""
-
-    def __init__(self, file: Path, blocks: int) -> None:
-        super().__init__(daemon=True)
-        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
-        self._blocks = blocks
-        self._page = mmap.mmap(-1, BLOCK)
-        self.done: list[float] = []
-        """When each write was done."""
-        for number in range(blocks):
-            self._write(number, b"a")
-        os.fsync(self._file)
-
-    def _write(self, number: int, letter: bytes) -> None:
-        self._page[:] = letter * BLOCK
-        os.pwritev(self._file, [self._page], number * BLOCK)
-
-    def run(self) -> None:
-        try:
-            for number in range(self._blocks):
-                self._write(number, b"x")
-                self.done.append(time.monotonic())
-        except OSError as error:
-            assert error.errno == errno.EIO
-        finally:
-            os.close(self._file)
-
-
-def test_noise_is_written_only_between_the_wake_and_the_error_table(
-    room: Room, board: Board
-) -> None:
-    room.agent.start()
-    room.plug_and_check()
-    writer = Writer(room.point() / "blocks", BLOCKS)
-    board.new_session()
-    with room.agent.suspended():
-        change_the_clock()
-        writer.start()
-        until(lambda: len(writer.done) > 2, every_s=0.001)
-    woken = time.monotonic()
-    until(lambda: tables("cartridge-01")[0].endswith(" error"), every_s=0.001)
-    stopped = time.monotonic()
-    writer.join()
-    room.agent.until_said("removed-unsafely: its key was lost")
-    until(lambda: tables("cartridge-01") == [])
-    meanwhile = sum(at > woken for at in writer.done)
-    print(
-        f"error table after {(stopped - woken) * 1000:.0f} ms; {meanwhile} blocks of noise in them"
-    )
-    written = plaintext(room)
-    blocks = [written[at : at + BLOCK] for at in range(0, len(written), BLOCK)]
-    assert len(writer.done) < BLOCKS
-    assert blocks.count(b"a" * BLOCK) >= BLOCKS - len(writer.done) - 1
-    assert b"x" * BLOCK not in blocks
-
-
 # what is compared
 
 
@@ -231,21 +167,3 @@ def test_what_cannot_be_decrypted_has_no_plaintext_in_the_sample(world: RealWorl
         mapping = found(world)
         world.kernel.load_error_table(mapping.name, world.volume.size)
         assert set(sample(world, mapping).plain) == {None}
-
-
-def test_a_writer_that_never_pauses_does_not_keep_the_machine_awake_nor_lose_the_medium(
-    room: Room,
-) -> None:
-    room.agent.start()
-    room.plug_and_check()
-    code = f"import os\nf = os.open('{room.point()}/f', os.O_CREAT | os.O_WRONLY)\n"
-    code += "while True: os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
-    with subprocess.Popen([sys.executable, "-c", code]) as writer:
-        try:
-            until((room.point() / "f").exists)
-            sleep_and_wake()
-            room.agent.until_said("compared after the sleep: the key is the one that it was")
-        finally:
-            writer.kill()
-    room.check_still_mounted()
-    room.pull_and_check()
