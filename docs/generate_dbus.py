@@ -59,6 +59,12 @@ possible what to do.
 An unknown option of Eject is `org.freedesktop.DBus.Error.InvalidArgs`. A sender without permission
 gets `org.freedesktop.DBus.Error.AccessDenied`.
 
+## With gdbus
+
+    timeout 60 gdbus monitor --system --dest org.caamhotplug1
+    gdbus call --system --dest org.caamhotplug1 --object-path /org/caamhotplug1 \\
+      --method org.caamhotplug1.Manager.Explain /dev/sdb1
+
 ## With busctl
 
     busctl tree org.caamhotplug1
@@ -66,12 +72,6 @@ gets `org.freedesktop.DBus.Error.AccessDenied`.
     busctl --timeout=600 call org.caamhotplug1 /org/caamhotplug1/volumes/9_1 \\
       org.caamhotplug1.Volume Eject 'a{sv}' 1 power-off b false
     timeout 60 busctl monitor org.caamhotplug1
-
-## With gdbus
-
-    timeout 60 gdbus monitor --system --dest org.caamhotplug1
-    gdbus call --system --dest org.caamhotplug1 --object-path /org/caamhotplug1 \\
-      --method org.caamhotplug1.Manager.Explain /dev/sdb1
 """
 
 
