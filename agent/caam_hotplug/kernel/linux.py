@@ -74,8 +74,6 @@ class LinuxKernel:
             blkid.Blkid.open()
         with suppress(HotplugError, OSError):
             devmapper.target_version("crypt")
-        with suppress(HotplugError):
-            error_table.prepare()
 
     def is_present(self, volume: Volume) -> bool:
         """Return whether the volume is still at its kernel name; also while that is not known."""
@@ -146,6 +144,8 @@ class LinuxKernel:
 
     def our_mappings(self) -> list[Mapping]:
         """Return every mapping with our DM-UUID prefix."""
+        with suppress(HotplugError):  # open from the start: later no descriptor may be left
+            error_table.prepare()
         return devmapper.ours()
 
     def create_mapping(self, name: str, uuid: str) -> None:
