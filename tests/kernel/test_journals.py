@@ -58,6 +58,7 @@ def media(kind: str, where: Path) -> tuple[Path, Path]:
         run(*MAKERS[kind], node)
         with mounted(kind, node):
             written("settled", SETTLED)
+            written("recent", b"")  # f2fs writes a checkpoint for a new file, and nothing to replay
         with mounted(kind, node):
             written("recent", RECENT)
             shutil.copyfile(made, dirty)
