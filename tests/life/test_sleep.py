@@ -191,3 +191,17 @@ def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench
     wake(bench)
     assert bench.kernel.steps[:4] == STOPPED
     assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_a_medium_pulled_while_the_comparison_waits_leaves_no_mapping_that_waits(
+    bench: Bench,
+) -> None:
+    mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.new_session()
+    bench.kernel.faults.append(Fault("hold_mapping", hangs_s=5))
+    wake(bench)
+    bench.pull()
+    bench.wait(6)
+    (mapping,) = bench.kernel.mappings.values()
+    assert not mapping.is_held
