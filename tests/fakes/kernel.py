@@ -631,6 +631,8 @@ class FakeProcess:
                     self.kernel.users.pop(Path(mount.point).name, None)
 
     def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
+        if self.kernel.faults:
+            self.kernel.apply_fault("changed_disk", str(number))
         medium = self.kernel.unread.get(number)
         is_another = medium is not None and medium.volume.id.diskseq != which.diskseq
         return f"/dev/disk-{number}" if is_another else None

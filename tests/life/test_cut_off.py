@@ -12,7 +12,7 @@ import pytest
 
 from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy
 from caam_hotplug.config.templates import UnitTemplate
-from caam_hotplug.errors import DmError
+from caam_hotplug.errors import DmError, UnknownError
 from caam_hotplug.model import Disappeared, State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -426,6 +426,17 @@ def test_a_table_that_cannot_be_read_is_logged(
     bench.kernel.fail_next("read_table", DmError("open", "/dev/sda", errno.ENOMEDIUM))
     change(bench)
     assert "read the new table: open /dev/sda: No medium found" in caplog.text
+
+
+def test_a_disk_that_cannot_be_looked_at_ends_no_other_volumes_service(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = bench.insert("cartridge-02", "sdb1")
+    mounted(bench)
+    bench.kernel.fail_next("changed_disk", UnknownError("look at", "it", errno.ENFILE))
+    pull(bench)
+    assert bench.state(other) is State.MOUNTED
+    assert "if another medium is in it, plug it again" in caplog.text
 
 
 def test_after_a_pull_no_table_is_read(bench: Bench) -> None:

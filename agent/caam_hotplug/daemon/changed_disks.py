@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DeviceNumber, Mapping, VolumeId
 from caam_hotplug.volume.record import Context
@@ -53,7 +53,11 @@ class ChangedDisks:
         del self._left[which.diskseq]
         if which.diskseq not in self._used:
             return
-        disk = self._context.kernel.changed_disk(*self._used.pop(which.diskseq))
+        try:
+            disk = self._context.kernel.changed_disk(*self._used.pop(which.diskseq))
+        except UnknownError as error:
+            log.warning("%s; if another medium is in it, plug it again", error)
+            return
         if disk is not None:
             self._run(self._read_table(disk), partial(str, f"{disk}: read the new table"))
 
