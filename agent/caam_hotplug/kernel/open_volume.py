@@ -159,7 +159,7 @@ def _superblock(file: int, volume: Volume, block: int) -> blkid.Superblock:
     """
     with closing(PartialCopy(file, volume.node, block)) as copy:
         with suppress(KernelError):
-            copy.add(0, _HEAD_BYTES)
+            copy.add_head(_HEAD_BYTES)
         with suppress(KernelError):
             copy.add(copy.size - _TAIL_BYTES, _TAIL_BYTES)
             copy.add((copy.size // _ARRAY_UNIT - 1) * _ARRAY_UNIT, block)
