@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -243,3 +244,20 @@ def test_a_mounted_medium_whose_disk_cannot_be_read_is_adopted(bench: Bench) -> 
     assert bench.state(volume) is State.MOUNTED
     assert points(bench) == ["cartridge-01"]
     bench.kernel.faults.clear()
+
+
+def test_a_disk_that_says_something_else_each_time_is_read_now_and_then(bench: Bench) -> None:
+    looks = count()
+
+    def say_another(step: str) -> None:
+        if step == "identify" and (number := next(looks)) < 50:
+            medium = bench.kernel.media["sda1"]
+            medium.says = replace(medium.volume, partuuid=f"number {number}")
+
+    volume = bench.kernel.insert(key=b"x" * 36)
+    bench.kernel.before = say_another
+    bench.misreport(volume)
+    bench.settle()
+    assert next(looks) < 5
+    bench.wait(60.0)
+    assert bench.state(volume) is State.MOUNTED
