@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 
+from caam_hotplug.errors import KernelError
 from caam_hotplug.model import State, Volume, VolumeId
-from fakes.bench import Bench
+from fakes.bench import Bench, InlineWorker
 
 OTHER = "cartridge-02"
 
@@ -261,3 +264,18 @@ def test_a_disk_that_says_something_else_each_time_is_read_now_and_then(bench: B
     assert next(looks) < 5
     bench.wait(60.0)
     assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_device_that_no_thread_can_close_now_ends_no_service(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(worker: InlineWorker, words: str, function: Callable[[], Any]) -> Any:
+        if words == "close the device":
+            raise KernelError("start a thread for", worker.name, errno.EAGAIN)
+        return begin(worker, words, function)
+
+    begin = InlineWorker._start
+    monkeypatch.setattr(InlineWorker, "_start", start)
+    assert bench.state(misreported(bench)) is State.MOUNTED
+    assert "start a thread for" in caplog.text
+    assert bench.kernel.open_nodes == []

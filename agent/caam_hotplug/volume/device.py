@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from caam_hotplug.config.match import ON_THE_DISK
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.kernel.api import OpenVolume
 from caam_hotplug.model import Volume
 from caam_hotplug.volume.inbox import Reevaluate
@@ -97,9 +97,13 @@ class Device:
             loop.call_later(_PAUSE_S, note, Reevaluate.FACTS)
 
     async def close(self) -> None:
-        """Close the device, if it is open."""
-        if self._opened is not None:
+        """Close the device, if it is open; one that cannot be closed now is at the next look."""
+        if self._opened is None:
+            return
+        try:
             await to_the_end(self._operations.call, "close the device", self.close_now)
+        except ReleaseError as error:
+            log.warning("%s: close the device: %s", self._record.volume, error)
 
     # Steps of a worker.
 
