@@ -433,6 +433,14 @@ def test_a_disk_whose_medium_is_still_there_has_not_changed(world: World) -> Non
     assert world.kernel.changed_disk(VolumeId(volume.id.diskseq + 1, 1), NOWHERE) is None
 
 
+def test_loading_an_error_table_again_ends_a_hold(world: World) -> None:
+    with mapped(world) as mapping:
+        world.kernel.load_error_table(mapping.uuid)
+        world.kernel.hold_mapping(mapping.name)
+        world.kernel.load_error_table(mapping.uuid)
+        assert not found(world).is_suspended
+
+
 def test_loading_an_error_table_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
@@ -444,7 +452,7 @@ def test_a_mapping_that_was_held_goes_on_once_it_is_activated(world: World) -> N
     with mapped(world) as mapping:
         for _ in range(2):
             world.kernel.hold_mapping(mapping.name)
-            assert found(world) == mapping
+            assert found(world) == replace(mapping, is_suspended=True)
         world.kernel.activate_mapping(mapping.name)
         assert world.reads_as_written(mapping.node)
 
@@ -748,6 +756,7 @@ __all__ = [
     "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_holders_are_counted",
+    "test_loading_an_error_table_again_ends_a_hold",
     "test_loading_an_error_table_twice_is_no_error",
     "test_mappings_of_others_are_not_the_agents",
     "test_nobody_else_can_use_an_emptied_disk_until_it_is_restored",

@@ -471,7 +471,12 @@ class FakeProcess:
         table = () if mapping.live is None else (mapping.live,)
         open_count = self.kernel.open_count(mapping)
         return Mapping(
-            mapping.name, mapping.uuid, mapping.number, table, open_count, mapping.is_suspended
+            mapping.name,
+            mapping.uuid,
+            mapping.number,
+            table,
+            open_count,
+            mapping.is_suspended or mapping.is_held,
         )
 
     def our_mappings(self) -> list[Mapping]:
@@ -520,10 +525,12 @@ class FakeProcess:
         found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
         mapping = next(found, None)
         self._step("load_error_table", uuid if mapping is None else mapping.name)
-        target = None if mapping is None else CryptTarget.from_line(mapping.live or "")
-        if mapping is not None and target is not None:
+        if mapping is None or mapping.live is None:
+            return
+        mapping.is_held = False
+        target = CryptTarget.from_line(mapping.live)
+        if target is not None:
             mapping.live, mapping.key = f"0 {target.length} error", None
-            mapping.is_held = False
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -624,6 +631,8 @@ class FakeProcess:
                     self.kernel.users.pop(Path(mount.point).name, None)
 
     def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
+        if self.kernel.faults:
+            self.kernel.apply_fault("changed_disk", str(number))
         medium = self.kernel.unread.get(number)
         is_another = medium is not None and medium.volume.id.diskseq != which.diskseq
         return f"/dev/disk-{number}" if is_another else None

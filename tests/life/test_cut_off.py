@@ -12,7 +12,7 @@ import pytest
 
 from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy
 from caam_hotplug.config.templates import UnitTemplate
-from caam_hotplug.errors import DmError
+from caam_hotplug.errors import DmError, UnknownError
 from caam_hotplug.model import Disappeared, State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -266,6 +266,57 @@ def test_the_error_table_is_loaded_though_a_defect_has_ended_the_volumes_service
     assert is_cut_off(bench)
 
 
+def test_the_error_table_is_loaded_into_a_mapping_that_comes_to_life_after_the_departure(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults.append(Fault("activate_mapping", hangs_s=5.0))
+    mounted(bench)
+    pull(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    assert mapping.live is None
+    mapping.holders = 1  # a program opens whatever has come
+    bench.wait(5.0)
+    assert is_cut_off(bench)
+
+
+@pytest.mark.parametrize("moment", ["lock", "stop"])
+def test_an_unmount_that_finds_its_medium_gone_waits_for_the_error_table(
+    bench: Bench, moment: str
+) -> None:
+    before, act = MOMENTS[moment]
+    volume = before(bench)
+    bench.kernel.faults.append(Fault("flush", hangs_s=5.0))
+    bench.kernel.faults.append(Fault("load_error_table", hangs_s=9.0))
+    act(bench, volume)
+    bench.settle()
+    begin = len(bench.kernel.steps)
+    pull(bench)
+    bench.wait(20.0)
+    steps = bench.kernel.steps[begin:]
+    assert "unmount" not in steps[: steps.index("load_error_table")]
+
+
+def test_a_defect_in_the_error_table_ends_no_other_volumes_service(bench: Bench) -> None:
+    other = bench.insert("cartridge-02", "sdb1")
+    mounted(bench)
+    bench.kernel.faults.append(Fault("load_error_table", TypeError("a defect"), lasting=True))
+    pull(bench)
+    assert not bench.has_failed
+    assert bench.state(other) is State.MOUNTED
+
+
+def test_the_table_of_a_readers_next_card_is_read_though_the_first_was_only_looked_at(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults.append(Fault("identify", hangs_s=5.0, acts_first=True))
+    volume = bench.kernel.insert()
+    bench.announce(volume)
+    bench.settle()
+    change(bench)
+    bench.wait(20.0)
+    assert bench.kernel.steps[-1] == "read_table"
+
+
 def test_the_error_table_of_an_orphan_comes_first(bench: Bench) -> None:
     killed(bench)
     bench.kernel.pull()
@@ -375,6 +426,17 @@ def test_a_table_that_cannot_be_read_is_logged(
     bench.kernel.fail_next("read_table", DmError("open", "/dev/sda", errno.ENOMEDIUM))
     change(bench)
     assert "read the new table: open /dev/sda: No medium found" in caplog.text
+
+
+def test_a_disk_that_cannot_be_looked_at_ends_no_other_volumes_service(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = bench.insert("cartridge-02", "sdb1")
+    mounted(bench)
+    bench.kernel.fail_next("changed_disk", UnknownError("look at", "it", errno.ENFILE))
+    pull(bench)
+    assert bench.state(other) is State.MOUNTED
+    assert "if another medium is in it, plug it again" in caplog.text
 
 
 def test_after_a_pull_no_table_is_read(bench: Bench) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import pytest
 
+from caam_hotplug.errors import KernelError
 from caam_hotplug.model import State, Volume, VolumeId
-from fakes.bench import Bench
+from fakes.bench import Bench, InlineWorker
 
 OTHER = "cartridge-02"
 
@@ -243,3 +247,35 @@ def test_a_mounted_medium_whose_disk_cannot_be_read_is_adopted(bench: Bench) -> 
     assert bench.state(volume) is State.MOUNTED
     assert points(bench) == ["cartridge-01"]
     bench.kernel.faults.clear()
+
+
+def test_a_disk_that_says_something_else_each_time_is_read_now_and_then(bench: Bench) -> None:
+    looks = count()
+
+    def say_another(step: str) -> None:
+        if step == "identify" and (number := next(looks)) < 50:
+            medium = bench.kernel.media["sda1"]
+            medium.says = replace(medium.volume, partuuid=f"number {number}")
+
+    volume = bench.kernel.insert(key=b"x" * 36)
+    bench.kernel.before = say_another
+    bench.misreport(volume)
+    bench.settle()
+    assert next(looks) < 5
+    bench.wait(60.0)
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_device_that_no_thread_can_close_now_ends_no_service(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(worker: InlineWorker, words: str, function: Callable[[], Any]) -> Any:
+        if words == "close the device":
+            raise KernelError("start a thread for", worker.name, errno.EAGAIN)
+        return begin(worker, words, function)
+
+    begin = InlineWorker._start
+    monkeypatch.setattr(InlineWorker, "_start", start)
+    assert bench.state(misreported(bench)) is State.MOUNTED
+    assert "start a thread for" in caplog.text
+    assert bench.kernel.open_nodes == []

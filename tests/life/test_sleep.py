@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from caam_hotplug.config.rules import BUILT_IN, Action
+from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -191,3 +192,40 @@ def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench
     wake(bench)
     assert bench.kernel.steps[:4] == STOPPED
     assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_a_medium_pulled_while_the_comparison_waits_leaves_no_mapping_that_waits(
+    bench: Bench,
+) -> None:
+    mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.new_session()
+    bench.kernel.faults.append(Fault("hold_mapping", hangs_s=5))
+    wake(bench)
+    bench.pull()
+    bench.wait(6)
+    (mapping,) = bench.kernel.mappings.values()
+    assert not mapping.is_held
+
+
+@pytest.mark.parametrize("end", ["lock", "stop"])
+def test_nothing_is_flushed_under_another_key_after_a_sleep_during_the_unit_before_the_unmount(
+    bench: Bench, end: str
+) -> None:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
+    volume = mounted(bench)
+    bench.units.duration_s = 5
+    if end == "lock":
+        request = bench.ask("lock", volume)
+        bench.settle()
+    else:
+        bench.begin_stop()
+    bench.kernel.new_session()
+    bench.wake()
+    bench.wait(6)
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []
+    if end == "lock":
+        assert "its key was lost" in str(request.exception())

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DeviceNumber, Mapping, VolumeId
 from caam_hotplug.volume.record import Context
@@ -34,14 +34,17 @@ class ChangedDisks:
         self._left: Counter[int] = Counter()
         """How many volumes of a medium are not released, by its disk sequence number."""
         self._used: dict[int, tuple[VolumeId, DeviceNumber]] = {}
-        """A volume of each medium that had a mapping when the medium went."""
+        """A volume of each medium that was not released when the medium went."""
 
     def begin(self, which: VolumeId) -> None:
         """Note a volume that may hold its medium."""
         self._left[which.diskseq] += 1
 
     def end(self, which: VolumeId, used: DeviceNumber | None) -> None:
-        """Note that it is released. `used`: its device, if a mapping was on it without a medium."""
+        """Note that it is released. `used`: its device, if the medium went before that.
+
+        Also the open device, before there is a mapping, keeps the partition in use.
+        """
         if used is not None:
             self._used.setdefault(which.diskseq, (which, used))
         self._left[which.diskseq] -= 1
@@ -50,7 +53,11 @@ class ChangedDisks:
         del self._left[which.diskseq]
         if which.diskseq not in self._used:
             return
-        disk = self._context.kernel.changed_disk(*self._used.pop(which.diskseq))
+        try:
+            disk = self._context.kernel.changed_disk(*self._used.pop(which.diskseq))
+        except UnknownError as error:
+            log.warning("%s; if another medium is in it, plug it again", error)
+            return
         if disk is not None:
             self._run(self._read_table(disk), partial(str, f"{disk}: read the new table"))
 

@@ -294,7 +294,7 @@ class Supervisor:
             has_disk = VolumeId(which.diskseq, 0) in self._at.values()
             if record.parked is not None and (has_disk or lost is not None):
                 self._parked[which] = record.parked
-        self._changed.end(which, record.volume.number if record.cut_off.has_begun else None)
+        self._changed.end(which, record.volume.number if record.stop.medium_gone else None)
         again = self._next.pop(which, lost)
         if again is not None and not self._stopping:
             self._start(again)

@@ -8,28 +8,29 @@ block/partitions/core.c). It asks nobody to do that, and reports nothing.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 from caam_hotplug.errors import KernelError
+from caam_hotplug.kernel import sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.model import DeviceNumber, VolumeId
 
-_BY_NUMBER: Final = Path("/sys/dev/block")
 
-
-def node(which: VolumeId, number: DeviceNumber, by_number: Path = _BY_NUMBER) -> str | None:
+def node(which: VolumeId, number: DeviceNumber, root: int | None = None) -> str | None:
     """Return the disk's node if another medium has the device number of this volume now.
 
-    None also if the device has gone.
+    None also if the device has gone. Raises: UnknownError.
     """
-    with suppress(OSError, ValueError):
-        folder = (by_number / str(number)).resolve(strict=True)
-        disk = folder.parent if (folder / "partition").exists() else folder
-        if int((disk / "diskseq").read_text()) != which.diskseq:
-            return f"/dev/{disk.name}"
-    return None
+    at = sysfs_tree.root() if root is None else root
+
+    def look() -> str | None:
+        disk = Path(os.path.normpath(f"dev/block/{sysfs_tree.link(at, f'dev/block/{number}')}"))
+        if sysfs_tree.is_there(at, f"{disk}/partition"):
+            disk = disk.parent
+        is_another = int(sysfs_tree.text(at, f"{disk}/diskseq")) != which.diskseq
+        return f"/dev/{disk.name}" if is_another else None
+
+    return sysfs_tree.known(f"the disk of device {number}", look)
 
 
 def read_table(disk: str) -> None:

@@ -232,7 +232,10 @@ class LinuxKernel:
         open_files.end(mapping, number, within_s)
 
     def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
-        """Return the node of the disk if it has another medium than the volume's now."""
+        """Return the node of the disk if it has another medium than the volume's now.
+
+        Raises: UnknownError.
+        """
         return changed_disk.node(which, number)
 
     def read_table(self, disk: str) -> None:

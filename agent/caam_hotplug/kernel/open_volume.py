@@ -17,11 +17,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import blkid, device_users, partition_table, sysfs
+from caam_hotplug.kernel import blkid, device_users, partition_table, sysfs, sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.partial_copy import PartialCopy
 from caam_hotplug.model import DeviceNumber, DevType, Sectors, Volume, number
@@ -29,7 +28,6 @@ from caam_hotplug.model import DeviceNumber, DevType, Sectors, Volume, number
 _BLKSSZGET: Final = 0x1268
 _BLKGETDISKSEQ: Final = 0x80081280
 """From linux/fs.h, since Linux 5.15."""
-_SYS_DEV: Final = Path("/sys/dev/block")
 _HEAD_BYTES: Final = 68 << 10
 """Up to the superblock of btrfs, the last of those that begin a device."""
 _TAIL_BYTES: Final = 16 << 10
@@ -146,7 +144,8 @@ def _disk(volume: Volume) -> Iterator[tuple[int, str]]:
 def _entry_of(volume: Volume, block: int) -> blkid.Entry | None:
     """Read the partition's entry in the disk's table. Raises: KernelError."""
     with reported_as("find the start of", volume.node):
-        start = number((_SYS_DEV / str(volume.number) / "start").read_text().strip())
+        attribute = f"dev/block/{volume.number}/start"
+        start = number(sysfs_tree.text(sysfs_tree.root(), attribute).strip())
     place = partition_table.Place(volume.id.partition, Sectors(start), volume.size)
     with _disk(volume) as (file, node), closing(PartialCopy(file, node, block)) as copy:
         return partition_table.entry_of(copy, place)
@@ -160,7 +159,7 @@ def _superblock(file: int, volume: Volume, block: int) -> blkid.Superblock:
     """
     with closing(PartialCopy(file, volume.node, block)) as copy:
         with suppress(KernelError):
-            copy.add(0, _HEAD_BYTES)
+            copy.add_head(_HEAD_BYTES)
         with suppress(KernelError):
             copy.add(copy.size - _TAIL_BYTES, _TAIL_BYTES)
             copy.add((copy.size // _ARRAY_UNIT - 1) * _ARRAY_UNIT, block)

@@ -51,6 +51,16 @@ class PartialCopy:
         """Free the memory."""
         os.close(self.file)
 
+    def add_head(self, length: int) -> None:
+        """Copy the first bytes; if they cannot all be read, the first block alone.
+
+        Raises: KernelError.
+        """
+        try:
+            self.add(0, length)
+        except KernelError:
+            self._copy(0, min(self.block, self.size))
+
     def add(self, position: int, length: int) -> None:
         """Copy these bytes, and those around them up to whole blocks, unless they are there.
 
@@ -60,12 +70,7 @@ class PartialCopy:
         end = min(-(-(position + length) // self._step) * self._step, self.size)
         if begin >= end or any(first <= begin and end <= last for first, last in self._added):
             return
-        with (
-            reported_as("read", self.node),
-            mmap.mmap(self.file, end - begin, offset=begin) as room,
-        ):
-            if self._read(room, begin) != end - begin:
-                raise KernelError("read", self.node, errno.EIO, f"at byte {begin}")
+        self._copy(begin, end)
         self._added.append((begin, end))
 
     def read(self, position: int, length: int) -> bytes:
@@ -74,6 +79,14 @@ class PartialCopy:
             return b""
         with reported_as("read the copy of", self.node):
             return os.pread(self.file, length, position)
+
+    def _copy(self, begin: int, end: int) -> None:
+        with (
+            reported_as("read", self.node),
+            mmap.mmap(self.file, end - begin, offset=begin) as room,
+        ):
+            if self._read(room, begin) != end - begin:
+                raise KernelError("read", self.node, errno.EIO, f"at byte {begin}")
 
     def _read(self, room: mmap.mmap, position: int) -> int:
         """Read whole blocks into the copy's own memory. Raises: OSError."""

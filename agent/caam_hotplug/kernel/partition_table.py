@@ -7,9 +7,11 @@ blocks are copied for it. A block that is missing there makes it find no table, 
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+from caam_hotplug.errors import KernelError
 from caam_hotplug.kernel import blkid
 from caam_hotplug.kernel.partial_copy import PartialCopy
 from caam_hotplug.model import Sectors
@@ -42,14 +44,16 @@ class Place:
 def entry_of(copy: PartialCopy, place: Place) -> blkid.Entry | None:
     """Return the table's entry for the partition; None if it has none there.
 
+    What cannot be read of one table may be in the other (find_valid_gpt in block/partitions/efi.c).
     Raises: KernelError, also if the disk cannot be read. Blocks for I/O.
     """
-    copy.add(0, max(_HEAD_BLOCKS * 512, 2 * copy.block))
+    copy.add_head(max(_HEAD_BLOCKS * 512, 2 * copy.block))
     mbr = copy.read(0, 512)
     kinds = [kind for kind, _, _ in _mbr_entries(mbr)]
-    if _PROTECTIVE in kinds:
-        _add_gpt(copy, 1)
-    _add_logical(copy, mbr)
+    with suppress(KernelError):
+        if _PROTECTIVE in kinds:
+            _add_gpt(copy, 1)
+        _add_logical(copy, mbr)
     found = _found(copy, place)
     if found is None and _PROTECTIVE in kinds:  # perhaps only the copy at the end is whole
         _add_gpt(copy, copy.size // copy.block - 1)

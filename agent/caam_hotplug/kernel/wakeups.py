@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from ctypes import Structure, byref, c_long, create_string_buffer
+from ctypes import Structure, byref, c_long, create_string_buffer, sizeof
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +30,9 @@ SLEEPS: Final = Path("/sys/power/suspend_stats/success")
 _TIMER: Final = "the timer for changes of the clock"
 _ABSOLUTE, _CANCEL_ON_SET = 0x1, 0x2
 _FAR_S: Final = 300_000_000
-"""Nine years, so that the time fits 32 bits where a long has no more."""
+"""Nine years."""
+_LATEST_S: Final = (1 << 8 * sizeof(c_long) - 1) - 1
+"""What the C library's function takes: 2038 where a long has 32 bits."""
 
 
 class _Time(Structure):
@@ -107,7 +109,10 @@ class Wakeups:
         return self._count
 
     def _arm(self) -> None:
-        far = _Alarm(_Time(0, 0), _Time(int(time.time()) + _FAR_S, 0))
+        now = int(time.time())
+        # Zero ends the timer: one that is always due would never let the loop rest.
+        at = min(now + _FAR_S, _LATEST_S) if now < _LATEST_S else 0
+        far = _Alarm(_Time(0, 0), _Time(at, 0))
         with reported_as("set", _TIMER):
             Libc.timerfd_settime(self._timer, _ABSOLUTE | _CANCEL_ON_SET, byref(far), None)
 

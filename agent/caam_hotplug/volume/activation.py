@@ -94,6 +94,7 @@ class Activation:
                 return Released(None, is_writable, is_kept=True)
             self._status.publish(State.DETACHING, self._stop.words)
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
+            await self._compare_if_it_slept(mapping)
             return Released(None, is_writable)
 
     async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> bool:
@@ -120,9 +121,7 @@ class Activation:
         """Wait for a cause to release the volume until nobody uses it; None at the stop signal."""
         while True:
             await self._inbox.until(lambda: self._inbox.concerns_active or self._record.has_slept)
-            if self._record.has_slept:
-                self._record.has_slept = False
-                await self._sleep_check.run(mapping)
+            await self._compare_if_it_slept(mapping)
             if self._stop.is_set:
                 return None
             if self._inbox.request is not None and not self._inbox.wants_release:
@@ -131,6 +130,11 @@ class Activation:
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
                 return cause
+
+    async def _compare_if_it_slept(self, mapping: Mapping) -> None:
+        if self._record.has_slept and not self._stop.medium_gone:
+            self._record.has_slept = False
+            await self._sleep_check.run(mapping)
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
@@ -145,6 +149,7 @@ class Activation:
         state, reason = self._status.state or State.MOUNTED, self._status.reason
         self._status.publish(State.DETACHING, cause.words)
         await self._hooks.unmounting(self._record.plan_in_force(self._target))
+        await self._compare_if_it_slept(mapping)  # before a flush
         if self._stop.medium_gone or self._stop.keeps:
             return False
         by_rule = self._record.plan_in_force(self._target).rule.on_busy

@@ -47,11 +47,6 @@ class CutOff:
         self._loading: asyncio.Task[Exception | None] | None = None
         stop.when_gone = self._begin
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the medium went while the kernel may have had the mapping."""
-        return self._loading is not None
-
     async def done(self) -> Exception | None:
         """Wait until it is done, if the medium has gone, and return what made it fail.
 
@@ -62,7 +57,14 @@ class CutOff:
         return None if self._loading is None else await to_the_end(self._loaded, self._loading)
 
     async def require(self) -> None:
-        """As `done`. Raises: HotplugError, OSError if it fails."""
+        """As `done`, of a mapping that may have got its table or a hold meanwhile.
+
+        The error table may have found nothing to replace then. Raises: HotplugError, OSError if it
+        fails.
+        """
+        await self.done()
+        if self._stop.medium_gone and self.is_mapped:
+            self._loading = asyncio.create_task(self._load())
         failure = await self.done()
         if failure is not None:
             raise failure
@@ -85,6 +87,9 @@ class CutOff:
                 await worker.run(words, self._kernel.load_error_table, self._uuid, late=late)
             except (HotplugError, OSError) as error:
                 log.error("%s", error)
+                failure = error
+            except Exception as error:  # a defect here must not keep it mounted
+                log.exception("%s: a defect of the agent", words)
                 failure = error
             else:
                 return None

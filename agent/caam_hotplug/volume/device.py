@@ -5,19 +5,25 @@ While it is open, its number stands for the same place on the same disk, whose l
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from dataclasses import replace
+from typing import Final
 
 from caam_hotplug.config.match import ON_THE_DISK
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.kernel.api import OpenVolume
 from caam_hotplug.model import Volume
+from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
+
+_PAUSE_S: Final = 1.0
 
 
 class OtherOnDiskError(Exception):
@@ -46,6 +52,8 @@ class Device:
         self._record = record
         self._operations = operations
         self._opened: OpenVolume | None = None
+        self._followed_at = -math.inf
+        """The loop's time when the rules were last matched again for what the disk says."""
 
     async def identify(self) -> None:
         """Read what the disk says of a volume that udev has not reported. Raises: KernelError."""
@@ -75,10 +83,27 @@ class Device:
         record.read_from_disk(_where_it_says_something(found, target.volume))
         return not record.wants_another(target)
 
+    def follow(self, found: Volume) -> None:
+        """Have the rules matched again with what the disk says.
+
+        At once; but a disk that says something else each time gets one attempt in a while.
+        """
+        self._record.read_from_disk(found)
+        loop, note = asyncio.get_running_loop(), self._record.inbox.note
+        before, self._followed_at = self._followed_at, loop.time()
+        if self._followed_at - before > 2 * _PAUSE_S:
+            note(Reevaluate.FACTS)
+        else:
+            loop.call_later(_PAUSE_S, note, Reevaluate.FACTS)
+
     async def close(self) -> None:
-        """Close the device, if it is open."""
-        if self._opened is not None:
+        """Close the device, if it is open; one that cannot be closed now is at the next look."""
+        if self._opened is None:
+            return
+        try:
             await to_the_end(self._operations.call, "close the device", self.close_now)
+        except ReleaseError as error:
+            log.warning("%s: close the device: %s", self._record.volume, error)
 
     # Steps of a worker.
 

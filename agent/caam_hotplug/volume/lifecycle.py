@@ -115,8 +115,7 @@ class VolumeLifecycle:
         except (StopRequestedError, DeviceLockedError):
             pass
         except OtherOnDiskError as error:
-            self.record.read_from_disk(error.found)
-            self._inbox.note(Reevaluate.FACTS)
+            self._device.follow(error.found)
         except BlobMissingError as error:
             self._status.publish(State.WAITING, str(error))
         except MountPointOccupiedError as error:

@@ -189,14 +189,14 @@ async def _unmount_or_detach(
 ) -> None:
     kernel = operations.kernel
 
-    def unmount() -> KernelError | None:
+    def unmount(*, is_cut_off: bool) -> KernelError | None:
         try:
-            if operations.stop.medium_gone:
+            if is_cut_off:
                 kernel.unmount(name)
             else:
+                operations.require_medium()
                 writes.watch = writes.watch or kernel.watch_writes(mapping)
-                gone = operations.require_medium
-                writes.watch.unmount(name, anyway=True, before=gone)
+                writes.watch.unmount(name, anyway=True, before=operations.require_medium)
         except KernelError as error:
             if isinstance(error, FlushError) or not isinstance(error, MountError):
                 writes.lost = writes.lost or f"it is not known whether all was written: {error}"
@@ -207,9 +207,11 @@ async def _unmount_or_detach(
         return None
 
     try:
-        refusal = await operations.call("unmount", unmount)
+        # Asked before the call, which then waits for the error table; a thread would not.
+        gone = operations.stop.medium_gone
+        refusal = await operations.call("unmount", unmount, is_cut_off=gone)
     except MediumGoneError:  # the next call comes after the error table
-        refusal = await operations.call("unmount", unmount)
+        refusal = await operations.call("unmount", unmount, is_cut_off=True)
     if refusal is not None:
         said = fields("busy", MOUNT_POINT=name)
         log.warning("%s; detaching it from the tree", refusal, extra=said)

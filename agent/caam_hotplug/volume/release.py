@@ -75,6 +75,7 @@ async def _unmount(
     """Flush and unmount it: each time, since users may write as they end."""
 
     def unmount() -> None:
+        operations.require_medium()
         writes.watch = writes.watch or operations.kernel.watch_writes(mapping)
         writes.watch.unmount(name, anyway=anyway, before=operations.require_medium)
 

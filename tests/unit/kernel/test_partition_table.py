@@ -123,7 +123,7 @@ def test_a_device_that_cannot_be_read_past_the_cache_is_read_through_it(
 def test_a_device_that_ends_before_its_size_is_an_error(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "preadv", lambda *_: 512)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
     file = os.open(image, os.O_RDONLY)
     with (
         closing(PartialCopy(file, "/dev/sdx", 512)) as copy,
@@ -131,6 +131,42 @@ def test_a_device_that_ends_before_its_size_is_an_error(
     ):
         partition_table.entry_of(copy, HERE)
     os.close(file)
+
+
+def make_unreadable(monkeypatch: pytest.MonkeyPatch, *sectors: int) -> None:
+    """Have all reads fail that begin before one of these sectors and end after it."""
+
+    def read(file: int, buffers: list[mmap.mmap], position: int) -> int:
+        end = position + sum(map(len, buffers))
+        if any(position < (sector + 1) * 512 and sector * 512 < end for sector in sectors):
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(file, buffers, position)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", read)
+
+
+@pytest.mark.parametrize("sector", [1, 2, 8, 33])
+def test_the_copy_of_an_unreadable_table_counts(
+    image: Path, monkeypatch: pytest.MonkeyPatch, sector: int
+) -> None:
+    make_unreadable(monkeypatch, sector)
+    assert label(image) == "cartridge-01"
+
+
+def test_a_table_that_is_unreadable_twice_is_an_error(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unreadable(monkeypatch, 1, image.stat().st_size // 512 - 1)
+    with pytest.raises(KernelError, match=r"read .*: Input/output error"):
+        entry(image)
+
+
+def test_an_entry_of_an_mbr_is_found_though_what_follows_is_unreadable(
+    logical: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unreadable(monkeypatch, 1, 8192)
+    assert entry(logical, Place(1, Sectors(2048), Sectors(2048))) is not None
 
 
 def mbr(*entries: tuple[int, int, int], identifier: int = 0) -> bytes:

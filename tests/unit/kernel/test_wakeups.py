@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -10,11 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from caam_hotplug.kernel import wakeups
 from caam_hotplug.kernel.wakeups import Wakeups
 
 
-def is_readable(wakeups: Wakeups) -> bool:
-    return bool(select.select([wakeups], [], [], 0)[0])
+def is_readable(watched: Wakeups) -> bool:
+    return bool(select.select([watched], [], [], 0)[0])
+
+
+def timer_left_s(watched: Wakeups) -> int:
+    """Return in how many seconds the timer ends; 0 if it does not (timerfd in proc(5))."""
+    text = Path(f"/proc/self/fdinfo/{watched._timer}").read_text()
+    (left,) = re.findall(r"it_value: \((\d+), \d+\)", text)
+    return int(left)
 
 
 def test_nothing_is_readable_while_nothing_happens() -> None:
@@ -23,6 +34,18 @@ def test_nothing_is_readable_while_nothing_happens() -> None:
     assert not wakeups.read()
     assert not wakeups.counts_another()
     wakeups.close()
+
+
+@pytest.mark.parametrize("left_s", [1000, -1000])
+def test_nothing_is_readable_near_the_last_time_that_a_long_has(
+    monkeypatch: pytest.MonkeyPatch, left_s: int
+) -> None:
+    latest = int(time.time()) + left_s
+    monkeypatch.setattr(wakeups, "_LATEST_S", latest)
+    watched = Wakeups()
+    assert not is_readable(watched)
+    assert timer_left_s(watched) <= max(left_s, 0)
+    watched.close()
 
 
 def test_a_sleep_that_the_clock_did_not_show_is_counted_once(tmp_path: Path) -> None:
