@@ -34,10 +34,11 @@ _OPEN_TREE_CLONE: Final = 1
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
 _MS_PRIVATE: Final = 1 << 18
-_NOT_KNOWN: Final = {
+NOT_KNOWN: Final = {
     errno.EPERM, errno.EINTR, errno.EBADF, errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE,
 }  # fmt: skip
 """Errors that say nothing of what was written. Filesystems have many others for a failed write."""
+NOT_ALL: Final = "not all that was written to it has reached the medium"
 
 
 class _MountAttr(ctypes.Structure):
@@ -136,12 +137,12 @@ class WriteWatch:
             with reported_as(operation, subject, FlushError):
                 call(*arguments)
         except FlushError as error:
-            if error.errno in _NOT_KNOWN and not is_last:
+            if error.errno in NOT_KNOWN and not is_last:
                 raise
             self._note(str(error))
 
     def _note(self, what: str) -> None:
-        self.lost = self.lost or f"not all that was written to it has reached the medium: {what}"
+        self.lost = self.lost or f"{NOT_ALL}: {what}"
 
     def _look_at_ext4(self, point: str) -> None:
         if self._ext4_errors() > self._errors_before:
@@ -155,7 +156,7 @@ class WriteWatch:
             finally:
                 os.close(opened)
         except OSError as error:
-            return error.errno in _NOT_KNOWN
+            return error.errno in NOT_KNOWN
         return True
 
     def _ext4_errors(self) -> int:
