@@ -8,11 +8,12 @@ held until it is unlocked or pulled, so nobody can begin to use it after the che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Set
+from collections.abc import Coroutine, Set
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from caam_hotplug.daemon.disk_hold import DiskHold
+from caam_hotplug.daemon.disk_volumes import DiskVolumes
 from caam_hotplug.errors import (
     HotplugError,
     RequestRefusedError,
@@ -30,30 +31,10 @@ _RELEASED: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
 """States of a volume that holds nothing, unless a leftover is there."""
 
 
-class Volumes(Protocol):
-    """The volumes that are present, as far as this module needs them."""
-
-    def records_of(self, diskseq: int) -> list[Record]:
-        """Return the records of the disk's volumes."""
-        ...
-
-    def run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
-        """Run the work to its end, also for a client that has gone."""
-        ...
-
-    def depart(self, diskseq: int, but: Set[VolumeId]) -> None:
-        """End the lifecycles of the disk's volumes but for these."""
-        ...
-
-    def start_parked(self, volume: Volume, state: State, reason: str) -> None:
-        """Start the lifecycle of a volume that was released on request, unless it has one."""
-        ...
-
-
 class SafeRemoval:
     """The disks that are being ejected, or are ejected. Synchronization: loop only."""
 
-    def __init__(self, context: Context, volumes: Volumes) -> None:
+    def __init__(self, context: Context, volumes: DiskVolumes) -> None:
         self._context = context
         self._volumes = volumes
         self._holds: dict[int, DiskHold] = {}
@@ -129,33 +110,47 @@ class SafeRemoval:
                 raise
 
     async def recover(self, disk: Volume) -> None:
-        """Hold the disk again that an earlier run has ejected, and publish its volumes."""
+        """Take on a disk that an earlier run has emptied; one with partitions was read anew since.
+
+        An ejected one is held again, and its volumes are published. If the eject was cut short, the
+        kernel reads the partitions again. Partitions that it has are locked when they are found.
+        """
         kernel, diskseq = self._context.kernel, disk.id.diskseq
         found = map(Mark.from_text, kernel.remembered_on(disk))
-        marks = [mark for mark in found if mark is not None and mark.state is State.EJECTED]
+        parked = [mark for mark in found if mark is not None and mark.state is not None]
+        ejected = [mark for mark in parked if mark.state is State.EJECTED]
+        marks = ejected or [mark for mark in parked if mark.volume.id.partition]
         if not marks or diskseq in self._holds:
             return
-        partitions = [mark.volume for mark in marks if mark.volume.id.partition]
-        if any(map(kernel.is_present, partitions)):  # those are locked when they are found
-            for volume in partitions:
-                if not kernel.is_present(volume):
-                    kernel.remember(volume, "")
-            return
-        hold = self._begin(disk, "eject")
-        state, reason = State.EJECTED, SAFE
-        is_held = any(mark.is_held for mark in marks)
+        hold = self._begin(disk, "eject" if ejected else "unlock")
+        state, reason, failure = State.EJECTED, SAFE, None
         try:
-            await hold.hold(disk, _ignore_late)
-            if not is_held:
-                await hold.give_back()
+            if kernel.has_partitions(disk):
+                self._forget_absent(ejected)
+                marks = []
+            elif not ejected:
+                await hold.restore(disk, _ignore_late)
+                marks = []
+            else:
+                await hold.hold(disk, _ignore_late)
+                if not any(mark.is_held for mark in marks):
+                    await hold.give_back()
         except (HotplugError, OSError) as error:
-            state, reason = State.LOCKED, f"it was {SAFE} before, but now: {error}"
+            words = f"it was {SAFE} before, but now" if ejected else "its eject was cut short"
+            state, reason, failure = State.LOCKED, f"{words}: {error}", error
+        is_held = hold.is_held
         await self._end(disk, hold)
-        if state is State.LOCKED or diskseq in self._holds:
+        if marks and (state is State.LOCKED or diskseq in self._holds):
             for mark in marks:
                 self._volumes.start_parked(mark.volume, state, reason)
             for record in self._volumes.records_of(diskseq):
+                record.note_lost(failure)
                 record.repark(state, reason, is_held=is_held)
+
+    def _forget_absent(self, marks: list[Mark]) -> None:
+        for mark in marks:
+            if mark.volume.id.partition and not self._context.kernel.is_present(mark.volume):
+                self._context.kernel.remember(mark.volume, "")
 
     # Steps.
 
@@ -217,9 +212,14 @@ class SafeRemoval:
             try:
                 await hold.hold(volume, late)
             except (HotplugError, OSError) as error:
+                for each in self._volumes.records_of(volume.id.diskseq):
+                    each.note_lost(error)
                 self._revoke(volume.id.diskseq, f"it is not safe to remove any more: {error}")
                 raise _not_safe(volume, error) from error
         if self._holds.get(volume.id.diskseq) is not hold or record.stop.is_set:
+            if not record.stop.medium_gone:
+                with suppress(HotplugError, OSError):  # the next start tries that again
+                    await hold.restore(volume, late)
             raise RequestRefusedError(f"eject {volume}: it is being released: {record.stop.words}")
         for each in self._volumes.records_of(volume.id.diskseq):
             each.repark(State.EJECTED, SAFE, is_held=power_off)
@@ -278,6 +278,8 @@ def _not_safe(volume: Volume, error: Exception) -> RequestRefusedError:
     words = f"eject {volume}: it is locked, but not safe to remove: "
     if isinstance(error, VolumeBusyError):
         return VolumeBusyError(words + error.what, error.holders)
+    if isinstance(error, WritesLostError):
+        return WritesLostError(f"{words}{error}")
     return RequestRefusedError(f"{words}{error}")
 
 
