@@ -255,8 +255,11 @@ def _partition(name: str) -> Partition:
 
 
 def _users_of_whole(disk: Volume) -> list[str]:
-    """Return the users of a disk without partitions whom O_EXCL does not notice."""
-    openers = open_files.openers({disk.number: disk.node})
+    """Return the users of a disk without partitions whom O_EXCL does not notice.
+
+    Raises: UnknownError.
+    """
+    openers = open_files.openers({disk.number: disk.node}, of_all=True)
     return [*device_users.of_disk(disk.name, with_ours=True), *map(str, openers)]
 
 

@@ -41,7 +41,7 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(emptied_disk, "disk_of", lambda _: DISK)
     monkeypatch.setattr(emptied_disk, "_held", lambda *_: os.open("/dev/null", os.O_RDONLY))
     monkeypatch.setattr(device_users, "of_disk", lambda *_, **__: [])
-    monkeypatch.setattr(open_files, "openers", lambda _: [])
+    monkeypatch.setattr(open_files, "openers", lambda *_, **__: [])
     yield made
 
 
