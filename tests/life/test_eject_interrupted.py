@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from caam_hotplug.config.rules import BUILT_IN
 from caam_hotplug.errors import RequestRefusedError, UnknownError, WritesLostError
-from caam_hotplug.model import State, Volume, VolumeId
+from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
 from life.test_eject import bench, plugged
@@ -119,3 +120,38 @@ def test_whether_a_disk_has_partitions_is_asked_and_not_guessed_after_a_restart(
     assert bench.state(one) is bench.state(two) is State.LOCKED
     bench.answer("eject", two)
     assert bench.state(one) is State.EJECTED
+
+
+def test_a_disk_that_others_change_after_it_was_given_back_is_not_safe_to_remove_any_more(
+    bench: Bench,
+) -> None:
+    one, two = plugged(bench)
+    disk = bench.kernel.media["sda"].volume
+    bench.answer("eject", one, power_off=False)
+    assert bench.state(one) is State.EJECTED
+    bench.kernel.away.clear()  # its table was wiped
+    bench.appear(disk)
+    bench.settle()
+    assert bench.state(one) is bench.state(two) is State.LOCKED
+    with pytest.raises(RequestRefusedError):
+        bench.answer("unlock", one)
+    assert bench.state(one) is bench.state(two) is State.GONE
+    assert bench.kernel.held_disks == {}
+
+
+def test_a_whole_disk_that_others_change_after_it_was_given_back_is_locked(bench: Bench) -> None:
+    (rule,) = BUILT_IN
+    match = replace(rule.match, devtype=DevType.DISK)
+    bench.reload_rules(replace(rule, match=match))
+    volume = bench.kernel.insert("cartridge-01", "sda")
+    volume = replace(volume, id=VolumeId(1, 0), devtype=DevType.DISK)
+    bench.kernel.media["sda"].volume = volume
+    bench.appear(volume)
+    bench.settle()
+    bench.answer("eject", volume, power_off=False)
+    assert bench.state(volume) is State.EJECTED
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+    bench.answer("unlock", volume)
+    assert bench.state(volume) is State.MOUNTED

@@ -22,7 +22,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Bus, State, Volume, VolumeId
-from caam_hotplug.volume.phases import REREAD
+from caam_hotplug.volume.phases import CHANGED, REREAD
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
 
@@ -46,9 +46,16 @@ class SafeRemoval:
         return which.partition != 0 and which.diskseq in self._holds
 
     def appeared(self, which: VolumeId) -> None:
-        """Note that the kernel has a partition, which nobody can have read if the disk is held."""
+        """Note a report of a partition, or one more of a disk, that nobody holds any more.
+
+        Others have read the disk's partitions, or may have written to the disk.
+        """
         hold = self._holds.get(which.diskseq)
-        if which.partition == 0 or hold is None or hold.step or hold.is_held:
+        if hold is None or hold.step or hold.is_held:
+            return
+        if which.partition == 0:
+            if any(r.volume.id == which for r in self._volumes.records_of(which.diskseq)):
+                self._revoke(which.diskseq, CHANGED)
             return
         del self._holds[which.diskseq]
         self._revoke(which.diskseq, REREAD)
