@@ -219,12 +219,24 @@ def _remove_partitions(opened: int, disk: Volume, removed: list[Partition], end:
 
 
 def _put_back(opened: int, disk: Volume, removed: list[Partition]) -> None:
+    """Have the partitions again; what cannot be added singly is read from the disk's table.
+
+    The kernel adds none that overlaps another, or is smaller than a block of the disk, as an
+    extended one may be. It takes both from a table (blkpg_do_ioctl in block/ioctl.c).
+    """
+    failed: dict[int, str] = {}
     for partition in removed:
         try:
             _change(opened, _BLKPG_ADD_PARTITION, partition)
         except OSError as error:  # such as somebody has added it, or the disk has gone
-            words = "%s: partition %d could not be put back: %s"
-            log.warning(words, disk.node, partition.number, os.strerror(error.errno or 0))
+            failed[partition.number] = os.strerror(error.errno or 0)
+    if not failed:
+        return
+    try:
+        fcntl.ioctl(opened, _BLKRRPART)
+    except OSError:  # a partition is in use, or this disk has no tables
+        for number, why in failed.items():
+            log.warning("%s: partition %d could not be put back: %s", disk.node, number, why)
 
 
 def _change(opened: int, operation: int, partition: Partition) -> None:

@@ -84,3 +84,24 @@ def test_a_disk_is_given_back_also_if_its_new_partitions_cannot_be_seen(
     monkeypatch.setattr(sysfs_tree, "names", failing(errno.EMFILE))
     assert emptied.restore() == []
     assert emptied._opened == -1
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EINVAL])
+def test_partitions_that_cannot_be_put_back_one_by_one_are_read_from_the_table(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    # The kernel adds none that overlaps another, nor one of less than a block (block/ioctl.c); both
+    # it takes from a table.
+    calls: list[int] = []
+
+    def change(_: int, what: int, which: emptied_disk.Partition) -> None:
+        if what == emptied_disk._BLKPG_ADD_PARTITION:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(emptied_disk, "_change", change)
+    monkeypatch.setattr(fcntl, "ioctl", lambda _, request, *__: calls.append(request))
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(WritesLostError):
+        emptied_disk.empty(DISK)
+    assert calls == [emptied_disk._BLKRRPART]
+    assert "could not be put back" not in caplog.text
