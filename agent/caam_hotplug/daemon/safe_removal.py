@@ -150,8 +150,8 @@ class SafeRemoval:
         if marks and (state is State.LOCKED or diskseq in self._holds):
             for mark in marks:
                 self._volumes.start_parked(mark.volume, state, reason)
+            self._note_lost(diskseq, failure)
             for record in self._volumes.records_of(diskseq):
-                record.note_lost(failure)
                 record.repark(state, reason, is_held=is_held)
 
     def _forget_absent(self, marks: list[Mark]) -> None:
@@ -219,8 +219,7 @@ class SafeRemoval:
             try:
                 await hold.hold(volume, late)
             except (HotplugError, OSError) as error:
-                for each in self._volumes.records_of(volume.id.diskseq):
-                    each.note_lost(error)
+                self._note_lost(volume.id.diskseq, error)
                 self._revoke(volume.id.diskseq, f"it is not safe to remove any more: {error}")
                 raise _not_safe(volume, error) from error
         if self._holds.get(volume.id.diskseq) is not hold or record.stop.is_set:
@@ -244,6 +243,11 @@ class SafeRemoval:
                 each.relocate(there[each.volume.id])
         self._revoke(diskseq, "another volume of its medium was unlocked")
         self._end_absent(diskseq)
+
+    def _note_lost(self, diskseq: int, error: Exception | None) -> None:
+        for record in self._volumes.records_of(diskseq):
+            if record.parked is not None:
+                record.note_lost(error)
 
     def _revoke(self, diskseq: int, why: str) -> None:
         """Publish the disk's volumes as locked, if they were published as safe to remove."""
