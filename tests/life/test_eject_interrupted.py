@@ -77,6 +77,27 @@ def test_an_agent_that_ends_before_it_publishes_an_emptied_disk_leaves_its_volum
     assert bench.state(one) is bench.state(two) is State.EJECTED
 
 
+@pytest.mark.parametrize("turn", range(60))
+def test_a_stop_at_any_turn_of_an_eject_leaves_no_disk_without_partitions_but_an_ejected_one(
+    bench: Bench, turn: int
+) -> None:
+    one, two = plugged(bench)
+    asked = bench.ask("eject", one)
+    bench.run_turns(turn)
+    bench.stop()
+    assert asked.done()
+    is_ejected = asked.exception() is None
+    assert bench.kernel.held_disks == {}
+    assert set(bench.kernel.media) == ({"sda"} if is_ejected else {"sda", "sda1", "sda2"})
+    bench.start()
+    bench.settle()
+    for volume in (one, two):
+        assert (bench.state(volume) is State.EJECTED) == is_ejected
+        assert bench.state(volume) in {State.EJECTED, State.LOCKED, State.MOUNTED}
+    bench.answer("eject", two)
+    assert bench.state(one) is bench.state(two) is State.EJECTED
+
+
 def test_a_disk_whose_cache_was_not_flushed_once_is_never_safe_to_remove(bench: Bench) -> None:
     one, two = plugged(bench)
     bench.kernel.faults.append(Fault("empty_disk", NOT_FLUSHED))

@@ -38,6 +38,7 @@ class SafeRemoval:
         self._context = context
         self._volumes = volumes
         self._holds: dict[int, DiskHold] = {}
+        self._is_closed = False
 
     # Events.
 
@@ -69,6 +70,7 @@ class SafeRemoval:
 
     def close(self) -> None:
         """Hold no disk any more."""
+        self._is_closed = True
         for diskseq in list(self._holds):
             self.departed(diskseq)
 
@@ -223,7 +225,7 @@ class SafeRemoval:
                 self._revoke(volume.id.diskseq, f"it is not safe to remove any more: {error}")
                 raise _not_safe(volume, error) from error
         if self._holds.get(volume.id.diskseq) is not hold or record.stop.is_set:
-            if not record.stop.medium_gone:
+            if self._is_closed:
                 with suppress(HotplugError, OSError):  # the next start tries that again
                     await hold.restore(volume, late)
             raise RequestRefusedError(f"eject {volume}: it is being released: {record.stop.words}")
