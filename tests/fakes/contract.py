@@ -502,9 +502,11 @@ def require_unused(world: World) -> None:
 
 def test_nobody_else_can_use_an_emptied_disk_until_it_is_restored(world: World) -> None:
     emptied = world.kernel.empty_disk(world.volume)
+    assert not world.kernel.has_partitions(emptied.disk)
     with pytest.raises(HotplugError):
         require_unused(world)
     emptied.restore()
+    assert world.kernel.has_partitions(emptied.disk) == bool(world.volume.id.partition)
     assert world.kernel.is_present(world.volume)
     require_unused(world)
 

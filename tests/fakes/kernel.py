@@ -647,6 +647,11 @@ class FakeProcess:
         self._step("disk_users", volume.name)
         return list(self.kernel.disk_users.get(volume.id.diskseq, ()))
 
+    def has_partitions(self, disk: Volume) -> bool:
+        self._step("has_partitions", disk.name)
+        there = self.kernel.disk(disk.id.diskseq).values()
+        return any(medium.volume.id.partition for medium in there)
+
     def empty_disk(self, volume: Volume) -> FakeEmptiedDisk:
         self._step("empty_disk", volume.name)
         with self.kernel.lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -164,6 +165,59 @@ def test_another_medium_in_its_place_is_not_emptied(volume: Volume) -> None:
     with pytest.raises(KernelError) as refused:
         emptied_disk.empty(other)
     assert refused.value.errno == errno.ENODEV
+
+
+def mbr(*partitions: tuple[int, int, int]) -> bytes:
+    """Return a table of partitions, each given by its type, start and size."""
+    entries = b"".join(struct.pack("<4xB3xII", *each) for each in partitions)
+    return bytes(446) + entries.ljust(64, b"\0") + b"\x55\xaa"
+
+
+@pytest.mark.parametrize(
+    ("sectors", "numbers"),
+    [
+        ({0: mbr((0x83, 2048, 8192), (0x83, 4096, 1024))}, [1, 2]),
+        (
+            {
+                0: mbr((0x83, 2048, 2048), (5, 4096, 8192)),
+                4096: mbr((0x83, 64, 1024), (5, 2048, 2048)),
+                6144: mbr((0x83, 64, 1024)),
+            },
+            [1, 2, 5, 6],
+        ),
+    ],
+    ids=["one in another, as on a hybrid image", "extended"],
+)
+def test_a_disk_in_use_gets_back_partitions_that_the_kernel_takes_from_a_table_only(
+    disk: Cartridge, volume: Volume, sectors: dict[int, bytes], numbers: list[int], tmp_path: Path
+) -> None:
+    node = f"/dev/{disk.disk.name}"
+    with open(node, "rb") as file:
+        before = file.read(6145 * 512)
+    try:
+        with open(node, "r+b") as file:
+            for at, content in sectors.items():
+                os.pwrite(file.fileno(), content, at * 512)
+        run("udevadm", "settle")
+        run("blockdev", "--rereadpt", node)
+        run("udevadm", "settle")
+        expected = partitions(disk)
+        assert sorted(int(name.removeprefix(disk.disk.name)) for name in expected) == numbers
+        with disk_open(node, tmp_path), pytest.raises(VolumeBusyError):
+            emptied_disk.empty(volume)
+        assert {name: each[1:] for name, each in partitions(disk).items()} == {
+            name: each[1:] for name, each in expected.items()
+        }
+        emptied = emptied_disk.empty(volume)
+        assert partitions(disk) == {}
+        emptied.restore()
+        run("udevadm", "settle")
+    finally:
+        with open(node, "r+b") as file:
+            file.write(before)
+        run("udevadm", "settle")
+        run("blockdev", "--rereadpt", node)
+        run("udevadm", "settle")
 
 
 def test_nobody_can_begin_to_use_an_emptied_disk_until_it_is_restored(

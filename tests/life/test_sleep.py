@@ -8,8 +8,9 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings
 from caam_hotplug.config.templates import UnitTemplate
+from caam_hotplug.errors import WritesLostError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -63,13 +64,45 @@ def test_a_volume_whose_key_was_lost_can_be_unlocked_again(bench: Bench) -> None
     assert bench.state(volume) is State.MOUNTED
 
 
-@pytest.mark.parametrize("verb", ["lock", "eject"])
-def test_a_volume_whose_key_was_lost_can_be_released(bench: Bench, verb: str) -> None:
+def test_a_volume_whose_key_was_lost_can_be_locked_and_has_lost_data(bench: Bench) -> None:
     volume = mounted(bench)
     bench.kernel.new_session()
     wake(bench)
-    bench.answer(verb, volume)
-    assert bench.state(volume) is (State.LOCKED if verb == "lock" else State.EJECTED)
+    for _ in range(2):
+        with pytest.raises(WritesLostError, match="what was written last may be lost"):
+            bench.answer("eject", volume)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+    assert LOST in bench.reason(volume)
+    bench.answer("unlock", volume)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    with pytest.raises(WritesLostError, match="what was written last may be lost"):
+        bench.answer("eject", volume)
+
+
+def test_a_volume_that_was_mounted_read_only_has_lost_nothing_with_its_key(bench: Bench) -> None:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, mount=MountSettings(read_only=True)))
+    volume = mounted(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    bench.answer("eject", volume)
+    assert bench.state(volume) is State.EJECTED
+
+
+def test_another_medium_than_before_the_sleep_has_lost_nothing(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.media["sda1"].identifier = b"another GUID"
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    bench.answer("eject", volume)
+    assert bench.state(volume) is State.EJECTED
 
 
 def test_a_volume_in_use_whose_key_was_lost_keeps_no_key_while_its_users_finish(

@@ -8,11 +8,12 @@ held until it is unlocked or pulled, so nobody can begin to use it after the che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Set
+from collections.abc import Coroutine, Set
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from caam_hotplug.daemon.disk_hold import DiskHold
+from caam_hotplug.daemon.disk_volumes import DiskVolumes
 from caam_hotplug.errors import (
     HotplugError,
     RequestRefusedError,
@@ -21,7 +22,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Bus, State, Volume, VolumeId
-from caam_hotplug.volume.phases import REREAD
+from caam_hotplug.volume.phases import CHANGED, REREAD
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
 
@@ -30,33 +31,14 @@ _RELEASED: Final = {State.IGNORED, State.LOCKED, State.EJECTED}
 """States of a volume that holds nothing, unless a leftover is there."""
 
 
-class Volumes(Protocol):
-    """The volumes that are present, as far as this module needs them."""
-
-    def records_of(self, diskseq: int) -> list[Record]:
-        """Return the records of the disk's volumes."""
-        ...
-
-    def run(self, work: Coroutine[Any, Any, None], name: Callable[[], str]) -> None:
-        """Run the work to its end, also for a client that has gone."""
-        ...
-
-    def depart(self, diskseq: int, but: Set[VolumeId]) -> None:
-        """End the lifecycles of the disk's volumes but for these."""
-        ...
-
-    def start_parked(self, volume: Volume, state: State, reason: str) -> None:
-        """Start the lifecycle of a volume that was released on request, unless it has one."""
-        ...
-
-
 class SafeRemoval:
     """The disks that are being ejected, or are ejected. Synchronization: loop only."""
 
-    def __init__(self, context: Context, volumes: Volumes) -> None:
+    def __init__(self, context: Context, volumes: DiskVolumes) -> None:
         self._context = context
         self._volumes = volumes
         self._holds: dict[int, DiskHold] = {}
+        self._is_closed = False
 
     # Events.
 
@@ -65,9 +47,16 @@ class SafeRemoval:
         return which.partition != 0 and which.diskseq in self._holds
 
     def appeared(self, which: VolumeId) -> None:
-        """Note that the kernel has a partition, which nobody can have read if the disk is held."""
+        """Note a report of a partition, or one more of a disk, that nobody holds any more.
+
+        Others have read the disk's partitions, or may have written to the disk.
+        """
         hold = self._holds.get(which.diskseq)
-        if which.partition == 0 or hold is None or hold.step or hold.is_held:
+        if hold is None or hold.step or hold.is_held:
+            return
+        if which.partition == 0:
+            if any(r.volume.id == which for r in self._volumes.records_of(which.diskseq)):
+                self._revoke(which.diskseq, CHANGED)
             return
         del self._holds[which.diskseq]
         self._revoke(which.diskseq, REREAD)
@@ -81,6 +70,7 @@ class SafeRemoval:
 
     def close(self) -> None:
         """Hold no disk any more."""
+        self._is_closed = True
         for diskseq in list(self._holds):
             self.departed(diskseq)
 
@@ -129,33 +119,47 @@ class SafeRemoval:
                 raise
 
     async def recover(self, disk: Volume) -> None:
-        """Hold the disk again that an earlier run has ejected, and publish its volumes."""
+        """Take on a disk that an earlier run has emptied; one with partitions was read anew since.
+
+        An ejected one is held again, and its volumes are published. If the eject was cut short, the
+        kernel reads the partitions again. Partitions that it has are locked when they are found.
+        """
         kernel, diskseq = self._context.kernel, disk.id.diskseq
         found = map(Mark.from_text, kernel.remembered_on(disk))
-        marks = [mark for mark in found if mark is not None and mark.state is State.EJECTED]
+        parked = [mark for mark in found if mark is not None and mark.state is not None]
+        ejected = [mark for mark in parked if mark.state is State.EJECTED]
+        marks = ejected or [mark for mark in parked if mark.volume.id.partition]
         if not marks or diskseq in self._holds:
             return
-        partitions = [mark.volume for mark in marks if mark.volume.id.partition]
-        if any(map(kernel.is_present, partitions)):  # those are locked when they are found
-            for volume in partitions:
-                if not kernel.is_present(volume):
-                    kernel.remember(volume, "")
-            return
-        hold = self._begin(disk, "eject")
-        state, reason = State.EJECTED, SAFE
-        is_held = any(mark.is_held for mark in marks)
+        hold = self._begin(disk, "eject" if ejected else "unlock")
+        state, reason, failure = State.EJECTED, SAFE, None
         try:
-            await hold.hold(disk, _ignore_late)
-            if not is_held:
-                await hold.give_back()
+            if kernel.has_partitions(disk):
+                self._forget_absent(ejected)
+                marks = []
+            elif not ejected:
+                await hold.restore(disk, _ignore_late)
+                marks = []
+            else:
+                await hold.hold(disk, _ignore_late)
+                if not any(mark.is_held for mark in marks):
+                    await hold.give_back()
         except (HotplugError, OSError) as error:
-            state, reason = State.LOCKED, f"it was {SAFE} before, but now: {error}"
+            words = f"it was {SAFE} before, but now" if ejected else "its eject was cut short"
+            state, reason, failure = State.LOCKED, f"{words}: {error}", error
+        is_held = hold.is_held
         await self._end(disk, hold)
-        if state is State.LOCKED or diskseq in self._holds:
+        if marks and (state is State.LOCKED or diskseq in self._holds):
             for mark in marks:
                 self._volumes.start_parked(mark.volume, state, reason)
+            self._note_lost(diskseq, failure)
             for record in self._volumes.records_of(diskseq):
                 record.repark(state, reason, is_held=is_held)
+
+    def _forget_absent(self, marks: list[Mark]) -> None:
+        for mark in marks:
+            if mark.volume.id.partition and not self._context.kernel.is_present(mark.volume):
+                self._context.kernel.remember(mark.volume, "")
 
     # Steps.
 
@@ -217,9 +221,13 @@ class SafeRemoval:
             try:
                 await hold.hold(volume, late)
             except (HotplugError, OSError) as error:
+                self._note_lost(volume.id.diskseq, error)
                 self._revoke(volume.id.diskseq, f"it is not safe to remove any more: {error}")
                 raise _not_safe(volume, error) from error
         if self._holds.get(volume.id.diskseq) is not hold or record.stop.is_set:
+            if self._is_closed:
+                with suppress(HotplugError, OSError):  # the next start tries that again
+                    await hold.restore(volume, late)
             raise RequestRefusedError(f"eject {volume}: it is being released: {record.stop.words}")
         for each in self._volumes.records_of(volume.id.diskseq):
             each.repark(State.EJECTED, SAFE, is_held=power_off)
@@ -237,6 +245,11 @@ class SafeRemoval:
                 each.relocate(there[each.volume.id])
         self._revoke(diskseq, "another volume of its medium was unlocked")
         self._end_absent(diskseq)
+
+    def _note_lost(self, diskseq: int, error: Exception | None) -> None:
+        for record in self._volumes.records_of(diskseq):
+            if record.parked is not None:
+                record.note_lost(error)
 
     def _revoke(self, diskseq: int, why: str) -> None:
         """Publish the disk's volumes as locked, if they were published as safe to remove."""
@@ -278,6 +291,8 @@ def _not_safe(volume: Volume, error: Exception) -> RequestRefusedError:
     words = f"eject {volume}: it is locked, but not safe to remove: "
     if isinstance(error, VolumeBusyError):
         return VolumeBusyError(words + error.what, error.holders)
+    if isinstance(error, WritesLostError):
+        return WritesLostError(f"{words}{error}")
     return RequestRefusedError(f"{words}{error}")
 
 

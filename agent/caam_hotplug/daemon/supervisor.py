@@ -167,7 +167,7 @@ class Supervisor:
             await asyncio.wait(self._tasks, timeout=within_s)
         return [name() for task, name in self._tasks.items() if not task.done()]
 
-    # As `safe_removal.Volumes` has it.
+    # As `DiskVolumes` has it.
 
     def records_of(self, diskseq: int) -> list[Record]:
         """Return the records of the disk's volumes."""

@@ -137,13 +137,13 @@ def _text(file: Path) -> str:
 
 
 def _partitions(name: str) -> Iterator[DeviceNumber]:
-    for partition in _partition_names(name):
+    for partition in partition_names(name):
         number = _if_there(f"{_BLOCK}/{partition}/dev")
         if number is not None:  # else the table of partitions is read anew
             yield DeviceNumber.from_text(number)
 
 
-def _partition_names(name: str) -> list[str]:
+def partition_names(name: str) -> list[str]:
     """Return the names of a disk's partitions. Raises: OSError."""
     try:
         inside = sysfs_tree.names(sysfs_tree.root(), f"{_BLOCK}/{name}")
@@ -172,7 +172,7 @@ def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
 
 
 def _holders(name: str, *, with_ours: bool = True) -> Iterator[str]:
-    for used in (name, *_partition_names(name)):
+    for used in (name, *partition_names(name)):
         folder = f"{_BLOCK}/{used}/holders"
         for holder in sysfs_tree.names(sysfs_tree.root(), folder):
             uuid = _if_there(f"{folder}/{holder}/dm/uuid") or ""

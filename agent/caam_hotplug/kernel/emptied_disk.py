@@ -20,18 +20,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final, TypeVar
 
-from caam_hotplug.errors import DeviceLockedError, KernelError, VolumeBusyError
-from caam_hotplug.kernel import device_users, open_files, power, sysfs
+from caam_hotplug.errors import (
+    DeviceLockedError,
+    KernelError,
+    UnknownError,
+    VolumeBusyError,
+    WritesLostError,
+)
+from caam_hotplug.kernel import device_users, open_files, power, sysfs, sysfs_tree
+from caam_hotplug.kernel.write_watch import NOT_ALL, NOT_KNOWN
 from caam_hotplug.model import SECTOR_BYTES, Volume, VolumeId
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SYS_BLOCK: Final = Path("/sys/class/block")
 _BLKRRPART: Final = 0x125F
 _BLKPG: Final = 0x1269
 _BLKPG_ADD_PARTITION, _BLKPG_DEL_PARTITION = 1, 2
@@ -95,15 +100,18 @@ class EmptiedDisk:
             raise
         self._opened = opened
         self.close()
-        found = (sysfs.volume_at(p.name, {}, "kernel") for p in _partitions(self.disk))
+        found = []
+        with suppress(UnknownError):  # the kernel reports them all the same
+            for partition in _partitions(self.disk):
+                found.append(sysfs.volume_at(partition.name, {}, "kernel"))
         return [volume for volume in found if volume is not None]
 
 
 def empty(volume: Volume) -> EmptiedDisk:
     """Hold the volume's disk, remove its partitions from the kernel, and flush its cache.
 
-    Raises: VolumeBusyError with the users; DeviceLockedError; KernelError (ENODEV if the disk has
-    gone). Then all partitions are there as before. Blocks for I/O.
+    Raises: VolumeBusyError with the users; DeviceLockedError; WritesLostError; KernelError (ENODEV
+    if the disk has gone). Then all partitions are there as before. Blocks for I/O.
     """
     disk = disk_of(volume)
     end = time.monotonic() + _PATIENCE_S
@@ -115,10 +123,7 @@ def empty(volume: Volume) -> EmptiedDisk:
         users = _users_of_whole(disk) and _users_of_whole(disk)  # a passing one has gone by then
         if users:
             raise VolumeBusyError(disk.node, tuple(users))
-        try:
-            os.fsync(opened)
-        except OSError as error:
-            raise KernelError("flush", disk.node, error.errno or 0) from error
+        _flush(opened, disk)
     except BaseException:
         _put_back(opened, disk, removed)
         os.close(opened)
@@ -129,12 +134,17 @@ def empty(volume: Volume) -> EmptiedDisk:
 def disk_of(volume: Volume) -> Volume:
     """Return the volume's disk, even while its partition is missing. Raises: KernelError."""
     wanted = VolumeId(volume.id.diskseq, 0)
-    for name in os.listdir(_SYS_BLOCK):  # noqa: PTH208  there may be hundreds of loop devices
+    for name in sysfs.block_names():
         if sysfs.present_id(name) == wanted:
             found = sysfs.volume_at(name, {}, "kernel")
             if found is not None and found.id == wanted:
                 return found
     raise KernelError("look for the disk of", volume.node, errno.ENODEV, "it has gone")
+
+
+def has_partitions(disk: Volume) -> bool:
+    """Return whether the kernel has a partition of the disk. Raises: UnknownError."""
+    return bool(_partitions(disk))
 
 
 def users(volume: Volume) -> list[str]:
@@ -143,6 +153,20 @@ def users(volume: Volume) -> list[str]:
     Processes that merely have it open are not looked for. Raises: KernelError.
     """
     return device_users.of_disk(disk_of(volume).name)
+
+
+def _flush(opened: int, disk: Volume) -> None:
+    """Flush the disk's cache. Raises: WritesLostError; KernelError if that says nothing of it.
+
+    A disk may report what it could not write once only, so a later flush says nothing either.
+    """
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        failure = KernelError("flush", disk.node, error.errno or 0)
+        if failure.errno in NOT_KNOWN:
+            raise failure from error
+        raise WritesLostError(f"{NOT_ALL}: {failure}") from error
 
 
 def _held(disk: Volume, end: float = 0.0) -> int:
@@ -195,12 +219,24 @@ def _remove_partitions(opened: int, disk: Volume, removed: list[Partition], end:
 
 
 def _put_back(opened: int, disk: Volume, removed: list[Partition]) -> None:
+    """Have the partitions again; what cannot be added singly is read from the disk's table.
+
+    The kernel adds none that overlaps another, or is smaller than a block of the disk, as an
+    extended one may be. It takes both from a table (blkpg_do_ioctl in block/ioctl.c).
+    """
+    failed: dict[int, str] = {}
     for partition in removed:
         try:
             _change(opened, _BLKPG_ADD_PARTITION, partition)
         except OSError as error:  # such as somebody has added it, or the disk has gone
-            words = "%s: partition %d could not be put back: %s"
-            log.warning(words, disk.node, partition.number, os.strerror(error.errno or 0))
+            failed[partition.number] = os.strerror(error.errno or 0)
+    if not failed:
+        return
+    try:
+        fcntl.ioctl(opened, _BLKRRPART)
+    except OSError:  # a partition is in use, or this disk has no tables
+        for number, why in failed.items():
+            log.warning("%s: partition %d could not be put back: %s", disk.node, number, why)
 
 
 def _change(opened: int, operation: int, partition: Partition) -> None:
@@ -213,20 +249,29 @@ def _change(opened: int, operation: int, partition: Partition) -> None:
 
 
 def _partitions(disk: Volume) -> list[Partition]:
-    """Return the disk's partitions. One that goes meanwhile is left out."""
-    found = []
-    for folder in (_SYS_BLOCK / disk.name).glob(f"{disk.name}*"):
-        with suppress(OSError, ValueError):
-            number, start, size = (
-                int((folder / fact).read_text()) for fact in ("partition", "start", "size")
-            )
-            found.append(Partition(folder.name, number, start * SECTOR_BYTES, size * SECTOR_BYTES))
-    return sorted(found, key=lambda partition: partition.number)
+    """Return the disk's partitions. One that goes meanwhile is left out. Raises: UnknownError."""
+    names = sysfs_tree.known(disk.name, partial(device_users.partition_names, disk.name)) or []
+    found = (sysfs_tree.known(name, partial(_partition, name)) for name in names)
+    there = (partition for partition in found if partition is not None)
+    return sorted(there, key=lambda partition: partition.number)
+
+
+def _partition(name: str) -> Partition:
+    """Raises: OSError; ValueError."""
+    at = sysfs_tree.root()
+    number, start, size = (
+        int(sysfs_tree.text(at, f"class/block/{name}/{fact}"))
+        for fact in ("partition", "start", "size")
+    )
+    return Partition(name, number, start * SECTOR_BYTES, size * SECTOR_BYTES)
 
 
 def _users_of_whole(disk: Volume) -> list[str]:
-    """Return the users of a disk without partitions whom O_EXCL does not notice."""
-    openers = open_files.openers({disk.number: disk.node})
+    """Return the users of a disk without partitions whom O_EXCL does not notice.
+
+    Raises: UnknownError.
+    """
+    openers = open_files.openers({disk.number: disk.node}, of_all=True)
     return [*device_users.of_disk(disk.name, with_ours=True), *map(str, openers)]
 
 

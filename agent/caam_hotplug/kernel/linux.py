@@ -246,6 +246,10 @@ class LinuxKernel:
         """Return who has mounted or mapped anything of the volume's disk, but for the agent."""
         return emptied_disk.users(volume)
 
+    def has_partitions(self, disk: Volume) -> bool:
+        """Return whether the kernel has a partition of the disk. Raises: UnknownError."""
+        return emptied_disk.has_partitions(disk)
+
     def empty_disk(self, volume: Volume) -> emptied_disk.EmptiedDisk:
         """Hold the volume's disk, remove its partitions from the kernel, and flush its cache.
 

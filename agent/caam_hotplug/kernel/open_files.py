@@ -6,6 +6,7 @@ to a file system that hangs. Other users' processes can be read with CAP_SYS_PTR
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,12 +24,14 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from caam_hotplug import names
+from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import mountinfo
 from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
 
 log = logging.getLogger(__name__)
 
 _PROC: Final = Path("/proc")
+_CAP_SYS_PTRACE: Final = 1 << 19
 _ANSWERS_WITHIN_S: Final = 30.0
 """A program starts to answer, on a slow processor."""
 _USES_REPORTED: Final = 8
@@ -52,14 +55,28 @@ def find(mapping: Mapping) -> list[Holder]:
     return openers({mapping.number: mapping.name})
 
 
-def openers(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
-    """As `find`, for several devices: the name of each mapping, or the node of another device."""
+def openers(devices: abc.Mapping[DeviceNumber, str], *, of_all: bool = False) -> list[Holder]:
+    """As `find`, for several devices: the name of each mapping, or the node of another device.
+
+    `of_all`: whether none means that no process has it open. Raises then: UnknownError.
+    """
     try:
         found = _asked(devices)
     except (OSError, ValueError) as error:
+        if of_all and not _sees_others():
+            number = getattr(error, "errno", None) or errno.EIO
+            what, detail = ", ".join(devices.values()), f"nobody answers at {names.HOLDERS_SOCKET}"
+            raise UnknownError("look who has open", what, number, detail) from error
         log.debug("nobody answers at %s: %s", names.HOLDERS_SOCKET, error)
         found = search(devices)
     return [holder for holder in found if holder.pid != os.getpid()]
+
+
+def _sees_others() -> bool:
+    """Return whether this process may see into all others. Source: proc_pid_status(5)."""
+    lines = (_PROC / "self" / "status").read_text(errors="replace").splitlines()
+    effective = next(line.split()[1] for line in lines if line.startswith("CapEff:"))
+    return bool(int(effective, 16) & _CAP_SYS_PTRACE)
 
 
 def _asked(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:

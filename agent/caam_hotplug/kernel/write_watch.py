@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import FlushError, KernelError, MountError, WritesLostError
-from caam_hotplug.kernel import mount, paths
+from caam_hotplug.kernel import mount, paths, sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.libc import Libc
@@ -34,10 +34,11 @@ _OPEN_TREE_CLONE: Final = 1
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _AT_EMPTY_PATH: Final = 0x1000
 _MS_PRIVATE: Final = 1 << 18
-_NOT_KNOWN: Final = {
+NOT_KNOWN: Final = {
     errno.EPERM, errno.EINTR, errno.EBADF, errno.EAGAIN, errno.ENOMEM, errno.ENFILE, errno.EMFILE,
 }  # fmt: skip
 """Errors that say nothing of what was written. Filesystems have many others for a failed write."""
+NOT_ALL: Final = "not all that was written to it has reached the medium"
 
 
 class _MountAttr(ctypes.Structure):
@@ -67,7 +68,10 @@ class WriteWatch:
         self._errors_before = 0
 
     def mounted(self) -> None:
-        """Note which errors an ext4 has counted before: it keeps their number on the medium."""
+        """Note which errors an ext4 has counted before: it keeps their number on the medium.
+
+        Raises: FlushError.
+        """
         self._errors_before = self._ext4_errors()
 
     def check(self) -> None:
@@ -100,7 +104,7 @@ class WriteWatch:
                 raise type(error)("unmount", point, error.errno or 0) from error
             if directory is not None:  # what programs wrote after the first time
                 self._try("flush", point, Libc.syncfs, directory, is_last=True)
-            self._look_at_ext4(point)
+            self._look_at_ext4(point, is_last=True)
         # What the filesystem wrote at its end.
         self._try("flush", self._node, os.fsync, self._device, is_last=True)
 
@@ -136,15 +140,23 @@ class WriteWatch:
             with reported_as(operation, subject, FlushError):
                 call(*arguments)
         except FlushError as error:
-            if error.errno in _NOT_KNOWN and not is_last:
+            if error.errno in NOT_KNOWN and not is_last:
                 raise
             self._note(str(error))
 
     def _note(self, what: str) -> None:
-        self.lost = self.lost or f"not all that was written to it has reached the medium: {what}"
+        self.lost = self.lost or f"{NOT_ALL}: {what}"
 
-    def _look_at_ext4(self, point: str) -> None:
-        if self._ext4_errors() > self._errors_before:
+    def _look_at_ext4(self, point: str, *, is_last: bool = False) -> None:
+        """Raises: FlushError if that is not known, and can be asked again."""
+        try:
+            found = self._ext4_errors()
+        except FlushError as error:
+            if not is_last:
+                raise
+            self._note(str(error))
+            return
+        if found > self._errors_before:
             self._note(f"write to {point}: the filesystem has counted errors")
 
     def _is_readable(self) -> bool:
@@ -155,19 +167,19 @@ class WriteWatch:
             finally:
                 os.close(opened)
         except OSError as error:
-            return error.errno in _NOT_KNOWN
+            return error.errno in NOT_KNOWN
         return True
 
     def _ext4_errors(self) -> int:
+        """Return how many errors an ext4 has counted; 0 for others. Raises: FlushError."""
         name = self._node.rpartition("/")[2]
+        file = f"fs/ext4/{name}/errors_count"
         try:
-            opened = os.open(f"/sys/fs/ext4/{name}/errors_count", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # it is another filesystem
-            return 0
-        try:
-            return int(os.read(opened, 32))
-        finally:
-            os.close(opened)
+            return int(sysfs_tree.text(sysfs_tree.root(), file))
+        except OSError as error:
+            if error.errno in sysfs_tree.ABSENT:  # it is another filesystem
+                return 0
+            raise FlushError("look at the errors of", name, error.errno or errno.EIO) from error
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
+    WritesLostError,
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
@@ -31,7 +32,7 @@ from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Qu
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
-from caam_hotplug.volume.stop_signal import StopRequestedError
+from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
@@ -206,6 +207,8 @@ class VolumeLifecycle:
             self.record.phase = Queued(target=target, has_leftover=True)
         if released.loses_data_if_gone and self._stop.medium_gone:
             self._status.publish(State.REMOVED_UNSAFELY, _LOST)
+            if self._stop.reason is Reason.OTHER_KEY:  # else what was lost is not this medium's
+                self.record.note_lost(WritesLostError(_LOST))
         elif released.cause is not None and not self._stop.is_set:
             return await self._released_for(released.cause)
         return self._phase.to_idle()

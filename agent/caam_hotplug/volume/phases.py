@@ -15,6 +15,7 @@ from caam_hotplug.model import State
 from caam_hotplug.volume.target import Target
 
 REREAD: Final = "it was ejected, and its partitions were read anew"
+CHANGED: Final = "it was ejected, and others may have written to its disk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

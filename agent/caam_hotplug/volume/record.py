@@ -218,8 +218,7 @@ class Record:
         """Remember, also across restarts, which write has failed, if one has. The first stays."""
         if isinstance(error, WritesLostError) and not self.lost:
             self.lost = str(error)
-            parked = self.parked
-            self._remember(None if parked is None else parked.state)
+            self._remember(self.phase.state if isinstance(self.phase, Parked) else None)
 
     def relocate(self, found: Volume) -> None:
         """Note where the kernel has the volume, after it has read the partitions anew."""
