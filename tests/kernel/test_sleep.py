@@ -157,7 +157,7 @@ def test_a_sample_proves_the_key_whatever_a_filesystem_has_written_since(
             lost = sample(world, mapping)
             assert before.compared(lost) is after.compared(lost) is Outcome.OTHER_KEY
         finally:
-            world.kernel.load_error_table(mapping.name, world.volume.size)
+            world.kernel.load_error_table(mapping.uuid)
             run("umount", "-l", "/mnt")
 
 
@@ -165,5 +165,5 @@ def test_what_cannot_be_decrypted_has_no_plaintext_in_the_sample(world: RealWorl
     with created(world):
         map_with(world, Crypt())
         mapping = found(world)
-        world.kernel.load_error_table(mapping.name, world.volume.size)
+        world.kernel.load_error_table(mapping.uuid)
         assert set(sample(world, mapping).plain) == {None}
