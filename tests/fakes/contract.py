@@ -433,36 +433,11 @@ def test_a_disk_whose_medium_is_still_there_has_not_changed(world: World) -> Non
     assert world.kernel.changed_disk(VolumeId(volume.id.diskseq + 1, 1), NOWHERE) is None
 
 
-def test_loading_an_error_table_again_ends_a_hold(world: World) -> None:
-    with mapped(world) as mapping:
-        world.kernel.load_error_table(mapping.uuid)
-        world.kernel.hold_mapping(mapping.name)
-        world.kernel.load_error_table(mapping.uuid)
-        assert not found(world).is_suspended
-
-
 def test_loading_an_error_table_twice_is_no_error(world: World) -> None:
     with mapped(world) as mapping:
         for _ in range(2):
             world.kernel.load_error_table(mapping.uuid)
         assert found(world).table == (f"0 {target(world).length} error",)
-
-
-def test_a_mapping_that_was_held_goes_on_once_it_is_activated(world: World) -> None:
-    with mapped(world) as mapping:
-        for _ in range(2):
-            world.kernel.hold_mapping(mapping.name)
-            assert found(world) == replace(mapping, is_suspended=True)
-        world.kernel.activate_mapping(mapping.name)
-        assert world.reads_as_written(mapping.node)
-
-
-def test_an_error_table_ends_the_hold_of_a_mapping(world: World) -> None:
-    with mapped(world) as mapping, world.held(mapping.node):
-        world.kernel.hold_mapping(mapping.name)
-        world.kernel.load_error_table(mapping.uuid)
-        with pytest.raises(OSError):
-            world.reads_as_written(mapping.node)
 
 
 def test_what_a_mapping_gives_depends_on_its_key_and_what_its_medium_holds_does_not(
@@ -726,7 +701,6 @@ __all__ = [
     "test_a_live_table_reads_as_it_was_loaded",
     "test_a_loaded_table_is_not_live_before_it_is_activated",
     "test_a_mapping_that_does_not_exist_accepts_no_table",
-    "test_a_mapping_that_was_held_goes_on_once_it_is_activated",
     "test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error",
     "test_a_mapping_under_a_detached_mount_goes_with_its_last_user",
     "test_a_mapping_under_another_key_reads_noise",
@@ -754,11 +728,9 @@ __all__ = [
     "test_a_volume_that_is_not_there_is_not_opened",
     "test_a_volume_whose_place_another_medium_has_is_not_opened",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
-    "test_an_error_table_ends_the_hold_of_a_mapping",
     "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_holders_are_counted",
-    "test_loading_an_error_table_again_ends_a_hold",
     "test_loading_an_error_table_twice_is_no_error",
     "test_mappings_of_others_are_not_the_agents",
     "test_nobody_else_can_use_an_emptied_disk_until_it_is_restored",

@@ -102,8 +102,6 @@ class FakeMapping:
     key: bytes | None = None
     inactive_key: bytes | None = None
     read_only: bool = False
-    is_held: bool = False
-    """Whether its I/O waits."""
     holders: int = 0
     watches: int = 0
     """How many times the agent holds it, to see failed writes."""
@@ -135,6 +133,8 @@ class FakeMedium:
         facts = {fact: value for fact, value in facts.items() if value is not None}
         self.says = replace(self.on_disk, **facts)
 
+    is_written: bool = False
+    """Whether a program writes, all the time, the place that is compared."""
     is_refusing: bool = False
     """Whether its reader refuses to read until its disk is opened anew."""
     identifier: bytes = b"a GUID"
@@ -476,7 +476,7 @@ class FakeProcess:
             mapping.number,
             table,
             open_count,
-            mapping.is_suspended or mapping.is_held,
+            mapping.is_suspended,
         )
 
     def our_mappings(self) -> list[Mapping]:
@@ -516,7 +516,6 @@ class FakeProcess:
     def activate_mapping(self, name: str) -> None:
         self._step("activate_mapping", name)
         mapping = self._mapping(name, "activate mapping")
-        mapping.is_held = False
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
@@ -527,7 +526,7 @@ class FakeProcess:
         self._step("load_error_table", uuid if mapping is None else mapping.name)
         if mapping is None or mapping.live is None:
             return
-        mapping.is_held = False
+        mapping.is_suspended = False
         target = CryptTarget.from_line(mapping.live)
         if target is not None:
             mapping.live, mapping.key = f"0 {target.length} error", None
@@ -544,14 +543,9 @@ class FakeProcess:
         self._step("keep_mapping", name)
         self._mapping(name, "keep mapping").is_removed_at_last_close = False
 
-    def hold_mapping(self, name: str) -> None:
-        self._step("hold_mapping", name)
-        self._mapping(name, "hold mapping").is_held = True
-
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
         fake = self._mapping(mapping.name, "read")
-        assert not fake.is_held, "nothing would answer"
         target = CryptTarget.from_line(fake.live or "")
         medium = None if target is None else self.kernel.medium(target.device)
         if medium is None or medium.is_refusing:
@@ -564,7 +558,7 @@ class FakeProcess:
         if medium is None:
             raise KernelError("open", volume.node, errno.ENOENT)
         medium.is_refusing = False
-        return Ciphertexts(medium.identifier, (1,))
+        return Ciphertexts(medium.identifier, (len(self.kernel.steps) if medium.is_written else 1,))
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         at_node = (

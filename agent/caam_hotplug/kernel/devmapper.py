@@ -30,7 +30,7 @@ _NO_MAPPING: Final = (0, errno.ENXIO)
 """Error numbers of a call for a mapping that is not there; 0 where there is no device-mapper."""
 
 # enum of libdevmapper.h
-_CREATE, _RELOAD, _REMOVE, _SUSPEND, _RESUME = 0, 1, 2, 4, 5
+_CREATE, _RELOAD, _REMOVE, _RESUME = 0, 1, 2, 5
 _INFO, _TABLE, _LIST, _TARGET_MSG = 6, 11, 13, 17
 _GET_TARGET_VERSION: Final = 20
 
@@ -189,14 +189,6 @@ def resume(name: str) -> None:
     with _task(_RESUME, "activate mapping", name) as task:
         Devmapper.dm_task_run(task)
     _update_links(at_once=False)
-
-
-def suspend(name: str) -> None:
-    """Have I/O of the mapping wait, without writing anything first. Raises: DmError. Worker: dm."""
-    with _task(_SUSPEND, "hold mapping", name) as task:
-        Devmapper.dm_task_no_flush(task)
-        Devmapper.dm_task_skip_lockfs(task)
-        Devmapper.dm_task_run(task)
 
 
 def _update_links(*, at_once: bool) -> None:

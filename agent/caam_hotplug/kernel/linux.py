@@ -175,10 +175,6 @@ class LinuxKernel:
         """Cancel an earlier deferred removal of the mapping."""
         devmapper.keep(name)
 
-    def hold_mapping(self, name: str) -> None:
-        """Have all I/O of the mapping wait until it is activated again."""
-        devmapper.suspend(name)
-
     def plaintexts(self, mapping: Mapping) -> medium_sample.Plaintexts:
         """Return digests of what the mapping gives at a few places."""
         return medium_sample.plaintexts(mapping)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from operator import ne
 from typing import Final
 
 from caam_hotplug.errors import KernelError
@@ -45,7 +44,13 @@ class Ciphertexts:
 
     medium: bytes
     """Identifier in the partition table; empty without a table."""
-    digests: tuple[int, ...]
+    digests: tuple[int | None, ...]
+    """None where it was written while the sample was taken."""
+
+    def unless_written(self, later: Ciphertexts) -> Ciphertexts:
+        """Return what was the same when it was read again."""
+        both = zip(self.digests, later.digests, strict=True)
+        return Ciphertexts(later.medium, tuple(old if old == new else None for old, new in both))
 
 
 Plaintexts = tuple[int | None, ...]
@@ -66,9 +71,13 @@ class Sample:
         """
         if self.cipher.medium != after.cipher.medium:
             return Outcome.OTHER_MEDIUM
-        written = map(ne, self.cipher.digests, after.cipher.digests)
-        both = zip(self.plain, after.plain, written, strict=False)
-        unwritten = [(old, new) for old, new, changed in both if not changed and old is not None]
+        before = zip(self.plain, self.cipher.digests, strict=False)
+        both = zip(before, zip(after.plain, after.cipher.digests, strict=False), strict=False)
+        unwritten = [
+            (old, new)
+            for (old, cipher), (new, later) in both
+            if old is not None and cipher is not None and cipher == later
+        ]
         if any(old == new for old, new in unwritten):
             return Outcome.SAME
         return Outcome.OTHER_KEY if unwritten else Outcome.UNKNOWN

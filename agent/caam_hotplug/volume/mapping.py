@@ -57,8 +57,6 @@ async def active_mapping(
             *_, live = await operations.dm_each(
                 ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
                 ("close the device", device.close_now),
-                # It may have been held when an earlier run ended.
-                ("activate the mapping", partial(kernel.activate_mapping, existing.name)),
                 ("look for the mapping", partial(kernel.find_mapping, uuid)),
             )
         else:

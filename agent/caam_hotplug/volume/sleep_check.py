@@ -7,12 +7,13 @@ without an error, and writes noise.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final
 
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel.medium_sample import Outcome, Plaintexts, Sample
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Outcome, Plaintexts, Sample
 from caam_hotplug.model import Mapping, Volume
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.stop_signal import Reason
@@ -37,11 +38,7 @@ class SleepCheck:
     async def remember(self, mapping: Mapping) -> None:
         """Take the sample; without one, nothing is known after a sleep."""
         with suppress(HotplugError, OSError):
-            plain, cipher = await self._operations.each(
-                ("read the plaintext", partial(self._kernel.plaintexts, mapping)),
-                ("read the ciphertext", partial(self._kernel.ciphertexts, self._volume, mapping)),
-            )
-            self._before = Sample(plain, cipher)
+            self._before = await self._sample(mapping, await self._ciphertexts(mapping))
 
     async def run(self, mapping: Mapping) -> None:
         """Compare. If key or medium are others, stop all I/O, and end the lifecycle.
@@ -53,44 +50,41 @@ class SleepCheck:
         except (HotplugError, OSError) as error:
             log.warning("%s: cannot compare it after the sleep: %s", self._volume, error)
             return
+        if outcome in _LOST_BY:
+            self._operations.stop.set(_LOST_BY[outcome])
         level = logging.INFO if outcome is Outcome.SAME else logging.WARNING
         log.log(level, "%s: compared after the sleep: %s", self._volume, outcome.value)
+        await self._operations.cut_off.done()
 
     async def _outcome(self, mapping: Mapping) -> Outcome:
         before = self._before
         if before is None:
             return Outcome.UNKNOWN
-        plain = await self._plaintexts(mapping)
+        plain = await self._operations.call(*self._read_plain(mapping))
         if plain == before.plain and None not in plain:
             return Outcome.SAME
-        await self._operations.dm("hold the mapping", self._kernel.hold_mapping, mapping.name)
-        try:
-            words, read = "read the ciphertext", self._kernel.ciphertexts
-            cipher = await self._operations.call(words, read, self._volume, mapping)
-            outcome = before.compared(Sample(plain, cipher))
-            if None not in plain or outcome is Outcome.OTHER_MEDIUM:
-                self._stop_if_lost(outcome)
-                return outcome
-        finally:
-            await self._end_hold(mapping)
-        # A reader refuses to read until its disk is opened anew; a lost CCM key does so for good.
-        outcome = before.compared(Sample(await self._plaintexts(mapping), cipher))
-        self._stop_if_lost(outcome)
-        await self._end_hold(mapping)
-        return outcome
+        # This opens the disk. Where a reader refuses to read before that, what is written from now
+        # on reaches the medium that is in it.
+        cipher = await self._ciphertexts(mapping)
+        if cipher.medium != before.cipher.medium:
+            return Outcome.OTHER_MEDIUM
+        return before.compared(await self._sample(mapping, cipher))
 
-    async def _plaintexts(self, mapping: Mapping) -> Plaintexts:
-        words, read = "read the plaintext", self._kernel.plaintexts
-        return await self._operations.call(words, read, mapping)
+    async def _sample(self, mapping: Mapping, cipher: Ciphertexts) -> Sample:
+        """Read the plaintext, and the ciphertext again: what is written meanwhile does not count.
 
-    def _stop_if_lost(self, outcome: Outcome) -> None:
-        if outcome in _LOST_BY:
-            self._operations.stop.set(_LOST_BY[outcome])
+        The ciphertext was read right before.
+        """
+        plain, after = await self._operations.each(
+            self._read_plain(mapping), self._read_cipher(mapping)
+        )
+        return Sample(plain, cipher.unless_written(after))
 
-    async def _end_hold(self, mapping: Mapping) -> None:
-        """Let the mapping's I/O pass; or fail, if nothing may be written to its medium."""
-        if self._operations.stop.medium_gone:
-            await self._operations.cut_off.require()
-        else:
-            activate = self._kernel.activate_mapping
-            await self._operations.dm("let its I/O pass", activate, mapping.name)
+    async def _ciphertexts(self, mapping: Mapping) -> Ciphertexts:
+        return await self._operations.call(*self._read_cipher(mapping))
+
+    def _read_plain(self, mapping: Mapping) -> tuple[str, Callable[[], Plaintexts]]:
+        return "read the plaintext", partial(self._kernel.plaintexts, mapping)
+
+    def _read_cipher(self, mapping: Mapping) -> tuple[str, Callable[[], Ciphertexts]]:
+        return "read the ciphertext", partial(self._kernel.ciphertexts, self._volume, mapping)

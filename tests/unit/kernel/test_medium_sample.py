@@ -39,6 +39,14 @@ def test_pieces_that_were_written_prove_nothing() -> None:
     assert BEFORE.compared(after) is Outcome.OTHER_KEY
 
 
+def test_pieces_that_were_written_while_a_sample_was_taken_prove_nothing() -> None:
+    steady = Ciphertexts(b"GUID", (1, 2, 3)).unless_written(Ciphertexts(b"GUID", (101, 102, 3)))
+    assert steady == Ciphertexts(b"GUID", (None, None, 3))
+    written = Sample((11, 21, None), steady)
+    for before, after in ((BEFORE, written), (written, BEFORE), (written, written)):
+        assert before.compared(after) is Outcome.UNKNOWN
+
+
 def test_pieces_that_could_not_be_read_before_prove_nothing() -> None:
     before = sample(b"GUID", (1, None), (2, None))
     assert before.compared(sample(b"GUID", (1, 10), (2, 20))) is Outcome.UNKNOWN
