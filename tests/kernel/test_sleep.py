@@ -7,7 +7,12 @@ resume of a sleep that stops it.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +23,15 @@ import pytest
 
 from caam_hotplug.formats.crypt_table import Crypt, crypt_target
 from caam_hotplug.kernel.medium_sample import Outcome, Sample
-from caam_hotplug.model import KeyReference, Mapping
+from caam_hotplug.model import SECTOR_BYTES, KeyReference, Mapping
 from fakes.contract import created, dm_name, found, key_added, until
 from kernel.agents import Room, mounts, tables
 from kernel.cartridges import HELLO, KEY, TEXT
 from kernel.real import RealWorld
 from kernel.witness import Board, create, run
 
+BLOCK: Final = 4096
+BLOCKS: Final = 600
 POWER: Final = Path("/sys/power")
 
 
@@ -49,6 +56,16 @@ both_signs = pytest.mark.parametrize("wake", [sleep_and_wake, change_the_clock])
 @pytest.fixture
 def board() -> Board:
     return Board()
+
+
+def check_compared(room: Room, volumes: int = 1) -> None:
+    """Check that these volumes are compared, and that their keys are the same.
+
+    The first sample is taken when a volume is mounted already, and then it is there.
+    """
+    change_the_clock()
+    for _ in range(volumes):
+        room.agent.until_said("compared after the sleep: the key is the one that it was")
 
 
 @contextmanager
@@ -90,6 +107,7 @@ def test_a_medium_whose_key_was_lost_is_removed_unsafely_and_no_noise_is_written
     with blob_of_kind(room, enc):
         room.agent.start()
         room.plug_and_check()
+        check_compared(room)
         with (room.point() / HELLO).open("rb"):
             board.new_session("now" if wake is change_the_clock else "resume")
             wake()
@@ -111,12 +129,73 @@ def test_volumes_under_several_keys_are_compared_and_the_agent_goes_on(
     room.agent.start()
     for medium in (room.medium, room.neighbour):
         room.plug_and_check(medium)
+    check_compared(room, volumes=2)
     board.new_session()
     change_the_clock()
     for _ in range(2):
         room.agent.until_said("removed-unsafely: its key was lost")
     until(lambda: tables() == [])
     room.agent.until_pinged(2)
+
+
+class Writer(threading.Thread):
+    """Writes the blocks of a file one after the other, past the cache, until a write fails."""
+
+    def __init__(self, file: Path, blocks: int) -> None:
+        super().__init__(daemon=True)
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC)
+        self._blocks = blocks
+        self._page = mmap.mmap(-1, BLOCK)
+        self.done: list[float] = []
+        """When each write was done."""
+        for number in range(blocks):
+            self._write(number, b"a")
+        os.fsync(self._file)
+
+    def _write(self, number: int, letter: bytes) -> None:
+        self._page[:] = letter * BLOCK
+        os.pwritev(self._file, [self._page], number * BLOCK)
+
+    def run(self) -> None:
+        try:
+            for number in range(self._blocks):
+                self._write(number, b"x")
+                self.done.append(time.monotonic())
+        except OSError as error:
+            assert error.errno in {errno.EIO, errno.EROFS}
+        finally:
+            os.close(self._file)
+
+
+def test_noise_is_written_only_between_the_wake_and_the_error_table(
+    room: Room, board: Board
+) -> None:
+    room.agent.start()
+    room.plug_and_check()
+    check_compared(room)
+    writer = Writer(room.point() / "blocks", BLOCKS)
+    board.new_session()
+    with room.agent.suspended():
+        change_the_clock()
+        writer.start()
+        until(lambda: len(writer.done) > 2, every_s=0.001)
+    woken = time.monotonic()
+    until(lambda: all(line.endswith(" error") for line in tables("cartridge-01")), every_s=0.01)
+    stopped = time.monotonic()
+    writer.join()
+    room.agent.until_said("removed-unsafely: its key was lost")
+    until(lambda: tables("cartridge-01") == [])
+    meanwhile = sum(at > woken for at in writer.done)
+    print(
+        f"error table after {(stopped - woken) * 1000:.0f} ms; {meanwhile} blocks of noise in them"
+    )
+    written = plaintext(room)
+    room.medium.restore()  # what was written as noise is not only in that file
+    sectors = [written[at : at + SECTOR_BYTES] for at in range(0, len(written), SECTOR_BYTES)]
+    untouched = BLOCKS - len(writer.done) - 1
+    assert untouched > 0
+    assert sectors.count(b"a" * SECTOR_BYTES) >= untouched * BLOCK // SECTOR_BYTES
+    assert b"x" * SECTOR_BYTES not in sectors
 
 
 # what is compared
@@ -167,3 +246,21 @@ def test_what_cannot_be_decrypted_has_no_plaintext_in_the_sample(world: RealWorl
         mapping = found(world)
         world.kernel.load_error_table(mapping.uuid)
         assert set(sample(world, mapping).plain) == {None}
+
+
+def test_a_writer_that_never_pauses_does_not_keep_the_machine_awake_nor_lose_the_medium(
+    room: Room,
+) -> None:
+    room.agent.start()
+    room.plug_and_check()
+    code = f"import os\nf = os.open('{room.point()}/f', os.O_CREAT | os.O_WRONLY)\n"
+    code += "while True: os.pwrite(f, b'x' * 4096, 0); os.fsync(f)"
+    with subprocess.Popen([sys.executable, "-c", code]) as writer:
+        try:
+            until((room.point() / "f").exists)
+            sleep_and_wake()
+            room.agent.until_said("compared after the sleep: the key is the one that it was")
+        finally:
+            writer.kill()
+    room.check_still_mounted()
+    room.pull_and_check()
