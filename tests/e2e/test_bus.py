@@ -109,7 +109,7 @@ async def test_a_volume_is_on_the_bus_from_the_plug_to_the_pull(
     await guest.sh("pkill gdbus")
 
 
-async def test_an_ejected_medium_stays_ejected_until_it_is_unlocked_by_request(
+async def test_an_ejected_medium_stays_released_until_it_is_unlocked_by_request(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     await agent.start()
@@ -119,10 +119,12 @@ async def test_an_ejected_medium_stays_ejected_until_it_is_unlocked_by_request(
     assert result.stdout == "cartridge-01: safe to remove\n"
     assert await agent.leftovers() == []
     await until_state(guest, "ejected")
-    await guest.sh("udevadm trigger --settle --action=change /dev/sda")
-    await until_state(guest, "ejected")
     await agent.start()  # a new run knows of the eject only from the disk's node
     await until_state(guest, "ejected")
+    await guest.sh("udevadm trigger --settle --action=change /dev/sda")
+    await until_state(guest, "locked")  # udev reports this also once others have written to it
+    await agent.start()
+    await until_state(guest, "locked")
     assert await agent.leftovers() == []
     assert "eject" in await agent.until_said("asked for by .*uid 0 .root., pid [0-9]+, :1")
     result = await cli(guest, "unlock", "/dev/sda1")
