@@ -58,8 +58,9 @@ def media(kind: str, where: Path) -> tuple[Path, Path]:
         run(*MAKERS[kind], node)
         with mounted(kind, node):
             written("settled", SETTLED)
-            written("recent", b"")  # f2fs writes a checkpoint for a new file, and nothing to replay
         with mounted(kind, node):
+            written("before", b"")  # f2fs writes a checkpoint for the first file after a mount
+            run("sync", "-f", "/mnt")
             written("recent", RECENT)
             shutil.copyfile(made, dirty)
         shutil.copyfile(made, clean)
