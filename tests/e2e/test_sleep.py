@@ -21,7 +21,7 @@ QUIET: Final = """
 [[rule]]
 name = "without writes of ext4 itself"
 match.partlabel = "cartridge-*"
-mount.filesystem_options.ext4 = ["noinit_itable"]
+mount.filesystem_options.ext4 = ["noinit_itable", "no_prefetch_block_bitmaps"]
 """
 LAST_WORDS: Final = "Waiting for 2 second"
 """Of the kernel, before its test of a sleep waits with all devices suspended."""
