@@ -159,7 +159,8 @@ def test_a_medium_that_takes_no_more_writes_is_released_and_the_loss_is_reported
         (point / "lost").write_bytes(b"x" * 100_000)
         room.agent.request_stop()
         room.agent.until_said(
-            f"cartridge-03.*: failed: could not release it: flush {point}: Input/output error"
+            "cartridge-03.*: failed: could not release it: not all that was written to it has "
+            f"reached the medium: flush {point}: Input/output error"
         )
         room.agent.until_ended()
         assert not point.exists()
