@@ -23,8 +23,8 @@ FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
 
 _DESCRIPTION: Final = """\
 Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a partition of the label, a
-filesystem. Content that is found on the disk is erased only if --erase names the disk. Raw data
-cannot be told from a blank disk.
+filesystem. Content that is found on the disk is erased only if --erase names the disk. Noise and
+raw data count as content. They are looked for at both ends of the disk and in samples between.
 """
 _EXAMPLES: Final = """\
 examples:
