@@ -14,12 +14,11 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.errors import DeviceInUseError, HotplugError, KernelError, shown
-from caam_hotplug.kernel import mountinfo, sysfs
+from caam_hotplug.kernel import block_device, mountinfo, sysfs
 from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Sectors, Volume
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
 _SYS_DEV: Final = Path("/sys/dev/block")
-_BLKRRPART: Final = 0x125F
 _PATIENCE_S: Final = 30.0
 """How long others, such as a worker of udevd, may hold the disk before it counts as in use."""
 
@@ -181,7 +180,7 @@ def read_partitions(hold: Held) -> None:
     if names.UDEV_CONTROL.exists():
         return
     try:
-        fcntl.ioctl(hold.writing(), _BLKRRPART)
+        block_device.read_partitions(hold.writing())
     except OSError as error:
         hint = "pull the medium and plug it again"
         raise KernelError("read partitions of", hold.disk.node, error.errno or 0, hint) from error

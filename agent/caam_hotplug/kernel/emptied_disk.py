@@ -29,7 +29,7 @@ from caam_hotplug.errors import (
     VolumeBusyError,
     WritesLostError,
 )
-from caam_hotplug.kernel import device_users, open_files, power, sysfs, sysfs_tree
+from caam_hotplug.kernel import block_device, device_users, open_files, power, sysfs, sysfs_tree
 from caam_hotplug.kernel.write_watch import NOT_ALL, NOT_KNOWN
 from caam_hotplug.model import SECTOR_BYTES, Volume, VolumeId
 
@@ -37,10 +37,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BLKRRPART: Final = 0x125F
 _BLKPG: Final = 0x1269
 _BLKPG_ADD_PARTITION, _BLKPG_DEL_PARTITION = 1, 2
-_BLKGETDISKSEQ: Final = 0x80081280
 _ARGUMENT: Final = struct.Struct("@iiiP")
 """struct blkpg_ioctl_arg of linux/blkpg.h."""
 _PARTITION: Final = struct.Struct("@qqi64s64s0q")
@@ -88,7 +86,7 @@ class EmptiedDisk:
         opened = self._opened if self._opened >= 0 else _held(self.disk)
         try:
             try:
-                fcntl.ioctl(opened, _BLKRRPART)
+                block_device.read_partitions(opened)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # that says that it reads no tables of this disk
                     node = self.disk.node
@@ -177,15 +175,11 @@ def _held(disk: Volume, end: float = 0.0) -> int:
         if error.errno == errno.EBUSY:
             raise _in_use(disk) from error
         raise KernelError("hold", disk.node, error.errno or 0) from error
-    sequence = bytearray(8)
     try:
-        fcntl.ioctl(opened, _BLKGETDISKSEQ, sequence)
-    except OSError as error:
+        block_device.require_diskseq(opened, disk.node, disk.id.diskseq)
+    except BaseException:
         os.close(opened)
-        raise KernelError("hold", disk.node, error.errno or 0) from error
-    if struct.unpack("@Q", sequence) != (disk.id.diskseq,):
-        os.close(opened)
-        raise KernelError("hold", disk.node, errno.ENODEV, "another medium is in its place")
+        raise
     return opened
 
 
@@ -233,7 +227,7 @@ def _put_back(opened: int, disk: Volume, removed: list[Partition]) -> None:
     if not failed:
         return
     try:
-        fcntl.ioctl(opened, _BLKRRPART)
+        block_device.read_partitions(opened)
     except OSError:  # a partition is in use, or this disk has no tables
         for number, why in failed.items():
             log.warning("%s: partition %d could not be put back: %s", disk.node, number, why)

@@ -9,25 +9,26 @@ this descriptor.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import stat
-import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import blkid, device_users, partition_table, sysfs, sysfs_tree
+from caam_hotplug.kernel import (
+    blkid,
+    block_device,
+    device_users,
+    partition_table,
+    sysfs,
+    sysfs_tree,
+)
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.partial_copy import PartialCopy
 from caam_hotplug.model import DeviceNumber, DevType, Sectors, Volume, number
 
-_BLKSSZGET: Final = 0x1268
-_BLKGETDISKSEQ: Final = 0x80081280
-"""From linux/fs.h, since Linux 5.15."""
 _HEAD_BYTES: Final = 68 << 10
 """Up to the superblock of btrfs, the last of those that begin a device."""
 _TAIL_BYTES: Final = 16 << 10
@@ -70,17 +71,17 @@ class OpenVolume:
 
     def require_same(self) -> None:
         """Require that its medium is the one with its sequence number. Raises: KernelError."""
-        _require_diskseq(self._file, self._volume.node, self._volume.id.diskseq)
+        block_device.require_diskseq(self._file, self._volume.node, self._volume.id.diskseq)
 
     def _require_number(self) -> None:
         """Require that it is the device whose number the mapping will have. Raises: KernelError."""
         status = os.fstat(self._file)
         found = DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
         if not stat.S_ISBLK(status.st_mode) or found != self._volume.number:
-            raise _is_another(self._volume.node)
+            raise block_device.is_another(self._volume.node)
 
     def _identified(self, volume: Volume) -> Volume:
-        block = _logical_block(self._file, volume.node)
+        block = block_device.logical_block(self._file, volume.node)
         entry = None if volume.devtype is DevType.DISK else _entry_of(volume, block)
         inside = _superblock(self._file, volume, block)
         return replace(
@@ -110,24 +111,6 @@ def _opened(node: str) -> int:
         return os.open(node, os.O_RDONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _is_another(node: str) -> KernelError:
-    return KernelError("use", node, errno.ENODEV, "another medium has its place")
-
-
-def _require_diskseq(file: int, node: str, diskseq: int) -> None:
-    """Require that the open device has this sequence number now. Raises: KernelError."""
-    with reported_as("ask for the sequence number of", node):
-        (found,) = struct.unpack("=Q", fcntl.ioctl(file, _BLKGETDISKSEQ, bytes(8)))
-    if found != diskseq:
-        raise _is_another(node)
-
-
-def _logical_block(file: int, node: str) -> int:
-    with reported_as("ask for the block size of", node):
-        (found,) = struct.unpack("=i", fcntl.ioctl(file, _BLKSSZGET, bytes(4)))
-    return int(found)
-
-
 @contextmanager
 def _disk(volume: Volume) -> Iterator[tuple[int, str]]:
     """Open the partition's disk; yield descriptor and node. Raises: KernelError."""
@@ -135,7 +118,7 @@ def _disk(volume: Volume) -> Iterator[tuple[int, str]]:
         node = f"/dev/{sysfs.disk_name(volume.name)}"
     file = _opened(node)
     try:
-        _require_diskseq(file, node, volume.id.diskseq)
+        block_device.require_diskseq(file, node, volume.id.diskseq)
         yield file, node
     finally:
         os.close(file)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError, UnknownError, WritesLostError
-from caam_hotplug.kernel import device_users, emptied_disk, open_files, sysfs, sysfs_tree
+from caam_hotplug.kernel import (
+    block_device,
+    device_users,
+    emptied_disk,
+    open_files,
+    sysfs,
+    sysfs_tree,
+)
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId
 
 DISK = Volume(
@@ -103,5 +110,5 @@ def test_partitions_that_cannot_be_put_back_one_by_one_are_read_from_the_table(
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(WritesLostError):
         emptied_disk.empty(DISK)
-    assert calls == [emptied_disk._BLKRRPART]
+    assert calls == [block_device._BLKRRPART]
     assert "could not be put back" not in caplog.text
