@@ -57,10 +57,9 @@ class CutOff:
         return None if self._loading is None else await to_the_end(self._loaded, self._loading)
 
     async def require(self) -> None:
-        """As `done`, of a mapping that may have got its table or a hold meanwhile.
+        """As `done`, of a mapping that may have got its table after the error table was loaded.
 
-        The error table may have found nothing to replace then. Raises: HotplugError, OSError if it
-        fails.
+        That had found nothing to replace. Raises: HotplugError, OSError if it fails.
         """
         await self.done()
         if self._stop.medium_gone and self.is_mapped:

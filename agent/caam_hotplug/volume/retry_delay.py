@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import Final
 
-_FIRST_S: Final = 1.0
-_LONGEST_S: Final = 30.0
+from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 
 
 class RetryDelay:
@@ -19,7 +17,7 @@ class RetryDelay:
     def next_s(self) -> float:
         """Return the seconds to wait before the next attempt."""
         now = asyncio.get_running_loop().time()
-        is_first = now - self._asked_at > 2 * _LONGEST_S
-        self._s = _FIRST_S if is_first else min(2 * self._s, _LONGEST_S)
+        is_first = now - self._asked_at > 2 * LONGEST_DELAY_S
+        self._s = FIRST_DELAY_S if is_first else min(2 * self._s, LONGEST_DELAY_S)
         self._asked_at = now
         return self._s
