@@ -16,7 +16,7 @@ from typing import Final
 
 from fakes.contract import until
 from kernel.cartridges import Cartridge, cartridges
-from kernel.witness import run
+from kernel.witness import RESTING, run
 
 LABELS: Final = ["cartridge-01", "cartridge-02", "cartridge-03", "cartridge-04"]
 MOUNT_ROOT: Final = Path("/run/media")
@@ -58,7 +58,7 @@ def main() -> int:
         for number in range(1, count + 1):
             cycle(media, source)
             if number % TOLD_EVERY == 0 or number in {1, warm, count}:
-                until(lambda: len(list(Path(f"/proc/{pid}/task").iterdir())) == 1)
+                until(lambda: len(list(Path(f"/proc/{pid}/task").iterdir())) == RESTING)
                 now = memory_kib(pid)
                 first = now if number == warm else first
                 print(f"cycle {number} of {count}: {now} KiB", flush=True)

@@ -32,7 +32,7 @@ from kernel.cartridges import KEY, Cartridge, cartridges
 from kernel.forked import Stop, kill_self
 from kernel.latencies import formatted
 from kernel.storms import log_shown_on_failure, storms
-from kernel.witness import crypt, run
+from kernel.witness import RESTING, crypt, run
 
 FILESYSTEMS: Final = {
     "cartridge-01": ("mkfs.ext4", "-q"),
@@ -213,7 +213,7 @@ class Soak:
 
     def _between_calls(self) -> None:
         """Whether no call of the agent is running, and all that returned are recorded."""
-        until(lambda: size_of(self._room.agent.pid).threads == 1)
+        until(lambda: size_of(self._room.agent.pid).threads == RESTING)
 
     def _served(self, medium: Cartridge) -> Path:
         """Check that the medium is mounted and its file is complete."""
@@ -365,7 +365,7 @@ def soak(cycles: int, damaged: int, figures: Figures, say: Callable[[str], None]
     with (
         cartridges(list(FILESYSTEMS), list(FILESYSTEMS.values())) as media,
         room_of(media) as room,
-        # A thread besides the loop's then means a call that has not returned.
+        # A thread more then means a call that has not returned.
         mock.patch.object(daemon, "_IDLE_THREADS", 0),
     ):
         work = Soak(room, figures, say)

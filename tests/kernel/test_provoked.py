@@ -77,7 +77,7 @@ def test_a_kernel_without_the_filesystem_is_reported(room: Room) -> None:
 
 @contextmanager
 def unloaded(module: str) -> Iterator[None]:
-    run("modprobe", "-r", module)
+    run("rmmod", module)  # modprobe would remove what it needs as well, which others may use
     try:
         yield
     finally:

@@ -31,6 +31,8 @@ FOLDER: Final = Path("/data/caam")
 BLOCKS: Final = Path("/sys/class/block")
 SESSION_KEYRING: Final = -3
 SECTOR: Final = 512
+RESTING: Final = 2
+"""Threads of an agent that does nothing: the loop's, and the one that notices a sleep."""
 
 
 def run(*argv: str, stdin: bytes = b"") -> str:
