@@ -9,6 +9,7 @@ import errno
 import itertools
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -89,7 +90,8 @@ class Guest:
                 answer.set_exception(self._death("died"))
 
     def _death(self, how: str) -> GuestDiedError:
-        return GuestDiedError(f"the guest {how}:\n{self.console()[-4000:]}")
+        said = (self._run / "qemu.log").read_text(errors="replace")
+        return GuestDiedError(f"the guest {how}: {said}\n{self.console()[-4000:]}")
 
     async def _ask(self, do: str, *, within_s: float = 30, **request: Any) -> dict[str, Any]:
         if self._dead:
@@ -180,6 +182,18 @@ class Guest:
     def console(self) -> str:
         """What the guest's kernel said so far."""
         return (self._run / "console").read_text(errors="replace")
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """The guest stands still, and no request of its disks is on its way.
+
+        QEMU ends itself when a medium is taken out while it works on a request for it.
+        """
+        await self.qmp("stop")
+        try:
+            yield
+        finally:
+            await self.qmp("cont")
 
     @property
     def shell_socket(self) -> Path:
@@ -354,7 +368,8 @@ class SdCard:
     async def pull(self) -> None:
         """The slot is empty."""
         self.guest.plugged.remove(self)
-        await self.guest.qmp("blockdev-remove-medium", id="sd0")
+        async with self.guest.paused():
+            await self.guest.qmp("blockdev-remove-medium", id="sd0")
 
 
 @dataclass(slots=True, eq=False)
@@ -380,8 +395,9 @@ class CardReader:
 
     async def remove(self) -> None:
         """The card is out, though the guest has locked it in."""
-        await self.guest.qmp("blockdev-open-tray", id=self._disk, force=True)
-        await self.guest.qmp("blockdev-remove-medium", id=self._disk)
+        async with self.guest.paused():
+            await self.guest.qmp("blockdev-open-tray", id=self._disk, force=True)
+            await self.guest.qmp("blockdev-remove-medium", id=self._disk)
 
     async def insert(self, node: str) -> None:
         """A card sits in the empty reader, by the name that `Guest.open_card` gave."""
