@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import pytest_asyncio
 
+from e2e.conftest import Shared
 from e2e.support import POINT
 from vm.guest import Guest
 from vm.installed import InstalledAgent
@@ -25,6 +27,13 @@ mount.filesystem_options.ext4 = ["noinit_itable", "no_prefetch_block_bitmaps"]
 """
 LAST_WORDS: Final = "Waiting for 2 second"
 """Of the kernel, before its test of a sleep waits with all devices suspended."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
+async def other_tests_have_another_guest(shared: Shared) -> AsyncIterator[None]:
+    """Once its devices were suspended, 9p does not answer: the guest has this tree no more."""
+    yield
+    await shared.give_up()
 
 
 @asynccontextmanager
