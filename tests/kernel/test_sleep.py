@@ -27,7 +27,7 @@ from caam_hotplug.kernel.medium_sample import Outcome, Sample
 from caam_hotplug.model import SECTOR_BYTES, KeyReference, Mapping
 from fakes.contract import created, dm_name, found, key_added, until
 from kernel.agents import Room, mounts, tables
-from kernel.cartridges import HELLO, KEY, TEXT
+from kernel.cartridges import HELLO, KEY, TEXT, Cartridge
 from kernel.real import RealWorld
 from kernel.witness import Board, create, run
 
@@ -55,8 +55,19 @@ both_signs = pytest.mark.parametrize("wake", [sleep_and_wake, change_the_clock])
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board()
+def board(media: list[Cartridge]) -> Iterator[Board]:
+    """A board whose CAAM may begin another session: a filesystem may have written noise then."""
+    yield Board()
+    for medium in media:
+        with medium.disposable():
+            pass
+
+
+@pytest.fixture
+def room(board: Board, room: Room) -> Room:
+    """A room whose agent has ended before the media get back what they held."""
+    assert board
+    return room
 
 
 def check_compared(room: Room, volumes: int = 1) -> None:

@@ -77,8 +77,9 @@ def test_a_process_that_was_stopped_may_have_slept() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         until_waiting(process.pid)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            process.send_signal(number)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # else it may go on before it has stopped
+        process.send_signal(signal.SIGCONT)
         assert process.stdout.readline() == b"True True False\n"
 
 
