@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 _MAINLINE: Final = re.compile(r"[\[-](trusted|encrypted|mainline)[\]-]")
 """In the name of a test for a board whose kernel is mainline's."""
-_FIRST: Final = ("kernel", "agent")
+_FIRST: Final = ("kernel", "agent, first half", "agent, second half")
 """Groups by their guests: the longest ones first, one for each of two processes."""
+_HALF: Final = "test_f"
+"""The tests of the installed agent are halved by the names of their modules."""
 
 _tried: Final = pytest.StashKey[Counter[str]]()
 """How many combinations of the fault matrix, by what the fault does."""
@@ -27,8 +29,10 @@ def group_of(nodeid: str) -> str:
     match file.split("/"):
         case ["tests", "kernel", _]:
             return "kernel"
-        case ["tests", "e2e", _]:
-            return "agent, mainline" if _MAINLINE.search(test) else "agent"
+        case ["tests", "e2e", name]:
+            if _MAINLINE.search(test):
+                return "agent, mainline"
+            return f"agent, {'first' if name < _HALF else 'second'} half"
     return file
 
 

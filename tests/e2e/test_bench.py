@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import pytest
+
 from vm import bench
 from vm.guest import Guest
 from vm.installed import InstalledAgent
@@ -37,6 +39,7 @@ async def test_a_cycle_of_each_kind_of_system_is_measured_and_nothing_is_left(
     await nothing_is_left(guest, agent)
 
 
+@pytest.mark.soak
 async def test_storms_scaling_starts_and_idling_are_measured_and_nothing_is_left(
     guest: Guest, agent: InstalledAgent
 ) -> None:

@@ -92,6 +92,7 @@ async def test_a_medium_is_released_moved_and_mounted_again_by_its_new_key(
 
 
 @pytest.mark.usefixtures("archive")
+@pytest.mark.soak
 async def test_a_medium_that_is_half_moved_is_left_alone_until_the_same_command_has_ended_it(
     guest: Guest, agent: InstalledAgent, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def sampled(number: int, every: int) -> list[pytest.MarkDecorator]:
     return [] if number % every == 0 else [pytest.mark.soak]
 
 
-@pytest.mark.parametrize("call", numbered(CALLS))
+@pytest.mark.parametrize("call", numbered(CALLS, every=3))
 def test_killed_after_any_call_the_medium_is_as_it_was_or_has_its_key_and_is_completed(
     bench: Bench, call: int
 ) -> None:
@@ -69,7 +69,7 @@ def test_killed_after_any_call_that_makes_its_keys_the_recovery_key_stays_the_me
 
 
 @pytest.mark.parametrize(
-    "write", [pytest.param(n, marks=sampled(n, every=3)) for n in range(1, 12)]
+    "write", [pytest.param(n, marks=sampled(n, every=5)) for n in range(1, 12)]
 )
 def test_killed_between_any_two_writes_to_the_table_an_erased_medium_is_completed(
     bench: Bench, write: int
