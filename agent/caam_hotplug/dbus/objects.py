@@ -241,6 +241,7 @@ class Objects:
         """Send; a bus that takes nothing any more is lost."""
         try:
             send(*arguments)
+            self._connection.flush()
         except SdBusBaseError as error:
             log.debug("the bus takes nothing: %s", error_message(error))
             self._connection.lost.set()
