@@ -43,6 +43,8 @@ class Limits:
 
 AGENTS: Final = Limits(message_bytes=128 << 10, share=0.1, burst_s=0.1, is_agent=True)
 """Any user may send to the agent. No request that it answers is nearly as large."""
+OF_UNITS: Final = Limits(message_bytes=128 << 10, share=0.1, burst_s=1, is_agent=False)
+"""A connection to systemd. Its signals are of use, and any user may send others to it."""
 CLIENTS: Final = Limits(message_bytes=1 << 28, share=1, burst_s=1, is_agent=False)
 """A client has nothing else to do than to read. D-Bus has no larger message."""
 
