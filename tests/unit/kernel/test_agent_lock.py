@@ -188,3 +188,49 @@ def test_a_zombie_is_killed_and_a_running_or_stopped_process_is_not() -> None:
     assert agent_lock._is_killed(pid)
     os.waitpid(pid, 0)
     assert agent_lock._is_killed(pid)
+
+
+def outcomes(lock: Path, control: Path, count: int) -> bytes:
+    """Have processes take the locks at the same time; return a letter for each, `y` with locks."""
+    begin, release = os.pipe()
+    told, tell = os.pipe()
+    pids = []
+    for _ in range(count):
+        pid = os.fork()
+        if pid == 0:
+            os.close(release)
+            os.read(begin, 1)  # until the other end is closed
+            try:
+                held = AgentLock(lock, control)
+                os.write(tell, b"y")
+                signal.pause()
+                held.close()
+            except AnotherAgentError:
+                os.write(tell, b"n")
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    os.close(release)
+    said = b""
+    while len(said) < count:
+        said += os.read(told, count)
+    for pid in pids:
+        kill(pid)
+    for end in (begin, told, tell):
+        os.close(end)
+    return said
+
+
+@pytest.mark.parametrize("is_held_by_a_killed_process", [False, True])
+def test_of_many_that_start_at_the_same_time_one_is_the_agent(
+    lock: Path, control: Path, monkeypatch: pytest.MonkeyPatch, is_held_by_a_killed_process: bool
+) -> None:
+    if not is_held_by_a_killed_process:
+        for _ in range(10):
+            assert outcomes(lock, control, 8).count(b"y") == 1
+        return
+    monkeypatch.setattr(agent_lock, "_ENDS_WITHIN_S", 0)
+    for _ in range(10):
+        with another_agent(lock, control) as pid:
+            monkeypatch.setattr(agent_lock, "_is_killed", lambda process, pid=pid: process == pid)
+            assert outcomes(lock, control, 8).count(b"y") == 1
