@@ -56,8 +56,8 @@ class AgentLock:
         self._held: list[int] = []
         os.register_at_fork(after_in_child=self.close)
         try:
-            self._held.append(_locked_file(lock))
             self._held += _locked_device(control)
+            self._held.append(_locked_file(lock))
         except BaseException:
             self.close()
             raise
@@ -103,9 +103,9 @@ def _locked_device(control: Path) -> list[int]:
 
 @contextmanager
 def _directory(folder: Path) -> Iterator[int]:
-    with paths.directory(folder.parent, only_root=True) as above, suppress(FileExistsError):
+    with paths.directory(folder.parent) as above, suppress(FileExistsError):
         os.mkdir(folder.name, 0o700, dir_fd=above)
-    with paths.directory(folder, only_root=True) as opened:
+    with paths.directory(folder) as opened:
         yield opened
 
 

@@ -140,6 +140,15 @@ def test_a_directory_in_which_others_may_write_is_refused(lock: Path, control: P
         AgentLock(lock, control)
 
 
+def test_a_run_of_its_own_that_everyone_may_write_hides_no_agent(lock: Path, control: Path) -> None:
+    own = lock.parent.with_name("run")
+    own.mkdir()
+    own.chmod(0o1777)  # as mount(8) makes a tmpfs
+    AgentLock(own / "agent" / "agent.lock", control).close()
+    with another_agent(lock, control), pytest.raises(AnotherAgentError):
+        AgentLock(own / "agent" / "agent.lock", control)
+
+
 def test_a_link_is_not_followed(lock: Path, control: Path, folder: Path) -> None:
     lock.parent.mkdir(0o700)
     lock.symlink_to(folder / "victim")
