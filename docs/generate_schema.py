@@ -10,6 +10,7 @@ import ast
 import inspect
 import json
 import textwrap
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -114,11 +115,18 @@ def _whole(pattern: str) -> str:
 
 def _template(kind: type[Template]) -> Schema:
     """Describe the texts that a template takes."""
-    # str.format also takes a placeholder with an empty format, as in {uuid:}.
-    placeholder = rf"\{{(?:{'|'.join(kind.FIELDS)}):?\}}"
     endings = "|".join(suffix.replace(".", r"\.") for suffix in kind.SUFFIXES)
-    pattern = rf"(?![.-])(?:[{kind.CHARACTERS}]|{placeholder})+(?:{endings})"
-    return {"type": "string", "pattern": _whole(pattern)}
+    anything = rf"(?:[{kind.CHARACTERS}]|{_placeholder(kind.FIELDS)})+"
+    if issubclass(kind, UnitTemplate):
+        before = kind.CHARACTERS.replace("@", "")
+        unit = rf"(?:[{before}]|{_placeholder(kind.OF_THE_KERNEL)})+"
+        anything = f"{unit}(?:@{anything})?"
+    return {"type": "string", "pattern": _whole(rf"(?![.-]){anything}(?:{endings})")}
+
+
+def _placeholder(fields: Iterable[str]) -> str:
+    # str.format also takes a placeholder with an empty format, as in {uuid:}.
+    return rf"\{{(?:{'|'.join(fields)}):?\}}"
 
 
 _SINGLE: Final[dict[Any, Schema]] = {

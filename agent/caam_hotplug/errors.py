@@ -10,11 +10,14 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 
 class HotplugError(Exception):
     """A refusal or failure, in words for the reader of the journal."""
+
+    exit_status: ClassVar[int] = 1
+    """That of a command which it ends."""
 
 
 def shown(text: object) -> str:

@@ -155,6 +155,14 @@ device_config:
 - {{is_luks: true, keyfile: {KEY_FILE}}}
 """
 
+_FLOODS: Final = tuple(f"bench-flood@{number}.service" for number in range(1, 5))
+_FLOOD: Final = f"""\
+[Service]
+User=nobody
+Slice=user.slice
+ExecStart=/usr/bin/python3 {HERE.parent}/bus/flood.py get all introspect objects
+"""
+
 SYSTEMS: Final = {
     "L": System(
         "a C program that spawns nothing: the limit",
@@ -174,6 +182,14 @@ SYSTEMS: Final = {
                 f"[Service]\nSlice={SLICE}\nExecStart=\n"
                 f'ExecStart=/usr/bin/python3 -I -c "{_WITHOUT_SDBUS}" run\n'
             )
+        },
+    ),
+    "flood": System(
+        "caam-hotplug while four processes of an ordinary user flood it with reads over D-Bus",
+        (AGENT, *_FLOODS),
+        {
+            f"{AGENT}.d/bench.conf": f"[Service]\nSlice={SLICE}\n",
+            "bench-flood@.service": _FLOOD,
         },
     ),
     "S": System(

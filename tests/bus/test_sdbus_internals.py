@@ -35,6 +35,7 @@ USED: Final[dict[type, dict[str, int | None]]] = {
         "method_call_timeout_usec": None,
         "new_method_call_message": 4,
         "new_signal_message": 3,
+        "process": 0,
         "request_name_async": 2,
     },
     SdBusInterface: {"_stop_export": 0, "add_method": 7, "add_property": 5},

@@ -20,6 +20,7 @@ from bus.private import PrivateBus
 from caam_hotplug import names
 from caam_hotplug.dbus import connection
 from caam_hotplug.dbus.connection import BUS, Connection
+from caam_hotplug.dbus.relay import Limits
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.errors import CaamError, DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.model import Sectors, State, VolumeId
@@ -353,12 +354,12 @@ def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     made = 0
 
     class Counted(Connection):
-        def __init__(self) -> None:
+        def __init__(self, limits: Limits) -> None:
             nonlocal made
             made += 1
             if made == 3:
                 event.set()
-            super().__init__()
+            super().__init__(limits)
 
     monkeypatch.setattr(connection, "Connection", Counted)
     return event

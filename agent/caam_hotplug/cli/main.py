@@ -45,6 +45,10 @@ _ENDED_BY_SIGINT: Final = 128 + 2
 _ENDED_BY_SIGPIPE: Final = 128 + 13
 """The exit statuses that a shell reports for a program ended by these signals."""
 
+_RUN_EPILOG: Final = """\
+exit status: 0 stopped; 1 it did not start, or left a volume in use; 2 wrong usage; 75 another agent
+runs, which goes on
+"""
 _DOCTOR: Final = """\
 Checks everything that the agent needs. Each result is a line, with the remedy if a check fails.
 It needs root. The agent may run meanwhile, but need not. It changes nothing on any medium: it tests
@@ -81,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(fault, file=sys.stderr)
     except (HotplugError, OSError) as error:
         print(f"{names.PROGRAM}: {error}", file=sys.stderr)
+        return getattr(error, "exit_status", 1)
     except KeyboardInterrupt:
         print(f"{names.PROGRAM}: interrupted", file=sys.stderr)
         return _ENDED_BY_SIGINT
@@ -168,7 +173,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: Commands) -> None:
-    run = commands.add_parser("run", help="run the agent in the foreground, as the service does")
+    from caam_hotplug.cli import options  # noqa: PLC0415
+
+    summary = "run the agent in the foreground, as the service does"
+    run = options.add_command(commands, "run", summary, epilog=_RUN_EPILOG)
     _add_config(run)
     run.add_argument(
         "--trace",

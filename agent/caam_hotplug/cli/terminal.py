@@ -7,9 +7,12 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from caam_hotplug.errors import HotplugError
+
+_ENDS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a program."""
 
 
 class ProgressLine:
@@ -48,6 +51,8 @@ class _InterruptionError(KeyboardInterrupt):
 def interruptible(what: str) -> Iterator[None]:
     """Turn signals that end the program into an error, so that mapping and key are removed first.
 
+    A signal that is ignored stays so: SIGHUP under nohup(1), SIGINT in the background of a script.
+
     Raises: HotplugError when such a signal arrives.
     """
 
@@ -56,7 +61,7 @@ def interruptible(what: str) -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise _InterruptionError(signal.Signals(number).name)
 
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ends = [each for each in _ENDS if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, interrupted) for each in ends}
     try:
         yield

@@ -90,8 +90,13 @@ class Template:
 
 
 class UnitTemplate(Template):
-    """The name of a systemd unit, such as `ingest@{partlabel}.service`."""
+    """The name of a systemd unit, such as `ingest@{partlabel}.service`.
 
+    What is written on a medium is the instance of a unit at most, and so never chooses the unit.
+    """
+
+    OF_THE_KERNEL: Final = ("diskseq", "partn")
+    """Placeholders that may stand before the @: numbers, which nobody writes on a medium."""
     CHARACTERS: ClassVar = "A-Za-z0-9:_.@-"
     SUFFIXES: ClassVar[tuple[str, ...]] = (".service", ".target")
     _MAX_LENGTH: ClassVar = 255
@@ -103,6 +108,15 @@ class UnitTemplate(Template):
         super().__init__(text)
         if not text.endswith(self.SUFFIXES):
             raise ValueError(f"{text!r}: expected a unit whose name ends in .service or .target")
+        unit, at, instance = text.partition("@")
+        for _, field, _, _ in string.Formatter().parse(unit):
+            if field is not None and field not in self.OF_THE_KERNEL:
+                raise ValueError(
+                    f"{text!r}: a medium's {field} would choose the unit, as poweroff; expected it "
+                    f"after an @, as in ingest@{{{field}}}.service"
+                )
+        if not unit or (at and instance in self.SUFFIXES):
+            raise ValueError(f"{text!r}: expected a name before the @, and one after it")
 
     def _value(self, field: str, volume: Volume) -> str:
         """Escape the value, so that `%I` in the unit is the value (systemd-escape(1))."""

@@ -7,11 +7,13 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Final
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import explain
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import ConfigError, HotplugError, shown
+from caam_hotplug.kernel.abandonable import run_in_thread
 from caam_hotplug.systemd import journal
 from caam_hotplug.systemd.notify import Notifier
 
@@ -21,6 +23,9 @@ _READ_AT_START = (
     "source", "await_udev", "blob_directory", "mount_root", "stuck_after_s", "stop_within_s",
 )  # fmt: skip
 """Keys of the configuration that take effect at the next start only."""
+
+_READ_WITHIN_S: Final = 30.0
+"""A file may be on a filesystem that hangs."""
 
 Load = Callable[[], Config]
 
@@ -54,7 +59,8 @@ class Agent:
         """Put the rules of the files in force, also for present media.
 
         Returns: notices of other changes, which take effect at the next start.
-        Raises: ConfigError naming every fault; the earlier rules stay in force.
+        Raises: ConfigError naming every fault, HotplugError if a file cannot be read in time; the
+            earlier rules stay in force.
         """
         event = journal.Event
         asked = journal.event(event.REQUESTED, request="reload", requested_by=by)
@@ -66,13 +72,18 @@ class Agent:
         event = journal.Event
         self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = await asyncio.to_thread(self._load)
+            # Not the loop's own threads: it waits for them when it ends.
+            config = await run_in_thread("read the configuration", self._load, _READ_WITHIN_S)
             self._supervisor.reevaluate(config.rule)
         except ConfigError as error:
             for fault in error.faults:
                 log.error("%s", fault, extra=journal.event(event.CONFIG_REFUSED, reason=fault))
             refused = journal.event(event.CONFIG_REFUSED)
             log.error("the configuration is refused; the rules before stay in force", extra=refused)
+            raise
+        except HotplugError as error:
+            refused = journal.event(event.CONFIG_REFUSED, reason=str(error))
+            log.error("reload: %s; the rules before stay in force", error, extra=refused)
             raise
         finally:
             self._notifier.send("READY=1")

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
@@ -20,6 +20,7 @@ from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import keyring, memory, reserve, trusted, udev, uevents
+from caam_hotplug.kernel.agent_lock import AgentLock
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry
 from caam_hotplug.systemd import journal
@@ -47,6 +48,11 @@ def run(load: Load, observe: Observe = unobserved) -> None:
     config = load()
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
+    with closing(AgentLock()):
+        _run(config, load, observe)
+
+
+def _run(config: Config, load: Load, observe: Observe) -> None:
     reserve.RESERVE.fill()
     udev.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
 from typing import Any
 
 import sdbus
 
+from caam_hotplug.dbus.relay import CLIENTS, Limits, Relay
 from caam_hotplug.dbus.sdbus_internals import SdBusMessage, SdBusRequestNameExistsError
 from caam_hotplug.errors import HotplugError
 
@@ -37,7 +37,7 @@ def error_message(error: sdbus.SdBusBaseError) -> str:
 class Connection:
     """The bus, for one event loop. Synchronization: loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = CLIENTS) -> None:
         """Raises: NoBusError if there is no bus to connect to."""
         try:
             self.bus = sdbus.sd_bus_open_system()
@@ -45,10 +45,11 @@ class Connection:
             raise NoBusError(f"connect to the system bus: {error_message(error)}") from error
         self.lost = asyncio.Event()
         """Set once the bus has closed the connection."""
-        self._loop = asyncio.get_running_loop()
-        # sdbus does not report the end of the connection, so a second descriptor is watched.
-        self._watched = socket.socket(fileno=os.dup(self.bus.get_fd()))
-        self._loop.add_reader(self._watched, self._check_end)
+        self._relay = Relay(self.bus.get_fd(), self.bus.process, self.lost.set, limits)
+
+    def flush(self) -> None:
+        """Send what was written, now and not in the loop's next turn."""
+        self._relay.flush()
 
     async def ping(self) -> None:
         """Wait until the bus answers. Raises: NoBusError if it refuses the connection."""
@@ -68,8 +69,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection."""
-        self._loop.remove_reader(self._watched)
-        self._watched.close()
+        self._relay.close()
+        del self._relay  # which has a method of the bus
         self.bus.close()
         # When the object is freed, sdbus removes the reader of its descriptor's number once more
         # (SdBus_dealloc). Another file may have that number later, so the object is freed now.
@@ -95,14 +96,3 @@ class Connection:
         if signature:
             message.append_data(signature, *arguments)
         return self.bus.call_async(message)
-
-    def _check_end(self) -> None:
-        try:
-            ended = not self._watched.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            ended = True
-        if ended:
-            self._loop.remove_reader(self._watched)
-            self.lost.set()

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from sdbus import DbusUnprivilegedFlag, SdBusBaseError
 
 from caam_hotplug import names
-from caam_hotplug.dbus.authorization import Callers, run_in_thread
+from caam_hotplug.dbus.authorization import Callers
 from caam_hotplug.dbus.connection import Connection, error_message
 from caam_hotplug.dbus.error_names import (
     ERROR_NAMES,
@@ -28,6 +28,7 @@ from caam_hotplug.dbus.exported import ExportedObject, Method
 from caam_hotplug.dbus.properties import MANAGER, VOLUME, Property, values_of
 from caam_hotplug.dbus.sdbus_internals import SdBusMessage
 from caam_hotplug.errors import HotplugError, RequestRefusedError, shown
+from caam_hotplug.kernel.abandonable import run_in_thread
 from caam_hotplug.model import Entry, State, VolumeId
 from caam_hotplug.systemd import journal
 
@@ -241,6 +242,7 @@ class Objects:
         """Send; a bus that takes nothing any more is lost."""
         try:
             send(*arguments)
+            self._connection.flush()
         except SdBusBaseError as error:
             log.debug("the bus takes nothing: %s", error_message(error))
             self._connection.lost.set()

@@ -80,7 +80,7 @@ class Service:
 
     async def _run(self) -> None:
         try:
-            from caam_hotplug.dbus import connection, objects  # noqa: PLC0415  sdbus is an extra
+            from caam_hotplug.dbus import connection, objects, relay  # noqa: PLC0415  sdbus is an extra
         except ImportError as error:
             self._log_absence(f"{error}; install sdbus (the extra `dbus`)")
             return
@@ -89,7 +89,7 @@ class Service:
             begun = clock()
             with self._defects_logged():
                 try:
-                    link = connection.Connection()
+                    link = connection.Connection(relay.AGENTS)
                     try:
                         await self._serve(link, objects.Objects)
                     finally:

@@ -64,10 +64,10 @@ async def _with_connection(unit: str, work: Work) -> None:
     try:
         import sdbus  # noqa: PLC0415  an extra
 
-        from caam_hotplug.dbus import connection  # noqa: PLC0415
+        from caam_hotplug.dbus import connection, relay  # noqa: PLC0415
     except ImportError as error:
         raise HotplugError(f"{error}; install sdbus (the extra `dbus`)") from error
-    link = connection.Connection()
+    link = connection.Connection(relay.OF_UNITS)
     try:
         await work(link, unit)
     except sdbus.SdBusBaseError as error:

@@ -87,7 +87,8 @@ def examine(file: Path | None, out: TextIO, *, as_json: bool) -> int:
         raise HotplugError("examine the board: it needs to be root; try sudo")
     # So that what a check has set up is taken down after these signals, too.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, _interrupt)
     page = page_for(out)
     found: list[Result] = []
     try:

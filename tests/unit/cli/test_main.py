@@ -10,6 +10,8 @@ import pytest
 
 from caam_hotplug import __version__
 from caam_hotplug.cli import main as cli
+from caam_hotplug.daemon import main as daemon
+from caam_hotplug.kernel.agent_lock import AnotherAgentError
 
 OTHER_USER = 54321
 INSTALLED = Path(__file__).parents[3] / "config" / "agent.toml"
@@ -222,3 +224,21 @@ def test_output_that_cannot_be_written_is_reported(file: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         status, error = answered(full.fileno(), "check", str(file))
     assert (status, error) == (1, "caam-hotplug: write the output: No space left on device\n")
+
+
+def test_run_beside_another_agent_has_an_exit_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AnotherAgentError(4711)
+
+    monkeypatch.setattr(daemon, "run", refuse)
+    assert cli.main(["run"]) == 75
+    said = capsys.readouterr().err
+    assert said.startswith("caam-hotplug: run the agent: process 4711 is the agent already")
+    assert said.count("\n") == 1
+
+
+def test_the_service_is_not_restarted_beside_another_agent() -> None:
+    unit = INSTALLED.with_name("caam-hotplug.service").read_text()
+    assert f"\nRestartPreventExitStatus={AnotherAgentError.exit_status}\n" in unit

@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -35,11 +36,30 @@ def test_progress_has_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyP
     assert terminal.getvalue() == "\r\x1b[Kstep ...\r\x1b[K"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(params=ENDS, ids=lambda number: number.name)
+def number(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that ends a program, and its action restored afterwards."""
+    before = signal.getsignal(request.param)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    with interruptible("migrate cartridge"):
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
 def test_a_signal_while_the_agent_reads_the_rule_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    before = signal.getsignal(number)
+    before = signal.default_int_handler
+    signal.signal(number, before)
 
     def never_answered(_what: str, _work: object) -> None:
         async def waiting() -> None:

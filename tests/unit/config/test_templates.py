@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.config.templates import Template, UnsafeNameError
+from caam_hotplug.config.templates import Template, UnitTemplate, UnsafeNameError
 from caam_hotplug.model import Volume
 from unit.volumes import stick, volumes
 
@@ -50,6 +50,42 @@ def test_a_template_that_is_no_file_name_is_refused_when_it_is_read(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         Template(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "unit"),
+    [
+        ("ingest.target", "ingest.target"),
+        ("ingest@{partlabel}.service", "ingest@cartridge.service"),
+        ("a-{diskseq}-{partn}@b@{serial}-{partn}.target", "a-7-1@b@4711-1.target"),
+        ("{partn}.service", "1.service"),
+    ],
+)
+def test_a_units_name_may_have_what_is_on_a_medium_after_the_at(template: str, unit: str) -> None:
+    assert UnitTemplate(template).render(stick(serial="4711")) == unit
+
+
+@pytest.mark.parametrize("field", ["partlabel", "partuuid", "label", "uuid", "serial"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{}.target",
+        "{}.service",
+        "systemd-{}.service",
+        "{}@a.service",
+        "a{}@{}.service",
+        "{}{}.target",
+    ],
+)
+def test_nothing_on_a_medium_chooses_a_unit(template: str, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"a medium's {field} would choose the unit, as poweroff"):
+        UnitTemplate(template.replace("{}", f"{{{field}}}"))
+
+
+@pytest.mark.parametrize("text", ["a@.service", "@a.service", "@{uuid}.target", "@.target"])
+def test_a_unit_that_systemd_would_not_start_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a name before the @, and one after it"):
+        UnitTemplate(text)
 
 
 def test_templates_are_equal_if_their_texts_are() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 
 from caam_hotplug.cli.main import main
 from caam_hotplug.doctor import runner
-from caam_hotplug.doctor.result import Status
+from caam_hotplug.doctor.result import Result, Status, ok
+from caam_hotplug.errors import HotplugError
 from unit.doctor.boards import BoardFiles
 
 
@@ -37,3 +41,25 @@ def test_a_check_that_fails_is_unknown_and_the_others_go_on(board: BoardFiles) -
     assert verdicts["fixed-tables"].status is Status.UNKNOWN
     assert "Is a directory" in verdicts["fixed-tables"].found
     assert "service" in verdicts
+
+
+@pytest.mark.parametrize("is_ignored", [True, False])
+def test_a_hangup_ends_it_unless_it_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, is_ignored: bool
+) -> None:
+    def hung_up(_: object) -> Iterator[Result]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        yield Result("a", "b", ok("c"))
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    monkeypatch.setattr(runner, "results", hung_up)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        if is_ignored:
+            assert runner.examine(None, io.StringIO(), as_json=False) == 0
+        else:
+            with pytest.raises(HotplugError, match="interrupted"):
+                runner.examine(None, io.StringIO(), as_json=False)
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
