@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import HotplugError, UnknownError
@@ -16,6 +17,7 @@ from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DeviceEvents:
@@ -93,6 +95,11 @@ class BlobEvents:
             log.info("watch %s: the kernel watches it again", self._directory)
             self._supervisor.blob_appeared(None)  # one may have come meanwhile
 
+    def mounts_changed(self) -> None:
+        """Look whether a mount has put another directory in its place; no watch reports that."""
+        if self._watch is not None and self._ask(self._watch.leads_elsewhere):
+            self._supervisor.blob_appeared(None)
+
     def end(self) -> None:
         """Watch no more."""
         if self._alarm is not None:
@@ -103,14 +110,17 @@ class BlobEvents:
             self._watch = None
 
     def _take(self, watch: inotify.Directory) -> None:
+        for name in self._ask(watch.read) or ():
+            self._supervisor.blob_appeared(name)
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """Return the answer of the watch; without one, end the watch and ask for another."""
         try:
-            found = watch.read()
+            return question()
         except UnknownError as error:
             self.end()
             self._ask_again(error)
-            return
-        for name in found:
-            self._supervisor.blob_appeared(name)
+            return None
 
     def _ask_again(self, error: UnknownError) -> None:
         if not self._delay_s:
