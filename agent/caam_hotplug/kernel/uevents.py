@@ -8,6 +8,7 @@ in lib/kobject_uevent.c; monitor_netlink_header in systemd's device-monitor.c.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.kernel.sysfs import Source
+
+log = logging.getLogger(__name__)
 
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
@@ -32,6 +35,10 @@ _UDEV_PREFIX: Final = b"libudev\0"
 _UDEV_HEADER: Final = struct.Struct("=8s4sIII")
 """Prefix, magic, and in bytes: length of the header, where the properties begin, their length."""
 _UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
+_UNKNOWN_FORM: Final = (
+    "a report has a form that is not known, and is not read: it begins with %s; if it is "
+    'udev\'s, media are served late; `source = "kernel"` serves them without udev'
+)
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
@@ -97,6 +104,8 @@ class Uevents:
     def __init__(self, group: int, handed: int | None = None) -> None:
         """`handed`: a socket of this group, which this object closes."""
         self._group = group
+        self._is_unknown_said = False
+        """Whether it is said that a message has an unknown form."""
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -141,9 +150,13 @@ class Uevents:
             if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
                 continue
             if self._is_trusted(sender, ancillary):
-                event = parsed(message)
+                has_form = self._group == KERNEL_GROUP or message.startswith(_UDEV_PREFIX)
+                event = parsed(message) if has_form else None
                 if event is not None:
                     yield event
+                elif not self._is_unknown_said:
+                    self._is_unknown_said = True
+                    log.warning(_UNKNOWN_FORM, message[: _UDEV_HEADER.size].hex())
 
     def _is_trusted(self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Return whether the kernel, or a process of root's, has sent it; others can, too."""
@@ -168,11 +181,8 @@ def parsed(message: bytes) -> Uevent | None:
             return None
         message = message[begin : begin + length]
     properties = dict(text.split("=", 1) for text in _texts(message) if "=" in text)
-    return Uevent(
-        action=properties.get("ACTION", ""),
-        name=os.path.basename(properties.get("DEVPATH", "")),
-        properties=properties,
-    )
+    name = os.path.basename(properties.get("DEVPATH", ""))
+    return Uevent(properties.get("ACTION", ""), name, properties) if name else None
 
 
 def _texts(message: bytes) -> list[str]:

@@ -83,6 +83,36 @@ def test_what_udevd_would_not_send_is_no_event(damaged: bytes) -> None:
     assert parsed(damaged) is None
 
 
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        from_udev(magic=b"\xfe\xed\xca\xff"),
+        from_udev().replace(b"libudev", b"libudex"),
+        from_udev().replace(struct.pack("=II", 40, 40), struct.pack("=II", 40, 4000)),
+    ],
+    ids=["magic", "prefix", "offset"],
+)
+def test_reports_of_an_unknown_form_are_said_once_and_hide_no_other(
+    unknown: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        for report in (unknown, unknown, from_udev()):
+            udevd.sendto(report, (0, UDEV_GROUP))
+        assert [event.name for event in uevents.read(8) if event] == ["sda1"]
+    (said,) = caplog.messages
+    assert "has a form that is not known" in said
+    assert unknown[:12].hex() in said
+
+
+def test_an_unknown_form_of_what_others_have_sent_is_not_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as liar:
+        liar.sendto(from_udev(magic=b"abcd"), (port_of(uevents), 0))
+        assert list(uevents.read(8)) == []
+    assert caplog.messages == []
+
+
 @given(st.binary())
 def test_any_bytes_are_an_event_or_none(raw: bytes) -> None:
     for text in (raw, b"libudev\0\xfe\xed\xca\xfe" + raw, message() + raw):
