@@ -78,6 +78,8 @@ def parse_mount(line: str) -> Mount:
             filesystem=filesystem,
             leaves_journal=mount_options.leaves_journal(superblock_options),
             identity=int(fields[0]),
+            parent=int(fields[1]),
+            is_filesystem_read_only="ro" in superblock_options,
         )
     except (ValueError, IndexError) as error:
         raise ValueError(

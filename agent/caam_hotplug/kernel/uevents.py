@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -42,7 +42,7 @@ _UNKNOWN_FORM: Final = (
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
-_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
+_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/(dm-\d+)\0")
 """With both NULs: a label may have any other byte."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
@@ -106,6 +106,8 @@ class Uevents:
         self._group = group
         self._is_unknown_said = False
         """Whether it is said that a message has an unknown form."""
+        self.mapping_changed: Callable[[str], None] = lambda _name: None
+        """Called with the kernel's name of a mapping that it has changed or removed."""
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -147,16 +149,24 @@ class Uevents:
             if flags & socket.MSG_TRUNC:
                 yield None
                 continue
-            if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
+            if b"\0SUBSYSTEM=block\0" not in message:
                 continue
-            if self._is_trusted(sender, ancillary):
-                has_form = self._group == KERNEL_GROUP or message.startswith(_UDEV_PREFIX)
-                event = parsed(message) if has_form else None
-                if event is not None:
-                    yield event
-                elif not self._is_unknown_said:
-                    self._is_unknown_said = True
-                    log.warning(_UNKNOWN_FORM, message[: _UDEV_HEADER.size].hex())
+            if not self._is_trusted(sender, ancillary):
+                continue
+            if (mapping := _MAPPING.search(message)) is not None:
+                if not message.startswith(b"add@"):
+                    self.mapping_changed(mapping[1].decode())
+            elif (event := self._known(message)) is not None:
+                yield event
+
+    def _known(self, message: bytes) -> Uevent | None:
+        """Parse the message, and say once that one has an unknown form."""
+        has_form = self._group == KERNEL_GROUP or message.startswith(_UDEV_PREFIX)
+        event = parsed(message) if has_form else None
+        if event is None and not self._is_unknown_said:
+            self._is_unknown_said = True
+            log.warning(_UNKNOWN_FORM, message[: _UDEV_HEADER.size].hex())
+        return event
 
     def _is_trusted(self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Return whether the kernel, or a process of root's, has sent it; others can, too."""

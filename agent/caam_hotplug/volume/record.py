@@ -17,6 +17,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
+from caam_hotplug.volume.holding import Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
@@ -64,6 +65,7 @@ class Record:
             self.status.publish_late, names.dm_uuid(volume.id),
         )  # fmt: skip
         self.cut_off.is_mapped = phase.has_leftover
+        self.holding = Holding(self.stop.wake)
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
         self._retry_delay = RetryDelay()

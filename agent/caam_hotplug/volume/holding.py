@@ -1,0 +1,92 @@
+"""What a volume holds, as it was published, and whether the kernel may have something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from caam_hotplug.config.rules import OnBusy
+from caam_hotplug.model import Mapping, Mount
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """What somebody else has done to an active volume, for which it is released."""
+
+    words: str
+    on_busy: OnBusy = OnBusy.DETACH
+    """Users may finish."""
+
+
+UNMOUNTED: Final = Interference("unmounted by somebody else")
+UNMAPPED: Final = Interference("its mapping was removed by somebody else")
+
+
+class Holding:
+    """What a volume holds, and what was last seen of it. Synchronization: loop only."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when there is something to look at."""
+        self._wake = wake
+        self.mapping: Mapping | None = None
+        """The mapping as it was last published; None while there is none."""
+        self.mount: Mount | None = None
+        """The mount as it was last published; None while there is none."""
+        self.found: Mount | None = None
+        """The mount as it was last seen; None if it has gone."""
+        self.is_mapping_doubted = False
+        """Whether the kernel may have no such mapping any more, or another table in it."""
+        self.is_paused = False
+        """Whether the volume itself changes what it holds, so that nothing is compared."""
+
+    @property
+    def watches_mounts(self) -> bool:
+        """Whether changes of the mounts concern it."""
+        return self.mount is not None and not self.is_paused
+
+    @property
+    def differs(self) -> bool:
+        """Whether what is published may not be so any more."""
+        return self.is_mapping_doubted or _facts(self.found) != _facts(self.mount)
+
+    def begin(self, mapping: Mapping, mount: Mount | None = None) -> None:
+        """Note what is held and published."""
+        self.mapping = mapping
+        self.mount = self.found = mount
+        self.is_mapping_doubted = self.is_paused = False
+
+    def end(self) -> None:
+        """Note that nothing is held that others could change."""
+        self.mapping = self.mount = self.found = None
+        self.is_mapping_doubted = False
+
+    def compare(self, mounts: Iterable[Mount]) -> None:
+        """Compare the mount with those that there are now."""
+        if self.mount is None:
+            return
+        key, before = _key(self.mount), self.differs
+        self.found = next((mount for mount in mounts if _key(mount) == key), None)
+        if self.differs != before:
+            self._wake()
+
+    def mapping_changed(self, node: str) -> None:
+        """Note that the kernel has changed or removed the mapping of this node."""
+        if self.mapping is not None and self.mapping.node == node:
+            self.doubt_mapping()
+
+    def doubt_mapping(self) -> None:
+        """Have the mapping looked at, if there is one."""
+        self.is_mapping_doubted = self.mapping is not None
+        self._wake()
+
+
+def _key(mount: Mount) -> tuple[object, ...]:
+    """Return what stays the same of a mount: others can change its place and its source's text."""
+    return mount.identity, mount.number
+
+
+def _facts(mount: Mount | None) -> tuple[object, ...]:
+    if mount is None:
+        return ()
+    return (*_key(mount), mount.point, mount.read_only, mount.is_filesystem_read_only)
