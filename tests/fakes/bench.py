@@ -332,6 +332,12 @@ class Bench:
         self._supervisor.blob_appeared(name)
         self.settle()
 
+    def report_mounts(self) -> None:
+        """Report to the agent that mounts have changed."""
+        assert self._supervisor is not None
+        self._supervisor.mounts_changed()
+        self.settle()
+
     def wake(self) -> None:
         """Report to the agent that the machine has slept."""
         assert self._supervisor is not None

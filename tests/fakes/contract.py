@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -569,6 +570,27 @@ def test_nothing_is_mounted_over_another_mount(world: World) -> None:
         assert len(mounts_there(world)) == 1
 
 
+def test_why_nothing_can_be_mounted_is_known_without_an_attempt(world: World) -> None:
+    point = world.kernel.mount_root / POINT
+    assert world.kernel.why_occupied(POINT) == ""
+    with world.directory(POINT, content=False):
+        assert world.kernel.why_occupied(POINT) == ""
+    with world.directory(POINT, content=True):
+        assert world.kernel.why_occupied(POINT) == f"{point} is not empty"
+    with mapped(world) as mapping, mounted(world, mapping):
+        assert world.kernel.why_occupied(POINT) == f"something is mounted at {point}"
+    assert world.kernel.why_occupied(POINT) == ""
+
+
+def test_a_mount_point_that_is_emptied_is_reported(world: World) -> None:
+    with world.directory(POINT, content=True):
+        watch = world.kernel.watch_mount_point(POINT)
+        assert watch.read() == []
+    with closing(watch):
+        assert select.select([watch.fileno()], [], [], 0)[0]
+        assert watch.read()
+
+
 @pytest.mark.parametrize(("blob", "kind"), [(BLOB, "vfat"), (OTHER_BLOB, "ext4")])
 def test_a_filesystem_that_is_not_there_is_not_mounted(world: World, blob: str, kind: str) -> None:
     with mapped(world, blob) as mapping:
@@ -713,6 +735,7 @@ __all__ = [
     "test_a_mount_in_use_stays_unless_it_is_detached",
     "test_a_mount_is_listed_until_it_is_unmounted",
     "test_a_mount_point_of_the_agent_is_listed_once_nothing_is_mounted_there",
+    "test_a_mount_point_that_is_emptied_is_reported",
     "test_a_name_and_a_dm_uuid_can_be_used_only_once",
     "test_a_new_mapping_has_no_table_and_no_holder",
     "test_a_probe_finds_nothing_under_another_key",
@@ -739,5 +762,6 @@ __all__ = [
     "test_the_options_of_a_live_table_read_as_they_were_loaded",
     "test_the_recorded_state_of_a_volume_belongs_to_this_insertion_alone",
     "test_what_a_mapping_gives_depends_on_its_key_and_what_its_medium_holds_does_not",
+    "test_why_nothing_can_be_mounted_is_known_without_an_attempt",
 ]
 assert set(__all__) == {name for name in globals() if name.startswith("test_")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -173,6 +174,7 @@ class FakeKernel:
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
     open_nodes: list[FakeOpenVolume] = field(default_factory=list)
+    path_watches: list[FakePathWatch] = field(default_factory=list)
     diskseq: int = 0
     minor: int = 0
     steps: list[str] = field(default_factory=list)
@@ -240,6 +242,20 @@ class FakeKernel:
             self.unread[number] = self.media.pop(name)
             return volume
 
+    def why_occupied(self, name: str) -> str:
+        """Return why nothing can be mounted at the name, in the words of the real kernel."""
+        point = MOUNT_ROOT / name
+        if any(mount.point == str(point) for mount in self.mounts):
+            return f"something is mounted at {point}"
+        return f"{point} is not empty" if self.directories.get(name) == "content" else ""
+
+    def free_mount_point(self, name: str) -> None:
+        """Remove what lies at the mount point, which inotify reports."""
+        del self.directories[name]
+        for watch in self.path_watches:
+            if watch.name == name:
+                watch.change()
+
     def new_session(self) -> None:
         """Cut the CAAM's power: the live mappings' keys become others."""
         with self.lock:
@@ -285,7 +301,9 @@ class FakeKernel:
         dirs = [f"directory {n}" for n, kind in self.directories.items() if kind == "ours"]
         mounts = [f"mount {mount.point}" for mount in self.mounts]
         nodes = [f"open node {opened.volume.node}" for opened in self.open_nodes]
-        return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs + nodes
+        watches = [f"watch of {watch.name}" for watch in self.path_watches]
+        mappings = [f"mapping {name}" for name in self.mappings]
+        return keys + mappings + mounts + dirs + nodes + watches
 
     def start_process(self) -> FakeProcess:
         """Start a process of the agent, with a new keyring."""
@@ -582,10 +600,10 @@ class FakeProcess:
     ) -> None:
         assert options is not None
         with self.kernel.lock:
-            found = self.kernel.directories.setdefault(name, "ours")
+            self.kernel.directories.setdefault(name, "ours")
             point = str(self.mount_root / name)
-            if found == "content" or any(m.point == point for m in self.kernel.mounts):
-                raise MountPointOccupiedError(f"{point} is not empty")
+            if why := self.kernel.why_occupied(name):
+                raise MountPointOccupiedError(why)
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
@@ -699,12 +717,47 @@ class FakeProcess:
         if self.kernel.directories.get(name) == "ours":
             del self.kernel.directories[name]
 
+    def why_occupied(self, name: str) -> str:
+        self._step("why_occupied", name)
+        return self.kernel.why_occupied(name)
+
+    def watch_mount_point(self, name: str) -> FakePathWatch:
+        self._step("watch_mount_point", name)
+        return FakePathWatch(self.kernel, name)
+
     def our_mount_points(self) -> list[str]:
         self._step("our_mount_points")
         points = {mount.point for mount in self.kernel.mounts}
         kinds = self.kernel.directories.items()
         ours = [name for name, kind in kinds if kind == "ours"]
         return [name for name in ours if str(self.mount_root / name) not in points]
+
+
+class FakePathWatch:
+    """A watch for changes of a name in the mount root."""
+
+    def __init__(self, kernel: FakeKernel, name: str) -> None:
+        self.name = name
+        self._kernel = kernel
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        kernel.path_watches.append(self)
+
+    def fileno(self) -> int:
+        return self._event
+
+    def change(self) -> None:
+        os.eventfd_write(self._event, 1)
+
+    def read(self) -> list[str | None]:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return []
+        return [None]
+
+    def close(self) -> None:
+        self._kernel.path_watches.remove(self)
+        os.close(self._event)
 
 
 class FakeEmptiedDisk:

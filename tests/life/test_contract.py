@@ -42,7 +42,8 @@ class FakeWorld:
     def directory(self, name: str, *, content: bool) -> Iterator[None]:
         kind = self.fake.directories[name] = "content" if content else "board"
         yield
-        assert self.fake.directories.pop(name) == kind
+        assert self.fake.directories[name] == kind
+        self.fake.free_mount_point(name)
 
     @contextmanager
     def foreign_mapping(self) -> Iterator[None]:

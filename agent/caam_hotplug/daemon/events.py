@@ -133,7 +133,7 @@ class BlobEvents:
 
 
 @contextmanager
-def mounts_watched(supervisor: Supervisor) -> Iterator[None]:
+def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
     """Report each change of the machine's mounts."""
     try:
         watched = MountEvents()
@@ -145,6 +145,7 @@ def mounts_watched(supervisor: Supervisor) -> Iterator[None]:
     def take() -> None:
         watched.read()
         supervisor.mounts_changed()
+        blobs.mounts_changed()
 
     loop = asyncio.get_running_loop()
     loop.add_reader(watched, take)

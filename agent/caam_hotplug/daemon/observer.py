@@ -29,10 +29,15 @@ class Observer:
         self._again: asyncio.TimerHandle | None = None
 
     def mounts_changed(self) -> None:
-        """Read the mounts once, and compare what volumes have mounted. Not known is no change."""
+        """Read the mounts once, and compare what volumes have mounted. Not known is no change.
+
+        Volumes that are not served look themselves whether what was in their way has gone.
+        """
         if self._again is not None:
             self._again.cancel()
             self._again = None
+        for record in self._records():
+            record.inbox.note_mounts()
         concerned = [record.holding for record in self._records() if _watches_mounts(record)]
         if not concerned:
             return

@@ -26,6 +26,7 @@ from caam_hotplug.kernel import (
     devmapper,
     emptied_disk,
     error_table,
+    inotify,
     keyring,
     medium_sample,
     mount,
@@ -277,6 +278,15 @@ class LinuxKernel:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
             spent_on(partial(paths.remove_mount_point, self.mount_root, name))
+
+    def why_occupied(self, name: str) -> str:
+        """Return what makes `mount` refuse the name, in its words; empty if nothing does."""
+        with reported_as("look at", str(self.mount_root / name), MountError):
+            return paths.why_occupied(self.mount_root, name)
+
+    def watch_mount_point(self, name: str) -> inotify.Directory:
+        """Watch the name in the mount root, until the watch is closed. Raises: UnknownError."""
+        return inotify.Directory(self.mount_root / name, removals=True)
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

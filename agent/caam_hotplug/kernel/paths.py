@@ -95,19 +95,43 @@ def mount_point(root: Path, name: str) -> Iterator[int]:
         with suppress(FileExistsError):
             # A umask cannot add bits, so the mode that marks it as ours is certain.
             os.mkdir(name, names.MOUNT_POINT_MODE, dir_fd=parent)
-        beside = os.fstat(parent).st_dev
-        try:
-            opened = os.open(name, _OPEN, dir_fd=parent)
-        except NotADirectoryError as error:
-            raise MountPointOccupiedError(f"{path} is a link or a file") from error
+        opened = _open_free(parent, path)
     try:
-        if os.fstat(opened).st_dev != beside:
-            raise MountPointOccupiedError(f"something is mounted at {path}")
-        if os.listdir(opened):
-            raise MountPointOccupiedError(f"{path} is not empty")
         yield opened
     finally:
         os.close(opened)
+
+
+def why_occupied(root: Path, name: str) -> str:
+    """Return why `mount_point` would refuse the name, as it says it; empty if it would not.
+
+    Nothing is made. Raises: UnsafePathError; OSError.
+    """
+    try:
+        with directory(root) as parent:
+            os.close(_open_free(parent, root / name))
+    except FileNotFoundError:
+        return ""
+    except MountPointOccupiedError as error:
+        return str(error)
+    return ""
+
+
+def _open_free(parent: int, path: Path) -> int:
+    """Open an empty directory in the open parent. Raises: MountPointOccupiedError; OSError."""
+    try:
+        opened = os.open(path.name, _OPEN, dir_fd=parent)
+    except NotADirectoryError as error:
+        raise MountPointOccupiedError(f"{path} is a link or a file") from error
+    try:
+        if os.fstat(opened).st_dev != os.fstat(parent).st_dev:
+            raise MountPointOccupiedError(f"something is mounted at {path}")
+        if os.listdir(opened):
+            raise MountPointOccupiedError(f"{path} is not empty")
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
 
 
 def remove_mount_point(root: Path, name: str) -> None:

@@ -39,6 +39,9 @@ class Inbox:
         self._volume = volume
         self._changes: set[Reevaluate] = set()
         self.request: Request | None = None
+        self.mounts_changed = False
+        """Whether mounts have changed, or what lies in the mount point, since an idle volume was
+        last looked at, or its last attempt began."""
         self._last_refusal: Exception | None = None
 
     @property
@@ -59,6 +62,11 @@ class Inbox:
     def note(self, change: Reevaluate) -> None:
         """Add a change."""
         self._changes.add(change)
+        self._stop.wake()
+
+    def note_mounts(self) -> None:
+        """Note that mounts have changed, or what lies in the mount point."""
+        self.mounts_changed = True
         self._stop.wake()
 
     def discard_facts(self) -> None:

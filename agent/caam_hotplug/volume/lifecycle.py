@@ -27,6 +27,8 @@ from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import release_leftovers
+from caam_hotplug.volume.lookout import Lookout
+from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
@@ -58,6 +60,7 @@ class VolumeLifecycle:
             self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
         self._device = Device(self.record, self._operations)
+        self._lookout = Lookout(self._operations, self.record)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -100,7 +103,7 @@ class VolumeLifecycle:
             return await self._release_for(request)
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
-        await self._inbox.until(lambda: bool(self._inbox.request) or self._inbox.has_changes)
+        await self._lookout.until_worth_it()
         if self._inbox.wants_release or self._stop.is_set:
             return self._phase
         return self._phase.to_evaluate()
@@ -117,10 +120,9 @@ class VolumeLifecycle:
             pass
         except OtherOnDiskError as error:
             self._device.follow(error.found)
-        except BlobMissingError as error:
-            self._status.publish(State.WAITING, str(error))
-        except MountPointOccupiedError as error:
-            self._status.publish(State.CONFLICT, str(error))
+        except (BlobMissingError, MountPointOccupiedError) as error:
+            self._status.publish(state_of(error), str(error))
+            return self._phase.to_idle(obstacle_of(error, self._kernel))
         except ReleaseError as error:
             before = error.__cause__ and error.__cause__.__context__
             cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
@@ -150,10 +152,8 @@ class VolumeLifecycle:
             log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
             return self._phase.to_idle()
         self._status.publish(State.FAILED, f"{error}{self.record.retry_if_passing(error)}")
-        return self._phase.to_idle(
-            retry_on_blob=isinstance(error, BLOB_AT_FAULT),
-            is_foreign=isinstance(error, ForeignMappingError),
-        )
+        is_foreign = isinstance(error, ForeignMappingError)
+        return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
 
     @property
     def _phase(self) -> Phase:

@@ -21,6 +21,7 @@ from caam_hotplug.volume.holding import Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle
 from caam_hotplug.volume.phases import Active, Broken, Idle, Parked, Phase
 from caam_hotplug.volume.requests import Ask, Request, refusal
 from caam_hotplug.volume.retry_delay import RetryDelay
@@ -100,11 +101,12 @@ class Record:
         merged = self.facts.merge(before, report, needs_udev=self._needs_udev(before))
         if merged.volume != before:
             self.status.volume = merged.volume
-            may_confirm = merged.is_udevs_first or (merged.is_kept and not self._is_in_conflict)
+            is_in_conflict = Obstacle.MOUNT_POINT in self.obstacle
+            may_confirm = merged.is_udevs_first or (merged.is_kept and not is_in_conflict)
             if may_confirm and self._is_confirmed():
                 return  # a report that confirms an attempt is no reason to repeat it
             self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
-        if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
+        if self.obstacle & ~OF_BLOBS or self.status.state is State.WAITING:  # it may have gone
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
 
@@ -124,7 +126,8 @@ class Record:
         """
         path = None if blob is None else str(self.context.kernel.blob_directory / blob)
         waits = self.status.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
-        if (waits or self._retries_on_blob) and path in {None, self.status.blob}:
+        is_its = path in {None, self.status.blob} or Obstacle.ANY_BLOB in self.obstacle
+        if (waits or self.obstacle & OF_BLOBS) and is_its:
             self.inbox.note(Reevaluate.FACTS)
 
     def machine_woke(self) -> None:
@@ -275,7 +278,7 @@ class Record:
 
         An attempt that failed before udev's report might have succeeded after it.
         """
-        if self.status.state is State.FAILED and not self._retries_on_blob:
+        if self.status.state is State.FAILED and not self.obstacle & OF_BLOBS:
             return False
         target = self.phase.target
         plan = match_rules(self.context.rules, self.volume)
@@ -288,10 +291,6 @@ class Record:
         return not isinstance(match_rules(self.context.rules, volume), Plan)
 
     @property
-    def _is_in_conflict(self) -> bool:
-        """Whether the mount point was occupied by others than volumes of the agent."""
-        return isinstance(self.phase, Idle) and self.status.state is State.CONFLICT
-
-    @property
-    def _retries_on_blob(self) -> bool:
-        return isinstance(self.phase, Idle) and self.phase.retry_on_blob
+    def obstacle(self) -> Obstacle:
+        """What is in the way of an idle volume."""
+        return self.phase.obstacle if isinstance(self.phase, Idle) else Obstacle.NONE
