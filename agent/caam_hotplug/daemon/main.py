@@ -80,7 +80,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
         # A key's type must be loaded before the key.
         await context.dm_worker.run("load key types", trusted.is_offered, late=_ignore_late)
         async with Service(registry) as service, Supervisor(context, leftovers) as supervisor:
-            agent = Agent(config, load, supervisor, notifier)
+            agent = Agent(config, load, supervisor, notifier, registry)
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = DeviceEvents(devices, supervisor, observe)
