@@ -19,7 +19,7 @@ from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import keyring, memory, reserve, trusted, udev, uevents
+from caam_hotplug.kernel import keyring, memory, reserve, sysfs, trusted, udev, uevents
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry
 from caam_hotplug.systemd import journal
@@ -48,7 +48,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
     if os.geteuid() != 0:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
     reserve.RESERVE.fill()
-    udev.require_diskseq()
+    sysfs.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     memory.share_one_heap()

@@ -20,7 +20,6 @@ from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import (
     device_users,
     sysfs,
-    sysfs_tree,
     udev_database,
     udev_rules,
     uevents,
@@ -53,16 +52,6 @@ _LISTING: Final = "the block devices"
 def default_source() -> Source:
     """Return udev where udevd runs, else the kernel."""
     return "udev" if names.UDEV_CONTROL.exists() else "kernel"
-
-
-def require_diskseq() -> None:
-    """Raise HotplugError if this kernel does not number insertions, or shows no sysfs."""
-    at = sysfs_tree.root()
-    disks = sysfs_tree.known(_LISTING, lambda: sysfs_tree.names(at, "block")) or []
-    if disks and not any(sysfs_tree.is_there(at, f"block/{disk}/diskseq") for disk in disks):
-        raise HotplugError(
-            "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
-        )
 
 
 class Devices:
