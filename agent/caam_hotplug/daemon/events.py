@@ -6,16 +6,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from caam_hotplug.daemon.readers import Readers
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
 from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
-from caam_hotplug.volume.worker import Observe
+from caam_hotplug.volume.worker import Observe, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,8 +26,15 @@ T = TypeVar("T")
 class DeviceEvents:
     """Takes the events of devices as they come, or when udev's report is overdue."""
 
-    def __init__(self, devices: udev.Devices, supervisor: Supervisor, observe: Observe) -> None:
+    def __init__(
+        self,
+        devices: udev.Devices,
+        supervisor: Supervisor,
+        observe: Observe,
+        new_worker: Callable[[str], Worker],
+    ) -> None:
         self._devices = devices
+        self._readers = Readers(devices.source, supervisor, new_worker, self._look_at)
         self._supervisor = supervisor
         self._observe = observe
         self._loop = asyncio.get_running_loop()
@@ -34,13 +43,16 @@ class DeviceEvents:
     def begin(self) -> None:
         """Start the lifecycles of all present volumes, and take events from now on."""
         self._devices.watch_mappings(self._supervisor.observer.mapping_changed)
+        self._devices.watch_disks(self._readers.reported)
         self._supervisor.start(self._devices.present(), sysfs.there())
         for fileno, read in self._devices.readers().items():
             self._loop.add_reader(fileno, self._take, read)
+        self._readers.begin()
         self._set_alarm()
 
     def end(self) -> None:
         """Take no more events."""
+        self._readers.end()
         for fileno in self._devices.readers():
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
@@ -53,6 +65,9 @@ class DeviceEvents:
             with self._observe(f"take {type(event).__name__}"):
                 self._supervisor.take(event, self._devices.present())
         self._set_alarm()
+
+    def _look_at(self, name: str) -> None:
+        self._take(partial(self._devices.look_at, name))
 
     def _take_overdue(self) -> None:
         self._alarm = None

@@ -83,7 +83,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             agent = Agent(config, load, supervisor, notifier, registry)
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
-            events = DeviceEvents(devices, supervisor, observe)
+            events = DeviceEvents(devices, supervisor, observe, context.new_worker)
             blobs = BlobEvents(config.blob_directory, supervisor)
             held.callback(events.end)
             held.callback(blobs.end)

@@ -96,6 +96,16 @@ class Devices:
         """Call this with the kernel's name of each mapping that it changes or removes."""
         self._kernel.mapping_changed = changed
 
+    def watch_disks(self, reported: Callable[[Source, uevents.Uevent], None]) -> None:
+        """Call this with each event of a whole disk, and with its reporter."""
+        self._kernel.disk_reported = partial(reported, "kernel")
+        if self._udev is not None:
+            self._udev.disk_reported = partial(reported, "udev")
+
+    def look_at(self, name: str) -> list[Event]:
+        """Return what there is to report of a device now."""
+        return self._unknown.check(name, "list", partial(self._listed, name))
+
     def readers(self) -> dict[int, Callable[[], list[Event]]]:
         """Return the functions to call when a descriptor is readable, by that descriptor."""
         found = {self._kernel.fileno(): self.read_kernel}

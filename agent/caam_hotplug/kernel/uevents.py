@@ -108,6 +108,8 @@ class Uevents:
         """Whether it is said that a message has an unknown form."""
         self.mapping_changed: Callable[[str], None] = lambda _name: None
         """Called with the kernel's name of a mapping that it has changed or removed."""
+        self.disk_reported: Callable[[Uevent], None] = lambda _event: None
+        """Called with each event of a whole disk, before it is returned."""
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -157,6 +159,8 @@ class Uevents:
                 if not message.startswith(b"add@"):
                     self.mapping_changed(mapping[1].decode())
             elif (event := self._known(message)) is not None:
+                if event.properties.get("DEVTYPE") == "disk":
+                    self.disk_reported(event)
                 yield event
 
     def _known(self, message: bytes) -> Uevent | None:
