@@ -37,7 +37,7 @@ class Observer:
             self._again.cancel()
             self._again = None
         for record in self._records():
-            record.inbox.note_mounts()
+            record.inbox.note_mounts(concerns=bool(record.obstacle))
         concerned = [record.holding for record in self._records() if _watches_mounts(record)]
         if not concerned:
             return

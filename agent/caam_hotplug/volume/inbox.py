@@ -64,10 +64,14 @@ class Inbox:
         self._changes.add(change)
         self._stop.wake()
 
-    def note_mounts(self) -> None:
-        """Note that mounts have changed, or what lies in the mount point."""
+    def note_mounts(self, *, concerns: bool = True) -> None:
+        """Note that mounts have changed, or what lies in the mount point.
+
+        `concerns`: the volume waits for that now.
+        """
         self.mounts_changed = True
-        self._stop.wake()
+        if concerns:
+            self._stop.wake()
 
     def discard_facts(self) -> None:
         """Forget changed facts: they were of the volume as it was held."""
