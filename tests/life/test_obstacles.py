@@ -290,6 +290,30 @@ def test_a_blob_directory_whose_owner_or_mode_is_mended_is_read(bench: Bench) ->
     assert bench.state(volume) is State.MOUNTED
 
 
+def test_a_blob_that_comes_while_the_failed_attempt_ends_is_used(bench: Bench) -> None:
+    bench.kernel.fail_next("read_blob", UnsafePathError(Path("/data"), Path("/data"), "is", "mend"))
+    volume = bench.insert()
+    while not any(state is State.FAILED for _, state, _ in bench.states):
+        bench.run_turns(1)
+    assert bench._supervisor is not None
+    bench._supervisor.blob_appeared(None)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_filesystem_that_is_mounted_after_the_failure_and_soon_goes_is_noticed(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults.append(Fault("mount", EXISTS))
+    volume = bench.insert()
+    bench.settle()
+    for change in (bench.kernel.mounts.append, bench.kernel.mounts.remove):
+        change(ELSEWHERE)
+        bench.report_mounts()
+    bench.wait(1)
+    assert bench.state(volume) is State.MOUNTED
+
+
 def test_a_mount_root_that_is_mended_is_used(bench: Bench) -> None:
     root = Path("/run/media")
     error = UnsafePathError(root, root, "can be written by others", "chmod go-w")

@@ -40,14 +40,14 @@ class Directory:
     """A directory under watch. Synchronization: loop only."""
 
     def __init__(self, path: Path, *, removals: bool = False) -> None:
-        """`removals`: files that go are reported, too.
+        """`removals`: files that go are reported, too, also one in the place of the directory.
 
         Raises: UnknownError if the kernel has no watch left, with the cure.
         """
         self._path = path
         names = path.parts
         self._on_path = [os.path.join(*names[: n + 1]) for n in range(len(names))]  # noqa: PTH118
-        self._of_files = _IN_CLOSE_WRITE | (_REMOVALS if removals else 0)
+        self._removals = _REMOVALS if removals else 0
         self._watches: list[int] = []
         """The kernel's numbers of the watches on the path, from the root on; 0 without one."""
         with reported_as("watch", str(path), _not_watched):
@@ -114,8 +114,9 @@ class Directory:
         """
         watches: list[int] = []
         for at in self._on_path:
-            of_files = self._of_files if at is self._on_path[-1] else 0
-            mask = _ON_PATH | of_files | _IN_ONLYDIR
+            of_files = _IN_CLOSE_WRITE if at is self._on_path[-1] else 0
+            removals = self._removals if at in self._on_path[-2:] else 0
+            mask = _ON_PATH | of_files | removals | _IN_ONLYDIR
             try:
                 watches.append(Libc.inotify_add_watch(self._fileno, os.fsencode(at), mask))
             except OSError as error:

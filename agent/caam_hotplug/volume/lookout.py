@@ -158,7 +158,8 @@ class Lookout:
             return
         before = self._mounted(frozenset())
         while not (is_due or self._is_asked() or self._stop.is_set):
-            await self._until_changed()
+            # Without a pause: a mount may come and go.
+            await self._stop.until(lambda: self._is_asked() or self._inbox.mounts_changed)
             now = self._mounted(before)
             is_due, before = not before <= now, now
         if is_due:

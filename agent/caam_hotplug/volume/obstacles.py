@@ -39,6 +39,8 @@ class Obstacle(Flag):
 
 
 OF_BLOBS: Final = Obstacle.BLOB | Obstacle.ANY_BLOB
+MAY_WANT_BLOB: Final = {State.WAITING, State.UNLOCKING, State.MOUNTING, State.CONFLICT}
+"""States of a volume that waits for its blob, or may come to that."""
 _BY_ERROR: Final = (
     (MasterKeyError, Obstacle.ANY_BLOB),
     (BLOB_AT_FAULT, Obstacle.BLOB),

@@ -21,7 +21,7 @@ from caam_hotplug.volume.holding import Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
-from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle
+from caam_hotplug.volume.obstacles import MAY_WANT_BLOB, OF_BLOBS, Obstacle
 from caam_hotplug.volume.phases import Active, Broken, Idle, Parked, Phase
 from caam_hotplug.volume.requests import Ask, Request, refusal
 from caam_hotplug.volume.retry_delay import RetryDelay
@@ -125,9 +125,11 @@ class Record:
         refused, and perhaps was only half written.
         """
         path = None if blob is None else str(self.context.kernel.blob_directory / blob)
-        waits = self.status.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
-        is_its = path in {None, self.status.blob} or Obstacle.ANY_BLOB in self.obstacle
-        if (waits or self.obstacle & OF_BLOBS) and is_its:
+        state = self.status.state
+        has_just_failed = state is State.FAILED and not isinstance(self.phase, Idle)
+        is_any = has_just_failed or Obstacle.ANY_BLOB in self.obstacle
+        wants = has_just_failed or state in MAY_WANT_BLOB or self.obstacle & OF_BLOBS
+        if wants and (is_any or path in {None, self.status.blob}):
             self.inbox.note(Reevaluate.FACTS)
 
     def machine_woke(self) -> None:

@@ -124,12 +124,20 @@ def test_every_directory_on_the_path_may_come_later_one_by_one(tmp_path: Path) -
         assert directory.read() == ["a.bb"]
 
 
-def test_a_file_in_the_place_of_the_directory_is_noticed_when_it_goes(tmp_path: Path) -> None:
+def test_a_directory_in_the_place_of_a_file_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "caam").touch()
     with watched(tmp_path / "caam") as directory:
         (tmp_path / "caam").unlink()
         (tmp_path / "caam").mkdir()
         assert directory.read() == [None]
+
+
+def test_a_file_in_the_place_of_the_directory_is_reported_when_it_goes(tmp_path: Path) -> None:
+    for go in (Path.unlink, lambda file: file.rename(tmp_path / "away")):
+        (tmp_path / "caam").touch()
+        with watched(tmp_path / "caam", removals=True) as directory:
+            go(tmp_path / "caam")
+            assert directory.read() == [None]
 
 
 @pytest.mark.parametrize("which", ["data", "data/caam"])
