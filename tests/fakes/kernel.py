@@ -169,6 +169,11 @@ class FakeKernel:
     """Texts that the agent has stored for volumes."""
     report: Callable[[Event], None] = lambda _event: None
     """Called with what the kernel and udev report of partitions that a program removes or adds."""
+    mounts_changed: Callable[[], None] = lambda: None
+    """Called at each change of the mounts."""
+    mapping_changed: Callable[[str], None] = lambda _name: None
+    """Called with the kernel's name of a mapping that has become live, or was removed."""
+    mount_id: int = 20
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
@@ -277,7 +282,7 @@ class FakeKernel:
             self.users.clear()
             for mapping in list(self.mappings.values()):
                 mapping.holders = 0
-                self._remove_if_closed(mapping)
+                self.remove_if_closed(mapping)
 
     def leftovers(self) -> list[str]:
         """List what the agent has in the kernel; empty when no medium is present."""
@@ -324,9 +329,16 @@ class FakeKernel:
             mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
         )
 
-    def _remove_if_closed(self, mapping: FakeMapping) -> None:
+    def remove_if_closed(self, mapping: FakeMapping) -> None:
+        """Remove the mapping if that was asked for and nobody has it open."""
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
+            self.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def next_mount(self) -> int:
+        """Return the number of the next mount."""
+        self.mount_id += 1
+        return self.mount_id
 
 
 class FakeOpenVolume:
@@ -519,6 +531,7 @@ class FakeProcess:
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
+            self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def load_error_table(self, uuid: str) -> None:
         found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
@@ -527,9 +540,14 @@ class FakeProcess:
         if mapping is None or mapping.live is None:
             return
         mapping.is_suspended = False
-        target = CryptTarget.from_line(mapping.live)
-        if target is not None:
-            mapping.live, mapping.key = f"0 {target.length} error", None
+        mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def resume_mapping(self, name: str) -> None:
+        self._step("resume_mapping", name)
+        mapping = self._mapping(name, "activate mapping")
+        mapping.is_suspended, mapping.inactive = False, None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -537,7 +555,7 @@ class FakeProcess:
             mapping = self.kernel.mappings.get(name)
             if mapping is not None:
                 mapping.is_removed_at_last_close = True
-                self.kernel._remove_if_closed(mapping)
+                self.kernel.remove_if_closed(mapping)
 
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
@@ -589,8 +607,12 @@ class FakeProcess:
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
-            made = Mount(mapping.number, point, node, read_only, kind, leaves_journal=unread)
+            made = Mount(
+                mapping.number, point, node, read_only, kind, leaves_journal=unread,
+                is_filesystem_read_only=read_only, identity=self.kernel.next_mount(),
+            )  # fmt: skip
             self.kernel.mounts.append(made)
+            self.kernel.mounts_changed()
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
@@ -681,6 +703,7 @@ class FakeProcess:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
                 self.kernel.mounts.remove(mount)  # mounted by another program
+                self.kernel.mounts_changed()
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:
@@ -689,7 +712,8 @@ class FakeProcess:
             self.kernel.users.pop(name, None)
             mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
             mapping.holders += users
-            self.kernel._remove_if_closed(mapping)
+            self.kernel.mounts_changed()
+            self.kernel.remove_if_closed(mapping)
 
     def remove_mount_point(self, name: str) -> None:
         self._step("remove_mount_point", name)
@@ -770,4 +794,4 @@ class FakeWriteWatch:
         if self in self._process.watches:
             self._process.watches.remove(self)
             self._mapping.watches -= 1
-            self._process.kernel._remove_if_closed(self._mapping)
+            self._process.kernel.remove_if_closed(self._mapping)

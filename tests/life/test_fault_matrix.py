@@ -494,6 +494,8 @@ class Combination:
         }  # fmt: skip
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
+        if self.step == "find_mapping" and act is stop and self.nth == 0 and not self.lasting:
+            return self.moment.ends_in  # only a suspended mapping needs it
         if self.step == "watch_writes" and self.moment.before is crashed:
             return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:

@@ -167,6 +167,11 @@ class LinuxKernel:
         """
         error_table.load(uuid)
 
+    def resume_mapping(self, name: str) -> None:
+        """Resume a suspended mapping with its live table; a table that waits is dropped."""
+        devmapper.clear(name)
+        devmapper.resume(name)
+
     def remove_mapping(self, name: str) -> None:
         """Remove the mapping, at its last close if somebody holds it open."""
         devmapper.remove(name)

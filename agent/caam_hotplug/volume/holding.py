@@ -46,6 +46,11 @@ class Holding:
         return self.mount is not None and not self.is_paused
 
     @property
+    def is_writable(self) -> bool:
+        """Whether something may have been written that has not reached the medium."""
+        return self.mount is not None and not self.mount.is_filesystem_read_only
+
+    @property
     def differs(self) -> bool:
         """Whether what is published may not be so any more."""
         return self.is_mapping_doubted or _facts(self.found) != _facts(self.mount)

@@ -10,7 +10,6 @@ from typing import Final
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.errors import (
     MountBusyError,
-    RequestRefusedError,
     VolumeBusyError,
     WritesLostError,
     shown,
@@ -43,7 +42,6 @@ async def release(
     MountError. Then nothing has changed.
     """
     kernel, name = operations.kernel, target.plan.mount_name
-    await _require_running(operations, target)
     there = mounts_at(kernel, name)
     found = first_of(mapping, there)
     if found is None:
@@ -87,17 +85,6 @@ async def _unmount(
 
 def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
-
-
-async def _require_running(operations: Operations, target: Target) -> None:
-    """Raise RequestRefusedError for a suspended mapping: a write to it would wait without end."""
-    kernel = operations.kernel
-    live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
-    if live is not None and live.is_suspended:
-        raise RequestRefusedError(
-            f"mapping {live.name} is suspended, and writes wait; `dmsetup resume {live.name}` "
-            "ends that"
-        )
 
 
 async def _release_unmounted(

@@ -1,0 +1,131 @@
+"""Comparison of what an active volume holds with what the kernel has, and what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from caam_hotplug.errors import HotplugError, RequestRefusedError, UnknownError
+from caam_hotplug.kernel.unknown import FIRST_DELAY_S
+from caam_hotplug.model import Mapping, Mount, State
+from caam_hotplug.volume.holding import UNMAPPED, UNMOUNTED, Interference
+from caam_hotplug.volume.mount_table import is_of, mount_at
+from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.stop_signal import Reason
+from caam_hotplug.volume.target import Target
+
+log = logging.getLogger(__name__)
+
+
+def words_of(mount: Mount) -> str:
+    """Return where and how it is mounted, in words."""
+    access = "read-only" if mount.read_only else "read-write"
+    journal = ", without what its journal has" if mount.leaves_journal else ""
+    return f"at {mount.point}, {access}{journal}"
+
+
+class Observation:
+    """What one active volume holds, compared on its own coroutine. Synchronization: loop only."""
+
+    def __init__(self, record: Record, operations: Operations, target: Target) -> None:
+        self._record = record
+        self._holding = record.holding
+        self._operations = operations
+        self._kernel = operations.kernel
+        self._target = target
+
+    async def compare(self) -> Interference | None:
+        """Publish what is different, and return what the volume is to be released for, if anything.
+
+        Another table in the mapping ends the lifecycle. What is not known changes nothing, and is
+        compared again.
+        """
+        try:
+            if self._holding.is_mapping_doubted and await self.mapping() is None:
+                return UNMAPPED
+            return None if self._operations.stop.is_set else self._compare_mount()
+        except (HotplugError, OSError) as error:
+            log.warning("%s: compare it: %s", self._record.volume, error)
+            loop = asyncio.get_running_loop()
+            loop.call_later(FIRST_DELAY_S, self._holding.doubt_mapping)
+            return None
+
+    async def mapping(self) -> Mapping | None:
+        """Return the mapping as the kernel has it, None if it has gone. Raises: DmError.
+
+        With another table than the volume's, all I/O is stopped first, and the lifecycle ends:
+        what is not written yet must not reach what that table leads to.
+        """
+        held, stop = self._holding.mapping, self._operations.stop
+        self._holding.is_mapping_doubted = False
+        live = await self._operations.dm(
+            "look for the mapping", self._kernel.find_mapping, self._target.dm_uuid
+        )
+        if live is None or held is None:
+            return live
+        if (live.number, live.table) != (held.number, held.table):
+            has = "; ".join(live.table) or "no table"
+            log.error("%s: mapping %s has been changed: %s", self._record.volume, live.name, has)
+            stop.set(Reason.OTHER_TABLE)
+            await self._operations.cut_off.done()
+        elif live.name != held.name:
+            self._record.status.publish_facts(mapping_name=live.name)
+        self._holding.mapping = live
+        return live
+
+    async def require_running(self) -> None:
+        """Raise RequestRefusedError for a suspended mapping: a write to it would wait without end.
+
+        Raises: DmError.
+        """
+        live = await self.mapping()
+        if live is not None and live.is_suspended and not self._operations.stop.medium_gone:
+            raise RequestRefusedError(
+                f"mapping {live.name} is suspended, and writes wait; `dmsetup resume {live.name}` "
+                "ends that"
+            )
+
+    async def prepare_flush(self) -> None:
+        """Have the mapping ready for the flush of a release that waits for nobody.
+
+        One that others have suspended is resumed, with the table that it has.
+        """
+        if self._operations.stop.medium_gone:
+            return
+        try:
+            live = await self.mapping()
+            if live is not None and live.is_suspended and not self._operations.stop.medium_gone:
+                log.warning(
+                    "%s: mapping %s is suspended; resuming it", self._record.volume, live.name
+                )
+                resume = partial(self._kernel.resume_mapping, live.name)
+                await self._operations.dm("resume the mapping", resume)
+        except (HotplugError, OSError) as error:
+            log.warning("%s: %s", self._record.volume, error)
+
+    def compare_again(self) -> None:
+        """Compare after an own change that was not made: mounts may have changed meanwhile."""
+        self._holding.is_paused = False
+        try:
+            self._holding.compare(self._kernel.mounts())
+        except UnknownError as error:
+            log.warning("%s: compare its mount: %s", self._record.volume, error)
+            asyncio.get_running_loop().call_later(FIRST_DELAY_S, self.compare_again)
+
+    def _compare_mount(self) -> Interference | None:
+        holding, now = self._holding, self._holding.found
+        if holding.mapping is None or holding.mount is None or not holding.differs:
+            return None
+        if now is None:
+            # Somebody may have mounted it anew, as after a check.
+            now = mount_at(self._kernel, self._target.plan.mount_name)
+            if now is None or not is_of(now, holding.mapping):
+                return UNMOUNTED
+        holding.begin(holding.mapping, now)
+        self._record.status.publish(
+            State.MOUNTED, words_of(now), mount_point=now.point, filesystem=now.filesystem,
+            read_only=now.read_only,
+        )  # fmt: skip
+        return None
