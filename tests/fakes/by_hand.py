@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from caam_hotplug.errors import MappingBusyError, MountBusyError
-from caam_hotplug.model import Mount
+from caam_hotplug.model import DeviceNumber, Mount
 from fakes.kernel import FakeKernel, FakeMapping
 
 
@@ -28,7 +29,7 @@ class ByHand:
         users = kernel.users.get(Path(point).name, 0)
         if users and not lazily:
             raise MountBusyError("unmount", point, errno.EBUSY)
-        kernel.mounts.remove(mount)
+        kernel.take_away(mount)
         kernel.users.pop(Path(point).name, None)
         for mapping in list(kernel.mappings.values()):
             if mapping.number == mount.number:
@@ -39,24 +40,30 @@ class ByHand:
     def remount(self, point: str, *, read_only: bool, filesystem: bool = True) -> None:
         """Change who may write: to the filesystem, or only by this mount."""
         mount = self.mount_at(point)
-        changed = replace(
-            mount,
-            read_only=read_only,
-            is_filesystem_read_only=read_only if filesystem else mount.is_filesystem_read_only,
-        )
-        self.kernel.mounts[self.kernel.mounts.index(mount)] = changed
-        self.kernel.mounts_changed()
+        whole = read_only if filesystem else mount.is_filesystem_read_only
+        self._change(mount, read_only=read_only, is_filesystem_read_only=whole)
 
     def move(self, point: str, to: str) -> None:
         """Move the mount elsewhere."""
         mount = self.mount_at(point)
-        self.kernel.mounts[self.kernel.mounts.index(mount)] = replace(mount, point=to)
+        self._change(mount, point=to)
+
+    def _change(self, mount: Mount, **facts: Any) -> None:
+        changed = replace(mount, **facts)
+        self.kernel.mounts[:] = [changed if m is mount else m for m in self.kernel.mounts]
         self.kernel.mounts_changed()
 
     def mount(self, source: Mount, point: str) -> None:
         """Mount the same filesystem at another point, or at the same once more."""
+        below = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
+        source = replace(source, parent=0 if below is None else below.identity)
         self.kernel.mounts.append(replace(source, point=point, identity=self.kernel.next_mount()))
         self.kernel.mounts_changed()
+
+    def cover(self, point: str, source: str = "tmpfs") -> None:
+        """Mount something else there, or over what is there."""
+        kind = "fuse" if source.startswith("/dev/") else "tmpfs"
+        self.mount(Mount(DeviceNumber(0, 99), point, source, False, kind), point)
 
     def suspend(self, mapping: FakeMapping) -> None:
         """Suspend the mapping; the kernel reports nothing of that."""

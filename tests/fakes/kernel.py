@@ -335,6 +335,14 @@ class FakeKernel:
             self.mappings.pop(mapping.name, None)
             self.mapping_changed(f"dm-{mapping.number.minor}")
 
+    def take_away(self, mount: Mount) -> None:
+        """Have this mount no more; others may be equal."""
+        self.mounts[:] = [other for other in self.mounts if other is not mount]
+
+    def mount_of_root(self, root: Path) -> Mount | None:
+        """Return the topmost mount at the mount root itself, or None."""
+        return next((m for m in reversed(self.mounts) if m.point == str(root)), None)
+
     def next_mount(self) -> int:
         """Return the number of the next mount."""
         self.mount_id += 1
@@ -382,6 +390,8 @@ class FakeProcess:
         self.mount_root = MOUNT_ROOT
         self.is_running = True
         self.watches: list[FakeWriteWatch] = []
+        self.places: dict[str, int] = {}
+        """Numbers of the mounts whose directories it has mounted something in, by the names."""
         self._keyring = keyring
 
     def die(self) -> None:
@@ -602,16 +612,22 @@ class FakeProcess:
         with self.kernel.lock:
             found = self.kernel.directories.setdefault(name, "ours")
             point = str(self.mount_root / name)
-            if found == "content" or any(m.point == point for m in self.kernel.mounts):
+            if found == "content" or self._seen(name) is not None:
                 raise MountPointOccupiedError(f"{point} is not empty")
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
+            below = self.kernel.mount_of_root(self.mount_root)
             made = Mount(
                 mapping.number, point, node, read_only, kind, leaves_journal=unread,
                 is_filesystem_read_only=read_only, identity=self.kernel.next_mount(),
+                parent=0 if below is None else below.identity,
             )  # fmt: skip
+            if below is not None:  # its peer gets a copy, which it hides
+                copy = replace(made, identity=self.kernel.next_mount(), parent=below.parent)
+                self.kernel.mounts.append(copy)
             self.kernel.mounts.append(made)
+            self.places[name] = made.parent
             self.kernel.mounts_changed()
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
@@ -698,28 +714,50 @@ class FakeProcess:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
+            mount = self._reached(name)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
-                self.kernel.mounts.remove(mount)  # mounted by another program
+                self.kernel.take_away(mount)  # mounted by another program
                 self.kernel.mounts_changed()
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
-            self.kernel.mounts.remove(mount)
+            copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
+            below = self.kernel.mount_of_root(self.mount_root)
+            is_peer = below is not None and mount.parent == below.identity
+            for gone in list(copies) if is_peer else [mount]:
+                self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
             mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
             mapping.holders += users
             self.kernel.mounts_changed()
             self.kernel.remove_if_closed(mapping)
 
+    def _reached(self, name: str) -> Mount | None:
+        """Return the topmost mount in the directory that it was mounted in, or on the path."""
+        return self._seen(name) if name not in self.places else self._in(self.places[name], name)
+
+    def _seen(self, name: str) -> Mount | None:
+        below = self.kernel.mount_of_root(self.mount_root)
+        return self._in(0 if below is None else below.identity, name)
+
+    def _in(self, on: int, name: str) -> Mount | None:
+        point, reached = str(self.mount_root / name), None
+        while True:
+            there = (m for m in self.kernel.mounts if (m.point, m.parent) == (point, on))
+            over = next(there, None)
+            if over is None:
+                return reached
+            reached, on = over, over.identity
+
     def remove_mount_point(self, name: str) -> None:
         self._step("remove_mount_point", name)
         point = str(self.mount_root / name)
         if any(mount.point == point for mount in self.kernel.mounts):
             return
+        self.places.pop(name, None)
         if self.kernel.directories.get(name) == "ours":
             del self.kernel.directories[name]
 

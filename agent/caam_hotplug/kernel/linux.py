@@ -36,6 +36,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.kernel.write_watch import WriteWatch
@@ -63,6 +64,7 @@ class LinuxKernel:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
+        self._places = MountPlaces(mount_root)
 
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.
@@ -219,6 +221,7 @@ class LinuxKernel:
                 options=options,
                 filesystem_options=filesystem_options,
             )
+            self._places.keep(name, target)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
@@ -260,7 +263,7 @@ class LinuxKernel:
 
     def watch_writes(self, mapping: Mapping) -> WriteWatch:
         """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
-        return WriteWatch(mapping, self.mount_root)
+        return WriteWatch(mapping, self.mount_root, self._places)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""
@@ -269,7 +272,7 @@ class LinuxKernel:
         def unmount() -> None:
             with (
                 reported_as("unmount", str(point), MountError),
-                paths.directory(self.mount_root) as root,
+                self._places.directory(name) as root,
             ):
                 mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
 
@@ -281,7 +284,12 @@ class LinuxKernel:
     def remove_mount_point(self, name: str) -> None:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            spent_on(partial(paths.remove_mount_point, self.mount_root, name))
+            spent_on(partial(self._remove_mount_point, name))
+
+    def _remove_mount_point(self, name: str) -> None:
+        with suppress(FileNotFoundError), self._places.directory(name) as root:
+            if paths.remove_from(root, name):
+                self._places.forget(name)
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

@@ -14,6 +14,8 @@ from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.model import DeviceNumber, Mount
 
+NAMES_ITS_DEVICE: Final = {"bcachefs", "btrfs"}
+"""Filesystems whose mounts have a number of their own, and whose source the kernel itself names."""
 _VOLATILE: Final = {"tmpfs", "ramfs"}
 _UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
 

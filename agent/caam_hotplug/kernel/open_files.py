@@ -26,6 +26,7 @@ from typing import Final, TextIO
 from caam_hotplug import names
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import detached_files, mountinfo
+from caam_hotplug.kernel.mountinfo import NAMES_ITS_DEVICE
 from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,12 @@ def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
 
     def copies(process: Path) -> list[_Copy]:
         listed = _mounts(process)
-        return [c for c in listed if c.mount.number in devices or c.mount.source in sources]
+        return [
+            copy
+            for copy in listed
+            if copy.mount.number in devices
+            or (copy.mount.filesystem in NAMES_ITS_DEVICE and copy.mount.source in sources)
+        ]
 
     here = copies(_PROC / "1")
     groups = frozenset[int]().union(*(copy.groups for copy in here))

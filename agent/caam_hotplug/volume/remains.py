@@ -30,7 +30,7 @@ async def remains(operations: Operations, uuid: str) -> Remains | None:
         left = await operations.dm("look for the mapping", operations.kernel.find_mapping, uuid)
         if left is None:
             return None
-        others = "; ".join(await who_uses(operations, left)) or "others"
+        others = "; ".join(await who_uses(operations, left, is_released=True)) or "others"
     except (HotplugError, OSError) as error:
         return Remains(None, str(error))
     return Remains(left, f"mapping {left.name} is held open: {others}; it goes when they close it")
