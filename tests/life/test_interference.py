@@ -290,6 +290,27 @@ def test_only_a_filesystem_that_nobody_can_write_to_is_removed_safely(
     assert bench.state(volume) is state
 
 
+def test_a_filesystem_that_has_become_read_only_by_an_error_is_removed_unsafely(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.fail_next("flush", errno.EIO)
+    bench.by_hand.remount(POINT, read_only=True)
+    bench.settle()
+    assert bench.reason(volume).startswith(f"at {POINT}, read-only; not all has reached the medium")
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_what_could_not_be_written_is_said_while_it_stays_mounted(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.fail_next("flush", errno.EIO)
+    with pytest.raises(WritesLostError):
+        bench.answer("eject", volume)
+    assert bench.reason(volume).startswith(f"at {POINT}, read-write; not all has reached")
+
+
 def test_a_volume_of_a_read_only_rule_that_was_made_writable_is_removed_unsafely(
     bench: Bench,
 ) -> None:

@@ -130,12 +130,7 @@ def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
 
     def copies(process: Path) -> list[_Copy]:
         listed = _mounts(process)
-        return [
-            copy
-            for copy in listed
-            if copy.mount.number in devices
-            or (copy.mount.filesystem in NAMES_ITS_DEVICE and copy.mount.source in sources)
-        ]
+        return [copy for copy in listed if _shows(copy.mount, devices, sources)]
 
     here = copies(_PROC / "1")
     groups = frozenset[int]().union(*(copy.groups for copy in here))
@@ -157,6 +152,11 @@ def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
                 words = f"has it mounted at {own[0].mount.point} in a mount namespace of its own"
                 found.append(Holder(pid, command, words, is_user=False))
     return found or list(_in_detached_mounts(devices))
+
+
+def _shows(mount: Mount, devices: abc.Container[DeviceNumber], nodes: abc.Container[str]) -> bool:
+    names_it = mount.filesystem in NAMES_ITS_DEVICE and mount.source in nodes
+    return mount.number in devices or names_it
 
 
 def _in_detached_mounts(devices: abc.Container[DeviceNumber]) -> Iterator[Holder]:

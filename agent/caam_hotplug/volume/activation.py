@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from caam_hotplug.config.rules import Action
 from caam_hotplug.errors import HotplugError, ReleaseError
@@ -16,7 +15,7 @@ from caam_hotplug.volume.hooks import Hooks
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.mapping import active_mapping, backend_that_made
 from caam_hotplug.volume.mount import mounted
-from caam_hotplug.volume.observation import Observation, words_of
+from caam_hotplug.volume.observation import Observation
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import release
@@ -55,7 +54,7 @@ class Activation:
         self._hooks = Hooks(record.context.units, self._stop)
         self._writes = Writes()
         self._holding = record.holding
-        self._observation = Observation(record, operations, target)
+        self._observation = Observation(record, operations, target, self._writes)
 
     async def run(self) -> Released:
         """Hold mapping and mount until a cause to release them, and release them.
@@ -82,7 +81,9 @@ class Activation:
             if self._target.plan.rule.action is Action.UNLOCK:
                 writes = watched(self._operations, mapping, self._writes)
                 await held.enter_async_context(writes)
-                self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
+                steps = dict(self._operations.took)
+                self._status.publish(State.UNLOCKED, f"as {mapping.name}{by}", steps=steps, **live)
+                self._grant_unless_released()
                 self._holding.begin(mapping)
             elif (change := self._record.take_reason_to_release(self._target)) is not None:
                 self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
@@ -93,7 +94,7 @@ class Activation:
             self._record.has_slept = False
             await self._sleep_check.remember(mapping)
             cause = await self._until_released(mapping)
-            is_writable = self._holding.is_writable
+            is_writable = self._holding.is_writable or bool(self._writes.lost)
             if cause is not None:  # flushed and unmounted already, if the medium was there
                 return Released(cause, is_writable and self._stop.medium_gone)
             if self._stop.keeps:
@@ -110,14 +111,11 @@ class Activation:
             mounted(self._operations, self._target, mapping, self._writes)
         )
         self._holding.begin(mapping, mount)
-        self._publish_served(
-            State.MOUNTED, words_of(mount), mount_point=mount.point,
-            filesystem=mount.filesystem, read_only=mount.read_only,
-        )  # fmt: skip
+        self._observation.publish_mounted(mount, steps=dict(self._operations.took))
+        self._grant_unless_released()
         self._hooks.mounted(self._record.plan_in_force(self._target))
 
-    def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
-        self._status.publish(state, reason, steps=dict(self._operations.took), **facts)
+    def _grant_unless_released(self) -> None:
         if not self._inbox.wants_release:
             self._inbox.grant()
 
@@ -179,7 +177,10 @@ class Activation:
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
                 return True
             if not self._stop.is_set:
-                self._status.publish(state, reason)
+                if self._holding.mount is None:
+                    self._status.publish(state, reason)
+                else:
+                    self._observation.publish_mounted(self._holding.mount)
                 self._observation.compare_again()
                 self._hooks.mounted(self._record.plan_in_force(self._target))
                 self._refuse(cause, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
+from typing import Any
 
 from caam_hotplug.errors import HotplugError, RequestRefusedError, UnknownError
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
@@ -15,6 +16,7 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.stop_signal import Reason
 from caam_hotplug.volume.target import Target
+from caam_hotplug.volume.writes import Writes
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,11 @@ def words_of(mount: Mount) -> str:
 class Observation:
     """What one active volume holds, compared on its own coroutine. Synchronization: loop only."""
 
-    def __init__(self, record: Record, operations: Operations, target: Target) -> None:
+    def __init__(
+        self, record: Record, operations: Operations, target: Target, writes: Writes
+    ) -> None:
         self._record = record
+        self._writes = writes
         self._holding = record.holding
         self._operations = operations
         self._kernel = operations.kernel
@@ -45,7 +50,7 @@ class Observation:
         try:
             if self._holding.is_mapping_doubted and await self.mapping() is None:
                 return UNMAPPED
-            return None if self._operations.stop.is_set else self._compare_mount()
+            return None if self._operations.stop.is_set else await self._compare_mount()
         except (HotplugError, OSError) as error:
             log.warning("%s: compare it: %s", self._record.volume, error)
             loop = asyncio.get_running_loop()
@@ -114,7 +119,7 @@ class Observation:
             log.warning("%s: compare its mount: %s", self._record.volume, error)
             asyncio.get_running_loop().call_later(FIRST_DELAY_S, self.compare_again)
 
-    def _compare_mount(self) -> Interference | None:
+    async def _compare_mount(self) -> Interference | None:
         holding, now = self._holding, self._holding.found
         if holding.mapping is None or holding.mount is None or not holding.differs:
             return None
@@ -123,9 +128,27 @@ class Observation:
             now = mount_at(self._kernel, self._target.plan.mount_name)
             if now is None or not is_of(now, holding.mapping):
                 return UNMOUNTED
+        was_writable = holding.is_writable
         holding.begin(holding.mapping, now)
-        self._record.status.publish(
-            State.MOUNTED, words_of(now), mount_point=now.point, filesystem=now.filesystem,
-            read_only=now.read_only,
-        )  # fmt: skip
+        if was_writable and not holding.is_writable:
+            await self._look_for_errors()
+        self.publish_mounted(now)
         return None
+
+    def publish_mounted(self, mount: Mount, **facts: Any) -> None:
+        """Publish where and how it is mounted, and what could not be written to it."""
+        words, lost = words_of(mount), self._record.lost
+        self._record.status.publish(
+            State.MOUNTED, f"{words}; {lost}" if lost else words, mount_point=mount.point,
+            filesystem=mount.filesystem, read_only=mount.read_only, **facts,
+        )  # fmt: skip
+
+    async def _look_for_errors(self) -> None:
+        """Look why a filesystem has become read-only: by a user, who has flushed it, or an error.
+
+        Raises: HotplugError, OSError if that is not known.
+        """
+        if self._writes.watch is not None:
+            await self._operations.call("flush", self._writes.watch.check)
+            self._writes.note()
+            self._record.note_lost(self._writes.error)
