@@ -630,6 +630,11 @@ class FakeProcess:
             self.places[name] = made.parent
             self.kernel.mounts_changed()
 
+    def keep_place(self, name: str) -> None:
+        self._step("keep_place", name)
+        below = self.kernel.mount_of_root(self.mount_root)
+        self.places[name] = 0 if below is None else below.identity
+
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
             mapping = self.kernel.by_node(node)

@@ -129,6 +129,33 @@ def test_a_detached_volume_that_is_held_and_pulled_loses_its_key(bench: Bench) -
     bench.pull()
     bench.settle()
     assert mapping.key is None
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_a_detached_volume_that_was_closed_before_it_was_pulled_was_removed_safely(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    bench.kernel.close_holders()
+    bench.settle()
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is State.GONE
+
+
+@pytest.mark.parametrize("turns", range(20))
+def test_a_volume_that_is_pulled_right_after_an_unmount_was_removed_safely(
+    bench: Bench, turns: int
+) -> None:
+    volume = mounted(bench)
+    bench.by_hand.umount(POINT)
+    bench.run_turns(turns + 1)
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is State.GONE
 
 
 def test_a_bind_of_a_volume_keeps_its_mapping_when_the_mount_itself_is_unmounted(

@@ -67,6 +67,18 @@ def test_a_pulled_volume_leaves_no_hidden_mount_and_the_next_is_served(
     unhide(bench)
 
 
+def test_an_adopted_mount_is_released_below_a_mount_over_the_root(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    bench.by_hand.cover(ROOT)
+    bench.settle()
+    bench.answer("lock", volume)
+    assert [mount.point for mount in bench.kernel.mounts] == [ROOT]
+    unhide(bench)
+
+
 def test_a_hidden_mount_of_an_earlier_run_is_in_nobodys_way(bench: Bench) -> None:
     (rule,) = BUILT_IN
     bench.settle()

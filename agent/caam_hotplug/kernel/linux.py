@@ -221,7 +221,12 @@ class LinuxKernel:
                 options=options,
                 filesystem_options=filesystem_options,
             )
-            self._places.keep(name, target)
+            self._places.keep(name, "..", target)
+
+    def keep_place(self, name: str) -> None:
+        """Keep the directory open in which `name` is mounted, where the path leads to now."""
+        with reported_as("look at", str(self.mount_root), MountError):
+            self._places.keep_seen(name)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
@@ -284,12 +289,7 @@ class LinuxKernel:
     def remove_mount_point(self, name: str) -> None:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            spent_on(partial(self._remove_mount_point, name))
-
-    def _remove_mount_point(self, name: str) -> None:
-        with suppress(FileNotFoundError), self._places.directory(name) as root:
-            if paths.remove_from(root, name):
-                self._places.forget(name)
+            spent_on(partial(self._places.remove, name))
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

@@ -24,15 +24,29 @@ class MountPlaces:
         self._root = root
         self._kept: dict[str, int] = {}
 
-    def keep(self, name: str, point: int) -> None:
-        """Keep the directory that the mount point `name` is in, which is open and not mounted on.
+    def keep(self, name: str, path: str, at: int) -> None:
+        """Keep the directory that `name` is in: at this path from an open one.
 
-        Without a descriptor for it, the path is gone by later.
+        Without a descriptor for it, the path of the mount root is gone by later.
         """
         with suppress(OSError):
-            opened = os.open("..", _OPEN, dir_fd=point)
+            opened = os.open(path, _OPEN, dir_fd=at)
             self.forget(name)
             self._kept[name] = opened
+
+    def keep_seen(self, name: str) -> None:
+        """Keep the directory that the path leads to now. Raises: as `paths.directory`."""
+        with paths.directory(self._root) as opened:
+            self.keep(name, ".", opened)
+
+    def remove(self, name: str) -> None:
+        """Remove the mount point, and keep its directory no more if nothing is mounted there.
+
+        Raises: as `paths.remove_from`.
+        """
+        with suppress(FileNotFoundError), self.directory(name) as opened:
+            if paths.remove_from(opened, name):
+                self.forget(name)
 
     def forget(self, name: str) -> None:
         """Keep it no more."""

@@ -35,6 +35,8 @@ class Holding:
         """The mount as it was last published; None while there is none."""
         self.found: Mount | None = None
         """The mount as it was last seen; None if it has gone."""
+        self.was_writable = False
+        """Whether the filesystem that was published last could be written to."""
         self.is_mapping_doubted = False
         """Whether the kernel may have no such mapping any more, or another table in it."""
         self.is_paused = False
@@ -48,7 +50,12 @@ class Holding:
     @property
     def is_writable(self) -> bool:
         """Whether something may have been written that has not reached the medium."""
-        return self.mount is not None and not self.mount.is_filesystem_read_only
+        return self.found is not None and not self.found.is_filesystem_read_only
+
+    @property
+    def is_left_writable(self) -> bool:
+        """Whether others may still write to what was released."""
+        return self.mapping is not None and self.mount is None and self.was_writable
 
     @property
     def differs(self) -> bool:
@@ -59,7 +66,12 @@ class Holding:
         """Note what is held and published."""
         self.mapping = mapping
         self.mount = self.found = mount
+        self.was_writable = self.is_writable
         self.is_mapping_doubted = self.is_paused = False
+
+    def leave(self, mapping: Mapping) -> None:
+        """Note a released mapping that others hold: its removal is noticed."""
+        self.mapping = mapping
 
     def end(self) -> None:
         """Note that nothing is held that others could change."""

@@ -233,7 +233,7 @@ class VolumeLifecycle:
         if left.mapping is None:
             return self._with_leftover()
         self._inbox.discard_facts()  # they were for the volume as it was held
-        self.record.holding.begin(left.mapping)  # so that its removal is noticed
+        self.record.holding.leave(left.mapping)
         return replace(self._with_leftover(), released_for=cause)
 
     def _with_leftover(self) -> Phase:
@@ -277,7 +277,7 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self.record.note_lost(error.__cause__)
             raise
-        if was_writable and self._stop.medium_gone:
+        if (was_writable or self.record.holding.is_left_writable) and self._stop.medium_gone:
             note_last_writes(self.record)
 
     async def _release_at_end(self) -> None:

@@ -47,6 +47,10 @@ async def mounted(
     def watch() -> None:
         writes.watch = kernel.watch_writes(mapping)
 
+    def watch_adopted() -> None:
+        kernel.keep_place(name)
+        watch()
+
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, operations, name, mapping, writes)
         if mapping.open_count:
@@ -54,7 +58,7 @@ async def mounted(
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
-            await _watch_adopted(operations, watch)
+            await _watch_adopted(operations, watch_adopted)
         else:
             await _mount(operations, target, mapping, watch, writes)
             found = mount_at(kernel, name)

@@ -128,7 +128,7 @@ class Observation:
             now = mount_at(self._kernel, self._target.plan.mount_name)
             if now is None or not is_of(now, holding.mapping):
                 return UNMOUNTED
-        was_writable = holding.is_writable
+        was_writable = holding.was_writable
         holding.begin(holding.mapping, now)
         if was_writable and not holding.is_writable:
             await self._look_for_errors()
