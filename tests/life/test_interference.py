@@ -235,6 +235,21 @@ def test_mounts_that_cannot_be_read_change_nothing_and_are_read_again(bench: Ben
     assert bench.state(volume) is State.LOCKED
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_mounts_that_cannot_be_read_for_long_change_nothing_until_they_can(
+    bench: Bench, after: int
+) -> None:
+    volume = mounted(bench)
+    failure = UnknownError("read", "mountinfo", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, after=after, lasting=True))
+    bench.by_hand.umount(POINT)
+    bench.wait(5)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kernel.faults.clear()
+    bench.wait(1)
+    assert bench.state(volume) is State.LOCKED
+
+
 @pytest.mark.parametrize("turns", range(12))
 def test_a_lock_at_any_time_around_an_unmount_by_somebody_else_is_granted(
     bench: Bench, turns: int

@@ -125,10 +125,12 @@ class Activation:
         while True:
             await inbox.until(lambda: inbox.concerns_active or record.has_slept or holding.differs)
             await self._compare_if_it_slept(mapping)
-            found = await self._observation.compare() if holding.differs else None
             if self._stop.is_set:
                 return None
-            if found is not None:
+            if holding.differs:
+                found = await self._observation.compare()
+                if found is None or self._stop.is_set:
+                    continue
                 await self._release(mapping, found)
                 return found
             if self._inbox.request is not None and not self._inbox.wants_release:

@@ -52,9 +52,8 @@ class Observation:
                 return UNMAPPED
             return None if self._operations.stop.is_set else await self._compare_mount()
         except (HotplugError, OSError) as error:
-            log.warning("%s: compare it: %s", self._record.volume, error)
-            loop = asyncio.get_running_loop()
-            loop.call_later(FIRST_DELAY_S, self._holding.doubt_mapping)
+            self._holding.found = self._holding.mount
+            self._compare_later(error)
             return None
 
     async def mapping(self) -> Mapping | None:
@@ -116,8 +115,16 @@ class Observation:
         try:
             self._holding.compare(self._kernel.mounts())
         except UnknownError as error:
-            log.warning("%s: compare its mount: %s", self._record.volume, error)
-            asyncio.get_running_loop().call_later(FIRST_DELAY_S, self.compare_again)
+            self._compare_later(error)
+
+    def _compare_later(self, error: Exception) -> None:
+        log.warning("%s: compare it: %s; it is compared again", self._record.volume, error)
+
+        def compare() -> None:
+            self._holding.doubt_mapping()
+            self.compare_again()
+
+        asyncio.get_running_loop().call_later(FIRST_DELAY_S, compare)
 
     async def _compare_mount(self) -> Interference | None:
         holding, now = self._holding, self._holding.found
@@ -130,9 +137,11 @@ class Observation:
                 return UNMOUNTED
         was_writable = holding.was_writable
         holding.begin(holding.mapping, now)
-        if was_writable and not holding.is_writable:
-            await self._look_for_errors()
-        self.publish_mounted(now)
+        try:
+            if was_writable and not holding.is_writable:
+                await self._look_for_errors()
+        finally:
+            self.publish_mounted(now)
         return None
 
     def publish_mounted(self, mount: Mount, **facts: Any) -> None:
