@@ -131,6 +131,19 @@ def test_a_mount_over_the_volumes_is_named_and_left_alone(bench: Bench, verb: st
     bench.answer(verb, volume)
 
 
+def test_what_hides_a_volume_is_said_as_long_as_it_does(bench: Bench) -> None:
+    volume = mounted(bench)
+    before = bench.reason(volume)
+    for point in (POINT, ROOT):
+        bench.by_hand.cover(point, "others")
+        bench.settle()
+        assert bench.state(volume) is State.MOUNTED
+        assert bench.reason(volume) == (f"{before}, hidden by others, which is mounted at {point}")
+        bench.by_hand.umount(point)
+        bench.settle()
+        assert bench.reason(volume) == before
+
+
 @pytest.mark.parametrize("verb", ["lock", "eject"])
 def test_a_second_mount_of_the_volume_over_the_first_is_named(bench: Bench, verb: str) -> None:
     volume = mounted(bench)

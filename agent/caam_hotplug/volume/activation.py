@@ -177,6 +177,7 @@ class Activation:
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
+                await self._observation.prepare_flush()
                 return True
             if not self._stop.is_set:
                 if self._holding.mount is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.volume.mount_table import cover_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,10 @@ class Holding:
         """The mount as it was last published; None while there is none."""
         self.found: Mount | None = None
         """The mount as it was last seen; None if it has gone."""
+        self.cover: Mount | None = None
+        """What hides the mount, as it was last published."""
+        self.found_cover: Mount | None = None
+        """What hides the mount, as it was last seen."""
         self.was_writable = False
         """Whether the filesystem that was published last could be written to."""
         self.is_mapping_doubted = False
@@ -60,14 +65,20 @@ class Holding:
     @property
     def differs(self) -> bool:
         """Whether what is published may not be so any more."""
-        return self.is_mapping_doubted or _facts(self.found) != _facts(self.mount)
+        seen, published = (self.found, self.found_cover), (self.mount, self.cover)
+        return self.is_mapping_doubted or [*map(_facts, seen)] != [*map(_facts, published)]
 
     def begin(self, mapping: Mapping, mount: Mount | None = None) -> None:
         """Note what is held and published."""
         self.mapping = mapping
-        self.mount = self.found = mount
-        self.was_writable = self.is_writable
         self.is_mapping_doubted = self.is_paused = False
+        self.publish(mount)
+
+    def publish(self, mount: Mount | None) -> None:
+        """Note the mount that is published, with what was seen to hide it."""
+        self.mount = self.found = mount
+        self.cover = self.found_cover
+        self.was_writable = self.is_writable
 
     def leave(self, mapping: Mapping) -> None:
         """Note a released mapping that others hold: its removal is noticed."""
@@ -75,15 +86,16 @@ class Holding:
 
     def end(self) -> None:
         """Note that nothing is held that others could change."""
-        self.mapping = self.mount = self.found = None
+        self.mapping = self.mount = self.found = self.cover = self.found_cover = None
         self.is_mapping_doubted = False
 
-    def compare(self, mounts: Iterable[Mount]) -> None:
+    def compare(self, mounts: Sequence[Mount]) -> None:
         """Compare the mount with those that there are now."""
         if self.mount is None:
             return
         key, before = _key(self.mount), self.differs
         self.found = next((mount for mount in mounts if _key(mount) == key), None)
+        self.found_cover = None if self.found is None else cover_of(mounts, self.found)
         if self.differs != before:
             self._wake()
 
@@ -94,8 +106,9 @@ class Holding:
 
     def doubt_mapping(self) -> None:
         """Have the mapping looked at, if there is one."""
-        self.is_mapping_doubted = self.mapping is not None
-        self._wake()
+        if self.mapping is not None:
+            self.is_mapping_doubted = True
+            self._wake()
 
 
 def _key(mount: Mount) -> tuple[object, ...]:

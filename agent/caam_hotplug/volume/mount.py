@@ -21,7 +21,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
 from caam_hotplug.model import Mapping, Mount
-from caam_hotplug.volume.mount_table import first_of, mount_at, mounts_at, mounts_of
+from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -61,7 +61,7 @@ async def mounted(
             await _watch_adopted(operations, watch_adopted)
         else:
             await _mount(operations, target, mapping, watch, writes)
-            found = mount_at(kernel, name)
+            found = first_of(mapping, mounts_at(kernel, name, mapping))
         if found is None:
             raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found

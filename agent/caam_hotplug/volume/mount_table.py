@@ -35,11 +35,6 @@ def mounted_elsewhere(kernel: Kernel, mapping: Mapping) -> list[str]:
     return [p for p in points_of(kernel, mapping) if Path(p).parent != kernel.mount_root]
 
 
-def mount_at(kernel: Kernel, name: str) -> Mount | None:
-    """Return the mount that is seen at a name in the mount root, or None."""
-    return next(reversed(mounts_at(kernel, name)), None)
-
-
 def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list[Mount]:
     """Return the mounts at a name in the mount root, one over the other, the topmost last.
 
@@ -52,6 +47,12 @@ def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list
         return seen
     hidden = first_of(mapping, (mount for mount in mounts if mount.point == point))
     return seen if hidden is None else [hidden, *_over(mounts, hidden)]
+
+
+def cover_of(mounts: Sequence[Mount], mount: Mount) -> Mount | None:
+    """Return the mount that is seen instead at the place of this one, or None."""
+    seen = [*_on_the_way(mounts, mount.point)][-1:]
+    return None if not seen or seen[0].identity == mount.identity else seen[0]
 
 
 def _on_the_way(mounts: Sequence[Mount], path: str) -> Iterator[Mount]:

@@ -7,11 +7,11 @@ import logging
 from functools import partial
 from typing import Any
 
-from caam_hotplug.errors import HotplugError, RequestRefusedError, UnknownError
+from caam_hotplug.errors import HotplugError, RequestRefusedError, UnknownError, shown
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
 from caam_hotplug.model import Mapping, Mount, State
 from caam_hotplug.volume.holding import UNMAPPED, UNMOUNTED, Interference
-from caam_hotplug.volume.mount_table import is_of, mount_at
+from caam_hotplug.volume.mount_table import first_of, mounts_at
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.stop_signal import Reason
@@ -67,7 +67,7 @@ class Observation:
         live = await self._operations.dm(
             "look for the mapping", self._kernel.find_mapping, self._target.dm_uuid
         )
-        if live is None or held is None:
+        if live is None or held is None or stop.medium_gone:
             return live
         if (live.number, live.table) != (held.number, held.table):
             has = "; ".join(live.table) or "no table"
@@ -132,11 +132,12 @@ class Observation:
             return None
         if now is None:
             # Somebody may have mounted it anew, as after a check.
-            now = mount_at(self._kernel, self._target.plan.mount_name)
-            if now is None or not is_of(now, holding.mapping):
+            name = self._target.plan.mount_name
+            now = first_of(holding.mapping, mounts_at(self._kernel, name))
+            if now is None:
                 return UNMOUNTED
         was_writable = holding.was_writable
-        holding.begin(holding.mapping, now)
+        holding.publish(now)
         try:
             if was_writable and not holding.is_writable:
                 await self._look_for_errors()
@@ -146,7 +147,9 @@ class Observation:
 
     def publish_mounted(self, mount: Mount, **facts: Any) -> None:
         """Publish where and how it is mounted, and what could not be written to it."""
-        words, lost = words_of(mount), self._record.lost
+        words, lost, cover = words_of(mount), self._record.lost, self._holding.cover
+        if cover is not None:
+            words += f", hidden by {shown(cover.source)}, which is mounted at {shown(cover.point)}"
         self._record.status.publish(
             State.MOUNTED, f"{words}; {lost}" if lost else words, mount_point=mount.point,
             filesystem=mount.filesystem, read_only=mount.read_only, **facts,
