@@ -47,10 +47,6 @@ async def mounted(
     def watch() -> None:
         writes.watch = kernel.watch_writes(mapping)
 
-    def watch_adopted() -> None:
-        kernel.keep_place(name)
-        watch()
-
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, operations, name, mapping, writes)
         if mapping.open_count:
@@ -58,7 +54,7 @@ async def mounted(
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
-            await _watch_adopted(operations, watch_adopted)
+            await _watch_adopted(operations, watch, partial(kernel.keep_place, name))
         else:
             await _mount(operations, target, mapping, watch, writes)
             found = first_of(mapping, mounts_at(kernel, name, mapping))
@@ -67,10 +63,12 @@ async def mounted(
         yield found
 
 
-async def _watch_adopted(operations: Operations, watch: Callable[[], None]) -> None:
+async def _watch_adopted(
+    operations: Operations, watch: Callable[[], None], keep_place: Callable[[], None]
+) -> None:
     """Watch a mount that is in use, if that can be done; else at its release."""
     try:
-        await operations.call("watch its writes", watch)
+        await operations.each(("watch its writes", watch), ("keep its place", keep_place))
     except (HotplugError, OSError) as error:
         log.warning("%s", error)
 
