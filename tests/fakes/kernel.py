@@ -155,6 +155,8 @@ class FakeKernel:
     mounts: list[Mount] = field(default_factory=list)
     users: dict[str, int] = field(default_factory=dict)
     """Number of processes in each mount point, by name."""
+    shows_holders: bool = True
+    """Whether a search finds the processes that use a mapping."""
     fatal_signals: set[int] = field(default_factory=set)
     """Signals that end the processes."""
     powered_off: list[str] = field(default_factory=list)
@@ -657,7 +659,8 @@ class FakeProcess:
             fake = self.kernel.mappings[mapping.name]
             points = [m.point for m in self.kernel.mounts if m.number == mapping.number]
             users = fake.holders + sum(self.kernel.users.get(Path(p).name, 0) for p in points)
-            return [Holder(pid, "program", "has a file open") for pid in range(1, users + 1)]
+            found = range(1, users + 1) if self.kernel.shows_holders else ()
+            return [Holder(pid, "program", "has a file open") for pid in found]
 
     def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
         self._step("end_holders", mapping.name)

@@ -93,6 +93,37 @@ def test_a_volume_that_somebody_has_detached_names_who_holds_it_until_they_close
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("turns", range(20))
+def test_holders_that_close_it_at_any_time_of_its_release_leave_it_locked(
+    bench: Bench, turns: int
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.run_turns(turns)
+    bench.kernel.close_holders()
+    bench.settle()
+    assert (bench.state(volume), bench.reason(volume)) == (
+        State.LOCKED, "unmounted by somebody else",
+    )  # fmt: skip
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_filesystem_that_is_still_being_written_after_its_unmount_is_being_released(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.shows_holders = False
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    assert bench.state(volume) is State.DETACHING
+    assert bench.reason(volume).startswith("unmounted by somebody else; mapping")
+    bench.kernel.close_holders()
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
 def test_a_detached_volume_that_is_held_can_be_unlocked_before_its_holders_close_it(
     bench: Bench,
 ) -> None:

@@ -67,7 +67,7 @@ class Activation:
             self._record.phase = replace(self._record.phase, has_leftover=True)
             raise
         finally:
-            self._holding.end()
+            self._holding.release()
             self._record.note_lost(self._writes.error)
 
     async def _held(self) -> Released:

@@ -80,13 +80,22 @@ class Holding:
         self.cover = self.found_cover
         self.was_writable = self.is_writable
 
-    def leave(self, mapping: Mapping) -> None:
-        """Note a released mapping that others hold: its removal is noticed."""
-        self.mapping = mapping
+    def release(self) -> None:
+        """Note that it is released; others may hold the mapping, whose removal is noticed."""
+        self.mount = self.found = self.cover = self.found_cover = None
+
+    def watch(self, mapping: Mapping) -> bool:
+        """Notice the removal of a released mapping from now on; False if that was so before."""
+        is_new = self.mapping is None or self.mapping.node != mapping.node
+        if is_new:
+            self.end()
+            self.mapping = mapping
+        return is_new
 
     def end(self) -> None:
         """Note that nothing is held that others could change."""
-        self.mapping = self.mount = self.found = self.cover = self.found_cover = None
+        self.release()
+        self.mapping = None
         self.is_mapping_doubted = False
 
     def compare(self, mounts: Sequence[Mount]) -> None:

@@ -222,18 +222,15 @@ class VolumeLifecycle:
 
     async def _released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
-        self.record.holding.end()
-        left = await remains(self._operations, names.dm_uuid(self.record.volume.id))
+        left = await remains(self.record, self._operations, cause)
         if left is None:
             self.record.phase = replace(self._phase, has_leftover=False)
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self._park(cause)
-        words = f"{cause.words}; {left.words}" if isinstance(cause, Interference) else left.words
-        self._status.publish(State.FAILED, words)
-        self._inbox.refuse(words)
-        if left.mapping is None:
+        self._status.publish(left.state, left.words)
+        self._inbox.refuse(left.words)
+        if not left.is_known:
             return self._with_leftover()
         self._inbox.discard_facts()  # they were for the volume as it was held
-        self.record.holding.leave(left.mapping)
         return replace(self._with_leftover(), released_for=cause)
 
     def _with_leftover(self) -> Phase:
