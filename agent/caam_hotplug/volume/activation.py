@@ -76,6 +76,7 @@ class Activation:
             mapping = await held.enter_async_context(
                 active_mapping(self._operations, self._device, self._target)
             )
+            self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
             if self._target.plan.rule.action is Action.UNLOCK:
@@ -84,7 +85,6 @@ class Activation:
                 steps = dict(self._operations.took)
                 self._status.publish(State.UNLOCKED, f"as {mapping.name}{by}", steps=steps, **live)
                 self._grant_unless_released()
-                self._holding.begin(mapping)
             elif (change := self._record.take_reason_to_release(self._target)) is not None:
                 self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
                 return Released(None)
@@ -110,7 +110,7 @@ class Activation:
         mount = await held.enter_async_context(
             mounted(self._operations, self._target, mapping, self._writes)
         )
-        self._holding.begin(mapping, mount)
+        self._holding.publish(mount)
         self._observation.publish_mounted(mount, steps=dict(self._operations.took))
         self._grant_unless_released()
         self._hooks.mounted(self._record.plan_in_force(self._target))

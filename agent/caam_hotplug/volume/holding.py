@@ -68,13 +68,13 @@ class Holding:
         seen, published = (self.found, self.found_cover), (self.mount, self.cover)
         return self.is_mapping_doubted or [*map(_facts, seen)] != [*map(_facts, published)]
 
-    def begin(self, mapping: Mapping, mount: Mount | None = None) -> None:
-        """Note what is held and published."""
+    def begin(self, mapping: Mapping) -> None:
+        """Note what is held: a mapping, and no mount yet."""
+        self.end()
         self.mapping = mapping
-        self.is_mapping_doubted = self.is_paused = False
-        self.publish(mount)
+        self.was_writable = self.is_paused = False
 
-    def publish(self, mount: Mount | None) -> None:
+    def publish(self, mount: Mount) -> None:
         """Note the mount that is published, with what was seen to hide it."""
         self.mount = self.found = mount
         self.cover = self.found_cover
