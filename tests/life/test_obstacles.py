@@ -25,7 +25,7 @@ from fakes.bench import Bench
 from fakes.kernel import FakeKernel, Fault
 
 POINT = "/run/media/cartridge-01"
-FOREIGN = Mount(DeviceNumber(8, 99), POINT, "/dev/sdz1", False, "vfat")
+FOREIGN = Mount(DeviceNumber(8, 99), POINT, "/dev/sdz1", False, "vfat", identity=900)
 ELSEWHERE = replace(FOREIGN, point="/mnt")
 EXISTS = MountError("mount", "/dev/dm-1 (btrfs)", errno.EEXIST)
 

@@ -289,7 +289,7 @@ class Supervisor:
             await end_of_service(record)
         finally:
             del self._lifecycles[which]
-            lost = record.volume if record.stop.lost_in_sleep else None
+            lost = record.volume if record.stop.is_cut_off else None
             has_disk = VolumeId(which.diskseq, 0) in self._at.values()
             if record.parked is not None and (has_disk or lost is not None):
                 self._parked[which] = record.parked

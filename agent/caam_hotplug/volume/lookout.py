@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Callable
 from typing import Final
 
 from caam_hotplug.errors import HotplugError, UnknownError, UnsafePathError
@@ -41,9 +42,12 @@ class Lookout:
         self._delay = RetryDelay()
         self._attempts_left = 0
         self._watch: PathWatch | None = None
+        self._is_asked: Callable[[], bool] = lambda: True
+        """Whether there is a request or a change to act on."""
 
-    async def until_worth_it(self) -> None:
+    async def until_worth_it(self, is_asked: Callable[[], bool]) -> None:
         """Wait for a request or a change, or until what is in the way of the volume has gone."""
+        self._is_asked = is_asked
         target, obstacle = self._record.phase.target, self._record.obstacle
         has_obstacle = True
         if target is not None and Obstacle.MOUNT_POINT in obstacle:
@@ -56,9 +60,6 @@ class Lookout:
         if has_obstacle and not self._is_asked():
             await self._pause(self._before_attempt_s())
         self._inbox.mounts_changed = False  # the attempt sees all that has changed so far
-
-    def _is_asked(self) -> bool:
-        return self._inbox.request is not None or self._inbox.has_changes
 
     def _before_attempt_s(self) -> float:
         """Return 0 after a while without attempts, and then 1, 2, 4 … 30 s."""

@@ -89,9 +89,10 @@ class Record:
     @property
     def parked(self) -> Parked | None:
         """How the volume waits for a request, if it does, or its next lifecycle will."""
-        if self.stop.lost_in_sleep:
-            return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
-        return self.phase if isinstance(self.phase, Parked) else None
+        if isinstance(self.phase, Parked):
+            return self.phase
+        is_lost = self.stop.lost_in_sleep
+        return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words) if is_lost else None
 
     # Events from outside.
 
