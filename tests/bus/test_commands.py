@@ -460,3 +460,19 @@ def test_a_state_of_a_newer_agent_is_shown_and_an_unknown_key_ignored() -> None:
     volume = ShownVolume.from_properties({"State": "resting", "Later": 1, "Label": "a"})
     assert volume == ShownVolume(label="a", state="resting")
     assert listing.in_colour("resting", "resting") == "resting"
+
+
+async def test_explain_says_what_the_agent_says(
+    bus: PrivateBus, service: Service, agent: FakeAgent
+) -> None:
+    result = await bus.cli("explain", "/dev/../dev/sdb1")
+    assert result == Done(0, "/dev/../dev/sdb1: a device\n  rule 'a': no\n", "")
+
+
+async def test_explain_that_the_agent_refuses_is_answered_without_it(
+    bus: PrivateBus, service: Service, agent: FakeAgent
+) -> None:
+    agent.instead = raising(RequestRefusedError("not now"))
+    result = await bus.cli("explain", "/dev/null")
+    assert agent.asked == [("explain", "/dev/null")]
+    assert "look at /dev/null: it is no block device" in refused(result)

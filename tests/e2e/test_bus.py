@@ -355,3 +355,28 @@ async def test_a_hostile_label_is_escaped(
         "-m org.freedesktop.DBus.ObjectManager.GetManagedObjects"
     )
     assert "u202e" in gdbus.stdout
+
+
+async def test_a_medium_that_udev_has_not_reported_is_explained_by_the_rule_that_holds_it(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.start()
+    await guest.sh("kill -STOP $(pidof systemd-udevd)")
+    try:
+        await guest.plug_usb(medium)
+        await guest.until_mounted(POINT)
+        result = await busctl(
+            guest, "--json=short", "call", NAME, MANAGER, f"{NAME}.Manager", "Explain", "s",
+            "/dev/sda1",
+        )  # fmt: skip
+        with_command = await cli(guest, "explain", "/dev/sda1")
+        status = await cli(guest, "status")
+    finally:
+        await guest.sh("kill -CONT $(pidof systemd-udevd)")
+    text = json.loads(result.stdout)["data"][0]
+    assert with_command.stdout == f"{text}\n"
+    assert "  udev has not reported it yet, and may report more" in text
+    assert f"it is mounted: at {POINT}, read-write\n  rule 'any bus' is in force for it\n" in text
+    assert "rule 'any bus' matches it" in text
+    assert "no rule" not in text
+    assert "  mounted  " in status.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -155,6 +156,8 @@ class FakeKernel:
     mounts: list[Mount] = field(default_factory=list)
     users: dict[str, int] = field(default_factory=dict)
     """Number of processes in each mount point, by name."""
+    shows_holders: bool = True
+    """Whether a search finds the processes that use a mapping."""
     fatal_signals: set[int] = field(default_factory=set)
     """Signals that end the processes."""
     powered_off: list[str] = field(default_factory=list)
@@ -169,10 +172,16 @@ class FakeKernel:
     """Texts that the agent has stored for volumes."""
     report: Callable[[Event], None] = lambda _event: None
     """Called with what the kernel and udev report of partitions that a program removes or adds."""
+    mounts_changed: Callable[[], None] = lambda: None
+    """Called at each change of the mounts."""
+    mapping_changed: Callable[[str], None] = lambda _name: None
+    """Called with the kernel's name of a mapping that has become live, or was removed."""
+    mount_id: int = 20
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
     open_nodes: list[FakeOpenVolume] = field(default_factory=list)
+    path_watches: list[FakePathWatch] = field(default_factory=list)
     diskseq: int = 0
     minor: int = 0
     steps: list[str] = field(default_factory=list)
@@ -240,6 +249,13 @@ class FakeKernel:
             self.unread[number] = self.media.pop(name)
             return volume
 
+    def free_mount_point(self, name: str) -> None:
+        """Remove what lies at the mount point, which inotify reports."""
+        del self.directories[name]
+        for watch in self.path_watches:
+            if watch.name == name:
+                watch.change()
+
     def new_session(self) -> None:
         """Cut the CAAM's power: the live mappings' keys become others."""
         with self.lock:
@@ -277,7 +293,7 @@ class FakeKernel:
             self.users.clear()
             for mapping in list(self.mappings.values()):
                 mapping.holders = 0
-                self._remove_if_closed(mapping)
+                self.remove_if_closed(mapping)
 
     def leftovers(self) -> list[str]:
         """List what the agent has in the kernel; empty when no medium is present."""
@@ -285,7 +301,9 @@ class FakeKernel:
         dirs = [f"directory {n}" for n, kind in self.directories.items() if kind == "ours"]
         mounts = [f"mount {mount.point}" for mount in self.mounts]
         nodes = [f"open node {opened.volume.node}" for opened in self.open_nodes]
-        return keys + [f"mapping {name}" for name in self.mappings] + mounts + dirs + nodes
+        watches = [f"watch of {watch.name}" for watch in self.path_watches]
+        mappings = [f"mapping {name}" for name in self.mappings]
+        return keys + mappings + mounts + dirs + nodes + watches
 
     def start_process(self) -> FakeProcess:
         """Start a process of the agent, with a new keyring."""
@@ -324,9 +342,24 @@ class FakeKernel:
             mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
         )
 
-    def _remove_if_closed(self, mapping: FakeMapping) -> None:
+    def remove_if_closed(self, mapping: FakeMapping) -> None:
+        """Remove the mapping if that was asked for and nobody has it open."""
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
+            self.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def take_away(self, mount: Mount) -> None:
+        """Have this mount no more; others may be equal."""
+        self.mounts[:] = [other for other in self.mounts if other is not mount]
+
+    def mount_of_root(self, root: Path) -> Mount | None:
+        """Return the topmost mount at the mount root itself, or None."""
+        return next((m for m in reversed(self.mounts) if m.point == str(root)), None)
+
+    def next_mount(self) -> int:
+        """Return the number of the next mount."""
+        self.mount_id += 1
+        return self.mount_id
 
 
 class FakeOpenVolume:
@@ -370,6 +403,8 @@ class FakeProcess:
         self.mount_root = MOUNT_ROOT
         self.is_running = True
         self.watches: list[FakeWriteWatch] = []
+        self.places: dict[str, int] = {}
+        """Numbers of the mounts whose directories it has mounted something in, by the names."""
         self._keyring = keyring
 
     def die(self) -> None:
@@ -519,6 +554,7 @@ class FakeProcess:
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
+            self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def load_error_table(self, uuid: str) -> None:
         found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
@@ -527,9 +563,14 @@ class FakeProcess:
         if mapping is None or mapping.live is None:
             return
         mapping.is_suspended = False
-        target = CryptTarget.from_line(mapping.live)
-        if target is not None:
-            mapping.live, mapping.key = f"0 {target.length} error", None
+        mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def resume_mapping(self, name: str) -> None:
+        self._step("resume_mapping", name)
+        mapping = self._mapping(name, "activate mapping")
+        mapping.is_suspended, mapping.inactive = False, None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -537,7 +578,7 @@ class FakeProcess:
             mapping = self.kernel.mappings.get(name)
             if mapping is not None:
                 mapping.is_removed_at_last_close = True
-                self.kernel._remove_if_closed(mapping)
+                self.kernel.remove_if_closed(mapping)
 
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
@@ -582,15 +623,30 @@ class FakeProcess:
     ) -> None:
         assert options is not None
         with self.kernel.lock:
-            found = self.kernel.directories.setdefault(name, "ours")
+            self.kernel.directories.setdefault(name, "ours")
             point = str(self.mount_root / name)
-            if found == "content" or any(m.point == point for m in self.kernel.mounts):
-                raise MountPointOccupiedError(f"{point} is not empty")
+            if why := self._why_occupied(name):
+                raise MountPointOccupiedError(why)
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
-            made = Mount(mapping.number, point, node, read_only, kind, leaves_journal=unread)
+            below = self.kernel.mount_of_root(self.mount_root)
+            made = Mount(
+                mapping.number, point, node, read_only, kind, leaves_journal=unread,
+                is_filesystem_read_only=read_only, identity=self.kernel.next_mount(),
+                parent=0 if below is None else below.identity,
+            )  # fmt: skip
+            if below is not None:  # its peer gets a copy, which it hides
+                copy = replace(made, identity=self.kernel.next_mount(), parent=below.parent)
+                self.kernel.mounts.append(copy)
             self.kernel.mounts.append(made)
+            self.places[name] = made.parent
+            self.kernel.mounts_changed()
+
+    def keep_place(self, name: str) -> None:
+        self._step("keep_place", name)
+        below = self.kernel.mount_of_root(self.mount_root)
+        self.places[name] = 0 if below is None else below.identity
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
@@ -614,7 +670,8 @@ class FakeProcess:
             fake = self.kernel.mappings[mapping.name]
             points = [m.point for m in self.kernel.mounts if m.number == mapping.number]
             users = fake.holders + sum(self.kernel.users.get(Path(p).name, 0) for p in points)
-            return [Holder(pid, "program", "has a file open") for pid in range(1, users + 1)]
+            found = range(1, users + 1) if self.kernel.shows_holders else ()
+            return [Holder(pid, "program", "has a file open") for pid in found]
 
     def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
         self._step("end_holders", mapping.name)
@@ -676,28 +733,67 @@ class FakeProcess:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
+            mount = self._reached(name)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
-                self.kernel.mounts.remove(mount)  # mounted by another program
+                self.kernel.take_away(mount)  # mounted by another program
+                self.kernel.mounts_changed()
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
-            self.kernel.mounts.remove(mount)
+            copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
+            below = self.kernel.mount_of_root(self.mount_root)
+            is_peer = below is not None and mount.parent == below.identity
+            for gone in list(copies) if is_peer else [mount]:
+                self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
             mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
             mapping.holders += users
-            self.kernel._remove_if_closed(mapping)
+            self.kernel.mounts_changed()
+            self.kernel.remove_if_closed(mapping)
+
+    def _reached(self, name: str) -> Mount | None:
+        """Return the topmost mount in the directory that it was mounted in, or on the path."""
+        return self._seen(name) if name not in self.places else self._in(self.places[name], name)
+
+    def _seen(self, name: str) -> Mount | None:
+        below = self.kernel.mount_of_root(self.mount_root)
+        return self._in(0 if below is None else below.identity, name)
+
+    def _in(self, on: int, name: str) -> Mount | None:
+        point, reached = str(self.mount_root / name), None
+        while True:
+            there = (m for m in self.kernel.mounts if (m.point, m.parent) == (point, on))
+            over = next(there, None)
+            if over is None:
+                return reached
+            reached, on = over, over.identity
 
     def remove_mount_point(self, name: str) -> None:
         self._step("remove_mount_point", name)
         point = str(self.mount_root / name)
         if any(mount.point == point for mount in self.kernel.mounts):
             return
+        self.places.pop(name, None)
         if self.kernel.directories.get(name) == "ours":
             del self.kernel.directories[name]
+
+    def why_occupied(self, name: str) -> str:
+        self._step("why_occupied", name)
+        return self._why_occupied(name)
+
+    def _why_occupied(self, name: str) -> str:
+        """Return why nothing can be mounted at the name, in the words of the real kernel."""
+        point = self.mount_root / name
+        if self._seen(name) is not None:
+            return f"something is mounted at {point}"
+        return f"{point} is not empty" if self.kernel.directories.get(name) == "content" else ""
+
+    def watch_mount_point(self, name: str) -> FakePathWatch:
+        self._step("watch_mount_point", name)
+        return FakePathWatch(self.kernel, name)
 
     def our_mount_points(self) -> list[str]:
         self._step("our_mount_points")
@@ -705,6 +801,33 @@ class FakeProcess:
         kinds = self.kernel.directories.items()
         ours = [name for name, kind in kinds if kind == "ours"]
         return [name for name in ours if str(self.mount_root / name) not in points]
+
+
+class FakePathWatch:
+    """A watch for changes of a name in the mount root."""
+
+    def __init__(self, kernel: FakeKernel, name: str) -> None:
+        self.name = name
+        self._kernel = kernel
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        kernel.path_watches.append(self)
+
+    def fileno(self) -> int:
+        return self._event
+
+    def change(self) -> None:
+        os.eventfd_write(self._event, 1)
+
+    def read(self) -> list[str | None]:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return []
+        return [None]
+
+    def close(self) -> None:
+        self._kernel.path_watches.remove(self)
+        os.close(self._event)
 
 
 class FakeEmptiedDisk:
@@ -770,4 +893,4 @@ class FakeWriteWatch:
         if self in self._process.watches:
             self._process.watches.remove(self)
             self._mapping.watches -= 1
-            self._process.kernel._remove_if_closed(self._mapping)
+            self._process.kernel.remove_if_closed(self._mapping)

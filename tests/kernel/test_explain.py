@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Rule
 from caam_hotplug.daemon import explain
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import sysfs
+from caam_hotplug.model import Entry, State
 from fakes.contract import until
 from kernel.agents import Room
 from kernel.test_lost_events import udevd_hanging
@@ -73,3 +76,19 @@ def test_the_kernels_own_events_have_the_same_label(room: Room) -> None:
         text = explained(room.medium.partition, Config(source="kernel", rule=ANY.rule))
         assert "  partlabel  'cartridge-01'" in text
         assert Path(room.medium.partition).is_block_device()
+
+
+def test_explain_says_which_rule_holds_a_medium_whatever_the_files_say_now(room: Room) -> None:
+    with room.medium.disposable():
+        name = Path(room.medium.partition).name
+        volume = next(volume for volume in sysfs.there() if volume.name == name)
+        known = replace(volume, partlabel="cartridge-01", identified=True, awaits_udev=True)
+        entry = Entry(known, State.MOUNTED, "at /run/media/cartridge-01", rule="earlier")
+        same, others = (
+            "\n".join(explain.explain(room.medium.partition, config, [entry]))
+            for config in (ANY, Config(rule=BUILT_IN))
+        )
+    held = "it is mounted: at /run/media/cartridge-01\n  rule 'earlier' is in force for it\n"
+    assert "  udev has not reported it yet, and may report more" in same
+    assert f"{held}after a reload of the configuration files:\nrule 'any' matches it" in same
+    assert f"{held}after a reload of the configuration files:\nno rule matches it" in others

@@ -172,5 +172,5 @@ def test_what_is_no_block_device_has_no_id() -> None:
 
 
 def test_this_kernel_numbers_insertions_and_udevd_runs() -> None:
-    udev.require_diskseq()
+    sysfs.require_diskseq()
     assert udev.default_source() == "udev"

@@ -155,6 +155,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     ),
     # open(2) of the mapping's node.
     "watch_writes": (errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    # open(2) of the mount root.
+    "keep_place": (errno.ELOOP, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     # open(2), read(2) of /proc/self/mountinfo; EACCES is a security module's, ENOENT where /proc is
     # unmounted or covered.
     "mounts": (
@@ -175,7 +177,11 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "remove_mount_point": (errno.EROFS, errno.EACCES, errno.EIO, errno.ENOMEM, errno.EMFILE),
     # open(2) of a reader's disk: no card, the reader gone, a sick one, too many open files.
     "read_table": (errno.ENOMEDIUM, errno.ENXIO, errno.ENOENT, errno.EIO, errno.EMFILE),
-    # open(2), readdir(3) of the mount root: a link on its way, not allowed, sick, too many files.
+    # open(2), readdir(3) of the mount root or a mount point: a link on its way, not allowed, sick,
+    # too many files.
+    "why_occupied": (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EMFILE),
+    # inotify_init1(2), inotify_add_watch(2): no watch, no instance, no memory.
+    "watch_mount_point": (errno.ENOSPC, errno.EMFILE, errno.ENOMEM),
     "our_mount_points": (errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
 }
 # fmt: on
@@ -183,6 +189,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
 DM_STEPS: Final = {
     "find_mapping", "our_mappings", "create_mapping", "load_table", "activate_mapping",
     "load_error_table", "remove_mapping", "keep_mapping", "require_same",
+    "resume_mapping",
 }  # fmt: skip
 """Steps of the mappings' worker; the last is one of a device, and waits for nothing."""
 GLOBAL: Final = {"mounts"}
@@ -231,7 +238,7 @@ def error_of(step: str, number: int) -> HotplugError:
             return FlushError(*words)
         case _ if step in PLAIN:
             return KernelError(*words)
-        case "mounts" | "holders", _:
+        case "mounts" | "holders" | "watch_mount_point", _:
             return UnknownError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -356,6 +363,13 @@ def mounted(scene: Scene) -> None:
     assert scene.is_served(scene.target)
 
 
+def in_conflict(scene: Scene) -> None:
+    """Let a program have the target's mount point, and wait until the agent has looked at it."""
+    scene.bench.kernel.directories[LABEL] = "content"
+    scene.bench.appear(scene.target)
+    scene.bench.wait(2)
+
+
 def crashed(scene: Scene) -> None:
     """Mount the target and kill the agent."""
     mounted(scene)
@@ -385,6 +399,11 @@ def arrive(scene: Scene) -> None:
 def announced(scene: Scene) -> None:
     """Report the target to the agent as the kernel does, before udev."""
     scene.bench.announce(scene.target)
+
+
+def give_back(scene: Scene) -> None:
+    """Empty the target's mount point."""
+    scene.bench.kernel.free_mount_point(LABEL)
 
 
 def pull(scene: Scene) -> None:
@@ -422,6 +441,7 @@ MOMENTS: Final = (
     Moment("recovery", without_table, start, State.MOUNTED),
     Moment("adoption", crashed, start, State.MOUNTED),
     Moment("adoption while in use", crashed, start, State.MOUNTED, held=True),
+    Moment("end of a conflict", in_conflict, give_back, State.MOUNTED),
     Moment("pull", mounted, pull, State.REMOVED_UNSAFELY),
     Moment("pull while in use", mounted, pull, State.REMOVED_UNSAFELY, held=True),
     Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
@@ -432,6 +452,7 @@ MOMENTS: Final = (
     Moment("release of leftovers while in use", orphaned, find_leftovers, State.GONE, held=True),
 )
 DEPARTS: Final = {pull, change}
+UNLOCKS: Final = {arrive, announced, start, give_back}
 STARTS: Final = [moment for moment in MOMENTS if moment.act in {start, find_leftovers}]
 
 
@@ -479,7 +500,7 @@ class Combination:
     @property
     def is_taken_by_the_dm_worker(self) -> bool:
         """Whether others wait behind the call: the load of a table also unlinks its key."""
-        loads = self.moment.act in {arrive, announced, start} and self.step == "unlink_key"
+        loads = self.moment.act in UNLOCKS and self.step == "unlink_key"
         return self.step in DM_STEPS - {"load_error_table"} or loads
 
     @property
@@ -487,13 +508,17 @@ class Combination:
         """State of the target after the call has failed."""
         act = self.moment.act
         # A detach follows; it is only listed; it is tried again; it comes after the target's life;
-        # only a later sleep needs it.
+        # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
             "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
-            "ciphertexts",
+            "ciphertexts", "why_occupied", "keep_place",
         }  # fmt: skip
+        if act is give_back and self.step == "mounts" and not self.nth and not self.lasting:
+            return self.moment.ends_in  # an attempt follows a check without an answer
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
+        if self.step == "find_mapping" and act is stop and self.nth == 0 and not self.lasting:
+            return self.moment.ends_in  # only a suspended mapping needs it
         if self.step == "watch_writes" and self.moment.before is crashed:
             return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:

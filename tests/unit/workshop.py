@@ -31,8 +31,8 @@ from caam_hotplug.kernel import (
     memory,
     mount,
     mountinfo,
+    sysfs,
     trusted,
-    udev,
 )
 from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
@@ -296,7 +296,7 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     monkeypatch.setattr(temporary_mapping, "try_method", _try_method)
     for module, name in (
         (disks, "require_not_the_systems"), (disks, "read_partitions"),
-        (device_users, "require_unused"), (udev, "require_diskseq"), (memory, "refuse_core_dumps"),
+        (device_users, "require_unused"), (sysfs, "require_diskseq"), (memory, "refuse_core_dumps"),
         (keyring, "join_session_keyring"), (temporary_mapping, "remove_leftovers"),
         (temporary_mapping, "require_no_leftovers"), (temporary_mapping, "try_blob"),
     ):  # fmt: skip

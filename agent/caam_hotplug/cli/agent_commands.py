@@ -9,6 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from caam_hotplug import names
@@ -61,6 +63,24 @@ def add_commands(commands: options.Commands) -> None:
         examples=["reload"],
         more="A configuration with a mistake is refused whole; the previous one stays in force.\n",
     )
+
+
+def explained(device: str) -> str | None:
+    """Return what the running agent says of the device; None without an answer of it."""
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]  # as below
+    try:
+        from caam_hotplug.dbus import client  # noqa: PLC0415  sdbus is an extra
+    except ImportError:
+        return None
+    answers: list[str] = []
+    path = str(Path(device).absolute())
+
+    async def ask(agent: Remote) -> None:
+        answers.append(await agent.explain(path))
+
+    with suppress(HotplugError):  # what is wrong with the device, the caller finds as well
+        client.run("explain", ask)
+    return next(iter(answers), None)
 
 
 def _add_status(commands: options.Commands) -> None:

@@ -270,6 +270,11 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _explain(parsed: argparse.Namespace) -> int:
+    from caam_hotplug.cli import agent_commands  # noqa: PLC0415
+
+    if parsed.config is None and (text := agent_commands.explained(parsed.device)) is not None:
+        print(text)
+        return 0
     from caam_hotplug.daemon import explain  # noqa: PLC0415
     from caam_hotplug.kernel import config_files  # noqa: PLC0415
 

@@ -11,9 +11,11 @@ from typing import Final
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import explain
+from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel.abandonable import run_in_thread
+from caam_hotplug.model import Entry
 from caam_hotplug.systemd import journal
 from caam_hotplug.systemd.notify import Notifier
 
@@ -26,6 +28,8 @@ _READ_AT_START = (
 
 _READ_WITHIN_S: Final = 30.0
 """A file may be on a filesystem that hangs."""
+_ANSWERS_WITHIN_S: Final = 30.0
+"""How long an explanation waits for the loop, which may be ending."""
 
 Load = Callable[[], Config]
 
@@ -34,9 +38,16 @@ class Agent:
     """The agent as the service manager and D-Bus clients address it. Synchronization: loop only."""
 
     def __init__(
-        self, config: Config, load: Load, supervisor: Supervisor, notifier: Notifier
+        self,
+        config: Config,
+        load: Load,
+        supervisor: Supervisor,
+        notifier: Notifier,
+        registry: StatusRegistry,
     ) -> None:
         """`load` reads the configuration files."""
+        self._loop = asyncio.get_running_loop()
+        self._registry = registry
         self._config = config
         self._load = load
         self._supervisor = supervisor
@@ -100,4 +111,10 @@ class Agent:
 
     def explain(self, device: str) -> str:
         """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError. Any thread."""
-        return "\n".join(explain.explain(device, self._load()))
+
+        async def published() -> list[Entry]:
+            return self._registry.entries()
+
+        asked = asyncio.run_coroutine_threadsafe(published(), self._loop)
+        lines = explain.explain(device, self._load(), asked.result(_ANSWERS_WITHIN_S))
+        return "\n".join(lines)

@@ -6,23 +6,35 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+from caam_hotplug.daemon.readers import Readers
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
+from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
-from caam_hotplug.volume.worker import Observe
+from caam_hotplug.volume.worker import Observe, Worker
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class DeviceEvents:
     """Takes the events of devices as they come, or when udev's report is overdue."""
 
-    def __init__(self, devices: udev.Devices, supervisor: Supervisor, observe: Observe) -> None:
+    def __init__(
+        self,
+        devices: udev.Devices,
+        supervisor: Supervisor,
+        observe: Observe,
+        new_worker: Callable[[str], Worker],
+    ) -> None:
         self._devices = devices
+        self._readers = Readers(devices.source, supervisor, new_worker, self._look_at)
         self._supervisor = supervisor
         self._observe = observe
         self._loop = asyncio.get_running_loop()
@@ -30,13 +42,17 @@ class DeviceEvents:
 
     def begin(self) -> None:
         """Start the lifecycles of all present volumes, and take events from now on."""
+        self._devices.watch_mappings(self._supervisor.observer.mapping_changed)
+        self._devices.watch_disks(self._readers.reported)
         self._supervisor.start(self._devices.present(), sysfs.there())
         for fileno, read in self._devices.readers().items():
             self._loop.add_reader(fileno, self._take, read)
+        self._readers.begin()
         self._set_alarm()
 
     def end(self) -> None:
         """Take no more events."""
+        self._readers.end()
         for fileno in self._devices.readers():
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
@@ -49,6 +65,9 @@ class DeviceEvents:
             with self._observe(f"take {type(event).__name__}"):
                 self._supervisor.take(event, self._devices.present())
         self._set_alarm()
+
+    def _look_at(self, name: str) -> None:
+        self._take(partial(self._devices.look_at, name))
 
     def _take_overdue(self) -> None:
         self._alarm = None
@@ -93,6 +112,11 @@ class BlobEvents:
             log.info("watch %s: the kernel watches it again", self._directory)
             self._supervisor.blob_appeared(None)  # one may have come meanwhile
 
+    def mounts_changed(self) -> None:
+        """Look whether a mount has put another directory in its place; no watch reports that."""
+        if self._watch is not None and self._ask(self._watch.leads_elsewhere):
+            self._supervisor.blob_appeared(None)
+
     def end(self) -> None:
         """Watch no more."""
         if self._alarm is not None:
@@ -103,14 +127,17 @@ class BlobEvents:
             self._watch = None
 
     def _take(self, watch: inotify.Directory) -> None:
+        for name in self._ask(watch.read) or ():
+            self._supervisor.blob_appeared(name)
+
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """Return the answer of the watch; without one, end the watch and ask for another."""
         try:
-            found = watch.read()
+            return question()
         except UnknownError as error:
             self.end()
             self._ask_again(error)
-            return
-        for name in found:
-            self._supervisor.blob_appeared(name)
+            return None
 
     def _ask_again(self, error: UnknownError) -> None:
         if not self._delay_s:
@@ -118,6 +145,30 @@ class BlobEvents:
             log.warning(words, error)
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S) or FIRST_DELAY_S
         self._alarm = self._loop.call_later(self._delay_s, self.begin)
+
+
+@contextmanager
+def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
+    """Report each change of the machine's mounts."""
+    try:
+        watched = MountEvents()
+    except UnknownError as error:
+        log.warning("%s; what others do with a mount is seen when it is released", error)
+        yield
+        return
+
+    def take() -> None:
+        watched.read()
+        supervisor.mounts_changed()
+        blobs.mounts_changed()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watched, take)
+    try:
+        yield
+    finally:
+        loop.remove_reader(watched)
+        watched.close()
 
 
 @contextmanager

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
-from caam_hotplug.config.rules import Action, NoMatch, Plan, match_rules
+from caam_hotplug.config.rules import Action, NeedsUdev, NoMatch, Plan, match_rules
 from caam_hotplug.errors import KernelError
 from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import cipher_for
-from caam_hotplug.kernel import open_volume, udev
-from caam_hotplug.model import SECTOR_BYTES, Volume
+from caam_hotplug.kernel import open_volume, sysfs, udev
+from caam_hotplug.model import SECTOR_BYTES, Entry, State, Volume
 
 _FACTS = (
     "partlabel", "partuuid", "parttype", "label", "uuid", "header", "serial", "vendor",
@@ -20,28 +21,49 @@ _FACTS = (
 )  # fmt: skip
 
 
-def explain(node: str, config: Config) -> Iterator[str]:
-    """Yield lines for users. Raises: HotplugError if the node is no block device with a medium."""
+def explain(node: str, config: Config, entries: Iterable[Entry] = ()) -> Iterator[str]:
+    """Yield lines for users. `entries`: what the running agent has published of its volumes.
+
+    Raises: HotplugError if the node is no block device with a medium.
+    """
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
         volume = devices.volume(node)
-    awaits_udev = source == "udev" and not volume.identified
-    try:
-        volume = open_volume.identify(volume)
-    except KernelError:
-        if not volume.identified:
-            raise
+    entry = next((each for each in entries if each.volume.id == volume.id), None)
+    volume = _identified(volume, source) if entry is None else entry.volume
     yield from _facts(volume)
-    if awaits_udev:
+    if volume.awaits_udev:
         yield "  udev has not reported it yet, and may report more"
     yield ""
+    if entry is not None and entry.state is not State.IGNORED:
+        yield f"it is {entry.state.value}{f': {entry.reason}' if entry.reason else ''}"
+    held_by = entry.rule if entry is not None else ""
+    if held_by:
+        yield f"  rule {held_by!r} is in force for it"
     match match_rules(config.rule, volume):
         case Plan() as plan:
+            if held_by not in {"", plan.rule.name}:
+                yield "after a reload of the configuration files:"
             yield from _planned(plan, config, volume)
+        case NeedsUdev():
+            yield "the rules ask for what only udev knows, and wait for its report"
         case NoMatch() as no_match:
+            if held_by:
+                yield "after a reload of the configuration files:"
             yield "no rule matches it; it is left untouched"
             for name, why in no_match.reasons:
                 yield f"  rule {name!r}: {why}" if name else f"  {why}"
+
+
+def _identified(volume: Volume, source: sysfs.Source) -> Volume:
+    """Return the volume with what its disk says. Raises: KernelError if nothing says anything."""
+    volume = replace(volume, awaits_udev=source == "udev" and not volume.identified)
+    try:
+        return open_volume.identify(volume)
+    except KernelError:
+        if not volume.identified:
+            raise
+        return volume
 
 
 def _cipher(plan: Plan) -> str:

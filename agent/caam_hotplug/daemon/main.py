@@ -13,13 +13,13 @@ from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon.agent import Agent, Load
-from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, sleeps_watched
+from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, mounts_watched, sleeps_watched
 from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
 from caam_hotplug.dbus.systemd_units import SystemdUnits
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import keyring, memory, reserve, trusted, udev, uevents
+from caam_hotplug.kernel import keyring, memory, reserve, sysfs, trusted, udev, uevents
 from caam_hotplug.kernel.agent_lock import AgentLock
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.model import Entry
@@ -54,7 +54,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
 
 def _run(config: Config, load: Load, observe: Observe) -> None:
     reserve.RESERVE.fill()
-    udev.require_diskseq()
+    sysfs.require_diskseq()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     memory.share_one_heap()
@@ -86,13 +86,14 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
         # A key's type must be loaded before the key.
         await context.dm_worker.run("load key types", trusted.is_offered, late=_ignore_late)
         async with Service(registry) as service, Supervisor(context, leftovers) as supervisor:
-            agent = Agent(config, load, supervisor, notifier)
+            agent = Agent(config, load, supervisor, notifier, registry)
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
-            events = DeviceEvents(devices, supervisor, observe)
+            events = DeviceEvents(devices, supervisor, observe, context.new_worker)
             blobs = BlobEvents(config.blob_directory, supervisor)
             held.callback(events.end)
             held.callback(blobs.end)
+            held.enter_context(mounts_watched(supervisor, blobs))
             blobs.begin()
             look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()

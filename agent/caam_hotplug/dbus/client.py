@@ -17,6 +17,8 @@ MANAGER: Final = (names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER)
 OBJECTS: Final = (names.BUS_NAME, names.BUS_PATH, "org.freedesktop.DBus.ObjectManager")
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _NO_TIME_LIMIT_US: Final = 2**63 - 1
+_EXPLAIN_WITHIN_US: Final = 90_000_000
+"""More than the agent gives itself."""
 
 _NOT_RUNNING = (sdbus.DbusServiceUnknownError, sdbus.DbusNameHasNoOwnerError)
 _ENDED = (sdbus.DbusNoReplyError, sdbus.DbusDisconnectedError)
@@ -87,6 +89,11 @@ class Remote:
         self.connection.bus.method_call_timeout_usec = _NO_TIME_LIMIT_US
         target = (names.BUS_NAME, volume.path, names.BUS_VOLUME)
         return await self._call(f"{self.what} {volume.display_name}", target, method, *arguments)
+
+    async def explain(self, device: str) -> str:
+        """Return what the agent says of the device, which may take it a while."""
+        self.connection.bus.method_call_timeout_usec = _EXPLAIN_WITHIN_US
+        return str(await self._call(self.what, MANAGER, "Explain", "s", device))
 
     async def reload(self, within_s: float | None = None) -> list[str]:
         """Make the agent read its configuration again, and return its notices.

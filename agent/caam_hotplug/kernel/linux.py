@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from caam_hotplug import names
-from caam_hotplug.errors import (
-    BlobError,
-    HotplugError,
-    MasterKeyError,
-    MountError,
-    UnknownError,
-)
+from caam_hotplug.errors import BlobError, HotplugError, MasterKeyError, MountError, UnknownError
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
 from caam_hotplug.kernel import (
     blkid,
@@ -26,6 +20,7 @@ from caam_hotplug.kernel import (
     devmapper,
     emptied_disk,
     error_table,
+    inotify,
     keyring,
     medium_sample,
     mount,
@@ -36,18 +31,11 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.kernel.write_watch import WriteWatch
-from caam_hotplug.model import (
-    DeviceNumber,
-    Holder,
-    Mapping,
-    Mount,
-    SecretBytes,
-    Volume,
-    VolumeId,
-)
+from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount, SecretBytes, Volume, VolumeId
 
 
 class LinuxKernel:
@@ -63,6 +51,7 @@ class LinuxKernel:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
+        self._places = MountPlaces(mount_root)
 
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.
@@ -167,6 +156,11 @@ class LinuxKernel:
         """
         error_table.load(uuid)
 
+    def resume_mapping(self, name: str) -> None:
+        """Resume a suspended mapping with its live table; a table that waits is dropped."""
+        devmapper.clear(name)
+        devmapper.resume(name)
+
     def remove_mapping(self, name: str) -> None:
         """Remove the mapping, at its last close if somebody holds it open."""
         devmapper.remove(name)
@@ -214,6 +208,12 @@ class LinuxKernel:
                 options=options,
                 filesystem_options=filesystem_options,
             )
+            self._places.keep(name, "..", target)
+
+    def keep_place(self, name: str) -> None:
+        """Keep the directory open in which `name` is mounted, where the path leads to now."""
+        with reported_as("look at", str(self.mount_root), MountError):
+            self._places.keep_seen(name)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
@@ -255,7 +255,7 @@ class LinuxKernel:
 
     def watch_writes(self, mapping: Mapping) -> WriteWatch:
         """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
-        return WriteWatch(mapping, self.mount_root)
+        return WriteWatch(mapping, self.mount_root, self._places)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""
@@ -264,7 +264,7 @@ class LinuxKernel:
         def unmount() -> None:
             with (
                 reported_as("unmount", str(point), MountError),
-                paths.directory(self.mount_root) as root,
+                self._places.directory(name) as root,
             ):
                 mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
 
@@ -276,7 +276,16 @@ class LinuxKernel:
     def remove_mount_point(self, name: str) -> None:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            spent_on(partial(paths.remove_mount_point, self.mount_root, name))
+            spent_on(partial(self._places.remove, name))
+
+    def why_occupied(self, name: str) -> str:
+        """Return what makes `mount` refuse the name, in its words; empty if nothing does."""
+        with reported_as("look at", str(self.mount_root / name), MountError):
+            return paths.why_occupied(self.mount_root, name)
+
+    def watch_mount_point(self, name: str) -> inotify.Directory:
+        """Watch the name in the mount root, until the watch is closed. Raises: UnknownError."""
+        return inotify.Directory(self.mount_root / name, removals=True)
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

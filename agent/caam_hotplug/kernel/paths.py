@@ -95,34 +95,66 @@ def mount_point(root: Path, name: str) -> Iterator[int]:
         with suppress(FileExistsError):
             # A umask cannot add bits, so the mode that marks it as ours is certain.
             os.mkdir(name, names.MOUNT_POINT_MODE, dir_fd=parent)
-        beside = os.fstat(parent).st_dev
-        try:
-            opened = os.open(name, _OPEN, dir_fd=parent)
-        except NotADirectoryError as error:
-            raise MountPointOccupiedError(f"{path} is a link or a file") from error
+        opened = _open_free(parent, path)
     try:
-        if os.fstat(opened).st_dev != beside:
-            raise MountPointOccupiedError(f"something is mounted at {path}")
-        if os.listdir(opened):
-            raise MountPointOccupiedError(f"{path} is not empty")
         yield opened
     finally:
         os.close(opened)
 
 
-def remove_mount_point(root: Path, name: str) -> None:
-    """Remove the directory if it is ours; the board's own stay.
+def why_occupied(root: Path, name: str) -> str:
+    """Return why `mount_point` would refuse the name, as it says it; empty if it would not.
 
-    Raises: OSError, unless it is missing, in use or has content.
+    Nothing is made. Raises: UnsafePathError; OSError.
     """
     try:
         with directory(root) as parent:
-            status = os.lstat(name, dir_fd=parent)
-            if stat.S_ISDIR(status.st_mode) and is_ours(status):
-                os.rmdir(name, dir_fd=parent)
+            os.close(_open_free(parent, root / name))
+    except FileNotFoundError:
+        return ""
+    except MountPointOccupiedError as error:
+        return str(error)
+    return ""
+
+
+def _open_free(parent: int, path: Path) -> int:
+    """Open an empty directory in the open parent. Raises: MountPointOccupiedError; OSError."""
+    try:
+        opened = os.open(path.name, _OPEN, dir_fd=parent)
+    except NotADirectoryError as error:
+        raise MountPointOccupiedError(f"{path} is a link or a file") from error
+    try:
+        if os.fstat(opened).st_dev != os.fstat(parent).st_dev:
+            raise MountPointOccupiedError(f"something is mounted at {path}")
+        if os.listdir(opened):
+            raise MountPointOccupiedError(f"{path} is not empty")
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def remove_mount_point(root: Path, name: str) -> None:
+    """As `remove_from`, by the path of the root."""
+    with suppress(FileNotFoundError), directory(root) as parent:
+        remove_from(parent, name)
+
+
+def remove_from(parent: int, name: str) -> bool:
+    """Remove the directory in the open one if it is ours; the board's own stay.
+
+    Return whether nothing is mounted there. Raises: OSError, unless it is missing, in use or has
+    content.
+    """
+    try:
+        status = os.lstat(name, dir_fd=parent)
+        if stat.S_ISDIR(status.st_mode) and is_ours(status):
+            os.rmdir(name, dir_fd=parent)
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
             raise
+        return error.errno != errno.EBUSY
+    return status.st_dev == os.fstat(parent).st_dev
 
 
 def is_ours(status: os.stat_result) -> bool:

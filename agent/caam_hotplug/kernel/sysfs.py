@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal
 
 from caam_hotplug import names
+from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel import sysfs_tree
 from caam_hotplug.kernel.sysfs_tree import known
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume, VolumeId, number
@@ -39,6 +40,16 @@ def block_names(root: int | None = None) -> list[str]:
     """Return the kernel's names of all block devices. Raises: UnknownError."""
     at = sysfs_tree.root() if root is None else root
     return known("the block devices", lambda: sysfs_tree.names(at, _BLOCK)) or []
+
+
+def require_diskseq() -> None:
+    """Raise HotplugError if this kernel does not number insertions, or shows no sysfs."""
+    at = sysfs_tree.root()
+    disks = known("the block devices", lambda: sysfs_tree.names(at, "block")) or []
+    if disks and not any(sysfs_tree.is_there(at, f"block/{disk}/diskseq") for disk in disks):
+        raise HotplugError(
+            "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
+        )
 
 
 def there() -> Iterator[Volume]:

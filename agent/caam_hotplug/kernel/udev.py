@@ -20,7 +20,6 @@ from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import (
     device_users,
     sysfs,
-    sysfs_tree,
     udev_database,
     udev_rules,
     uevents,
@@ -53,16 +52,6 @@ _LISTING: Final = "the block devices"
 def default_source() -> Source:
     """Return udev where udevd runs, else the kernel."""
     return "udev" if names.UDEV_CONTROL.exists() else "kernel"
-
-
-def require_diskseq() -> None:
-    """Raise HotplugError if this kernel does not number insertions, or shows no sysfs."""
-    at = sysfs_tree.root()
-    disks = sysfs_tree.known(_LISTING, lambda: sysfs_tree.names(at, "block")) or []
-    if disks and not any(sysfs_tree.is_there(at, f"block/{disk}/diskseq") for disk in disks):
-        raise HotplugError(
-            "this kernel has no disk sequence numbers: Linux 5.15 or newer is needed"
-        )
 
 
 class Devices:
@@ -103,6 +92,20 @@ class Devices:
         self._reported: dict[str, VolumeId] = {}
         """The volume reported last, by its kernel name."""
 
+    def watch_mappings(self, changed: Callable[[str], None]) -> None:
+        """Call this with the kernel's name of each mapping that it changes or removes."""
+        self._kernel.mapping_changed = changed
+
+    def watch_disks(self, reported: Callable[[Source, uevents.Uevent], None]) -> None:
+        """Call this with each event of a whole disk, and with its reporter."""
+        self._kernel.disk_reported = partial(reported, "kernel")
+        if self._udev is not None:
+            self._udev.disk_reported = partial(reported, "udev")
+
+    def look_at(self, name: str) -> list[Event]:
+        """Return what there is to report of a device now."""
+        return self._unknown.check(name, "list", partial(self._listed, name))
+
     def readers(self) -> dict[int, Callable[[], list[Event]]]:
         """Return the functions to call when a descriptor is readable, by that descriptor."""
         found = {self._kernel.fileno(): self.read_kernel}
@@ -110,8 +113,7 @@ class Devices:
 
     def close(self) -> None:
         """Stop receiving events."""
-        self._kernel.close()
-        for opened in (self._udev, self._rules):
+        for opened in (self._kernel, self._udev, self._rules):
             if opened is not None:
                 opened.close()
 
@@ -256,8 +258,7 @@ class Devices:
 
     def _from_kernel(self, uevent: uevents.Uevent) -> Iterator[Event]:
         """Yield the events of a kernel's uevent, which udev's follows."""
-        name = uevent.name
-        before, announced = self._reported.get(name), None
+        before, announced = self._reported.get(name := uevent.name), None
         if uevent.action == "add" and before is None and self._may_announce():
             announced = sysfs.announced_at(name, uevent.properties.get("PARTNAME"))
         which = sysfs.present_id(name) if announced is None else announced.id
@@ -294,6 +295,5 @@ class Devices:
         return Disappeared(name)
 
     def _await_udev(self, name: str) -> None:
-        if sysfs.NEVER_MEDIA.match(name):
-            return
-        self._awaited.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
+        if not sysfs.NEVER_MEDIA.match(name):
+            self._awaited.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)

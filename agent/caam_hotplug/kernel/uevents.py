@@ -8,16 +8,19 @@ in lib/kobject_uevent.c; monitor_netlink_header in systemd's device-monitor.c.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.kernel.sysfs import Source
+
+log = logging.getLogger(__name__)
 
 KERNEL_GROUP: Final = 1
 UDEV_GROUP: Final = 2
@@ -32,10 +35,14 @@ _UDEV_PREFIX: Final = b"libudev\0"
 _UDEV_HEADER: Final = struct.Struct("=8s4sIII")
 """Prefix, magic, and in bytes: length of the header, where the properties begin, their length."""
 _UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
+_UNKNOWN_FORM: Final = (
+    "a report has a form that is not known, and is not read: it begins with %s; if it is "
+    'udev\'s, media are served late; `source = "kernel"` serves them without udev'
+)
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
-_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
+_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/(dm-\d+)\0")
 """With both NULs: a label may have any other byte."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
@@ -97,6 +104,12 @@ class Uevents:
     def __init__(self, group: int, handed: int | None = None) -> None:
         """`handed`: a socket of this group, which this object closes."""
         self._group = group
+        self._is_unknown_said = False
+        """Whether it is said that a message has an unknown form."""
+        self.mapping_changed: Callable[[str], None] = lambda _name: None
+        """Called with the kernel's name of a mapping that it has changed or removed."""
+        self.disk_reported: Callable[[Uevent], None] = lambda _event: None
+        """Called with each event of a whole disk, before it is returned."""
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -138,12 +151,26 @@ class Uevents:
             if flags & socket.MSG_TRUNC:
                 yield None
                 continue
-            if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
+            if b"\0SUBSYSTEM=block\0" not in message:
                 continue
-            if self._is_trusted(sender, ancillary):
-                event = parsed(message)
-                if event is not None:
-                    yield event
+            if not self._is_trusted(sender, ancillary):
+                continue
+            if (mapping := _MAPPING.search(message)) is not None:
+                if not message.startswith(b"add@"):
+                    self.mapping_changed(mapping[1].decode())
+            elif (event := self._known(message)) is not None:
+                if event.properties.get("DEVTYPE") == "disk":
+                    self.disk_reported(event)
+                yield event
+
+    def _known(self, message: bytes) -> Uevent | None:
+        """Parse the message, and say once that one has an unknown form."""
+        has_form = self._group == KERNEL_GROUP or message.startswith(_UDEV_PREFIX)
+        event = parsed(message) if has_form else None
+        if event is None and not self._is_unknown_said:
+            self._is_unknown_said = True
+            log.warning(_UNKNOWN_FORM, message[: _UDEV_HEADER.size].hex())
+        return event
 
     def _is_trusted(self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Return whether the kernel, or a process of root's, has sent it; others can, too."""
@@ -168,11 +195,8 @@ def parsed(message: bytes) -> Uevent | None:
             return None
         message = message[begin : begin + length]
     properties = dict(text.split("=", 1) for text in _texts(message) if "=" in text)
-    return Uevent(
-        action=properties.get("ACTION", ""),
-        name=os.path.basename(properties.get("DEVPATH", "")),
-        properties=properties,
-    )
+    name = os.path.basename(properties.get("DEVPATH", ""))
+    return Uevent(properties.get("ACTION", ""), name, properties) if name else None
 
 
 def _texts(message: bytes) -> list[str]:

@@ -21,7 +21,7 @@ from caam_hotplug.kernel import (
     mount,
     mountinfo,
     paths,
-    udev,
+    sysfs,
 )
 from caam_hotplug.keys import backends
 from caam_hotplug.model import SECTOR_BYTES, Mapping, Volume
@@ -38,7 +38,7 @@ def prepare(operation: str) -> None:
     """
     if os.geteuid() != 0:
         raise HotplugError(f"{operation}: it needs to be root; use sudo")
-    udev.require_diskseq()
+    sysfs.require_diskseq()
     gpt.require_library()
     memory.refuse_core_dumps()
     keyring.join_session_keyring()

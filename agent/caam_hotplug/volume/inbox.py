@@ -39,6 +39,9 @@ class Inbox:
         self._volume = volume
         self._changes: set[Reevaluate] = set()
         self.request: Request | None = None
+        self.mounts_changed = False
+        """Whether mounts have changed, or what lies in the mount point, since an idle volume was
+        last looked at, or its last attempt began."""
         self._last_refusal: Exception | None = None
 
     @property
@@ -60,6 +63,15 @@ class Inbox:
         """Add a change."""
         self._changes.add(change)
         self._stop.wake()
+
+    def note_mounts(self, *, concerns: bool = True) -> None:
+        """Note that mounts have changed, or what lies in the mount point.
+
+        `concerns`: the volume waits for that now.
+        """
+        self.mounts_changed = True
+        if concerns:
+            self._stop.wake()
 
     def discard_facts(self) -> None:
         """Forget changed facts: they were of the volume as it was held."""

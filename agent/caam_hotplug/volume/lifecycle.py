@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import NoMatch, Plan, match_rules
@@ -20,25 +19,25 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
-    WritesLostError,
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
+from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import release_leftovers
+from caam_hotplug.volume.lookout import Lookout
+from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
-from caam_hotplug.volume.release import who_uses
+from caam_hotplug.volume.remains import in_words, note_last_writes, remains
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
-
-_LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 class VolumeLifecycle:
@@ -58,6 +57,7 @@ class VolumeLifecycle:
             self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
         self._device = Device(self.record, self._operations)
+        self._lookout = Lookout(self._operations, self.record)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -77,6 +77,9 @@ class VolumeLifecycle:
             self._inbox.refuse(self._stop.words or "a defect of the agent; its journal says more")
         # A failed release was published; only the departure of the medium overrides it.
         if self._status.state is State.REMOVED_UNSAFELY or self._stop.keeps:
+            return
+        if self._stop.reason is Reason.OTHER_TABLE:  # the next lifecycle begins as this one ends
+            self._park_for(self._stop.words)
             return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
@@ -100,9 +103,19 @@ class VolumeLifecycle:
             return await self._release_for(request)
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
-        await self._inbox.until(lambda: bool(self._inbox.request) or self._inbox.has_changes)
+        cause, holding = self._phase.released_for, self.record.holding
+        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate)
+        await self._lookout.until_worth_it(
+            lambda: (
+                bool(self._inbox.request)
+                or (cause is not None and holding.differs)
+                or (self._inbox.has_changes and not awaits_mapping)
+            )
+        )
         if self._inbox.wants_release or self._stop.is_set:
             return self._phase
+        if cause is not None and holding.differs:
+            return await self._released_for(cause)
         return self._phase.to_evaluate()
 
     async def _evaluate(self) -> Phase:
@@ -110,6 +123,7 @@ class VolumeLifecycle:
         if self._inbox.wants_release:
             return self._phase.to_idle()
         self._inbox.clear_changes()
+        self.record.holding.end()
         udev_before = self.record.udev_status
         try:
             return await self._follow_rules()
@@ -117,15 +131,12 @@ class VolumeLifecycle:
             pass
         except OtherOnDiskError as error:
             self._device.follow(error.found)
-        except BlobMissingError as error:
-            self._status.publish(State.WAITING, str(error))
-        except MountPointOccupiedError as error:
-            self._status.publish(State.CONFLICT, str(error))
+        except (BlobMissingError, MountPointOccupiedError) as error:
+            self._status.publish(state_of(error), str(error))
+            return self._phase.to_idle(obstacle_of(error, self._kernel))
         except ReleaseError as error:
-            before = error.__cause__ and error.__cause__.__context__
-            cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self.record.retry_if_udev_reported(udev_before)
-            return self._badly_released(f"{error}{cause}{self.record.retry_if_passing(error)}")
+            return self._badly_released(in_words(error) + self.record.retry_if_passing(error))
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
@@ -150,10 +161,8 @@ class VolumeLifecycle:
             log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
             return self._phase.to_idle()
         self._status.publish(State.FAILED, f"{error}{self.record.retry_if_passing(error)}")
-        return self._phase.to_idle(
-            retry_on_blob=isinstance(error, BLOB_AT_FAULT),
-            is_foreign=isinstance(error, ForeignMappingError),
-        )
+        is_foreign = isinstance(error, ForeignMappingError)
+        return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
 
     @property
     def _phase(self) -> Phase:
@@ -206,37 +215,23 @@ class VolumeLifecycle:
         if released.is_kept:  # the medium may depart before the lifecycle has ended
             self.record.phase = Queued(target=target, has_leftover=True)
         if released.loses_data_if_gone and self._stop.medium_gone:
-            self._status.publish(State.REMOVED_UNSAFELY, _LOST)
-            if self._stop.reason is Reason.OTHER_KEY:  # else what was lost is not this medium's
-                self.record.note_lost(WritesLostError(_LOST))
+            note_last_writes(self.record)
         elif released.cause is not None and not self._stop.is_set:
             return await self._released_for(released.cause)
         return self._phase.to_idle()
 
-    async def _released_for(self, cause: Request | Reevaluate) -> Phase:
+    async def _released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
-        uuid = names.dm_uuid(self.record.volume.id)
-        try:
-            left = await self._operations.dm(
-                "look for the mapping", self._kernel.find_mapping, uuid
-            )
-        except (HotplugError, OSError) as error:  # the mapping may be there
-            return self._still_held(str(error))
-        if left is not None:
-            self._inbox.discard_facts()  # they were for the volume as it was held
-            others = "; ".join(await who_uses(self._operations, left)) or "others"
-            return self._still_held(
-                f"mapping {left.name} is held open: {others}; it goes when they close it"
-            )
-        self.record.phase = replace(self._phase, has_leftover=False)  # the kernel has none
-        if isinstance(cause, Request):
-            return self._park(cause)
-        return self._phase.to_evaluate()
-
-    def _still_held(self, words: str) -> Phase:
-        self._status.publish(State.FAILED, words)
-        self._inbox.refuse(words)
-        return self._with_leftover()
+        left = await remains(self.record, self._operations, cause)
+        if left is None:
+            self.record.phase = replace(self._phase, has_leftover=False)
+            return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self._park(cause)
+        self._status.publish(left.state, left.words)
+        self._inbox.refuse(left.words)
+        if not left.is_known:
+            return self._with_leftover()
+        self._inbox.discard_facts()  # they were for the volume as it was held
+        return replace(self._with_leftover(), released_for=cause)
 
     def _with_leftover(self) -> Phase:
         phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
@@ -257,13 +252,16 @@ class VolumeLifecycle:
             return idle
         return await self._released_for(request)
 
-    def _park(self, request: Request) -> Phase:
-        parked = self.record.parked
-        if parked is None or self._status.state is not State.EJECTED:  # which is more
-            lost = self.record.lost
-            self.record.park(State.LOCKED, f"{request.words}; {lost}" if lost else request.words)
-        self._inbox.grant()
+    def _park(self, cause: Request | Interference) -> Phase:
+        if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
+            self._park_for(cause.words)
+        if self._inbox.wants_release:
+            self._inbox.grant()
         return self._phase
+
+    def _park_for(self, words: str) -> None:
+        lost = self.record.lost
+        self.record.park(State.LOCKED, f"{words}; {lost}" if lost else words)
 
     async def _release_leftover(self) -> None:
         """Release what an earlier run or attempt has left. Raises: ReleaseError."""
@@ -276,8 +274,8 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self.record.note_lost(error.__cause__)
             raise
-        if was_writable and self._stop.medium_gone:
-            self._status.publish(State.REMOVED_UNSAFELY, _LOST)
+        if (was_writable or self.record.holding.is_left_writable) and self._stop.medium_gone:
+            note_last_writes(self.record)
 
     async def _release_at_end(self) -> None:
         """Release leftovers; a foreign mapping stays while its medium is there."""

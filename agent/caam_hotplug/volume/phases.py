@@ -12,6 +12,10 @@ from typing import Final
 from caam_hotplug.config.rules import Plan
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State
+from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.obstacles import Obstacle
+from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.target import Target
 
 REREAD: Final = "it was ejected, and its partitions were read anew"
@@ -26,17 +30,19 @@ class Phase:
     """Target of the last attempt."""
     has_leftover: bool = False
     """Whether an earlier run or a failed release may have left a mapping or mount of it."""
+    released_for: Request | Reevaluate | Interference | None = None
+    """Why it was released, while others hold its mapping open."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""
         return Evaluate(target=self.target, has_leftover=self.has_leftover)
 
-    def to_idle(self, *, retry_on_blob: bool = False, is_foreign: bool = False) -> Idle:
+    def to_idle(self, obstacle: Obstacle = Obstacle.NONE, *, is_foreign: bool = False) -> Idle:
         """Return the phase in which nothing is held."""
         return Idle(
             target=self.target,
             has_leftover=self.has_leftover,
-            retry_on_blob=retry_on_blob,
+            obstacle=obstacle,
             is_foreign=is_foreign,
         )
 
@@ -72,8 +78,8 @@ class Active(Phase):
 class Idle(Phase):
     """Hold nothing: ignored, waiting for a blob or for udev, in conflict, or failed."""
 
-    retry_on_blob: bool = False
-    """Whether a new blob is worth another attempt, since the last one was at fault."""
+    obstacle: Obstacle = Obstacle.NONE
+    """What is in its way, so that another attempt is worth it once that has gone."""
     is_foreign: bool = False
     """Whether a mapping that does something else is in the way; it is left alone."""
 

@@ -17,9 +17,11 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
+from caam_hotplug.volume.holding import Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
+from caam_hotplug.volume.obstacles import MAY_WANT_BLOB, OF_BLOBS, Obstacle
 from caam_hotplug.volume.phases import Active, Broken, Idle, Parked, Phase
 from caam_hotplug.volume.requests import Ask, Request, refusal
 from caam_hotplug.volume.retry_delay import RetryDelay
@@ -64,6 +66,7 @@ class Record:
             self.status.publish_late, names.dm_uuid(volume.id),
         )  # fmt: skip
         self.cut_off.is_mapped = phase.has_leftover
+        self.holding = Holding(self.stop.wake)
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
         self._retry_delay = RetryDelay()
@@ -86,9 +89,10 @@ class Record:
     @property
     def parked(self) -> Parked | None:
         """How the volume waits for a request, if it does, or its next lifecycle will."""
-        if self.stop.lost_in_sleep:
-            return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
-        return self.phase if isinstance(self.phase, Parked) else None
+        if isinstance(self.phase, Parked):
+            return self.phase
+        is_lost = self.stop.lost_in_sleep
+        return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words) if is_lost else None
 
     # Events from outside.
 
@@ -98,11 +102,12 @@ class Record:
         merged = self.facts.merge(before, report, needs_udev=self._needs_udev(before))
         if merged.volume != before:
             self.status.volume = merged.volume
-            may_confirm = merged.is_udevs_first or (merged.is_kept and not self._is_in_conflict)
+            is_in_conflict = Obstacle.MOUNT_POINT in self.obstacle
+            may_confirm = merged.is_udevs_first or (merged.is_kept and not is_in_conflict)
             if may_confirm and self._is_confirmed():
                 return  # a report that confirms an attempt is no reason to repeat it
             self.inbox.note(Reevaluate.UDEV if merged.is_udevs_first else Reevaluate.FACTS)
-        if self.status.state is State.WAITING or self._is_in_conflict:  # its cause may have ended
+        if self.obstacle & ~OF_BLOBS or self.status.state is State.WAITING:  # it may have gone
             self.inbox.note(Reevaluate.FACTS)
         self.stop.wake()
 
@@ -121,8 +126,11 @@ class Record:
         refused, and perhaps was only half written.
         """
         path = None if blob is None else str(self.context.kernel.blob_directory / blob)
-        waits = self.status.state in {State.WAITING, State.UNLOCKING, State.CONFLICT}
-        if (waits or self._retries_on_blob) and path in {None, self.status.blob}:
+        state = self.status.state
+        has_just_failed = state is State.FAILED and not isinstance(self.phase, Idle)
+        is_any = has_just_failed or Obstacle.ANY_BLOB in self.obstacle
+        wants = has_just_failed or state in MAY_WANT_BLOB or self.obstacle & OF_BLOBS
+        if wants and (is_any or path in {None, self.status.blob}):
             self.inbox.note(Reevaluate.FACTS)
 
     def machine_woke(self) -> None:
@@ -273,7 +281,7 @@ class Record:
 
         An attempt that failed before udev's report might have succeeded after it.
         """
-        if self.status.state is State.FAILED and not self._retries_on_blob:
+        if self.status.state is State.FAILED and not self.obstacle & OF_BLOBS:
             return False
         target = self.phase.target
         plan = match_rules(self.context.rules, self.volume)
@@ -286,10 +294,6 @@ class Record:
         return not isinstance(match_rules(self.context.rules, volume), Plan)
 
     @property
-    def _is_in_conflict(self) -> bool:
-        """Whether the mount point was occupied by others than volumes of the agent."""
-        return isinstance(self.phase, Idle) and self.status.state is State.CONFLICT
-
-    @property
-    def _retries_on_blob(self) -> bool:
-        return isinstance(self.phase, Idle) and self.phase.retry_on_blob
+    def obstacle(self) -> Obstacle:
+        """What is in the way of an idle volume."""
+        return self.phase.obstacle if isinstance(self.phase, Idle) else Obstacle.NONE

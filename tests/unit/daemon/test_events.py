@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -101,3 +102,51 @@ def test_a_watch_that_is_lost_is_asked_for_again(
     with asyncio.Runner(loop_factory=Clock) as runner:
         runner.run(work())
     assert supervised.blobs == [None, "second.bb"]
+
+
+@pytest.mark.parametrize(("is_another", "reported"), [(True, [None]), (False, [])])
+def test_after_a_change_of_mounts_any_blob_may_be_there_if_it_is_another_directory(
+    watches: Watches,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_another: bool,
+    reported: list[None],
+) -> None:
+    monkeypatch.setattr(watches.real, "leads_elsewhere", lambda _: is_another)
+    supervised = Supervised()
+
+    async def work() -> None:
+        events = BlobEvents(tmp_path, cast("Supervisor", supervised))
+        events.begin()
+        events.mounts_changed()
+        events.end()
+        events.mounts_changed()
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(work())
+    assert supervised.blobs == reported
+
+
+def test_a_directory_that_cannot_be_watched_after_a_change_of_mounts_is_asked_for_again(
+    watches: Watches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(watch: inotify.Directory) -> bool:
+        raise UnknownError("watch", str(watch), errno.ENOSPC)
+
+    monkeypatch.setattr(watches.real, "leads_elsewhere", lost)
+    before, supervised = os.listdir("/proc/self/fd"), Supervised()
+
+    async def work() -> None:
+        events = BlobEvents(tmp_path, cast("Supervisor", supervised))
+        events.begin()
+        events.mounts_changed()
+        await asyncio.sleep(2)
+        (tmp_path / "new.bb").touch()
+        await asyncio.sleep(1)
+        events.end()
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(work())
+    assert supervised.blobs == [None, "new.bb"]
+    assert os.listdir("/proc/self/fd") == before

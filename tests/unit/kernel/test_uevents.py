@@ -6,7 +6,9 @@ import ctypes
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import closing
+from typing import Any
 
 import pytest
 import pyudev
@@ -51,6 +53,20 @@ def from_udev(
     return b"libudev\0" + magic + sizes + hashes + properties
 
 
+class Messages(socket.socket):
+    """A socket that has messages from the kernel."""
+
+    def __init__(self, messages: Iterable[bytes]) -> None:
+        super().__init__(socket.AF_UNIX)
+        self._messages = iter(messages)
+
+    def recvmsg(self, *_sizes: int) -> Any:
+        """Return the next message as the kernel sends it, which is no process."""
+        for text in self._messages:
+            return text, [], 0, (0, KERNEL_GROUP)
+        raise BlockingIOError
+
+
 def test_a_partitions_event_is_read_the_kernels_and_udevs_alike() -> None:
     for raw in (message(), from_udev()):
         event = parsed(raw)
@@ -81,6 +97,36 @@ def test_a_label_with_equals_signs_stays_whole() -> None:
 @pytest.mark.parametrize("damaged", [b"libudev\0", from_udev(magic=b"\xfe\xed\xca\xff")])
 def test_what_udevd_would_not_send_is_no_event(damaged: bytes) -> None:
     assert parsed(damaged) is None
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        from_udev(magic=b"\xfe\xed\xca\xff"),
+        from_udev().replace(b"libudev", b"libudex"),
+        from_udev().replace(struct.pack("=II", 40, 40), struct.pack("=II", 40, 4000)),
+    ],
+    ids=["magic", "prefix", "offset"],
+)
+def test_reports_of_an_unknown_form_are_said_once_and_hide_no_other(
+    unknown: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
+        for report in (unknown, unknown, from_udev()):
+            udevd.sendto(report, (0, UDEV_GROUP))
+        assert [event.name for event in uevents.read(8) if event] == ["sda1"]
+    (said,) = caplog.messages
+    assert "has a form that is not known" in said
+    assert unknown[:12].hex() in said
+
+
+def test_an_unknown_form_of_what_others_have_sent_is_not_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as liar:
+        liar.sendto(from_udev(magic=b"abcd"), (port_of(uevents), 0))
+        assert list(uevents.read(8)) == []
+    assert caplog.messages == []
 
 
 @given(st.binary())
@@ -116,6 +162,19 @@ def test_events_of_mappings_are_left_out() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
         udevd.sendto(from_udev(DEVPATH=path), (0, UDEV_GROUP))
         assert list(uevents.read(8)) == []
+
+
+def test_a_mapping_that_the_kernel_changes_or_removes_is_named() -> None:
+    changed: list[str] = []
+    path = b"/devices/virtual/block/dm-3"
+    actions = (b"add", b"change", b"remove")
+    uevents = Uevents(KERNEL_GROUP)
+    uevents.close()
+    uevents.mapping_changed = changed.append
+    uevents._socket = Messages(message(ACTION=action, DEVPATH=path) for action in actions)
+    with closing(uevents):
+        assert list(uevents.read(8)) == []
+    assert changed == ["dm-3", "dm-3"]
 
 
 def test_a_label_that_looks_like_a_mappings_path_hides_nothing() -> None:

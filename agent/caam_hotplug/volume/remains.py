@@ -1,0 +1,76 @@
+"""What is left of a released volume because others hold it, and what it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from caam_hotplug import names
+from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
+from caam_hotplug.model import Mapping, State
+from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.release import who_uses
+from caam_hotplug.volume.requests import Request
+from caam_hotplug.volume.stop_signal import LOSES_DATA, Reason
+
+_LOST: Final = "it was mounted read-write; what was written last may be lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What the kernel still has, or may have."""
+
+    state: State
+    words: str
+    is_known: bool = True
+    """Whether the kernel has it, so that it will report when that goes."""
+
+
+async def remains(
+    record: Record, operations: Operations, cause: Request | Reevaluate | Interference
+) -> Remains | None:
+    """Return what is left of a volume that was released for this cause; None if that is nothing.
+
+    A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
+    it: the kernel reports that before it has written the filesystem and closed the mapping.
+    """
+    before = f"{cause.words}; " if isinstance(cause, Interference) else ""
+    try:
+        left = await _watched(record, operations)
+        if left is None:
+            record.holding.end()
+            return None
+        who = await who_uses(operations, left, is_released=True)
+    except (HotplugError, OSError) as error:
+        return Remains(State.FAILED, f"{before}{error}", is_known=False)
+    is_closing = bool(before) and not who
+    others = "; ".join(who) or "others"
+    words = f"{before}mapping {left.name} is held open: {others}; it goes when they close it"
+    return Remains(State.DETACHING if is_closing else State.FAILED, words)
+
+
+async def _watched(record: Record, operations: Operations) -> Mapping | None:
+    """Return the mapping that is left, whose removal is noticed since before it was looked for."""
+    look, uuid = operations.kernel.find_mapping, names.dm_uuid(record.volume.id)
+    left = await operations.dm("look for the mapping", look, uuid)
+    if left is not None and record.holding.watch(left):
+        left = await operations.dm("look for the mapping", look, uuid)
+    return left
+
+
+def in_words(error: ReleaseError) -> str:
+    """Return the failure of a release, and the one before it, for which it was released."""
+    before = error.__cause__ and error.__cause__.__context__
+    cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
+    return f"{error}{cause}"
+
+
+def note_last_writes(record: Record) -> None:
+    """Publish that data may be lost, and remember it if the medium that lacks them is there."""
+    if record.stop.reason is not Reason.OTHER_TABLE:  # then it was not removed
+        record.status.publish(State.REMOVED_UNSAFELY, _LOST)
+    if record.stop.reason in LOSES_DATA:
+        record.note_lost(WritesLostError(_LOST))
