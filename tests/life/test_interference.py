@@ -124,6 +124,21 @@ def test_a_filesystem_that_is_still_being_written_after_its_unmount_is_being_rel
     assert bench.state(volume) is State.LOCKED
 
 
+def test_a_change_of_a_mapping_that_is_held_has_it_looked_at_once(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    bench.kernel.steps.clear()
+    bench.by_hand.rename(mapping_of(bench, volume), "mine")
+    bench.run_turns(60)
+    assert bench.kernel.steps.count("find_mapping") == 1
+    assert "mapping mine is held open" in bench.reason(volume)
+    bench.kernel.close_holders()
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
 def test_a_detached_volume_that_is_held_can_be_unlocked_before_its_holders_close_it(
     bench: Bench,
 ) -> None:

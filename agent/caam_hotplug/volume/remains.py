@@ -54,6 +54,7 @@ async def remains(
 
 async def _watched(record: Record, operations: Operations) -> Mapping | None:
     """Return the mapping that is left, whose removal is noticed since before it was looked for."""
+    record.holding.is_mapping_doubted = False
     look, uuid = operations.kernel.find_mapping, names.dm_uuid(record.volume.id)
     left = await operations.dm("look for the mapping", look, uuid)
     if left is not None and record.holding.watch(left):
