@@ -527,9 +527,8 @@ class FakeProcess:
         if mapping is None or mapping.live is None:
             return
         mapping.is_suspended = False
-        target = CryptTarget.from_line(mapping.live)
-        if target is not None:
-            mapping.live, mapping.key = f"0 {target.length} error", None
+        length = mapping.live.split(" ")[1]
+        mapping.live, mapping.key = f"0 {length} error", None
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)

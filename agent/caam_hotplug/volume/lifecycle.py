@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import NoMatch, Plan, match_rules
@@ -20,13 +19,14 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
+    VolumeBusyError,
     WritesLostError,
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
 from caam_hotplug.volume.inbox import Reevaluate
-from caam_hotplug.volume.leftovers import release_leftovers
+from caam_hotplug.volume.leftovers import LOST, Leftover
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
@@ -34,11 +34,8 @@ from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
-from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
-
-_LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 class VolumeLifecycle:
@@ -58,6 +55,7 @@ class VolumeLifecycle:
             self._kernel, self._stop, worker, context.dm_worker, late, self.record.cut_off
         )
         self._device = Device(self.record, self._operations)
+        self._leftover = Leftover(self.record, self._operations)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -206,9 +204,9 @@ class VolumeLifecycle:
         if released.is_kept:  # the medium may depart before the lifecycle has ended
             self.record.phase = Queued(target=target, has_leftover=True)
         if released.loses_data_if_gone and self._stop.medium_gone:
-            self._status.publish(State.REMOVED_UNSAFELY, _LOST)
+            self._status.publish(State.REMOVED_UNSAFELY, LOST)
             if self._stop.reason is Reason.OTHER_KEY:  # else what was lost is not this medium's
-                self.record.note_lost(WritesLostError(_LOST))
+                self.record.note_lost(WritesLostError(LOST))
         elif released.cause is not None and not self._stop.is_set:
             return await self._released_for(released.cause)
         return self._phase.to_idle()
@@ -244,13 +242,15 @@ class VolumeLifecycle:
 
     async def _release_for(self, request: Request) -> Phase:
         """Release leftovers on request: this lifecycle itself holds nothing."""
-        if isinstance(self._phase, Idle) and self._phase.is_foreign:
-            self._inbox.refuse(self._status.words)
-            return self._phase
         if not self._phase.has_leftover:
             return self._park(request)
         try:
+            if isinstance(self._phase, Idle):  # it may be in use, and was never released
+                await self._leftover.require_unused()
             await self._release_leftover()
+        except VolumeBusyError as error:
+            self._inbox.refuse(error)
+            return self._phase
         except ReleaseError as error:
             idle = self._badly_released(str(error))
             self._inbox.refuse(str(error))
@@ -270,20 +270,11 @@ class VolumeLifecycle:
         self.record.phase = replace(self._phase, has_leftover=False)
         if self._status.state is None:
             self._status.publish(State.DETACHING, "an earlier run of the agent has left it")
-        uuid = names.dm_uuid(self.record.volume.id)
-        try:
-            was_writable = await to_the_end(release_leftovers, self._operations, uuid)
-        except ReleaseError as error:
-            self.record.note_lost(error.__cause__)
-            raise
-        if was_writable and self._stop.medium_gone:
-            self._status.publish(State.REMOVED_UNSAFELY, _LOST)
+        await self._leftover.release()
 
     async def _release_at_end(self) -> None:
-        """Release leftovers; a foreign mapping stays while its medium is there."""
-        phase = self._phase
-        is_foreign = isinstance(phase, Idle) and phase.is_foreign and not self._stop.medium_gone
-        if not phase.has_leftover or self._stop.keeps or is_foreign:
+        """Release leftovers, also a mapping that could not be adopted."""
+        if not self._phase.has_leftover or self._stop.keeps:
             return
         try:
             await self._release_leftover()

@@ -25,19 +25,21 @@ class Phase:
     target: Target | None = None
     """Target of the last attempt."""
     has_leftover: bool = False
-    """Whether an earlier run or a failed release may have left a mapping or mount of it."""
+    """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""
         return Evaluate(target=self.target, has_leftover=self.has_leftover)
 
     def to_idle(self, *, retry_on_blob: bool = False, is_foreign: bool = False) -> Idle:
-        """Return the phase in which nothing is held."""
+        """Return the phase in which nothing is held.
+
+        `is_foreign`: a mapping that cannot be adopted is in the way, to be released on request.
+        """
         return Idle(
             target=self.target,
-            has_leftover=self.has_leftover,
+            has_leftover=self.has_leftover or is_foreign,
             retry_on_blob=retry_on_blob,
-            is_foreign=is_foreign,
         )
 
     def to_parked(self, state: State, reason: str) -> Parked:
@@ -74,8 +76,6 @@ class Idle(Phase):
 
     retry_on_blob: bool = False
     """Whether a new blob is worth another attempt, since the last one was at fault."""
-    is_foreign: bool = False
-    """Whether a mapping that does something else is in the way; it is left alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
