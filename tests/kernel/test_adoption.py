@@ -10,7 +10,8 @@ from typing import Final
 
 import pytest
 
-from caam_hotplug.kernel import devmapper
+from caam_hotplug import names
+from caam_hotplug.kernel import device_users, devmapper
 from kernel.agents import Room, mappings, tables
 from kernel.cartridges import Cartridge, cartridges
 from kernel.holders import process
@@ -21,6 +22,7 @@ SECTORS: Final = 8192
 GROWN: Final = 10240
 PATTERN: Final = b"not for another medium; " * 4096
 WRITEBACK: Final = Path("/proc/sys/vm/dirty_writeback_centisecs")
+NAME: Final = "caam-later"
 LATER: Final = "CAAM-HOTPLUG-2-7-1"
 """A DM-UUID of a form that no version has had so far."""
 
@@ -178,16 +180,35 @@ def test_a_stop_releases_a_mapping_that_leads_elsewhere_and_writes_nothing_throu
 
 
 def test_a_mapping_of_a_later_version_is_left_alone_and_said(room: Room) -> None:
-    run("dmsetup", "create", "caam-later", "--uuid", LATER, "--table", "0 8 zero")
+    run("dmsetup", "create", NAME, "--uuid", LATER, "--table", "0 8 zero")
     try:
         room.agent.start()
-        room.agent.until_said_ever(f"caam-later .* is left alone: DM-UUID {LATER}")
+        room.agent.until_said_ever(f"{NAME} .* is left alone: DM-UUID {LATER}")
         room.plug_and_check()
         room.agent.stop()
         (left,) = devmapper.ours()
         assert (left.uuid, left.table) == (LATER, ("0 8 zero",))
     finally:
-        run("dmsetup", "remove", "--retry", "caam-later")
+        run("dmsetup", "remove", "--retry", NAME)
+    room.medium.pull()
+
+
+def test_a_mapping_of_a_later_version_on_a_disk_is_a_user_of_it_that_is_named(
+    room: Room,
+) -> None:
+    room.medium.plug()
+    room.medium.settle()
+    which = f"{(room.medium.disk / 'diskseq').read_text().strip()}-1"
+    for uuid, users in (
+        (names.DM_UUID_PREFIX + which, []),
+        (LATER, [f"mapping {NAME} lies on it"]),
+    ):
+        table = f"0 8 linear {room.medium.partition} 0"
+        run("dmsetup", "create", NAME, "--uuid", uuid, "--table", table)
+        try:
+            assert device_users.of_disk(room.medium.disk.name) == users
+        finally:
+            run("dmsetup", "remove", "--retry", NAME)
     room.medium.pull()
 
 
