@@ -206,6 +206,11 @@ class Bench:
         self.request_stop()
         self.settle()
 
+    def hand_over(self) -> None:
+        """Have the agent stop for its next run, and end it."""
+        self._context.hands_over = True
+        self.stop()
+
     def stop(self) -> None:
         """Ask the agent to stop, and end it."""
         self.begin_stop()

@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
+from caam_hotplug.daemon import hand_over
 from caam_hotplug.daemon.agent import Agent, Load
 from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, sleeps_watched
 from caam_hotplug.daemon.status_registry import StatusRegistry
@@ -66,6 +67,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
 
+    hand_over.forget()
     notifier, registry = Notifier(), StatusRegistry()
     registry.listen(_StatusLine(notifier, registry).update_soon)
     kernel = LinuxKernel(config.blob_directory, config.mount_root)
@@ -96,6 +98,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
+                context.hands_over = await hand_over.is_asked_for()
                 await _stop(supervisor, notifier, config.stop_within_s)
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 

@@ -44,6 +44,8 @@ class Context:
     mount_points: MountPoints
     publish: Publish
     units: Units
+    hands_over: bool = False
+    """Whether the agent stops for its next run, so that all mounted media stay."""
 
 
 class Record:
@@ -142,6 +144,7 @@ class Record:
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
         holds = self.phase.has_leftover or (active is not None and self.status.state in serving)
         keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
+        keeps |= self.context.hands_over
         self.stop.set(Reason.KEEP if keeps and holds else Reason.STOP)
 
     def medium_gone(self) -> None:
