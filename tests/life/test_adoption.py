@@ -230,6 +230,23 @@ def test_a_mapping_that_cannot_be_adopted_is_not_taken_from_its_users(
     assert machine.state(volume) is State.LOCKED
 
 
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_suspended_mapping_is_released_at_once_only_if_nothing_is_flushed(
+    machine: Bench, line: str
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.live, mapping.is_suspended = line or mapping.live, True
+    shrunk(machine)
+    restart(machine)
+    if not line:
+        with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends"):
+            machine.answer("lock", volume)
+        mapping.is_suspended = False
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
     volume = killed(machine)

@@ -28,7 +28,7 @@ from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.record import Record
-from caam_hotplug.volume.release import SIGNAL_GRACE_S, who_uses
+from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.worker import Late, Worker, to_the_end
 
@@ -98,16 +98,21 @@ class Leftover:
         self._operations = operations
         self._uuid = names.dm_uuid(record.volume.id)
 
-    async def require_unused(self) -> None:
-        """Require that nobody uses it, before it is released on request.
+    async def require_releasable(self) -> None:
+        """Require that it can be released on request, and nobody uses it.
 
-        Raises: VolumeBusyError if the rule leaves it to its users.
+        Raises: RequestRefusedError if a flush would wait without end; VolumeBusyError if the rule
+        leaves it to its users.
         """
         operations, kernel = self._operations, self._operations.kernel
         rule = self._rule()
         on_busy = OnBusy.REFUSE if rule is None else rule.on_busy
         mapping = await operations.dm("look for the mapping", kernel.find_mapping, self._uuid)
-        if mapping is None or on_busy is OnBusy.DETACH:
+        if mapping is None:
+            return
+        if mapping.is_suspended and self._reaches_medium(mapping):
+            raise suspended(mapping)
+        if on_busy is OnBusy.DETACH:
             return
         signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
         for number in (None, *signals):

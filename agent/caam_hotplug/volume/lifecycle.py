@@ -19,7 +19,7 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
-    VolumeBusyError,
+    RequestRefusedError,
     WritesLostError,
 )
 from caam_hotplug.model import State, Volume
@@ -246,9 +246,9 @@ class VolumeLifecycle:
             return self._park(request)
         try:
             if isinstance(self._phase, Idle):  # it may be in use, and was never released
-                await self._leftover.require_unused()
+                await self._leftover.require_releasable()
             await self._release_leftover()
-        except VolumeBusyError as error:
+        except RequestRefusedError as error:
             self._inbox.refuse(error)
             return self._phase
         except ReleaseError as error:

@@ -94,10 +94,14 @@ async def _require_running(operations: Operations, target: Target) -> None:
     kernel = operations.kernel
     live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
     if live is not None and live.is_suspended:
-        raise RequestRefusedError(
-            f"mapping {live.name} is suspended, and writes wait; `dmsetup resume {live.name}` "
-            "ends that"
-        )
+        raise suspended(live)
+
+
+def suspended(mapping: Mapping) -> RequestRefusedError:
+    """Return the refusal to release a mapping that is suspended."""
+    name = mapping.name
+    words = f"mapping {name} is suspended, and writes wait; `dmsetup resume {name}` ends that"
+    return RequestRefusedError(words)
 
 
 async def _release_unmounted(
