@@ -154,11 +154,11 @@ async def test_a_stop_does_not_wait_for_a_bus_that_hangs(
     assert await agent.leftovers() == []
 
 
-async def test_an_earlier_package_takes_media_over_and_gives_them_back(
+async def test_a_downgrade_and_an_upgrade_from_an_earlier_package_interrupt_no_writer(
     guest: Guest, agent: InstalledAgent, medium: Path
 ) -> None:
     before_this = await asyncio.to_thread(earlier)
-    await agent.configure(RULE.format("keep").replace('on_unmount = "unmounting.service"\n', ""))
+    await agent.configure(RULE.format("lock"))
     await agent.start()
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
@@ -168,6 +168,7 @@ async def test_an_earlier_package_takes_media_over_and_gives_them_back(
             await installed.install(guest, package)
             assert await mount_line(guest) == before
     await agent.until_said("adopting its mount", times=2)
+    await guest.sh(f"systemctl cat {UNIT} | grep -c KillSignal && exit 1; exit 0")
     asked = await guest.run("caam-hotplug", "eject", "cartridge-01")
     assert asked.stdout == "cartridge-01: safe to remove\n"
 
