@@ -19,9 +19,9 @@ ExecStart=/bin/sh -c 'echo "written" >/run/media/%I/goodbye; cat /run/media/%I/g
 RULE = '[[rule]]\nname = "sticks"\nmatch.bus = "usb"\non_unmount = "end@{partlabel}.service"\n'
 
 
-@pytest.mark.parametrize("verb", ["reboot", "poweroff"])
+@pytest.mark.parametrize("command", ["reboot", "poweroff", "start poweroff.target"])
 async def test_the_unit_before_an_unmount_runs_with_the_medium_mounted(
-    tmp_path: Path, verb: str
+    tmp_path: Path, command: str
 ) -> None:
     async with machine.restored(installed.layer()) as guest:
         await guest.write("/run/systemd/system/end@.service", END)
@@ -31,7 +31,7 @@ async def test_the_unit_before_an_unmount_runs_with_the_medium_mounted(
         await agent.start()
         await guest.plug_usb(labelled(tmp_path, "cartridge-01", total_mib=64))
         await guest.until_mounted(POINT)
-        await guest.run("systemctl", "--no-block", verb)
+        await guest.run("systemctl", "--no-block", *command.split())
         with pytest.raises(GuestDiedError):
             await guest.until("false")
         console = guest.console()

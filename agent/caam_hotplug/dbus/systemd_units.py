@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 _SYSTEMD: Final = "org.freedesktop.systemd1"
 _MANAGER: Final = (_SYSTEMD, "/org/freedesktop/systemd1", f"{_SYSTEMD}.Manager")
 _UNIT, _JOB = f"{_SYSTEMD}.Unit", f"{_SYSTEMD}.Job"
-_GOES_DOWN: Final = f"{_SYSTEMD}.TransactionIsDestructive"
-"""Error while the machine goes down: the jobs of that may not be replaced."""
 
 
 class SystemdUnits:
@@ -103,16 +101,15 @@ async def _property(link: Connection, path: str, interface: str, name: str) -> A
 
 
 async def _begin(link: Connection, unit: str) -> Any:
-    """Start the unit, also while the machine goes down, and return the job."""
-    import sdbus  # noqa: PLC0415
+    """Start the unit, also while the machine goes down, and return the job.
 
-    try:
-        return await link.call(_MANAGER, "StartUnit", "ss", unit, "replace")
-    except sdbus.SdBusUnmappedMessageError as error:
-        if error.args[0] != _GOES_DOWN:
-            raise
-    # What a unit needs at its start, such as sysinit.target, is being stopped then.
-    return await link.call(_MANAGER, "StartUnit", "ss", unit, "ignore-dependencies")
+    What a unit needs at its start, such as sysinit.target, is being stopped then. To start it
+    would be refused, or would cancel the jobs of a shutdown (transaction.c of systemd).
+    """
+    _, path, manager = _MANAGER
+    _, state = await _property(link, path, manager, "SystemState")
+    mode = "ignore-dependencies" if state == "stopping" else "replace"
+    return await link.call(_MANAGER, "StartUnit", "ss", unit, mode)
 
 
 async def _complete(link: Connection, unit: str) -> None:
