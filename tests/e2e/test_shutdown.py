@@ -19,15 +19,18 @@ ExecStart=/bin/sh -c 'echo "written" >/run/media/%I/goodbye; cat /run/media/%I/g
 RULE = '[[rule]]\nname = "sticks"\nmatch.bus = "usb"\non_unmount = "end@{partlabel}.service"\n'
 
 
-@pytest.mark.parametrize("command", ["reboot", "poweroff", "start poweroff.target"])
+@pytest.mark.parametrize(
+    ("command", "on_stop"),
+    [("reboot", "lock"), ("poweroff", "keep"), ("start poweroff.target", "lock")],
+)
 async def test_the_unit_before_an_unmount_runs_with_the_medium_mounted(
-    tmp_path: Path, command: str
+    tmp_path: Path, command: str, on_stop: str
 ) -> None:
     async with machine.restored(installed.layer()) as guest:
         await guest.write("/run/systemd/system/end@.service", END)
         await guest.run("systemctl", "daemon-reload")
         agent = InstalledAgent(guest)
-        await agent.configure(RULE)
+        await agent.configure(f'{RULE}on_stop = "{on_stop}"\n')
         await agent.start()
         await guest.plug_usb(labelled(tmp_path, "cartridge-01", total_mib=64))
         await guest.until_mounted(POINT)

@@ -208,7 +208,12 @@ class Bench:
 
     def hand_over(self) -> None:
         """Have the agent stop for its next run, and end it."""
-        self._context.hands_over = True
+        self._context.keeps = True
+        self.stop()
+
+    def shut_down(self) -> None:
+        """Have the agent stop while the machine goes down, and end it."""
+        self._context.keeps = False
         self.stop()
 
     def stop(self) -> None:

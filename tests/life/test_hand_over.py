@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, UnitTemplate
+from caam_hotplug.config.rules import BUILT_IN, Action, OnStop, UnitTemplate
 from caam_hotplug.model import State
 from fakes.bench import Bench
 
@@ -79,3 +79,12 @@ def test_a_medium_that_is_pulled_at_the_hand_over_leaves_nothing(bench: Bench) -
     bench.start()
     bench.settle()
     assert bench.kernel.leftovers() == []
+
+
+def test_nothing_is_kept_when_the_machine_goes_down(bench: Bench) -> None:
+    bench.reload_rules(replace(bench.rules[0], on_stop=OnStop.KEEP))
+    bench.insert()
+    bench.settle()
+    bench.shut_down()
+    assert bench.kernel.leftovers() == []
+    assert [points for _, points in bench.units.started] == [["/run/media/cartridge-01"]]

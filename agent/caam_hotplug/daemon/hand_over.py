@@ -1,7 +1,7 @@
 """Whether the agent that stops hands its mounted media over to the next one.
 
 It does at an upgrade of the package, whose script marks that, and at a restart of its unit. Then
-they stay mounted, whatever the rules say of a stop.
+they stay mounted, whatever the rules say of a stop. When the machine goes down none stays.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ def forget() -> None:
         log.warning("remove %s: %s; media stay mounted at each stop", names.HAND_OVER, error)
 
 
-async def is_asked_for() -> bool:
-    """Return whether media are to be handed over. A restart is one if systemd says so in time."""
-    why = "an upgrade" if names.HAND_OVER.exists() else "a restart"
-    is_so = why == "an upgrade" or await systemd_units.own_job(_WITHIN_S) in _RESTARTS
-    if is_so:
-        log.info("this is %s: mounted media stay mounted for the next run", why)
-    return is_so
+async def keeps_media() -> bool | None:
+    """Return whether mounted media stay at this stop, whatever the rules say; None if they say it.
+
+    A restart is one if systemd says so in time. While the machine goes down there is no next run.
+    """
+    job = await systemd_units.own_job(_WITHIN_S)
+    if job == systemd_units.SHUTDOWN:
+        return False
+    is_upgrade = names.HAND_OVER.exists()
+    if not is_upgrade and job not in _RESTARTS:
+        return None
+    why = "an upgrade" if is_upgrade else "a restart"
+    log.info("this is %s: mounted media stay mounted for the next run", why)
+    return True

@@ -98,7 +98,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
-                context.hands_over = await hand_over.is_asked_for()
+                context.keeps = await hand_over.keeps_media()
                 await _stop(supervisor, notifier, config.stop_within_s)
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 

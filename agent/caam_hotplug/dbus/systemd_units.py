@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _SYSTEMD: Final = "org.freedesktop.systemd1"
 _MANAGER: Final = (_SYSTEMD, "/org/freedesktop/systemd1", f"{_SYSTEMD}.Manager")
+SHUTDOWN: Final = "shutdown"
+"""What `own_job` returns while the machine goes down."""
 _UNIT, _JOB = f"{_SYSTEMD}.Unit", f"{_SYSTEMD}.Job"
 
 
@@ -62,7 +64,8 @@ class SystemdUnits:
 async def own_job(within_s: float) -> str:
     """Return the type of the job that the unit of this process has, such as `stop` or `restart`.
 
-    It is empty without a job, and if the service manager does not answer in time.
+    It is `SHUTDOWN` while the machine goes down, and empty without a job or if the service manager
+    does not answer in time.
     """
     try:
         async with asyncio.timeout(within_s):
@@ -90,9 +93,17 @@ async def _with_connection(unit: str, work: Work) -> Any:
 
 
 async def _ask_for_job(link: Connection, _unit: str) -> str:
+    if await _goes_down(link):
+        return SHUTDOWN
     own = await link.call(_MANAGER, "GetUnitByPID", "u", 0)  # which stands for the caller
     number, job = (await _property(link, own, _UNIT, "Job"))[1]
     return str((await _property(link, job, _JOB, "JobType"))[1]) if number else ""
+
+
+async def _goes_down(link: Connection) -> bool:
+    _, path, manager = _MANAGER
+    _, state = await _property(link, path, manager, "SystemState")
+    return bool(state == "stopping")
 
 
 async def _property(link: Connection, path: str, interface: str, name: str) -> Any:
@@ -106,9 +117,7 @@ async def _begin(link: Connection, unit: str) -> Any:
     What a unit needs at its start, such as sysinit.target, is being stopped then. To start it
     would be refused, or would cancel the jobs of a shutdown (transaction.c of systemd).
     """
-    _, path, manager = _MANAGER
-    _, state = await _property(link, path, manager, "SystemState")
-    mode = "ignore-dependencies" if state == "stopping" else "replace"
+    mode = "ignore-dependencies" if await _goes_down(link) else "replace"
     return await link.call(_MANAGER, "StartUnit", "ss", unit, mode)
 
 

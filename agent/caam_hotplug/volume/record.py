@@ -44,8 +44,8 @@ class Context:
     mount_points: MountPoints
     publish: Publish
     units: Units
-    hands_over: bool = False
-    """Whether the agent stops for its next run, so that all mounted media stay."""
+    keeps: bool | None = None
+    """Whether mounted media stay when the agent stops, if the rules are not to say that."""
 
 
 class Record:
@@ -143,8 +143,9 @@ class Record:
         active = self.phase if isinstance(self.phase, Active) else None
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
         holds = self.phase.has_leftover or (active is not None and self.status.state in serving)
-        keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
-        keeps |= self.context.hands_over
+        keeps = self.context.keeps
+        if keeps is None:
+            keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
         self.stop.set(Reason.KEEP if keeps and holds else Reason.STOP)
 
     def medium_gone(self) -> None:

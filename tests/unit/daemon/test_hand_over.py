@@ -1,4 +1,4 @@
-"""A stop hands media over at an upgrade and a restart, and nothing that fails delays it."""
+"""A stop hands media over at an upgrade and a restart, and never while the machine goes down."""
 
 from __future__ import annotations
 
@@ -20,31 +20,34 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def asked_for(monkeypatch: pytest.MonkeyPatch, job: str) -> bool:
+def keeps(monkeypatch: pytest.MonkeyPatch, job: str) -> bool | None:
     async def own_job(_within_s: float) -> str:
         return job
 
     monkeypatch.setattr(systemd_units, "own_job", own_job)
-    return asyncio.run(hand_over.is_asked_for())
+    return asyncio.run(hand_over.keeps_media())
 
 
 @pytest.mark.parametrize(
-    ("job", "is_so"), [("restart", True), ("try-restart", True), ("stop", False), ("", False)]
+    ("job", "kept"),
+    [("restart", True), ("try-restart", True), ("stop", None), ("", None), ("shutdown", False)],
 )
-def test_a_restart_is_one_and_a_stop_is_none(
-    mark: Path, monkeypatch: pytest.MonkeyPatch, job: str, is_so: bool
+def test_a_restart_keeps_media_and_the_rules_say_it_of_a_stop(
+    mark: Path, monkeypatch: pytest.MonkeyPatch, job: str, kept: bool | None
 ) -> None:
-    assert asked_for(monkeypatch, job) is is_so
+    assert keeps(monkeypatch, job) is kept
 
 
-def test_the_stop_of_an_upgrade_is_one_until_the_next_start(
+def test_the_stop_of_an_upgrade_keeps_media_until_the_next_start(
     mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark.touch()
-    assert asked_for(monkeypatch, "stop")
+    assert keeps(monkeypatch, "stop")
+    assert keeps(monkeypatch, "")
+    assert keeps(monkeypatch, "shutdown") is False
     hand_over.forget()
     hand_over.forget()
-    assert not asked_for(monkeypatch, "stop")
+    assert keeps(monkeypatch, "stop") is None
 
 
 def test_a_mark_that_cannot_be_removed_is_said(
