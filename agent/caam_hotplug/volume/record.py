@@ -143,9 +143,8 @@ class Record:
         active = self.phase if isinstance(self.phase, Active) else None
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
         holds = self.phase.has_leftover or (active is not None and self.status.state in serving)
-        keeps = self.context.keeps
-        if keeps is None:
-            keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
+        by_rule = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
+        keeps = by_rule if self.context.keeps is None else self.context.keeps
         self.stop.set(Reason.KEEP if keeps and holds else Reason.STOP)
 
     def medium_gone(self) -> None:
