@@ -50,6 +50,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
         raise HotplugError("run the agent: it needs to be root, to make mappings and mounts")
     reserve.RESERVE.fill()
     udev.require_diskseq()
+    hand_over.forget()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     memory.share_one_heap()
@@ -67,7 +68,6 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
 
-    hand_over.forget()
     notifier, registry = Notifier(), StatusRegistry()
     registry.listen(_StatusLine(notifier, registry).update_soon)
     kernel = LinuxKernel(config.blob_directory, config.mount_root)
@@ -98,8 +98,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
-                context.keeps = await hand_over.keeps_media()
-                await _stop(supervisor, notifier, config.stop_within_s)
+                await _stop(context, supervisor, notifier, config.stop_within_s)
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
@@ -148,10 +147,13 @@ def _new_context(
     )
 
 
-async def _stop(supervisor: Supervisor, notifier: Notifier, within_s: float) -> None:
+async def _stop(
+    context: Context, supervisor: Supervisor, notifier: Notifier, within_s: float
+) -> None:
     """Release the volumes; end the process if that takes too long."""
     notifier.send("STOPPING=1")
     log.info("stopping", extra=journal.event(journal.Event.STOPPING))
+    context.keeps = await hand_over.keeps_media()
     supervisor.stop()
     unreleased = await supervisor.ended(within_s)
     if unreleased:
