@@ -15,6 +15,7 @@ from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
+from life.test_fault_matrix import ERRNOS, error_of
 
 (RULE,) = BUILT_IN
 LOST = "its mapping led elsewhere; it was mounted read-write; what was written last may be lost"
@@ -314,3 +315,60 @@ def test_a_mapping_of_a_version_that_is_not_known_is_left_alone_and_said(
     mapping.uuid = ours
     restart(machine)
     assert machine.state(volume) is State.MOUNTED
+
+
+STEPS = [
+    "find_mapping", "load_error_table", "holders", "mounts", "watch_writes", "flush", "unmount",
+    "detach", "remove_mapping", "unlink_key",
+]  # fmt: skip
+"""But for the removal of the directory, which is harmless, and left to the next start."""
+OTHERS = (errno.EMFILE, errno.EIO)
+"""Error numbers of steps that the fault matrix does not have."""
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(
+    ("step", "number"), [(step, number) for step in STEPS for number in ERRNOS.get(step, OTHERS)]
+)
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_release_that_fails_flushes_nothing_elsewhere_and_succeeds_when_it_is_asked_for_again(
+    machine: Bench, line: str, step: str, number: int, lasting: bool
+) -> None:
+    volume = killed(machine)
+    if line:
+        has_table(machine, line)
+    else:
+        shrunk(machine)
+    restart(machine)
+    machine.kernel.faults.append(Fault(step, error_of(step, number), lasting=lasting))
+    asked = machine.ask("lock", volume)
+    machine.settle()
+    assert machine.state(volume) in {State.FAILED, State.LOCKED}
+    is_left = bool(machine.kernel.mounts or machine.kernel.mappings)
+    assert asked.exception() is not None or not is_left
+    machine.kernel.faults.clear()
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+    assert machine.kernel.leftovers() == []
+    assert not (line and "flush" in machine.kernel.steps)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "mounts"])
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_release_that_hangs_is_said_and_ends_when_the_call_does(
+    machine: Bench, line: str, step: str
+) -> None:
+    volume = killed(machine)
+    if line:
+        has_table(machine, line)
+    else:
+        shrunk(machine)
+    restart(machine)
+    machine.kernel.faults.append(Fault(step, hangs_s=60.0))
+    asked = machine.ask("lock", volume)
+    machine.settle()
+    machine.wait(60)
+    machine.wait(60)
+    assert asked.exception() is None
+    assert machine.state(volume) is State.LOCKED
+    machine.kernel.faults.clear()

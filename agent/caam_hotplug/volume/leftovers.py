@@ -79,12 +79,12 @@ async def _cut_off(operations: Operations, mapping: Mapping) -> Operations:
     said = fields("leftover-released", MAPPING=mapping.name)
     words = "mapping %s leads elsewhere, so nothing more is written through it: %s"
     log.warning(words, mapping.name, "; ".join(mapping.table), extra=said)
-    cut_off = _without_medium(
+    without = _without_medium(
         operations.kernel, operations.worker, operations.dm_worker, mapping.uuid, operations.late
     )
-    cut_off.cut_off.is_mapped = True
-    await cut_off.cut_off.require()
-    return cut_off
+    without.cut_off.is_mapped = True
+    await without.cut_off.require()
+    return without
 
 
 class Leftover:

@@ -19,7 +19,6 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
-    RequestRefusedError,
     WritesLostError,
 )
 from caam_hotplug.model import State, Volume
@@ -248,13 +247,13 @@ class VolumeLifecycle:
             if isinstance(self._phase, Idle):  # it may be in use, and was never released
                 await self._leftover.require_releasable()
             await self._release_leftover()
-        except RequestRefusedError as error:
-            self._inbox.refuse(error)
-            return self._phase
         except ReleaseError as error:
             idle = self._badly_released(str(error))
             self._inbox.refuse(str(error))
             return idle
+        except (HotplugError, OSError) as error:  # nothing has changed
+            self._inbox.refuse(error)
+            return self._phase
         return await self._released_for(request)
 
     def _park(self, request: Request) -> Phase:
