@@ -197,8 +197,10 @@ class Mount:
     filesystem: str
     leaves_journal: bool = False
     """Whether it shows the medium without the changes that its journal may have."""
+    is_filesystem_read_only: bool = field(default=False, compare=False)
     identity: int = field(default=0, compare=False)
     """Number that the kernel gives the mount: unique across places and namespaces."""
+    parent: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

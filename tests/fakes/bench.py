@@ -25,6 +25,7 @@ from caam_hotplug.volume.leftovers import find_leftovers
 from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.record import Context
 from caam_hotplug.volume.worker import Worker
+from fakes.by_hand import ByHand
 from fakes.clock import Clock
 from fakes.kernel import KEY, FakeKernel, FakeProcess, HangsError, ProcessDiedError
 
@@ -134,6 +135,11 @@ class Bench:
         self._supervisor: Supervisor | None = None
         self._socket: list[tuple[Event, list[Appeared]]] = []
         self.kernel.report = self._report
+        self.kernel.mounts_changed = lambda: self._observe(lambda s: s.mounts_changed())
+        self.kernel.mapping_changed = lambda name: self._observe(
+            lambda s: s.observer.mapping_changed(name)
+        )
+        self.by_hand = ByHand(self.kernel)
 
     def close(self) -> None:
         """Close the loop."""
@@ -380,6 +386,15 @@ class Bench:
                     self._read_socket(self._supervisor)
 
         self._loop.call_soon_threadsafe(take)
+
+    def _observe(self, take: Callable[[Supervisor], None]) -> None:
+        """Report to the agent, a turn later, what somebody has changed in the kernel."""
+
+        def report() -> None:
+            if self._main is not None and self._supervisor is not None:
+                take(self._supervisor)
+
+        self._loop.call_soon_threadsafe(report)
 
     def _read_socket(self, supervisor: Supervisor) -> None:
         while self._socket:

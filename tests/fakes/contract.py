@@ -91,6 +91,30 @@ class World(Protocol):
         """Make a live mapping of another program."""
         ...
 
+    def changes(self) -> set[str]:
+        """Return what was reported since the last call: 'mounts', and names of mappings."""
+        ...
+
+    def umount(self, name: str, *, lazily: bool = False) -> None:
+        """Unmount what is at the name in the mount root."""
+        ...
+
+    def remount(self, name: str, *, read_only: bool, filesystem: bool) -> None:
+        """Change who may write: to the filesystem, or by this mount alone."""
+        ...
+
+    def over_root(self) -> AbstractContextManager[None]:
+        """Bind the mount root to itself meanwhile, so that what is mounted in it is hidden."""
+        ...
+
+    def suspend(self, name: str) -> None:
+        """Suspend a mapping."""
+        ...
+
+    def load_zeros(self, name: str) -> None:
+        """Load a table of zeros into a mapping, which stays inactive."""
+        ...
+
 
 def until(
     condition: Callable[[], bool], *, within_s: float = DEADLINE_S, every_s: float = 0.05
@@ -504,6 +528,86 @@ def test_a_disk_below_a_mapping_is_not_emptied(world: World) -> None:
         assert world.reads_as_written(mapping.node)
 
 
+# what others do
+
+
+def test_each_change_of_the_mounts_is_reported(world: World) -> None:
+    with mapped(world) as mapping:
+        world.changes()
+        mount(world, mapping)
+        assert "mounts" in world.changes()
+        for filesystem in (False, True):
+            world.remount(POINT, read_only=True, filesystem=filesystem)
+            assert world.changes() == {"mounts"}
+        world.umount(POINT)
+        assert world.changes() == {"mounts"}
+        world.kernel.remove_mount_point(POINT)
+        assert world.changes() == set()
+
+
+def test_a_mapping_is_reported_when_it_changes_and_when_it_goes(world: World) -> None:
+    world.changes()
+    with mapped(world) as mapping:
+        name = mapping.node.rpartition("/")[2]
+        assert world.changes() == {name}
+        world.suspend(mapping.name)
+        world.load_zeros(mapping.name)
+        assert world.changes() == set()
+        world.kernel.resume_mapping(mapping.name)
+        assert world.changes() == {name}
+        world.kernel.load_error_table(mapping.uuid)
+        assert world.changes() == {name}
+    assert world.changes() == {name}
+
+
+def test_a_suspended_mapping_is_resumed_with_the_table_that_it_had(world: World) -> None:
+    with mapped(world) as mapping:
+        world.suspend(mapping.name)
+        assert found(world).is_suspended
+        world.load_zeros(mapping.name)
+        world.kernel.resume_mapping(mapping.name)
+        assert found(world) == mapping
+        world.kernel.resume_mapping(mapping.name)
+        assert found(world) == mapping
+
+
+@pytest.mark.parametrize("filesystem", [False, True])
+def test_a_remount_shows_whether_the_whole_filesystem_is_read_only(
+    world: World, *, filesystem: bool
+) -> None:
+    with mapped(world) as mapping, mounted(world, mapping):
+        (before,) = mounts_there(world)
+        world.remount(POINT, read_only=True, filesystem=filesystem)
+        (after,) = mounts_there(world)
+        assert (before.read_only, after.read_only) == (False, True)
+        assert after.is_filesystem_read_only is filesystem
+        assert (after.identity, after.number) == (before.identity, before.number)
+
+
+def test_a_mount_below_a_mount_over_the_root_is_unmounted_with_its_directory(
+    world: World,
+) -> None:
+    with mapped(world) as mapping:
+        mount(world, mapping)
+        with world.over_root():
+            world.kernel.unmount(POINT)
+            world.kernel.remove_mount_point(POINT)
+            assert found(world).open_count == 0
+        assert mounts_there(world) == []
+        assert world.kernel.our_mount_points() == []
+
+
+def test_a_mount_in_a_root_that_is_bound_to_itself_is_unmounted_with_its_copy(
+    world: World,
+) -> None:
+    with mapped(world) as mapping, world.over_root():
+        mount(world, mapping)
+        world.kernel.unmount(POINT)
+        assert mounts_there(world) == []
+        world.kernel.remove_mount_point(POINT)
+        assert found(world).open_count == 0
+
+
 # filesystems and mounts
 
 
@@ -700,6 +804,7 @@ __all__ = [
     "test_a_key_of_the_same_description_is_replaced",
     "test_a_live_table_reads_as_it_was_loaded",
     "test_a_loaded_table_is_not_live_before_it_is_activated",
+    "test_a_mapping_is_reported_when_it_changes_and_when_it_goes",
     "test_a_mapping_that_does_not_exist_accepts_no_table",
     "test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error",
     "test_a_mapping_under_a_detached_mount_goes_with_its_last_user",
@@ -710,6 +815,8 @@ __all__ = [
     "test_a_mapping_with_an_error_table_fails_all_reads",
     "test_a_mapping_without_a_table_has_no_node_even_when_it_is_activated",
     "test_a_mapping_works_without_its_key_in_the_keyring",
+    "test_a_mount_below_a_mount_over_the_root_is_unmounted_with_its_directory",
+    "test_a_mount_in_a_root_that_is_bound_to_itself_is_unmounted_with_its_copy",
     "test_a_mount_in_use_stays_unless_it_is_detached",
     "test_a_mount_is_listed_until_it_is_unmounted",
     "test_a_mount_point_of_the_agent_is_listed_once_nothing_is_mounted_there",
@@ -719,6 +826,8 @@ __all__ = [
     "test_a_probe_finds_only_allowed_filesystems",
     "test_a_probe_finds_the_filesystem_under_the_right_key",
     "test_a_read_only_mapping_is_mounted_only_for_reading",
+    "test_a_remount_shows_whether_the_whole_filesystem_is_read_only",
+    "test_a_suspended_mapping_is_resumed_with_the_table_that_it_had",
     "test_a_table_is_loaded_over_a_device_that_is_open",
     "test_a_table_is_not_loaded_over_a_device_that_does_not_exist",
     "test_a_table_is_not_loaded_with_a_key_of_another_size",
@@ -730,6 +839,7 @@ __all__ = [
     "test_a_volume_with_a_mapping_on_it_is_in_use",
     "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
+    "test_each_change_of_the_mounts_is_reported",
     "test_holders_are_counted",
     "test_loading_an_error_table_twice_is_no_error",
     "test_mappings_of_others_are_not_the_agents",

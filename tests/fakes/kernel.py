@@ -169,6 +169,11 @@ class FakeKernel:
     """Texts that the agent has stored for volumes."""
     report: Callable[[Event], None] = lambda _event: None
     """Called with what the kernel and udev report of partitions that a program removes or adds."""
+    mounts_changed: Callable[[], None] = lambda: None
+    """Called at each change of the mounts."""
+    mapping_changed: Callable[[str], None] = lambda _name: None
+    """Called with the kernel's name of a mapping that has become live, or was removed."""
+    mount_id: int = 20
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
@@ -277,7 +282,7 @@ class FakeKernel:
             self.users.clear()
             for mapping in list(self.mappings.values()):
                 mapping.holders = 0
-                self._remove_if_closed(mapping)
+                self.remove_if_closed(mapping)
 
     def leftovers(self) -> list[str]:
         """List what the agent has in the kernel; empty when no medium is present."""
@@ -324,9 +329,24 @@ class FakeKernel:
             mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
         )
 
-    def _remove_if_closed(self, mapping: FakeMapping) -> None:
+    def remove_if_closed(self, mapping: FakeMapping) -> None:
+        """Remove the mapping if that was asked for and nobody has it open."""
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
+            self.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def take_away(self, mount: Mount) -> None:
+        """Have this mount no more; others may be equal."""
+        self.mounts[:] = [other for other in self.mounts if other is not mount]
+
+    def mount_of_root(self, root: Path) -> Mount | None:
+        """Return the topmost mount at the mount root itself, or None."""
+        return next((m for m in reversed(self.mounts) if m.point == str(root)), None)
+
+    def next_mount(self) -> int:
+        """Return the number of the next mount."""
+        self.mount_id += 1
+        return self.mount_id
 
 
 class FakeOpenVolume:
@@ -370,6 +390,8 @@ class FakeProcess:
         self.mount_root = MOUNT_ROOT
         self.is_running = True
         self.watches: list[FakeWriteWatch] = []
+        self.places: dict[str, int] = {}
+        """Numbers of the mounts whose directories it has mounted something in, by the names."""
         self._keyring = keyring
 
     def die(self) -> None:
@@ -519,6 +541,7 @@ class FakeProcess:
         if mapping.inactive is not None:
             mapping.live, mapping.key = mapping.inactive, mapping.inactive_key
             mapping.inactive = mapping.inactive_key = None
+            self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def load_error_table(self, uuid: str) -> None:
         found = (m for m in self.kernel.mappings.values() if m.uuid == uuid)
@@ -527,8 +550,14 @@ class FakeProcess:
         if mapping is None or mapping.live is None:
             return
         mapping.is_suspended = False
-        length = mapping.live.split(" ")[1]
-        mapping.live, mapping.key = f"0 {length} error", None
+        mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def resume_mapping(self, name: str) -> None:
+        self._step("resume_mapping", name)
+        mapping = self._mapping(name, "activate mapping")
+        mapping.is_suspended, mapping.inactive = False, None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
     def remove_mapping(self, name: str) -> None:
         self._step("remove_mapping", name)
@@ -536,7 +565,7 @@ class FakeProcess:
             mapping = self.kernel.mappings.get(name)
             if mapping is not None:
                 mapping.is_removed_at_last_close = True
-                self.kernel._remove_if_closed(mapping)
+                self.kernel.remove_if_closed(mapping)
 
     def keep_mapping(self, name: str) -> None:
         self._step("keep_mapping", name)
@@ -583,13 +612,28 @@ class FakeProcess:
         with self.kernel.lock:
             found = self.kernel.directories.setdefault(name, "ours")
             point = str(self.mount_root / name)
-            if found == "content" or any(m.point == point for m in self.kernel.mounts):
+            if found == "content" or self._seen(name) is not None:
                 raise MountPointOccupiedError(f"{point} is not empty")
             self._step("mount", name)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
-            made = Mount(mapping.number, point, node, read_only, kind, leaves_journal=unread)
+            below = self.kernel.mount_of_root(self.mount_root)
+            made = Mount(
+                mapping.number, point, node, read_only, kind, leaves_journal=unread,
+                is_filesystem_read_only=read_only, identity=self.kernel.next_mount(),
+                parent=0 if below is None else below.identity,
+            )  # fmt: skip
+            if below is not None:  # its peer gets a copy, which it hides
+                copy = replace(made, identity=self.kernel.next_mount(), parent=below.parent)
+                self.kernel.mounts.append(copy)
             self.kernel.mounts.append(made)
+            self.places[name] = made.parent
+            self.kernel.mounts_changed()
+
+    def keep_place(self, name: str) -> None:
+        self._step("keep_place", name)
+        below = self.kernel.mount_of_root(self.mount_root)
+        self.places[name] = 0 if below is None else below.identity
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
@@ -675,26 +719,50 @@ class FakeProcess:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
+            mount = self._reached(name)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
-                self.kernel.mounts.remove(mount)  # mounted by another program
+                self.kernel.take_away(mount)  # mounted by another program
+                self.kernel.mounts_changed()
                 return
             users = self.kernel.users.get(name, 0)
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
-            self.kernel.mounts.remove(mount)
+            copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
+            below = self.kernel.mount_of_root(self.mount_root)
+            is_peer = below is not None and mount.parent == below.identity
+            for gone in list(copies) if is_peer else [mount]:
+                self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
             mapping = next(m for m in self.kernel.mappings.values() if m.number == mount.number)
             mapping.holders += users
-            self.kernel._remove_if_closed(mapping)
+            self.kernel.mounts_changed()
+            self.kernel.remove_if_closed(mapping)
+
+    def _reached(self, name: str) -> Mount | None:
+        """Return the topmost mount in the directory that it was mounted in, or on the path."""
+        return self._seen(name) if name not in self.places else self._in(self.places[name], name)
+
+    def _seen(self, name: str) -> Mount | None:
+        below = self.kernel.mount_of_root(self.mount_root)
+        return self._in(0 if below is None else below.identity, name)
+
+    def _in(self, on: int, name: str) -> Mount | None:
+        point, reached = str(self.mount_root / name), None
+        while True:
+            there = (m for m in self.kernel.mounts if (m.point, m.parent) == (point, on))
+            over = next(there, None)
+            if over is None:
+                return reached
+            reached, on = over, over.identity
 
     def remove_mount_point(self, name: str) -> None:
         self._step("remove_mount_point", name)
         point = str(self.mount_root / name)
         if any(mount.point == point for mount in self.kernel.mounts):
             return
+        self.places.pop(name, None)
         if self.kernel.directories.get(name) == "ours":
             del self.kernel.directories[name]
 
@@ -769,4 +837,4 @@ class FakeWriteWatch:
         if self in self._process.watches:
             self._process.watches.remove(self)
             self._mapping.watches -= 1
-            self._process.kernel._remove_if_closed(self._mapping)
+            self._process.kernel.remove_if_closed(self._mapping)

@@ -310,6 +310,7 @@ def world(formatted: real.Formatted, nothing_left: None, tmp_path: Path) -> Iter
     formatted.restore()
     made = RealWorld(formatted.medium, tmp_path)
     yield made
+    made.close()
     assert list(made.kernel.mount_root.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Final
 
 from caam_hotplug.kernel import sysfs
 from caam_hotplug.kernel.linux import LinuxKernel
+from caam_hotplug.kernel.uevents import KERNEL_GROUP, Uevents
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume
 from fakes.contract import BLOB, DAMAGED_BLOB, OTHER_BLOB
 from kernel import witness
@@ -38,6 +40,17 @@ class RealWorld:
         damaged[-1] ^= 1
         (blobs / DAMAGED_BLOB).write_bytes(damaged)
         self.kernel = LinuxKernel(blobs, root)
+        self._mounts = select.poll()
+        self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._mounts.register(self._mountinfo, select.POLLPRI)
+        self._uevents = Uevents(KERNEL_GROUP)
+        self._changed: set[str] = set()
+        self._uevents.mapping_changed = self._changed.add
+
+    def close(self) -> None:
+        """Wait for no more changes."""
+        self._uevents.close()
+        os.close(self._mountinfo)
 
     def reads_as_written(self, node: str) -> bool:
         """Read past the page cache, which would still have the earlier content."""
@@ -86,6 +99,43 @@ class RealWorld:
             yield
         finally:
             run("dmsetup", "remove", "--retry", "foreign")
+
+    def changes(self) -> set[str]:
+        """Read what the kernel has reported; it does so before a call returns."""
+        list(self._uevents.read(1000))
+        found = set(self._changed)
+        self._changed.clear()
+        if any(event & select.POLLPRI for _, event in self._mounts.poll(0)):
+            found.add("mounts")
+        return found
+
+    def umount(self, name: str, *, lazily: bool = False) -> None:
+        """Use the command."""
+        run("umount", *(["-l"] if lazily else []), str(self.kernel.mount_root / name))
+
+    def remount(self, name: str, *, read_only: bool, filesystem: bool) -> None:
+        """Use the command."""
+        options = ["remount", "ro" if read_only else "rw", *([] if filesystem else ["bind"])]
+        run("mount", "-o", ",".join(options), str(self.kernel.mount_root / name))
+
+    @contextmanager
+    def over_root(self) -> Iterator[None]:
+        """Use the commands."""
+        root = str(self.kernel.mount_root)
+        run("mount", "--bind", root, root)
+        try:
+            yield
+        finally:
+            run("umount", root)
+
+    def suspend(self, name: str) -> None:
+        """Use the command."""
+        run("dmsetup", "suspend", "--noflush", "--nolockfs", name)
+
+    def load_zeros(self, name: str) -> None:
+        """Use the command, for the whole mapping."""
+        size = run("dmsetup", "table", name).split()[1]
+        run("dmsetup", "reload", name, "--table", f"0 {size} zero")
 
 
 def volume_at(device: str) -> Volume:

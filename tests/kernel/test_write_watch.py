@@ -14,6 +14,7 @@ import pytest
 from caam_hotplug.errors import FlushError, MountBusyError, MountError, WritesLostError
 from caam_hotplug.kernel import mount
 from caam_hotplug.kernel.libc import Libc
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.write_watch import WriteWatch
 from caam_hotplug.model import DeviceNumber, Mapping
 from kernel.test_mount import without_passing_for_others
@@ -48,7 +49,7 @@ class Medium:
         self.point.mkdir()
         status = os.stat(self.node)
         number = DeviceNumber(os.major(status.st_rdev), os.minor(status.st_rdev))
-        self.watch = WriteWatch(Mapping(NAME, "", number, (), 0), root)
+        self.watch = WriteWatch(Mapping(NAME, "", number, (), 0), root, MountPlaces(root))
         held.callback(self.watch.close)
         target = os.open(self.point, os.O_RDONLY | os.O_DIRECTORY)
         try:

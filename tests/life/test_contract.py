@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from caam_hotplug.model import DeviceNumber
+from fakes.by_hand import ByHand
 from fakes.contract import *  # noqa: F403  the suite
 from fakes.contract import DAMAGED_BLOB, OTHER_BLOB, World
 from fakes.kernel import FakeKernel, FakeMapping
@@ -22,6 +23,10 @@ class FakeWorld:
         self.fake.blobs[OTHER_BLOB] = b"another tagged key".ljust(48)
         self.fake.blobs[DAMAGED_BLOB] = b"foreign"
         self.kernel = self.fake.start_process()
+        self._by_hand = ByHand(self.fake)
+        self._changes: set[str] = set()
+        self.fake.mounts_changed = lambda: self._changes.add("mounts")
+        self.fake.mapping_changed = self._changes.add
 
     def reads_as_written(self, node: str) -> bool:
         return self.fake.reads_as_written(node)
@@ -50,6 +55,30 @@ class FakeWorld:
         self.fake.mappings["foreign"] = FakeMapping("foreign", "OTHER-1", number, "0 8 zero")
         yield
         del self.fake.mappings["foreign"]
+
+    def changes(self) -> set[str]:
+        found = set(self._changes)
+        self._changes.clear()
+        return found
+
+    def umount(self, name: str, *, lazily: bool = False) -> None:
+        self._by_hand.umount(str(self.kernel.mount_root / name), lazily=lazily)
+
+    def remount(self, name: str, *, read_only: bool, filesystem: bool) -> None:
+        point = str(self.kernel.mount_root / name)
+        self._by_hand.remount(point, read_only=read_only, filesystem=filesystem)
+
+    @contextmanager
+    def over_root(self) -> Iterator[None]:
+        self._by_hand.cover(str(self.kernel.mount_root))
+        yield
+        self._by_hand.umount(str(self.kernel.mount_root))
+
+    def suspend(self, name: str) -> None:
+        self._by_hand.suspend(self.fake.mappings[name])
+
+    def load_zeros(self, name: str) -> None:
+        self._by_hand.load(self.fake.mappings[name], "0 32768 zero")
 
 
 @pytest.fixture

@@ -155,6 +155,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     ),
     # open(2) of the mapping's node.
     "watch_writes": (errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    # open(2) of the mount root.
+    "keep_place": (errno.ELOOP, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     # open(2), read(2) of /proc/self/mountinfo; EACCES is a security module's, ENOENT where /proc is
     # unmounted or covered.
     "mounts": (
@@ -183,6 +185,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
 DM_STEPS: Final = {
     "find_mapping", "our_mappings", "create_mapping", "load_table", "activate_mapping",
     "load_error_table", "remove_mapping", "keep_mapping", "require_same",
+    "resume_mapping",
 }  # fmt: skip
 """Steps of the mappings' worker; the last is one of a device, and waits for nothing."""
 GLOBAL: Final = {"mounts"}
@@ -487,13 +490,15 @@ class Combination:
         """State of the target after the call has failed."""
         act = self.moment.act
         # A detach follows; it is only listed; it is tried again; it comes after the target's life;
-        # only a later sleep needs it.
+        # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
             "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
-            "ciphertexts",
+            "ciphertexts", "keep_place",
         }  # fmt: skip
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
+        if self.step == "find_mapping" and act is stop and self.nth == 0 and not self.lasting:
+            return self.moment.ends_in  # only a suspended mapping needs it
         if self.step == "watch_writes" and self.moment.before is crashed:
             return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:

@@ -12,7 +12,7 @@ from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnStop, Rule
 from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import DmError, KernelError, MountError, VolumeBusyError
-from caam_hotplug.model import DeviceNumber, DevType, Mount, State, Volume, VolumeId
+from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
 
@@ -915,8 +915,7 @@ def _medium_of(bench: Bench, volume: object) -> object:
 
 def cover(bench: Bench, name: str = "cartridge-01") -> None:
     """Mount something else over the volume's mount."""
-    point = f"/run/media/{name}"
-    bench.kernel.mounts.append(Mount(DeviceNumber(0, 99), point, "tmpfs", False, "tmpfs"))
+    bench.by_hand.cover(f"/run/media/{name}")
 
 
 @pytest.mark.parametrize("pulled", [False, True])

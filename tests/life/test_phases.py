@@ -133,6 +133,22 @@ def loses_key(bench: Bench, volume: Volume) -> str:
     return ""
 
 
+def unmounts(bench: Bench, volume: Volume) -> str:
+    point = f"/run/media/{volume.partlabel}"
+    ours = [m for m in bench.kernel.mappings.values() if m.uuid.endswith(f"-{volume.id}")]
+    if any(m.point == point and m.number == ours[0].number for m in bench.kernel.mounts if ours):
+        bench.by_hand.umount(point)
+    return ""
+
+
+def changes_table(bench: Bench, volume: Volume) -> str:
+    mapping = bench.kernel.mappings.get(f"caam-cartridge-01-{volume.id}")
+    if mapping is not None:
+        bench.by_hand.load(mapping, "0 32768 zero")
+        bench.by_hand.resume(mapping)
+    return ""
+
+
 def stops(bench: Bench, _volume: Volume) -> str:
     bench.begin_stop()
     return ""
@@ -142,7 +158,8 @@ EVENTS: Final[dict[str, Callable[[Bench, Volume], str]]] = {
     "lock": asked("lock"), "eject": asked("eject"), "unlock": asked("unlock"),
     "retry": asked("retry"), "other facts": facts, "no rule matches": rules,
     "blob appears": blob, "medium departs": departs, "agent stops": stops,
-    "key lost in sleep": loses_key,
+    "key lost in sleep": loses_key, "unmounted by others": unmounts,
+    "another table": changes_table,
 }  # fmt: skip
 
 

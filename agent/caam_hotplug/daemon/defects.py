@@ -6,7 +6,9 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from caam_hotplug.model import State
 from caam_hotplug.systemd import journal
+from caam_hotplug.volume.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -22,3 +24,13 @@ async def guarded(work: Coroutine[Any, Any, None], words: str, **of: object) -> 
         await work
     except Exception:  # noqa: BLE001  whatever it is, it must not end the other volumes' service
         log_defect(f"{words}: a defect of the agent ended it", **of)
+
+
+async def end_of_service(record: Record) -> None:
+    """Log the exception that has ended a volume's lifecycle, and wait until the volume departs."""
+    log_defect(f"{record.volume}: a defect ended its service", volume=record.volume)
+    record.publish_defect(State.FAILED)
+    await record.stop.until(lambda: False)
+    if record.stop.medium_gone:
+        await record.cut_off.done()
+        record.publish_defect(State.REMOVED_UNSAFELY)

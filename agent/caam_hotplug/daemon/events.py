@@ -11,6 +11,7 @@ from pathlib import Path
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
+from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe
@@ -30,6 +31,7 @@ class DeviceEvents:
 
     def begin(self) -> None:
         """Start the lifecycles of all present volumes, and take events from now on."""
+        self._devices.watch_mappings(self._supervisor.observer.mapping_changed)
         self._supervisor.start(self._devices.present(), sysfs.there())
         for fileno, read in self._devices.readers().items():
             self._loop.add_reader(fileno, self._take, read)
@@ -118,6 +120,29 @@ class BlobEvents:
             log.warning(words, error)
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S) or FIRST_DELAY_S
         self._alarm = self._loop.call_later(self._delay_s, self.begin)
+
+
+@contextmanager
+def mounts_watched(supervisor: Supervisor) -> Iterator[None]:
+    """Report each change of the machine's mounts."""
+    try:
+        watched = MountEvents()
+    except UnknownError as error:
+        log.warning("%s; what others do with a mount is seen when it is released", error)
+        yield
+        return
+
+    def take() -> None:
+        watched.read()
+        supervisor.mounts_changed()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watched, take)
+    try:
+        yield
+    finally:
+        loop.remove_reader(watched)
+        watched.close()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import NoReturn
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import hand_over
 from caam_hotplug.daemon.agent import Agent, Load
-from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, sleeps_watched
+from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, mounts_watched, sleeps_watched
 from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
@@ -90,6 +90,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             held.callback(events.end)
             held.callback(blobs.end)
             blobs.begin()
+            held.enter_context(mounts_watched(supervisor))
             look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()
             await service.first_attempt(_BUS_WITHIN_S)

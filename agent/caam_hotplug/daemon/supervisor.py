@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,8 @@ from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
 from caam_hotplug.daemon import orphans
 from caam_hotplug.daemon.changed_disks import ChangedDisks
-from caam_hotplug.daemon.defects import guarded, log_defect
+from caam_hotplug.daemon.defects import end_of_service, guarded
+from caam_hotplug.daemon.observer import Observer
 from caam_hotplug.daemon.safe_removal import SAFE, SafeRemoval
 from caam_hotplug.errors import RequestRefusedError
 from caam_hotplug.formats.marks import Mark
@@ -28,13 +28,10 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
-from caam_hotplug.systemd import journal
 from caam_hotplug.volume.lifecycle import VolumeLifecycle
 from caam_hotplug.volume.phases import Evaluate, Parked
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
-
-log = logging.getLogger(__name__)
 
 Reported = Appeared | Disappeared
 
@@ -58,6 +55,7 @@ class Supervisor:
         """Volumes released on request while the kernel re-reads the partition table."""
         self._changed = ChangedDisks(context, self.run)
         self._removal = SafeRemoval(context, self)
+        self.observer = Observer(context.kernel, self._records)
         self._stopping = False
         self._tasks: dict[asyncio.Task[None], Callable[[], str]] = {}
 
@@ -111,24 +109,28 @@ class Supervisor:
         self._stopping = True
         self._removal.close()
         self._next.clear()
-        for lifecycle in self._lifecycles.values():
-            lifecycle.record.agent_stops()
+        for record in self._records():
+            record.agent_stops()
 
     def reevaluate(self, rules: tuple[Rule, ...]) -> None:
         """Put these rules in force, also for present volumes."""
         self._context.rules = rules
-        for lifecycle in self._lifecycles.values():
-            lifecycle.record.rules_changed()
+        for record in self._records():
+            record.rules_changed()
 
     def machine_woke(self) -> None:
         """Have every mapping compared with what it gave before the sleep."""
-        for lifecycle in self._lifecycles.values():
-            lifecycle.record.machine_woke()
+        for record in self._records():
+            record.machine_woke()
+
+    def mounts_changed(self) -> None:
+        """Have what is published compared with the mounts that there are now."""
+        self.observer.mounts_changed()
 
     def blob_appeared(self, name: str | None) -> None:
         """Report a new blob to all volumes; with None, any blob may be there."""
-        for lifecycle in self._lifecycles.values():
-            lifecycle.record.blob_appeared(name)
+        for record in self._records():
+            record.blob_appeared(name)
 
     async def lock(self, which: VolumeId, by: str) -> None:
         """Unmount the volume and remove its mapping. Raises: RequestRefusedError."""
@@ -155,6 +157,9 @@ class Supervisor:
         await self._removal.eject(record, by, power_off=power_off)
         return f"{record.volume.partlabel or record.volume.name}: {SAFE}"
 
+    def _records(self) -> list[Record]:
+        return [lifecycle.record for lifecycle in self._lifecycles.values()]
+
     def _lifecycle(self, which: VolumeId) -> VolumeLifecycle:
         lifecycle = self._lifecycles.get(which)
         if lifecycle is None:
@@ -171,7 +176,7 @@ class Supervisor:
 
     def records_of(self, diskseq: int) -> list[Record]:
         """Return the records of the disk's volumes."""
-        return [each.record for v, each in self._lifecycles.items() if v.diskseq == diskseq]
+        return [each for each in self._records() if each.volume.id.diskseq == diskseq]
 
     def depart(self, diskseq: int, but: Set[VolumeId]) -> None:
         """End the lifecycles of the disk's volumes but for these."""
@@ -245,8 +250,7 @@ class Supervisor:
             self._lifecycles[which].record.medium_gone()
 
     def _reconcile(self, reported: list[Reported]) -> None:
-        lost = journal.event(journal.Event.EVENTS_LOST)
-        log.warning("the kernel dropped events; looking at all devices", extra=lost)
+        self.observer.events_lost()
         present = [event for event in reported if isinstance(event, Appeared)]
         for event in reported:
             if isinstance(event, Disappeared):
@@ -282,15 +286,10 @@ class Supervisor:
         try:
             await lifecycle.run()
         except Exception:  # noqa: BLE001  a defect must not cost the other volumes their mounts
-            log_defect(f"{record.volume}: a defect ended its service", volume=record.volume)
-            record.publish_defect(State.FAILED)
-            await record.stop.until(lambda: False)
-            if record.stop.medium_gone:
-                await record.cut_off.done()
-                record.publish_defect(State.REMOVED_UNSAFELY)
+            await end_of_service(record)
         finally:
             del self._lifecycles[which]
-            lost = record.volume if record.stop.lost_in_sleep else None
+            lost = record.volume if record.stop.is_cut_off else None
             has_disk = VolumeId(which.diskseq, 0) in self._at.values()
             if record.parked is not None and (has_disk or lost is not None):
                 self._parked[which] = record.parked

@@ -166,8 +166,8 @@ def _if_there(file: str) -> str | None:
 
 def _mounts(numbers: set[DeviceNumber]) -> Iterator[str]:
     for mount in mountinfo.mounts():
-        # btrfs gives its mounts a number of their own, and names the device.
-        if mount.number in numbers or _number_of(mount.source) in numbers:
+        names_it = mount.filesystem in mountinfo.NAMES_ITS_DEVICE
+        if mount.number in numbers or (names_it and _number_of(mount.source) in numbers):
             yield f"mounted at {shown(mount.point)}"
 
 

@@ -31,7 +31,7 @@ _NO_MAPPING: Final = (0, errno.ENXIO)
 
 # enum of libdevmapper.h
 _CREATE, _RELOAD, _REMOVE, _RESUME = 0, 1, 2, 5
-_INFO, _TABLE, _LIST, _TARGET_MSG = 6, 11, 13, 17
+_INFO, _TABLE, _LIST, _CLEAR, _TARGET_MSG = 6, 11, 13, 14, 17
 _GET_TARGET_VERSION: Final = 20
 
 _HINTS: Final = {
@@ -181,6 +181,12 @@ def load(name: str, line: str, *, read_only: bool) -> None:
         Devmapper.dm_task_add_target(
             task, int(start), int(length), kind.encode(), parameters.encode()
         )
+        Devmapper.dm_task_run(task)
+
+
+def clear(name: str) -> None:
+    """Drop the mapping's inactive table, if it has one. Raises: DmError. Worker: dm."""
+    with _task(_CLEAR, "drop the inactive table of mapping", name) as task:
         Devmapper.dm_task_run(task)
 
 

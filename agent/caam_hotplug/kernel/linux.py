@@ -36,6 +36,7 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.kernel.write_watch import WriteWatch
@@ -63,6 +64,7 @@ class LinuxKernel:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
+        self._places = MountPlaces(mount_root)
 
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.
@@ -167,6 +169,11 @@ class LinuxKernel:
         """
         error_table.load(uuid)
 
+    def resume_mapping(self, name: str) -> None:
+        """Resume a suspended mapping with its live table; a table that waits is dropped."""
+        devmapper.clear(name)
+        devmapper.resume(name)
+
     def remove_mapping(self, name: str) -> None:
         """Remove the mapping, at its last close if somebody holds it open."""
         devmapper.remove(name)
@@ -214,6 +221,12 @@ class LinuxKernel:
                 options=options,
                 filesystem_options=filesystem_options,
             )
+            self._places.keep(name, "..", target)
+
+    def keep_place(self, name: str) -> None:
+        """Keep the directory open in which `name` is mounted, where the path leads to now."""
+        with reported_as("look at", str(self.mount_root), MountError):
+            self._places.keep_seen(name)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
@@ -255,7 +268,7 @@ class LinuxKernel:
 
     def watch_writes(self, mapping: Mapping) -> WriteWatch:
         """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
-        return WriteWatch(mapping, self.mount_root)
+        return WriteWatch(mapping, self.mount_root, self._places)
 
     def unmount(self, name: str, *, lazily: bool = False) -> None:
         """Unmount `name` in the mount root. Raises: MountBusyError."""
@@ -264,7 +277,7 @@ class LinuxKernel:
         def unmount() -> None:
             with (
                 reported_as("unmount", str(point), MountError),
-                paths.directory(self.mount_root) as root,
+                self._places.directory(name) as root,
             ):
                 mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
 
@@ -276,7 +289,7 @@ class LinuxKernel:
     def remove_mount_point(self, name: str) -> None:
         """Remove the directory if we made it."""
         with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            spent_on(partial(paths.remove_mount_point, self.mount_root, name))
+            spent_on(partial(self._places.remove, name))
 
     def our_mount_points(self) -> list[str]:
         """Return the directories that we made and that nothing is mounted on."""

@@ -14,6 +14,8 @@ from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.model import DeviceNumber, Mount
 
+NAMES_ITS_DEVICE: Final = {"bcachefs", "btrfs"}
+"""Filesystems whose mounts have a number of their own, and whose source the kernel itself names."""
 _VOLATILE: Final = {"tmpfs", "ramfs"}
 _UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
 
@@ -28,11 +30,17 @@ def mounts() -> list[Mount]:
     """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
     with reported_as("read", str(_MOUNTINFO), UnknownError):
-        lines = spent_on(_MOUNTINFO.read_bytes).split(b"\n")
+        content = spent_on(_MOUNTINFO.read_bytes)
     try:
-        return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
+        return parsed(content)
     except ValueError as error:
         raise UnknownError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
+
+
+def parsed(content: bytes) -> list[Mount]:
+    """Parse a whole file. Raises: ValueError for a line of an unknown form."""
+    lines = content.split(b"\n")
+    return [parse_mount(line.decode(errors="surrogateescape")) for line in lines if line]
 
 
 def why_volatile(path: Path) -> str | None:
@@ -78,6 +86,8 @@ def parse_mount(line: str) -> Mount:
             filesystem=filesystem,
             leaves_journal=mount_options.leaves_journal(superblock_options),
             identity=int(fields[0]),
+            parent=int(fields[1]),
+            is_filesystem_read_only="ro" in superblock_options,
         )
     except (ValueError, IndexError) as error:
         raise ValueError(

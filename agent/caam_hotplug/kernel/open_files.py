@@ -25,7 +25,8 @@ from typing import Final, TextIO
 
 from caam_hotplug import names
 from caam_hotplug.errors import UnknownError
-from caam_hotplug.kernel import mountinfo
+from caam_hotplug.kernel import detached_files, mountinfo
+from caam_hotplug.kernel.mountinfo import NAMES_ITS_DEVICE
 from caam_hotplug.model import DeviceNumber, Holder, Mapping, Mount
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
 
     def copies(process: Path) -> list[_Copy]:
         listed = _mounts(process)
-        return [c for c in listed if c.mount.number in devices or c.mount.source in sources]
+        return [copy for copy in listed if _shows(copy.mount, devices, sources)]
 
     here = copies(_PROC / "1")
     groups = frozenset[int]().union(*(copy.groups for copy in here))
@@ -150,7 +151,29 @@ def search(devices: abc.Mapping[DeviceNumber, str]) -> list[Holder]:
             if own and not used:
                 words = f"has it mounted at {own[0].mount.point} in a mount namespace of its own"
                 found.append(Holder(pid, command, words, is_user=False))
-    return found
+    return found or list(_in_detached_mounts(devices))
+
+
+def _shows(mount: Mount, devices: abc.Container[DeviceNumber], nodes: abc.Container[str]) -> bool:
+    names_it = mount.filesystem in NAMES_ITS_DEVICE and mount.source in nodes
+    return mount.number in devices or names_it
+
+
+def _in_detached_mounts(devices: abc.Container[DeviceNumber]) -> Iterator[Holder]:
+    """Yield who uses the devices by a mount that is in no namespace any more."""
+    for process in _PROC.glob("[0-9]*"):
+        with suppress(OSError, ValueError):  # as above
+            if int(process.name) == os.getpid():
+                continue
+            links = [*map(process.joinpath, _LINKS), *(process / "fd").iterdir()]
+            linked = detached_files.linked(process, links, devices)
+            used = [_LINKS.get(link.name, "has {} open").format(_link(link)) for link in linked]
+            used += [f"has {path} in memory" for path in detached_files.mapped(process, devices)]
+            if used:
+                command = (process / "comm").read_text(errors="backslashreplace").strip()
+                for words in _few(iter(dict.fromkeys(used))):
+                    words_of_all = f"{words}, in a mount that was detached"
+                    yield Holder(int(process.name), command, words_of_all)
 
 
 def end(mapping: Mapping, number: int, within_s: float) -> None:

@@ -111,18 +111,26 @@ def mount_point(root: Path, name: str) -> Iterator[int]:
 
 
 def remove_mount_point(root: Path, name: str) -> None:
-    """Remove the directory if it is ours; the board's own stay.
+    """As `remove_from`, by the path of the root."""
+    with suppress(FileNotFoundError), directory(root) as parent:
+        remove_from(parent, name)
 
-    Raises: OSError, unless it is missing, in use or has content.
+
+def remove_from(parent: int, name: str) -> bool:
+    """Remove the directory in the open one if it is ours; the board's own stay.
+
+    Return whether nothing is mounted there. Raises: OSError, unless it is missing, in use or has
+    content.
     """
     try:
-        with directory(root) as parent:
-            status = os.lstat(name, dir_fd=parent)
-            if stat.S_ISDIR(status.st_mode) and is_ours(status):
-                os.rmdir(name, dir_fd=parent)
+        status = os.lstat(name, dir_fd=parent)
+        if stat.S_ISDIR(status.st_mode) and is_ours(status):
+            os.rmdir(name, dir_fd=parent)
     except OSError as error:
         if error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
             raise
+        return error.errno != errno.EBUSY
+    return status.st_dev == os.fstat(parent).st_dev
 
 
 def is_ours(status: os.stat_result) -> bool:

@@ -103,6 +103,10 @@ class Devices:
         self._reported: dict[str, VolumeId] = {}
         """The volume reported last, by its kernel name."""
 
+    def watch_mappings(self, changed: Callable[[str], None]) -> None:
+        """Call this with the kernel's name of each mapping that it changes or removes."""
+        self._kernel.mapping_changed = changed
+
     def readers(self) -> dict[int, Callable[[], list[Event]]]:
         """Return the functions to call when a descriptor is readable, by that descriptor."""
         found = {self._kernel.fileno(): self.read_kernel}
@@ -110,8 +114,7 @@ class Devices:
 
     def close(self) -> None:
         """Stop receiving events."""
-        self._kernel.close()
-        for opened in (self._udev, self._rules):
+        for opened in (self._kernel, self._udev, self._rules):
             if opened is not None:
                 opened.close()
 
@@ -256,8 +259,7 @@ class Devices:
 
     def _from_kernel(self, uevent: uevents.Uevent) -> Iterator[Event]:
         """Yield the events of a kernel's uevent, which udev's follows."""
-        name = uevent.name
-        before, announced = self._reported.get(name), None
+        before, announced = self._reported.get(name := uevent.name), None
         if uevent.action == "add" and before is None and self._may_announce():
             announced = sysfs.announced_at(name, uevent.properties.get("PARTNAME"))
         which = sysfs.present_id(name) if announced is None else announced.id
@@ -294,6 +296,5 @@ class Devices:
         return Disappeared(name)
 
     def _await_udev(self, name: str) -> None:
-        if sysfs.NEVER_MEDIA.match(name):
-            return
-        self._awaited.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)
+        if not sysfs.NEVER_MEDIA.match(name):
+            self._awaited.setdefault(name, time.monotonic() + UDEV_PATIENCE_S)

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -35,7 +35,7 @@ _UDEV_MAGIC: Final = bytes.fromhex("feedcafe")
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred: process, user, group (unix(7))."""
 _ROOT: Final = 0
-_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
+_MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/(dm-\d+)\0")
 """With both NULs: a label may have any other byte."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
@@ -97,6 +97,8 @@ class Uevents:
     def __init__(self, group: int, handed: int | None = None) -> None:
         """`handed`: a socket of this group, which this object closes."""
         self._group = group
+        self.mapping_changed: Callable[[str], None] = lambda _name: None
+        """Called with the kernel's name of a mapping that it has changed or removed."""
         if handed is not None:
             self._socket = socket.socket(fileno=handed)
         else:
@@ -138,12 +140,15 @@ class Uevents:
             if flags & socket.MSG_TRUNC:
                 yield None
                 continue
-            if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
+            if b"\0SUBSYSTEM=block\0" not in message:
                 continue
-            if self._is_trusted(sender, ancillary):
-                event = parsed(message)
-                if event is not None:
-                    yield event
+            if not self._is_trusted(sender, ancillary):
+                continue
+            if (mapping := _MAPPING.search(message)) is not None:
+                if not message.startswith(b"add@"):
+                    self.mapping_changed(mapping[1].decode())
+            elif (event := parsed(message)) is not None:
+                yield event
 
     def _is_trusted(self, sender: tuple[int, int], ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Return whether the kernel, or a process of root's, has sent it; others can, too."""

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import FlushError, KernelError, MountError, WritesLostError
-from caam_hotplug.kernel import mount, paths, sysfs_tree
+from caam_hotplug.kernel import mount, sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.libc import Libc
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.model import Mapping
 
 _BLKFLSBUF: Final = 0x1261
@@ -55,10 +56,11 @@ class _MountAttr(ctypes.Structure):
 class WriteWatch:
     """A mapping's device, watched for failed writes. Synchronization: one thread at a time."""
 
-    def __init__(self, mapping: Mapping, mount_root: Path) -> None:
-        """Raises: KernelError."""
+    def __init__(self, mapping: Mapping, mount_root: Path, places: MountPlaces) -> None:
+        """`places`: where filesystems are mounted. Raises: KernelError."""
         self._node = mapping.node
         self._mount_root = mount_root
+        self._places = places
         self.lost = ""
         """What could not be written; empty while that is nothing."""
         try:
@@ -91,7 +93,7 @@ class WriteWatch:
         point = str(self._mount_root / name)
         with (
             reported_as("unmount", point, MountError),
-            paths.directory(self._mount_root) as root,
+            self._places.directory(name) as root,
             _copied(root, name, point) as directory,
         ):
             self._flush(directory, point)

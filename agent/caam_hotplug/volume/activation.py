@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 from caam_hotplug.config.rules import Action
 from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.device import Device
+from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.hooks import Hooks
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.mapping import active_mapping, backend_that_made
 from caam_hotplug.volume.mount import mounted
+from caam_hotplug.volume.observation import Observation
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import release
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 class Released:
     """The end of an activation without an error."""
 
-    cause: Request | Reevaluate | None
+    cause: Request | Reevaluate | Interference | None
     """Why it was released in order; None if nobody has asked for that."""
     loses_data_if_gone: bool = False
     """Whether it is still mounted read-write, so that a departure of the medium costs data."""
@@ -52,6 +53,8 @@ class Activation:
         self._sleep_check = SleepCheck(operations, target.volume)
         self._hooks = Hooks(record.context.units, self._stop)
         self._writes = Writes()
+        self._holding = record.holding
+        self._observation = Observation(record, operations, target, self._writes)
 
     async def run(self) -> Released:
         """Hold mapping and mount until a cause to release them, and release them.
@@ -64,6 +67,7 @@ class Activation:
             self._record.phase = replace(self._record.phase, has_leftover=True)
             raise
         finally:
+            self._holding.end()
             self._record.note_lost(self._writes.error)
 
     async def _held(self) -> Released:
@@ -74,20 +78,23 @@ class Activation:
             )
             by = f", by its {backend_that_made(mapping)} key"
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
-            is_writable = False
             if self._target.plan.rule.action is Action.UNLOCK:
                 writes = watched(self._operations, mapping, self._writes)
                 await held.enter_async_context(writes)
-                self._publish_served(State.UNLOCKED, f"as {mapping.name}{by}", **live)
+                steps = dict(self._operations.took)
+                self._status.publish(State.UNLOCKED, f"as {mapping.name}{by}", steps=steps, **live)
+                self._grant_unless_released()
+                self._holding.begin(mapping)
             elif (change := self._record.take_reason_to_release(self._target)) is not None:
                 self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
                 return Released(None)
             else:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
-                is_writable = await self._mount(mapping, held)
+                await self._mount(mapping, held)
             self._record.has_slept = False
             await self._sleep_check.remember(mapping)
             cause = await self._until_released(mapping)
+            is_writable = self._holding.is_writable or bool(self._writes.lost)
             if cause is not None:  # flushed and unmounted already, if the medium was there
                 return Released(cause, is_writable and self._stop.medium_gone)
             if self._stop.keeps:
@@ -95,35 +102,37 @@ class Activation:
             self._status.publish(State.DETACHING, self._stop.words)
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
             await self._compare_if_it_slept(mapping)
+            await self._observation.prepare_flush()
             return Released(None, is_writable)
 
-    async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> bool:
-        """Mount the filesystem, publish that, and return whether it is writable."""
+    async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> None:
+        """Mount the filesystem, and publish that."""
         mount = await held.enter_async_context(
             mounted(self._operations, self._target, mapping, self._writes)
         )
-        access = "read-only" if mount.read_only else "read-write"
-        if mount.leaves_journal:
-            access += ", without what its journal has"
-        self._publish_served(
-            State.MOUNTED, f"at {mount.point}, {access}", mount_point=mount.point,
-            filesystem=mount.filesystem, read_only=mount.read_only,
-        )  # fmt: skip
+        self._holding.begin(mapping, mount)
+        self._observation.publish_mounted(mount, steps=dict(self._operations.took))
+        self._grant_unless_released()
         self._hooks.mounted(self._record.plan_in_force(self._target))
-        return not mount.read_only
 
-    def _publish_served(self, state: State, reason: str, **facts: Any) -> None:
-        self._status.publish(state, reason, steps=dict(self._operations.took), **facts)
+    def _grant_unless_released(self) -> None:
         if not self._inbox.wants_release:
             self._inbox.grant()
 
-    async def _until_released(self, mapping: Mapping) -> Request | Reevaluate | None:
+    async def _until_released(self, mapping: Mapping) -> Request | Reevaluate | Interference | None:
         """Wait for a cause to release the volume until nobody uses it; None at the stop signal."""
+        inbox, record, holding = self._inbox, self._record, self._holding
         while True:
-            await self._inbox.until(lambda: self._inbox.concerns_active or self._record.has_slept)
+            await inbox.until(lambda: inbox.concerns_active or record.has_slept or holding.differs)
             await self._compare_if_it_slept(mapping)
             if self._stop.is_set:
                 return None
+            if holding.differs:
+                found = await self._observation.compare()
+                if found is None or self._stop.is_set:
+                    continue
+                await self._release(mapping, found)
+                return found
             if self._inbox.request is not None and not self._inbox.wants_release:
                 self._inbox.grant()  # it is mounted or unlocked already
                 continue
@@ -144,34 +153,44 @@ class Activation:
             return change
         return None if await self._device.confirms(target) else change
 
-    async def _release(self, mapping: Mapping, cause: Request | Reevaluate) -> bool:
+    async def _release(self, mapping: Mapping, cause: Request | Reevaluate | Interference) -> bool:
         """Flush and unmount for this cause; False if its users or the stop signal prevent it."""
         state, reason = self._status.state or State.MOUNTED, self._status.reason
+        self._holding.is_paused = True
         self._status.publish(State.DETACHING, cause.words)
         await self._hooks.unmounting(self._record.plan_in_force(self._target))
         await self._compare_if_it_slept(mapping)  # before a flush
         if self._stop.medium_gone or self._stop.keeps:
             return False
         by_rule = self._record.plan_in_force(self._target).rule.on_busy
-        on_busy = cause.on_busy if isinstance(cause, Reevaluate) else by_rule
+        on_busy = by_rule if isinstance(cause, Request) else cause.on_busy
         anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
         try:
+            await self._observation.require_running()
+            if self._stop.medium_gone:
+                return False
             await release(
                 self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
             )
         except (HotplugError, OSError) as error:
             self._record.note_lost(error)
-            if cause is Reevaluate.UDEV:  # it should not be served: the unwinding detaches it
+            if cause is Reevaluate.UDEV or isinstance(cause, Interference):
+                # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
+                await self._observation.prepare_flush()
                 return True
             if not self._stop.is_set:
-                self._status.publish(state, reason)
+                if self._holding.mount is None:
+                    self._status.publish(state, reason)
+                else:
+                    self._observation.publish_mounted(self._holding.mount)
+                self._observation.compare_again()
                 self._hooks.mounted(self._record.plan_in_force(self._target))
                 self._refuse(cause, error)
             return False
         return True
 
-    def _refuse(self, cause: Request | Reevaluate, error: Exception) -> None:
+    def _refuse(self, cause: Request | Reevaluate | Interference, error: Exception) -> None:
         if isinstance(cause, Request):
             self._inbox.refuse(error)
         else:

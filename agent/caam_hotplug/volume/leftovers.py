@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
-from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import OnBusy, Plan, Rule, match_rules
@@ -19,7 +18,7 @@ from caam_hotplug.errors import (
     shown,
 )
 from caam_hotplug.kernel.api import Kernel
-from caam_hotplug.model import Mapping, State
+from caam_hotplug.model import Mapping
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.mapping import release_key, release_mapping
@@ -29,12 +28,11 @@ from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
+from caam_hotplug.volume.remains import LOST, note_last_writes
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.worker import Late, Worker, to_the_end
 
 log = logging.getLogger(__name__)
-
-LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,9 @@ async def release_leftovers(
         led_elsewhere = not (operations.stop.medium_gone or reaches_medium(mapping))
         if led_elsewhere:
             operations = await _cut_off(operations, mapping)
+        elif mapping.is_suspended and not operations.stop.medium_gone:
+            resume = operations.kernel.resume_mapping
+            await operations.dm("resume the mapping", resume, mapping.name)
         then.push_async_callback(release_mapping, operations, uuid)
         for name in mounts:
             then.push_async_callback(release_mount, operations, name, mapping)
@@ -133,8 +134,9 @@ class Leftover:
         except ReleaseError as error:
             record.note_lost(error.__cause__)
             raise
-        if left.is_written and record.stop.medium_gone:
-            record.status.publish(State.REMOVED_UNSAFELY, LOST)
+        is_written = left.is_written or record.holding.is_left_writable
+        if is_written and record.stop.medium_gone:
+            note_last_writes(record)
         elif left.is_written and left.led_elsewhere:
             record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
 

@@ -19,17 +19,17 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
-    WritesLostError,
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
+from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
-from caam_hotplug.volume.leftovers import LOST, Leftover
+from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
-from caam_hotplug.volume.release import who_uses
+from caam_hotplug.volume.remains import in_words, note_last_writes, remains
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
@@ -75,6 +75,9 @@ class VolumeLifecycle:
         # A failed release was published; only the departure of the medium overrides it.
         if self._status.state is State.REMOVED_UNSAFELY or self._stop.keeps:
             return
+        if self._stop.reason is Reason.OTHER_TABLE:  # the next lifecycle begins as this one ends
+            self._park_for(self._stop.words)
+            return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
 
@@ -97,9 +100,19 @@ class VolumeLifecycle:
             return await self._release_for(request)
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
-        await self._inbox.until(lambda: bool(self._inbox.request) or self._inbox.has_changes)
+        cause, holding = self._phase.released_for, self.record.holding
+        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate)
+        await self._inbox.until(
+            lambda: (
+                bool(self._inbox.request)
+                or (cause is not None and holding.differs)
+                or (self._inbox.has_changes and not awaits_mapping)
+            )
+        )
         if self._inbox.wants_release or self._stop.is_set:
             return self._phase
+        if cause is not None and holding.differs:
+            return await self._released_for(cause)
         return self._phase.to_evaluate()
 
     async def _evaluate(self) -> Phase:
@@ -107,6 +120,7 @@ class VolumeLifecycle:
         if self._inbox.wants_release:
             return self._phase.to_idle()
         self._inbox.clear_changes()
+        self.record.holding.end()
         udev_before = self.record.udev_status
         try:
             return await self._follow_rules()
@@ -119,10 +133,8 @@ class VolumeLifecycle:
         except MountPointOccupiedError as error:
             self._status.publish(State.CONFLICT, str(error))
         except ReleaseError as error:
-            before = error.__cause__ and error.__cause__.__context__
-            cause = f"; before that: {before}" if isinstance(before, HotplugError) else ""
             self.record.retry_if_udev_reported(udev_before)
-            return self._badly_released(f"{error}{cause}{self.record.retry_if_passing(error)}")
+            return self._badly_released(in_words(error) + self.record.retry_if_passing(error))
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
@@ -203,37 +215,26 @@ class VolumeLifecycle:
         if released.is_kept:  # the medium may depart before the lifecycle has ended
             self.record.phase = Queued(target=target, has_leftover=True)
         if released.loses_data_if_gone and self._stop.medium_gone:
-            self._status.publish(State.REMOVED_UNSAFELY, LOST)
-            if self._stop.reason is Reason.OTHER_KEY:  # else what was lost is not this medium's
-                self.record.note_lost(WritesLostError(LOST))
+            note_last_writes(self.record)
         elif released.cause is not None and not self._stop.is_set:
             return await self._released_for(released.cause)
         return self._phase.to_idle()
 
-    async def _released_for(self, cause: Request | Reevaluate) -> Phase:
+    async def _released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
-        uuid = names.dm_uuid(self.record.volume.id)
-        try:
-            left = await self._operations.dm(
-                "look for the mapping", self._kernel.find_mapping, uuid
-            )
-        except (HotplugError, OSError) as error:  # the mapping may be there
-            return self._still_held(str(error))
-        if left is not None:
-            self._inbox.discard_facts()  # they were for the volume as it was held
-            others = "; ".join(await who_uses(self._operations, left)) or "others"
-            return self._still_held(
-                f"mapping {left.name} is held open: {others}; it goes when they close it"
-            )
-        self.record.phase = replace(self._phase, has_leftover=False)  # the kernel has none
-        if isinstance(cause, Request):
-            return self._park(cause)
-        return self._phase.to_evaluate()
-
-    def _still_held(self, words: str) -> Phase:
+        self.record.holding.end()
+        left = await remains(self._operations, names.dm_uuid(self.record.volume.id))
+        if left is None:
+            self.record.phase = replace(self._phase, has_leftover=False)
+            return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self._park(cause)
+        words = f"{cause.words}; {left.words}" if isinstance(cause, Interference) else left.words
         self._status.publish(State.FAILED, words)
         self._inbox.refuse(words)
-        return self._with_leftover()
+        if left.mapping is None:
+            return self._with_leftover()
+        self._inbox.discard_facts()  # they were for the volume as it was held
+        self.record.holding.leave(left.mapping)
+        return replace(self._with_leftover(), released_for=cause)
 
     def _with_leftover(self) -> Phase:
         phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
@@ -256,13 +257,16 @@ class VolumeLifecycle:
             return self._phase
         return await self._released_for(request)
 
-    def _park(self, request: Request) -> Phase:
-        parked = self.record.parked
-        if parked is None or self._status.state is not State.EJECTED:  # which is more
-            lost = self.record.lost
-            self.record.park(State.LOCKED, f"{request.words}; {lost}" if lost else request.words)
-        self._inbox.grant()
+    def _park(self, cause: Request | Interference) -> Phase:
+        if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
+            self._park_for(cause.words)
+        if self._inbox.wants_release:
+            self._inbox.grant()
         return self._phase
+
+    def _park_for(self, words: str) -> None:
+        lost = self.record.lost
+        self.record.park(State.LOCKED, f"{words}; {lost}" if lost else words)
 
     async def _release_leftover(self) -> None:
         """Release what an earlier run or attempt has left. Raises: ReleaseError."""

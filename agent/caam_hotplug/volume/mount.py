@@ -21,7 +21,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
 from caam_hotplug.model import Mapping, Mount
-from caam_hotplug.volume.mount_table import first_of, is_of, mount_at, mounts_at, mounts_of
+from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -54,19 +54,21 @@ async def mounted(
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
-            await _watch_adopted(operations, watch)
+            await _watch_adopted(operations, watch, partial(kernel.keep_place, name))
         else:
             await _mount(operations, target, mapping, watch, writes)
-            found = mount_at(kernel, name)
+            found = first_of(mapping, mounts_at(kernel, name, mapping))
         if found is None:
             raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
         yield found
 
 
-async def _watch_adopted(operations: Operations, watch: Callable[[], None]) -> None:
+async def _watch_adopted(
+    operations: Operations, watch: Callable[[], None], keep_place: Callable[[], None]
+) -> None:
     """Watch a mount that is in use, if that can be done; else at its release."""
     try:
-        await operations.call("watch its writes", watch)
+        await operations.each(("watch its writes", watch), ("keep its place", keep_place))
     except (HotplugError, OSError) as error:
         log.warning("%s", error)
 
@@ -157,7 +159,7 @@ async def release_mount(
 
 async def _release(operations: Operations, name: str, mapping: Mapping, writes: Writes) -> None:
     kernel = operations.kernel
-    there = mounts_at(kernel, name)
+    there = mounts_at(kernel, name, mapping)
     found = first_of(mapping, there)
 
     def remove_mount_point() -> None:
@@ -168,17 +170,15 @@ async def _release(operations: Operations, name: str, mapping: Mapping, writes: 
         await operations.call("remove the mount point", remove_mount_point)
         return
     try:
-        await _uncover(operations, name, mapping, there)
+        await _uncover(operations, name, found, there)
     finally:
         await _unmount_or_detach(operations, name, mapping, writes)
 
 
-async def _uncover(
-    operations: Operations, name: str, mapping: Mapping, there: Sequence[Mount]
-) -> None:
+async def _uncover(operations: Operations, name: str, found: Mount, there: Sequence[Mount]) -> None:
     """Detach mounts of others that cover ours; it could not be unmounted below them."""
     for cover in reversed(there):
-        if is_of(cover, mapping):
+        if cover is found:
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
         await operations.call("detach", operations.kernel.unmount, name, lazily=True)
@@ -219,7 +219,7 @@ async def _unmount_or_detach(
             await operations.call("detach", kernel.unmount, name, lazily=True)
         finally:
             await operations.call("remove the mount point", kernel.remove_mount_point, name)
-    if (left := first_of(mapping, mounts_at(kernel, name))) is not None:
+    if (left := first_of(mapping, mounts_at(kernel, name, mapping))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
 
 

@@ -3,14 +3,19 @@
 The table is read on the loop, not by a worker. It lies in memory, and the lock that it is read
 under (namespace_sem, fs/namespace.c) is never held over I/O, so reading cannot hang as a mount or
 an unmount can. It can fail, such as for want of a file descriptor.
+
+Several mounts can have the same point as text: one over the other, a copy that the kernel made in a
+peer of the directory below (mount_namespaces(7)), one that a mount over the directory hides. Which
+lies on which is in the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from caam_hotplug.kernel.api import Kernel
+from caam_hotplug.kernel.mountinfo import NAMES_ITS_DEVICE
 from caam_hotplug.model import Mapping, Mount
 
 
@@ -20,21 +25,59 @@ def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
     return {point.name: mount for point, mount in found if point.parent == kernel.mount_root}
 
 
+def points_of(kernel: Kernel, mapping: Mapping) -> list[str]:
+    """Return where the mapping is mounted."""
+    return [mount.point for mount in kernel.mounts() if is_of(mount, mapping)]
+
+
 def mounted_elsewhere(kernel: Kernel, mapping: Mapping) -> list[str]:
     """Return where others have mounted the mapping, outside the mount root."""
-    points = (mount.point for mount in kernel.mounts() if is_of(mount, mapping))
-    return [point for point in points if Path(point).parent != kernel.mount_root]
+    return [p for p in points_of(kernel, mapping) if Path(p).parent != kernel.mount_root]
 
 
-def mount_at(kernel: Kernel, name: str) -> Mount | None:
-    """Return the topmost mount at a name in the mount root, or None."""
-    return next(reversed(mounts_at(kernel, name)), None)
+def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list[Mount]:
+    """Return the mounts at a name in the mount root, one over the other, the topmost last.
+
+    They are those that the path leads to. If none of them shows the mapping, they are one of it
+    that is hidden, and those over that one.
+    """
+    point, mounts = str(kernel.mount_root / name), kernel.mounts()
+    seen = [mount for mount in _on_the_way(mounts, point) if mount.point == point]
+    if mapping is None or first_of(mapping, seen) is not None:
+        return seen
+    hidden = first_of(mapping, (mount for mount in mounts if mount.point == point))
+    return seen if hidden is None else [hidden, *_over(mounts, hidden)]
 
 
-def mounts_at(kernel: Kernel, name: str) -> list[Mount]:
-    """Return all mounts at a name in the mount root, the topmost last."""
-    point = str(kernel.mount_root / name)
-    return [mount for mount in kernel.mounts() if mount.point == point]
+def cover_of(mounts: Sequence[Mount], mount: Mount) -> Mount | None:
+    """Return the mount that is seen instead at the place of this one, or None."""
+    seen = [*_on_the_way(mounts, mount.point)][-1:]
+    return None if not seen or seen[0].identity == mount.identity else seen[0]
+
+
+def _on_the_way(mounts: Sequence[Mount], path: str) -> Iterator[Mount]:
+    """Yield the mounts that the kernel crosses on its way to the path."""
+    numbers = {mount.identity for mount in mounts}
+    left = [mount for mount in mounts if _is_prefix(mount.point, path)]
+    on = [mount for mount in left if mount.parent not in numbers]
+    while on:
+        # What is mounted at the first component of the path is crossed first.
+        crossed = min(reversed(on), key=lambda mount: len(mount.point))
+        yield crossed
+        on = [mount for mount in left if mount.parent == crossed.identity != mount.identity]
+
+
+def _over(mounts: Sequence[Mount], below: Mount) -> Iterator[Mount]:
+    over: Mount | None = below
+    while over is not None:
+        on = over.identity
+        over = next((m for m in mounts if m.parent == on and m.point == below.point), None)
+        if over is not None:
+            yield over
+
+
+def _is_prefix(point: str, path: str) -> bool:
+    return path == point or path.startswith(f"{point.rstrip('/')}/")
 
 
 def first_of(mapping: Mapping, mounts: Iterable[Mount]) -> Mount | None:
@@ -43,6 +86,10 @@ def first_of(mapping: Mapping, mounts: Iterable[Mount]) -> Mount | None:
 
 
 def is_of(mount: Mount, mapping: Mapping) -> bool:
-    """Whether the mount shows the mapping; btrfs gives its mounts a device number of their own."""
+    """Whether the mount shows the mapping.
+
+    Its source says so only where that is the kernel's own text: a user can name a FUSE's as any.
+    """
     sources = {mapping.node, f"/dev/mapper/{mapping.name}"}
-    return mount.number == mapping.number or mount.source in sources
+    names_it = mount.filesystem in NAMES_ITS_DEVICE and mount.source in sources
+    return mount.number == mapping.number or names_it

@@ -12,6 +12,9 @@ from typing import Final
 from caam_hotplug.config.rules import Plan
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State
+from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.target import Target
 
 REREAD: Final = "it was ejected, and its partitions were read anew"
@@ -26,6 +29,8 @@ class Phase:
     """Target of the last attempt."""
     has_leftover: bool = False
     """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
+    released_for: Request | Reevaluate | Interference | None = None
+    """Why it was released, while others hold its mapping open."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""

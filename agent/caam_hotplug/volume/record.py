@@ -17,6 +17,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
+from caam_hotplug.volume.holding import Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
@@ -66,6 +67,7 @@ class Record:
             self.status.publish_late, names.dm_uuid(volume.id),
         )  # fmt: skip
         self.cut_off.is_mapped = phase.has_leftover
+        self.holding = Holding(self.stop.wake)
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
         self._retry_delay = RetryDelay()
@@ -88,7 +90,7 @@ class Record:
     @property
     def parked(self) -> Parked | None:
         """How the volume waits for a request, if it does, or its next lifecycle will."""
-        if self.stop.lost_in_sleep:
+        if self.stop.lost_in_sleep and not isinstance(self.phase, Parked):
             return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
         return self.phase if isinstance(self.phase, Parked) else None
 

@@ -16,7 +16,7 @@ from caam_hotplug.errors import (
     shown,
 )
 from caam_hotplug.model import Mapping
-from caam_hotplug.volume.mount_table import first_of, mounted_elsewhere, mounts_at
+from caam_hotplug.volume.mount_table import first_of, mounted_elsewhere, mounts_at, points_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.writes import Writes
@@ -43,8 +43,7 @@ async def release(
     MountError. Then nothing has changed.
     """
     kernel, name = operations.kernel, target.plan.mount_name
-    await _require_running(operations, target)
-    there = mounts_at(kernel, name)
+    there = mounts_at(kernel, name, mapping)
     found = first_of(mapping, there)
     if found is None:
         await _release_unmounted(operations, target, mapping, writes, on_busy)
@@ -87,14 +86,6 @@ async def _unmount(
 
 def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
-
-
-async def _require_running(operations: Operations, target: Target) -> None:
-    """Raise RequestRefusedError for a suspended mapping: a write to it would wait without end."""
-    kernel = operations.kernel
-    live = await operations.dm("look for the mapping", kernel.find_mapping, target.dm_uuid)
-    if live is not None and live.is_suspended:
-        raise suspended(live)
 
 
 def suspended(mapping: Mapping) -> RequestRefusedError:
@@ -141,9 +132,14 @@ async def _busy(operations: Operations, what: str, mapping: Mapping) -> VolumeBu
     return VolumeBusyError(what, await who_uses(operations, mapping))
 
 
-async def who_uses(operations: Operations, mapping: Mapping) -> tuple[str, ...]:
-    """Return the processes that use the filesystem, and where others have mounted it."""
+async def who_uses(
+    operations: Operations, mapping: Mapping, *, is_released: bool = False
+) -> tuple[str, ...]:
+    """Return the processes that use the filesystem, and where others have mounted it.
+
+    `is_released`: whether no mount of it is the agent's.
+    """
     kernel = operations.kernel
     holders = await operations.call("look who uses it", kernel.holders, mapping)
-    points = mounted_elsewhere(kernel, mapping)
+    points = (points_of if is_released else mounted_elsewhere)(kernel, mapping)
     return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))

@@ -14,11 +14,15 @@ class Reason(Enum):
     GONE = "its medium has gone"
     OTHER_KEY = "its key was lost in the machine's sleep, so all reads and writes were stopped"
     OTHER_MEDIUM = "another medium took its place in the machine's sleep, so nothing is written"
+    OTHER_TABLE = "somebody else has changed the table of its mapping, so nothing is written by it"
     STOP = "the agent stops"
     KEEP = "the agent stops and keeps it"
 
 
 _IN_SLEEP: Final = frozenset({Reason.OTHER_KEY, Reason.OTHER_MEDIUM})
+_CUT_OFF: Final = _IN_SLEEP | {Reason.OTHER_TABLE}
+LOSES_DATA: Final = frozenset({Reason.OTHER_KEY, Reason.OTHER_TABLE})
+"""Reasons for which the medium, which is there, lacks what was not written to it yet."""
 
 
 class StopRequestedError(Exception):
@@ -45,7 +49,12 @@ class StopSignal:
     @property
     def medium_gone(self) -> bool:
         """Whether the medium has departed, or must not be written to, so that nothing waits."""
-        return self.reason is Reason.GONE or self.lost_in_sleep
+        return self.reason is Reason.GONE or self.is_cut_off
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the medium is there, and all I/O of the mapping was stopped."""
+        return self.reason in _CUT_OFF
 
     @property
     def lost_in_sleep(self) -> bool:
@@ -64,7 +73,7 @@ class StopSignal:
 
     def set(self, reason: Reason) -> None:
         """End the lifecycle for this reason."""
-        overrides = reason is Reason.GONE or (reason in _IN_SLEEP and not self.medium_gone)
+        overrides = reason is Reason.GONE or (reason in _CUT_OFF and not self.medium_gone)
         if self.reason is None or overrides:
             self.reason = reason
         if self.medium_gone:

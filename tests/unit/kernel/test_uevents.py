@@ -6,7 +6,9 @@ import ctypes
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import closing
+from typing import Any
 
 import pytest
 import pyudev
@@ -49,6 +51,20 @@ def from_udev(
     sizes = struct.pack("=III", 40, 40, len(properties))
     hashes = struct.pack(">IIII", subsystem, 0, 0, 0)
     return b"libudev\0" + magic + sizes + hashes + properties
+
+
+class Messages(socket.socket):
+    """A socket that has messages from the kernel."""
+
+    def __init__(self, messages: Iterable[bytes]) -> None:
+        super().__init__(socket.AF_UNIX)
+        self._messages = iter(messages)
+
+    def recvmsg(self, *_sizes: int) -> Any:
+        """Return the next message as the kernel sends it, which is no process."""
+        for text in self._messages:
+            return text, [], 0, (0, KERNEL_GROUP)
+        raise BlockingIOError
 
 
 def test_a_partitions_event_is_read_the_kernels_and_udevs_alike() -> None:
@@ -116,6 +132,19 @@ def test_events_of_mappings_are_left_out() -> None:
     with closing(Uevents(UDEV_GROUP)) as uevents, netlink() as udevd:
         udevd.sendto(from_udev(DEVPATH=path), (0, UDEV_GROUP))
         assert list(uevents.read(8)) == []
+
+
+def test_a_mapping_that_the_kernel_changes_or_removes_is_named() -> None:
+    changed: list[str] = []
+    path = b"/devices/virtual/block/dm-3"
+    actions = (b"add", b"change", b"remove")
+    uevents = Uevents(KERNEL_GROUP)
+    uevents.close()
+    uevents.mapping_changed = changed.append
+    uevents._socket = Messages(message(ACTION=action, DEVPATH=path) for action in actions)
+    with closing(uevents):
+        assert list(uevents.read(8)) == []
+    assert changed == ["dm-3", "dm-3"]
 
 
 def test_a_label_that_looks_like_a_mappings_path_hides_nothing() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from caam_hotplug.errors import FlushError
 from caam_hotplug.kernel import sysfs_tree
+from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.write_watch import WriteWatch
 from caam_hotplug.model import DeviceNumber, Mapping
 
@@ -29,7 +30,7 @@ def failing(number: int) -> Any:
 def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WriteWatch:
     monkeypatch.setattr(Mapping, "node", "/dev/null")
     monkeypatch.setattr(sysfs_tree, "text", lambda *_: "3\n")
-    made = WriteWatch(MAPPING, tmp_path)
+    made = WriteWatch(MAPPING, tmp_path, MountPlaces(tmp_path))
     made.mounted()
     return made
 

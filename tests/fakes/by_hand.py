@@ -1,0 +1,100 @@
+"""What users and other programs do to mounts and mappings, in the kernel in memory."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from caam_hotplug.errors import MappingBusyError, MountBusyError
+from caam_hotplug.model import DeviceNumber, Mount
+from fakes.kernel import FakeKernel, FakeMapping
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Commands of others than the agent; each is reported as the kernel reports it."""
+
+    kernel: FakeKernel
+
+    def mount_at(self, point: str) -> Mount:
+        """Return the topmost mount at the point."""
+        return next(m for m in reversed(self.kernel.mounts) if m.point == point)
+
+    def umount(self, point: str, *, lazily: bool = False) -> None:
+        """Unmount what is there. Raises: MountBusyError."""
+        kernel = self.kernel
+        mount = self.mount_at(point)
+        users = kernel.users.get(Path(point).name, 0)
+        if users and not lazily:
+            raise MountBusyError("unmount", point, errno.EBUSY)
+        kernel.take_away(mount)
+        kernel.users.pop(Path(point).name, None)
+        for mapping in list(kernel.mappings.values()):
+            if mapping.number == mount.number:
+                mapping.holders += users
+                kernel.remove_if_closed(mapping)
+        kernel.mounts_changed()
+
+    def remount(self, point: str, *, read_only: bool, filesystem: bool = True) -> None:
+        """Change who may write: to the filesystem, or only by this mount."""
+        mount = self.mount_at(point)
+        whole = read_only if filesystem else mount.is_filesystem_read_only
+        self._change(mount, read_only=read_only, is_filesystem_read_only=whole)
+
+    def move(self, point: str, to: str) -> None:
+        """Move the mount elsewhere."""
+        mount = self.mount_at(point)
+        self._change(mount, point=to)
+
+    def _change(self, mount: Mount, **facts: Any) -> None:
+        changed = replace(mount, **facts)
+        self.kernel.mounts[:] = [changed if m is mount else m for m in self.kernel.mounts]
+        self.kernel.mounts_changed()
+
+    def mount(self, source: Mount, point: str) -> None:
+        """Mount the same filesystem at another point, or at the same once more."""
+        below = next((m for m in reversed(self.kernel.mounts) if m.point == point), None)
+        source = replace(source, parent=0 if below is None else below.identity)
+        self.kernel.mounts.append(replace(source, point=point, identity=self.kernel.next_mount()))
+        self.kernel.mounts_changed()
+
+    def cover(self, point: str, source: str = "tmpfs") -> None:
+        """Mount something else there, or over what is there."""
+        kind = "fuse" if source.startswith("/dev/") else "tmpfs"
+        self.mount(Mount(DeviceNumber(0, 99), point, source, False, kind), point)
+
+    def suspend(self, mapping: FakeMapping) -> None:
+        """Suspend the mapping; the kernel reports nothing of that."""
+        mapping.is_suspended = True
+
+    def resume(self, mapping: FakeMapping) -> None:
+        """Resume the mapping, with the table that was loaded last."""
+        mapping.is_suspended = False
+        if mapping.inactive is not None:
+            mapping.live, mapping.inactive, mapping.key = mapping.inactive, None, None
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+
+    def load(self, mapping: FakeMapping, line: str) -> None:
+        """Load another table; the kernel reports nothing of that."""
+        mapping.inactive = line
+
+    def remove(self, mapping: FakeMapping, *, force: bool = False) -> None:
+        """Remove the mapping; with `force`, replace its table by an error table first.
+
+        Raises: MappingBusyError if it is open.
+        """
+        if force:
+            self.load(mapping, f"0 {(mapping.live or '').split()[1]} error")
+            self.resume(mapping)
+        if self.kernel.open_count(mapping):
+            raise MappingBusyError("remove mapping", mapping.name, errno.EBUSY)
+        mapping.is_removed_at_last_close = True
+        self.kernel.remove_if_closed(mapping)
+
+    def rename(self, mapping: FakeMapping, name: str) -> None:
+        """Give the mapping another name."""
+        self.kernel.mappings[name] = self.kernel.mappings.pop(mapping.name)
+        mapping.name = name
+        self.kernel.mapping_changed(f"dm-{mapping.number.minor}")

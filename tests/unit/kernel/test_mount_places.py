@@ -1,0 +1,66 @@
+"""A directory in which something is mounted stays reachable; the guest's tests mount over it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from caam_hotplug import names
+from caam_hotplug.kernel import paths
+from caam_hotplug.kernel.mount_places import MountPlaces
+
+
+def opened() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / "media"
+    made.mkdir()
+    return made
+
+
+def test_a_kept_directory_is_found_after_its_path_leads_elsewhere(root: Path) -> None:
+    places, before = MountPlaces(root), opened()
+    with paths.mount_point(root, "a") as point:
+        places.keep("a", "..", point)
+    root.rename(root.with_name("hidden"))
+    root.mkdir()
+    with places.directory("a") as directory:
+        assert os.stat(directory).st_ino == root.with_name("hidden").stat().st_ino
+    with places.directory("b") as directory:
+        assert os.stat(directory).st_ino == root.stat().st_ino
+    places.remove("a")
+    assert os.listdir(root.with_name("hidden")) == []
+    assert opened() == before
+    with places.directory("a") as directory:
+        assert os.stat(directory).st_ino == root.stat().st_ino
+
+
+def test_the_directory_that_the_path_leads_to_now_is_kept(root: Path) -> None:
+    places, before = MountPlaces(root), opened()
+    places.keep_seen("a")
+    places.keep_seen("a")
+    root.rename(root.with_name("hidden"))
+    root.mkdir()
+    with places.directory("a") as directory:
+        assert os.stat(directory).st_ino == root.with_name("hidden").stat().st_ino
+    places.remove("a")
+    assert opened() == before
+
+
+def test_a_directory_of_the_board_is_kept_no_more_either(root: Path) -> None:
+    places, before = MountPlaces(root), opened()
+    (root / "a").mkdir(mode=0o755)
+    places.keep_seen("a")
+    places.remove("a")
+    assert opened() == before
+    assert (root / "a").is_dir()
+    assert names.MOUNT_POINT_MODE != 0o755
+
+
+def test_a_root_that_is_not_there_has_nothing_to_remove(tmp_path: Path) -> None:
+    MountPlaces(tmp_path / "nowhere").remove("a")
