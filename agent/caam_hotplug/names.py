@@ -23,6 +23,8 @@ MOUNT_ROOT: Final = Path("/run/media")
 CAAM_DEVICE: Final = Path("/dev/caam-keygen")
 HOLDERS_SOCKET: Final = Path("/run/caam-hotplug/holders")
 """Socket of the program that may look into other processes and says who uses a volume."""
+HAND_OVER: Final = Path("/run/caam-hotplug/hand-over")
+"""Mark of an upgrade of the package: the agent that stops leaves media mounted for the next one."""
 UDEV_CONTROL: Final = Path("/run/udev/control")
 
 DM_UUID_PREFIX: Final = "CAAM-HOTPLUG-"

@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import shutil
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from documented import commands
-from e2e.support import POINT, blobs_up_to, labelled
-from vm import debian, installed
+from e2e.support import ANY_BUS, POINT
+from vm import cache, debian, installed
 from vm.guest import Guest
 from vm.installed import NO_RESTART, UNIT, InstalledAgent
 
-OTHER_POINT: Final = "/run/media/cartridge-02"
-KEEP_AND_LOCK: Final = """\
+RULE: Final = """\
 [[rule]]
-name = "kept"
-on_stop = "keep"
-match.partlabel = "cartridge-01"
-
-[[rule]]
-name = "locked"
-on_stop = "lock"
-match.partlabel = "cartridge-02"
+name = "sticks"
+on_stop = "{}"
+on_unmount = "unmounting.service"
+match.partlabel = "cartridge-*"
 """
+EARLIER: Final = "cb910540cfe4ce91f48e8766dc37c43185a037ac"
+"""Commit of an earlier state, whose package users may have."""
+WRITER: Final = f"""
+i=0; while echo $i >>{POINT}/log && sync {POINT}/log; do i=$((i+1)); done >/dev/null 2>/tmp/errors
+"""
+
+
+def earlier() -> bytes:
+    """Build the package of that commit from the repository's history, or take it from the cache."""
+
+    def build(folder: Path) -> None:
+        tree = folder / "tree"
+        tree.mkdir()
+        archive = ["git", "-C", debian.REPOSITORY, "archive", EARLIER]
+        packed = subprocess.run(archive, check=True, stdout=subprocess.PIPE).stdout
+        subprocess.run(["tar", "-x", "-C", tree], input=packed, check=True)
+        debian.make(tree, folder)
+        shutil.rmtree(tree)
+
+    with cache.locked():
+        folder = cache.built(
+            "earlier-deb", EARLIER, build, says="Building an earlier Debian package"
+        )
+    (built,) = folder.glob("*.deb")
+    return built.read_bytes()
+
+
+@asynccontextmanager
+async def writer(guest: Guest) -> AsyncIterator[None]:
+    """Write to the mounted medium meanwhile; no write may fail."""
+    await guest.sh(f"({WRITER}) & echo $! >/tmp/writer")
+    yield
+    lines = int((await guest.sh(f"wc -l <{POINT}/log")).stdout)
+    await guest.until(f"test $(wc -l <{POINT}/log) -gt {lines}")
+    assert (await guest.sh("cat /tmp/errors")).stdout == ""
+    await guest.sh("kill $(cat /tmp/writer); while pgrep -P $(cat /tmp/writer); do :; done")
+
+
+async def mount_line(guest: Guest) -> str:
+    """Return what the kernel has of the mount, with its number."""
+    return (await guest.sh(f"grep ' {POINT} ' /proc/self/mountinfo")).stdout
 
 
 def newer(folder: Path) -> tuple[str, bytes]:
@@ -59,30 +99,90 @@ async def test_the_agent_uses_the_distributions_pyudev_and_its_bundled_sdbus(
     assert [line for line in verified.splitlines() if "/usr/share/" not in line] == []
 
 
-async def test_an_upgrade_locks_or_keeps_mounted_media_as_on_stop_says(
-    guest: Guest, agent: InstalledAgent, tmp_path: Path
+async def test_an_upgrade_hands_mounted_media_over_whatever_on_stop_says(
+    guest: Guest, agent: InstalledAgent, medium: Path, tmp_path: Path
 ) -> None:
     version, package = newer(tmp_path)
-    await blobs_up_to(guest, 2)
-    await agent.configure(KEEP_AND_LOCK)
+    await agent.configure(RULE.format("lock"))
     await agent.start()
-    for label, point in (("cartridge-01", POINT), ("cartridge-02", OTHER_POINT)):
-        await guest.plug_usb(labelled(tmp_path, label))
-        await guest.until_mounted(point)
-    await guest.sh(f"sleep infinity < {POINT}/hello.txt & echo $! > /tmp/reader")
-    before = await agent.main_pid()
-    await installed.install(guest, package)
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    before, pid = await mount_line(guest), await agent.main_pid()
+    async with writer(guest):
+        await installed.install(guest, package)
+        await agent.until_said("adopting its mount")
+        assert await agent.main_pid() not in {0, pid}
+        assert await mount_line(guest) == before
     shown = await guest.run("dpkg-query", "-W", "-f", "${Version}", "caam-hotplug")
     assert shown.stdout == version
-    assert await agent.main_pid() not in {0, before}
-    await guest.until_mounted(OTHER_POINT)
-    await agent.until_said("'cartridge-01' .*adopting its mount")
-    detached = re.findall("'(cartridge-..)' .*: detaching: the agent stops", await agent.journal())
-    assert detached == ["cartridge-02"]
-    await guest.sh(f"cmp /proc/$(cat /tmp/reader)/fd/0 {POINT}/hello.txt; kill $(cat /tmp/reader)")
-    assert KEEP_AND_LOCK.encode() == await guest.read("/etc/caam-hotplug/agent.toml")
-    await guest.pull_all()
-    await agent.until_said("removed-unsafely", times=2)
+    assert "unmounting.service" not in await agent.journal()
+    assert RULE.format("lock").encode() == await guest.read("/etc/caam-hotplug/agent.toml")
+    await agent.stop()
+    assert await agent.leftovers() == []
+    assert "unmounting.service" in await agent.journal()
+
+
+async def test_a_restart_hands_over_and_a_stop_does_what_the_rule_says(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.configure(RULE.format("lock"))
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    before = await mount_line(guest)
+    for command in ("restart", "try-restart"):
+        async with writer(guest):
+            await guest.run("systemctl", command, UNIT)
+            assert await mount_line(guest) == before
+    await agent.until_said("adopting its mount", times=2)
+    await agent.stop()
+    assert await agent.leftovers() == []
+
+
+async def test_a_stop_does_not_wait_for_a_bus_that_hangs(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.configure(ANY_BUS)
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.sh(
+        "pid=$(systemctl show -p MainPID --value dbus); kill -STOP $pid\n"
+        f"kill $(systemctl show -p MainPID --value {UNIT})\n"
+        f"while systemctl is-active -q {UNIT}; do :; done; kill -CONT $pid"
+    )
+    assert await agent.leftovers() == []
+
+
+async def test_a_downgrade_and_an_upgrade_from_an_earlier_package_interrupt_no_writer(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    before_this = await asyncio.to_thread(earlier)
+    await agent.configure(RULE.format("lock"))
+    await agent.start()
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    before = await mount_line(guest)
+    async with writer(guest):
+        for package in (before_this, debian.package().read_bytes()):
+            await installed.install(guest, package)
+            assert await mount_line(guest) == before
+    await agent.until_said("adopting its mount", times=2)
+    await guest.sh(f"systemctl cat {UNIT} | grep -c KillSignal && exit 1; exit 0")
+    asked = await guest.run("caam-hotplug", "eject", "cartridge-01")
+    assert asked.stdout == "cartridge-01: safe to remove\n"
+
+
+async def test_what_an_earlier_package_has_locked_stays_locked(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await installed.install(guest, await asyncio.to_thread(earlier))
+    await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    await guest.run("caam-hotplug", "lock", "cartridge-01")
+    await installed.install(guest, debian.package().read_bytes())
+    await agent.until_said("locked: before the agent was started")
+    assert await agent.leftovers() == []
 
 
 async def test_a_removed_agent_releases_its_media_and_a_purged_one_leaves_nothing(

@@ -212,6 +212,16 @@ class Bench:
         self.request_stop()
         self.settle()
 
+    def hand_over(self) -> None:
+        """Have the agent stop for its next run, and end it."""
+        self._context.keeps = True
+        self.stop()
+
+    def shut_down(self) -> None:
+        """Have the agent stop while the machine goes down, and end it."""
+        self._context.keeps = False
+        self.stop()
+
     def stop(self) -> None:
         """Ask the agent to stop, and end it."""
         self.begin_stop()

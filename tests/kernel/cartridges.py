@@ -89,11 +89,13 @@ def cartridges(
     filesystems: Sequence[Sequence[str]] = (EXT4,),
     *,
     size_mb: int = 8,
+    sectors: int | None = None,
 ) -> Iterator[list[Cartridge]]:
     """Make a medium for each label, out of its socket; remove all of them afterwards.
 
     Each filesystem is given by the command that makes it; the last one is used for the rest. Within
-    another call's `with`, media have the size of its media.
+    another call's `with`, media have the size of its media. `sectors`: size of the partition, if
+    that is not all of the medium.
     """
     if not _DRIVER.exists():
         options = ("per_host_store=1", "removable=1", "delay=0", "add_host=0")
@@ -104,7 +106,7 @@ def cartridges(
         (_DRIVER / "add_host").write_text(str(len(labels)))
         adapters = sorted(set(_HOSTS.glob("adapter*")) - others, key=_number)
         made += [Cartridge(adapter, label) for adapter, label in zip(adapters, labels, strict=True)]
-        _fill(made, filesystems)
+        _fill(made, filesystems, sectors)
         yield made
     finally:
         for cartridge in made:
@@ -120,12 +122,14 @@ def _number(adapter: Path) -> int:
     return int(adapter.name.removeprefix("adapter"))
 
 
-def _fill(made: Sequence[Cartridge], filesystems: Sequence[Sequence[str]]) -> None:
+def _fill(
+    made: Sequence[Cartridge], filesystems: Sequence[Sequence[str]], sectors: int | None
+) -> None:
     """Partition all media before formatting any, since udev's part takes the most time."""
     until(lambda: all(c.is_plugged and Path(f"/dev/{c.disk.name}").exists() for c in made))
     run("udevadm", "settle")
     for cartridge in made:
-        run("sfdisk", "-q", f"/dev/{cartridge.disk.name}", stdin=_layout(cartridge.label))
+        run("sfdisk", "-q", f"/dev/{cartridge.disk.name}", stdin=_layout(cartridge.label, sectors))
     run("udevadm", "settle")
     contents: dict[Sequence[str], bytes] = {}
     for number, cartridge in enumerate(made):
@@ -209,8 +213,9 @@ class Faulty:
             run("dmsetup", "resume", self.NAME)
 
 
-def _layout(label: str) -> bytes:
-    return f'label: gpt\nstart=2048, name="{label}"\n'.encode()
+def _layout(label: str, sectors: int | None = None) -> bytes:
+    size = "" if sectors is None else f"size={sectors}, "
+    return f'label: gpt\nstart=2048, {size}name="{label}"\n'.encode()
 
 
 def _formatted(partition: str, filesystem: Sequence[str]) -> bytes:

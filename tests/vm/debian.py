@@ -25,20 +25,25 @@ def package() -> Path:
     Raises: subprocess.CalledProcessError if it cannot be built; stderr has the reason.
     """
     with cache.locked():
-        bundled = cache.built(
-            "bundled",
-            cache.key_of(PACKAGING / "bundled.txt", PACKAGING / "fetch-bundled"),
-            lambda folder: _run(PACKAGING / "fetch-bundled", folder, _architecture()),
-            says="Fetching the Python packages that go into the Debian package (once)",
-        )
         folder = cache.built(
             "deb",
             cache.key_of(key(), REPOSITORY / "CHANGELOG.md"),
-            lambda folder: _run(PACKAGING / "make-deb", folder, _architecture(), bundled),
+            lambda folder: make(REPOSITORY, folder),
             says="Building the Debian package",
         )
     (built,) = folder.glob("*.deb")
     return built
+
+
+def make(tree: Path, folder: Path) -> None:
+    """Build the .deb of this tree in the folder, with the cache locked."""
+    bundled = cache.built(
+        "bundled",
+        cache.key_of(PACKAGING / "bundled.txt", PACKAGING / "fetch-bundled"),
+        lambda folder: _run(PACKAGING / "fetch-bundled", folder, _architecture()),
+        says="Fetching the Python packages that go into the Debian package (once)",
+    )
+    _run(tree / "config/debian/make-deb", folder, _architecture(), bundled)
 
 
 def key() -> str:

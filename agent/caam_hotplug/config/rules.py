@@ -116,7 +116,8 @@ class Rule:
     """Extent of the action: `mount`, only `unlock`, or `ignore` (leave it untouched)."""
     on_stop: OnStop = OnStop.LOCK
     """Treatment at a clean stop of the agent: `lock` unmounts and forgets the key, `keep` leaves
-    the volume as it is."""
+    the volume as it is. A restart and an upgrade always leave it, a shutdown
+    never."""
     on_busy: OnBusy = OnBusy.REFUSE
     """Treatment of other users at a request to lock or eject: `refuse` and name them, `signal` them
     to end, or `detach` and let them finish."""

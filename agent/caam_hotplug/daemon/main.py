@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from typing import NoReturn
 
 from caam_hotplug.config.loader import Config
+from caam_hotplug.daemon import hand_over
 from caam_hotplug.daemon.agent import Agent, Load
 from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, mounts_watched, sleeps_watched
 from caam_hotplug.daemon.status_registry import StatusRegistry
@@ -55,6 +56,7 @@ def run(load: Load, observe: Observe = unobserved) -> None:
 def _run(config: Config, load: Load, observe: Observe) -> None:
     reserve.RESERVE.fill()
     sysfs.require_diskseq()
+    hand_over.forget()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
     memory.share_one_heap()
@@ -103,7 +105,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
                 devices.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
-                await _stop(supervisor, notifier, config.stop_within_s)
+                await _stop(context, supervisor, notifier, config.stop_within_s)
     log.info("stopped", extra=journal.event(journal.Event.STOPPED))
 
 
@@ -152,10 +154,13 @@ def _new_context(
     )
 
 
-async def _stop(supervisor: Supervisor, notifier: Notifier, within_s: float) -> None:
+async def _stop(
+    context: Context, supervisor: Supervisor, notifier: Notifier, within_s: float
+) -> None:
     """Release the volumes; end the process if that takes too long."""
     notifier.send("STOPPING=1")
     log.info("stopping", extra=journal.event(journal.Event.STOPPING))
+    context.keeps = await hand_over.keeps_media()
     supervisor.stop()
     unreleased = await supervisor.ended(within_s)
     if unreleased:

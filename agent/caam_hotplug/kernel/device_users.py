@@ -176,7 +176,7 @@ def _holders(name: str, *, with_ours: bool = True) -> Iterator[str]:
         folder = f"{_BLOCK}/{used}/holders"
         for holder in sysfs_tree.names(sysfs_tree.root(), folder):
             uuid = _if_there(f"{folder}/{holder}/dm/uuid") or ""
-            if not with_ours and uuid.startswith(names.DM_UUID_PREFIX):
+            if not with_ours and names.volume_of_dm_uuid(uuid.strip()) is not None:
                 continue
             mapping = _if_there(f"{folder}/{holder}/dm/name")
             yield f"{holder if mapping is None else f'mapping {shown(mapping.strip())}'} lies on it"

@@ -12,15 +12,19 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 from typing import Final
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.model import Volume
+from caam_hotplug.formats.marks import Mark
+from caam_hotplug.model import State, Volume
 
 log = logging.getLogger(__name__)
 
 _ATTRIBUTE: Final = "trusted.caam-hotplug."
 """In the namespace that only root with CAP_SYS_ADMIN can read and write; the partition follows."""
+_OF_FIRST_VERSION: Final = "trusted.caam-hotplug"
+"""An attribute of the volume's own node, with `locked` or `ejected`: an upgrade keeps that."""
 _NONE: Final = {errno.ENODATA, errno.ENOENT, errno.ENXIO}
 """Error numbers without such an attribute, or without the node."""
 
@@ -31,6 +35,8 @@ def mark(volume: Volume, text: str) -> None:
     Without attributes for nodes in the kernel (CONFIG_TMPFS_XATTR), nothing is stored.
     """
     node, attribute = _disk_node(volume), f"{_ATTRIBUTE}{volume.id.partition}"
+    with suppress(OSError):
+        os.removexattr(volume.node, _OF_FIRST_VERSION, follow_symlinks=False)
     try:
         if text:
             os.setxattr(node, attribute, f"{volume.id} {text}".encode(), follow_symlinks=False)
@@ -44,7 +50,12 @@ def mark(volume: Volume, text: str) -> None:
 
 def marked(volume: Volume) -> str:
     """Return the text stored for this insertion of the volume; empty if there is none."""
-    return _read(_disk_node(volume), f"{_ATTRIBUTE}{volume.id.partition}", str(volume.id))
+    which = str(volume.id)
+    text = _read(_disk_node(volume), f"{_ATTRIBUTE}{volume.id.partition}", which)
+    if text:
+        return text
+    is_released = _read(volume.node, _OF_FIRST_VERSION, which) in {"locked", "ejected"}
+    return Mark(volume, State.LOCKED).to_text() if is_released else ""
 
 
 def all_marked(disk: Volume) -> list[str]:

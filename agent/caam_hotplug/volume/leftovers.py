@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import logging
+import signal
+from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError
+from caam_hotplug.config.rules import OnBusy, Plan, Rule, match_rules
+from caam_hotplug.errors import (
+    HotplugError,
+    ReleaseError,
+    VolumeBusyError,
+    WritesLostError,
+    shown,
+)
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping
+from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
+from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
+from caam_hotplug.volume.remains import LOST, note_last_writes
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
-from caam_hotplug.volume.worker import Worker
+from caam_hotplug.volume.worker import Late, Worker, to_the_end
 
 log = logging.getLogger(__name__)
 
 
-async def release_leftovers(operations: Operations, uuid: str) -> bool:
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What was left of a volume, and is released."""
+
+    is_written: bool = False
+    """Whether it was mounted read-write."""
+    led_elsewhere: bool = False
+    """Whether its mapping did not reach its medium, and had to be cut off first."""
+
+
+async def release_leftovers(
+    operations: Operations, uuid: str, reaches_medium: Callable[[Mapping], bool]
+) -> Left:
     """Release mounts, mapping and key of this DM-UUID, as a lifecycle does at its end.
 
-    Returns whether it was mounted read-write.
+    A mapping by which a write does not reach its medium gets an error table first, so nothing is
+    flushed through it. Raises: DmError if it gets none; then nothing has changed.
     """
     operations.cut_off.is_mapped = True
     async with AsyncExitStack() as then:  # each release runs whether or not one before it failed
@@ -33,19 +60,100 @@ async def release_leftovers(operations: Operations, uuid: str) -> bool:
         await operations.cut_off.done()
         mapping = await operations.dm("look for the mapping", operations.kernel.find_mapping, uuid)
         if mapping is None:
-            return False
-        then.push_async_callback(release_mapping, operations, uuid)
+            return Left()
         mounts = mounts_of(operations.kernel, mapping)
+        is_written = any(not mount.read_only for mount in mounts.values())
+        led_elsewhere = not (operations.stop.medium_gone or reaches_medium(mapping))
+        if led_elsewhere:
+            operations = await _cut_off(operations, mapping)
+        elif mapping.is_suspended and not operations.stop.medium_gone:
+            resume = operations.kernel.resume_mapping
+            await operations.dm("resume the mapping", resume, mapping.name)
+        then.push_async_callback(release_mapping, operations, uuid)
         for name in mounts:
             then.push_async_callback(release_mount, operations, name, mapping)
-        return any(not mount.read_only for mount in mounts.values())
+        return Left(is_written=is_written, led_elsewhere=led_elsewhere)
+
+
+async def _cut_off(operations: Operations, mapping: Mapping) -> Operations:
+    """Load the error table, and return the operations for a mapping that reaches no medium."""
+    said = fields("leftover-released", MAPPING=mapping.name)
+    words = "mapping %s leads elsewhere, so nothing more is written through it: %s"
+    log.warning(words, mapping.name, "; ".join(mapping.table), extra=said)
+    without = _without_medium(
+        operations.kernel, operations.worker, operations.dm_worker, mapping.uuid, operations.late
+    )
+    without.cut_off.is_mapped = True
+    await without.cut_off.require()
+    return without
+
+
+class Leftover:
+    """What the kernel may have of one volume, and its lifecycle does not hold.
+
+    Synchronization: loop only.
+    """
+
+    def __init__(self, record: Record, operations: Operations) -> None:
+        self._record = record
+        self._operations = operations
+        self._uuid = names.dm_uuid(record.volume.id)
+
+    async def require_releasable(self) -> None:
+        """Require that it can be released on request, and nobody uses it.
+
+        Raises: RequestRefusedError if a flush would wait without end; VolumeBusyError if the rule
+        leaves it to its users.
+        """
+        operations, kernel = self._operations, self._operations.kernel
+        rule = self._rule()
+        on_busy = OnBusy.REFUSE if rule is None else rule.on_busy
+        mapping = await operations.dm("look for the mapping", kernel.find_mapping, self._uuid)
+        if mapping is None:
+            return
+        if mapping.is_suspended and self._reaches_medium(mapping):
+            raise suspended(mapping)
+        if on_busy is OnBusy.DETACH:
+            return
+        signals = (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
+        for number in (None, *signals):
+            if number is not None:
+                ending = (kernel.end_holders, mapping, number, SIGNAL_GRACE_S)
+                await operations.call("end its users", *ending)
+            users = await who_uses(operations, mapping)
+            if not users:
+                return
+        raise VolumeBusyError(mapping.node, users)
+
+    async def release(self) -> None:
+        """Release it, and note what may be lost. Raises: ReleaseError."""
+        record = self._record
+        try:
+            work = (release_leftovers, self._operations, self._uuid, self._reaches_medium)
+            left = await to_the_end(*work)
+        except ReleaseError as error:
+            record.note_lost(error.__cause__)
+            raise
+        is_written = left.is_written or record.holding.is_left_writable
+        if is_written and record.stop.medium_gone:
+            note_last_writes(record)
+        elif left.is_written and left.led_elsewhere:
+            record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
+
+    def _reaches_medium(self, mapping: Mapping) -> bool:
+        return leading_to(mapping, self._record.volume, self._rule()) is not None
+
+    def _rule(self) -> Rule | None:
+        plan = match_rules(self._record.context.rules, self._record.volume)
+        return plan.rule if isinstance(plan, Plan) else None
 
 
 async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> list[Mapping]:
     """Remove our mount points that nothing is mounted on, and return our mappings.
 
-    The caller adopts or releases the mappings. Raises: DmError if they cannot be listed: without
-    them it is not known what is ours.
+    The caller adopts or releases the mappings. One whose DM-UUID has a form that this version does
+    not know, such as a later version's, is left alone.
+    Raises: DmError if they cannot be listed: without them it is not known what is ours.
     """
     operations = _without_medium(kernel, worker, dm_worker, "")
     mappings = await operations.dm("list our mappings", kernel.our_mappings)
@@ -57,7 +165,15 @@ async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> l
                 log.error("remove leftover mount point %s: %s", kernel.mount_root / name, error)
     except (HotplugError, OSError) as error:
         log.error("list leftover mount points in %s: %s", kernel.mount_root, error)
-    return mappings
+    return [mapping for mapping in mappings if _is_known(mapping)]
+
+
+def _is_known(mapping: Mapping) -> bool:
+    is_known = names.volume_of_dm_uuid(mapping.uuid) is not None
+    if not is_known:
+        words = "mapping %s is of no version that this one knows, so it is left alone: DM-UUID %s"
+        log.warning(words, shown(mapping.name), shown(mapping.uuid))
+    return is_known
 
 
 async def release_orphan(
@@ -76,18 +192,20 @@ async def release_orphan(
                 for name in mounts_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
             operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
-            await release_leftovers(operations, orphan.uuid)
+            await release_leftovers(operations, orphan.uuid, lambda _: False)
     except (HotplugError, OSError) as error:
         log.error("release leftover mapping %s: %s", orphan.name, error)
-
-
-def _without_medium(kernel: Kernel, worker: Worker, dm_worker: Worker, uuid: str) -> Operations:
-    stop = StopSignal()
-    stop.set(Reason.GONE)
-    cut_off = CutOff(kernel, stop, lambda: worker, _log_late, uuid)
-    return Operations(kernel, stop, worker, dm_worker, _log_late, cut_off)
 
 
 def _log_late(why: str | None) -> None:
     if why is not None:
         log.warning("release leftovers: %s", why)
+
+
+def _without_medium(
+    kernel: Kernel, worker: Worker, dm_worker: Worker, uuid: str, late: Late = _log_late
+) -> Operations:
+    stop = StopSignal()
+    stop.set(Reason.GONE)
+    cut_off = CutOff(kernel, stop, lambda: worker, late, uuid)
+    return Operations(kernel, stop, worker, dm_worker, late, cut_off)

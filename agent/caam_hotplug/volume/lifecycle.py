@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from caam_hotplug import names
 from caam_hotplug.config.rules import NoMatch, Plan, match_rules
 from caam_hotplug.errors import (
     BLOB_AT_FAULT,
@@ -25,7 +24,7 @@ from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
 from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
-from caam_hotplug.volume.leftovers import release_leftovers
+from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
 from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
@@ -35,7 +34,6 @@ from caam_hotplug.volume.remains import in_words, note_last_writes, remains
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
-from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +56,7 @@ class VolumeLifecycle:
         )
         self._device = Device(self.record, self._operations)
         self._lookout = Lookout(self._operations, self.record)
+        self._leftover = Leftover(self.record, self._operations)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -239,17 +238,19 @@ class VolumeLifecycle:
 
     async def _release_for(self, request: Request) -> Phase:
         """Release leftovers on request: this lifecycle itself holds nothing."""
-        if isinstance(self._phase, Idle) and self._phase.is_foreign:
-            self._inbox.refuse(self._status.words)
-            return self._phase
         if not self._phase.has_leftover:
             return self._park(request)
         try:
+            if isinstance(self._phase, Idle):  # it may be in use, and was never released
+                await self._leftover.require_releasable()
             await self._release_leftover()
         except ReleaseError as error:
             idle = self._badly_released(str(error))
             self._inbox.refuse(str(error))
             return idle
+        except (HotplugError, OSError) as error:  # nothing has changed
+            self._inbox.refuse(error)
+            return self._phase
         return await self._released_for(request)
 
     def _park(self, cause: Request | Interference) -> Phase:
@@ -268,20 +269,11 @@ class VolumeLifecycle:
         self.record.phase = replace(self._phase, has_leftover=False)
         if self._status.state is None:
             self._status.publish(State.DETACHING, "an earlier run of the agent has left it")
-        uuid = names.dm_uuid(self.record.volume.id)
-        try:
-            was_writable = await to_the_end(release_leftovers, self._operations, uuid)
-        except ReleaseError as error:
-            self.record.note_lost(error.__cause__)
-            raise
-        if (was_writable or self.record.holding.is_left_writable) and self._stop.medium_gone:
-            note_last_writes(self.record)
+        await self._leftover.release()
 
     async def _release_at_end(self) -> None:
-        """Release leftovers; a foreign mapping stays while its medium is there."""
-        phase = self._phase
-        is_foreign = isinstance(phase, Idle) and phase.is_foreign and not self._stop.medium_gone
-        if not phase.has_leftover or self._stop.keeps or is_foreign:
+        """Release leftovers, also a mapping that could not be adopted."""
+        if not self._phase.has_leftover or self._stop.keeps:
             return
         try:
             await self._release_leftover()

@@ -14,6 +14,7 @@ from caam_hotplug.formats.blobs import KEY_TYPES, Backend
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.keys import backends
 from caam_hotplug.model import KeyReference, Mapping, VolumeId
+from caam_hotplug.volume.adoption import may_be_adopted
 from caam_hotplug.volume.device import Device
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
@@ -46,7 +47,7 @@ async def active_mapping(
     kernel, uuid = operations.kernel, target.dm_uuid
     operations.cut_off.is_mapped = True
     existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
-    adopted = existing is not None and _as_wanted(existing, target)
+    adopted = existing is not None and may_be_adopted(existing, target)
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
     async with AsyncExitStack() as held:
@@ -69,33 +70,6 @@ async def active_mapping(
         if live is None:
             raise ForeignMappingError(f"mapping {target.dm_name} vanished while it was made")
         yield live
-
-
-def _as_wanted(existing: Mapping, target: Target) -> bool:
-    """Whether our mapping can be adopted; one without a table is to be made anew.
-
-    Raises: ForeignMappingError for one that does something else.
-    """
-    if not existing.table:
-        return False
-    crypt = CryptTarget.from_line(existing.table[0])
-    if len(existing.table) == 1 and crypt is not None and _is_wanted(crypt, target):
-        return True
-    raise ForeignMappingError(
-        f"mapping {existing.name} is not what rule {target.plan.rule.name!r} asks for: "
-        f"{'; '.join(existing.table)}; remove it, or restore the rule it was made with"
-    )
-
-
-def _is_wanted(crypt: CryptTarget, target: Target) -> bool:
-    """Whether the rule asks for this crypt target, under a key of any type that it allows."""
-    rule = target.plan.rule
-    forms = KEY_TYPES.values() if rule.key.form is None else [KEY_TYPES[rule.key.form]]
-    return any(
-        crypt.does_the_same(crypt_target(target.volume, rule.crypt, KeyReference(kind, 0)))
-        for kind in forms
-        if crypt.key_description.startswith(f"{kind}:")
-    )
 
 
 async def _make_mapping(operations: Operations, device: Device, target: Target) -> Mapping | None:

@@ -7,13 +7,14 @@ import logging
 from functools import partial
 from typing import Any
 
-from caam_hotplug.errors import HotplugError, RequestRefusedError, UnknownError, shown
+from caam_hotplug.errors import HotplugError, UnknownError, shown
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
 from caam_hotplug.model import Mapping, Mount, State
 from caam_hotplug.volume.holding import UNMAPPED, UNMOUNTED, Interference
 from caam_hotplug.volume.mount_table import first_of, mounts_at
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.release import suspended
 from caam_hotplug.volume.stop_signal import Reason
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.writes import Writes
@@ -86,10 +87,7 @@ class Observation:
         """
         live = await self.mapping()
         if live is not None and live.is_suspended and not self._operations.stop.medium_gone:
-            raise RequestRefusedError(
-                f"mapping {live.name} is suspended, and writes wait; `dmsetup resume {live.name}` "
-                "ends that"
-            )
+            raise suspended(live)
 
     async def prepare_flush(self) -> None:
         """Have the mapping ready for the flush of a release that waits for nobody.

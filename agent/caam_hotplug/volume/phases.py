@@ -29,7 +29,7 @@ class Phase:
     target: Target | None = None
     """Target of the last attempt."""
     has_leftover: bool = False
-    """Whether an earlier run or a failed release may have left a mapping or mount of it."""
+    """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
     released_for: Request | Reevaluate | Interference | None = None
     """Why it was released, while others hold its mapping open."""
 
@@ -38,12 +38,14 @@ class Phase:
         return Evaluate(target=self.target, has_leftover=self.has_leftover)
 
     def to_idle(self, obstacle: Obstacle = Obstacle.NONE, *, is_foreign: bool = False) -> Idle:
-        """Return the phase in which nothing is held."""
+        """Return the phase in which nothing is held.
+
+        `is_foreign`: a mapping that cannot be adopted is in the way, to be released on request.
+        """
         return Idle(
             target=self.target,
-            has_leftover=self.has_leftover,
+            has_leftover=self.has_leftover or is_foreign,
             obstacle=obstacle,
-            is_foreign=is_foreign,
         )
 
     def to_parked(self, state: State, reason: str) -> Parked:
@@ -80,8 +82,6 @@ class Idle(Phase):
 
     obstacle: Obstacle = Obstacle.NONE
     """What is in its way, so that another attempt is worth it once that has gone."""
-    is_foreign: bool = False
-    """Whether a mapping that does something else is in the way; it is left alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,8 @@ class Context:
     mount_points: MountPoints
     publish: Publish
     units: Units
+    keeps: bool | None = None
+    """Whether mounted media stay when the agent stops, if the rules are not to say that."""
 
 
 class Record:
@@ -89,10 +91,9 @@ class Record:
     @property
     def parked(self) -> Parked | None:
         """How the volume waits for a request, if it does, or its next lifecycle will."""
-        if isinstance(self.phase, Parked):
-            return self.phase
-        is_lost = self.stop.lost_in_sleep
-        return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words) if is_lost else None
+        if self.stop.lost_in_sleep and not isinstance(self.phase, Parked):
+            return self.phase.to_parked(State.REMOVED_UNSAFELY, self.stop.words)
+        return self.phase if isinstance(self.phase, Parked) else None
 
     # Events from outside.
 
@@ -149,7 +150,8 @@ class Record:
         active = self.phase if isinstance(self.phase, Active) else None
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
         holds = self.phase.has_leftover or (active is not None and self.status.state in serving)
-        keeps = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
+        by_rule = isinstance(plan, Plan) and plan.rule.on_stop is OnStop.KEEP
+        keeps = by_rule if self.context.keeps is None else self.context.keeps
         self.stop.set(Reason.KEEP if keeps and holds else Reason.STOP)
 
     def medium_gone(self) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.errors import (
     MountBusyError,
+    RequestRefusedError,
     VolumeBusyError,
     WritesLostError,
     shown,
@@ -85,6 +86,13 @@ async def _unmount(
 
 def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
+
+
+def suspended(mapping: Mapping) -> RequestRefusedError:
+    """Return the refusal to release a mapping that is suspended."""
+    name = mapping.name
+    words = f"mapping {name} is suspended, and writes wait; `dmsetup resume {name}` ends that"
+    return RequestRefusedError(words)
 
 
 async def _release_unmounted(

@@ -16,7 +16,7 @@ from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.stop_signal import LOSES_DATA, Reason
 
-_LOST: Final = "it was mounted read-write; what was written last may be lost"
+LOST: Final = "it was mounted read-write; what was written last may be lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,6 @@ def in_words(error: ReleaseError) -> str:
 def note_last_writes(record: Record) -> None:
     """Publish that data may be lost, and remember it if the medium that lacks them is there."""
     if record.stop.reason is not Reason.OTHER_TABLE:  # then it was not removed
-        record.status.publish(State.REMOVED_UNSAFELY, _LOST)
+        record.status.publish(State.REMOVED_UNSAFELY, LOST)
     if record.stop.reason in LOSES_DATA:
-        record.note_lost(WritesLostError(_LOST))
+        record.note_lost(WritesLostError(LOST))

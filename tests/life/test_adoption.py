@@ -1,0 +1,374 @@
+"""A mapping of an earlier run is adopted if it leads to its medium, and released whatever it is."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy, OnStop, Rule
+from caam_hotplug.errors import DmError, RequestRefusedError, VolumeBusyError
+from caam_hotplug.formats.crypt_table import Crypt
+from caam_hotplug.model import State, Volume
+from fakes.bench import Bench
+from fakes.kernel import Fault
+from life.test_fault_matrix import ERRNOS, error_of
+
+(RULE,) = BUILT_IN
+LOST = "its mapping led elsewhere; it was mounted read-write; what was written last may be lost"
+ELSEWHERE = [
+    "0 32768 crypt aes-xts-plain64 :36:logon:caam-hotplug:1-1 0 8:1 0",
+    "0 32768 crypt capi:tk(cbc(aes))-plain :36:logon:caam-hotplug:1-1 0 8:2 0",
+    "0 32768 crypt capi:tk(cbc(aes))-plain :36:logon:caam-hotplug:7-1 0 8:1 0",
+    "0 32768 crypt capi:tk(cbc(aes))-plain 00000000000000000000000000000000 0 8:1 0",
+    "0 32768 linear 8:1 0",
+    "0 32768 zero",
+    "0 32768 error",
+]
+"""Tables by which no write reaches the medium as its rule encrypts it."""
+
+
+@pytest.fixture
+def machine() -> Iterator[Bench]:
+    """Bench that has nothing left at its end."""
+    bench = Bench()
+    bench.start()
+    bench.settle()
+    yield bench
+    if bench.running:
+        bench.stop()
+    bench.kernel.close_holders()
+    assert bench.kernel.leftovers() == []
+    bench.close()
+
+
+def killed(bench: Bench) -> Volume:
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    return volume
+
+
+def restart(bench: Bench, *rules: Rule) -> None:
+    bench.rules = rules or bench.rules
+    bench.kernel.steps.clear()
+    bench.start()
+    bench.settle()
+
+
+def has_table(bench: Bench, line: str) -> None:
+    (mapping,) = bench.kernel.mappings.values()
+    mapping.live = line
+
+
+def resize(bench: Bench, by: int) -> None:
+    medium = bench.kernel.media["sda1"]
+    medium.volume = replace(medium.volume, size=medium.volume.size + by)
+
+
+def grown(bench: Bench) -> None:
+    resize(bench, 1 << 20)
+
+
+def grown_past_what_the_cipher_can_count(bench: Bench) -> None:
+    resize(bench, 1 << 33)
+
+
+def nothing(_bench: Bench) -> None:
+    """The rule differs, and nothing else."""
+
+
+OTHER_CRYPT = [
+    Crypt(sector_size=4096),
+    Crypt(iv_offset=5),
+    Crypt(flags=("allow_discards",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "crypt"),
+    [
+        (grown, Crypt()),
+        (grown_past_what_the_cipher_can_count, Crypt()),
+        *((nothing, crypt) for crypt in OTHER_CRYPT),
+    ],
+)
+def test_a_mapping_in_use_that_leads_to_its_medium_is_adopted_as_it_was_made(
+    machine: Bench, change: Callable[[Bench], None], crypt: Crypt
+) -> None:
+    volume = killed(machine)
+    change(machine)
+    (before,) = (mapping.live for mapping in machine.kernel.mappings.values())
+    restart(machine, replace(RULE, crypt=crypt))
+    assert machine.state(volume) is State.MOUNTED
+    assert [mapping.live for mapping in machine.kernel.mappings.values()] == [before]
+    assert not {"mount", "unmount", "detach", "load_table"} & set(machine.kernel.steps)
+    machine.answer("eject", volume)
+    assert machine.state(volume) is State.EJECTED
+
+
+def test_a_mapping_of_a_key_form_that_the_rule_does_not_allow_any_more_is_adopted(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    restart(machine, replace(RULE, key=replace(RULE.key, backend="trusted")))
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("crypt", OTHER_CRYPT)
+def test_a_mapping_that_nobody_uses_is_made_anew_as_the_rule_says_now(
+    machine: Bench, crypt: Crypt
+) -> None:
+    machine.reload_rules(replace(RULE, action=Action.UNLOCK))
+    volume = killed(machine)
+    (before,) = (mapping.live for mapping in machine.kernel.mappings.values())
+    restart(machine, replace(RULE, action=Action.UNLOCK, crypt=crypt))
+    assert machine.state(volume) is State.UNLOCKED
+    assert [mapping.live for mapping in machine.kernel.mappings.values()] != [before]
+
+
+def shrunk(bench: Bench) -> None:
+    resize(bench, -1)
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject", "stop"])
+@pytest.mark.parametrize(
+    ("change", "crypt"),
+    [(shrunk, Crypt()), (nothing, Crypt(offset=8)), (nothing, Crypt(offset=1 << 20))],
+)
+def test_a_mapping_on_its_medium_that_cannot_be_adopted_is_flushed_and_released(
+    machine: Bench, change: Callable[[Bench], None], crypt: Crypt, verb: str
+) -> None:
+    volume = killed(machine)
+    change(machine)
+    restart(machine, replace(RULE, crypt=crypt))
+    assert machine.state(volume) is State.FAILED
+    assert len(machine.kernel.mounts) == 1
+    if verb == "stop":
+        machine.stop()
+    else:
+        machine.answer(verb, volume)
+        assert machine.state(volume) is (State.LOCKED if verb == "lock" else State.EJECTED)
+    assert machine.kernel.leftovers() == []
+    steps = machine.kernel.steps
+    assert steps.index("flush") < steps.index("unmount") < steps.index("remove_mapping")
+    assert "load_error_table" not in steps
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject", "stop"])
+@pytest.mark.parametrize("line", ELSEWHERE)
+def test_nothing_is_flushed_through_a_table_that_leads_elsewhere_and_the_loss_is_said(
+    machine: Bench, line: str, verb: str
+) -> None:
+    volume = killed(machine)
+    has_table(machine, line)
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    assert "; it is left alone, and `lock` releases it" in machine.reason(volume)
+    assert not {"unmount", "detach", "remove_mapping", "load_error_table"} & set(
+        machine.kernel.steps
+    )
+    if verb == "stop":
+        machine.stop()
+    elif verb == "lock":
+        machine.answer("lock", volume)
+        assert machine.reason(volume).endswith(LOST)
+    else:
+        with pytest.raises(RequestRefusedError, match=r"it is not safe to remove: .*may be lost"):
+            machine.answer("eject", volume)
+        assert machine.state(volume) is State.LOCKED
+    assert machine.kernel.leftovers() == []
+    steps = machine.kernel.steps
+    assert steps.index("load_error_table") < steps.index("unmount")
+    assert "flush" not in steps
+
+
+def test_a_volume_locked_so_is_unlocked_again_and_flushed_at_its_next_release(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    has_table(machine, ELSEWHERE[0])
+    restart(machine)
+    machine.answer("lock", volume)
+    machine.answer("unlock", volume)
+    assert machine.state(volume) is State.MOUNTED
+    machine.kernel.steps.clear()
+    machine.answer("lock", volume)
+    assert "flush" in machine.kernel.steps
+    assert "load_error_table" not in machine.kernel.steps
+
+
+def test_a_read_only_mount_over_a_table_that_leads_elsewhere_loses_nothing(machine: Bench) -> None:
+    volume = machine.insert(read_only=True)
+    machine.settle()
+    machine.kill()
+    has_table(machine, "0 32768 zero")
+    restart(machine)
+    machine.answer("eject", volume)
+    assert machine.state(volume) is State.EJECTED
+
+
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_mapping_that_cannot_be_adopted_is_not_taken_from_its_users(
+    machine: Bench, line: str
+) -> None:
+    volume = killed(machine)
+    if line:
+        has_table(machine, line)
+    else:
+        shrunk(machine)
+    machine.kernel.users["cartridge-01"] = 1
+    restart(machine)
+    with pytest.raises(VolumeBusyError, match="pid 1 "):
+        machine.answer("lock", volume)
+    assert len(machine.kernel.mounts) == 1
+    assert "load_error_table" not in machine.kernel.steps
+    machine.kernel.users.clear()
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_suspended_mapping_is_released_at_once_only_if_nothing_is_flushed(
+    machine: Bench, line: str
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.live, mapping.is_suspended = line or mapping.live, True
+    shrunk(machine)
+    restart(machine)
+    if not line:
+        with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends"):
+            machine.answer("lock", volume)
+        mapping.is_suspended = False
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
+    volume = killed(machine)
+    shrunk(machine)
+    machine.kernel.users["cartridge-01"] = 1
+    machine.kernel.fatal_signals = {number}
+    restart(machine, replace(RULE, on_busy=OnBusy.SIGNAL))
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+
+
+def test_its_mount_is_detached_from_its_users_if_the_rule_says_so(machine: Bench) -> None:
+    volume = killed(machine)
+    shrunk(machine)
+    machine.kernel.users["cartridge-01"] = 1
+    restart(machine, replace(RULE, on_busy=OnBusy.DETACH))
+    with pytest.raises(RequestRefusedError, match="is held open"):
+        machine.answer("lock", volume)
+    assert machine.kernel.mounts == []
+
+
+def test_a_table_that_cannot_be_replaced_by_the_error_table_is_left_as_it_is(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    has_table(machine, "0 32768 zero")
+    restart(machine)
+    error = DmError("load", "x", errno.ENOMEM)
+    machine.kernel.faults.append(Fault("load_error_table", error, lasting=True))
+    with pytest.raises(RequestRefusedError, match="Cannot allocate memory"):
+        machine.answer("lock", volume)
+    assert len(machine.kernel.mounts) == 1
+    machine.kernel.faults.clear()
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("line", [ELSEWHERE[0], "0 32768 zero"])
+def test_a_stop_that_keeps_leaves_a_mapping_that_it_could_not_adopt(
+    machine: Bench, line: str
+) -> None:
+    killed(machine)
+    has_table(machine, line)
+    restart(machine, replace(RULE, on_stop=OnStop.KEEP))
+    machine.stop()
+    assert len(machine.kernel.mounts) == 1
+    restart(machine, RULE)
+
+
+@pytest.mark.parametrize("uuid", ["CAAM-HOTPLUG-2-1-1", "CAAM-HOTPLUG-1-1-v2", "CAAM-HOTPLUG-x"])
+def test_a_mapping_of_a_version_that_is_not_known_is_left_alone_and_said(
+    machine: Bench, uuid: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    ours, mapping.uuid = mapping.uuid, uuid
+    restart(machine)
+    assert f"is left alone: DM-UUID {uuid}" in caplog.text
+    assert machine.state(volume) is State.CONFLICT or machine.state(volume) is State.FAILED
+    machine.stop()
+    assert len(machine.kernel.mounts) == 1
+    assert not {"load_error_table", "unmount", "detach", "remove_mapping"} & set(
+        machine.kernel.steps
+    )
+    mapping.uuid = ours
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+
+
+STEPS = [
+    "find_mapping", "load_error_table", "holders", "mounts", "watch_writes", "flush", "unmount",
+    "detach", "remove_mapping", "unlink_key",
+]  # fmt: skip
+"""But for the removal of the directory, which is harmless, and left to the next start."""
+OTHERS = (errno.EMFILE, errno.EIO)
+"""Error numbers of steps that the fault matrix does not have."""
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(
+    ("step", "number"), [(step, number) for step in STEPS for number in ERRNOS.get(step, OTHERS)]
+)
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_release_that_fails_flushes_nothing_elsewhere_and_succeeds_when_it_is_asked_for_again(
+    machine: Bench, line: str, step: str, number: int, lasting: bool
+) -> None:
+    volume = killed(machine)
+    if line:
+        has_table(machine, line)
+    else:
+        shrunk(machine)
+    restart(machine)
+    machine.kernel.faults.append(Fault(step, error_of(step, number), lasting=lasting))
+    asked = machine.ask("lock", volume)
+    machine.settle()
+    assert machine.state(volume) in {State.FAILED, State.LOCKED}
+    is_left = bool(machine.kernel.mounts or machine.kernel.mappings)
+    assert asked.exception() is not None or not is_left
+    machine.kernel.faults.clear()
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+    assert machine.kernel.leftovers() == []
+    assert not (line and "flush" in machine.kernel.steps)
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step != "mounts"])
+@pytest.mark.parametrize("line", ["", ELSEWHERE[0]])
+def test_a_release_that_hangs_is_said_and_ends_when_the_call_does(
+    machine: Bench, line: str, step: str
+) -> None:
+    volume = killed(machine)
+    if line:
+        has_table(machine, line)
+    else:
+        shrunk(machine)
+    restart(machine)
+    machine.kernel.faults.append(Fault(step, hangs_s=60.0))
+    asked = machine.ask("lock", volume)
+    machine.settle()
+    machine.wait(60)
+    machine.wait(60)
+    assert asked.exception() is None
+    assert machine.state(volume) is State.LOCKED
+    machine.kernel.faults.clear()
