@@ -21,7 +21,7 @@ RULE = '[[rule]]\nname = "sticks"\nmatch.bus = "usb"\non_unmount = "end@{partlab
 
 @pytest.mark.parametrize(
     ("command", "on_stop"),
-    [("reboot", "lock"), ("poweroff", "keep"), ("start poweroff.target", "lock")],
+    [("reboot", "lock"), ("start poweroff.target", "keep")],
 )
 async def test_the_unit_before_an_unmount_runs_with_the_medium_mounted(
     tmp_path: Path, command: str, on_stop: str

@@ -167,7 +167,9 @@ def test_nothing_is_flushed_through_a_table_that_leads_elsewhere_and_the_loss_is
     has_table(machine, line)
     restart(machine)
     assert machine.state(volume) is State.FAILED
-    assert "; it is left alone, and `lock` releases it" in machine.reason(volume)
+    assert "; it is left alone until that is restored, or `lock` releases it" in machine.reason(
+        volume
+    )
     assert not {"unmount", "detach", "remove_mapping", "load_error_table"} & set(
         machine.kernel.steps
     )

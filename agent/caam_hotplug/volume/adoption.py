@@ -31,7 +31,8 @@ def may_be_adopted(existing: Mapping, target: Target) -> bool:
         return True
     raise ForeignMappingError(
         f"mapping {existing.name} is not what rule {target.plan.rule.name!r} asks for: "
-        f"{'; '.join(existing.table)}; it is left alone, and `lock` releases it"
+        f"{'; '.join(existing.table)}; it is left alone until that is restored, "
+        "or `lock` releases it"
     )
 
 
