@@ -5,17 +5,15 @@ A module that only one command needs is imported by that command: imports are sl
 
 from __future__ import annotations
 
-import io
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final
 
 from caam_hotplug import __version__, names
-from caam_hotplug.cli import lean_imports
+from caam_hotplug.cli import lean_imports, output
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 
 if TYPE_CHECKING:
@@ -71,14 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parsed = _run_without_options() if words == ["run"] else _parser().parse_args(words)
     try:
-        with redirect_stdout(_Output(sys.stdout)) as output:
+        with redirect_stdout(output.Output(sys.stdout)) as standard:
             status = int(parsed.command(parsed))
-            output.flush()
+            standard.flush()
     except BrokenPipeError:  # the reader has closed the pipe
-        _discard_output()
+        output.discard()
         return _ENDED_BY_SIGPIPE
-    except _UnwrittenError as error:
-        _discard_output()
+    except output.UnwrittenError as error:
+        output.discard()
         print(f"{names.PROGRAM}: {error}", file=sys.stderr)
     except ConfigError as error:
         for fault in error.faults:
@@ -92,49 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         return status
     return 1
-
-
-class _UnwrittenError(Exception):
-    """The output could not be written, as on a full disk. The command itself did not fail."""
-
-
-class _Output(io.TextIOBase):
-    """Standard output whose errors say that writing it failed."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._errors_named():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._errors_named():
-            self._stream.flush()
-
-    def close(self) -> None:
-        """Leave the stream open: Python flushes it at its end."""
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    @contextmanager
-    def _errors_named(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise _UnwrittenError(f"write the output: {error.strerror}") from error
-
-
-def _discard_output() -> None:
-    """Keep Python from reporting the error once more when it flushes standard output at its end."""
-    with suppress(OSError, ValueError):  # the stream of a test has no descriptor
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_without_options() -> SimpleNamespace:

@@ -291,9 +291,8 @@ class Record:
 
     def _needs_udev(self, volume: Volume) -> bool:
         """Whether the rules cannot be matched without udev's report."""
-        if isinstance(self.phase, Active) or not volume.awaits_udev:
-            return False
-        return not isinstance(match_rules(self.context.rules, volume), Plan)
+        may_need = volume.awaits_udev and not isinstance(self.phase, Active)
+        return may_need and not isinstance(match_rules(self.context.rules, volume), Plan)
 
     @property
     def obstacle(self) -> Obstacle:
