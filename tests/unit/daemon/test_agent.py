@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+import pytest_asyncio
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import agent as module
 from caam_hotplug.daemon.agent import Agent
+from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.errors import HotplugError
 
 
@@ -37,7 +39,13 @@ class Room:
         self.supervisor, self.notifier = FakeSupervisor(), FakeNotifier()
         self.answers = threading.Event()
         self.reads = 0
-        self.agent = Agent(Config(), self._load, self.supervisor, self.notifier)  # type: ignore[arg-type]
+        self.agent = Agent(
+            Config(),
+            self._load,
+            self.supervisor,
+            self.notifier,
+            StatusRegistry(),  # type: ignore[arg-type]
+        )
 
     def _load(self) -> Config:
         self.reads += 1
@@ -45,8 +53,8 @@ class Room:
         return Config()
 
 
-@pytest.fixture
-def room() -> Iterator[Room]:
+@pytest_asyncio.fixture
+async def room() -> AsyncIterator[Room]:
     made = Room()
     # The code as it should not be waits for the thread: the test is to fail then, not to hang.
     rescue = threading.Timer(60, made.answers.set)
