@@ -16,7 +16,8 @@ from vm.swaps import Socket, Swaps
     [
         ("reader", "dirty and open"),
         ("reader", "written without a pause"),
-        ("slot", "written without a pause"),
+        ("slot", "dirty"),
+        pytest.param("slot", "written without a pause", marks=pytest.mark.soak),
     ],
 )
 async def test_a_card_is_as_it_was_after_it_has_taken_the_place_of_a_mounted_one(

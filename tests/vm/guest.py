@@ -187,7 +187,7 @@ class Guest:
     async def paused(self) -> AsyncIterator[None]:
         """The guest stands still, and no request of its disks is on its way.
 
-        QEMU ends itself when a medium is taken out while it works on a request for it.
+        QEMU has ended once when a medium was taken out while it was written.
         """
         await self.qmp("stop")
         try:

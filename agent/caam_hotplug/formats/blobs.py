@@ -1,4 +1,4 @@
-"""Sealed keys in their three forms, told apart by their bytes. Pure.
+"""Sealed keys in their three forms, distinguished by their bytes. Pure.
 
     form       made by                  bytes
     tagged     NXP's caam-keygen        a tag header, then the black blob

@@ -1,7 +1,7 @@
 """The volume at a kernel name, and its facts.
 
 Facts come from two sources. udev (or, without udevd, libblkid later) reports what the medium
-claims: label, identifiers, serial number. sysfs has the kernel's own facts, which count more than
+says: label, identifiers, serial number. sysfs has the kernel's own facts, which count more than
 any event: a synthesized `remove` leaves the device in place.
 
 What the kernel does not say is not known: every function here raises then, and only ENOENT, ENODEV
