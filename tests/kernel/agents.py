@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.config import loader
-from caam_hotplug.kernel import config_files, devmapper
+from caam_hotplug.kernel import agent_lock, config_files, devmapper
 from fakes.contract import until
 from kernel.cartridges import HELLO, TEXT, Cartridge
 from kernel.forked import Agent
@@ -142,6 +142,7 @@ def mounts() -> list[str]:
 def room_of(media: list[Cartridge]) -> Iterator[Room]:
     """Make a room with these media; stop its agent afterwards, if it still runs."""
     made = Room(media, ROOM)
+    agent_lock.LOCK.parent.mkdir(mode=0o700, exist_ok=True)  # or its first start would
     try:
         yield made
         for medium in media:
