@@ -102,6 +102,28 @@ def test_a_medium_that_has_grown_under_a_writer_is_adopted_and_locked_by_a_stop(
     roomy.pull()
 
 
+def test_a_medium_in_use_stays_while_the_table_has_no_entry_for_it_and_is_adopted_after_that(
+    room: Room, roomy: Cartridge
+) -> None:
+    killed(room, roomy)
+    disk = f"/dev/{roomy.disk.name}"
+    table = run("sfdisk", "--dump", disk).encode()
+    only_table = ("sfdisk", "-q", "-f", "--no-reread", "--no-tell-kernel")
+    with process(write_without_an_error, room.point(roomy)):
+        run(*only_table, "--delete", disk, "1")
+        run("udevadm", "settle")
+        room.agent.start()
+        room.agent.until_said_ever("its mapping is left alone.*partlabel, parttype, partuuid")
+        until_grown(room.point(roomy) / "log")
+        run(*only_table, disk, stdin=table)
+        room.agent.until_said("adopting its mount")
+        room.check_served(roomy)
+        until_grown(room.point(roomy) / "log")
+    room.agent.stop()
+    assert mappings() == []
+    roomy.pull()
+
+
 @pytest.mark.parametrize(
     "rule", ["crypt.sector_size = 4096", "crypt.iv_offset = 8", 'crypt.flags = ["allow_discards"]']
 )

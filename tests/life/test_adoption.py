@@ -374,3 +374,105 @@ def test_a_release_that_hangs_is_said_and_ends_when_the_call_does(
     assert asked.exception() is None
     assert machine.state(volume) is State.LOCKED
     machine.kernel.faults.clear()
+
+
+def without_entry(volume: Volume) -> Volume:
+    """Return the volume as udev reports it while table and kernel give it different sizes."""
+    return replace(volume, partlabel=None, partuuid=None, parttype=None)
+
+
+def mounted_without_entry(bench: Bench, *, on_disk: bool) -> Volume:
+    """Mount a medium in use, kill the agent, and hide the entry from udev, or from the disk too."""
+    volume = killed(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    medium = bench.kernel.media["sda1"]
+    medium.says = volume if on_disk else without_entry(volume)
+    medium.volume = without_entry(volume)
+    return volume
+
+
+def test_a_medium_in_use_is_adopted_though_udev_does_not_find_its_entry(machine: Bench) -> None:
+    volume = mounted_without_entry(machine, on_disk=True)
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+    assert machine.entry(volume).volume.partlabel == "cartridge-01"
+    assert not {"mount", "unmount", "detach", "load_table"} & set(machine.kernel.steps)
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject", "stop"])
+def test_a_medium_in_use_whose_entry_nobody_finds_is_left_alone_until_somebody_asks(
+    machine: Bench, verb: str
+) -> None:
+    volume = mounted_without_entry(machine, on_disk=False)
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    assert "not known without its partlabel, parttype, partuuid" in machine.reason(volume)
+    assert len(machine.kernel.mounts) == 1
+    if verb != "stop":
+        with pytest.raises(RequestRefusedError, match="is in use"):
+            machine.answer(verb, volume)
+        machine.kernel.users.clear()
+        machine.answer(verb, volume)
+    else:
+        machine.kernel.users.clear()
+        machine.stop()
+    assert machine.kernel.leftovers() == []
+
+
+def test_a_medium_whose_entry_is_found_again_is_adopted(machine: Bench) -> None:
+    volume = mounted_without_entry(machine, on_disk=False)
+    restart(machine)
+    machine.appear(volume)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert not {"mount", "unmount", "detach", "load_table"} & set(machine.kernel.steps)
+
+
+def test_a_medium_is_left_alone_while_its_disk_cannot_be_read_for_its_entry(
+    machine: Bench,
+) -> None:
+    volume = mounted_without_entry(machine, on_disk=True)
+    machine.kernel.fail_next("identify", errno.EIO)
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    assert len(machine.kernel.mounts) == 1
+    machine.kernel.faults.clear()
+    machine.answer("retry", volume)
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_medium_that_udev_does_not_report_is_left_alone_if_a_rule_asks_for_its_facts(
+    machine: Bench,
+) -> None:
+    by_path = replace(RULE, match=replace(RULE.match, path="platform-*"))
+    machine.reload_rules(by_path)
+    volume = machine.insert(path="platform-1")
+    machine.settle()
+    machine.kill()
+    medium = machine.kernel.media["sda1"]
+    medium.volume = replace(volume, path=None, identified=False)
+    restart(machine, by_path)
+    assert machine.state(volume) is State.FAILED
+    assert len(machine.kernel.mounts) == 1
+    machine.appear(volume)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert not {"mount", "unmount", "detach", "load_table"} & set(machine.kernel.steps)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"removable": False}, {"partlabel": "other"}, {"header": "crypto_LUKS"}]
+)
+def test_a_medium_that_no_rule_can_match_is_released_whatever_is_not_known(
+    machine: Bench, facts: dict[str, object]
+) -> None:
+    only = replace(RULE, match=replace(RULE.match, partlabel="cartridge-*"))
+    volume = mounted_without_entry(machine, on_disk=False)
+    medium = machine.kernel.media["sda1"]
+    medium.volume = replace(medium.volume, **facts)  # type: ignore[arg-type]
+    medium.says = replace(medium.on_disk, **facts)  # type: ignore[arg-type]
+    restart(machine, only)
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.IGNORED
+    assert machine.kernel.leftovers() == []

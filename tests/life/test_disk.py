@@ -279,3 +279,66 @@ def test_a_device_that_no_thread_can_close_now_ends_no_service(
     assert bench.state(misreported(bench)) is State.MOUNTED
     assert "start a thread for" in caplog.text
     assert bench.kernel.open_nodes == []
+
+
+def without_entry(volume: Volume) -> Volume:
+    """Return the volume as udev reports it while table and kernel give it different sizes."""
+    return replace(volume, partlabel=None, partuuid=None, parttype=None)
+
+
+def test_a_medium_that_udev_reports_without_its_entry_is_mounted_by_what_the_disk_says(
+    bench: Bench,
+) -> None:
+    volume = bench.kernel.insert(key=b"x" * 36)
+    bench.misreport(without_entry(volume))
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    assert points(bench) == ["cartridge-01"]
+
+
+def test_a_medium_without_an_entry_anywhere_is_read_once_and_ignored(bench: Bench) -> None:
+    volume = bench.kernel.insert(key=b"x" * 36)
+    bench.kernel.media["sda1"].says = without_entry(volume)
+    bench.misreport(without_entry(volume))
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+    assert bench.kernel.steps.count("identify") == 1
+    assert bench.kernel.open_nodes == []
+
+
+def test_a_partition_that_no_rule_matches_under_any_label_is_not_read(bench: Bench) -> None:
+    volume = bench.kernel.insert(removable=False)
+    bench.misreport(without_entry(volume))
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+    assert "identify" not in bench.kernel.steps
+
+
+def test_a_mounted_medium_keeps_its_label_while_udev_does_not_find_its_entry(
+    bench: Bench,
+) -> None:
+    volume = bench.insert(key=b"x" * 36)
+    bench.settle()
+    for _ in range(2):
+        bench.misreport(without_entry(volume))
+        bench.reload_rules(*bench.rules)
+        assert bench.state(volume) is State.MOUNTED
+    assert bench.entry(volume).volume.partlabel == "cartridge-01"
+
+
+def test_other_rules_release_nothing_for_a_report_that_the_disk_contradicts(bench: Bench) -> None:
+    volume = bench.insert(key=b"x" * 36)
+    bench.settle()
+    bench.misreport(replace(volume, partlabel=OTHER))
+    bench.reload_rules(*bench.rules)
+    assert (bench.state(volume), points(bench)) == (State.MOUNTED, ["cartridge-01"])
+
+
+def test_other_rules_release_a_medium_that_was_relabelled_while_it_was_mounted(
+    bench: Bench,
+) -> None:
+    volume = bench.insert(key=b"x" * 36)
+    bench.settle()
+    bench.appear(replace(volume, partlabel=OTHER))
+    bench.reload_rules(*bench.rules)
+    assert (bench.state(volume), points(bench)) == (State.MOUNTED, [OTHER])

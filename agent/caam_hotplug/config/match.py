@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Final
@@ -16,14 +16,27 @@ Buses = Bus | tuple[Bus, ...]
 
 ON_THE_DISK: Final = frozenset({"partlabel", "partuuid", "parttype", "label", "uuid", "header"})
 """Facts that are read from the disk itself; the kernel's event has the first at most."""
-_OF_UDEV: Final = frozenset({"serial", "vendor", "model", "path"})
+IN_THE_TABLE: Final = frozenset({"partlabel", "partuuid", "parttype"})
+"""Those of them that a partition's entry in the disk's table has; each entry has one at least."""
+OF_UDEV: Final = frozenset({"serial", "vendor", "model", "path"})
 
 
 def unknown_facts(volume: Volume) -> frozenset[str]:
     """List the facts that neither the kernel nor udev has reported yet."""
     if not volume.awaits_udev:
         return frozenset()
-    return _OF_UDEV if volume.identified else _OF_UDEV | (ON_THE_DISK - {"partlabel"})
+    return OF_UDEV if volume.identified else OF_UDEV | (ON_THE_DISK - {"partlabel"})
+
+
+def lacks_entry(volume: Volume) -> bool:
+    """Whether nobody has found the entry of a partition in the disk's table.
+
+    It is there nevertheless, since the kernel has the partition from there. But a table that was
+    written after the kernel has read it may have the partition in another size.
+    Source: blkid_partlist_devno_to_partition in libblkid, which udev asks.
+    """
+    is_partition = volume.devtype is DevType.PARTITION
+    return is_partition and all(getattr(volume, fact) is None for fact in IN_THE_TABLE)
 
 
 class Bytes(int):
@@ -74,12 +87,11 @@ class Match:
     max_size: Bytes | None = None
     """Greatest size of the volume, in bytes or as a text such as 64GiB."""
 
-    def failures(self, volume: Volume) -> Iterator[str]:
+    def failures(self, volume: Volume, unknown: Set[str] = frozenset()) -> Iterator[str]:
         """Yield, in words, the conditions that the volume does not meet, in the order of the keys.
 
-        A fact that is not known yet fails no condition.
+        A fact that is not known fails no condition.
         """
-        unknown = unknown_facts(volume)
         for name in _MATCH_KEYS:
             wanted = getattr(self, name)
             if wanted is None or name in unknown:

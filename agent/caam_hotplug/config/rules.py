@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Literal
@@ -136,7 +137,7 @@ class Rule:
     mount: MountSettings = field(default_factory=MountSettings)
     """Place and options of the mount."""
 
-    def asks_for(self, facts: frozenset[str]) -> bool:
+    def asks_for(self, facts: Set[str]) -> bool:
         """Whether a condition or a name of the rule depends on one of these facts."""
         templates = (self.key.blob, self.mount.name, self.on_mount, self.on_unmount)
         used = {name for template in templates if template for name in template.placeholders}
@@ -188,13 +189,20 @@ class NeedsUdev:
     """The rules ask for a fact that only udev knows and has not reported yet."""
 
 
-def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | NeedsUdev:
+def may_match(rules: tuple[Rule, ...], volume: Volume, unknown: Set[str]) -> bool:
+    """Whether a rule may match the volume, of which these facts are not known."""
+    return not isinstance(match_rules(rules, volume, unknown), NoMatch)
+
+
+def match_rules(
+    rules: tuple[Rule, ...], volume: Volume, also_unknown: Set[str] = frozenset()
+) -> Plan | NoMatch | NeedsUdev:
     """Choose the first rule that matches the volume, or say for each rule why it does not.
 
-    NeedsUdev is returned only for a volume that awaits udev. For such a volume a Plan holds unless
-    udev contradicts what is known already.
+    NeedsUdev is returned only for a volume that awaits udev, or of which something is also unknown.
+    For such a volume a Plan holds unless udev contradicts what is known already.
     """
-    unknown = unknown_facts(volume)
+    unknown = unknown_facts(volume) | also_unknown
     if volume.opted_out:
         return NoMatch((("", f"udev's property {names.UDEV_OPT_OUT} is 0"),))
     if volume.parttype is not None and volume.parttype.lower() == names.UNFINISHED_TYPE:
@@ -204,7 +212,7 @@ def match_rules(rules: tuple[Rule, ...], volume: Volume) -> Plan | NoMatch | Nee
         return NoMatch((("", f"{why} earlier use, `wipefs --all --types` removes it"),))
     reasons: list[tuple[str, str]] = []
     for rule in rules:
-        failure = next(rule.match.failures(volume), None)
+        failure = next(rule.match.failures(volume, unknown), None)
         if failure is not None:
             reasons.append((rule.name, failure))
             continue

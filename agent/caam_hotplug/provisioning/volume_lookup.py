@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing, suppress
 
 from caam_hotplug.config.loader import Config
+from caam_hotplug.config.match import lacks_entry
 from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.kernel import open_volume, sysfs, udev
 from caam_hotplug.model import Appeared, DevType, Volume
@@ -60,7 +61,8 @@ def _partition_at(node: str, devices: udev.Devices) -> Volume:
 
 
 def _identified(volume: Volume) -> Volume:
-    if not volume.identified and volume.devtype is DevType.PARTITION:
+    is_partition = volume.devtype is DevType.PARTITION
+    if is_partition and (not volume.identified or lacks_entry(volume)):
         with suppress(KernelError):  # an unreadable medium is not the one that was named
             return open_volume.identify(volume)
     return volume

@@ -149,7 +149,7 @@ class Activation:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
         record, target = self._record, self._target
         change = record.take_reason_to_release(target)
-        if change is not Reevaluate.UDEV or not record.contradicts(target):
+        if change is None or not record.contradicts(target):
             return change
         return None if await self._device.confirms(target) else change
 

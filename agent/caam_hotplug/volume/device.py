@@ -11,7 +11,8 @@ import math
 from dataclasses import replace
 from typing import Final
 
-from caam_hotplug.config.match import ON_THE_DISK
+from caam_hotplug.config.match import IN_THE_TABLE, ON_THE_DISK, lacks_entry
+from caam_hotplug.config.rules import may_match
 from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.kernel.api import OpenVolume
 from caam_hotplug.model import Volume
@@ -56,16 +57,26 @@ class Device:
         """The loop's time when the rules were last matched again for what the disk says."""
 
     async def identify(self) -> None:
-        """Read what the disk says of a volume that udev has not reported. Raises: KernelError."""
-        record = self._record
-        while not record.volume.identified:
+        """Read what the disk says of a volume that udev has not reported, or without its label.
+
+        Raises: KernelError.
+        """
+        record, read = self._record, None
+        while record.volume != read and self._is_to_be_read(record.volume):
             asked = record.volume
             found = await self._operations.call("identify", self._read, asked)
             if record.volume == asked:
                 record.read_from_disk(found)
+                read = record.volume
             else:  # there was a report meanwhile
                 await self.close()
         record.stop.check()
+
+    def _is_to_be_read(self, volume: Volume) -> bool:
+        rules = self._record.context.rules
+        return not volume.identified or (
+            lacks_entry(volume) and may_match(rules, volume, IN_THE_TABLE)
+        )
 
     async def confirms(self, target: Target) -> bool:
         """Read again what the disk says, and return whether the target is right by that.

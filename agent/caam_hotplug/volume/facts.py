@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from caam_hotplug.config.match import ON_THE_DISK
+from caam_hotplug.config.match import IN_THE_TABLE, OF_UDEV, ON_THE_DISK, lacks_entry
 from caam_hotplug.model import Volume
 
 
@@ -37,9 +37,10 @@ class Facts:
             report = replace(before, awaits_udev=report.awaits_udev)
         elif is_udevs:
             self.udevs_report, self._is_doubted = report, False
-        if is_first and before.identified:
+        if is_udevs and before.identified and (is_first or lacks_entry(report)):
             # Facts that udev failed to read (bad sector) do not contradict the earlier ones.
-            missing = [fact for fact in ON_THE_DISK if getattr(report, fact) is None]
+            facts = ON_THE_DISK if is_first else IN_THE_TABLE
+            missing = [fact for fact in facts if getattr(report, fact) is None]
             report = replace(report, **{fact: getattr(before, fact) for fact in missing})
         return Merged(report, is_first, is_kept)
 
@@ -47,6 +48,12 @@ class Facts:
         """Merge what the disk says, which counts more than what was reported."""
         facts = {fact: getattr(found, fact) for fact in ON_THE_DISK}
         return replace(before, **facts, identified=True)
+
+    def unreported(self, volume: Volume) -> frozenset[str]:
+        """List the facts that nobody has reported, though the medium may have them."""
+        of_table = IN_THE_TABLE if lacks_entry(volume) else frozenset[str]()
+        of_udev = OF_UDEV if self.udevs_report is None else frozenset[str]()
+        return frozenset(fact for fact in of_table | of_udev if getattr(volume, fact) is None)
 
     def contradiction(self, read: Volume) -> str:
         """Return what udev has reported last and the disk does not say, in words, once."""

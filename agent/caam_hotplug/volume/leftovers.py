@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import OnBusy, Plan, Rule, match_rules
+from caam_hotplug.config.rules import NoMatch, OnBusy, Plan, Rule, match_rules, may_match
 from caam_hotplug.errors import (
     HotplugError,
     ReleaseError,
@@ -98,6 +98,19 @@ class Leftover:
         self._record = record
         self._operations = operations
         self._uuid = names.dm_uuid(record.volume.id)
+
+    def require_refused(self, why: NoMatch) -> None:
+        """Require that no rule matches, whatever the facts are that nobody has reported.
+
+        Raises: HotplugError.
+        """
+        record = self._record
+        unreported = record.facts.unreported(record.volume)
+        if may_match(record.context.rules, record.volume, unreported):
+            raise HotplugError(
+                f"its mapping is left alone, or `lock` releases it: whether a rule matches is not "
+                f"known without its {', '.join(sorted(unreported))}: {why}"
+            )
 
     async def require_releasable(self) -> None:
         """Require that it can be released on request, and nobody uses it.

@@ -169,6 +169,7 @@ class VolumeLifecycle:
 
     async def _ignore(self, why: NoMatch) -> Phase:
         if self._phase.has_leftover:
+            self._leftover.require_refused(why)
             log.warning("%s: no rule matches it any more; releasing it", self.record.volume)
             await self._release_leftover()
         self._status.publish(State.IGNORED, str(why), rule="", blob="")
