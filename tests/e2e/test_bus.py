@@ -376,7 +376,7 @@ async def test_a_medium_that_udev_has_not_reported_is_explained_by_the_rule_that
     text = json.loads(result.stdout)["data"][0]
     assert with_command.stdout == f"{text}\n"
     assert "  udev has not reported it yet, and may report more" in text
-    assert f"it is mounted: at {POINT}, read-write\n  rule 'any bus' is in force for it\n" in text
-    assert "rule 'any bus' matches it" in text
+    assert f"it is mounted: at {POINT}, read-write\n  rule 'built-in' is in force for it\n" in text
+    assert "rule 'built-in' matches it" in text
     assert "no rule" not in text
     assert "  mounted  " in status.stdout

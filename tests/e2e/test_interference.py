@@ -38,9 +38,9 @@ async def test_a_medium_is_unmounted_detached_remounted_suspended_and_hidden_by_
     await guest.run("caam-hotplug", "unlock", "cartridge-01")
 
     await guest.run("mount", "-o", "remount,ro", POINT)
-    await guest.until("caam-hotplug status | grep -q read-only")
+    await until_state(guest, "mounted .*(ext4, read-only)")
     await guest.run("mount", "-o", "remount,rw", POINT)
-    await guest.until("caam-hotplug status | grep -q read-write")
+    await until_state(guest, "mounted .*(ext4)")
 
     name = (await guest.sh(LIVE)).stdout.strip()
     await guest.run("dmsetup", "suspend", "--nolockfs", "--noflush", name)
