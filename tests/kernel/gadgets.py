@@ -6,7 +6,7 @@ A device is made of functions in configfs (Documentation/usb/gadget_configfs.rst
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +69,11 @@ def _make(gadget: Path, functions: Sequence[str], units: Sequence[Path], made: l
 
 def _disks() -> list[Path]:
     """Folders of the stick's disks in sysfs, by their unit's number."""
-    found = (block.resolve() for block in BLOCKS.glob("sd*"))
-    disks = [disk for disk in found if "dummy_hcd" in str(disk) and disk.parent.name == "block"]
+    disks = [disk for disk in _blocks() if "dummy_hcd" in str(disk) and disk.parent.name == "block"]
     return sorted(disks, key=lambda disk: disk.parents[1].name)
+
+
+def _blocks() -> Iterator[Path]:
+    for block in BLOCKS.glob("sd*"):
+        with suppress(FileNotFoundError):  # it is just being removed
+            yield block.resolve()
