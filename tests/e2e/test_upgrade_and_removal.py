@@ -146,10 +146,10 @@ async def test_a_stop_does_not_wait_for_a_bus_that_hangs(
     await agent.start()
     await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
+    pid = await agent.main_pid()
     await guest.sh(
-        "pid=$(systemctl show -p MainPID --value dbus); kill -STOP $pid\n"
-        f"kill $(systemctl show -p MainPID --value {UNIT})\n"
-        f"while systemctl is-active -q {UNIT}; do :; done; kill -CONT $pid"
+        f"bus=$(systemctl show -p MainPID --value dbus); kill -STOP $bus; kill {pid}\n"
+        f"while kill -0 {pid} 2>/dev/null; do :; done; kill -CONT $bus"
     )
     assert await agent.leftovers() == []
 
