@@ -44,6 +44,8 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 _ROOT: Final = 0
 _MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/(dm-\d+)\0")
 """With both NULs: a label may have any other byte."""
+_TRUNCATED: Final = int(socket.MSG_TRUNC)
+"""A number: what Python makes of each `&` with an enumeration takes longer than the read itself."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
     struct.pack("=HBBI", *instruction)
@@ -148,7 +150,7 @@ class Uevents:
             except OSError:
                 yield None
                 continue
-            if flags & socket.MSG_TRUNC:
+            if flags & _TRUNCATED:
                 yield None
                 continue
             if b"\0SUBSYSTEM=block\0" not in message:
@@ -194,7 +196,7 @@ def parsed(message: bytes) -> Uevent | None:
         if magic != _UDEV_MAGIC:
             return None
         message = message[begin : begin + length]
-    properties = dict(text.split("=", 1) for text in _texts(message) if "=" in text)
+    properties = dict([text.split("=", 1) for text in _texts(message) if "=" in text])
     name = os.path.basename(properties.get("DEVPATH", ""))
     return Uevent(properties.get("ACTION", ""), name, properties) if name else None
 
