@@ -46,6 +46,10 @@ from fakes.kernel import KEY, Fault
 LABEL: Final = "cartridge-01"
 HANGS_S: Final = 5.0
 
+_OF_SYSFS: Final = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.EINTR,
+)  # fmt: skip
+
 # fmt: off
 ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # open(2) and read(2) of a device node: the medium leaves, is unreadable, has no medium in it;
@@ -168,6 +172,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.EINTR,
         errno.ENOENT,
     ),
+    # openat(2), read(2) of files of sysfs: too many open files, no memory, a security module.
+    "look": _OF_SYSFS,
+    "is_offline": _OF_SYSFS,
     # syncfs(2): what was written could not be; open(2): too many open files.
     "flush": (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE),
     # umount2(2). EINVAL and ENOENT are "nothing is mounted there" (filesystem.py).
@@ -234,11 +241,11 @@ def error_of(step: str, number: int) -> HotplugError:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "flush", _:
+        case "flush" | "look", _:
             return FlushError(*words)
         case _ if step in PLAIN:
             return KernelError(*words)
-        case "mounts" | "holders" | "watch_mount_point", _:
+        case "mounts" | "holders" | "watch_mount_point" | "is_offline", _:
             return UnknownError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -511,14 +518,15 @@ class Combination:
         # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
             "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
-            "ciphertexts", "why_occupied", "keep_place",
+            "ciphertexts", "why_occupied", "keep_place", "look", "is_offline",
         }  # fmt: skip
         if act is give_back and self.step == "mounts" and not self.nth and not self.lasting:
             return self.moment.ends_in  # an attempt follows a check without an answer
         if act is find_leftovers or self.step in harmless:
             return self.moment.ends_in
-        if self.step == "find_mapping" and act is stop and self.nth == 0 and not self.lasting:
-            return self.moment.ends_in  # only a suspended mapping needs it
+        is_look = self.step in {"find_mapping", "mounts"} and self.nth == 0
+        if is_look and act is stop and not self.lasting:
+            return self.moment.ends_in  # what is seen by it is in the way of nothing
         if self.step == "watch_writes" and self.moment.before is crashed:
             return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:
