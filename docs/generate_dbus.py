@@ -21,7 +21,7 @@ optional: without a bus the agent serves media all the same, and says so once in
 END = """\
 ## Access
 
-| | read | Explain | Reload, Unlock, Lock, Eject, Retry |
+| | read | Explain | Reload, Unlock, UnlockWithoutMount, Lock, Eject, Retry |
 |---|---|---|---|
 | root | yes | yes | yes |
 | members of group `caam-hotplug` | yes | yes | yes |

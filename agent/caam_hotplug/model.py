@@ -38,8 +38,6 @@ def number(text: str) -> int:
 
 
 class DevType(Enum):
-    """Kind of block device: a partition, or a whole disk."""
-
     PARTITION = "partition"
     DISK = "disk"
 
@@ -48,8 +46,7 @@ class DevType(Enum):
 class VolumeId:
     """Identity of a volume within this boot: the disk's sequence number and the partition.
 
-    The kernel gives every insertion a new number (`/sys/block/X/diskseq`), so the same `sdb1`
-    two seconds later is another volume.
+    The kernel gives every insertion a new number: the same `sdb1` later is another volume.
     """
 
     diskseq: int
@@ -96,8 +93,7 @@ class DeviceNumber:
 class Volume:
     """A partition or whole disk, as it is at this moment.
 
-    Texts come from the medium, so an attacker may have written them. None stands for a fact that
-    neither the medium nor the kernel has.
+    An attacker may have written the texts. None: neither the medium nor the kernel has the fact.
     """
 
     id: VolumeId
@@ -198,6 +194,9 @@ class Mount:
     leaves_journal: bool = False
     """Whether it shows the medium without the changes that its journal may have."""
     is_filesystem_read_only: bool = field(default=False, compare=False)
+    is_point_read_only: bool = field(default=False, compare=False)
+    """Whether this mount is. A remount makes both read-only, an error the filesystem alone."""
+    stops_at_errors: bool = field(default=False, compare=False)
     identity: int = field(default=0, compare=False)
     """Number that the kernel gives the mount: unique across places and namespaces."""
     parent: int = field(default=0, compare=False)
@@ -245,9 +244,8 @@ class Entry:
     state: State
     reason: str = ""
     rule: str = ""
-    """Name of the rule that matches it; empty if none does."""
+    """Name of the rule that matches it; empty if none does, like the path of its blob."""
     blob: str = ""
-    """Path of its blob; empty if no rule matches."""
     mapping_name: str = ""
     """Name of its live mapping; empty without one, like the node."""
     mapping_node: str = ""
@@ -256,7 +254,9 @@ class Entry:
     filesystem: str = ""
     read_only: bool = False
     since: float = field(default=0.0, compare=False)
-    """Time at which it came to this state, in seconds of CLOCK_REALTIME."""
+    """When it came to this state, in seconds of CLOCK_REALTIME."""
+    observed_at: float = field(default=0.0, compare=False)
+    """As `since`: when the kernel was last asked."""
     steps: abc.Mapping[str, float] = field(default_factory=dict)
     """Seconds that each step of its last unlocking took."""
     is_parked: bool = False
@@ -293,8 +293,7 @@ class SecretBytes:
 
 @dataclass(frozen=True, slots=True)
 class KeyReference:
-    """A key in a keyring, as a crypt table refers to it; not the key."""
+    """A key in a keyring, as a crypt table refers to it, with its bytes' number; not the key."""
 
     type: KeyType
     length: int
-    """Length of the payload in bytes, which the table must say."""

@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_caam_hotplug_key_subparsers=(create enroll list inspect)
-_shtab_caam_hotplug_subparsers=(run check explain provision key migrate doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_subparsers=(run check explain provision key migrate doctor status watch eject lock retry unlock reload)
 
 _shtab_caam_hotplug_run_option_strings=(-h --help --config --trace)
 _shtab_caam_hotplug_check_option_strings=(-h --help)
@@ -23,8 +23,8 @@ _shtab_caam_hotplug_status_option_strings=(-h --help --all --json)
 _shtab_caam_hotplug_watch_option_strings=(-h --help --json)
 _shtab_caam_hotplug_eject_option_strings=(-h --help --no-power-off)
 _shtab_caam_hotplug_lock_option_strings=(-h --help)
-_shtab_caam_hotplug_unlock_option_strings=(-h --help)
 _shtab_caam_hotplug_retry_option_strings=(-h --help)
+_shtab_caam_hotplug_unlock_option_strings=(-h --help --no-mount)
 _shtab_caam_hotplug_reload_option_strings=(-h --help)
 _shtab_caam_hotplug_option_strings=(-h --help --version)
 
@@ -47,8 +47,8 @@ _shtab_caam_hotplug_migrate___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_doctor___config_COMPGEN=_shtab_compgen_files
 _shtab_caam_hotplug_eject_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_lock_pos_0_COMPGEN=_caam_hotplug_volumes
-_shtab_caam_hotplug_unlock_pos_0_COMPGEN=_caam_hotplug_volumes
 _shtab_caam_hotplug_retry_pos_0_COMPGEN=_caam_hotplug_volumes
+_shtab_caam_hotplug_unlock_pos_0_COMPGEN=_caam_hotplug_volumes
 
 _shtab_caam_hotplug_provision___fs_choices=(ext4 xfs btrfs f2fs vfat exfat)
 _shtab_caam_hotplug_provision___sector_size_choices=(512 1024 2048 4096)
@@ -64,7 +64,7 @@ _shtab_caam_hotplug_key_pos_0_choices=(create enroll list inspect)
 _shtab_caam_hotplug_migrate___to_choices=(trusted encrypted tagged)
 _shtab_caam_hotplug_migrate___key_bytes_choices=(16 32 64)
 _shtab_caam_hotplug_migrate___seal_choices=(ecb ccm)
-_shtab_caam_hotplug_pos_0_choices=(run check explain provision key migrate doctor status watch eject lock unlock retry reload)
+_shtab_caam_hotplug_pos_0_choices=(run check explain provision key migrate doctor status watch eject lock retry unlock reload)
 
 _shtab_caam_hotplug_run__h_nargs=0
 _shtab_caam_hotplug_run___help_nargs=0
@@ -107,10 +107,11 @@ _shtab_caam_hotplug_eject___help_nargs=0
 _shtab_caam_hotplug_eject___no_power_off_nargs=0
 _shtab_caam_hotplug_lock__h_nargs=0
 _shtab_caam_hotplug_lock___help_nargs=0
-_shtab_caam_hotplug_unlock__h_nargs=0
-_shtab_caam_hotplug_unlock___help_nargs=0
 _shtab_caam_hotplug_retry__h_nargs=0
 _shtab_caam_hotplug_retry___help_nargs=0
+_shtab_caam_hotplug_unlock__h_nargs=0
+_shtab_caam_hotplug_unlock___help_nargs=0
+_shtab_caam_hotplug_unlock___no_mount_nargs=0
 _shtab_caam_hotplug_reload__h_nargs=0
 _shtab_caam_hotplug_reload___help_nargs=0
 _shtab_caam_hotplug_pos_0_nargs=A...

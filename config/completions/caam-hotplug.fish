@@ -59,7 +59,7 @@ function _shtab_caam_hotplug_using
   test "$_shtab_caam_hotplug_cmdpath" = "$argv"
 end
 
-set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' migrate doctor status watch eject lock unlock retry reload
+set -g _shtab_caam_hotplug_commands run check explain provision key 'key create' 'key enroll' 'key list' 'key inspect' migrate doctor status watch eject lock retry unlock reload
 set -g _shtab_caam_hotplug_opts_with_value --backend --cipher --config --erase --from --fs --key-bytes --key-options --label --master --recovery-key --seal --sector-size --to --trace
 
 complete -c caam-hotplug -e
@@ -149,11 +149,12 @@ complete -c caam-hotplug -n '_shtab_caam_hotplug_using eject; and test $_shtab_c
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a lock -d 'Unmount a medium and remove its key; it stays locked until unlock.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using lock' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using lock; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a unlock -d 'Unlock and mount a medium that was locked or ejected.'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock' -s h -l help -d 'show this help message and exit'
-complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a retry -d 'Try a medium again that is failed, waiting or in conflict.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using retry' -s h -l help -d 'show this help message and exit'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using retry; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a unlock -d 'Unlock and mount a medium that was locked or ejected.'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock' -s h -l help -d 'show this help message and exit'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock' -l no-mount -d 'do not mount it, as for a check of its filesystem; lock ends that'
+complete -c caam-hotplug -n '_shtab_caam_hotplug_using unlock; and test $_shtab_caam_hotplug_npos -eq 0' -ka "(_caam_hotplug_volumes)" -d 'LABEL|DEVICE'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using; and test $_shtab_caam_hotplug_npos -eq 0' -a reload -d 'Make the agent read its configuration again.'
 complete -c caam-hotplug -n '_shtab_caam_hotplug_using reload' -s h -l help -d 'show this help message and exit'

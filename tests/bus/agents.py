@@ -25,6 +25,9 @@ class FakeRegistry:
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
 
+    def entry(self, which: VolumeId) -> Entry | None:
+        return self._entries.get(which)
+
     def listen(self, listener: Callable[[Entry], None]) -> None:
         self._listeners.append(listener)
 
@@ -54,6 +57,8 @@ class FakeAgent:
         self.instead: Callable[[], Any] | None = None
         """Called in place of the next request; an awaitable is awaited."""
         self.notices: list[str] = []
+        self.looks: list[VolumeId] = []
+        self.look_finds: Callable[[], Any] = lambda: None
         self.thread: threading.Thread | None = None
         """The thread of the last explanation."""
 
@@ -80,9 +85,15 @@ class FakeAgent:
             self.registry.publish(self._entry(volume).volume, State.EJECTED, "asked for")
         return f"{self._entry(volume).volume.partlabel}: safe to remove"
 
-    async def unlock(self, volume: VolumeId, by: str) -> None:
-        if await self._do("unlock", volume, by):
+    async def unlock(self, volume: VolumeId, by: str, *, mounts: bool = True) -> None:
+        if not await self._do("unlock" if mounts else "unlock without a mount", volume, by):
+            return
+        if mounts:
             mounted(self.registry, self._entry(volume).volume)
+        else:
+            node = "/dev/dm-0"
+            volume_now = self._entry(volume).volume
+            self.registry.publish(volume_now, State.UNLOCKED, "as caam-x", mapping_node=node)
 
     async def retry(self, volume: VolumeId, by: str) -> None:
         if await self._do("retry", volume, by):
@@ -91,6 +102,10 @@ class FakeAgent:
     async def reload(self, by: str) -> list[str]:
         await self._do("reload", by)
         return self.notices
+
+    def look(self, volume: VolumeId) -> None:
+        self.looks.append(volume)
+        self.look_finds()
 
     def explain(self, device: str) -> str:
         self.asked.append(("explain", device))

@@ -164,7 +164,7 @@ def test_a_volume_with_any_texts_can_be_read(
     assert result["StateReason"] == ("s", shown(text))
     assert result["Label"] == ("s", shown(volume.partlabel or ""))
     assert result["DiskSeq"] == ("t", volume.id.diskseq)
-    assert len(result) == 15
+    assert len(result) == 16
 
 
 @given(volume_ids, volume_ids)

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ async def test_status_without_media_says_so(bus: PrivateBus, service: Service) -
 async def test_status_for_programs_has_the_documented_keys(
     bus: PrivateBus, service: Service, registry: FakeRegistry
 ) -> None:
-    mounted(registry)
+    mounted(registry, observed_at=1_700_000_060)
     result = await bus.cli("status", "--json")
     status = json.loads(result.stdout)
     assert status.keys() == {"version", "counters", "volumes"}
@@ -82,6 +83,7 @@ async def test_status_for_programs_has_the_documented_keys(
             "size_bytes": 104857600,
             "read_only": False,
             "since_us": 1_700_000_000_250_000,
+            "observed_us": 1_700_000_060_000_000,
             "steps_s": {"import the blob": 0.5, "mount": 0.25},
         }
     ]
@@ -138,6 +140,29 @@ async def test_a_volume_is_selected_by_a_link_to_its_device(
     result = await bus.cli("unlock", str(tmp_path / ".." / tmp_path.name / "usb-Ultra-part1"))
     assert result == Done(0, "cartridge: mounted: /run/media/cartridge (ext4)\n", "")
     assert [asked[0] for asked in agent.asked] == ["eject", "unlock"]
+
+
+async def test_a_volume_is_unlocked_without_a_mount(
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
+) -> None:
+    registry.publish(STICK, State.LOCKED)
+    result = await bus.cli("unlock", "--no-mount", "cartridge")
+    assert result.stdout == "cartridge: unlocked: as caam-x (/dev/dm-0)\n"
+    assert agent.asked[0][:2] == ("unlock without a mount", STICK.id)
+
+
+async def test_status_shows_what_the_look_that_it_causes_has_found(
+    bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
+) -> None:
+    mounted(registry, observed_at=1)
+    found = "at /run/media/cartridge, read-write; it is suspended"
+
+    def publish() -> None:
+        registry.publish(STICK, State.MOUNTED, found, observed_at=time.time())
+
+    agent.look_finds = lambda: asyncio.get_running_loop().call_soon(publish)
+    (volume,) = json.loads((await bus.cli("status", "--json")).stdout)["volumes"]
+    assert volume["reason"] == found
 
 
 async def test_a_label_of_two_volumes_is_refused_with_both_devices(

@@ -87,9 +87,33 @@ async def test_a_volume_shows_its_whole_status(client: Connection, registry: Fak
         "Filesystem": "ext4",
         "Size": 2**49,
         "ReadOnly": True,
+        "ObservedAt": 0,
         "Since": 1_700_000_000_250_000,
         "StepDurations": {"import the blob": 0.5, "mount": 0.25},
     }
+
+
+async def test_a_read_causes_at_most_one_look_a_second(
+    client: Connection, registry: FakeRegistry, agent: FakeAgent
+) -> None:
+    mounted(registry)
+    begun = asyncio.get_running_loop().time()
+    for _ in range(20):
+        await properties(client)
+        await objects(client)
+    took = asyncio.get_running_loop().time() - begun
+    assert 1 <= len(agent.looks) <= 1 + took
+    assert set(agent.looks) == {STICK.id}
+
+
+async def test_the_time_of_the_last_look_is_read_and_not_signalled(
+    client: Connection, registry: FakeRegistry
+) -> None:
+    async with signals(client) as heard:
+        mounted(registry, observed_at=1)
+        mounted(registry, observed_at=2)
+        assert (await properties(client))["ObservedAt"] == 2_000_000
+    assert [member for member, _ in heard] == ["InterfacesAdded"]
 
 
 async def test_the_manager_shows_version_and_counters(

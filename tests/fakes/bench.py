@@ -354,6 +354,18 @@ class Bench:
         self._supervisor.mounts_changed()
         self.settle()
 
+    def look(self, volume: Volume) -> Entry:
+        """Have the agent look at a volume, as somebody who reads its state does."""
+        assert self._supervisor is not None
+        observer = self._supervisor.observer
+
+        async def look() -> None:
+            observer.look(volume.id)
+
+        self.run(look())
+        self.settle()
+        return self.entry(volume)
+
     def wake(self) -> None:
         """Report to the agent that the machine has slept."""
         assert self._supervisor is not None

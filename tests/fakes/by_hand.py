@@ -41,7 +41,15 @@ class ByHand:
         """Change who may write: to the filesystem, or only by this mount."""
         mount = self.mount_at(point)
         whole = read_only if filesystem else mount.is_filesystem_read_only
-        self._change(mount, read_only=read_only, is_filesystem_read_only=whole)
+        self._change(
+            mount, read_only=read_only, is_filesystem_read_only=whole, is_point_read_only=read_only
+        )
+
+    def fail(self, point: str) -> None:
+        """Have the filesystem turn read-only by an error; the kernel reports nothing of that."""
+        mount = self.mount_at(point)
+        failed = replace(mount, read_only=True, is_filesystem_read_only=True)
+        self.kernel.mounts[:] = [failed if m is mount else m for m in self.kernel.mounts]
 
     def move(self, point: str, to: str) -> None:
         """Move the mount elsewhere."""

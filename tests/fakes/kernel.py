@@ -107,6 +107,8 @@ class FakeMapping:
     watches: int = 0
     """How many times the agent holds it, to see failed writes."""
     is_suspended: bool = False
+    errors: int = 0
+    """How many errors its filesystem has counted."""
     is_removed_at_last_close: bool = False
 
 
@@ -118,6 +120,8 @@ class FakeMedium:
     key: bytes = KEY
     filesystem: str | None = "ext4"
     writes: int = 0
+    is_offline: bool = False
+    """Whether the kernel has taken its disk offline."""
     is_locked: bool = False
     """Whether a program has locked its disk for exclusive use."""
     says: Volume | None = None
@@ -430,10 +434,15 @@ class FakeProcess:
         medium = self.kernel.media.get(volume.name)
         return medium is not None and medium.volume.id == volume.id
 
+    def is_offline(self, volume: Volume) -> bool:
+        self._step("is_offline", volume.name)
+        medium = self.kernel.media.get(volume.name)
+        return medium is not None and medium.is_offline
+
     def open_volume(self, volume: Volume) -> FakeOpenVolume:
         self._step("identify", volume.name)
         medium = self.kernel.media.get(volume.name)
-        if medium is None:
+        if medium is None or medium.is_offline:
             raise KernelError("open", volume.node, errno.ENOENT)
         if volume.awaits_udev and medium.is_locked:
             raise DeviceLockedError(f"use {medium.volume.node}: it is locked")
@@ -633,7 +642,8 @@ class FakeProcess:
             below = self.kernel.mount_of_root(self.mount_root)
             made = Mount(
                 mapping.number, point, node, read_only, kind, leaves_journal=unread,
-                is_filesystem_read_only=read_only, identity=self.kernel.next_mount(),
+                is_filesystem_read_only=read_only, is_point_read_only=read_only,
+                stops_at_errors=kind == "ext4", identity=self.kernel.next_mount(),
                 parent=0 if below is None else below.identity,
             )  # fmt: skip
             if below is not None:  # its peer gets a copy, which it hides
@@ -719,6 +729,8 @@ class FakeProcess:
                     target = CryptTarget.from_line(line)
                     if target is not None and target.device in numbers:
                         users.append(f"mapping {mapping.name} lies on it")
+            if any(m.is_offline for m in self.kernel.disk(diskseq).values()):
+                raise KernelError("flush", volume.node, errno.EIO, "it is offline")
             if users or diskseq in self.kernel.held_disks:
                 raise VolumeBusyError(volume.node, tuple(users))
             self.kernel.remove_partitions(diskseq)
@@ -861,6 +873,7 @@ class FakeWriteWatch:
 
     def __init__(self, process: FakeProcess, mapping: FakeMapping) -> None:
         self.lost = ""
+        self.has_errors = False
         self._process = process
         self._mapping = mapping
         mapping.watches += 1
@@ -868,6 +881,15 @@ class FakeWriteWatch:
 
     def mounted(self) -> None:
         """Nothing was counted before."""
+
+    def look(self) -> None:
+        self._process._step("look", self._mapping.name)
+        if self._mapping.errors:
+            self.has_errors = True
+            self.note("the filesystem has counted errors")
+
+    def note(self, what: str) -> None:
+        self.lost = self.lost or what
 
     def check(self) -> None:
         self._flush(self._mapping.name)

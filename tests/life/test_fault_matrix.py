@@ -46,6 +46,10 @@ from fakes.kernel import KEY, Fault
 LABEL: Final = "cartridge-01"
 HANGS_S: Final = 5.0
 
+NOT_KNOWN: Final = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, errno.EINTR,
+)  # fmt: skip
+
 # fmt: off
 ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # open(2) and read(2) of a device node: the medium leaves, is unreadable, has no medium in it;
@@ -127,6 +131,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # table_load and do_resume again: no memory, a signal while it waits for what is in flight
     # (dm_wait_for_completion); open(2): too many open files. ENXIO is "none".
     "load_error_table": (errno.ENOMEM, errno.EINTR, errno.EMFILE),
+    # table_clear and do_resume: it has gone; a signal while it waits, no memory.
+    "resume_mapping": (errno.ENXIO, *NOT_KNOWN),
     # dev_remove: ENXIO is "gone" and a holder only defers it, so the ioctl itself is what fails.
     "remove_mapping": (errno.ENOMEM, errno.EPERM, errno.EIO),
     # target_message, dm_cancel_deferred_remove: it has gone, or is being deleted right now.
@@ -154,9 +160,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.EMFILE,
     ),
     # open(2) of the mapping's node.
-    "watch_writes": (errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    "watch_writes": (errno.ENOENT, errno.ENXIO, *NOT_KNOWN),
     # open(2) of the mount root.
-    "keep_place": (errno.ELOOP, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    "keep_place": (errno.ELOOP, *NOT_KNOWN),
     # open(2), read(2) of /proc/self/mountinfo; EACCES is a security module's, ENOENT where /proc is
     # unmounted or covered.
     "mounts": (
@@ -168,6 +174,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
         errno.EINTR,
         errno.ENOENT,
     ),
+    # openat(2), read(2) of files of sysfs: too many open files, no memory, a security module.
+    "look": NOT_KNOWN,
+    "is_offline": NOT_KNOWN,
     # syncfs(2): what was written could not be; open(2): too many open files.
     "flush": (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE),
     # umount2(2). EINVAL and ENOENT are "nothing is mounted there" (filesystem.py).
@@ -179,9 +188,9 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     "read_table": (errno.ENOMEDIUM, errno.ENXIO, errno.ENOENT, errno.EIO, errno.EMFILE),
     # open(2), readdir(3) of the mount root or a mount point: a link on its way, not allowed, sick,
     # too many files.
-    "why_occupied": (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EMFILE),
+    "why_occupied": NOT_KNOWN,
     # inotify_init1(2), inotify_add_watch(2): no watch, no instance, no memory.
-    "watch_mount_point": (errno.ENOSPC, errno.EMFILE, errno.ENOMEM),
+    "watch_mount_point": (errno.ENOSPC, *NOT_KNOWN),
     "our_mount_points": (errno.ELOOP, errno.EACCES, errno.EIO, errno.EMFILE),
 }
 # fmt: on
@@ -234,11 +243,11 @@ def error_of(step: str, number: int) -> HotplugError:
             return KeyringError(*words)
         case "require_unused", errno.EBUSY:
             return DeviceInUseError("use /dev/sda1: it is in use: swap space")
-        case "flush", _:
+        case "flush" | "look", _:
             return FlushError(*words)
         case _ if step in PLAIN:
             return KernelError(*words)
-        case "mounts" | "holders" | "watch_mount_point", _:
+        case "mounts" | "holders" | "watch_mount_point" | "is_offline", _:
             return UnknownError(*words)
         case ("unmount", errno.EBUSY):
             return MountBusyError(*words)
@@ -273,7 +282,7 @@ class Scene:
         published = [
             (s, why) for volume, s, why in self.bench.states if volume.id == self.target.id
         ]
-        return published[-1] if published else (State.GONE, "")
+        return published[-1] if published else (self.bench.state(self.target), "")
 
     def was_mounted(self) -> bool:
         """Whether the target was ever published as mounted."""
@@ -363,6 +372,13 @@ def mounted(scene: Scene) -> None:
     assert scene.is_served(scene.target)
 
 
+def suspended(scene: Scene) -> None:
+    """Mount the target, and have somebody suspend its mapping."""
+    mounted(scene)
+    by_hand, kernel = scene.bench.by_hand, scene.bench.kernel
+    by_hand.suspend(next(m for m in kernel.mappings.values() if LABEL in m.name))
+
+
 def in_conflict(scene: Scene) -> None:
     """Let a program have the target's mount point, and wait until the agent has looked at it."""
     scene.bench.kernel.directories[LABEL] = "content"
@@ -406,6 +422,11 @@ def give_back(scene: Scene) -> None:
     scene.bench.kernel.free_mount_point(LABEL)
 
 
+def read(scene: Scene) -> None:
+    """Read the target's state, which has it looked at."""
+    scene.bench.look(scene.target)
+
+
 def pull(scene: Scene) -> None:
     """Pull the target's medium."""
     scene.bench.pull("sda1")
@@ -442,12 +463,14 @@ MOMENTS: Final = (
     Moment("adoption", crashed, start, State.MOUNTED),
     Moment("adoption while in use", crashed, start, State.MOUNTED, held=True),
     Moment("end of a conflict", in_conflict, give_back, State.MOUNTED),
+    Moment("read of its state", mounted, read, State.MOUNTED),
     Moment("pull", mounted, pull, State.REMOVED_UNSAFELY),
     Moment("pull while in use", mounted, pull, State.REMOVED_UNSAFELY, held=True),
     Moment("pull of a read-only medium", mounted, pull, State.GONE, read_only=True),
     Moment("change of cards", mounted, change, State.REMOVED_UNSAFELY),
     Moment("stop", mounted, stop, State.GONE),
     Moment("stop while in use", mounted, stop, State.GONE, held=True),
+    Moment("stop while suspended", suspended, stop, State.GONE),
     Moment("release of leftovers", orphaned, find_leftovers, State.GONE),
     Moment("release of leftovers while in use", orphaned, find_leftovers, State.GONE, held=True),
 )
@@ -511,14 +534,15 @@ class Combination:
         # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
             "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
-            "ciphertexts", "why_occupied", "keep_place",
+            "ciphertexts", "why_occupied", "keep_place", "look", "is_offline", "resume_mapping",
         }  # fmt: skip
         if act is give_back and self.step == "mounts" and not self.nth and not self.lasting:
             return self.moment.ends_in  # an attempt follows a check without an answer
-        if act is find_leftovers or self.step in harmless:
+        if act in {find_leftovers, read} or self.step in harmless:
             return self.moment.ends_in
-        if self.step == "find_mapping" and act is stop and self.nth == 0 and not self.lasting:
-            return self.moment.ends_in  # only a suspended mapping needs it
+        is_look = self.step in {"find_mapping", "mounts"} and self.nth == 0
+        if is_look and act is stop and not self.lasting:
+            return self.moment.ends_in  # what is seen by it is in the way of nothing
         if self.step == "watch_writes" and self.moment.before is crashed:
             return self.moment.ends_in  # what is mounted already stays so
         if self.step == "read_blob" and self.number == errno.ENOENT:
@@ -673,7 +697,9 @@ def test_a_step_that_ends_after_its_medium_was_pulled_leaves_nothing(call: Call)
             scene.bench.wait(1)
             scene.bench.pull("sda1")
             scene.bench.wait(HANGS_S)
-            had_mount = case.moment.before in {mounted, crashed} and not case.precedes_service
+            had_mount = (
+                case.moment.before in {mounted, suspended, crashed} and not case.precedes_service
+            )
             unsafe = had_mount or scene.was_mounted()
             assert scene.published()[0] is (State.REMOVED_UNSAFELY if unsafe else State.GONE)
             if case.moment.act is not stop:
@@ -746,21 +772,22 @@ STAYS: Final = (
     (crashed, start),
     (mounted, reported_again),
     (mounted, events_lost),
+    (mounted, read),
     (mounted, rules_read_again),
     (mounted, asked_to("lock")),
     (mounted, asked_to("eject")),
     (mounted, asked_to("retry")),
 )
 """Moments of a medium that stays in its socket and in use."""
-SEEN_BY: Final = ("mounts", "holders")
-"""Steps that read /proc."""
+SEEN_BY: Final = ("mounts", "holders", "is_offline", "look")
+"""Steps that read /proc and sysfs."""
 
 
 @pytest.mark.parametrize("step", SEEN_BY)
 @pytest.mark.parametrize(
     ("before", "act"), STAYS, ids=[f"{b.__name__}, {a.__name__}" for b, a in STAYS]
 )
-def test_what_cannot_be_seen_in_proc_takes_no_medium_in_use_and_is_served_afterwards(
+def test_what_cannot_be_seen_takes_no_medium_in_use_and_is_served_afterwards(
     before: Callable[[Scene], None], act: Callable[[Scene], None], step: str
 ) -> None:
     for nth in range(4):

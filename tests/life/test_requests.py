@@ -285,10 +285,10 @@ def test_a_retry_of_a_volume_that_has_been_mounted_meanwhile_is_granted(bench: B
     assert bench.state(volume) is State.FAILED
     bench.appear(volume)  # a retry without a request
     bench.settle()
-    steps = list(bench.kernel.steps)
+    bench.kernel.steps.clear()
     bench.answer("retry", volume)
     check_mounted(bench, volume)
-    assert bench.kernel.steps == steps
+    assert set(bench.kernel.steps) <= {"find_mapping", "mounts", "look", "is_offline"}
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject", "unlock", "retry"])

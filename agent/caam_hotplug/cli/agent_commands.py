@@ -18,7 +18,7 @@ from caam_hotplug.cli import options
 from caam_hotplug.errors import HotplugError
 
 if TYPE_CHECKING:
-    from caam_hotplug.dbus.client import Remote
+    from caam_hotplug.dbus.client import Remote, RemoteVolume
 
     _Work = Callable[[Remote, argparse.Namespace], Coroutine[Any, Any, None]]
 
@@ -33,7 +33,8 @@ LABEL|DEVICE: a label as `status` shows it, a device (/dev/sdb1, /dev/disk/by-..
 _JSON: Final = """\
 Keys of a volume with --json: label, part_uuid, device, diskseq, partition, rule, state, reason,
 mount_point, mapping_device, filesystem, size_bytes, read_only, since_us (microseconds since 1970),
-steps_s (seconds by step). Absent texts are "". Later versions keep these keys, and may add others.
+observed_us (when the agent last looked at the kernel), steps_s (seconds by step). Absent texts are
+"". Later versions keep these keys, and may add others.
 """
 
 _EVENTS: Final = """\
@@ -50,11 +51,11 @@ def add_commands(commands: options.Commands) -> None:
     _add_eject(commands)
     for name, summary in (
         ("lock", "unmount a medium and remove its key; it stays locked until unlock"),
-        ("unlock", "unlock and mount a medium that was locked or ejected"),
         ("retry", "try a medium again that is failed, waiting or in conflict"),
     ):
         examples = [f"{name} cartridge-01", f"{name} /dev/sdb1"]
         _add_which(_add(commands, name, _change, summary, examples=examples, more=_WHICH))
+    _add_unlock(commands)
     _add(
         commands,
         "reload",
@@ -110,6 +111,23 @@ def _add_watch(commands: options.Commands) -> None:
         more=_EVENTS + _JSON,
     )
     watch.add_argument("--json", action="store_true", help="a JSON object on every line")
+
+
+def _add_unlock(commands: options.Commands) -> None:
+    unlock = _add(
+        commands,
+        "unlock",
+        _unlock,
+        "unlock and mount a medium that was locked or ejected",
+        examples=["unlock cartridge-01", "unlock --no-mount cartridge-01"],
+        more=_WHICH,
+    )
+    unlock.add_argument(
+        "--no-mount",
+        action="store_true",
+        help="do not mount it, as for a check of its filesystem; lock ends that",
+    )
+    _add_which(unlock)
 
 
 def _add_eject(commands: options.Commands) -> None:
@@ -202,7 +220,7 @@ def is_coloured() -> bool:
 async def _status(agent: Remote, parsed: argparse.Namespace) -> None:
     from caam_hotplug.cli import listing  # noqa: PLC0415
 
-    volumes = await agent.volumes()
+    volumes = await agent.looked_at_volumes()
     if parsed.json:
         manager = await agent.manager()
         print(listing.to_json(volumes, manager["Version"], manager["Counters"]))
@@ -225,9 +243,19 @@ async def _eject(agent: Remote, parsed: argparse.Namespace) -> None:
 
 async def _change(agent: Remote, parsed: argparse.Namespace) -> None:
     volume = await agent.volume(parsed.which)
-    await agent.change(volume, parsed.name.title())
+    await _change_to(agent, volume, parsed.name.title())
+
+
+async def _unlock(agent: Remote, parsed: argparse.Namespace) -> None:
+    volume = await agent.volume(parsed.which)
+    await _change_to(agent, volume, "UnlockWithoutMount" if parsed.no_mount else "Unlock")
+
+
+async def _change_to(agent: Remote, volume: RemoteVolume, method: str) -> None:
+    await agent.change(volume, method)
     now = await agent.read(volume)
-    print(f"{volume.display_name}: {now.status_text}")
+    mapping = f" ({now.mapping_device})" if now.state == "unlocked" else ""
+    print(f"{volume.display_name}: {now.status_text}{mapping}")
 
 
 async def _reload(agent: Remote, _parsed: argparse.Namespace) -> None:

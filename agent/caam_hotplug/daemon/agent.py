@@ -15,7 +15,7 @@ from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import ConfigError, HotplugError, shown
 from caam_hotplug.kernel.abandonable import run_in_thread
-from caam_hotplug.model import Entry
+from caam_hotplug.model import Entry, VolumeId
 from caam_hotplug.systemd import journal
 from caam_hotplug.systemd.notify import Notifier
 
@@ -109,10 +109,16 @@ class Agent:
             log.warning("%s", notice)
         return notices
 
+    def look(self, volume: VolumeId) -> None:
+        """Have the volume looked at: at most once a second."""
+        self._supervisor.observer.look(volume)
+
     def explain(self, device: str) -> str:
         """As `caam-hotplug explain`, under the files' rules. Raises: HotplugError. Any thread."""
 
         async def published() -> list[Entry]:
+            for entry in self._registry.entries():
+                self.look(entry.volume.id)
             return self._registry.entries()
 
         asked = asyncio.run_coroutine_threadsafe(published(), self._loop)

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from caam_hotplug.daemon.readers import Readers
 from caam_hotplug.daemon.supervisor import Supervisor
-from caam_hotplug.errors import HotplugError, UnknownError
+from caam_hotplug.errors import HotplugError, KernelError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
+from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
@@ -169,6 +170,29 @@ def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
     finally:
         loop.remove_reader(watched)
         watched.close()
+
+
+@contextmanager
+def errors_watched(errors: FilesystemErrors, supervisor: Supervisor) -> Iterator[None]:
+    """Report errors of filesystems, where the kernel does."""
+    try:
+        errors.begin()
+    except KernelError as error:
+        log.info("%s; such an error is seen when somebody looks", error)
+        yield
+        return
+
+    def take() -> None:
+        errors.read()
+        supervisor.observer.filesystem_failed()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(errors, take)
+    try:
+        yield
+    finally:
+        loop.remove_reader(errors)
+        errors.close()
 
 
 @contextmanager

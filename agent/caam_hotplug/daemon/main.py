@@ -14,7 +14,13 @@ from typing import NoReturn
 from caam_hotplug.config.loader import Config
 from caam_hotplug.daemon import hand_over
 from caam_hotplug.daemon.agent import Agent, Load
-from caam_hotplug.daemon.events import BlobEvents, DeviceEvents, mounts_watched, sleeps_watched
+from caam_hotplug.daemon.events import (
+    BlobEvents,
+    DeviceEvents,
+    errors_watched,
+    mounts_watched,
+    sleeps_watched,
+)
 from caam_hotplug.daemon.status_registry import StatusRegistry
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.dbus.service import Service
@@ -96,6 +102,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             held.callback(events.end)
             held.callback(blobs.end)
             held.enter_context(mounts_watched(supervisor, blobs))
+            held.enter_context(errors_watched(kernel.errors, supervisor))
             blobs.begin()
             look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
+from caam_hotplug.model import VolumeId
 from caam_hotplug.systemd import journal
 from caam_hotplug.volume.record import Record
 
 log = logging.getLogger(__name__)
+
+LOOKS_AFTER_S: Final = 1.0
 
 
 class Observer:
@@ -50,6 +54,24 @@ class Observer:
             return
         for holding in concerned:
             holding.compare(mounts)
+
+    def look(self, which: VolumeId) -> None:
+        """Have a volume looked at, also at what no event reports: at most once a second."""
+        record = next((each for each in self._records() if each.volume.id == which), None)
+        now = asyncio.get_running_loop().time()
+        if record is None or now - record.holding.looked_at < LOOKS_AFTER_S:
+            return
+        record.holding.looked_at = now
+        if record.holding.mapping is None:
+            record.status.note_look()  # nothing is held that could be another
+        else:
+            record.holding.want_look()
+
+    def filesystem_failed(self) -> None:
+        """Have all mounted volumes looked at: the filesystem of one of them has met an error."""
+        for record in self._records():
+            if record.holding.mount is not None:
+                record.holding.want_look()
 
     def mapping_changed(self, name: str) -> None:
         """Have a mapping looked at that the kernel has changed or removed."""

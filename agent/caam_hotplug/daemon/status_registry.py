@@ -42,6 +42,10 @@ class StatusRegistry:
         """Return all entries, in the order of their arrival."""
         return list(self._entries.values())
 
+    def entry(self, which: VolumeId) -> Entry | None:
+        """Return the entry of a volume."""
+        return self._entries.get(which)
+
     def publish(self, entry: Entry) -> None:
         """Replace the entry of the volume, log its state, and call the listeners."""
         volume, state = entry.volume, entry.state
@@ -49,6 +53,7 @@ class StatusRegistry:
         same = before is not None and (before.state, before.reason) == (state, entry.reason)
         entry = replace(entry, since=before.since if same and before else time.time())
         if entry == before:
+            self._entries[volume.id] = entry  # seen later than the one before
             return
         if before is None and state is not State.GONE:
             self._forget_departed()

@@ -136,12 +136,12 @@ class Supervisor:
         """Unmount the volume and remove its mapping. Raises: RequestRefusedError."""
         await self._lifecycle(which).record.ask(Request(Ask.LOCK, by))
 
-    async def unlock(self, which: VolumeId, by: str) -> None:
-        """Mount the volume, or do what else its rule asks for. Raises: RequestRefusedError."""
+    async def unlock(self, which: VolumeId, by: str, *, mounts: bool = True) -> None:
+        """Unlock the volume; with `mounts`, as its rule says. Raises: RequestRefusedError."""
         record = self._lifecycle(which).record
         if record.why_not(Ask.UNLOCK) is None:
             await self._removal.before_unlock(record, by)
-        await self._lifecycle(which).record.ask(Request(Ask.UNLOCK, by))
+        await self._lifecycle(which).record.ask(Request(Ask.UNLOCK, by, mounts))
 
     async def retry(self, which: VolumeId, by: str) -> None:
         """As `unlock`, for a volume that failed or waits. Raises: RequestRefusedError."""
@@ -274,6 +274,7 @@ class Supervisor:
         parked = self._parked.pop(volume.id, None) or Parked.before(mark)
         phase = replace(parked or Evaluate(), has_leftover=has_leftover)
         lifecycle = VolumeLifecycle(self._context, volume, phase, mark.lost if mark else "")
+        lifecycle.record.mounts = mark is None or not mark.is_unmounted
         self._lifecycles[volume.id] = lifecycle
         self._changed.begin(volume.id)
         self.run(self._run_lifecycle(lifecycle, volume.id), lambda: str(lifecycle.record.volume))

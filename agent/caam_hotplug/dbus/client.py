@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ MANAGER: Final = (names.BUS_NAME, names.BUS_PATH, names.BUS_MANAGER)
 OBJECTS: Final = (names.BUS_NAME, names.BUS_PATH, "org.freedesktop.DBus.ObjectManager")
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _NO_TIME_LIMIT_US: Final = 2**63 - 1
+_LOOK_TAKES_S: Final = 0.05
+_LOOKS_MOST: Final = 10
 _EXPLAIN_WITHIN_US: Final = 90_000_000
 """More than the agent gives itself."""
 
@@ -61,6 +64,20 @@ class Remote:
     async def volumes(self) -> list[ShownVolume]:
         """Return all volumes in the order of their arrival."""
         return sorted((await self._by_path()).values(), key=lambda v: (v.diskseq, v.partition))
+
+    async def looked_at_volumes(self) -> list[ShownVolume]:
+        """Return all volumes, as the agent sees them by the check that a read causes.
+
+        A volume that it cannot check soon is as of the check before.
+        """
+        begun_us = time.time_ns() // 1000
+        volumes = await self.volumes()
+        for _ in range(_LOOKS_MOST):
+            if not any(volume.may_be_out_of_date(begun_us) for volume in volumes):
+                break
+            await asyncio.sleep(_LOOK_TAKES_S)
+            volumes = await self.volumes()
+        return volumes
 
     async def manager(self) -> dict[str, Any]:
         """Return the manager's properties by their names."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from caam_hotplug.dbus.connection import Connection
-from caam_hotplug.dbus.properties import Property
+from caam_hotplug.dbus.properties import Property, values_of
 from caam_hotplug.dbus.sdbus_internals import SdBusInterface, SdBusMessage, stop_export
 
 
@@ -35,26 +35,34 @@ class ExportedObject:
         path: str,
         name: str,
         properties: Mapping[str, Property],
-        values: Callable[[], Mapping[str, Any]],
+        *,
+        subject: Callable[[], object],
+        reading: Callable[[], None] = lambda: None,
     ) -> None:
+        """`subject`: returns what the properties are read from; `reading` is called before.
+
+        Values whose changes are signalled are those of the last `update`.
+        """
         self.path = path
         self.interface = SdBusInterface()
         self._connection = connection
         self._name = name
         self._properties = properties
-        self._values = values
+        self._subject = subject
+        self._reading = reading
+        self._values = values_of(properties, subject())
         for property_name, shape in properties.items():
             self.interface.add_property(
                 property_name, shape.signature, partial(self._get, property_name), None, shape.flags
             )
 
-    def update(self, values: Mapping[str, Any]) -> SdBusMessage | None:
+    def update(self, values: dict[str, Any]) -> SdBusMessage | None:
         """Set the values. Returns the signal about those that changed, or None."""
-        before, self._values = self._values(), lambda: values
+        before, self._values = self._values, values
         changed = {
             name: (self._properties[name].signature, value)
             for name, value in values.items()
-            if value != before[name]
+            if value != before[name] and self._properties[name].flags
         }
         if not changed:
             return None
@@ -74,4 +82,7 @@ class ExportedObject:
         del self.interface
 
     def _get(self, name: str, message: SdBusMessage) -> None:
-        message.append_data(self._properties[name].signature, self._values()[name])
+        self._reading()
+        shape = self._properties[name]
+        value = self._values[name] if shape.flags else shape.value(self._subject())
+        message.append_data(shape.signature, value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -35,6 +36,7 @@ from caam_hotplug.systemd import journal
 log = logging.getLogger(__name__)
 
 _EXPLAIN_WITHIN_S: Final = 60.0
+_LOOKS_AFTER_S: Final = 1.0
 _DEFECT: Final = "a defect of the agent; the journal has the details"
 
 
@@ -43,7 +45,7 @@ class Requests(Protocol):
 
     async def lock(self, volume: VolumeId, by: str) -> None: ...
     async def eject(self, volume: VolumeId, by: str, *, power_off: bool = True) -> str: ...
-    async def unlock(self, volume: VolumeId, by: str) -> None: ...
+    async def unlock(self, volume: VolumeId, by: str, *, mounts: bool = True) -> None: ...
     async def retry(self, volume: VolumeId, by: str) -> None: ...
 
 
@@ -51,6 +53,10 @@ class Agent(Protocol):
     """Carries out requests for the agent as a whole."""
 
     async def reload(self, by: str) -> list[str]: ...
+
+    def look(self, volume: VolumeId) -> None:
+        """Have the volume looked at, for the next who reads its properties."""
+        ...
 
     def explain(self, device: str) -> str:
         """Synchronization: called in its own thread, since it may read from a faulty medium."""
@@ -63,6 +69,7 @@ class StatusRegistry(Protocol):
     counters: Counter[str]
 
     def entries(self) -> list[Entry]: ...
+    def entry(self, which: VolumeId) -> Entry | None: ...
 
 
 class Objects:
@@ -87,13 +94,13 @@ class Objects:
             names.BUS_PATH,
             names.BUS_MANAGER,
             MANAGER,
-            lambda: values_of(MANAGER, registry),
             {
                 "Explain": Method(
                     self._explain, "s", ("device",), "s", ("explanation",), is_restricted=False
                 ),
                 "Reload": Method(self._reload, "", (), "as", ("notices",)),
             },
+            subject=lambda: registry,
         )
         for entry in registry.entries():
             self.update(entry)
@@ -124,30 +131,46 @@ class Objects:
 
     def _add(self, which: VolumeId, entry: Entry) -> None:
         path = names.bus_path(which)
-        values = values_of(VOLUME, entry)
         self._volumes[which] = self._export(
             path,
             names.BUS_VOLUME,
             VOLUME,
-            lambda: values,
             {
                 "Unlock": Method(partial(self._unlock, which)),
+                "UnlockWithoutMount": Method(partial(self._unlock, which, mounts=False)),
                 "Lock": Method(partial(self._lock, which)),
                 "Eject": Method(
                     partial(self._eject, which), "a{sv}", ("options",), "s", ("outcome",)
                 ),
                 "Retry": Method(partial(self._retry, which)),
             },
+            subject=lambda: self._registry.entry(which) or entry,
+            reading=self._look(which),
         )
         self._try_to_send(self._connection.bus.emit_object_added, path)
+
+    def _look(self, which: VolumeId) -> Callable[[], None]:
+        """Return what has the volume looked at when it is read: at most once a second."""
+        clock, looked_at = asyncio.get_running_loop().time, -math.inf
+
+        def look() -> None:
+            nonlocal looked_at
+            now = clock()
+            if now - looked_at < _LOOKS_AFTER_S:  # a client reads many properties at once
+                return
+            looked_at = now
+            if (agent := self._agent()) is not None:
+                agent[1].look(which)
+
+        return look
 
     def _remove(self, which: VolumeId) -> None:
         exported = self._volumes.pop(which)
         self._try_to_send(self._connection.bus.emit_object_removed, exported.path)
         exported.remove()
 
-    async def _unlock(self, which: VolumeId, by: str) -> None:
-        await self._requests().unlock(which, by)
+    async def _unlock(self, which: VolumeId, by: str, *, mounts: bool = True) -> None:
+        await self._requests().unlock(which, by, mounts=mounts)
 
     async def _lock(self, which: VolumeId, by: str) -> None:
         await self._requests().lock(which, by)
@@ -182,10 +205,14 @@ class Objects:
         path: str,
         interface: str,
         properties: Mapping[str, Property],
-        values: Callable[[], Mapping[str, Any]],
         methods: Mapping[str, Method],
+        *,
+        subject: Callable[[], object],
+        reading: Callable[[], None] = lambda: None,
     ) -> ExportedObject:
-        exported = ExportedObject(self._connection, path, interface, properties, values)
+        exported = ExportedObject(
+            self._connection, path, interface, properties, subject=subject, reading=reading
+        )
         for name, method in methods.items():
             exported.interface.add_method(
                 name,

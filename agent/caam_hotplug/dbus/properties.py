@@ -43,7 +43,9 @@ VOLUME: Final[Mapping[str, Property]] = {
     "Filesystem": Property("s", lambda entry: shown(entry.filesystem)),
     "Size": Property("t", lambda entry: min(entry.volume.size * SECTOR_BYTES, _U64)),
     "ReadOnly": Property("b", lambda entry: entry.read_only),
-    "Since": Property("t", lambda entry: int(min(max(0, entry.since * 1e6), _U64))),
+    "Since": Property("t", lambda entry: _microseconds(entry.since)),
+    # Not signalled: it changes whenever somebody reads.
+    "ObservedAt": Property("t", lambda entry: _microseconds(entry.observed_at), 0),
     "StepDurations": Property(
         "a{sd}", lambda entry: {shown(step): float(took) for step, took in entry.steps.items()}
     ),
@@ -53,6 +55,10 @@ MANAGER: Final[Mapping[str, Property]] = {
     # Changes are not signalled: each comes with a change of state, which is.
     "Counters": Property("a{st}", lambda registry: dict(registry.counters), 0),
 }
+
+
+def _microseconds(seconds: float) -> int:
+    return int(min(max(0, seconds * 1e6), _U64))
 
 
 def values_of(properties: Mapping[str, Property], subject: object) -> dict[str, Any]:

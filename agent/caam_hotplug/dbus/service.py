@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol
 
 from caam_hotplug import names
-from caam_hotplug.model import Entry
+from caam_hotplug.model import Entry, VolumeId
 
 if TYPE_CHECKING:
     from caam_hotplug.dbus.connection import Connection
@@ -29,6 +29,7 @@ class StatusRegistry(Protocol):
     """How often volumes came to each state, by the state's name."""
 
     def entries(self) -> list[Entry]: ...
+    def entry(self, which: VolumeId) -> Entry | None: ...
     def listen(self, listener: Callable[[Entry], None]) -> None: ...
 
 

@@ -11,6 +11,9 @@ from caam_hotplug.errors import HotplugError, shown
 
 _REMOVED: Final = "removed-unsafely"
 _NOT_SERVED: Final = {"ignored", _REMOVED}
+_HELD: Final = {"mounted", "unlocked"}
+_LOOKED_AT_ONCE_US: Final = 1_000_000
+"""Reads cause at most one look in this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class ShownVolume:
     size_bytes: int = 0
     read_only: bool = False
     since_us: int = 0
+    observed_us: int = 0
     steps_s: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -42,6 +46,11 @@ class ShownVolume:
     def display_name(self) -> str:
         """The label, or the device if there is no label."""
         return shown(self.label or self.device)
+
+    def may_be_out_of_date(self, now_us: int) -> bool:
+        """Whether the agent holds it, and has not looked at it for more than a second."""
+        is_held = self.state in _HELD and self.observed_us > 0  # an older agent has no such time
+        return is_held and now_us - self.observed_us > _LOOKED_AT_ONCE_US
 
     @property
     def mount_or_reason(self) -> str:
@@ -76,6 +85,7 @@ _FIELDS: Final = {
     "Size": "size_bytes",
     "ReadOnly": "read_only",
     "Since": "since_us",
+    "ObservedAt": "observed_us",
     "StepDurations": "steps_s",
 }
 

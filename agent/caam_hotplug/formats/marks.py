@@ -22,6 +22,8 @@ class Mark:
     """Whether its disk was held against all others."""
     lost: str = ""
     """What could not be written to it; empty if everything was."""
+    is_unmounted: bool = False
+    """Whether it was unlocked, and not mounted, on request."""
 
     def to_text(self) -> str:
         """Return the text."""
@@ -29,9 +31,8 @@ class Mark:
         for name, kind in _AS_TEXT.items():
             facts[name] = kind(facts[name])
         state = None if self.state is None else self.state.value
-        return json.dumps(
-            {"state": state, "held": self.is_held, "lost": self.lost, "volume": facts}
-        )
+        how = {"held": self.is_held, "lost": self.lost, "unmounted": self.is_unmounted}
+        return json.dumps({"state": state, **how, "volume": facts})
 
     @classmethod
     def from_text(cls, text: str) -> Mark | None:
@@ -39,7 +40,8 @@ class Mark:
         try:
             found = json.loads(text)
             state = None if found["state"] is None else State(found["state"])
-            return cls(_volume(found["volume"]), state, bool(found["held"]), str(found["lost"]))
+            how = (bool(found["held"]), str(found["lost"]), bool(found.get("unmounted")))
+            return cls(_volume(found["volume"]), state, *how)
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

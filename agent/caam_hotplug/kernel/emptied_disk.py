@@ -30,6 +30,7 @@ from caam_hotplug.errors import (
     WritesLostError,
 )
 from caam_hotplug.kernel import block_device, device_users, open_files, power, sysfs, sysfs_tree
+from caam_hotplug.kernel.offline import require_online
 from caam_hotplug.kernel.write_watch import NOT_ALL, NOT_KNOWN
 from caam_hotplug.model import SECTOR_BYTES, Volume, VolumeId
 
@@ -158,6 +159,7 @@ def _flush(opened: int, disk: Volume) -> None:
 
     A disk may report what it could not write once only, so a later flush says nothing either.
     """
+    require_online(disk)
     try:
         os.fsync(opened)
     except OSError as error:

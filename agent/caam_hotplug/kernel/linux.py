@@ -25,12 +25,14 @@ from caam_hotplug.kernel import (
     medium_sample,
     mount,
     mountinfo,
+    offline,
     open_files,
     paths,
     sysfs,
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from caam_hotplug.kernel.mount_places import MountPlaces
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
@@ -51,7 +53,8 @@ class LinuxKernel:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
-        self._places = MountPlaces(mount_root)
+        self.errors = FilesystemErrors()
+        self._places = MountPlaces(mount_root, self.errors)
 
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.
@@ -70,6 +73,10 @@ class LinuxKernel:
             return sysfs.present_id(volume.name) == volume.id
         except UnknownError:
             return True
+
+    def is_offline(self, volume: Volume) -> bool:
+        """Return whether the kernel has taken the volume's disk offline. Raises: UnknownError."""
+        return offline.is_offline(volume.name)
 
     def open_volume(self, volume: Volume) -> OpenVolume:
         """Open the volume's node, and read its labels and identifiers off the disk.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from caam_hotplug.errors import MountBusyError, MountError
@@ -33,6 +35,9 @@ _MOUNT_ATTRS: Final = {
 
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
+_FITHAW: Final = 0xC0045878
+
+log = logging.getLogger(__name__)
 
 
 def mount(
@@ -129,12 +134,31 @@ def unmount(path: str, *, lazily: bool = False) -> None:
     Raises: MountBusyError; MountError. Blocks for I/O unless lazily. Source: umount2(2).
     """
     flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
+    if not lazily:
+        with suppress(OSError):  # its mode may lock the agent out
+            _thaw_at(path)
     with reported_as("unmount", path, _not_unmounted):
         try:
             Libc.umount2(os.fsencode(path), flags)
         except OSError as error:
             if error.errno not in {errno.EINVAL, errno.ENOENT}:
                 raise
+
+
+def _thaw_at(path: str) -> None:
+    """Thaw the filesystem, if somebody has frozen it. Raises: OSError.
+
+    It would outlive its unmount, and nobody could thaw it then (freeze_super in fs/super.c).
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(opened, _FITHAW, 0)
+        log.warning("%s was frozen, and is thawed to be unmounted", path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # that says that it is not frozen
+            raise
+    finally:
+        os.close(opened)
 
 
 def _not_unmounted(operation: str, path: str, number: int) -> MountError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.kernel import paths
+from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -20,8 +21,10 @@ _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 class MountPlaces:
     """The mount root as it was at each mount in it. Any thread; one at a time for one name."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, errors: FilesystemErrors | None = None) -> None:
+        """`errors`: reports those of what is mounted."""
         self._root = root
+        self._errors = errors or FilesystemErrors()
         self._kept: dict[str, int] = {}
 
     def keep(self, name: str, path: str, at: int) -> None:
@@ -33,6 +36,7 @@ class MountPlaces:
             opened = os.open(path, _OPEN, dir_fd=at)
             self.forget(name)
             self._kept[name] = opened
+            self._errors.add(opened, name)
 
     def keep_seen(self, name: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""

@@ -88,6 +88,8 @@ def parse_mount(line: str) -> Mount:
             identity=int(fields[0]),
             parent=int(fields[1]),
             is_filesystem_read_only="ro" in superblock_options,
+            is_point_read_only="ro" in fields[5].split(","),
+            stops_at_errors="errors=remount-ro" in superblock_options,
         )
     except (ValueError, IndexError) as error:
         raise ValueError(

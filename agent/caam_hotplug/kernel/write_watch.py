@@ -63,6 +63,8 @@ class WriteWatch:
         self._places = places
         self.lost = ""
         """What could not be written; empty while that is nothing."""
+        self.has_errors = False
+        """Whether the filesystem has counted errors since it was mounted."""
         try:
             self._device = os.open(self._node, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -75,6 +77,14 @@ class WriteWatch:
         Raises: FlushError.
         """
         self._errors_before = self._ext4_errors()
+
+    def look(self) -> None:
+        """Look for errors that the filesystem has counted; nothing is written. Raises: FlushError.
+
+        Only ext4 counts them. It may not be read-only by them, in the words of mountinfo: Linux
+        since 6.12 refuses writes without that (ext4_handle_error in fs/ext4/super.c).
+        """
+        self._look_at_ext4(self._node)
 
     def check(self) -> None:
         """Write out what the device has, and look for failed writes. Raises: FlushError."""
@@ -144,9 +154,10 @@ class WriteWatch:
         except FlushError as error:
             if error.errno in NOT_KNOWN and not is_last:
                 raise
-            self._note(str(error))
+            self.note(str(error))
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Note what could not be written; the first stays."""
         self.lost = self.lost or f"{NOT_ALL}: {what}"
 
     def _look_at_ext4(self, point: str, *, is_last: bool = False) -> None:
@@ -156,10 +167,11 @@ class WriteWatch:
         except FlushError as error:
             if not is_last:
                 raise
-            self._note(str(error))
+            self.note(str(error))
             return
-        if found > self._errors_before:
-            self._note(f"write to {point}: the filesystem has counted errors")
+        self.has_errors = found > self._errors_before
+        if self.has_errors:
+            self.note(f"write to {point}: the filesystem has counted errors")
 
     def _is_readable(self) -> bool:
         try:

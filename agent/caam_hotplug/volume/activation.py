@@ -10,6 +10,7 @@ from caam_hotplug.config.rules import Action
 from caam_hotplug.errors import HotplugError, ReleaseError
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.device import Device
+from caam_hotplug.volume.facts import contradict
 from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.hooks import Hooks
 from caam_hotplug.volume.inbox import Reevaluate
@@ -62,7 +63,10 @@ class Activation:
         Raises: HotplugError, OSError if an operation fails; ReleaseError if a release does.
         """
         try:
-            return await self._held()
+            released = await self._held()
+            # By another mount namespace it may have become writable, which nothing reports.
+            lost = released.loses_data_if_gone or self._writes.was_writable
+            return replace(released, loses_data_if_gone=lost)
         except ReleaseError:
             self._record.phase = replace(self._record.phase, has_leftover=True)
             raise
@@ -79,11 +83,10 @@ class Activation:
             self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
-            if self._target.plan.rule.action is Action.UNLOCK:
+            if self._target.plan.rule.action is Action.UNLOCK or not self._record.mounts:
                 writes = watched(self._operations, mapping, self._writes)
                 await held.enter_async_context(writes)
-                steps = dict(self._operations.took)
-                self._status.publish(State.UNLOCKED, f"as {mapping.name}{by}", steps=steps, **live)
+                self._observation.begin_for_others(steps=dict(self._operations.took), **live)
                 self._grant_unless_released()
             elif (change := self._record.take_reason_to_release(self._target)) is not None:
                 self._inbox.note(change)  # nothing is mounted yet: the rules are matched again
@@ -111,7 +114,7 @@ class Activation:
             mounted(self._operations, self._target, mapping, self._writes)
         )
         self._holding.publish(mount)
-        self._observation.publish_mounted(mount, steps=dict(self._operations.took))
+        self._observation.publish(steps=dict(self._operations.took))
         self._grant_unless_released()
         self._hooks.mounted(self._record.plan_in_force(self._target))
 
@@ -127,14 +130,16 @@ class Activation:
             await self._compare_if_it_slept(mapping)
             if self._stop.is_set:
                 return None
+            asks_for_it = inbox.request is not None and not inbox.wants_release
+            if asks_for_it:  # it is mounted or unlocked already, as far as is known
+                holding.want_look()
             if holding.differs:
                 found = await self._observation.compare()
-                if found is None or self._stop.is_set:
-                    continue
-                await self._release(mapping, found)
-                return found
-            if self._inbox.request is not None and not self._inbox.wants_release:
-                self._inbox.grant()  # it is mounted or unlocked already
+                if found is not None and not self._stop.is_set:
+                    await self._release(mapping, found)
+                    return found
+                if asks_for_it and not self._stop.is_set:
+                    self._grant_unless_released()
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
@@ -149,13 +154,12 @@ class Activation:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
         record, target = self._record, self._target
         change = record.take_reason_to_release(target)
-        if change is None or not record.contradicts(target):
+        if change is None or not contradict(record.volume, target.volume):
             return change
         return None if await self._device.confirms(target) else change
 
     async def _release(self, mapping: Mapping, cause: Request | Reevaluate | Interference) -> bool:
         """Flush and unmount for this cause; False if its users or the stop signal prevent it."""
-        state, reason = self._status.state or State.MOUNTED, self._status.reason
         self._holding.is_paused = True
         self._status.publish(State.DETACHING, cause.words)
         await self._hooks.unmounting(self._record.plan_in_force(self._target))
@@ -180,12 +184,9 @@ class Activation:
                 await self._observation.prepare_flush()
                 return True
             if not self._stop.is_set:
-                if self._holding.mount is None:
-                    self._status.publish(state, reason)
-                else:
-                    self._observation.publish_mounted(self._holding.mount)
-                self._observation.compare_again()
-                self._hooks.mounted(self._record.plan_in_force(self._target))
+                self._observation.go_on()
+                if self._holding.mount is not None:
+                    self._hooks.mounted(self._record.plan_in_force(self._target))
                 self._refuse(cause, error)
             return False
         return True

@@ -19,6 +19,11 @@ class Merged:
     """Whether the report was ignored, but for `awaits_udev`."""
 
 
+def contradict(volume: Volume, other: Volume) -> bool:
+    """Whether the two differ in what a disk says of a volume."""
+    return any(getattr(volume, fact) != getattr(other, fact) for fact in ON_THE_DISK)
+
+
 class Facts:
     """Merges the reports about one volume. Synchronization: loop only."""
 

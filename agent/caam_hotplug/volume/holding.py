@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.model import Mapping, Mount
-from caam_hotplug.volume.mount_table import cover_of
+from caam_hotplug.volume.mount_table import cover_of, is_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,35 @@ class Holding:
         """What hides the mount, as it was last seen."""
         self.was_writable = False
         """Whether the filesystem that was published last could be written to."""
+        self.others: tuple[Mount, ...] = ()
+        """Where others have mounted a mapping that is not mounted here, as last published."""
+        self.found_others: tuple[Mount, ...] = ()
+        """As `others`, as they were last seen."""
+        self.is_for_others = False
+        """Whether the mapping is not to be mounted here."""
+        self.is_offline = False
+        """Whether the kernel has taken its disk offline, as last seen."""
         self.is_mapping_doubted = False
         """Whether the kernel may have no such mapping any more, or another table in it."""
+        self.is_look_wanted = False
+        """Whether also that is to be looked at which the kernel does not report."""
+        self.users: tuple[Mapping, tuple[str, ...]] | None = None
+        """Who has a released mapping open, and the mapping as it was when they were looked for."""
+        self.looked_at = -math.inf
+        """When that was wanted last, by the loop's time."""
         self.is_paused = False
         """Whether the volume itself changes what it holds, so that nothing is compared."""
 
     @property
     def watches_mounts(self) -> bool:
         """Whether changes of the mounts concern it."""
-        return self.mount is not None and not self.is_paused
+        return (self.mount is not None or self.is_for_others) and not self.is_paused
 
     @property
     def is_writable(self) -> bool:
         """Whether something may have been written that has not reached the medium."""
-        return self.found is not None and not self.found.is_filesystem_read_only
+        seen = self.found_others if self.found is None else (self.found,)
+        return any(not mount.is_filesystem_read_only for mount in seen)
 
     @property
     def is_left_writable(self) -> bool:
@@ -64,15 +80,17 @@ class Holding:
 
     @property
     def differs(self) -> bool:
-        """Whether what is published may not be so any more."""
-        seen, published = (self.found, self.found_cover), (self.mount, self.cover)
-        return self.is_mapping_doubted or [*map(_facts, seen)] != [*map(_facts, published)]
+        """Whether what is published may not be so any more, or is to be looked at."""
+        if self.is_mapping_doubted or self.is_look_wanted:
+            return True
+        seen = (self.found, self.found_cover, *self.found_others)
+        return [*map(_facts, seen)] != [*map(_facts, (self.mount, self.cover, *self.others))]
 
     def begin(self, mapping: Mapping) -> None:
         """Note what is held: a mapping, and no mount yet."""
         self.end()
         self.mapping = mapping
-        self.was_writable = self.is_paused = False
+        self.was_writable = self.is_paused = self.is_offline = False
 
     def publish(self, mount: Mount) -> None:
         """Note the mount that is published, with what was seen to hide it."""
@@ -80,9 +98,16 @@ class Holding:
         self.cover = self.found_cover
         self.was_writable = self.is_writable
 
+    def publish_others(self) -> None:
+        """Note that it is published where others have mounted the mapping."""
+        self.others = self.found_others
+        self.was_writable = self.is_writable
+
     def release(self) -> None:
         """Note that it is released; others may hold the mapping, whose removal is noticed."""
         self.mount = self.found = self.cover = self.found_cover = None
+        self.others = self.found_others = ()
+        self.is_for_others = self.is_look_wanted = False
 
     def watch(self, mapping: Mapping) -> bool:
         """Notice the removal of a released mapping from now on; False if that was so before."""
@@ -95,17 +120,26 @@ class Holding:
     def end(self) -> None:
         """Note that nothing is held that others could change."""
         self.release()
-        self.mapping = None
+        self.mapping = self.users = None
         self.is_mapping_doubted = False
 
     def compare(self, mounts: Sequence[Mount]) -> None:
         """Compare the mount with those that there are now."""
-        if self.mount is None:
-            return
-        key, before = _key(self.mount), self.differs
-        self.found = next((mount for mount in mounts if _key(mount) == key), None)
-        self.found_cover = None if self.found is None else cover_of(mounts, self.found)
+        before = self.differs
+        if self.is_for_others and self.mapping is not None:
+            mapping = self.mapping
+            self.found_others = tuple(mount for mount in mounts if is_of(mount, mapping))
+        if self.mount is not None:
+            key = _key(self.mount)
+            self.found = next((mount for mount in mounts if _key(mount) == key), None)
+            self.found_cover = None if self.found is None else cover_of(mounts, self.found)
         if self.differs != before:
+            self._wake()
+
+    def want_look(self) -> None:
+        """Have all looked at that the kernel does not report, if there is anything."""
+        if self.mapping is not None:
+            self.is_look_wanted = True
             self._wake()
 
     def mapping_changed(self, node: str) -> None:

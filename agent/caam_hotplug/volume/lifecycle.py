@@ -31,8 +31,8 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes, remains
-from caam_hotplug.volume.requests import Request
-from caam_hotplug.volume.stop_signal import Reason, StopRequestedError
+from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError, StopSignal
 from caam_hotplug.volume.target import Target
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class VolumeLifecycle:
                         record.phase = await self._evaluate()
             await self._release_at_end()
             await record.cut_off.done()
+            if self._stop.reason is Reason.OFFLINE and not record.is_agent_stopping:
+                self._park(self._stop)
         finally:
             self._inbox.refuse(self._stop.words or "a defect of the agent; its journal says more")
         # A failed release was published; only the departure of the medium overrides it.
@@ -79,6 +81,7 @@ class VolumeLifecycle:
             return
         if self._stop.reason is Reason.OTHER_TABLE:  # the next lifecycle begins as this one ends
             self._park_for(self._stop.words)
+        if isinstance(record.phase, Parked) and self._stop.reason in IS_THERE:
             return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
@@ -197,12 +200,19 @@ class VolumeLifecycle:
             if target.volume != self.record.volume:  # other facts may ask for another target
                 return self._phase.to_evaluate()
             self._stop.check()
+            self._note_how()
             self._status.publish(State.UNLOCKING, f"with {blob}", **facts)
             try:
                 return await self._activate(target)
             finally:
                 if self._stop.is_set:  # a leftover mount keeps its mount point reserved until then
                     await self._release_at_end()
+
+    def _note_how(self) -> None:
+        request = self._inbox.request
+        is_unlock = request is not None and request.ask is Ask.UNLOCK
+        if request is not None and is_unlock and request.mounts != self.record.mounts:
+            self.record.unpark(mounts=request.mounts)
 
     async def _activate(self, target: Target) -> Phase:
         has_leftover = self._phase.has_leftover
@@ -254,7 +264,7 @@ class VolumeLifecycle:
             return self._phase
         return await self._released_for(request)
 
-    def _park(self, cause: Request | Interference) -> Phase:
+    def _park(self, cause: Request | Interference | StopSignal) -> Phase:
         if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
             self._park_for(cause.words)
         if self._inbox.wants_release:

@@ -162,6 +162,8 @@ async def _release(operations: Operations, name: str, mapping: Mapping, writes: 
     there = mounts_at(kernel, name, mapping)
     found = first_of(mapping, there)
 
+    writes.was_writable = found is not None and not found.is_filesystem_read_only
+
     def remove_mount_point() -> None:
         writes.close()
         kernel.remove_mount_point(name)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from caam_hotplug import names
-from caam_hotplug.config.match import ON_THE_DISK
 from caam_hotplug.config.rules import NeedsUdev, NoMatch, OnStop, Plan, Rule, match_rules
 from caam_hotplug.errors import WritesLostError, is_passing
 from caam_hotplug.formats.marks import Mark
@@ -71,8 +70,10 @@ class Record:
         self.holding = Holding(self.stop.wake)
         self.facts = Facts(volume)
         self.inbox = Inbox(self.stop, lambda: self.volume)
+        self.mounts = True
+        """Whether it is mounted when it is unlocked, if its rule says so."""
         self._retry_delay = RetryDelay()
-        self._agent_stops = False
+        self.is_agent_stopping = False
         self.has_slept = False
         """Whether the machine has slept since the active volume was last compared."""
         if isinstance(phase, Parked):
@@ -145,7 +146,7 @@ class Record:
 
     def agent_stops(self) -> None:
         """End the lifecycle: release the volume, or leave it mounted if its rule says so."""
-        self._agent_stops = True
+        self.is_agent_stopping = True
         serving = {State.MOUNTED, State.UNLOCKED, State.DETACHING}  # it may be in use, and stay
         active = self.phase if isinstance(self.phase, Active) else None
         plan = active.plan if active else match_rules(self.context.rules, self.volume)
@@ -180,7 +181,7 @@ class Record:
 
         Without its medium, a volume keeps its mount point reserved as long as it is mounted there.
         """
-        if not (is_passing(error) and self.stop.medium_gone) or self._agent_stops:
+        if not (is_passing(error) and self.stop.medium_gone) or self.is_agent_stopping:
             return False
         await asyncio.sleep(self._retry_delay.next_s())
         return True
@@ -211,7 +212,7 @@ class Record:
 
         `is_held`: its disk is held against all others.
         """
-        self.phase = self.phase.to_parked(state, reason)
+        self.phase, self.mounts = self.phase.to_parked(state, reason), True
         self._remember(state, is_held=is_held)
         self.status.publish(state, reason)
 
@@ -220,14 +221,16 @@ class Record:
         if self.parked is not None and not self.stop.is_set:
             self.park(state, reason, is_held=is_held)
 
-    def unpark(self) -> None:
-        """Have later runs of the agent serve the volume."""
+    def unpark(self, *, mounts: bool = True) -> None:
+        """Have this and later runs of the agent serve the volume, with a mount or without."""
+        self.mounts = mounts
         self._remember(None)
 
     def note_lost(self, error: BaseException | None) -> None:
         """Remember, also across restarts, which write has failed, if one has. The first stays."""
         if isinstance(error, WritesLostError) and not self.lost:
             self.lost = str(error)
+            log.warning("%s: %s", self.volume, error)
             self._remember(self.phase.state if isinstance(self.phase, Parked) else None)
 
     def relocate(self, found: Volume) -> None:
@@ -236,8 +239,8 @@ class Record:
         self.status.volume = replace(self.volume, **place)
 
     def _remember(self, state: State | None, *, is_held: bool = False) -> None:
-        mark = Mark(self.volume, state, is_held=is_held, lost=self.lost)
-        text = mark.to_text() if state is not None or self.lost else ""
+        mark = Mark(self.volume, state, is_held, self.lost, is_unmounted=not self.mounts)
+        text = mark.to_text() if state is not None or self.lost or not self.mounts else ""
         self.context.kernel.remember(self.volume, text)
 
     def publish_defect(self, state: State) -> None:
@@ -258,10 +261,6 @@ class Record:
         """Whether rules and facts ask for something else than the target has."""
         plan = match_rules(self.context.rules, self.volume)
         return not (self._continues(target, plan) or isinstance(plan, NeedsUdev))
-
-    def contradicts(self, target: Target) -> bool:
-        """Whether what was reported last is not what the disk said when the target was made."""
-        return any(getattr(self.volume, f) != getattr(target.volume, f) for f in ON_THE_DISK)
 
     def plan_in_force(self, target: Target) -> Plan:
         """Return the plan by which the target is held now."""

@@ -14,7 +14,7 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
-from caam_hotplug.volume.stop_signal import LOSES_DATA, Reason
+from caam_hotplug.volume.stop_signal import IS_THERE, LOSES_DATA
 
 LOST: Final = "it was mounted read-write; what was written last may be lost"
 
@@ -43,7 +43,10 @@ async def remains(
         if left is None:
             record.holding.end()
             return None
-        who = await who_uses(operations, left, is_released=True)
+        seen, who = record.holding.users or (None, ())
+        if seen != left or not who:  # else as many have it open as before: a search is dear
+            who = await who_uses(operations, left, is_released=True)
+            record.holding.users = (left, who)
     except (HotplugError, OSError) as error:
         return Remains(State.FAILED, f"{before}{error}", is_known=False)
     is_closing = bool(before) and not who
@@ -54,7 +57,7 @@ async def remains(
 
 async def _watched(record: Record, operations: Operations) -> Mapping | None:
     """Return the mapping that is left, whose removal is noticed since before it was looked for."""
-    record.holding.is_mapping_doubted = False
+    record.holding.is_mapping_doubted = record.holding.is_look_wanted = False
     look, uuid = operations.kernel.find_mapping, names.dm_uuid(record.volume.id)
     left = await operations.dm("look for the mapping", look, uuid)
     if left is not None and record.holding.watch(left):
@@ -71,7 +74,7 @@ def in_words(error: ReleaseError) -> str:
 
 def note_last_writes(record: Record) -> None:
     """Publish that data may be lost, and remember it if the medium that lacks them is there."""
-    if record.stop.reason is not Reason.OTHER_TABLE:  # then it was not removed
+    if record.stop.reason not in IS_THERE:  # then it was not removed
         record.status.publish(State.REMOVED_UNSAFELY, LOST)
     if record.stop.reason in LOSES_DATA:
         record.note_lost(WritesLostError(LOST))

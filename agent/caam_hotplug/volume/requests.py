@@ -26,6 +26,8 @@ class Request:
     ask: Ask
     by: str
     """Who asked, for the journal."""
+    mounts: bool = True
+    """Whether what it unlocks is mounted, if its rule says so."""
     answer: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -33,7 +35,8 @@ class Request:
     @property
     def words(self) -> str:
         """The request and who made it, in words."""
-        return f"{self.ask.value} asked for by {shown(self.by)}"
+        how = "" if self.mounts else " without a mount"
+        return f"{self.ask.value}{how} asked for by {shown(self.by)}"
 
     @property
     def releases(self) -> bool:

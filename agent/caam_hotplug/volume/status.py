@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,7 @@ class VolumeStatus:
     def publish(self, state: State, reason: str = "", **facts: Any) -> None:
         """Publish a state; facts that are not named stay as they were."""
         now = self._entry or Entry(self.volume, state)
-        facts = {"is_parked": False, **facts}
+        facts = {"is_parked": False, "observed_at": time.time(), **facts}
         self._entry = replace(now, volume=self.volume, state=state, reason=reason, **facts)
         self._publish(self._entry)
 
@@ -53,6 +54,13 @@ class VolumeStatus:
         """Publish the present state with other facts."""
         if self._entry is not None:
             self.publish(self._entry.state, self._entry.reason, **facts)
+
+    def note_look(self) -> None:
+        """Publish that the kernel has what is published, as of now."""
+        if self._entry is not None:
+            self._entry = replace(self._entry, observed_at=time.time())
+            if self.late is None:
+                self._publish(self._entry)
 
     def forget_mapping(self) -> None:
         """Leave mapping and mount out of the next entry that is published."""

@@ -15,13 +15,16 @@ class Reason(Enum):
     OTHER_KEY = "its key was lost in the machine's sleep, so all reads and writes were stopped"
     OTHER_MEDIUM = "another medium took its place in the machine's sleep, so nothing is written"
     OTHER_TABLE = "somebody else has changed the table of its mapping, so nothing is written by it"
+    OFFLINE = "the kernel has taken its disk offline, so nothing is written any more"
     STOP = "the agent stops"
     KEEP = "the agent stops and keeps it"
 
 
 _IN_SLEEP: Final = frozenset({Reason.OTHER_KEY, Reason.OTHER_MEDIUM})
-_CUT_OFF: Final = _IN_SLEEP | {Reason.OTHER_TABLE}
-LOSES_DATA: Final = frozenset({Reason.OTHER_KEY, Reason.OTHER_TABLE})
+IS_THERE: Final = frozenset({Reason.OTHER_TABLE, Reason.OFFLINE})
+"""Reasons that end the service of a medium that is there, and was not exchanged."""
+_CUT_OFF: Final = _IN_SLEEP | IS_THERE
+LOSES_DATA: Final = IS_THERE | {Reason.OTHER_KEY}
 """Reasons for which the medium, which is there, lacks what was not written to it yet."""
 
 

@@ -18,6 +18,8 @@ class Writes:
     def __init__(self) -> None:
         self.watch: WriteWatch | None = None
         """None before the mapping is made, and once all is written and the watch closed."""
+        self.was_writable = False
+        """Whether the filesystem was writable when it was released."""
         self.lost = ""
         """What could not be written; empty while that is nothing."""
 
@@ -27,9 +29,20 @@ class Writes:
         return 0 if self.watch is None else 1
 
     @property
+    def has_errors(self) -> bool:
+        """Whether the filesystem has counted errors since it was mounted, as last seen."""
+        return self.watch is not None and self.watch.has_errors
+
+    @property
     def error(self) -> WritesLostError | None:
         """The error to raise for what could not be written, if there is any."""
         return WritesLostError(self.lost) if self.lost else None
+
+    def lose(self, what: str) -> None:
+        """Note what could not be written, as if the watch had seen it."""
+        if self.watch is not None:
+            self.watch.note(what)
+            self.note()
 
     def note(self) -> None:
         """Remember what the watch has seen."""
