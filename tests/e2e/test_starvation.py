@@ -10,14 +10,21 @@ from vm.installed import UNIT, InstalledAgent
 
 FLOOD = Path(__file__).parents[1] / "bus" / "flood.py"
 FLOODS = (
+    "objects large --unread",
     "get all",
     "introspect objects ping",
     "get unknown --unanswered",
-    "objects large --unread",
 )
 WATCHDOG = f"/etc/systemd/system/{UNIT}.d/watchdog.conf"
 PINGED = f"systemctl show -p WatchdogTimestampMonotonic --value {UNIT}"
 CONFIGURATION = "/etc/caam-hotplug"
+GROWTH_KIB = 4 << 10
+"""Less than one of the flood's large messages."""
+
+
+async def most_memory(guest: Guest, pid: int) -> int:
+    """Return the largest amount of memory in KiB that the process has ever had."""
+    return int((await guest.sh(f"awk '/^VmHWM:/ {{ print $2 }}' /proc/{pid}/status")).stdout)
 
 
 async def until_pinged(guest: Guest) -> None:
@@ -33,13 +40,21 @@ async def test_a_medium_is_released_while_other_users_flood_the_agent(
     await guest.run("systemctl", "daemon-reload")
     await agent.start()
     pid = await agent.main_pid()
+    for _ in range(2):  # with what it has once for all
+        stick = await guest.plug_usb(medium)
+        await guest.until_mounted(POINT)
+        await stick.pull()
+        await guest.until_unmounted(POINT)
     stick = await guest.plug_usb(medium)
     await guest.until_mounted(POINT)
+    before = await most_memory(guest, pid)
     for kinds in FLOODS:
         await guest.sh(
             "setpriv --reuid=nobody --regid=nogroup --clear-groups "
             f"python3 /run/flood.py {kinds} >/dev/null 2>>/tmp/floods & echo $! >>/run/floods"
         )
+        if "large" in kinds:
+            await agent.until_said("a message of .* bytes on the bus is dropped")
     alive = "kill -0 $(cat /run/floods)"
     await until_pinged(guest)
     await guest.sh(alive)
@@ -51,6 +66,7 @@ async def test_a_medium_is_released_while_other_users_flood_the_agent(
     await guest.sh(alive)
     await until_pinged(guest)
     assert await agent.main_pid() == pid
+    assert await most_memory(guest, pid) - before < GROWTH_KIB
     await guest.sh(f"kill $(cat /run/floods); rm /run/floods /run/flood.py {WATCHDOG}")
     assert (await guest.run("caam-hotplug", "status")).stdout.count("mounted") == 1
     await guest.run("systemctl", "daemon-reload")
