@@ -6,7 +6,7 @@ from pathlib import Path
 
 from e2e.support import POINT
 from vm.guest import Guest
-from vm.installed import NEVER, NO_RESTART, UNIT, InstalledAgent
+from vm.installed import NEVER, NO_RESTART, SOCKET, UNIT, InstalledAgent
 
 ANOTHER_AGENT = 75
 ELSEWHERE = (
@@ -56,9 +56,11 @@ async def test_the_service_beside_an_agent_in_a_terminal_fails_once(
     await guest.until_mounted(POINT)
     started = await guest.run("systemctl", "start", UNIT, check=False)
     assert started.returncode == 1
+    await guest.sh("udevadm trigger --settle --action=change /sys/class/block/sd?")
     show = "systemctl show -p ExecMainStatus,NRestarts,ActiveState --value caam-hotplug | xargs"
     status, restarts, state = (await guest.sh(show)).stdout.split()
     assert {status, restarts, state} == {"0", f"{ANOTHER_AGENT}", "failed"}
+    assert (await guest.run("systemctl", "is-active", SOCKET, check=False)).stdout == "inactive\n"
     await agent.until_said(f"process {(await terminal(guest))} is the agent already")
     assert (await guest.run("caam-hotplug", "status")).stdout.count("mounted") == 1
     await guest.sh("kill -9 $(cat /run/terminal.pid)")
