@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ LABELS: Final = "cartridge-*"
 BLOBS: Final = Path("/data/caam")
 MOUNT_ROOT: Final = Path("/run/media")
 PROGRAMS: Final = Path("/var/tmp/bench")
-SLICE: Final = "bench.slice"
-CGROUP: Final = Path("/sys/fs/cgroup") / SLICE
+SLICE: Final = "system-bench.slice"
+"""A neighbour of the system's other services, as the agent is where it is installed."""
+CGROUP: Final = Path("/sys/fs/cgroup/system.slice") / SLICE
 AGENT: Final = "caam-hotplug.service"
 UNITS: Final = Path("/run/systemd/system")
 UDEV_RULE: Final = "/run/udev/rules.d/90-bench.rules"
@@ -33,6 +35,7 @@ EXTENSION: Final = "udisks"
 PACKAGES: Final = ["udisks2", "libblockdev-crypto2", "udiskie"]
 """Packages of the system extension."""
 HERE: Final = Path(__file__).parent
+ROOT: Final = HERE.parents[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +158,23 @@ device_config:
 - {{is_luks: true, keyfile: {KEY_FILE}}}
 """
 
-_FLOODS: Final = tuple(f"bench-flood@{number}.service" for number in range(1, 5))
-_FLOOD: Final = f"""\
-[Service]
-User=nobody
-Slice=user.slice
-ExecStart=/usr/bin/python3 {HERE.parent}/bus/flood.py get all introspect objects
-"""
+_FLOOD: Final = f"{HERE.parent}/bus/flood.py get all introspect objects"
+_LOOP: Final = '-c "while True: pass"'
+
+
+def _crowd(arguments: str) -> dict[str, str]:
+    """Return the unit of a Python program that an ordinary user runs several times."""
+    settings = "[Service]\nUser=nobody\nSlice=user.slice\n"
+    return {"bench-crowd@.service": f"{settings}ExecStart=/usr/bin/python3 {arguments}\n"}
+
+
+_CROWD: Final = tuple(f"bench-crowd@{number}.service" for number in range(1, 5))
+_WEIGHT: Final = re.findall("(?m)^CPUWeight=.*", (ROOT / f"config/{AGENT}").read_text())[0]
+_AGENT: Final = {
+    f"{AGENT}.d/bench.conf": f"[Service]\nSlice={SLICE}\n",
+    # The agent's own weight counts within the slice only, where it is alone.
+    f"{SLICE}.d/bench.conf": f"[Slice]\n{_WEIGHT}\n",
+}
 
 SYSTEMS: Final = {
     "L": System(
@@ -172,25 +185,28 @@ SYSTEMS: Final = {
     "agent": System(
         "caam-hotplug, the installed service",
         (AGENT,),
-        {f"{AGENT}.d/bench.conf": f"[Service]\nSlice={SLICE}\n"},
+        _AGENT,
     ),
     "nobus": System(
         "caam-hotplug where sdbus is not installed",
         (AGENT,),
         {
+            **_AGENT,
             f"{AGENT}.d/bench.conf": (
                 f"[Service]\nSlice={SLICE}\nExecStart=\n"
                 f'ExecStart=/usr/bin/python3 -I -c "{_WITHOUT_SDBUS}" run\n'
-            )
+            ),
         },
     ),
     "flood": System(
         "caam-hotplug while four processes of an ordinary user flood it with reads over D-Bus",
-        (AGENT, *_FLOODS),
-        {
-            f"{AGENT}.d/bench.conf": f"[Service]\nSlice={SLICE}\n",
-            "bench-flood@.service": _FLOOD,
-        },
+        (AGENT, *_CROWD),
+        _AGENT | _crowd(_FLOOD),
+    ),
+    "busy": System(
+        "caam-hotplug while four processes of an ordinary user count, and leave it alone",
+        (AGENT, *_CROWD),
+        _AGENT | _crowd(_LOOP),
     ),
     "S": System(
         "the board's procedure as a script, in a unit that a udev rule pulls in",

@@ -20,22 +20,27 @@ from bus.test_wire import with_field
 from caam_hotplug.dbus import relay
 from caam_hotplug.dbus.relay import AGENTS, CLIENTS, Limits, Relay
 from caam_hotplug.dbus.service import Service
+from caam_hotplug.volume.worker import Threads, Worker
 
 PING = flood.call(*flood.CALLS["ping"])
 GET = flood.CALLS["get"]
+UNANSWERED = flood.call(*GET, flags=1)
 UNLIMITED = replace(AGENTS, share=1, burst_s=1e6)
 
 
 class Ends:
     """A relay between the end of a bus and the end of sdbus, both in the test's hands."""
 
-    def __init__(self, limits: Limits = UNLIMITED) -> None:
+    def __init__(self, limits: Limits = UNLIMITED, *, is_at_work: bool = False) -> None:
+        self.is_at_work = is_at_work
         self.bus, self._sdbus = socket.socketpair()
         self.handled: list[bytes] = []
         self.reply = b""
         """What sdbus sends for everything that it gets."""
         self.ended = asyncio.Event()
-        self.relay = Relay(self._sdbus.fileno(), self._process, self.ended.set, limits)
+        self.relay = Relay(
+            self._sdbus.fileno(), self._process, self.ended.set, limits, lambda: self.is_at_work
+        )
         self._sdbus.setblocking(False)
         self.bus.setblocking(False)
 
@@ -62,16 +67,18 @@ async def ends(nothing_left: None) -> AsyncIterator[Ends]:
 
 
 class Noting(FakeRegistry):
-    """A registry that notes in which turn of the loop it is read."""
+    """A registry that notes when it is read, and in which turn of the loop."""
 
     def __init__(self) -> None:
         self.turn = 0
         self.read_in: list[int] = []
+        self.read_at: list[float] = []
         super().__init__()
 
     @property
     def counters(self) -> Counter[str]:
         self.read_in.append(self.turn)
+        self.read_at.append(asyncio.get_running_loop().time())
         return Counter()
 
     @counters.setter
@@ -105,6 +112,26 @@ async def test_one_request_is_handled_in_a_turn_of_the_loop(
     assert max(Counter(registry.read_in).values()) == 1
 
 
+async def test_requests_pause_while_calls_to_the_kernel_are_made(
+    bus: PrivateBus, nothing_left: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "AGENTS", UNLIMITED)
+    registry, threads = Noting(), Threads()
+    worker = Worker("volume 9-1", 60, threads)
+    async with Service(registry, threads.are_at_work) as service:
+        service.accept(agent := FakeAgent(registry), agent)
+        await service.first_attempt(30)
+        asker = flood.connected(f"{bus.folder}/socket")
+        asker.sendall(next(flood.bursts(["get"], 0)))
+        async with asyncio.timeout(60):
+            while len(registry.read_at) < 3:
+                await worker.run("a call", int, late=lambda _why: None)
+            while len(registry.read_at) < flood.SENT_AT_ONCE:
+                await asyncio.sleep(0)
+        asker.close()
+    assert registry.read_at[2] - registry.read_at[1] >= relay._PAUSE_S
+
+
 async def test_what_takes_long_is_put_off_and_the_rest_is_not_read(nothing_left: None) -> None:
     ends = Ends(replace(AGENTS, share=1e-6, burst_s=0))
     try:
@@ -116,6 +143,48 @@ async def test_what_takes_long_is_put_off_and_the_rest_is_not_read(nothing_left:
         assert ends.handled == [PING]
     finally:
         ends.close()
+
+
+@pytest.mark.parametrize("message", [PING, UNANSWERED], ids=["of use", "dropped"])
+async def test_while_a_medium_is_served_messages_wait_for_each_other(
+    nothing_left: None, message: bytes
+) -> None:
+    ends = Ends(is_at_work=True)
+    try:
+        await until_a_pause(ends, message)
+        assert len(ends.handled) <= 1
+        ends.is_at_work = False
+        ends.bus.sendall(PING)
+        await ends.until(lambda: ends.handled[-1:] == [PING] and not ends.relay._came)
+    finally:
+        ends.close()
+
+
+async def test_replies_and_the_authentication_do_not_wait_while_a_medium_is_served(
+    nothing_left: None,
+) -> None:
+    ends = Ends(is_at_work=True)
+    reply = bytearray(PING)
+    reply[1] = 2
+    try:
+        ends.bus.sendall(b"OK 0123\r\n" + bytes(reply) * 2 + PING)
+        while len(ends.handled) < 4:
+            assert not isinstance(ends.relay._next, asyncio.TimerHandle)
+            await asyncio.sleep(0)
+    finally:
+        ends.close()
+
+
+async def until_a_pause(ends: Ends, message: bytes) -> None:
+    """Send so many of the message that the relay does not look at all of them, and waits."""
+    ends.bus.sendall(message * 100)
+    await ends.until(lambda: ends.relay._next is not None)
+    pause = ends.relay._next
+    assert isinstance(pause, asyncio.TimerHandle)
+    assert ends.relay._came
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert ends.relay._next is pause
 
 
 async def test_requests_wait_while_the_bus_takes_no_replies(ends: Ends) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -378,12 +378,12 @@ def tried_again(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     made = 0
 
     class Counted(Connection):
-        def __init__(self, limits: Limits) -> None:
+        def __init__(self, limits: Limits, is_at_work: Callable[[], bool]) -> None:
             nonlocal made
             made += 1
             if made == 3:
                 event.set()
-            super().__init__(limits)
+            super().__init__(limits, is_at_work)
 
     monkeypatch.setattr(connection, "Connection", Counted)
     return event

@@ -14,7 +14,7 @@ LEFT: Final = (
     "test \"$(dmsetup ls)\" = 'No devices found'",
     "! grep -w logon /proc/keys",
     "! test -e /sys/module/scsi_debug",
-    "! systemctl list-units --all --plain --no-legend 'bench*' | grep .",
+    "! systemctl list-units --all --plain --no-legend '*bench*' | grep .",
     "! ls -d /run/systemd/system/*bench* /run/systemd/system/*/bench.conf",
     "! ls /etc/crypttab /run/bench* /run/udev/rules.d/*bench* /usr/bin/udiskie",
 )

@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError
-from caam_hotplug.volume.worker import Worker, to_the_end
+from caam_hotplug.volume.worker import Threads, Worker, to_the_end
 
 
 def unheard(_why: str | None) -> None:
@@ -121,3 +121,16 @@ async def test_a_caller_that_comes_when_the_worker_is_free_for_another_waits() -
     await asyncio.gather(first, second)
     assert reasons[0] is not None
     assert reasons[0].startswith("it waits for its turn")
+
+
+async def test_threads_are_at_work_for_a_moment_after_a_call_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = Threads()
+    assert not threads.are_at_work()
+    now = 100.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    await Worker("volume", 10, threads).run("call", int, late=unheard)
+    assert threads.are_at_work()
+    now += 1
+    assert not threads.are_at_work()

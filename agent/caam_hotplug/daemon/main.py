@@ -83,7 +83,8 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
     notifier, registry = Notifier(), StatusRegistry()
     registry.listen(_StatusLine(notifier, registry).update_soon)
     kernel = LinuxKernel(config.blob_directory, config.mount_root)
-    context = _new_context(kernel, config, registry, observe)
+    context, threads = _new_context(kernel, config, registry, observe)
+    service = Service(registry, threads.are_at_work)
     source = udev.default_source() if config.source == "auto" else config.source
     # Subscribed from here on: what is enumerated below is complete.
     devices = udev.Devices(source, uevents.handed_sockets(), await_udev=config.await_udev)
@@ -93,7 +94,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
         leftovers = await find_leftovers(kernel, worker, context.dm_worker)
         # A key's type must be loaded before the key.
         await context.dm_worker.run("load key types", trusted.is_offered, late=_ignore_late)
-        async with Service(registry) as service, Supervisor(context, leftovers) as supervisor:
+        async with service, Supervisor(context, leftovers) as supervisor:
             agent = Agent(config, load, supervisor, notifier, registry)
             service.accept(supervisor, agent)
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
@@ -139,7 +140,7 @@ async def _ready(
 
 def _new_context(
     kernel: LinuxKernel, config: Config, registry: StatusRegistry, observe: Observe
-) -> Context:
+) -> tuple[Context, Threads]:
     loop = asyncio.get_running_loop()
     threads = Threads(idle=_IDLE_THREADS, observe=observe)
 
@@ -150,7 +151,7 @@ def _new_context(
     def new_worker(name: str) -> Worker:
         return Worker(name, config.stuck_after_s, threads)
 
-    return Context(
+    context = Context(
         kernel=kernel,
         rules=config.rule,
         new_worker=new_worker,
@@ -159,6 +160,7 @@ def _new_context(
         publish=publish_soon,
         units=SystemdUnits(),
     )
+    return context, threads
 
 
 async def _stop(

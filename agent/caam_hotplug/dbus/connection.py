@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import sdbus
@@ -37,15 +38,15 @@ def error_message(error: sdbus.SdBusBaseError) -> str:
 class Connection:
     """The bus, for one event loop. Synchronization: loop only."""
 
-    def __init__(self, limits: Limits = CLIENTS) -> None:
-        """Raises: NoBusError if there is no bus to connect to."""
+    def __init__(self, limits: Limits = CLIENTS, is_at_work: Callable[[], bool] = bool) -> None:
+        """`limits`, `is_at_work`: as in Relay. Raises: NoBusError without a bus to connect to."""
         try:
             self.bus = sdbus.sd_bus_open_system()
         except sdbus.SdBusBaseError as error:
             raise NoBusError(f"connect to the system bus: {error_message(error)}") from error
         self.lost = asyncio.Event()
         """Set once the bus has closed the connection."""
-        self._relay = Relay(self.bus.get_fd(), self.bus.process, self.lost.set, limits)
+        self._relay = Relay(self.bus.get_fd(), self.bus.process, self.lost.set, limits, is_at_work)
 
     def flush(self) -> None:
         """Send what was written, now and not in the loop's next turn."""

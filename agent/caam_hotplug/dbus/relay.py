@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _READ_AT_ONCE: Final = 64 << 10
 _DROPPED_AT_ONCE: Final = 32
+_PAUSE_S: Final = 0.1
+"""Between two messages while a medium is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,17 @@ class Relay:
         process: Callable[[], None],
         ended: Callable[[], None],
         limits: Limits,
+        is_at_work: Callable[[], bool] = bool,
     ) -> None:
         """Put itself between the descriptor, which is connected, and the bus.
 
         `process` handles what the descriptor has; `ended` is called when the bus has closed.
+        `is_at_work`: whether a medium is served now. It goes before requests; by default, none is.
         """
         self._process = process
         self._ended = ended
         self._limits = limits
+        self._is_at_work = is_at_work
         self._loop = asyncio.get_running_loop()
         self._bus = socket.socket(fileno=os.dup(descriptor))
         self._inner, theirs = socket.socketpair()
@@ -142,7 +147,7 @@ class Relay:
             log.warning("the connection to the bus is given up: %s", error)
             self._end()
         else:
-            self._continue(took_s, is_more=message is not None)
+            self._continue(took_s, message)
 
     def _take(self) -> bytes | None:
         """Return the next message of use; b"" after many that are not, None if none is whole.
@@ -182,19 +187,24 @@ class Relay:
             self._process()
         self.flush()
 
-    def _continue(self, took_s: float, *, is_more: bool) -> None:
-        """Go on with the next message in a turn of its own, or read on; later, if it took long."""
+    def _continue(self, took_s: float, message: bytes | None) -> None:
+        """Go on with the next message in a turn of its own, or read on; later, if it took long.
+
+        `message` is what `_take` has returned.
+        """
         now, limits = self._loop.time(), self._limits
         regained_s = (now - self._taken_at) * limits.share
         self._taken_s = max(0.0, self._taken_s - regained_s) + took_s
         self._taken_at = now
         delay_s = (self._taken_s - limits.burst_s) / limits.share
+        if message is not None and not wire.is_awaited(message) and self._is_at_work():
+            delay_s = max(delay_s, _PAUSE_S)
         if self._unsent:
             self._loop.remove_reader(self._bus)
         elif delay_s > 0:
             self._loop.remove_reader(self._bus)
             self._next = self._loop.call_later(delay_s, self._pass_on)
-        elif is_more:
+        elif message is not None:
             self._loop.remove_reader(self._bus)
             self._next = self._loop.call_soon(self._pass_on)
         else:

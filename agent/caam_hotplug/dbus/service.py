@@ -42,11 +42,14 @@ class Service:
     def __init__(
         self,
         registry: StatusRegistry,
+        is_at_work: Callable[[], bool] = bool,
         *,
         group: str = names.OPERATORS,
         retry_after_s: float = _RETRY_AFTER_S,
     ) -> None:
+        """`is_at_work`: whether a medium is served now, which goes before requests."""
         self._registry = registry
+        self._is_at_work = is_at_work
         self._group = group
         self._retry_after_s = retry_after_s
         self._agent: tuple[Requests, Agent] | None = None
@@ -90,7 +93,7 @@ class Service:
             begun = clock()
             with self._defects_logged():
                 try:
-                    link = connection.Connection(relay.AGENTS)
+                    link = connection.Connection(relay.AGENTS, self._is_at_work)
                     try:
                         await self._serve(link, objects.Objects)
                     finally:

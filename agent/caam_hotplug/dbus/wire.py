@@ -17,6 +17,7 @@ _BODY_LENGTH_AT: Final = 4
 _ORDERS: Final = {ord("l"): "<I", ord("B"): ">I"}
 """How a message's numbers are read, by its first byte. No line of the authentication has those."""
 _CALL: Final = 1
+_REPLIES: Final = (2, 3)
 _SIGNAL: Final = 4
 _NO_REPLY: Final = 0x1
 _INTERFACE: Final = 2
@@ -71,6 +72,11 @@ def is_of_use(message: bytes, *, to_agent: bool) -> bool:
     is_question = fields.get(_INTERFACE, _OF_THE_BUS).startswith(_OF_THE_BUS)
     is_for_nobody = is_signal or (is_unanswered and is_question)
     return _UNIX_FDS not in fields and not (to_agent and is_for_nobody)
+
+
+def is_awaited(message: bytes) -> bool:
+    """Return whether it continues what this side has begun: as a reply, or the authentication."""
+    return bool(message) and (message[0] not in _ORDERS or message[1] in _REPLIES)
 
 
 def _fields(message: bytes, order: str) -> Iterator[tuple[int, bytes]]:

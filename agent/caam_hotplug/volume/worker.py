@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,6 +21,8 @@ Late = Callable[[str | None], None]
 """Called with the reason when something takes long, and with None when it has ended."""
 
 _UNOBSERVED: Final = nullcontext()
+_MOMENT_S: Final = 0.2
+"""Longer than most calls, and the time between two calls for one volume."""
 
 
 class Observe(Protocol):
@@ -69,6 +72,12 @@ class Threads:
         self._most_idle = idle
         self._idle: deque[SimpleQueue[_Call]] = deque()
         """Queues that idle threads wait on. A thread adds its own, the loop takes one out."""
+        self._begun_at = -math.inf
+        """When the last call began, on the loop's clock."""
+
+    def are_at_work(self) -> bool:
+        """Return whether a call began a moment ago. One that takes long waits for the kernel."""
+        return asyncio.get_running_loop().time() < self._begun_at + _MOMENT_S
 
     def start(self, name: str, words: str, function: Callable[[], T]) -> asyncio.Future[T]:
         """Run the function in a thread of this name, and return the future of its result.
@@ -78,6 +87,7 @@ class Threads:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         call = (words, function, loop, future)
+        self._begun_at = loop.time()
         try:
             self._idle.pop().put(call)
         except IndexError:
