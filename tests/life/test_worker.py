@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError
-from caam_hotplug.volume.worker import Worker, to_the_end
+from caam_hotplug.volume.worker import Worker, all_ended, to_the_end
 
 
 def unheard(_why: str | None) -> None:
@@ -121,3 +121,35 @@ async def test_a_caller_that_comes_when_the_worker_is_free_for_another_waits() -
     await asyncio.gather(first, second)
     assert reasons[0] is not None
     assert reasons[0].startswith("it waits for its turn")
+
+
+def test_a_task_that_another_one_begins_at_its_end_is_waited_for() -> None:
+    async def work() -> list[str]:
+        tasks: set[asyncio.Task[None]] = set()
+        ended: list[str] = []
+
+        def begin(name: str, then: str) -> None:
+            async def run() -> None:
+                await asyncio.sleep(0)
+                ended.append(name)
+                if then:
+                    begin(then, "")
+
+            task = asyncio.create_task(run())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        begin("first", "second")
+        await all_ended(tasks, 60)
+        return ended
+
+    assert asyncio.run(work()) == ["first", "second"]
+
+
+def test_tasks_that_do_not_end_are_waited_for_no_longer_than_that() -> None:
+    async def work() -> bool:
+        task = asyncio.create_task(asyncio.Event().wait())
+        await all_ended([task], 0.01)  # type: ignore[list-item]
+        return task.cancel()
+
+    assert asyncio.run(work())
