@@ -188,6 +188,8 @@ class FakeKernel:
     path_watches: list[FakePathWatch] = field(default_factory=list)
     diskseq: int = 0
     minor: int = 0
+    searched: list[DeviceNumber] = field(default_factory=list)
+    """Numbers of filesystems, beside the mapping's, whose users were searched."""
     steps: list[str] = field(default_factory=list)
     subjects: list[str] = field(default_factory=list)
     """Subject of each of the steps."""
@@ -674,8 +676,10 @@ class FakeProcess:
         self._step("mounts")
         return list(self.kernel.mounts)
 
-    def holders(self, mapping: Mapping) -> list[Holder]:
+    def holders(self, mapping: Mapping, also: DeviceNumber | None = None) -> list[Holder]:
         self._step("holders", mapping.name)
+        if also is not None:
+            self.kernel.searched.append(also)
         with self.kernel.lock:
             fake = self.kernel.mappings[mapping.name]
             points = [m.point for m in self.kernel.mounts if m.number == mapping.number]

@@ -93,6 +93,19 @@ def test_a_volume_that_somebody_has_detached_names_who_holds_it_until_they_close
     )  # fmt: skip
 
 
+def test_the_users_of_a_detached_filesystem_are_searched_by_the_number_of_its_files(
+    bench: Bench,
+) -> None:
+    mounted(bench)
+    number = bench.by_hand.mount_at(POINT).number
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    assert bench.kernel.searched == [number]
+    bench.kernel.close_holders()
+    bench.settle()
+
+
 @pytest.mark.parametrize("turns", range(20))
 def test_holders_that_close_it_at_any_time_of_its_release_leave_it_locked(
     bench: Bench, turns: int

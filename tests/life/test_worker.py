@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError
-from caam_hotplug.volume.worker import Threads, Worker, to_the_end
+from caam_hotplug.volume.worker import Threads, Worker, all_ended, to_the_end
 
 
 def unheard(_why: str | None) -> None:
@@ -134,3 +134,35 @@ async def test_threads_are_at_work_for_a_moment_after_a_call_began(
     assert threads.are_at_work()
     now += 1
     assert not threads.are_at_work()
+
+
+def test_a_task_that_another_one_begins_at_its_end_is_waited_for() -> None:
+    async def work() -> list[str]:
+        tasks: set[asyncio.Task[None]] = set()
+        ended: list[str] = []
+
+        def begin(name: str, then: str) -> None:
+            async def run() -> None:
+                await asyncio.sleep(0)
+                ended.append(name)
+                if then:
+                    begin(then, "")
+
+            task = asyncio.create_task(run())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        begin("first", "second")
+        await all_ended(tasks, 60)
+        return ended
+
+    assert asyncio.run(work()) == ["first", "second"]
+
+
+def test_tasks_that_do_not_end_are_waited_for_no_longer_than_that() -> None:
+    async def work() -> bool:
+        task = asyncio.create_task(asyncio.Event().wait())
+        await all_ended([task], 0.01)  # type: ignore[list-item]
+        return task.cancel()
+
+    assert asyncio.run(work())

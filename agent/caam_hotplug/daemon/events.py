@@ -16,6 +16,8 @@ from caam_hotplug.errors import HotplugError, KernelError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
 from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from caam_hotplug.kernel.mount_events import MountEvents
+from caam_hotplug.kernel.sysfs import Source
+from caam_hotplug.kernel.uevents import Uevent
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe, Worker
@@ -44,7 +46,7 @@ class DeviceEvents:
     def begin(self) -> None:
         """Start the lifecycles of all present volumes, and take events from now on."""
         self._devices.watch_mappings(self._supervisor.observer.mapping_changed)
-        self._devices.watch_disks(self._readers.reported)
+        self._devices.watch_disks(self._disk_reported)
         self._supervisor.start(self._devices.present(), sysfs.there())
         for fileno, read in self._devices.readers().items():
             self._loop.add_reader(fileno, self._take, read)
@@ -58,6 +60,11 @@ class DeviceEvents:
             self._loop.remove_reader(fileno)
         if self._alarm is not None:
             self._alarm.cancel()
+
+    def _disk_reported(self, reporter: Source, uevent: Uevent) -> None:
+        self._readers.reported(reporter, uevent)
+        if uevent.properties.get("DISK_MEDIA_CHANGE") == "1":
+            self._supervisor.observer.disk_changed(uevent.name)
 
     def _take(self, read: Callable[[], list[Event]]) -> None:
         with self._observe("read events"):

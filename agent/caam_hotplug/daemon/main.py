@@ -75,11 +75,9 @@ def _run(config: Config, load: Load, observe: Observe) -> None:
 
 
 async def _serve(config: Config, load: Load, observe: Observe) -> None:
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-
     notifier, registry = Notifier(), StatusRegistry()
     registry.listen(_StatusLine(notifier, registry).update_soon)
     kernel = LinuxKernel(config.blob_directory, config.mount_root)

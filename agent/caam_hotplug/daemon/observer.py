@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from caam_hotplug import names
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
@@ -66,6 +67,12 @@ class Observer:
             record.status.note_look()  # nothing is held that could be another
         else:
             record.holding.want_look()
+
+    def disk_changed(self, disk: str) -> None:
+        """Have the volumes of a disk looked at: another medium is in it, or it is offline."""
+        for record in self._records():
+            if record.volume.name == disk or names.is_partition_of(record.volume.name, disk):
+                record.holding.want_look()
 
     def filesystem_failed(self) -> None:
         """Have all mounted volumes looked at: the filesystem of one of them has met an error."""

@@ -32,6 +32,7 @@ from caam_hotplug.volume.lifecycle import VolumeLifecycle
 from caam_hotplug.volume.phases import Evaluate, Parked
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.worker import all_ended
 
 Reported = Appeared | Disappeared
 
@@ -168,8 +169,7 @@ class Supervisor:
 
     async def ended(self, within_s: float) -> list[str]:
         """Wait until everything is released, at most so long; return names of what is not."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=within_s)
+        await all_ended(self._tasks, within_s)
         return [name() for task, name in self._tasks.items() if not task.done()]
 
     # As `DiskVolumes` has it.

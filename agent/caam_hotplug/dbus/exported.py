@@ -37,19 +37,19 @@ class ExportedObject:
         properties: Mapping[str, Property],
         *,
         subject: Callable[[], object],
-        reading: Callable[[], None] = lambda: None,
     ) -> None:
-        """`subject`: returns what the properties are read from; `reading` is called before.
+        """`subject`: returns what the properties are read from.
 
         Values whose changes are signalled are those of the last `update`.
         """
+        self.reading: Callable[[], None] = lambda: None
+        """Called before a property is read."""
         self.path = path
         self.interface = SdBusInterface()
         self._connection = connection
         self._name = name
         self._properties = properties
         self._subject = subject
-        self._reading = reading
         self._values = values_of(properties, subject())
         for property_name, shape in properties.items():
             self.interface.add_property(
@@ -82,7 +82,7 @@ class ExportedObject:
         del self.interface
 
     def _get(self, name: str, message: SdBusMessage) -> None:
-        self._reading()
+        self.reading()
         shape = self._properties[name]
         value = self._values[name] if shape.flags else shape.value(self._subject())
         message.append_data(shape.signature, value)

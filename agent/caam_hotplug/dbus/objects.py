@@ -131,7 +131,7 @@ class Objects:
 
     def _add(self, which: VolumeId, entry: Entry) -> None:
         path = names.bus_path(which)
-        self._volumes[which] = self._export(
+        exported = self._volumes[which] = self._export(
             path,
             names.BUS_VOLUME,
             VOLUME,
@@ -145,9 +145,9 @@ class Objects:
                 "Retry": Method(partial(self._retry, which)),
             },
             subject=lambda: self._registry.entry(which) or entry,
-            reading=self._look(which),
         )
         self._try_to_send(self._connection.bus.emit_object_added, path)
+        exported.reading = self._look(which)  # the signal has read the properties as well
 
     def _look(self, which: VolumeId) -> Callable[[], None]:
         """Return what has the volume looked at when it is read: at most once a second."""
@@ -208,11 +208,8 @@ class Objects:
         methods: Mapping[str, Method],
         *,
         subject: Callable[[], object],
-        reading: Callable[[], None] = lambda: None,
     ) -> ExportedObject:
-        exported = ExportedObject(
-            self._connection, path, interface, properties, subject=subject, reading=reading
-        )
+        exported = ExportedObject(self._connection, path, interface, properties, subject=subject)
         for name, method in methods.items():
             exported.interface.add_method(
                 name,

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from caam_hotplug.errors import KernelError
-from caam_hotplug.kernel import sysfs_tree
+from caam_hotplug.kernel import offline, sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.model import DeviceNumber, VolumeId
 
@@ -36,7 +36,8 @@ def node(which: VolumeId, number: DeviceNumber, root: int | None = None) -> str 
 def read_table(disk: str) -> None:
     """Open the disk once, so that the kernel reads the table of its new medium.
 
-    Raises: KernelError. Blocks for I/O.
+    Raises: KernelError, also if it is offline. Blocks for I/O.
     """
+    offline.require_online(disk.removeprefix("/dev/"))
     with reported_as("open", disk, KernelError):
         os.close(os.open(disk, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW))

@@ -159,7 +159,7 @@ def _flush(opened: int, disk: Volume) -> None:
 
     A disk may report what it could not write once only, so a later flush says nothing either.
     """
-    require_online(disk)
+    require_online(disk.name)
     try:
         os.fsync(opened)
     except OSError as error:

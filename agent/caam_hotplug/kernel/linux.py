@@ -59,8 +59,7 @@ class LinuxKernel:
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.
 
-        A failure is no error yet: the first medium that needs the missing part reports it.
-        Worker: dm.
+        A failure is no error yet: a medium that needs the missing part reports it. Worker: dm.
         """
         with suppress(HotplugError, OSError):
             blkid.Blkid.open()
@@ -70,7 +69,8 @@ class LinuxKernel:
     def is_present(self, volume: Volume) -> bool:
         """Return whether the volume is still at its kernel name; also while that is not known."""
         try:
-            return sysfs.present_id(volume.name) == volume.id
+            found = sysfs.present_id(volume.name)
+            return found == volume.id or (found is not None and offline.is_offline(volume.name))
         except UnknownError:
             return True
 
@@ -226,9 +226,9 @@ class LinuxKernel:
         """Return all mounts of this process's namespace."""
         return mountinfo.mounts()
 
-    def holders(self, mapping: Mapping) -> list[Holder]:
-        """Return the holders of the mapping's filesystem, as far as this process can see them."""
-        return open_files.find(mapping)
+    def holders(self, mapping: Mapping, also: DeviceNumber | None = None) -> list[Holder]:
+        """Return who holds the mapping's filesystem, which may have `also` another number."""
+        return open_files.find(mapping, also)
 
     def end_holders(self, mapping: Mapping, number: int, within_s: float) -> None:
         """Send every holder the signal, and wait until it has ended or its time is up."""

@@ -1,7 +1,9 @@
 """Disks that the kernel has taken offline: they are there, and all their I/O fails.
 
 Nothing reports that: it has neither an event nor a poll (scsi_device_set_state in
-drivers/scsi/scsi_lib.c). Somebody may have the disk running again later.
+drivers/scsi/scsi_lib.c). It may run again later. If the kernel asks a reader for its
+card meanwhile, it counts as changed (sd_check_events in drivers/scsi/sd.c): the disk has
+another sequence number. But nothing is written to it either, so that is no departure yet.
 Source: sdev_states in drivers/scsi/scsi_sysfs.c, nvme_sysfs_show_state in drivers/nvme/host.
 """
 
@@ -10,11 +12,12 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from caam_hotplug.errors import KernelError
+from caam_hotplug.errors import KernelError, UnknownError
 from caam_hotplug.kernel import sysfs, sysfs_tree
 from caam_hotplug.kernel.sysfs_tree import known
-from caam_hotplug.model import Volume
+from caam_hotplug.model import VolumeId
 
+_OFFLINE_WORDS: Final = "the kernel has taken the disk offline"
 _OFFLINE: Final = {"offline", "transport-offline", "dead"}
 
 
@@ -31,7 +34,16 @@ def is_offline(name: str) -> bool:
     return (known(name, state) or "").strip() in _OFFLINE
 
 
-def require_online(disk: Volume) -> None:
+def require_known(name: str, before: VolumeId | None, now: VolumeId | None) -> None:
+    """Require that a disk whose medium seems to be another is not offline.
+
+    Raises: UnknownError: nothing is known of the medium then.
+    """
+    if None not in {before, now} and before != now and is_offline(name):
+        raise UnknownError("look at", name, errno.EIO, _OFFLINE_WORDS)
+
+
+def require_online(name: str) -> None:
     """Require that the disk is not offline. Raises: KernelError; UnknownError."""
-    if is_offline(disk.name):
-        raise KernelError("flush", disk.node, errno.EIO, "the kernel has taken the disk offline")
+    if is_offline(name):
+        raise KernelError("use", f"/dev/{name}", errno.EIO, _OFFLINE_WORDS)

@@ -47,13 +47,17 @@ _LINKS: Final = {
 }
 
 
-def find(mapping: Mapping) -> list[Holder]:
+def find(mapping: Mapping, also: DeviceNumber | None = None) -> list[Holder]:
     """Return the holders of the mapping's filesystem.
+
+    `also`: the number that the filesystem's files have, if that is its own, as with btrfs. After a
+    lazy unmount nothing else tells whose they are.
 
     A service that may see into other processes answers; without it, the result is what this process
     may see. Blocks for as long as the answer takes.
     """
-    return openers({mapping.number: mapping.name})
+    devices = {} if also is None else {also: mapping.node}
+    return openers({**devices, mapping.number: mapping.name})
 
 
 def openers(devices: abc.Mapping[DeviceNumber, str], *, of_all: bool = False) -> list[Holder]:

@@ -19,6 +19,7 @@ from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import (
     device_users,
+    offline,
     sysfs,
     udev_database,
     udev_rules,
@@ -72,10 +73,7 @@ class Devices:
         *,
         await_udev: bool = False,
     ) -> None:
-        """`handed`: open sockets by their source, which this object closes.
-
-        `await_udev`: nothing is announced before udev has reported it.
-        """
+        """`handed`: open sockets, to be closed; `await_udev`: nothing is announced before udev."""
         self.source: Final = source
         self._context = pyudev.Context()
         given = dict(handed or {})
@@ -249,6 +247,7 @@ class Devices:
         """Yield the events of a uevent from the source."""
         name, properties = uevent.name, uevent.properties
         volume = sysfs.volume_at(name, properties, self.source)
+        offline.require_known(name, self._reported.get(name), None if volume is None else volume.id)
         if volume is None:
             yield self._disappeared(name)
         elif uevent.action != "remove" and not udev_database.is_of_another(properties, volume.id):
@@ -261,6 +260,7 @@ class Devices:
         if uevent.action == "add" and before is None and self._may_announce():
             announced = sysfs.announced_at(name, uevent.properties.get("PARTNAME"))
         which = sysfs.present_id(name) if announced is None else announced.id
+        offline.require_known(name, before, which)
         if which is None or before not in {None, which}:
             yield self._disappeared(name)
         if which is not None:

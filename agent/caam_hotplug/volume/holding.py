@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from caam_hotplug.config.rules import OnBusy
-from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.model import DeviceNumber, Mapping, Mount
 from caam_hotplug.volume.mount_table import cover_of, is_of
 
 
@@ -35,6 +35,8 @@ class Holding:
         """The mapping as it was last published; None while there is none."""
         self.mount: Mount | None = None
         """The mount as it was last published; None while there is none."""
+        self.number: DeviceNumber | None = None
+        """The number that the files of the filesystem have, also after its unmount."""
         self.found: Mount | None = None
         """The mount as it was last seen; None if it has gone."""
         self.cover: Mount | None = None
@@ -95,6 +97,7 @@ class Holding:
     def publish(self, mount: Mount) -> None:
         """Note the mount that is published, with what was seen to hide it."""
         self.mount = self.found = mount
+        self.number = mount.number
         self.cover = self.found_cover
         self.was_writable = self.is_writable
 
@@ -120,7 +123,7 @@ class Holding:
     def end(self) -> None:
         """Note that nothing is held that others could change."""
         self.release()
-        self.mapping = self.users = None
+        self.mapping = self.users = self.number = None
         self.is_mapping_doubted = False
 
     def compare(self, mounts: Sequence[Mount]) -> None:

@@ -15,7 +15,7 @@ from caam_hotplug.errors import (
     WritesLostError,
     shown,
 )
-from caam_hotplug.model import Mapping
+from caam_hotplug.model import DeviceNumber, Mapping
 from caam_hotplug.volume.mount_table import first_of, mounted_elsewhere, mounts_at, points_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
@@ -133,13 +133,17 @@ async def _busy(operations: Operations, what: str, mapping: Mapping) -> VolumeBu
 
 
 async def who_uses(
-    operations: Operations, mapping: Mapping, *, is_released: bool = False
+    operations: Operations,
+    mapping: Mapping,
+    *,
+    is_released: bool = False,
+    also: DeviceNumber | None = None,
 ) -> tuple[str, ...]:
     """Return the processes that use the filesystem, and where others have mounted it.
 
-    `is_released`: whether no mount of it is the agent's.
+    `is_released`: whether no mount of it is the agent's; `also`: the number that its mount had.
     """
     kernel = operations.kernel
-    holders = await operations.call("look who uses it", kernel.holders, mapping)
+    holders = await operations.call("look who uses it", kernel.holders, mapping, also)
     points = (points_of if is_released else mounted_elsewhere)(kernel, mapping)
     return (*map(str, holders), *(f"it is mounted at {shown(point)}" for point in points))

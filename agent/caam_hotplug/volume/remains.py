@@ -45,7 +45,8 @@ async def remains(
             return None
         seen, who = record.holding.users or (None, ())
         if seen != left or not who:  # else as many have it open as before: a search is dear
-            who = await who_uses(operations, left, is_released=True)
+            also = record.holding.number
+            who = await who_uses(operations, left, is_released=True, also=also)
             record.holding.users = (left, who)
     except (HotplugError, OSError) as error:
         return Remains(State.FAILED, f"{before}{error}", is_known=False)

@@ -7,7 +7,7 @@ import errno
 import math
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from queue import SimpleQueue
@@ -54,6 +54,14 @@ async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T
         raise ReleaseError(f"could not release it: {error}") from error
     finally:
         del work  # its error has this frame
+
+
+async def all_ended(tasks: Collection[asyncio.Task[None]], within_s: float) -> None:
+    """Wait until all tasks have ended, at most so long; one that ends may have begun another."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + within_s
+    while tasks and clock() < end:
+        await asyncio.wait(list(tasks), timeout=end - clock())
 
 
 class Threads:

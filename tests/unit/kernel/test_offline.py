@@ -9,7 +9,7 @@ import pytest
 
 from caam_hotplug.errors import KernelError, UnknownError
 from caam_hotplug.kernel import offline, sysfs_tree
-from unit.volumes import STICK
+from caam_hotplug.model import VolumeId
 
 
 @pytest.fixture
@@ -72,7 +72,20 @@ def test_a_state_that_cannot_be_read_is_not_known(
 
 def test_a_disk_that_is_offline_is_not_flushed(state: Path) -> None:
     state.write_text("running\n")
-    offline.require_online(STICK)
+    offline.require_online("sdb")
     state.write_text("offline\n")
     with pytest.raises(KernelError, match="the kernel has taken the disk offline"):
-        offline.require_online(STICK)
+        offline.require_online("sdb")
+
+
+def test_a_medium_that_seems_to_be_another_is_not_known_while_its_disk_is_offline(
+    state: Path,
+) -> None:
+    one, other = VolumeId(7, 1), VolumeId(8, 1)
+    state.write_text("offline\n")
+    for before, now in ((one, one), (None, one), (one, None)):
+        offline.require_known("sdb1", before, now)
+    with pytest.raises(UnknownError, match="the kernel has taken the disk offline"):
+        offline.require_known("sdb1", one, other)
+    state.write_text("running\n")
+    offline.require_known("sdb1", one, other)
