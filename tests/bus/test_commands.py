@@ -155,6 +155,7 @@ async def test_status_shows_what_the_look_that_it_causes_has_found(
     bus: PrivateBus, service: Service, registry: FakeRegistry, agent: FakeAgent
 ) -> None:
     mounted(registry, observed_at=1)
+    assert agent.looks == []  # the signal about it reads all its properties
     found = "at /run/media/cartridge, read-write; it is suspended"
 
     def publish() -> None:
