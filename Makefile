@@ -100,7 +100,8 @@ throughput: setup
 bench: CYCLES := 12
 bench: STORMS := 3
 bench: setup
-	@$(BED) bench -- --what $(WHAT) --systems $(SYSTEMS) --cycles $(CYCLES) --storms $(STORMS)
+	@$(BED) bench -- --what $(WHAT) --systems $(SYSTEMS) --cycles $(CYCLES) --storms $(STORMS) \
+	    $(if $(BEFORE),--before $(abspath $(BEFORE)))
 
 vm-shell: setup
 	@$(BED) shell

@@ -34,6 +34,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--what", default=["cycles"], type=_some_of(WHAT, "is not measured"))
     known = _some_of(SYSTEMS, "is no system")
     parser.add_argument("--systems", default=list(SYSTEMS), type=known)
+    before = "checkout of another version, for the system `before`"
+    parser.add_argument("--before", type=Path, help=before)
     parser.add_argument("--cycles", default=12, type=int, help="and arrivals, and starts")
     parser.add_argument("--storms", default=3, type=int)
     parser.add_argument("--minutes", default=1, type=int)

@@ -34,6 +34,8 @@ UDISKIE_CONFIG: Final = "/run/bench-udiskie.yml"
 EXTENSION: Final = "udisks"
 PACKAGES: Final = ["udisks2", "libblockdev-crypto2", "udiskie"]
 """Packages of the system extension."""
+BEFORE: Final = PROGRAMS / "before"
+"""Prefix at which another version of the agent is installed."""
 HERE: Final = Path(__file__).parent
 ROOT: Final = HERE.parents[1]
 
@@ -186,6 +188,16 @@ SYSTEMS: Final = {
         "caam-hotplug, the installed service",
         (AGENT,),
         _AGENT,
+    ),
+    "before": System(
+        "another version of caam-hotplug, in the same unit",
+        (AGENT,),
+        {
+            **_AGENT,
+            f"{AGENT}.d/bench.conf": (
+                f"[Service]\nSlice={SLICE}\nExecStart=\nExecStart={BEFORE}/bin/caam-hotplug run\n"
+            ),
+        },
     ),
     "nobus": System(
         "caam-hotplug where sdbus is not installed",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import shlex
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -70,6 +72,31 @@ async def _bring_packages(guest: Guest) -> None:
     await guest.write(f"{extension.FOLDER}/{image.name}", image.read_bytes())
 
 
+async def _install(guest: Guest, checkout: Path) -> None:
+    """Install the agent of this checkout beside the guest's own."""
+    home = systems.BEFORE / "lib/caam-hotplug"
+    archive = await asyncio.to_thread(_archived, checkout / "agent/caam_hotplug")
+    await guest.write(f"{systems.BEFORE}/agent.tar", archive)
+    program = (checkout / "config/program").read_bytes()
+    await guest.write(f"{systems.BEFORE}/bin/caam-hotplug", program, 0o755)
+    await guest.sh(
+        f"mkdir -p {home}; tar -xf {systems.BEFORE}/agent.tar -C {home}; "
+        f"ln -s /usr/lib/caam-hotplug/bundled {home}; python3 -m compileall -q {home}/caam_hotplug",
+        timeout_s=300,
+    )
+
+
+def _archived(package: Path) -> bytes:
+    with io.BytesIO() as written:
+        with tarfile.open(fileobj=written, mode="w") as archive:
+            archive.add(
+                package,
+                package.name,
+                filter=lambda member: None if member.name.endswith("__pycache__") else member,
+            )
+        return written.getvalue()
+
+
 def compiled() -> bytes:
     """Compile the program L, which needs no library of the guest. Raises: CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +111,8 @@ async def measured(guest: Guest, *options: str) -> int:
     parsed = measure.options().parse_args([*options, REPORT])
     if "cycles" in parsed.what and any(systems.SYSTEMS[name].extension for name in parsed.systems):
         await _bring_packages(guest)
+    if "before" in parsed.systems:
+        await _install(guest, parsed.before)
     async with contextlib.AsyncExitStack() as held:
         if "storm" in parsed.what:
             await held.enter_async_context(_sticks(guest, parsed.sticks))
