@@ -10,6 +10,7 @@ import pytest
 
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, Rule
+from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import (
     DmError,
     MappingBusyError,
@@ -215,6 +216,36 @@ def test_a_volume_that_is_pulled_right_after_an_unmount_was_removed_safely(
     bench.pull()
     bench.settle()
     assert bench.state(volume) is State.GONE
+
+
+@pytest.mark.parametrize("turns", range(24))
+def test_a_volume_that_is_pulled_right_after_a_detach_in_use_was_removed_unsafely(
+    bench: Bench, turns: int
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.run_turns(turns)
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+@pytest.mark.parametrize("users", [0, 1])
+def test_a_pull_while_the_unit_of_an_unmount_by_others_runs_is_judged_by_who_still_writes(
+    bench: Bench, users: int
+) -> None:
+    bench.settle()
+    bench.reload_rules(replace(BUILT_IN[0], on_unmount=UnitTemplate("end@{partlabel}.service")))
+    bench.units.duration_s = 5
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = users
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    assert bench.state(volume) is State.DETACHING
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) is (State.REMOVED_UNSAFELY if users else State.GONE)
 
 
 def test_a_bind_of_a_volume_keeps_its_mapping_when_the_mount_itself_is_unmounted(

@@ -257,6 +257,20 @@ def test_mounts_that_cannot_be_read_are_read_again(bench: Bench) -> None:
     assert bench.state(volume) is State.MOUNTED
 
 
+def test_mounts_that_cannot_be_read_for_long_are_asked_for_once_a_second(bench: Bench) -> None:
+    volume = in_use(bench)
+    bench.kernel.mounts.remove(ELSEWHERE)
+    failure = UnknownError("read", "mounts", errno.ENOMEM)
+    bench.kernel.faults = [Fault("mounts", failure, lasting=True)]
+    bench.report_mounts()
+    bench.kernel.steps.clear()
+    bench.wait(60)
+    assert bench.kernel.steps.count("mounts") == 60
+    bench.kernel.faults.clear()
+    bench.wait(5)
+    assert bench.state(volume) is State.MOUNTED
+
+
 def test_a_master_key_that_comes_later_is_used_whatever_its_name(bench: Bench) -> None:
     error = MasterKeyError("load the master key master: no blob /data/caam/master.bb")
     bench.kernel.backend = "encrypted"

@@ -20,6 +20,7 @@ from typing import ClassVar, Final
 
 from caam_hotplug.errors import HotplugError, KernelError
 from caam_hotplug.kernel import paths
+from caam_hotplug.kernel.ctypes_lib import reported_as
 
 LOCK: Final = Path("/run/caam-hotplug/agent.lock")
 CONTROL: Final = Path("/dev/mapper/control")
@@ -103,7 +104,11 @@ def _locked_device(control: Path) -> list[int]:
 
 @contextmanager
 def _directory(folder: Path) -> Iterator[int]:
-    with paths.directory(folder.parent) as above, suppress(FileExistsError):
+    with (
+        reported_as("make", str(folder)),
+        paths.directory(folder.parent) as above,
+        suppress(FileExistsError),
+    ):
         os.mkdir(folder.name, 0o700, dir_fd=above)
     with paths.directory(folder) as opened:
         yield opened

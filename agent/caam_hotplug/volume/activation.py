@@ -97,7 +97,9 @@ class Activation:
             self._record.has_slept = False
             await self._sleep_check.remember(mapping)
             cause = await self._until_released(mapping)
-            is_writable = self._holding.is_writable or bool(self._writes.lost)
+            is_writable = await self._may_lack_writes()
+            if isinstance(cause, Interference):  # which flushes nothing
+                return Released(cause, is_writable)
             if cause is not None:  # flushed and unmounted already, if the medium was there
                 return Released(cause, is_writable and self._stop.medium_gone)
             if self._stop.keeps:
@@ -107,6 +109,23 @@ class Activation:
             await self._compare_if_it_slept(mapping)
             await self._observation.prepare_flush()
             return Released(None, is_writable)
+
+    async def _may_lack_writes(self) -> bool:
+        """Return whether something may have been written that has not reached the medium.
+
+        What somebody else has unmounted may still be written, as by programs after `umount -l`.
+        """
+        holding = self._holding
+        if holding.is_writable or self._writes.lost:
+            return True
+        if holding.found is not None or not holding.was_writable:
+            return False
+        look, uuid = self._operations.kernel.find_mapping, self._target.dm_uuid
+        try:
+            left = await self._operations.dm("look for the mapping", look, uuid)
+        except (HotplugError, OSError):
+            return True
+        return left is not None and left.open_count > self._writes.holds
 
     async def _mount(self, mapping: Mapping, held: AsyncExitStack) -> None:
         """Mount the filesystem, and publish that."""

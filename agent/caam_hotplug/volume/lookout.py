@@ -15,7 +15,7 @@ from typing import Final
 
 from caam_hotplug.errors import HotplugError, UnknownError, UnsafePathError
 from caam_hotplug.kernel.api import PathWatch
-from caam_hotplug.kernel.unknown import LONGEST_DELAY_S
+from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import DeviceNumber, State
 from caam_hotplug.volume.mount_table import mounts_at
 from caam_hotplug.volume.obstacles import Obstacle
@@ -167,12 +167,15 @@ class Lookout:
             self._attempts_left = _ATTEMPTS_AFTER
 
     def _mounted(self, before: frozenset[DeviceNumber]) -> frozenset[DeviceNumber]:
-        """Return the device numbers of all mounted filesystems that are on a device."""
+        """Return the device numbers of all mounted filesystems that are on a device.
+
+        If they cannot be read, return those before, and look again in a while.
+        """
         self._inbox.mounts_changed, self._checked_at = False, _now()
         try:
             mounts = self._kernel.mounts()
         except (HotplugError, OSError):
-            self._inbox.mounts_changed = True  # so that it is checked again
+            asyncio.get_running_loop().call_later(FIRST_DELAY_S, self._inbox.note_mounts)
             return before
         return frozenset(mount.number for mount in mounts if mount.source.startswith("/dev/"))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -147,6 +148,21 @@ def test_a_run_of_its_own_that_everyone_may_write_hides_no_agent(lock: Path, con
     AgentLock(own / "agent" / "agent.lock", control).close()
     with another_agent(lock, control), pytest.raises(AnotherAgentError):
         AgentLock(own / "agent" / "agent.lock", control)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(errno.EROFS, "Read-only file system"), (errno.ENOSPC, "No space left on device")],
+)
+def test_a_run_without_room_for_the_file_is_named(
+    lock: Path, control: Path, monkeypatch: pytest.MonkeyPatch, fault: int, words: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(KernelError, match=f"{lock.parent}: {words}"):
+        AgentLock(lock, control)
 
 
 def test_a_link_is_not_followed(lock: Path, control: Path, folder: Path) -> None:
