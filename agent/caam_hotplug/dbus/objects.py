@@ -89,6 +89,7 @@ class Objects:
         self._callers = Callers(connection, group)
         self._calls: set[asyncio.Task[None]] = set()
         self._volumes: dict[VolumeId, ExportedObject] = {}
+        self._is_adding = False
         self._manager_slot = connection.bus.add_object_manager(names.BUS_PATH)
         self._manager = self._export(
             names.BUS_PATH,
@@ -147,7 +148,9 @@ class Objects:
             subject=lambda: self._registry.entry(which) or entry,
             reading=self._look(which),
         )
+        self._is_adding = True
         self._try_to_send(self._connection.bus.emit_object_added, path)
+        self._is_adding = False
 
     def _look(self, which: VolumeId) -> Callable[[], None]:
         """Return what has the volume looked at when it is read: at most once a second."""
@@ -156,7 +159,8 @@ class Objects:
         def look() -> None:
             nonlocal looked_at
             now = clock()
-            if now - looked_at < _LOOKS_AFTER_S:  # a client reads many properties at once
+            # A client reads many properties at once, and so does sdbus when an object is added.
+            if now - looked_at < _LOOKS_AFTER_S or self._is_adding:
                 return
             looked_at = now
             if (agent := self._agent()) is not None:
