@@ -44,6 +44,7 @@ async def test_a_medium_is_unmounted_detached_remounted_suspended_and_hidden_by_
 
     name = (await guest.sh(LIVE)).stdout.strip()
     await guest.run("dmsetup", "suspend", "--nolockfs", "--noflush", name)
+    await guest.until("caam-hotplug status | grep -q 'mapping caam-.* is suspended'")
     for request in ("lock", "eject"):
         refused = await guest.run("caam-hotplug", request, "cartridge-01", check=False)
         assert f"`dmsetup resume {name}` ends that" in refused.stderr
@@ -54,4 +55,36 @@ async def test_a_medium_is_unmounted_detached_remounted_suspended_and_hidden_by_
     await guest.run("caam-hotplug", "eject", "--no-power-off", "cartridge-01")
     await guest.sh('umount /run/media /mnt; test -z "$(ls /run/media)"')
     assert "removed-unsafely" not in await agent.journal()
+    await stick.pull()
+
+
+async def test_a_filesystem_is_checked_without_a_mount_and_says_its_errors(
+    guest: Guest, agent: InstalledAgent, medium: Path
+) -> None:
+    await agent.configure(ANY_BUS)
+    await agent.start()
+    stick = await guest.plug_usb(medium)
+    await guest.until_mounted(POINT)
+    errors = (
+        "/sys/fs/ext4/$(basename $(readlink -f /dev/mapper/caam-cartridge-01*))/trigger_fs_error"
+    )
+    await guest.sh(f"echo by a test >{errors}")
+    await guest.until("caam-hotplug status --json | grep -q 'counted errors'")
+    refused = await guest.run("caam-hotplug", "eject", "cartridge-01", check=False)
+    assert "not safe to remove" in refused.stderr
+    await guest.run("caam-hotplug", "lock", "cartridge-01")
+
+    said = await guest.run("caam-hotplug", "unlock", "--no-mount", "cartridge-01")
+    assert "not mounted, since that was asked for" in said.stdout
+    await guest.sh("fsck.ext4 -fy /dev/mapper/caam-cartridge-01*; test $? -le 1")
+    await guest.run("systemctl", "restart", "caam-hotplug")
+    await until_state(guest, "unlocked")
+    await guest.sh("mount /dev/mapper/caam-cartridge-01* /mnt")
+    await guest.until('caam-hotplug status --json | grep -q \'"mount_point": "/mnt"\'')
+    refused = await guest.run("caam-hotplug", "lock", "cartridge-01", check=False)
+    assert "it is mounted at /mnt" in refused.stderr
+    await guest.run("umount", "/mnt")
+    await guest.run("caam-hotplug", "lock", "cartridge-01")
+    await guest.run("caam-hotplug", "unlock", "cartridge-01")
+    assert await guest.read(f"{POINT}/hello.txt") == b"Encrypted data\n"
     await stick.pull()

@@ -54,11 +54,12 @@ class ShownVolume:
 
     @property
     def mount_or_reason(self) -> str:
-        """The mount point and how it is mounted; else the reason of the state."""
-        if not self.mount_point:
+        """The mount point, how it is mounted, and what else is so; else the reason of the state."""
+        if not self.mount_point or self.state == "unlocked":
             return shown(self.reason)
         how = ", ".join(filter(None, [self.filesystem, "read-only" if self.read_only else ""]))
-        return shown(f"{self.mount_point} ({how})" if how else self.mount_point)
+        where = f"{self.mount_point} ({how})" if how else self.mount_point
+        return shown("; ".join([where, *self.reason.split("; ")[1:]]))
 
     @property
     def status_text(self) -> str:
