@@ -9,6 +9,7 @@ from typing import Any
 
 from caam_hotplug.errors import MappingBusyError, MountBusyError
 from caam_hotplug.model import DeviceNumber, Mount
+from caam_hotplug.names import MOUNT_ROOT
 from fakes.kernel import FakeKernel, FakeMapping
 
 
@@ -23,19 +24,37 @@ class ByHand:
         return next(m for m in reversed(self.kernel.mounts) if m.point == point)
 
     def umount(self, point: str, *, lazily: bool = False) -> None:
-        """Unmount what is there. Raises: MountBusyError."""
+        """Unmount what is there; lazily also what lies in it. Raises: MountBusyError."""
         kernel = self.kernel
         mount = self.mount_at(point)
-        users = kernel.users.get(Path(point).name, 0)
-        if users and not lazily:
+        tree = self._tree(mount)
+        has_inner = any(m.parent == mount.identity for m in kernel.mounts)
+        if not lazily and (kernel.users.get(Path(point).name, 0) or has_inner):
             raise MountBusyError("unmount", point, errno.EBUSY)
-        kernel.take_away(mount)
-        kernel.users.pop(Path(point).name, None)
-        for mapping in list(kernel.mappings.values()):
-            if mapping.number == mount.number:
-                mapping.holders += users
-                kernel.remove_if_closed(mapping)
+        for gone in tree:
+            kernel.take_away(gone)
+        for gone in tree:
+            users = kernel.users.pop(Path(gone.point).name, 0)
+            for mapping in list(kernel.mappings.values()):
+                if mapping.number == gone.number:
+                    mapping.holders += users
+                    kernel.remove_if_closed(mapping)
         kernel.mounts_changed()
+
+    def _tree(self, mount: Mount) -> list[Mount]:
+        """Return the mount, and all in it with their copies in peers, which go with them."""
+        below = self.kernel.mount_of_root(MOUNT_ROOT)
+        is_peer = below is not None and mount.parent == below.identity
+        mounts, same = self.kernel.mounts, (mount.point, mount.number)
+        copies = [m for m in mounts if (m.point, m.number) == same]
+        tree = copies if is_peer else [mount]
+        for above in tree:
+            inner = [m for m in self.kernel.mounts if m.parent == above.identity]
+            alike = {(m.point, m.number) for m in inner}
+            known = {m.identity for m in tree}
+            found = (m for m in self.kernel.mounts if (m.point, m.number) in alike)
+            tree += [m for m in found if m.identity not in known]
+        return tree
 
     def remount(self, point: str, *, read_only: bool, filesystem: bool = True) -> None:
         """Change who may write: to the filesystem, or only by this mount."""
@@ -53,8 +72,12 @@ class ByHand:
 
     def move(self, point: str, to: str) -> None:
         """Move the mount elsewhere."""
-        mount = self.mount_at(point)
-        self._change(mount, point=to)
+        mount, kernel = self.mount_at(point), self.kernel
+        kernel.take_away(mount)
+        below = next((m for m in reversed(kernel.mounts) if m.point == to), None)
+        parent = 0 if below is None else below.identity
+        kernel.mounts.append(replace(mount, point=to, parent=parent))
+        kernel.mounts_changed()
 
     def _change(self, mount: Mount, **facts: Any) -> None:
         changed = replace(mount, **facts)

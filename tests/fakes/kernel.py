@@ -104,6 +104,8 @@ class FakeMapping:
     inactive_key: bytes | None = None
     read_only: bool = False
     holders: int = 0
+    openers: int = 0
+    """How many programs have its node open, and use no filesystem on it."""
     watches: int = 0
     """How many times the agent holds it, to see failed writes."""
     is_suspended: bool = False
@@ -180,6 +182,8 @@ class FakeKernel:
     """Called at each change of the mounts."""
     mapping_changed: Callable[[str], None] = lambda _name: None
     """Called with the kernel's name of a mapping that has become live, or was removed."""
+    written_back: Callable[[FakeMapping, bool], None] = lambda _mapping, _fails: None
+    """Called when the filesystem on a mapping writes what it has, with whether that fails."""
     mount_id: int = 20
     directories: dict[str, str] = field(default_factory=dict)
     """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
@@ -298,7 +302,7 @@ class FakeKernel:
         with self.lock:
             self.users.clear()
             for mapping in list(self.mappings.values()):
-                mapping.holders = 0
+                mapping.holders = mapping.openers = 0
                 self.remove_if_closed(mapping)
 
     def leftovers(self) -> list[str]:
@@ -344,12 +348,19 @@ class FakeKernel:
 
     def open_count(self, mapping: FakeMapping) -> int:
         """Count who holds the mapping open: mounts, detached mounts, processes."""
-        return (
-            mapping.holders + mapping.watches + sum(m.number == mapping.number for m in self.mounts)
-        )
+        return mapping.openers + mapping.watches + self.users_of_filesystem(mapping)
+
+    def users_of_filesystem(self, mapping: FakeMapping) -> int:
+        """Count what keeps the filesystem on the mapping alive: mounts, and who is in one."""
+        return mapping.holders + sum(m.number == mapping.number for m in self.mounts)
 
     def remove_if_closed(self, mapping: FakeMapping) -> None:
-        """Remove the mapping if that was asked for and nobody has it open."""
+        """Remove the mapping if that was asked for and nobody has it open.
+
+        A filesystem that nobody uses any more has written all that it has.
+        """
+        if not self.users_of_filesystem(mapping):
+            self.written_back(mapping, False)
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
             self.mapping_changed(f"dm-{mapping.number.minor}")
@@ -597,7 +608,7 @@ class FakeProcess:
 
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
-        fake = self._mapping(mapping.name, "read")
+        fake = self.kernel.by_node(mapping.node)
         target = CryptTarget.from_line(fake.live or "")
         medium = None if target is None else self.kernel.medium(target.device)
         if medium is None or medium.is_refusing:
@@ -681,9 +692,13 @@ class FakeProcess:
         if also is not None:
             self.kernel.searched.append(also)
         with self.kernel.lock:
-            fake = self.kernel.mappings[mapping.name]
+            fake = self.kernel.by_node(mapping.node)
             points = [m.point for m in self.kernel.mounts if m.number == mapping.number]
-            users = fake.holders + sum(self.kernel.users.get(Path(p).name, 0) for p in points)
+            users = (
+                fake.holders
+                + fake.openers
+                + sum(self.kernel.users.get(Path(p).name, 0) for p in points)
+            )
             found = range(1, users + 1) if self.kernel.shows_holders else ()
             return [Holder(pid, "program", "has a file open") for pid in found]
 
@@ -899,12 +914,16 @@ class FakeWriteWatch:
         self._flush(self._mapping.name)
 
     def _flush(self, name: str) -> None:
+        written_back = self._process.kernel.written_back
         try:
             self._process._step("flush", name)
         except KernelError as error:
             if error.errno == errno.EMFILE:
                 raise
+            written_back(self._mapping, True)
             self.lost = self.lost or f"not all has reached the medium: {error}"
+        else:
+            written_back(self._mapping, False)
 
     def unmount(
         self, name: str, *, anyway: bool, before: Callable[[], None] = lambda: None

@@ -268,11 +268,11 @@ class Supervisor:
             self._arrive(event.volume)
 
     def _start(self, volume: Volume) -> None:
-        has_leftover = volume.id in self._with_leftovers
-        self._with_leftovers.discard(volume.id)
         mark = Mark.from_text(self._context.kernel.remembered(volume))
-        parked = self._parked.pop(volume.id, None) or Parked.before(mark)
-        phase = replace(parked or Evaluate(), has_leftover=has_leftover)
+        phase = self._parked.pop(volume.id, None) or Parked.before(mark) or Evaluate()
+        has_leftover = phase.has_leftover or volume.id in self._with_leftovers
+        self._with_leftovers.discard(volume.id)
+        phase = replace(phase, has_leftover=has_leftover)
         lifecycle = VolumeLifecycle(self._context, volume, phase, mark.lost if mark else "")
         lifecycle.record.mounts = mark is None or not mark.is_unmounted
         self._lifecycles[volume.id] = lifecycle

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from caam_hotplug.config.rules import Action
-from caam_hotplug.errors import HotplugError, ReleaseError
+from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.device import Device
 from caam_hotplug.volume.facts import contradict
@@ -20,8 +20,10 @@ from caam_hotplug.volume.observation import Observation
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import release
+from caam_hotplug.volume.remains import LOST
 from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.sleep_check import SleepCheck
+from caam_hotplug.volume.stop_signal import LOSES_DATA
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.writes import Writes, watched
 
@@ -68,6 +70,8 @@ class Activation:
             lost = released.loses_data_if_gone or self._writes.was_writable
             return replace(released, loses_data_if_gone=lost)
         except ReleaseError:
+            if self._holding.is_writable and self._stop.reason in LOSES_DATA:
+                self._record.note_lost(WritesLostError(LOST))
             self._record.phase = replace(self._record.phase, has_leftover=True)
             raise
         finally:

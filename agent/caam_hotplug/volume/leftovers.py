@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from caam_hotplug.errors import (
     shown,
 )
 from caam_hotplug.kernel.api import Kernel
-from caam_hotplug.model import Mapping
+from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.mapping import release_key, release_mapping
@@ -26,6 +27,7 @@ from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
+from caam_hotplug.volume.phases import Parked
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
 from caam_hotplug.volume.remains import LOST, note_last_writes
@@ -138,6 +140,18 @@ class Leftover:
                 return
         raise VolumeBusyError(mapping.node, users)
 
+    async def is_cut_off_from_locked(self) -> bool:
+        """Return whether a locked volume has a mapping, by which nothing reaches the medium."""
+        phase, find = self._record.phase, self._operations.kernel.find_mapping
+        is_locked = isinstance(phase, Parked) and phase.state is State.LOCKED
+        if not (is_locked and phase.has_leftover):
+            return False
+        try:
+            mapping = await self._operations.dm("look for the mapping", find, self._uuid)
+        except (HotplugError, OSError):  # a release says it
+            return False
+        return mapping is not None and not self._reaches_medium(mapping)
+
     async def release(self) -> None:
         """Release it, and note what may be lost. Raises: ReleaseError."""
         record = self._record
@@ -199,15 +213,19 @@ async def release_orphan(
     volume = names.volume_of_dm_uuid(orphan.uuid)
     extra = fields("leftover-released", VOLUME=volume, MAPPING=orphan.name)
     log.warning("releasing leftover mapping %s: its medium has gone", orphan.name, extra=extra)
+    operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
+    operations.cut_off.is_mapped = True
+    begun = asyncio.ensure_future(operations.cut_off.done())  # whether or not mounts can be seen
     try:
         with ExitStack() as reserved:
             if volume is not None:
                 for name in mounts_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
-            operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
             await release_leftovers(operations, orphan.uuid, lambda _: False)
     except (HotplugError, OSError) as error:
         log.error("release leftover mapping %s: %s", orphan.name, error)
+    finally:
+        await begun
 
 
 def _log_late(why: str | None) -> None:

@@ -1,7 +1,6 @@
 """The lifecycle of one volume, from arrival to departure: one coroutine, one phase at a time.
 
-`VolumeLifecycle.run` is all of it; `phases` has the phases, `record` the events from outside,
-`activation` what is done while mapping and mount are held.
+`VolumeLifecycle.run` is all of it; `phases`: the phases, `record`: the events from outside.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Qu
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes, remains
 from caam_hotplug.volume.requests import Ask, Request
+from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError, StopSignal
 from caam_hotplug.volume.target import Target
 
@@ -62,6 +62,7 @@ class VolumeLifecycle:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
         record = self.record
         try:
+            await self._look_for_remains()
             while not self._stop.is_set:
                 match record.phase:
                     case Parked():
@@ -77,14 +78,22 @@ class VolumeLifecycle:
         finally:
             self._inbox.refuse(self._stop.words or "a defect of the agent; its journal says more")
         # A failed release was published; only the departure of the medium overrides it.
+        if self._stop.is_cut_off:  # the next lifecycle begins as this one ends
+            record.phase = replace(self._phase, has_leftover=record.cut_off.is_mapped)
         if self._status.state is State.REMOVED_UNSAFELY or self._stop.keeps:
             return
-        if self._stop.reason is Reason.OTHER_TABLE:  # the next lifecycle begins as this one ends
+        if self._stop.reason is Reason.OTHER_TABLE:
             self._park_for(self._stop.words)
         if isinstance(record.phase, Parked) and self._stop.reason in IS_THERE:
             return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
+
+    async def _look_for_remains(self) -> None:
+        """Say who holds what is left of a volume that was cut off, until they close it."""
+        if await self._leftover.is_cut_off_from_locked():
+            self.record.phase = self._phase.to_idle()
+            self.record.phase = await self._released_for(Interference(self._status.reason))
 
     async def _wait_parked(self) -> Phase:
         """Stay locked or ejected until there is a request."""
@@ -162,7 +171,8 @@ class VolumeLifecycle:
             # A medium that is pulled makes the current operation fail; nothing is wrong with it.
             log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
             return self._phase.to_idle()
-        self._status.publish(State.FAILED, f"{error}{self.record.retry_if_passing(error)}")
+        words = f"{error}{self.record.retry_if_passing(error)}"
+        self._status.publish(State.FAILED, with_loss(words, self.record.lost))
         is_foreign = isinstance(error, ForeignMappingError)
         return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
 
@@ -175,6 +185,7 @@ class VolumeLifecycle:
             self._leftover.require_refused(why)
             log.warning("%s: no rule matches it any more; releasing it", self.record.volume)
             await self._release_leftover()
+            return await self._released_for(Reevaluate.RULES)
         self._status.publish(State.IGNORED, str(why), rule="", blob="")
         return Idle(target=self._phase.target)
 
@@ -190,7 +201,7 @@ class VolumeLifecycle:
                 self._status.publish(State.CONFLICT, words, **facts)
                 await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
-                    lambda: points.owner(name) == me or self._inbox.concerns_active
+                    lambda: points.owner(name) != owner or self._inbox.concerns_active
                 )
                 self._stop.check()
                 if self._inbox.request is not None and not self._inbox.wants_release:
@@ -241,7 +252,7 @@ class VolumeLifecycle:
         if not left.is_known:
             return self._with_leftover()
         self._inbox.discard_facts()  # they were for the volume as it was held
-        return replace(self._with_leftover(), released_for=cause)
+        return replace(self._phase.to_idle(), has_leftover=True, released_for=cause)
 
     def _with_leftover(self) -> Phase:
         phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
@@ -272,8 +283,7 @@ class VolumeLifecycle:
         return self._phase
 
     def _park_for(self, words: str) -> None:
-        lost = self.record.lost
-        self.record.park(State.LOCKED, f"{words}; {lost}" if lost else words)
+        self.record.park(State.LOCKED, with_loss(words, self.record.lost))
 
     async def _release_leftover(self) -> None:
         """Release what an earlier run or attempt has left. Raises: ReleaseError."""
@@ -295,6 +305,7 @@ class VolumeLifecycle:
 
     def _badly_released(self, words: str) -> Phase:
         # Without its medium the volume cannot be `failed`; only the remains are there.
-        gone = self._stop.medium_gone
-        self._status.publish(State.REMOVED_UNSAFELY if gone else State.FAILED, words)
+        gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
+        state = State.REMOVED_UNSAFELY if gone else State.FAILED
+        self._status.publish(state, with_loss(words, self.record.lost))
         return self._with_leftover()

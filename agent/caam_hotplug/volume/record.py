@@ -24,7 +24,7 @@ from caam_hotplug.volume.obstacles import MAY_WANT_BLOB, OF_BLOBS, Obstacle
 from caam_hotplug.volume.phases import Active, Broken, Idle, Parked, Phase
 from caam_hotplug.volume.requests import Ask, Request, refusal
 from caam_hotplug.volume.retry_delay import RetryDelay
-from caam_hotplug.volume.status import Publish, VolumeStatus
+from caam_hotplug.volume.status import Publish, VolumeStatus, with_loss
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import Worker
@@ -77,7 +77,7 @@ class Record:
         self.has_slept = False
         """Whether the machine has slept since the active volume was last compared."""
         if isinstance(phase, Parked):
-            self.status.publish(phase.state, phase.reason, is_parked=True)
+            self.status.publish(phase.state, with_loss(phase.reason, lost), is_parked=True)
 
     @property
     def volume(self) -> Volume:

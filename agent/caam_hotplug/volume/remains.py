@@ -14,6 +14,7 @@ from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
+from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, LOSES_DATA
 
 LOST: Final = "it was mounted read-write; what was written last may be lost"
@@ -53,7 +54,8 @@ async def remains(
     is_closing = bool(before) and not who
     others = "; ".join(who) or "others"
     words = f"{before}mapping {left.name} is held open: {others}; it goes when they close it"
-    return Remains(State.DETACHING if is_closing else State.FAILED, words)
+    state = State.DETACHING if is_closing else State.FAILED
+    return Remains(state, with_loss(words, record.lost))
 
 
 async def _watched(record: Record, operations: Operations) -> Mapping | None:

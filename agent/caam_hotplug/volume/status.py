@@ -12,6 +12,11 @@ from caam_hotplug.model import Entry, State, Volume
 Publish = Callable[[Entry], None]
 
 
+def with_loss(words: str, lost: str) -> str:
+    """Return the words, and what could not be written, unless they say it."""
+    return words if not lost or lost in words else f"{words}; {lost}"
+
+
 class VolumeStatus:
     """State, reason and facts of a volume, published at each change. Synchronization: loop only."""
 

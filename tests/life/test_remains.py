@@ -1,0 +1,158 @@
+"""What is left of a volume that was cut off is said, and so is what its medium lacks."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from caam_hotplug.config.match import Match
+from caam_hotplug.config.rules import Action, Rule
+from caam_hotplug.errors import UnknownError
+from caam_hotplug.model import State, Volume
+from fakes.bench import Bench
+from fakes.kernel import FakeMapping, Fault
+
+LOST = "it was mounted read-write; what was written last may be lost"
+POINT = "/run/media/cartridge-01"
+
+
+def mounted(bench: Bench) -> tuple[Volume, FakeMapping]:
+    volume = bench.insert()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    (mapping,) = bench.kernel.mappings.values()
+    return volume, mapping
+
+
+def replaced(bench: Bench) -> Volume:
+    """Mount a volume elsewhere, too, and replace the table of its mapping by hand."""
+    volume, mapping = mounted(bench)
+    bench.by_hand.mount(bench.by_hand.mount_at(POINT), "/mnt")
+    bench.by_hand.load(mapping, "0 32768 linear 8:99 0")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    return volume
+
+
+def test_a_volume_that_was_cut_off_is_not_locked_while_others_hold_its_mapping(
+    bench: Bench,
+) -> None:
+    volume = replaced(bench)
+    assert bench.state(volume) is State.FAILED
+    assert "it is mounted at /mnt" in bench.reason(volume)
+    assert LOST in bench.reason(volume)
+    bench.by_hand.umount("/mnt")
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+    assert LOST in bench.reason(volume)
+
+
+def test_what_is_left_of_a_volume_that_was_cut_off_is_said_after_a_restart(bench: Bench) -> None:
+    volume = replaced(bench)
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert "it is mounted at /mnt" in bench.reason(volume)
+    bench.by_hand.umount("/mnt")
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
+def test_a_lock_of_a_volume_whose_key_was_lost_says_who_holds_its_mapping(bench: Bench) -> None:
+    volume, _ = mounted(bench)
+    bench.by_hand.mount(bench.by_hand.mount_at(POINT), "/mnt")
+    bench.kernel.new_session()
+    bench.wake()
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    asked = bench.ask("lock", volume)
+    bench.settle()
+    assert "it is mounted at /mnt" in str(asked.exception())
+    assert bench.state(volume) is State.FAILED
+    bench.by_hand.umount("/mnt")
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
+def test_what_a_locked_medium_lacks_is_said_after_a_restart(bench: Bench) -> None:
+    volume, mapping = mounted(bench)
+    bench.by_hand.load(mapping, "0 32768 error")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    bench.kill()
+    bench.start()
+    bench.settle()
+    assert (bench.state(volume), bench.reason(volume)) == (
+        State.LOCKED, f"before the agent was started; {LOST}",
+    )  # fmt: skip
+
+
+def test_a_medium_that_is_there_is_not_removed_when_its_release_fails(bench: Bench) -> None:
+    volume, mapping = mounted(bench)
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.by_hand.load(mapping, "0 32768 error")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert LOST in bench.reason(volume)
+    bench.kernel.faults.clear()
+    bench.wait(60)
+    assert bench.state(volume) is State.LOCKED
+    assert LOST in bench.reason(volume)
+
+
+def test_a_volume_without_a_rule_is_not_ignored_while_others_hold_its_mapping(
+    bench: Bench,
+) -> None:
+    volume, mapping = mounted(bench)
+    bench.kill()
+    mapping.openers = 1
+    bench.rules = (Rule(name="none", action=Action.UNLOCK, match=Match(partlabel="other")),)
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert "is held open" in bench.reason(volume)
+    bench.kernel.close_holders()
+    bench.settle()
+    assert bench.state(volume) is State.IGNORED
+
+
+def test_a_conflict_names_the_volume_that_has_the_mount_point_now(bench: Bench) -> None:
+    first = bench.insert("cartridge-01", "sda1")
+    second = bench.insert("cartridge-01", "sdb1")
+    third = bench.insert("cartridge-01", "sdc1")
+    bench.settle()
+    assert bench.reason(third) == f"{POINT} belongs to volume {first.id}"
+    bench.pull("sda1")
+    bench.settle()
+    assert bench.reason(third) == f"{POINT} belongs to volume {second.id}"
+
+
+def test_an_orphan_loses_its_key_also_while_mounts_cannot_be_seen(bench: Bench) -> None:
+    _, mapping = mounted(bench)
+    bench.kill()
+    bench.kernel.pull()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.start()
+    bench.settle()
+    assert (mapping.live, mapping.key) == ("0 32768 error", None)
+    bench.kernel.faults.clear()
+    bench.kill()
+    bench.start()
+    bench.settle()
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_volume_pulled_right_after_it_was_cut_off_leaves_nothing(
+    bench: Bench, turns: int
+) -> None:
+    volume = replaced(bench)
+    bench.by_hand.umount("/mnt")
+    bench.run_turns(turns)
+    bench.pull()
+    bench.settle()
+    assert bench.state(volume) in {State.GONE, State.REMOVED_UNSAFELY}
