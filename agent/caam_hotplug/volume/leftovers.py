@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import NoMatch, OnBusy, Plan, Rule, match_rules, may_match
@@ -155,6 +155,9 @@ class Leftover:
     async def release(self) -> None:
         """Release it, and note what may be lost. Raises: ReleaseError."""
         record = self._record
+        record.phase = replace(record.phase, has_leftover=False)
+        if record.status.state is None:
+            record.status.publish(State.DETACHING, "an earlier run of the agent has left it")
         try:
             work = (release_leftovers, self._operations, self._uuid, self._reaches_medium)
             left = await to_the_end(*work)

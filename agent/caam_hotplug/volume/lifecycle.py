@@ -83,7 +83,7 @@ class VolumeLifecycle:
         if self._status.state is State.REMOVED_UNSAFELY or self._stop.keeps:
             return
         if self._stop.reason is Reason.OTHER_TABLE:
-            self._park_for(self._stop.words)
+            record.park(State.LOCKED, with_loss(self._stop.words, record.lost))
         if isinstance(record.phase, Parked) and self._stop.reason in IS_THERE:
             return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
@@ -184,7 +184,7 @@ class VolumeLifecycle:
         if self._phase.has_leftover:
             self._leftover.require_refused(why)
             log.warning("%s: no rule matches it any more; releasing it", self.record.volume)
-            await self._release_leftover()
+            await self._leftover.release()
             return await self._released_for(Reevaluate.RULES)
         self._status.publish(State.IGNORED, str(why), rule="", blob="")
         return Idle(target=self._phase.target)
@@ -243,8 +243,7 @@ class VolumeLifecycle:
 
     async def _released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
-        left = await remains(self.record, self._operations, cause)
-        if left is None:
+        if (left := await remains(self.record, self._operations, cause)) is None:
             self.record.phase = replace(self._phase, has_leftover=False)
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self._park(cause)
         self._status.publish(left.state, left.words)
@@ -265,7 +264,7 @@ class VolumeLifecycle:
         try:
             if isinstance(self._phase, Idle):  # it may be in use, and was never released
                 await self._leftover.require_releasable()
-            await self._release_leftover()
+            await self._leftover.release()
         except ReleaseError as error:
             idle = self._badly_released(str(error))
             self._inbox.refuse(str(error))
@@ -277,27 +276,17 @@ class VolumeLifecycle:
 
     def _park(self, cause: Request | Interference | StopSignal) -> Phase:
         if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
-            self._park_for(cause.words)
+            self.record.park(State.LOCKED, with_loss(cause.words, self.record.lost))
         if self._inbox.wants_release:
             self._inbox.grant()
         return self._phase
-
-    def _park_for(self, words: str) -> None:
-        self.record.park(State.LOCKED, with_loss(words, self.record.lost))
-
-    async def _release_leftover(self) -> None:
-        """Release what an earlier run or attempt has left. Raises: ReleaseError."""
-        self.record.phase = replace(self._phase, has_leftover=False)
-        if self._status.state is None:
-            self._status.publish(State.DETACHING, "an earlier run of the agent has left it")
-        await self._leftover.release()
 
     async def _release_at_end(self) -> None:
         """Release leftovers, also a mapping that could not be adopted."""
         if not self._phase.has_leftover or self._stop.keeps:
             return
         try:
-            await self._release_leftover()
+            await self._leftover.release()
         except ReleaseError as error:
             self.record.phase = self._badly_released(str(error))
             if await self.record.may_release_again(error):
