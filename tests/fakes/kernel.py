@@ -30,6 +30,7 @@ from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
+from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import (
     Appeared,
     Bus,
@@ -760,11 +761,11 @@ class FakeProcess:
         self._step("watch_writes", mapping.name)
         return FakeWriteWatch(self, self.kernel.by_node(mapping.node))
 
-    def unmount(self, name: str, *, lazily: bool = False) -> None:
+    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> None:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = self._reached(name)
+            mount = self._reached(name, which)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
@@ -785,9 +786,11 @@ class FakeProcess:
             self.kernel.mounts_changed()
             self.kernel.remove_if_closed(mapping)
 
-    def _reached(self, name: str) -> Mount | None:
+    def _reached(self, name: str, which: Mounts) -> Mount | None:
         """Return the topmost mount in the directory that it was mounted in, or on the path."""
-        return self._seen(name) if name not in self.places else self._in(self.places[name], name)
+        kept = self._in(self.places[name], name) if name in self.places else None
+        found = (mount for mount in (kept, self._seen(name)) if mount is not None)
+        return next((mount for mount in found if mount.identity in which), None)
 
     def _seen(self, name: str) -> Mount | None:
         below = self.kernel.mount_of_root(self.mount_root)
@@ -926,13 +929,13 @@ class FakeWriteWatch:
             written_back(self._mapping, False)
 
     def unmount(
-        self, name: str, *, anyway: bool, before: Callable[[], None] = lambda: None
+        self, name: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
     ) -> None:
         self._flush(name)
         if self.lost and not anyway:
             raise WritesLostError(self.lost)
         before()
-        self._process.unmount(name)
+        self._process.unmount(name, which)
 
     def close(self) -> None:
         if self in self._process.watches:
