@@ -283,7 +283,7 @@ class VolumeLifecycle:
         return self._phase
 
     def _park_for(self, words: str) -> None:
-        self.record.park(State.LOCKED, with_loss(words, self.record.lost))
+        self.record.park(State.LOCKED, words)
 
     async def _release_leftover(self) -> None:
         """Release what an earlier run or attempt has left. Raises: ReleaseError."""
