@@ -209,10 +209,9 @@ async def release_orphan(
     """Release a mapping without a volume. Its mount points stay reserved until then.
 
     Its medium may hang, so this runs beside the lifecycles of the volumes, not before them.
+    Raises: HotplugError, OSError, once the error table is loaded.
     """
     volume = names.volume_of_dm_uuid(orphan.uuid)
-    extra = fields("leftover-released", VOLUME=volume, MAPPING=orphan.name)
-    log.warning("releasing leftover mapping %s: its medium has gone", orphan.name, extra=extra)
     operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
     operations.cut_off.is_mapped = True
     begun = asyncio.ensure_future(operations.cut_off.done())  # whether or not mounts can be seen
@@ -222,8 +221,6 @@ async def release_orphan(
                 for name in mounts_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
             await release_leftovers(operations, orphan.uuid, lambda _: False)
-    except (HotplugError, OSError) as error:
-        log.error("release leftover mapping %s: %s", orphan.name, error)
     finally:
         await begun
 
