@@ -166,6 +166,20 @@ class Leftover:
             note_last_writes(record)
         elif left.is_written and left.led_elsewhere:
             record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
+        await self._remove_mount_points()
+
+    async def _remove_mount_points(self) -> None:
+        """Remove those of ours that nobody uses: others may have unmounted it."""
+        kernel, points = self._operations.kernel, self._record.context.mount_points
+        me = self._record.volume.id
+        try:
+            for name in await self._operations.call("list mount points", kernel.our_mount_points):
+                if points.owner(name) is None:
+                    with points.reserved(name, me, lambda: None):
+                        remove = kernel.remove_mount_point
+                        await self._operations.call("remove the mount point", remove, name)
+        except (HotplugError, OSError) as error:
+            log.warning("%s: %s", self._record.volume, error)
 
     def _reaches_medium(self, mapping: Mapping) -> bool:
         return leading_to(mapping, self._record.volume, self._rule()) is not None
