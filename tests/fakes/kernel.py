@@ -374,6 +374,10 @@ class FakeKernel:
         """Return the topmost mount at the mount root itself, or None."""
         return next((m for m in reversed(self.mounts) if m.point == str(root)), None)
 
+    def is_in_root(self, mount: Mount, root: Path) -> bool:
+        """Whether it lies on a mount at the mount root, so that a peer of that has a copy of it."""
+        return any((m.point, m.identity) == (str(root), mount.parent) for m in self.mounts)
+
     def next_mount(self) -> int:
         """Return the number of the next mount."""
         self.mount_id += 1
@@ -776,8 +780,7 @@ class FakeProcess:
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
             copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
-            below = self.kernel.mount_of_root(self.mount_root)
-            is_peer = below is not None and mount.parent == below.identity
+            is_peer = self.kernel.is_in_root(mount, self.mount_root)
             for gone in list(copies) if is_peer else [mount]:
                 self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
