@@ -43,8 +43,7 @@ class ByHand:
 
     def _tree(self, mount: Mount) -> list[Mount]:
         """Return the mount, and all in it with their copies in peers, which go with them."""
-        below = self.kernel.mount_of_root(MOUNT_ROOT)
-        is_peer = below is not None and mount.parent == below.identity
+        is_peer = self.kernel.is_in_root(mount, MOUNT_ROOT)
         mounts, same = self.kernel.mounts, (mount.point, mount.number)
         copies = [m for m in mounts if (m.point, m.number) == same]
         tree = copies if is_peer else [mount]

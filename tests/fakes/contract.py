@@ -260,7 +260,7 @@ def mounted(world: World, mapping: Mapping, *, read_only: bool = False) -> Itera
         mount(world, mapping, read_only=read_only)
         yield
     finally:
-        world.kernel.unmount(POINT, lazily=True)
+        unmount(world, lazily=True)
         world.kernel.remove_mount_point(POINT)
 
 
@@ -268,6 +268,16 @@ def mounts_there(world: World) -> list[Mount]:
     """List the mounts in the mount root."""
     root = str(world.kernel.mount_root)
     return [there for there in world.kernel.mounts() if there.point.startswith(f"{root}/")]
+
+
+def numbers(world: World) -> set[int]:
+    """Return the numbers of the mounts in the mount root."""
+    return {there.identity for there in mounts_there(world)}
+
+
+def unmount(world: World, *, lazily: bool = False) -> None:
+    """Unmount what the mount point shows."""
+    world.kernel.unmount(POINT, numbers(world), lazily=lazily)
 
 
 # mappings
@@ -278,8 +288,8 @@ def test_a_mapping_that_was_never_made_is_not_found_and_its_removal_is_no_error(
 ) -> None:
     assert world.kernel.find_mapping(dm_uuid(world)) is None
     world.kernel.remove_mapping(dm_name(world))
-    world.kernel.unmount(POINT)
-    world.kernel.unmount(POINT, lazily=True)
+    unmount(world)
+    unmount(world, lazily=True)
     world.kernel.remove_mount_point(POINT)
     world.kernel.unlink_key(description(world))
     assert world.kernel.our_mappings() == []
@@ -438,7 +448,7 @@ def test_a_mapping_with_an_error_table_can_be_unmounted_and_removed(world: World
     with mapped(world) as mapping:
         with mounted(world, mapping):
             world.kernel.load_error_table(mapping.uuid)
-            world.kernel.unmount(POINT)
+            unmount(world)
             assert mounts_there(world) == []
         world.kernel.remove_mapping(mapping.name)
         until(lambda: is_gone(world))
@@ -591,7 +601,7 @@ def test_a_mount_below_a_mount_over_the_root_is_unmounted_with_its_directory(
     with mapped(world) as mapping:
         mount(world, mapping)
         with world.over_root():
-            world.kernel.unmount(POINT)
+            unmount(world)
             world.kernel.remove_mount_point(POINT)
             assert found(world).open_count == 0
         assert mounts_there(world) == []
@@ -603,7 +613,7 @@ def test_a_mount_in_a_root_that_is_bound_to_itself_is_unmounted_with_its_copy(
 ) -> None:
     with mapped(world) as mapping, world.over_root():
         mount(world, mapping)
-        world.kernel.unmount(POINT)
+        unmount(world)
         assert mounts_there(world) == []
         world.kernel.remove_mount_point(POINT)
         assert found(world).open_count == 0
@@ -643,7 +653,7 @@ def test_a_mount_is_listed_until_it_is_unmounted(world: World, *, read_only: boo
         expected = Mount(mapping.number, point, mapping.node, read_only, "ext4")
         assert mounts_there(world) == [expected]
         watch = world.kernel.watch_writes(mapping)
-        watch.unmount(POINT, anyway=False)
+        watch.unmount(POINT, numbers(world), anyway=False)
         assert mounts_there(world) == []
         assert found(world).open_count == 1
         watch.close()
@@ -710,9 +720,9 @@ def test_a_mount_in_use_stays_unless_it_is_detached(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping), world.inside(POINT):
             with pytest.raises(MountBusyError) as refused:
-                world.kernel.unmount(POINT)
+                unmount(world)
             assert len(mounts_there(world)) == 1
-            world.kernel.unmount(POINT, lazily=True)
+            unmount(world, lazily=True)
             assert mounts_there(world) == []
             assert found(world).open_count == 1
         until(lambda: found(world).open_count == 0)
@@ -722,7 +732,7 @@ def test_a_mount_in_use_stays_unless_it_is_detached(world: World) -> None:
 def test_a_mapping_under_a_detached_mount_goes_with_its_last_user(world: World) -> None:
     with mapped(world) as mapping:
         with mounted(world, mapping), world.inside(POINT):
-            world.kernel.unmount(POINT, lazily=True)
+            unmount(world, lazily=True)
             world.kernel.remove_mapping(mapping.name)
             assert not is_gone(world)
         until(lambda: is_gone(world))
@@ -733,7 +743,7 @@ def test_a_mount_point_of_the_agent_is_listed_once_nothing_is_mounted_there(worl
         assert world.kernel.our_mount_points() == []
         world.kernel.remove_mount_point(POINT)
         assert len(mounts_there(world)) == 1
-        world.kernel.unmount(POINT)
+        unmount(world)
         assert world.kernel.our_mount_points() == [POINT]
         world.kernel.remove_mount_point(POINT)
         assert world.kernel.our_mount_points() == []

@@ -30,6 +30,7 @@ from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
+from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import (
     Appeared,
     Bus,
@@ -372,6 +373,10 @@ class FakeKernel:
     def mount_of_root(self, root: Path) -> Mount | None:
         """Return the topmost mount at the mount root itself, or None."""
         return next((m for m in reversed(self.mounts) if m.point == str(root)), None)
+
+    def is_in_root(self, mount: Mount, root: Path) -> bool:
+        """Whether it lies on a mount at the mount root, so that a peer of that has a copy of it."""
+        return any((m.point, m.identity) == (str(root), mount.parent) for m in self.mounts)
 
     def next_mount(self) -> int:
         """Return the number of the next mount."""
@@ -760,11 +765,11 @@ class FakeProcess:
         self._step("watch_writes", mapping.name)
         return FakeWriteWatch(self, self.kernel.by_node(mapping.node))
 
-    def unmount(self, name: str, *, lazily: bool = False) -> None:
+    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> None:
         self._step("detach" if lazily else "unmount", name)
         point = str(self.mount_root / name)
         with self.kernel.lock:
-            mount = self._reached(name)
+            mount = self._reached(name, which)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
@@ -775,8 +780,7 @@ class FakeProcess:
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
             copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
-            below = self.kernel.mount_of_root(self.mount_root)
-            is_peer = below is not None and mount.parent == below.identity
+            is_peer = self.kernel.is_in_root(mount, self.mount_root)
             for gone in list(copies) if is_peer else [mount]:
                 self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
@@ -785,9 +789,11 @@ class FakeProcess:
             self.kernel.mounts_changed()
             self.kernel.remove_if_closed(mapping)
 
-    def _reached(self, name: str) -> Mount | None:
+    def _reached(self, name: str, which: Mounts) -> Mount | None:
         """Return the topmost mount in the directory that it was mounted in, or on the path."""
-        return self._seen(name) if name not in self.places else self._in(self.places[name], name)
+        kept = self._in(self.places[name], name) if name in self.places else None
+        found = (mount for mount in (kept, self._seen(name)) if mount is not None)
+        return next((mount for mount in found if mount.identity in which), None)
 
     def _seen(self, name: str) -> Mount | None:
         below = self.kernel.mount_of_root(self.mount_root)
@@ -926,13 +932,13 @@ class FakeWriteWatch:
             written_back(self._mapping, False)
 
     def unmount(
-        self, name: str, *, anyway: bool, before: Callable[[], None] = lambda: None
+        self, name: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
     ) -> None:
         self._flush(name)
         if self.lost and not anyway:
             raise WritesLostError(self.lost)
         before()
-        self._process.unmount(name)
+        self._process.unmount(name, which)
 
     def close(self) -> None:
         if self in self._process.watches:

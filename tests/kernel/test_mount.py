@@ -13,7 +13,7 @@ import pytest
 
 from caam_hotplug.errors import MountError, MountPointOccupiedError
 from caam_hotplug.model import Mapping
-from fakes.contract import POINT, mapped, mounts_there
+from fakes.contract import POINT, mapped, mounts_there, unmount
 from kernel.real import RealWorld
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def test_a_mount_has_its_options_and_those_of_its_filesystem(world: RealWorld) -
     with mapped(world) as mapping:
         mount(world, mapping, "ext4", flags, ("errors=remount-ro", "commit=7", "nobarrier"))
         seen, of_superblock = fields(world)
-        world.kernel.unmount(POINT)
+        unmount(world)
         world.kernel.remove_mount_point(POINT)
     assert seen == {"rw", *flags}
     assert {"errors=remount-ro", "commit=7", "nobarrier"} <= of_superblock
@@ -97,7 +97,7 @@ def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWo
     with mapped(world) as mapping:
         without_passing_for_others(lambda: mount(world, mapping))
         assert point.is_mount()
-        without_passing_for_others(lambda: world.kernel.unmount(POINT))
+        without_passing_for_others(lambda: unmount(world))
         assert without_passing_for_others(world.kernel.our_mount_points) == [POINT]
         without_passing_for_others(lambda: world.kernel.remove_mount_point(POINT))
     assert not point.exists()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from caam_hotplug.config.rules import BUILT_IN
-from caam_hotplug.errors import RequestRefusedError, UnknownError, WritesLostError
+from caam_hotplug.errors import MountError, RequestRefusedError, UnknownError, WritesLostError
 from caam_hotplug.model import DevType, State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
@@ -176,3 +176,20 @@ def test_a_whole_disk_that_others_change_after_it_was_given_back_is_locked(bench
     assert bench.state(volume) is State.LOCKED
     bench.answer("unlock", volume)
     assert bench.state(volume) is State.MOUNTED
+
+
+def test_a_locked_volume_says_what_it_lacks_though_its_disk_cannot_be_looked_at(
+    bench: Bench,
+) -> None:
+    bench.kernel.faults.append(Fault("flush", MountError("flush", "it", errno.EIO)))
+    one, _ = plugged(bench)
+    bench.answer("lock", one)
+    lost = "not all has reached the medium"
+    assert lost in bench.reason(one)
+    bench.kill()
+    failure = UnknownError("read", "it", errno.EMFILE)
+    bench.kernel.faults[:] = [Fault("has_partitions", failure)]
+    bench.start()
+    bench.settle()
+    assert lost in bench.reason(one)
+    assert "its eject was cut short" in bench.reason(one)

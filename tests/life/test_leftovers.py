@@ -251,3 +251,17 @@ def test_an_adopted_volume_that_was_locked_holds_nothing_when_the_agent_stops() 
     assert bench.state(volume) is State.GONE
     assert bench.kernel.leftovers() == []
     bench.close()
+
+
+def test_a_leftover_that_others_have_unmounted_leaves_no_directory(machine: Bench) -> None:
+    volume = mounted_then_killed(machine)
+    make_foreign(machine)
+    other = machine.kernel.insert("cartridge-02", "sdb1")
+    machine.start()
+    machine.settle()
+    machine.appear(other)
+    machine.settle()
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.answer("lock", volume)
+    assert machine.kernel.directories == {"cartridge-02": "ours"}
+    assert machine.state(other) is State.MOUNTED

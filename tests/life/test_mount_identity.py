@@ -95,6 +95,30 @@ def test_a_hidden_mount_of_an_earlier_run_is_in_nobodys_way(bench: Bench) -> Non
     assert bench.kernel.mounts == []
 
 
+def test_a_leftover_whose_mount_is_hidden_costs_no_other_volume_its_mount_of_the_same_name(
+    bench: Bench,
+) -> None:
+    first = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kill()
+    mapping.live = "0 32768 linear 8:99 0"  # so that it is not adopted
+    bench.by_hand.cover(ROOT)
+    bench.start()
+    bench.settle()
+    second = bench.insert(name="sdb1")
+    bench.settle()
+    assert bench.state(second) is State.MOUNTED
+    there = [mount.identity for mount in bench.kernel.mounts]
+    with pytest.raises(RequestRefusedError, match="something is mounted over it"):
+        bench.answer("lock", first)
+    assert [mount.identity for mount in bench.kernel.mounts] == there
+    assert bench.state(second) is State.MOUNTED
+    bench.answer("lock", second)
+    unhide(bench)
+    bench.answer("lock", first)
+    assert bench.kernel.mounts == []
+
+
 @pytest.mark.parametrize("verb", ["lock", "eject"])
 def test_a_users_filesystem_with_our_node_as_its_source_is_no_mount_of_it(
     bench: Bench, verb: str

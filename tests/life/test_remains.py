@@ -146,6 +146,38 @@ def test_an_orphan_loses_its_key_also_while_mounts_cannot_be_seen(bench: Bench) 
     bench.settle()
 
 
+def test_an_orphan_whose_release_wants_for_descriptors_is_tried_again(bench: Bench) -> None:
+    mounted(bench)
+    bench.kill()
+    bench.kernel.pull()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.start()
+    bench.settle()
+    bench.wait(100)
+    assert len(bench.kernel.mappings) == 1
+    bench.kernel.faults.clear()
+    bench.wait(40)
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_stop_does_not_wait_for_the_next_attempt_to_release_an_orphan(bench: Bench) -> None:
+    mounted(bench)
+    bench.kill()
+    bench.kernel.pull()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.start()
+    bench.wait(40)
+    bench.begin_stop()
+    assert bench._supervisor is not None
+    assert bench.run(bench._supervisor.ended(0)) == []
+    bench.cancel()
+    bench.kernel.faults.clear()
+    bench.start()
+    bench.settle()
+
+
 @pytest.mark.parametrize("turns", range(12))
 def test_a_volume_pulled_right_after_it_was_cut_off_leaves_nothing(
     bench: Bench, turns: int

@@ -16,7 +16,7 @@ from life.saboteur import FalsehoodError, Saboteur, Step, plan, run, sabotage
 SEEDS: Final = 100
 STEPS: Final = 100
 """Of each seed: 10,000 in all."""
-WITHOUT_EVENT: Final = {"ejected", "hidden"}
+WITHOUT_EVENT: Final = {"suspended", "ejected", "hidden"}
 """Facts that change without an event, and are found when all is looked at."""
 Lie = Callable[[Claim], Claim]
 

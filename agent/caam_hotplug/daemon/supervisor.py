@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import replace
-from functools import partial
 from typing import Any, assert_never
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Plan, Rule, match_rules
-from caam_hotplug.daemon import orphans
 from caam_hotplug.daemon.changed_disks import ChangedDisks
 from caam_hotplug.daemon.defects import end_of_service, guarded
 from caam_hotplug.daemon.observer import Observer
+from caam_hotplug.daemon.orphans import Orphans
 from caam_hotplug.daemon.safe_removal import SAFE, SafeRemoval
 from caam_hotplug.errors import RequestRefusedError
 from caam_hotplug.formats.marks import Mark
@@ -55,6 +54,7 @@ class Supervisor:
         self._parked: dict[VolumeId, Parked] = {}
         """Volumes released on request while the kernel re-reads the partition table."""
         self._changed = ChangedDisks(context, self.run)
+        self._orphans = Orphans(context, self._changed, self.run)
         self._removal = SafeRemoval(context, self)
         self.observer = Observer(context.kernel, self._records)
         self._stopping = False
@@ -84,8 +84,7 @@ class Supervisor:
             if owner is not None and owner in known:
                 self._with_leftovers.add(owner)
             else:
-                work = orphans.released(self._context, self._changed, mapping)
-                self.run(work, partial(str, f"mapping {mapping.name}"))
+                self._orphans.release(mapping)
         disks = [VolumeId(owner.diskseq, 0) for owner in self._with_leftovers]
         for which in dict.fromkeys([*self._with_leftovers, *disks, *reported]):
             if which in known:
@@ -109,6 +108,7 @@ class Supervisor:
         """Ask every lifecycle to end; leaving the context does that too, and waits for them."""
         self._stopping = True
         self._removal.close()
+        self._orphans.close()
         self._next.clear()
         for record in self._records():
             record.agent_stops()

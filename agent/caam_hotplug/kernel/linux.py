@@ -33,7 +33,7 @@ from caam_hotplug.kernel import (
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
-from caam_hotplug.kernel.mount_places import MountPlaces
+from caam_hotplug.kernel.mount_places import MountPlaces, Mounts
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
 from caam_hotplug.kernel.write_watch import WriteWatch
@@ -264,16 +264,13 @@ class LinuxKernel:
         """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
         return WriteWatch(mapping, self.mount_root, self._places)
 
-    def unmount(self, name: str, *, lazily: bool = False) -> None:
-        """Unmount `name` in the mount root. Raises: MountBusyError."""
+    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> None:
+        """Unmount `name`, if one of these mounts is seen there. Raises: MountBusyError."""
         point = self.mount_root / name
 
         def unmount() -> None:
-            with (
-                reported_as("unmount", str(point), MountError),
-                self._places.directory(name) as root,
-            ):
-                mount.unmount(f"/proc/self/fd/{root}/{name}", lazily=lazily)
+            with reported_as("unmount", str(point), MountError):
+                self._places.unmount(name, which, lazily=lazily)
 
         try:
             spent_on(unmount)

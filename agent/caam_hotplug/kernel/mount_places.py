@@ -7,15 +7,20 @@ directory that a mount is on does not keep that mount busy, as one in it would.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import paths
+from caam_hotplug.kernel import mount, paths
 from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 
+Mounts = Set[int]
+"""Mounts by their numbers, as mountinfo has them."""
+
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
 class MountPlaces:
@@ -52,6 +57,16 @@ class MountPlaces:
             if paths.remove_from(opened, name):
                 self.forget(name)
 
+    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> bool:
+        """Unmount what is seen at the name, if it is one of these mounts; return whether it is.
+
+        Raises: as `directory_of`; MountBusyError; MountError.
+        """
+        with self.directory_of(name, which) as opened:
+            if opened is not None:
+                mount.unmount(f"/proc/self/fd/{opened}/{name}", lazily=lazily)
+        return opened is not None
+
     def forget(self, name: str) -> None:
         """Keep it no more."""
         opened = self._kept.pop(name, None)
@@ -70,3 +85,34 @@ class MountPlaces:
         else:
             with paths.directory(self._root) as opened:
                 yield opened
+
+    @contextmanager
+    def directory_of(self, name: str, which: Mounts) -> Iterator[int | None]:
+        """Yield a directory in which one of these mounts is what is seen at the name, or None.
+
+        An earlier run may have mounted another filesystem at the same name, in a directory that
+        is hidden since. Raises: as `paths.directory`; OSError if it is not known what is seen.
+        """
+        kept = self._kept.get(name)
+        if kept is not None and seen(kept, name) in which:
+            yield kept
+        else:
+            with paths.directory(self._root) as opened:
+                yield opened if seen(opened, name) in which else None
+
+
+def seen(directory: int, name: str) -> int | None:
+    """Return the number of the mount that is seen at the name; None if there is no such name.
+
+    Raises: OSError. It does not ask the filesystem: an XFS that has shut down answers no stat(2)
+    (xfs_vn_getattr in fs/xfs/xfs_iops.c). Source: proc_pid_fdinfo(5).
+    """
+    try:
+        opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    try:
+        found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{opened}").read_bytes())
+    finally:
+        os.close(opened)
+    return None if found is None else int(found[1])

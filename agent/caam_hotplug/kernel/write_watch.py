@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import FlushError, KernelError, MountError, WritesLostError
-from caam_hotplug.kernel import mount, sysfs_tree
+from caam_hotplug.kernel import sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.libc import Libc
-from caam_hotplug.kernel.mount_places import MountPlaces
+from caam_hotplug.kernel.mount_places import MountPlaces, Mounts
 from caam_hotplug.model import Mapping
 
 _BLKFLSBUF: Final = 0x1261
@@ -91,10 +91,11 @@ class WriteWatch:
         self._try("flush", self._node, os.fsync, self._device)
 
     def unmount(
-        self, name: str, *, anyway: bool, before: Callable[[], None] = lambda: None
+        self, name: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
     ) -> None:
         """Write out the filesystem at `name` in the mount root, and unmount it.
 
+        `which`: one of these mounts is seen there; else only the device is written out.
         `before`: called right before the unmount; what it raises ends this, and it stays mounted.
         `anyway`: also if something could not be written. Else it stays mounted then, unless its
         medium cannot be read either: nothing of it can be saved any more.
@@ -103,7 +104,7 @@ class WriteWatch:
         point = str(self._mount_root / name)
         with (
             reported_as("unmount", point, MountError),
-            self._places.directory(name) as root,
+            self._places.directory_of(name, which) as root,
             _copied(root, name, point) as directory,
         ):
             self._flush(directory, point)
@@ -111,7 +112,7 @@ class WriteWatch:
                 raise WritesLostError(self.lost)
             before()
             try:
-                mount.unmount(f"/proc/self/fd/{root}/{name}")
+                self._places.unmount(name, which)
             except MountError as error:
                 raise type(error)("unmount", point, error.errno or 0) from error
             if directory is not None:  # what programs wrote after the first time
@@ -197,11 +198,15 @@ class WriteWatch:
 
 
 @contextmanager
-def _copied(root: int, name: str, point: str) -> Iterator[int | None]:
+def _copied(root: int | None, name: str, point: str) -> Iterator[int | None]:
     """Yield the root directory of a detached copy of the mount.
 
-    None if its mode locks the agent out, which lacks CAP_DAC_READ_SEARCH. Raises: FlushError.
+    None if its mode locks the agent out, which lacks CAP_DAC_READ_SEARCH, or without a directory in
+    which the mount is seen. Raises: FlushError.
     """
+    if root is None:
+        yield None
+        return
     with reported_as("look at", point, FlushError):
         flags = _OPEN_TREE_CLONE | _AT_SYMLINK_NOFOLLOW | os.O_CLOEXEC
         copy = Libc.open_tree(root, os.fsencode(name), flags)

@@ -169,6 +169,20 @@ class Leftover:
             note_last_writes(record)
         elif left.is_written and left.led_elsewhere:
             record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
+        await self._remove_mount_points()
+
+    async def _remove_mount_points(self) -> None:
+        """Remove those of ours that nobody uses: others may have unmounted it."""
+        kernel, points = self._operations.kernel, self._record.context.mount_points
+        me = self._record.volume.id
+        try:
+            for name in await self._operations.call("list mount points", kernel.our_mount_points):
+                if points.owner(name) is None:
+                    with points.reserved(name, me, lambda: None):
+                        remove = kernel.remove_mount_point
+                        await self._operations.call("remove the mount point", remove, name)
+        except (HotplugError, OSError) as error:
+            log.warning("%s: %s", self._record.volume, error)
 
     def _reaches_medium(self, mapping: Mapping) -> bool:
         return leading_to(mapping, self._record.volume, self._rule()) is not None
@@ -212,10 +226,9 @@ async def release_orphan(
     """Release a mapping without a volume. Its mount points stay reserved until then.
 
     Its medium may hang, so this runs beside the lifecycles of the volumes, not before them.
+    Raises: HotplugError, OSError, once the error table is loaded.
     """
     volume = names.volume_of_dm_uuid(orphan.uuid)
-    extra = fields("leftover-released", VOLUME=volume, MAPPING=orphan.name)
-    log.warning("releasing leftover mapping %s: its medium has gone", orphan.name, extra=extra)
     operations = _without_medium(kernel, worker, dm_worker, orphan.uuid)
     operations.cut_off.is_mapped = True
     begun = asyncio.ensure_future(operations.cut_off.done())  # whether or not mounts can be seen
@@ -225,8 +238,6 @@ async def release_orphan(
                 for name in mounts_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
             await release_leftovers(operations, orphan.uuid, lambda _: False)
-    except (HotplugError, OSError) as error:
-        log.error("release leftover mapping %s: %s", orphan.name, error)
     finally:
         await begun
 

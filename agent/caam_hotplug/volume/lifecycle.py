@@ -83,7 +83,7 @@ class VolumeLifecycle:
         if self._status.state is State.REMOVED_UNSAFELY or self._stop.keeps:
             return
         if self._stop.reason is Reason.OTHER_TABLE:
-            record.park(State.LOCKED, with_loss(self._stop.words, record.lost))
+            record.park(State.LOCKED, self._stop.words)
         if isinstance(record.phase, Parked) and self._stop.reason in IS_THERE:
             return
         if self._stop.medium_gone or self._status.state is not State.FAILED:
@@ -276,7 +276,7 @@ class VolumeLifecycle:
 
     def _park(self, cause: Request | Interference | StopSignal) -> Phase:
         if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
-            self.record.park(State.LOCKED, with_loss(cause.words, self.record.lost))
+            self.record.park(State.LOCKED, cause.words)
         if self._inbox.wants_release:
             self._inbox.grant()
         return self._phase

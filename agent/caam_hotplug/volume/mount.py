@@ -20,8 +20,9 @@ from caam_hotplug.errors import (
     shown,
 )
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
+from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import Mapping, Mount
-from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of
+from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of, with_copies
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -171,10 +172,11 @@ async def _release(operations: Operations, name: str, mapping: Mapping, writes: 
     if found is None:
         await operations.call("remove the mount point", remove_mount_point)
         return
+    which = with_copies(kernel, found)
     try:
         await _uncover(operations, name, found, there)
     finally:
-        await _unmount_or_detach(operations, name, mapping, writes)
+        await _unmount_or_detach(operations, name, which, mapping, writes)
 
 
 async def _uncover(operations: Operations, name: str, found: Mount, there: Sequence[Mount]) -> None:
@@ -183,22 +185,23 @@ async def _uncover(operations: Operations, name: str, found: Mount, there: Seque
         if cover is found:
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
-        await operations.call("detach", operations.kernel.unmount, name, lazily=True)
+        which = with_copies(operations.kernel, cover)
+        await operations.call("detach", operations.kernel.unmount, name, which, lazily=True)
 
 
 async def _unmount_or_detach(
-    operations: Operations, name: str, mapping: Mapping, writes: Writes
+    operations: Operations, name: str, which: Mounts, mapping: Mapping, writes: Writes
 ) -> None:
     kernel = operations.kernel
 
     def unmount(*, is_cut_off: bool) -> KernelError | None:
         try:
             if is_cut_off:
-                kernel.unmount(name)
+                kernel.unmount(name, which)
             else:
                 operations.require_medium()
                 writes.watch = writes.watch or kernel.watch_writes(mapping)
-                writes.watch.unmount(name, anyway=True, before=operations.require_medium)
+                writes.watch.unmount(name, which, anyway=True, before=operations.require_medium)
         except KernelError as error:
             if isinstance(error, FlushError) or not isinstance(error, MountError):
                 writes.lost = writes.lost or f"it is not known whether all was written: {error}"
@@ -218,7 +221,7 @@ async def _unmount_or_detach(
         said = fields("busy", MOUNT_POINT=name)
         log.warning("%s; detaching it from the tree", refusal, extra=said)
         try:
-            await operations.call("detach", kernel.unmount, name, lazily=True)
+            await operations.call("detach", kernel.unmount, name, which, lazily=True)
         finally:
             await operations.call("remove the mount point", kernel.remove_mount_point, name)
     if (left := first_of(mapping, mounts_at(kernel, name, mapping))) is not None:

@@ -49,6 +49,13 @@ def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list
     return seen if hidden is None else [hidden, *_over(mounts, hidden)]
 
 
+def with_copies(kernel: Kernel, mount: Mount) -> frozenset[int]:
+    """Return the number of the mount, and of its copies with the same point."""
+    same = (mount.number, mount.point)
+    found = (each for each in kernel.mounts() if (each.number, each.point) == same)
+    return frozenset(each.identity for each in (mount, *found))
+
+
 def cover_of(mounts: Sequence[Mount], mount: Mount) -> Mount | None:
     """Return the mount that is seen instead at the place of this one, or None."""
     seen = [*_on_the_way(mounts, mount.point)][-1:]

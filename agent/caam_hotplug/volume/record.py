@@ -210,8 +210,9 @@ class Record:
     def park(self, state: State, reason: str, *, is_held: bool = False) -> None:
         """Make the volume locked or ejected, publish that, and remember it across restarts.
 
-        `is_held`: its disk is held against all others.
+        What could not be written is said, too. `is_held`: its disk is held against all others.
         """
+        reason = with_loss(reason, self.lost)
         self.phase, self.mounts = self.phase.to_parked(state, reason), True
         self._remember(state, is_held=is_held)
         self.status.publish(state, reason)

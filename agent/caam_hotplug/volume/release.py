@@ -15,8 +15,15 @@ from caam_hotplug.errors import (
     WritesLostError,
     shown,
 )
+from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import DeviceNumber, Mapping
-from caam_hotplug.volume.mount_table import first_of, mounted_elsewhere, mounts_at, points_of
+from caam_hotplug.volume.mount_table import (
+    first_of,
+    mounted_elsewhere,
+    mounts_at,
+    points_of,
+    with_copies,
+)
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.writes import Writes
@@ -55,28 +62,35 @@ async def release(
     if on_busy is OnBusy.REFUSE and mounted_elsewhere(kernel, mapping):
         raise await _busy(operations, found.point, mapping)  # an unmount here would not notice
 
+    which = with_copies(kernel, found)
     for number in (None, *_signals(on_busy)):
         if number is not None:
             await _end_holders(operations, target, mapping, number)
         with suppress(MountBusyError):
-            await _unmount(operations, name, mapping, writes, anyway=anyway)
+            await _unmount(operations, name, which, mapping, writes, anyway=anyway)
             return
     if on_busy is not OnBusy.DETACH:
         raise await _busy(operations, found.point, mapping)
     said = fields("busy", VOLUME=target.volume, MOUNT_POINT=found.point)
     log.warning("%s is in use; detaching it from the tree", found.point, extra=said)
-    await operations.call("detach", kernel.unmount, name, lazily=True)
+    await operations.call("detach", kernel.unmount, name, which, lazily=True)
 
 
 async def _unmount(
-    operations: Operations, name: str, mapping: Mapping, writes: Writes, *, anyway: bool
+    operations: Operations,
+    name: str,
+    which: Mounts,
+    mapping: Mapping,
+    writes: Writes,
+    *,
+    anyway: bool,
 ) -> None:
     """Flush and unmount it: each time, since users may write as they end."""
 
     def unmount() -> None:
         operations.require_medium()
         writes.watch = writes.watch or operations.kernel.watch_writes(mapping)
-        writes.watch.unmount(name, anyway=anyway, before=operations.require_medium)
+        writes.watch.unmount(name, which, anyway=anyway, before=operations.require_medium)
 
     try:
         await operations.call("unmount", unmount)

@@ -20,7 +20,7 @@ def mount(host: LinuxKernel) -> None:
 
 
 def unmount(host: LinuxKernel) -> None:
-    host.unmount("x")
+    host.unmount("x", {1})
 
 
 @pytest.mark.parametrize(("step", "operation"), [(mount, "make mount point"), (unmount, "unmount")])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.kernel import paths
-from caam_hotplug.kernel.mount_places import MountPlaces
+from caam_hotplug.kernel import mountinfo, paths
+from caam_hotplug.kernel.mount_places import MountPlaces, seen
 
 
 def opened() -> int:
@@ -64,3 +64,31 @@ def test_a_directory_of_the_board_is_kept_no_more_either(root: Path) -> None:
 
 def test_a_root_that_is_not_there_has_nothing_to_remove(tmp_path: Path) -> None:
     MountPlaces(tmp_path / "nowhere").remove("a")
+
+
+def test_a_name_is_unmounted_only_if_it_shows_a_mount_that_is_meant(root: Path) -> None:
+    (root / "a").mkdir()
+    places, before = MountPlaces(root), opened()
+    there = {mount.identity for mount in mountinfo.mounts()}
+    with paths.directory(root) as directory:
+        shown = seen(directory, "a")
+        assert seen(directory, "missing") is None
+    assert shown in there
+    assert not places.unmount("a", there - {shown})
+    assert not places.unmount("missing", there)
+    with places.directory_of("a", there) as found:
+        assert found is not None
+    assert opened() == before
+
+
+def test_a_mount_that_the_path_leads_to_is_found_though_another_directory_is_kept(
+    root: Path,
+) -> None:
+    places, there = MountPlaces(root), {mount.identity for mount in mountinfo.mounts()}
+    places.keep_seen("a")
+    root.rename(root.with_name("hidden"))
+    (root / "a").mkdir(parents=True)
+    with places.directory_of("a", there) as found:
+        assert found is not None
+        assert os.stat(found).st_ino == root.stat().st_ino
+    places.forget("a")
