@@ -69,7 +69,7 @@ async def test_a_filesystem_is_checked_without_a_mount_and_says_its_errors(
         "/sys/fs/ext4/$(basename $(readlink -f /dev/mapper/caam-cartridge-01*))/trigger_fs_error"
     )
     await guest.sh(f"echo by a test >{errors}")
-    await guest.until("caam-hotplug status --json | grep -q 'counted errors'")
+    await agent.until_said("mounted: at .*, read-only; .*counted errors")  # without a read
     refused = await guest.run("caam-hotplug", "eject", "cartridge-01", check=False)
     assert "not safe to remove" in refused.stderr
     await guest.run("caam-hotplug", "lock", "cartridge-01")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,11 +85,16 @@ def test_explain_says_which_rule_holds_a_medium_whatever_the_files_say_now(room:
         volume = next(volume for volume in sysfs.there() if volume.name == name)
         known = replace(volume, partlabel="cartridge-01", identified=True, awaits_udev=True)
         entry = Entry(known, State.MOUNTED, "at /run/media/cartridge-01", rule="earlier")
+        entry = replace(entry, observed_at=time.mktime((2026, 11, 30, 8, 26, 7, 0, 0, -1)))
         same, others = (
             "\n".join(explain.explain(room.medium.partition, config, [entry]))
             for config in (ANY, Config(rule=BUILT_IN))
         )
-    held = "it is mounted: at /run/media/cartridge-01\n  rule 'earlier' is in force for it\n"
+    held = (
+        "it is mounted: at /run/media/cartridge-01\n"
+        "  as of 2026-11-30 08:26:07, when the kernel was last looked at\n"
+        "  rule 'earlier' is in force for it\n"
+    )
     assert "  udev has not reported it yet, and may report more" in same
     assert f"{held}after a reload of the configuration files:\nrule 'any' matches it" in same
     assert f"{held}after a reload of the configuration files:\nno rule matches it" in others

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from caam_hotplug.daemon.readers import Readers
 from caam_hotplug.daemon.supervisor import Supervisor
@@ -24,6 +24,9 @@ from caam_hotplug.volume.worker import Observe, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+ERRORS_AFTER_S: Final = 0.1
+"""A program can make a broken filesystem meet errors as fast as it reads."""
 
 
 class DeviceEvents:
@@ -181,7 +184,7 @@ def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
 
 @contextmanager
 def errors_watched(errors: FilesystemErrors, supervisor: Supervisor) -> Iterator[None]:
-    """Report errors of filesystems, where the kernel does."""
+    """Report errors of filesystems, where the kernel does; at most ten times a second."""
     try:
         errors.begin()
     except KernelError as error:
@@ -189,15 +192,24 @@ def errors_watched(errors: FilesystemErrors, supervisor: Supervisor) -> Iterator
         yield
         return
 
+    loop = asyncio.get_running_loop()
+
+    def listen() -> None:
+        loop.add_reader(errors, take)
+
+    alarm = loop.call_soon(listen)
+
     def take() -> None:
+        nonlocal alarm
         errors.read()
         supervisor.observer.filesystem_failed()
+        loop.remove_reader(errors)
+        alarm = loop.call_later(ERRORS_AFTER_S, listen)
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(errors, take)
     try:
         yield
     finally:
+        alarm.cancel()
         loop.remove_reader(errors)
         errors.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -37,6 +38,9 @@ def explain(node: str, config: Config, entries: Iterable[Entry] = ()) -> Iterato
     yield ""
     if entry is not None and entry.state is not State.IGNORED:
         yield f"it is {entry.state.value}{f': {entry.reason}' if entry.reason else ''}"
+        if entry.observed_at:
+            at = time.strftime("%F %T", time.localtime(entry.observed_at))
+            yield f"  as of {at}, when the kernel was last looked at"
     held_by = entry.rule if entry is not None else ""
     if held_by:
         yield f"  rule {held_by!r} is in force for it"
