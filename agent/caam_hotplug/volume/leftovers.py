@@ -172,7 +172,7 @@ class Leftover:
         await self._remove_mount_points()
 
     async def _remove_mount_points(self) -> None:
-        """Remove those of ours that nobody uses: others may have unmounted it."""
+        """Remove those of the agent that nobody uses: others may have unmounted it."""
         kernel, points = self._operations.kernel, self._record.context.mount_points
         me = self._record.volume.id
         try:
