@@ -42,7 +42,7 @@ async def archive(guest: Guest, agent: InstalledAgent, tmp_path: Path) -> AsyncI
     )
     await agent.start()
     with (tmp_path / "archive.img").open("wb") as file:
-        file.truncate(32 << 20)
+        file.truncate(16 << 20)
     await guest.plug_usb(tmp_path / "archive.img")
     await guest.until("test -b /dev/sda")
     await guest.run("caam-hotplug", "provision", "/dev/sda", "--label", LABEL)

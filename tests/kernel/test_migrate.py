@@ -322,13 +322,15 @@ def test_cut_at_random_points_again_and_again_a_medium_keeps_every_byte(
     assert JOURNAL not in files(bench)
 
 
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_killed_after_any_of_its_last_calls_a_migration_is_ended_by_the_next_run(
-    bench: Bench,
+    bench: Bench, first: int
 ) -> None:
+    """Every second call at a time."""
     before, ways = plain(bench), ("trusted", "tagged")
     calls = {to: len(done_to(bench, to).calls) for to in ways}
     changes = [n for n, name in enumerate(reversed(END)) if name not in {*READ, "ioctl"}]
-    for count, last in enumerate(changes):
+    for count, last in enumerate(changes[first::2]):
         to = ways[count % 2]
         stop = Stop(calls[to] - last, kill_self)
         assert migrate(bench, to=to, stop=stop).status == -signal.SIGKILL

@@ -8,7 +8,7 @@ import pytest
 
 from kernel.soak import Figures, soak
 
-CYCLES: Final = 25
+CYCLES: Final = 15
 DAMAGED: Final = 3
 """Of each of two filesystems."""
 
