@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -54,7 +55,11 @@ def media(kind: str, where: Path) -> tuple[Path, Path]:
     made.touch()
     os.truncate(made, (SIZE_MIB.get(kind, 64) + 2) << 20)
     run("sfdisk", "-q", str(made), stdin=f'label: gpt\nstart=2048, name="{LABEL}"\n'.encode())
-    with plugged(made, read_only=False) as device, mapped(f"{device}p1") as node:
+    with (
+        plugged(made, read_only=False) as device,
+        locked(device),
+        mapped(f"{device}p1") as node,
+    ):
         run(*MAKERS[kind], node)
         with mounted(kind, node):
             written("settled", SETTLED)
@@ -66,6 +71,17 @@ def media(kind: str, where: Path) -> tuple[Path, Path]:
         shutil.copyfile(made, clean)
     made.unlink()
     return dirty, clean
+
+
+@contextmanager
+def locked(disk: str) -> Iterator[None]:
+    """Keep udevd from reading the table anew after a writer's close; partitions go meanwhile.
+
+    Source: systemd's BLOCK_DEVICE_LOCKING.md.
+    """
+    with Path(disk).open("rb") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
