@@ -161,7 +161,7 @@ class Machine:
             for question in self.devices._unknown._questions.values():
                 question.at = 0.0
             self.take(self.devices.overdue)
-        assert self.devices._unknown.next_at is None
+        assert not self.devices._unknown.times()
 
     def harms_to(self, disk: str) -> set[str]:
         """Return the steps that took something from the medium in the socket."""

@@ -193,8 +193,7 @@ class Devices:
     @property
     def next_overdue(self) -> float | None:
         """Return the monotonic time at which to call `overdue`; None while nothing is awaited."""
-        times = [*self._awaited.values(), self._unknown.next_at]
-        return min((at for at in times if at is not None), default=None)
+        return min([*self._awaited.values(), *self._unknown.times()], default=None)
 
     def overdue(self) -> list[Event]:
         """Return what has become known since it was asked, and what udev has not reported in time.

@@ -37,6 +37,8 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 _ROOT: Final = 0
 _MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/dm-\d+\0")
 """With both NULs: a label may have any other byte."""
+_TRUNCATED: Final = int(socket.MSG_TRUNC)
+"""A number: Python makes a value of the enumeration at each `&`, for about the price of a read."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
     struct.pack("=HBBI", *instruction)
@@ -135,7 +137,7 @@ class Uevents:
             except OSError:
                 yield None
                 continue
-            if flags & socket.MSG_TRUNC:
+            if flags & _TRUNCATED:
                 yield None
                 continue
             if b"\0SUBSYSTEM=block\0" not in message or _MAPPING.search(message):
@@ -167,7 +169,7 @@ def parsed(message: bytes) -> Uevent | None:
         if magic != _UDEV_MAGIC:
             return None
         message = message[begin : begin + length]
-    properties = dict(text.split("=", 1) for text in _texts(message) if "=" in text)
+    properties = dict([text.split("=", 1) for text in _texts(message) if "=" in text])
     return Uevent(
         action=properties.get("ACTION", ""),
         name=os.path.basename(properties.get("DEVPATH", "")),

@@ -55,10 +55,9 @@ class Unknown:
         self._answer(name, reporter)
         return events
 
-    @property
-    def next_at(self) -> float | None:
-        """Return the monotonic time at which to ask again; None while all is known."""
-        return min((question.at for question in self._questions.values()), default=None)
+    def times(self) -> list[float]:
+        """Return the monotonic times at which to ask again; none while all is known."""
+        return [question.at for question in self._questions.values()]
 
     def again(self) -> list[Event]:
         """Ask again what is due, and return the events of what is known now."""

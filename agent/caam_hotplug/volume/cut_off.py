@@ -15,7 +15,7 @@ from typing import Final
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.volume.stop_signal import StopSignal
-from caam_hotplug.volume.worker import Late, Worker, to_the_end
+from caam_hotplug.volume.worker import Late, Worker, ended
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,12 @@ class CutOff:
         """
         if self._stop.medium_gone:
             self._begin()
-        return None if self._loading is None else await to_the_end(self._loaded, self._loading)
+        loading = self._loading
+        if loading is None:
+            return None
+        if await ended(loading):
+            raise asyncio.CancelledError
+        return loading.result()
 
     async def require(self) -> None:
         """As `done`, of a mapping that may have got its table after the error table was loaded.
@@ -67,10 +72,6 @@ class CutOff:
         failure = await self.done()
         if failure is not None:
             raise failure
-
-    @staticmethod
-    async def _loaded(loading: asyncio.Task[Exception | None]) -> Exception | None:
-        return await loading
 
     def _begin(self) -> None:
         before = self._loading

@@ -38,7 +38,7 @@ class SleepCheck:
     async def remember(self, mapping: Mapping) -> None:
         """Take the sample; without one, nothing is known after a sleep."""
         with suppress(HotplugError, OSError):
-            self._before = await self._sample(mapping, await self._ciphertexts(mapping))
+            self._before = await self._sample(mapping)
 
     async def run(self, mapping: Mapping) -> None:
         """Compare. If key or medium are others, stop all I/O, and end the lifecycle.
@@ -65,23 +65,18 @@ class SleepCheck:
             return Outcome.SAME
         # This opens the disk. Where a reader refuses to read before that, what is written from now
         # on reaches the medium that is in it.
-        cipher = await self._ciphertexts(mapping)
+        cipher = await self._operations.call(*self._read_cipher(mapping))
         if cipher.medium != before.cipher.medium:
             return Outcome.OTHER_MEDIUM
-        return before.compared(await self._sample(mapping, cipher))
+        return before.compared(await self._sample(mapping))
 
-    async def _sample(self, mapping: Mapping, cipher: Ciphertexts) -> Sample:
-        """Read the plaintext, and the ciphertext again: what is written meanwhile does not count.
-
-        The ciphertext was read right before.
-        """
-        plain, after = await self._operations.each(
-            self._read_plain(mapping), self._read_cipher(mapping)
+    async def _sample(self, mapping: Mapping) -> Sample:
+        """Read the ciphertext before and after: what is written meanwhile does not count."""
+        cipher = self._read_cipher(mapping)
+        before, plain, after = await self._operations.each(
+            cipher, self._read_plain(mapping), cipher
         )
-        return Sample(plain, cipher.unless_written(after))
-
-    async def _ciphertexts(self, mapping: Mapping) -> Ciphertexts:
-        return await self._operations.call(*self._read_cipher(mapping))
+        return Sample(plain, before.unless_written(after))
 
     def _read_plain(self, mapping: Mapping) -> tuple[str, Callable[[], Plaintexts]]:
         return "read the plaintext", partial(self._kernel.plaintexts, mapping)

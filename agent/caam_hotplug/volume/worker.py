@@ -43,7 +43,7 @@ async def to_the_end(release: Callable[..., Awaitable[T]], *arguments: Any) -> T
     Raises: ReleaseError if a step failed.
     """
     work = asyncio.ensure_future(release(*arguments))
-    if await _ended(work):
+    if await ended(work):
         raise asyncio.CancelledError from work.exception()
     try:
         return work.result()
@@ -159,7 +159,7 @@ class Worker:
             try:
                 call = self._start(words, partial(function, *arguments, **named))
                 with self._reported_when_late(late, "the kernel has not answered", since):
-                    cancelled = await _ended(call)
+                    cancelled = await ended(call)
             finally:
                 self._turn.release()
             try:
@@ -201,7 +201,7 @@ class Worker:
         return self._threads.start(self.name, words, function)
 
 
-async def _ended(call: asyncio.Future[T]) -> bool:
+async def ended(call: asyncio.Future[T]) -> bool:
     """Wait until the call has ended; return whether the waiting task was cancelled meanwhile."""
     cancelled = False
     while not call.done():
