@@ -326,7 +326,7 @@ def test_cut_at_random_points_again_and_again_a_medium_keeps_every_byte(
 def test_killed_after_any_of_its_last_calls_a_migration_is_ended_by_the_next_run(
     bench: Bench, first: int
 ) -> None:
-    """Every second call at a time."""
+    """Every second of the calls is tried; the soak tries the others."""
     before, ways = plain(bench), ("trusted", "tagged")
     calls = {to: len(done_to(bench, to).calls) for to in ways}
     changes = [n for n, name in enumerate(reversed(END)) if name not in {*READ, "ioctl"}]

@@ -45,7 +45,7 @@ _ROOT: Final = 0
 _MAPPING: Final = re.compile(rb"\0DEVPATH=/devices/virtual/block/(dm-\d+)\0")
 """With both NULs: a label may have any other byte."""
 _TRUNCATED: Final = int(socket.MSG_TRUNC)
-"""A number: what Python makes of each `&` with an enumeration takes longer than the read itself."""
+"""A number: Python makes a value of the enumeration at each `&`, for about the price of a read."""
 _SO_ATTACH_FILTER: Final = 26
 _ONLY_BLOCK: Final = b"".join(
     struct.pack("=HBBI", *instruction)
