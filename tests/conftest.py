@@ -59,8 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """One of several processes is through; what it counted counts here."""
-    node.config.stash.setdefault(_tried, Counter()).update(node.workeroutput.get("tried", {}))
+    """One of several processes is through; what it counted counts here, unless it crashed."""
+    counted = getattr(node, "workeroutput", {}).get("tried", {})
+    node.config.stash.setdefault(_tried, Counter()).update(counted)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
