@@ -366,10 +366,6 @@ class Bench:
         self.settle()
         return self.entry(volume)
 
-    def report_error(self) -> None:
-        """Report to the agent that a filesystem has met an error, which may be counted later."""
-        self._observe(lambda s: s.observer.filesystem_failed())
-
     def wake(self) -> None:
         """Report to the agent that the machine has slept."""
         assert self._supervisor is not None

@@ -17,7 +17,6 @@ from kernel.cartridges import cartridges
 from kernel.witness import attempt, run
 
 _FIFREEZE: Final = 0xC0045877
-STOPPED: Final = "the filesystem has counted errors"
 BY_ERROR: Final = "its filesystem has become read-only by an error"
 OFFLINE: Final = "the kernel has taken its disk offline"
 
@@ -45,14 +44,6 @@ def taken_offline(room: Room) -> Iterator[None]:
 def ext4_name() -> str:
     (mapping,) = devmapper.ours()
     return mapping.node.rpartition("/")[2]
-
-
-def test_the_error_of_an_ext4_is_said_at_once(served: Room) -> None:
-    Path(f"/sys/fs/ext4/{ext4_name()}/trigger_fs_error").write_text("by a test")
-    said = served.agent.until_said("mounted: at .*, read-only")
-    assert STOPPED in said
-    served.pull_and_check()
-    served.agent.until_said("removed-unsafely")
 
 
 def test_the_error_of_an_ext4_is_seen_at_a_departure(served: Room) -> None:

@@ -111,51 +111,6 @@ def test_the_users_of_what_is_left_are_searched_again_only_if_they_are_others(
     assert "holders" in bench.kernel.steps
 
 
-# errors
-
-
-@pytest.mark.parametrize("after_s", [0.0, 0.05, 5.0, 180.0])
-def test_an_error_is_said_once_the_kernel_has_counted_it(bench: Bench, after_s: float) -> None:
-    volume = mounted(bench)
-    bench.report_error()
-    bench.wait(after_s)
-    assert "counted errors" not in bench.entry(volume).reason
-    mapping_of(bench, volume).errors = 1
-    bench.wait(max(0.2, after_s))
-    assert "counted errors" in bench.entry(volume).reason
-
-
-def test_an_error_leads_to_few_looks_and_then_to_none(bench: Bench) -> None:
-    mounted(bench)
-    bench.report_error()
-    bench.wait(3600)
-    assert bench.kernel.steps == LOOK * 12
-    bench.report_error()
-    bench.settle()
-    assert bench.kernel.steps == LOOK * 13
-
-
-def test_each_error_is_awaited_anew_until_it_is_counted(bench: Bench) -> None:
-    volume = mounted(bench)
-    for _ in range(2):
-        bench.report_error()
-        bench.wait(180)
-    mapping_of(bench, volume).errors = 1
-    bench.wait(30)
-    assert "counted errors" in bench.entry(volume).reason
-
-
-def test_nothing_is_looked_at_once_all_that_was_mounted_has_gone(bench: Bench) -> None:
-    mounted(bench)
-    bench.report_error()
-    bench.settle()
-    bench.pull()
-    bench.settle()
-    bench.kernel.steps.clear()
-    bench.wait(3600)
-    assert bench.kernel.steps == []
-
-
 # suspended
 
 

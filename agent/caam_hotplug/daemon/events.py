@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from caam_hotplug.daemon.readers import Readers
 from caam_hotplug.daemon.supervisor import Supervisor
-from caam_hotplug.errors import HotplugError, KernelError, UnknownError
+from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
-from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.sysfs import Source
 from caam_hotplug.kernel.uevents import Uevent
@@ -24,9 +23,6 @@ from caam_hotplug.volume.worker import Observe, Worker
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-ERRORS_AFTER_S: Final = 0.1
-"""A program can make a broken filesystem meet errors as fast as it reads."""
 
 
 class DeviceEvents:
@@ -180,38 +176,6 @@ def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
     finally:
         loop.remove_reader(watched)
         watched.close()
-
-
-@contextmanager
-def errors_watched(errors: FilesystemErrors, supervisor: Supervisor) -> Iterator[None]:
-    """Report errors of filesystems, where the kernel does; at most ten times a second."""
-    try:
-        errors.begin()
-    except KernelError as error:
-        log.info("%s; such an error is seen when somebody looks", error)
-        yield
-        return
-
-    loop = asyncio.get_running_loop()
-
-    def listen() -> None:
-        loop.add_reader(errors, take)
-
-    alarm = loop.call_soon(listen)
-
-    def take() -> None:
-        nonlocal alarm
-        errors.read()
-        supervisor.observer.filesystem_failed()
-        loop.remove_reader(errors)
-        alarm = loop.call_later(ERRORS_AFTER_S, listen)
-
-    try:
-        yield
-    finally:
-        alarm.cancel()
-        loop.remove_reader(errors)
-        errors.close()
 
 
 @contextmanager

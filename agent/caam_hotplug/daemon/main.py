@@ -17,7 +17,6 @@ from caam_hotplug.daemon.agent import Agent, Load
 from caam_hotplug.daemon.events import (
     BlobEvents,
     DeviceEvents,
-    errors_watched,
     mounts_watched,
     sleeps_watched,
 )
@@ -101,7 +100,6 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             held.callback(events.end)
             held.callback(blobs.end)
             held.enter_context(mounts_watched(supervisor, blobs))
-            held.enter_context(errors_watched(kernel.errors, supervisor))
             blobs.begin()
             look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()

@@ -18,9 +18,6 @@ from caam_hotplug.volume.record import Record
 log = logging.getLogger(__name__)
 
 LOOKS_AFTER_S: Final = 1.0
-_COUNTED_SOON_S: Final = 0.1
-_COUNTED_LATE_S: Final = 120.0
-"""With all delays before it, longer than six attempts of 30 s, after which a SCSI disk gives up."""
 
 
 class Observer:
@@ -35,8 +32,6 @@ class Observer:
         self._kernel = kernel
         self._records = records
         self._again: asyncio.TimerHandle | None = None
-        self._after_error: asyncio.TimerHandle | None = None
-        """The next look after an error of a filesystem."""
 
     def mounts_changed(self) -> None:
         """Read the mounts once, and compare what volumes have mounted. Not known is no change.
@@ -78,26 +73,6 @@ class Observer:
         for record in self._records():
             if record.volume.name == disk or names.is_partition_of(record.volume.name, disk):
                 record.holding.want_look()
-
-    def filesystem_failed(self) -> None:
-        """Have all mounted volumes looked at: the filesystem of one of them has met an error.
-
-        ext4 reports an error, then writes to the medium, and then counts the error: how long that
-        takes depends on the medium. So they are looked at again, less and less often.
-        Source: __ext4_error and ext4_handle_error in fs/ext4/super.c.
-        """
-        if self._after_error is not None:
-            self._after_error.cancel()
-        self._look_at_mounted(_COUNTED_SOON_S)
-
-    def _look_at_mounted(self, again_after_s: float) -> None:
-        self._after_error = None
-        mounted = [each.holding for each in self._records() if each.holding.mount is not None]
-        for holding in mounted:
-            holding.want_look()
-        if mounted and again_after_s < _COUNTED_LATE_S:
-            loop, look = asyncio.get_running_loop(), self._look_at_mounted
-            self._after_error = loop.call_later(again_after_s, look, 2 * again_after_s)
 
     def mapping_changed(self, name: str) -> None:
         """Have a mapping looked at that the kernel has changed or removed."""

@@ -10,7 +10,6 @@ from ctypes import (
     c_ssize_t,
     c_uint,
     c_uint32,
-    c_uint64,
     c_ulong,
     c_void_p,
 )
@@ -22,8 +21,6 @@ class Libc(Library, soname="libc.so.6", package="libc6"):
     """Another C library with the same interface may lack what is GNU's: see `Function.exists`."""
 
     epoll_wait = Function(c_int, c_int, c_void_p, c_int, c_int, failure=minus_one)
-    fanotify_init = Function(c_int, c_uint, c_uint, failure=minus_one)
-    fanotify_mark = Function(c_int, c_int, c_uint, c_uint64, c_int, c_char_p, failure=minus_one)
     free = Function(None, c_void_p)
     fstatfs = Function(c_int, c_int, c_void_p, failure=minus_one)
     getpid = Function(c_int)

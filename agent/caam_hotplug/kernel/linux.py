@@ -32,7 +32,6 @@ from caam_hotplug.kernel import (
     trusted,
 )
 from caam_hotplug.kernel.ctypes_lib import reported_as
-from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from caam_hotplug.kernel.mount_places import MountPlaces, Mounts
 from caam_hotplug.kernel.open_volume import OpenVolume
 from caam_hotplug.kernel.reserve import spent_on
@@ -53,8 +52,7 @@ class LinuxKernel:
         self.blob_directory = blob_directory
         self.mount_root = mount_root
         self._caam_device = caam_device
-        self.errors = FilesystemErrors()
-        self._places = MountPlaces(mount_root, self.errors)
+        self._places = MountPlaces(mount_root)
 
     def prepare(self) -> None:
         """Load what the first medium would wait for: libraries, and the kernel's modules.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from caam_hotplug.kernel import mount, paths
-from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 
 Mounts = Set[int]
 """Mounts by their numbers, as mountinfo has them."""
@@ -26,10 +25,8 @@ _MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 class MountPlaces:
     """The mount root as it was at each mount in it. Any thread; one at a time for one name."""
 
-    def __init__(self, root: Path, errors: FilesystemErrors | None = None) -> None:
-        """`errors`: reports those of what is mounted."""
+    def __init__(self, root: Path) -> None:
         self._root = root
-        self._errors = errors or FilesystemErrors()
         self._kept: dict[str, int] = {}
 
     def keep(self, name: str, path: str, at: int) -> None:
@@ -41,7 +38,6 @@ class MountPlaces:
             opened = os.open(path, _OPEN, dir_fd=at)
             self.forget(name)
             self._kept[name] = opened
-            self._errors.add(opened, name)
 
     def keep_seen(self, name: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""

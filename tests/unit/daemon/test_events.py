@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from caam_hotplug.daemon.events import BlobEvents, errors_watched
+from caam_hotplug.daemon.events import BlobEvents
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import inotify
-from caam_hotplug.kernel.filesystem_errors import FilesystemErrors
 from fakes.clock import Clock
 
 
@@ -151,41 +150,3 @@ def test_a_directory_that_cannot_be_watched_after_a_change_of_mounts_is_asked_fo
         runner.run(work())
     assert supervised.blobs == [None, "new.bb"]
     assert os.listdir("/proc/self/fd") == before
-
-
-class Failing:
-    """A filesystem that always meets an error, and the observer of it."""
-
-    def __init__(self) -> None:
-        self.events, self.report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.looks: list[float] = []
-        self.observer = self
-
-    def begin(self) -> None:
-        os.write(self.report, b"an event")
-
-    def fileno(self) -> int:
-        return self.events
-
-    def read(self) -> None:
-        """The next error is there at once."""
-
-    def filesystem_failed(self) -> None:
-        self.looks.append(asyncio.get_running_loop().time())
-
-    def close(self) -> None:
-        os.close(self.events)
-        os.close(self.report)
-
-
-def test_many_errors_of_filesystems_lead_to_no_more_than_ten_looks_a_second() -> None:
-    failing = Failing()
-
-    async def work() -> None:
-        with errors_watched(cast("FilesystemErrors", failing), cast("Supervisor", failing)):
-            await asyncio.sleep(1.05)
-        await asyncio.sleep(9)
-
-    with asyncio.Runner(loop_factory=Clock) as runner:
-        runner.run(work())
-    assert failing.looks == pytest.approx([number / 10 for number in range(11)])
