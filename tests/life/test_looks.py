@@ -273,9 +273,13 @@ def test_a_lock_releases_a_disk_that_is_offline_and_waits_for_no_flush(
     assert bench.kernel.mounts == []
 
 
-def test_a_disk_that_is_offline_is_never_safe_to_remove(bench: Bench) -> None:
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_disk_that_is_offline_is_never_safe_to_remove(bench: Bench, *, looks: bool) -> None:
     volume = mounted(bench)
+    mapping_of(bench, volume).errors = 1
     take_offline(bench)
+    if looks:
+        bench.look(volume)
     for _ in range(3):
         with pytest.raises(RequestRefusedError):
             bench.answer("eject", volume)

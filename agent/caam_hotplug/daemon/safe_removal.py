@@ -14,12 +14,7 @@ from typing import Any, Final
 
 from caam_hotplug.daemon.disk_hold import DiskHold
 from caam_hotplug.daemon.disk_volumes import DiskVolumes
-from caam_hotplug.errors import (
-    HotplugError,
-    RequestRefusedError,
-    VolumeBusyError,
-    WritesLostError,
-)
+from caam_hotplug.errors import HotplugError, RequestRefusedError, VolumeBusyError, WritesLostError
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Bus, State, Volume, VolumeId
 from caam_hotplug.volume.phases import CHANGED, REREAD
@@ -185,7 +180,8 @@ class SafeRemoval:
             raise RequestRefusedError(
                 f"eject {volume}: it is built in, and cannot be removed; `lock` releases it"
             )
-        self._require_written(record)
+        if not record.holding.is_offline:  # else it is released, whether or not somebody looked
+            self._require_written(record)
         users = await hold.look_who_uses(volume, record.status.publish_late)
         if users:
             what = f"eject {volume}: `lock` releases this volume alone, for its disk"
