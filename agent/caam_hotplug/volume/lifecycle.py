@@ -25,10 +25,9 @@ from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
-from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.outcome import Outcome
-from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.phases import Active, Evaluate, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes
 from caam_hotplug.volume.requests import Ask
@@ -116,7 +115,7 @@ class VolumeLifecycle:
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
         cause, holding = self._phase.released_for, self.record.holding
-        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate)
+        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure)
         await self._lookout.until_worth_it(
             lambda: (
                 bool(self._inbox.request)
@@ -126,6 +125,7 @@ class VolumeLifecycle:
         )
         if self._inbox.wants_release or self._stop.is_set:
             return self._phase
+        cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
             return await self._outcome.released_for(cause)
         return self._phase.to_evaluate()
@@ -144,8 +144,7 @@ class VolumeLifecycle:
         except OtherOnDiskError as error:
             self._device.follow(error.found)
         except (BlobMissingError, MountPointOccupiedError) as error:
-            self._status.publish(state_of(error), str(error))
-            return self._phase.to_idle(obstacle_of(error, self._kernel))
+            return await self._outcome.waits(error)
         except ReleaseError as error:
             self.record.retry_if_udev_reported(udev_before)
             words = in_words(error) + self.record.retry_if_passing(error)
@@ -153,7 +152,7 @@ class VolumeLifecycle:
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
-            return self._outcome.failed(error)
+            return await self._outcome.failed(error)
         finally:
             await self._device.close()
         return self._phase.to_idle()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from caam_hotplug.errors import ForeignMappingError, HotplugError, ReleaseError
+from caam_hotplug.errors import (
+    BlobMissingError,
+    ForeignMappingError,
+    HotplugError,
+    MountPointOccupiedError,
+    ReleaseError,
+)
 from caam_hotplug.model import State
 from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
-from caam_hotplug.volume.obstacles import obstacle_of
+from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Idle, Parked, Phase
+from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.remains import remains
 from caam_hotplug.volume.requests import Request
@@ -39,19 +45,41 @@ class Outcome:
     def _phase(self) -> Phase:
         return self._record.phase
 
-    def failed(self, error: Exception) -> Phase:
+    async def failed(self, error: Exception) -> Phase:
         """Publish why an attempt has failed, unless the medium was pulled meanwhile."""
         if self._stop.medium_gone or not self._kernel.is_present(self._record.volume):
             # A medium that is pulled makes the current operation fail; nothing is wrong with it.
             log.warning("%s: pulled meanwhile: %s", self._record.volume, error)
             return self._phase.to_idle()
-        words = f"{error}{self._record.retry_if_passing(error)}"
-        self._status.publish(State.FAILED, with_loss(words, self._record.lost))
-        is_foreign = isinstance(error, ForeignMappingError)
-        return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
+        words = with_loss(f"{error}{self._record.retry_if_passing(error)}", self._record.lost)
+        obstacle = obstacle_of(error, self._kernel)
+        if isinstance(error, ForeignMappingError):
+            self._status.publish(State.FAILED, words)
+            return self._phase.to_idle(obstacle, is_foreign=True)
+        return await self._unserved(Failure(words, obstacle=obstacle))
 
-    async def released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
+    async def waits(self, error: BlobMissingError | MountPointOccupiedError) -> Phase:
+        """Publish what the volume waits for."""
+        obstacle = obstacle_of(error, self._kernel)
+        return await self._unserved(Failure(str(error), state_of(error), obstacle))
+
+    async def _unserved(self, cause: Failure) -> Phase:
+        """Publish why it is not served, and who holds what the attempt has made, until they end."""
+        idle = self._phase.to_idle(cause.obstacle)
+        if not self._record.cut_off.is_mapped:
+            self._status.publish(cause.state, cause.words)
+            return idle
+        left = await remains(self._record, self._operations, cause)
+        if left is None or not left.is_known:
+            self._status.publish(cause.state, cause.words)
+            return replace(idle, has_leftover=left is not None)
+        self._status.publish(left.state, left.words)
+        return replace(idle, has_leftover=True, released_for=cause)
+
+    async def released_for(self, cause: Request | Reevaluate | Interference | Failure) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
+        if isinstance(cause, Failure):
+            return await self._unserved(cause)
         if (left := await remains(self._record, self._operations, cause)) is None:
             self._record.phase = replace(self._phase, has_leftover=False)
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
