@@ -175,6 +175,7 @@ class Mapping:
     """Target lines as `START LENGTH TYPE PARAMETERS`; empty while none is live."""
     open_count: int
     is_suspended: bool = False
+    is_removed_at_last_close: bool = False
 
     @property
     def node(self) -> str:

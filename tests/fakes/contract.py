@@ -417,7 +417,8 @@ def test_a_held_mapping_is_removed_when_its_holder_closes_it(world: World) -> No
     with mapped(world) as mapping:
         with world.held(mapping.node):
             world.kernel.remove_mapping(mapping.name)
-            assert found(world) == replace(mapping, open_count=1)
+            going = replace(mapping, open_count=1, is_removed_at_last_close=True)
+            assert found(world) == going
         until(lambda: is_gone(world))
 
 

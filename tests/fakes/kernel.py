@@ -539,6 +539,7 @@ class FakeProcess:
             table,
             open_count,
             mapping.is_suspended,
+            mapping.is_removed_at_last_close,
         )
 
     def our_mappings(self) -> list[Mapping]:

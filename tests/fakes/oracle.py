@@ -201,9 +201,7 @@ def _of_released(
     elif claim.state == "removed-unsafely":
         if mapping.has_key and claim.volume not in system.media:
             yield false("left over", f"{what} with its key")
-    elif claim.state not in ("waiting", "conflict") and not any(
-        words in claim.reason for words in ("mapping", *where)
-    ):
+    elif not any(words in claim.reason for words in ("mapping", "belongs to volume", *where)):
         yield false("left over", f"{what}, mounted at {where}, and nothing is said of it")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Final
 
 import pytest
 
+from caam_hotplug.kernel import devmapper
 from fakes.contract import until
-from kernel.agents import Room
+from kernel.agents import ARRIVAL, Room, mappings
+from kernel.forked import Stop
+from kernel.holders import process
 from kernel.test_journals import MAKERS, folder, mapped, plugged
 from kernel.witness import run
 
 SYSCTL: Final = Path("/proc/sys/fs/inotify")
+ACTIVATED: Final = ARRIVAL.index("dm resume") + 1
+"""Calls of an arrival until its mapping is live, and nothing has been read by it."""
 
 
 @contextmanager
@@ -153,6 +159,30 @@ def test_a_conflict_ends_when_what_has_the_mount_point_goes(
     with occupant(room) as go:
         room.medium.plug()
         room.agent.until_said("conflict: ")
+        go()
+        room.check_served()
+        room.medium.pull()
+
+
+def hold_node(node: Path) -> Iterator[None]:
+    with node.open("rb"):
+        yield
+        signal.pause()
+
+
+def test_a_conflict_says_who_holds_the_mapping_until_it_is_closed(room: Room) -> None:
+    room.agent.start(Stop(ACTIVATED))
+    with content(room) as go:
+        room.medium.plug()
+        room.agent.until_called(ACTIVATED)
+        (mapping,) = devmapper.ours()
+        with process(hold_node, Path(mapping.node)):
+            room.agent.go_on()
+            said = f"is not empty; mapping {mapping.name} is held open: pid \\d+"
+            room.agent.until_said(f"conflict: .* {said}")
+            assert mappings() == [mapping.name]
+        room.agent.until_said("conflict: .* is not empty$")
+        assert mappings() == []
         go()
         room.check_served()
         room.medium.pull()

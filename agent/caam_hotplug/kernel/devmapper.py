@@ -90,6 +90,7 @@ def find(uuid: str) -> Mapping | None:
             table=tuple(_target_lines(task)),
             open_count=info.open_count,
             is_suspended=bool(info.suspended),
+            is_removed_at_last_close=bool(info.deferred_remove),
         )
 
 

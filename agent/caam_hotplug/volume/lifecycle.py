@@ -1,6 +1,7 @@
 """The lifecycle of one volume, from arrival to departure: one coroutine, one phase at a time.
 
-`VolumeLifecycle.run` is all of it; `phases`: the phases, `record`: the events from outside.
+`VolumeLifecycle.run` is all of it; `phases`: the phases, `record`: the events from outside,
+`outcome`: what follows a release or a failure.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from caam_hotplug.errors import (
     BLOB_AT_FAULT,
     BlobMissingError,
     DeviceLockedError,
-    ForeignMappingError,
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
@@ -25,14 +25,13 @@ from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
-from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Active, Evaluate, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.outcome import Outcome
+from caam_hotplug.volume.phases import Active, Evaluate, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
-from caam_hotplug.volume.remains import in_words, note_last_writes, remains
-from caam_hotplug.volume.requests import Ask, Request
-from caam_hotplug.volume.status import with_loss
-from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError, StopSignal
+from caam_hotplug.volume.remains import in_words, note_last_writes
+from caam_hotplug.volume.requests import Ask
+from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
 
 log = logging.getLogger(__name__)
@@ -57,6 +56,7 @@ class VolumeLifecycle:
         self._device = Device(self.record, self._operations)
         self._lookout = Lookout(self._operations, self.record)
         self._leftover = Leftover(self.record, self._operations)
+        self._outcome = Outcome(self.record, self._operations, self._leftover)
 
     async def run(self) -> None:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
@@ -71,10 +71,10 @@ class VolumeLifecycle:
                         record.phase = await self._wait_idle()
                     case _:
                         record.phase = await self._evaluate()
-            await self._release_at_end()
+            await self._outcome.release_at_end()
             await record.cut_off.done()
             if self._stop.reason is Reason.OFFLINE and not record.is_agent_stopping:
-                self._park(self._stop)
+                self._outcome.park(self._stop)
         finally:
             self._inbox.refuse(self._stop.words or "a defect of the agent; its journal says more")
         # A failed release was published; only the departure of the medium overrides it.
@@ -93,7 +93,7 @@ class VolumeLifecycle:
         """Say who holds what is left of a volume that was cut off, until they close it."""
         if await self._leftover.is_cut_off_from_locked():
             self.record.phase = self._phase.to_idle()
-            self.record.phase = await self._released_for(Interference(self._status.reason))
+            self.record.phase = await self._outcome.released_for(Interference(self._status.reason))
 
     async def _wait_parked(self) -> Phase:
         """Stay locked or ejected until there is a request."""
@@ -103,7 +103,7 @@ class VolumeLifecycle:
         if request is None or self._stop.is_set:
             return self._phase  # which `Record.repark` may have replaced
         if request.releases:
-            return await self._release_for(request)
+            return await self._outcome.release_for(request)
         self.record.unpark()
         return self._phase.to_evaluate()
 
@@ -111,11 +111,11 @@ class VolumeLifecycle:
         """Answer requests while nothing is held, until something is worth another attempt."""
         request = self._inbox.request
         if request is not None and request.releases:
-            return await self._release_for(request)
+            return await self._outcome.release_for(request)
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
         cause, holding = self._phase.released_for, self.record.holding
-        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate)
+        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure)
         await self._lookout.until_worth_it(
             lambda: (
                 bool(self._inbox.request)
@@ -125,8 +125,9 @@ class VolumeLifecycle:
         )
         if self._inbox.wants_release or self._stop.is_set:
             return self._phase
+        cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
-            return await self._released_for(cause)
+            return await self._outcome.released_for(cause)
         return self._phase.to_evaluate()
 
     async def _evaluate(self) -> Phase:
@@ -143,15 +144,15 @@ class VolumeLifecycle:
         except OtherOnDiskError as error:
             self._device.follow(error.found)
         except (BlobMissingError, MountPointOccupiedError) as error:
-            self._status.publish(state_of(error), str(error))
-            return self._phase.to_idle(obstacle_of(error, self._kernel))
+            return await self._outcome.waits(error)
         except ReleaseError as error:
             self.record.retry_if_udev_reported(udev_before)
-            return self._badly_released(in_words(error) + self.record.retry_if_passing(error))
+            words = in_words(error) + self.record.retry_if_passing(error)
+            return self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
-            return self._failed(error)
+            return await self._outcome.failed(error)
         finally:
             await self._device.close()
         return self._phase.to_idle()
@@ -166,16 +167,6 @@ class VolumeLifecycle:
                 return await self._ignore(why)
         return self._phase.to_idle()  # and publish nothing before udev's report
 
-    def _failed(self, error: Exception) -> Phase:
-        if self._stop.medium_gone or not self._kernel.is_present(self.record.volume):
-            # A medium that is pulled makes the current operation fail; nothing is wrong with it.
-            log.warning("%s: pulled meanwhile: %s", self.record.volume, error)
-            return self._phase.to_idle()
-        words = f"{error}{self.record.retry_if_passing(error)}"
-        self._status.publish(State.FAILED, with_loss(words, self.record.lost))
-        is_foreign = isinstance(error, ForeignMappingError)
-        return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
-
     @property
     def _phase(self) -> Phase:
         return self.record.phase
@@ -185,7 +176,7 @@ class VolumeLifecycle:
             self._leftover.require_refused(why)
             log.warning("%s: no rule matches it any more; releasing it", self.record.volume)
             await self._leftover.release()
-            return await self._released_for(Reevaluate.RULES)
+            return await self._outcome.released_for(Reevaluate.RULES)
         self._status.publish(State.IGNORED, str(why), rule="", blob="")
         return Idle(target=self._phase.target)
 
@@ -217,7 +208,7 @@ class VolumeLifecycle:
                 return await self._activate(target)
             finally:
                 if self._stop.is_set:  # a leftover mount keeps its mount point reserved until then
-                    await self._release_at_end()
+                    await self._outcome.release_at_end()
 
     def _note_how(self) -> None:
         request = self._inbox.request
@@ -238,63 +229,5 @@ class VolumeLifecycle:
         if released.loses_data_if_gone and self._stop.medium_gone:
             note_last_writes(self.record)
         elif released.cause is not None and not self._stop.is_set:
-            return await self._released_for(released.cause)
+            return await self._outcome.released_for(released.cause)
         return self._phase.to_idle()
-
-    async def _released_for(self, cause: Request | Reevaluate | Interference) -> Phase:
-        """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
-        if (left := await remains(self.record, self._operations, cause)) is None:
-            self.record.phase = replace(self._phase, has_leftover=False)
-            return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self._park(cause)
-        self._status.publish(left.state, left.words)
-        self._inbox.refuse(left.words)
-        if not left.is_known:
-            return self._with_leftover()
-        self._inbox.discard_facts()  # they were for the volume as it was held
-        return replace(self._phase.to_idle(), has_leftover=True, released_for=cause)
-
-    def _with_leftover(self) -> Phase:
-        phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
-        return replace(phase, has_leftover=True)
-
-    async def _release_for(self, request: Request) -> Phase:
-        """Release leftovers on request: this lifecycle itself holds nothing."""
-        if not self._phase.has_leftover:
-            return self._park(request)
-        try:
-            if isinstance(self._phase, Idle):  # it may be in use, and was never released
-                await self._leftover.require_releasable()
-            await self._leftover.release()
-        except ReleaseError as error:
-            idle = self._badly_released(str(error))
-            self._inbox.refuse(str(error))
-            return idle
-        except (HotplugError, OSError) as error:  # nothing has changed
-            self._inbox.refuse(error)
-            return self._phase
-        return await self._released_for(request)
-
-    def _park(self, cause: Request | Interference | StopSignal) -> Phase:
-        if self.record.parked is None or self._status.state is not State.EJECTED:  # which is more
-            self.record.park(State.LOCKED, cause.words)
-        if self._inbox.wants_release:
-            self._inbox.grant()
-        return self._phase
-
-    async def _release_at_end(self) -> None:
-        """Release leftovers, also a mapping that could not be adopted."""
-        if not self._phase.has_leftover or self._stop.keeps:
-            return
-        try:
-            await self._leftover.release()
-        except ReleaseError as error:
-            self.record.phase = self._badly_released(str(error))
-            if await self.record.may_release_again(error):
-                await self._release_at_end()
-
-    def _badly_released(self, words: str) -> Phase:
-        # Without its medium the volume cannot be `failed`; only the remains are there.
-        gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
-        state = State.REMOVED_UNSAFELY if gone else State.FAILED
-        self._status.publish(state, with_loss(words, self.record.lost))
-        return self._with_leftover()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from caam_hotplug.errors import HotplugError, UnknownError, UnsafePathError
@@ -20,6 +21,7 @@ from caam_hotplug.model import DeviceNumber, State
 from caam_hotplug.volume.mount_table import mounts_at
 from caam_hotplug.volume.obstacles import Obstacle
 from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.phases import Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.retry_delay import RetryDelay
 
@@ -106,9 +108,20 @@ class Lookout:
             return False
         except (HotplugError, OSError):  # the attempt says it
             return True
-        if words and self._status.state is State.CONFLICT and words != self._status.reason:
-            self._status.publish(State.CONFLICT, words)
+        if words and self._status.state is State.CONFLICT:
+            self._publish_occupant(words)
         return not words
+
+    def _publish_occupant(self, words: str) -> None:
+        """Publish what is there, unless that was; or have it, with who holds the mapping."""
+        phase = self._record.phase
+        if not isinstance(phase.released_for, Failure):
+            if words != self._status.reason:
+                self._status.publish(State.CONFLICT, words)
+        elif words != phase.released_for.words:
+            cause = replace(phase.released_for, words=words)
+            self._record.phase = replace(phase, released_for=cause)
+            self._record.holding.want_look()
 
     async def _occupant(self, name: str) -> str:
         """Return what is there, in words, and watch it. A filesystem is left alone: it may hang."""

@@ -22,6 +22,15 @@ REREAD: Final = "it was ejected, and its partitions were read anew"
 CHANGED: Final = "it was ejected, and others may have written to its disk"
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What has ended an attempt to serve a volume."""
+
+    words: str
+    state: State = State.FAILED
+    obstacle: Obstacle = Obstacle.NONE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What every phase remembers."""
@@ -30,8 +39,8 @@ class Phase:
     """Target of the last attempt."""
     has_leftover: bool = False
     """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
-    released_for: Request | Reevaluate | Interference | None = None
-    """Why it was released, while others hold its mapping open."""
+    released_for: Request | Reevaluate | Interference | Failure | None = None
+    """Why it was released, or is not served, while there is a mapping of it."""
 
     def to_evaluate(self) -> Evaluate:
         """Return the phase in which the rules are matched again."""

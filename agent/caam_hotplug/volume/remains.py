@@ -11,6 +11,7 @@ from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.phases import Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
 from caam_hotplug.volume.requests import Request
@@ -31,19 +32,21 @@ class Remains:
 
 
 async def remains(
-    record: Record, operations: Operations, cause: Request | Reevaluate | Interference
+    record: Record, operations: Operations, cause: Request | Reevaluate | Interference | Failure
 ) -> Remains | None:
     """Return what is left of a volume that was released for this cause; None if that is nothing.
 
     A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
     it: the kernel reports that before it has written the filesystem and closed the mapping.
     """
-    before = f"{cause.words}; " if isinstance(cause, Interference) else ""
+    before = f"{cause.words}; " if isinstance(cause, Interference | Failure) else ""
     try:
         left = await _watched(record, operations)
         if left is None:
             record.holding.end()
             return None
+        if isinstance(cause, Failure) and not left.is_removed_at_last_close:
+            return Remains(cause.state, _with_cure(cause.words, left))
         seen, who = record.holding.users or (None, ())
         if seen != left or not who:  # else as many have it open as before: a search is dear
             also = record.holding.number
@@ -51,11 +54,18 @@ async def remains(
             record.holding.users = (left, who)
     except (HotplugError, OSError) as error:
         return Remains(State.FAILED, f"{before}{error}", is_known=False)
-    is_closing = bool(before) and not who
+    state = cause.state if isinstance(cause, Failure) else State.FAILED
+    if isinstance(cause, Interference) and not who:  # it is closing
+        state = State.DETACHING
     others = "; ".join(who) or "others"
     words = f"{before}mapping {left.name} is held open: {others}; it goes when they close it"
-    state = State.DETACHING if is_closing else State.FAILED
     return Remains(state, with_loss(words, record.lost))
+
+
+def _with_cure(words: str, left: Mapping) -> str:
+    """Return the words, and what ends a mapping that the attempt has not come to release."""
+    cure = "`lock` releases it"
+    return words if cure in words else f"{words}; mapping {left.name} is left, and {cure}"
 
 
 async def _watched(record: Record, operations: Operations) -> Mapping | None:

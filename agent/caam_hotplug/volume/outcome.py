@@ -1,0 +1,138 @@
+"""The phase that follows a release or a failure, with the state and the answer to a request."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from caam_hotplug.errors import (
+    BlobMissingError,
+    ForeignMappingError,
+    HotplugError,
+    MountPointOccupiedError,
+    ReleaseError,
+)
+from caam_hotplug.model import State
+from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.leftovers import Leftover
+from caam_hotplug.volume.obstacles import obstacle_of, state_of
+from caam_hotplug.volume.operations import Operations
+from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
+from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.remains import remains
+from caam_hotplug.volume.requests import Request
+from caam_hotplug.volume.status import with_loss
+from caam_hotplug.volume.stop_signal import IS_THERE, StopSignal
+
+log = logging.getLogger(__name__)
+
+
+class Outcome:
+    """What follows for one volume once it is released, or has failed. Synchronization: loop only.
+
+    Its lifecycle holds nothing then; the kernel may have a leftover, which is released here.
+    """
+
+    def __init__(self, record: Record, operations: Operations, leftover: Leftover) -> None:
+        self._record = record
+        self._operations = operations
+        self._leftover = leftover
+        self._kernel = operations.kernel
+        self._status, self._stop, self._inbox = record.status, record.stop, record.inbox
+
+    @property
+    def _phase(self) -> Phase:
+        return self._record.phase
+
+    async def failed(self, error: Exception) -> Phase:
+        """Publish why an attempt has failed, unless the medium was pulled meanwhile."""
+        if self._stop.medium_gone or not self._kernel.is_present(self._record.volume):
+            # A medium that is pulled makes the current operation fail; nothing is wrong with it.
+            log.warning("%s: pulled meanwhile: %s", self._record.volume, error)
+            return self._phase.to_idle()
+        words = with_loss(f"{error}{self._record.retry_if_passing(error)}", self._record.lost)
+        obstacle = obstacle_of(error, self._kernel)
+        if isinstance(error, ForeignMappingError):
+            self._status.publish(State.FAILED, words)
+            return self._phase.to_idle(obstacle, is_foreign=True)
+        return await self._unserved(Failure(words, obstacle=obstacle))
+
+    async def waits(self, error: BlobMissingError | MountPointOccupiedError) -> Phase:
+        """Publish what the volume waits for."""
+        obstacle = obstacle_of(error, self._kernel)
+        return await self._unserved(Failure(str(error), state_of(error), obstacle))
+
+    async def _unserved(self, cause: Failure) -> Phase:
+        """Publish why it is not served, and who holds what the attempt has made, until they end."""
+        idle = self._phase.to_idle(cause.obstacle)
+        if not self._record.cut_off.is_mapped:
+            self._status.publish(cause.state, cause.words)
+            return idle
+        left = await remains(self._record, self._operations, cause)
+        if left is None or not left.is_known:
+            self._status.publish(cause.state, cause.words)
+            return replace(idle, has_leftover=left is not None)
+        self._status.publish(left.state, left.words)
+        return replace(idle, has_leftover=True, released_for=cause)
+
+    async def released_for(self, cause: Request | Reevaluate | Interference | Failure) -> Phase:
+        """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
+        if isinstance(cause, Failure):
+            return await self._unserved(cause)
+        if (left := await remains(self._record, self._operations, cause)) is None:
+            self._record.phase = replace(self._phase, has_leftover=False)
+            return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
+        self._status.publish(left.state, left.words)
+        self._inbox.refuse(left.words)
+        if not left.is_known:
+            return self._with_leftover()
+        self._inbox.discard_facts()  # they were for the volume as it was held
+        return replace(self._phase.to_idle(), has_leftover=True, released_for=cause)
+
+    def _with_leftover(self) -> Phase:
+        phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
+        return replace(phase, has_leftover=True)
+
+    async def release_for(self, request: Request) -> Phase:
+        """Release leftovers on request: this lifecycle itself holds nothing."""
+        if not self._phase.has_leftover:
+            return self.park(request)
+        try:
+            if isinstance(self._phase, Idle):  # it may be in use, and was never released
+                await self._leftover.require_releasable()
+            await self._leftover.release()
+        except ReleaseError as error:
+            idle = self.badly_released(str(error))
+            self._inbox.refuse(str(error))
+            return idle
+        except (HotplugError, OSError) as error:  # nothing has changed
+            self._inbox.refuse(error)
+            return self._phase
+        return await self.released_for(request)
+
+    def park(self, cause: Request | Interference | StopSignal) -> Phase:
+        if self._record.parked is None or self._status.state is not State.EJECTED:  # which is more
+            self._record.park(State.LOCKED, cause.words)
+        if self._inbox.wants_release:
+            self._inbox.grant()
+        return self._phase
+
+    async def release_at_end(self) -> None:
+        """Release leftovers, also a mapping that could not be adopted."""
+        if not self._phase.has_leftover or self._stop.keeps:
+            return
+        try:
+            await self._leftover.release()
+        except ReleaseError as error:
+            self._record.phase = self.badly_released(str(error))
+            if await self._record.may_release_again(error):
+                await self.release_at_end()
+
+    def badly_released(self, words: str) -> Phase:
+        """Publish why a release has failed: the kernel may have a leftover of it."""
+        # Without its medium the volume cannot be `failed`; only the remains are there.
+        gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
+        state = State.REMOVED_UNSAFELY if gone else State.FAILED
+        self._status.publish(state, with_loss(words, self._record.lost))
+        return self._with_leftover()
