@@ -159,6 +159,7 @@ class Activation:
             if holding.differs:
                 found = await self._observation.compare()
                 if found is not None and not self._stop.is_set:
+                    self._record.note_release(found.words)  # it is not mounted any more
                     await self._release(mapping, found)
                     return found
                 if asks_for_it and not self._stop.is_set:
@@ -166,6 +167,8 @@ class Activation:
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
+                if isinstance(cause, Request):
+                    self._record.note_release(cause.words)
                 return cause
 
     async def _compare_if_it_slept(self, mapping: Mapping) -> None:
