@@ -221,6 +221,22 @@ def test_a_medium_that_was_unmounted_by_hand_in_use_is_not_mounted_by_the_next_a
     room.medium.pull()
 
 
+def test_a_mapping_that_is_suspended_and_not_mounted_is_read_by_no_agent_before_its_resume(
+    room: Room,
+) -> None:
+    killed(room)
+    run("umount", str(room.point()))
+    (name,) = mappings()
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", name)
+    room.agent.start()
+    said = room.agent.until_said_ever(f"failed: mapping {name} is suspended, and writes wait")
+    for command in said.split("`")[1].split(" && "):
+        run(*command.split())
+    room.check_served()
+    assert mappings() == [name]
+    room.pull_and_check()
+
+
 def test_a_mapping_of_a_later_version_is_left_alone_and_said(room: Room) -> None:
     run("dmsetup", "create", NAME, "--uuid", LATER, "--table", "0 8 zero")
     try:

@@ -251,6 +251,69 @@ def test_a_suspended_mapping_is_released_at_once_only_if_nothing_is_flushed(
     assert machine.state(volume) is State.LOCKED
 
 
+def suspended_without_a_mount(bench: Bench) -> Volume:
+    """Have an agent start that finds a suspended mapping, and no mount of it."""
+    volume = killed(bench)
+    bench.kernel.mounts.clear()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    restart(bench)
+    return volume
+
+
+def test_a_suspended_mapping_is_left_alone_until_somebody_resumes_it(machine: Bench) -> None:
+    volume = suspended_without_a_mount(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    words = f"mapping {mapping.name} is suspended, and writes wait"
+    assert machine.state(volume) is State.FAILED
+    assert machine.reason(volume).startswith(words)
+    assert not {"probe", "mount", "remove_mapping", "keep_mapping"} & set(machine.kernel.steps)
+    assert machine.look(volume).state is State.FAILED
+    with pytest.raises(RequestRefusedError, match=words):
+        machine.answer("lock", volume)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert [mapping.name] == [*machine.kernel.mappings]
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_mapping_that_is_resumed_at_any_time_of_its_adoption_is_mounted(
+    machine: Bench, turns: int
+) -> None:
+    volume = killed(machine)
+    machine.kernel.mounts.clear()
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    machine.start()
+    machine.run_turns(turns)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("end", ["stop", "pull"])
+def test_a_suspended_mapping_that_was_left_alone_is_released_at_its_end(
+    machine: Bench, end: str
+) -> None:
+    suspended_without_a_mount(machine)
+    getattr(machine, end)()
+    machine.settle()
+    assert machine.kernel.leftovers() == []
+
+
+def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+    assert "plaintexts" not in machine.kernel.steps
+    assert "is suspended" in machine.look(volume).reason
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
     volume = killed(machine)

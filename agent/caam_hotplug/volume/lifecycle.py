@@ -17,6 +17,7 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
+    SuspendedError,
 )
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
@@ -169,7 +170,7 @@ class VolumeLifecycle:
             return self._phase.to_idle()
         words = f"{error}{self.record.retry_if_passing(error)}"
         self._status.publish(State.FAILED, with_loss(words, self.record.lost))
-        is_foreign = isinstance(error, ForeignMappingError)
+        is_foreign = isinstance(error, ForeignMappingError | SuspendedError)
         return self._phase.to_idle(obstacle_of(error, self._kernel), is_foreign=is_foreign)
 
     @property

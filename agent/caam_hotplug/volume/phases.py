@@ -49,7 +49,7 @@ class Phase:
     def to_idle(self, obstacle: Obstacle = Obstacle.NONE, *, is_foreign: bool = False) -> Idle:
         """Return the phase in which nothing is held.
 
-        `is_foreign`: a mapping that cannot be adopted is in the way, to be released on request.
+        `is_foreign`: a mapping that cannot be adopted now is in the way, to be released on request.
         """
         return Idle(
             target=self.target,

@@ -10,7 +10,7 @@ from typing import Final
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.errors import (
     MountBusyError,
-    RequestRefusedError,
+    SuspendedError,
     VolumeBusyError,
     WritesLostError,
     shown,
@@ -102,11 +102,11 @@ def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
 
 
-def suspended(mapping: Mapping) -> RequestRefusedError:
+def suspended(mapping: Mapping) -> SuspendedError:
     """Return the refusal to release a mapping that is suspended."""
     name = mapping.name
     words = f"mapping {name} is suspended, and writes wait; `dmsetup resume {name}` ends that"
-    return RequestRefusedError(words)
+    return SuspendedError(words)
 
 
 async def _release_unmounted(
