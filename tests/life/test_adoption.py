@@ -244,7 +244,7 @@ def test_a_suspended_mapping_is_released_at_once_only_if_nothing_is_flushed(
     shrunk(machine)
     restart(machine)
     if not line:
-        with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends"):
+        with pytest.raises(RequestRefusedError, match=f"dmsetup resume {mapping.name}` ends"):
             machine.answer("lock", volume)
         mapping.is_suspended = False
     machine.answer("lock", volume)

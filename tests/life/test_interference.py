@@ -614,12 +614,34 @@ def test_a_suspended_volume_is_neither_locked_nor_ejected_and_names_the_cure(
     volume = mounted(bench)
     mapping = mapping_of(bench, volume)
     bench.by_hand.suspend(mapping)
-    with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends that"):
+    with pytest.raises(RequestRefusedError, match=f"dmsetup resume {mapping.name}` ends that"):
         bench.answer(verb, volume)
     assert bench.state(volume) is State.MOUNTED
     assert len(bench.kernel.mounts) == 1
     bench.by_hand.resume(mapping)
     bench.answer(verb, volume)
+
+
+@pytest.mark.parametrize("table", [None, FOREIGN])
+def test_the_cure_of_a_suspended_volume_makes_no_table_of_somebody_else_live(
+    bench: Bench, table: str | None
+) -> None:
+    volume = mounted(bench)
+    mapping = mapping_of(bench, volume)
+    bench.by_hand.suspend(mapping)
+    if table is not None:
+        bench.by_hand.load(mapping, table)
+    with pytest.raises(RequestRefusedError) as refused:
+        bench.answer("lock", volume)
+    cure = str(refused.value).split("`")[1]
+    for command in cure.split(" && "):
+        dmsetup, verb, name = command.split(" ")
+        assert dmsetup == "dmsetup"
+        getattr(bench.by_hand, verb)(bench.kernel.mappings[name])
+    bench.settle()
+    bench.answer("lock", volume)
+    assert (bench.state(volume), "may be lost" in bench.reason(volume)) == (State.LOCKED, False)
+    assert "load_error_table" not in bench.kernel.steps
 
 
 def test_a_stop_resumes_a_suspended_volume_before_it_flushes(bench: Bench) -> None:

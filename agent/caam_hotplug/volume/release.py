@@ -103,10 +103,14 @@ def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
 
 
 def suspended(mapping: Mapping) -> SuspendedError:
-    """Return the refusal to release a mapping that is suspended."""
+    """Return the refusal to release a mapping that is suspended.
+
+    A resume makes a table live that was loaded meanwhile, which nothing reports, and what waits is
+    written by that. `clear` drops it, and does nothing where there is none.
+    """
     name = mapping.name
-    words = f"mapping {name} is suspended, and writes wait; `dmsetup resume {name}` ends that"
-    return SuspendedError(words)
+    cure = f"`dmsetup clear {name} && dmsetup resume {name}` ends that"
+    return SuspendedError(f"mapping {name} is suspended, and writes wait; {cure}")
 
 
 async def _release_unmounted(
