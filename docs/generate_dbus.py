@@ -43,6 +43,7 @@ possible what to do.
 |---|---|
 | `RequestRefused` | the volume's state does not allow it |
 | `VolumeBusy` | others use the volume or its disk; the message has a line for each |
+| `Suspended` | its mapping is suspended, so that writes wait; the message has the cure |
 | `WritesLost` | a write to the medium has failed since it was inserted |
 | `Configuration` | Reload found mistakes; the message has a line for each |
 | `BlobMissing`, `BlobRejected`, `Blob` | the blob is absent, refused by the CAAM, or not a blob |

@@ -108,6 +108,10 @@ class RequestRefusedError(HotplugError):
     """The volume's state does not allow the request; the message says why and what to do."""
 
 
+class SuspendedError(RequestRefusedError):
+    """A mapping is suspended, so that reads and writes of it wait."""
+
+
 class WritesLostError(RequestRefusedError):
     """Not all that was written to the volume has reached its medium."""
 

@@ -47,7 +47,7 @@ async def test_a_medium_is_unmounted_detached_remounted_suspended_and_hidden_by_
     await guest.until("caam-hotplug status | grep -q 'mapping caam-.* is suspended'")
     for request in ("lock", "eject"):
         refused = await guest.run("caam-hotplug", request, "cartridge-01", check=False)
-        assert f"`dmsetup resume {name}` ends that" in refused.stderr
+        assert f"dmsetup resume {name}` ends that" in refused.stderr
     await guest.run("dmsetup", "resume", name)
 
     await guest.sh("mount --bind /run/media /run/media")

@@ -106,6 +106,10 @@ class ByHand:
             mapping.live, mapping.inactive, mapping.key = mapping.inactive, None, None
         self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
+    def clear(self, mapping: FakeMapping) -> None:
+        """Drop the table that waits, if there is one."""
+        mapping.inactive = None
+
     def load(self, mapping: FakeMapping, line: str) -> None:
         """Load another table; the kernel reports nothing of that."""
         mapping.inactive = line

@@ -112,6 +112,10 @@ class World(Protocol):
         """Suspend a mapping."""
         ...
 
+    def waiting(self, call: Callable[[], object]) -> AbstractContextManager[None]:
+        """Check that the call waits; after the block it goes on to its end."""
+        ...
+
     def load_zeros(self, name: str) -> None:
         """Load a table of zeros into a mapping, which stays inactive."""
         ...
@@ -583,6 +587,13 @@ def test_a_suspended_mapping_is_resumed_with_the_table_that_it_had(world: World)
         assert found(world) == mapping
 
 
+def test_a_suspended_mapping_has_a_probe_wait_until_it_is_resumed(world: World) -> None:
+    with mapped(world) as mapping:
+        world.suspend(mapping.name)
+        with world.waiting(lambda: world.kernel.probe(mapping.node, ("ext4",))):
+            world.kernel.resume_mapping(mapping.name)
+
+
 @pytest.mark.parametrize("filesystem", [False, True])
 def test_a_remount_shows_whether_the_whole_filesystem_is_read_only(
     world: World, *, filesystem: bool
@@ -861,6 +872,7 @@ __all__ = [
     "test_a_probe_finds_the_filesystem_under_the_right_key",
     "test_a_read_only_mapping_is_mounted_only_for_reading",
     "test_a_remount_shows_whether_the_whole_filesystem_is_read_only",
+    "test_a_suspended_mapping_has_a_probe_wait_until_it_is_resumed",
     "test_a_suspended_mapping_is_resumed_with_the_table_that_it_had",
     "test_a_table_is_loaded_over_a_device_that_is_open",
     "test_a_table_is_not_loaded_over_a_device_that_does_not_exist",

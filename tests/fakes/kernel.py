@@ -612,9 +612,16 @@ class FakeProcess:
         self._step("keep_mapping", name)
         self._mapping(name, "keep mapping").is_removed_at_last_close = False
 
+    @staticmethod
+    def _wait_for(mapping: FakeMapping) -> None:
+        """Wait as reads and writes of a suspended mapping do. Raises: HangsError."""
+        if mapping.is_suspended:
+            raise HangsError(1)
+
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
         fake = self.kernel.by_node(mapping.node)
+        self._wait_for(fake)
         target = CryptTarget.from_line(fake.live or "")
         medium = None if target is None else self.kernel.medium(target.device)
         if medium is None or medium.is_refusing:
@@ -635,6 +642,7 @@ class FakeProcess:
         )
         self._step("probe", next(at_node, node))
         mapping = self.kernel.by_node(node)
+        self._wait_for(mapping)
         medium = self.kernel.under(mapping)
         shown = medium.filesystem if medium.key == mapping.key else None
         return shown if shown in filesystems else None
@@ -680,6 +688,7 @@ class FakeProcess:
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
             mapping = self.kernel.by_node(node)
+            self._wait_for(mapping)
             medium = self.kernel.under(mapping)
         except KernelError as error:
             raise MountError("mount", node, error.errno or 0) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import select
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from caam_hotplug.kernel import sysfs
 from caam_hotplug.kernel.linux import LinuxKernel
 from caam_hotplug.kernel.uevents import KERNEL_GROUP, Uevents
 from caam_hotplug.model import Bus, DeviceNumber, DevType, Sectors, Volume
-from fakes.contract import BLOB, DAMAGED_BLOB, OTHER_BLOB
+from fakes.contract import BLOB, DAMAGED_BLOB, DEADLINE_S, OTHER_BLOB
 from kernel import witness
 from kernel.witness import Medium, run
 
@@ -131,6 +132,17 @@ class RealWorld:
     def suspend(self, name: str) -> None:
         """Use the command."""
         run("dmsetup", "suspend", "--noflush", "--nolockfs", name)
+
+    @contextmanager
+    def waiting(self, call: Callable[[], object]) -> Iterator[None]:
+        """Make the call in a thread: it has a second in which it does not end."""
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+        yield
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
 
     def load_zeros(self, name: str) -> None:
         """Use the command, for the whole mapping."""

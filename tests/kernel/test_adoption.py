@@ -14,7 +14,7 @@ from caam_hotplug import names
 from caam_hotplug.kernel import device_users, devmapper
 from kernel.agents import Room, mappings, tables
 from kernel.cartridges import Cartridge, cartridges
-from kernel.holders import process
+from kernel.holders import hold_open, process
 from kernel.test_restarts import until_grown, write_without_an_error
 from kernel.witness import Medium, loop_medium, run
 
@@ -200,6 +200,41 @@ def test_a_stop_releases_a_mapping_that_leads_elsewhere_and_writes_nothing_throu
         assert "leads elsewhere, so nothing more is written through it" in room.agent.everything()
         assert other.file.read_bytes() == before
     room.medium.pull()
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_medium_that_was_unmounted_by_hand_in_use_is_not_mounted_by_the_next_agent(
+    room: Room, end: str
+) -> None:
+    room.agent.start()
+    room.plug_and_check()
+    with process(hold_open, room.point()):
+        run("umount", "-l", str(room.point()))
+        room.agent.until_said("failed: unmounted by somebody else; mapping .* is held open")
+        getattr(room.agent, end)()
+        room.agent.start()
+        room.agent.until_said_ever("failed: unmounted by somebody else; mapping .* is held open")
+        assert not room.point().is_mount()
+    room.agent.until_said("locked: unmounted by somebody else")
+    room.check_released()
+    assert "mounted: at" not in room.agent.everything()
+    room.medium.pull()
+
+
+def test_a_mapping_that_is_suspended_and_not_mounted_is_read_by_no_agent_before_its_resume(
+    room: Room,
+) -> None:
+    killed(room)
+    run("umount", str(room.point()))
+    (name,) = mappings()
+    run("dmsetup", "suspend", "--noflush", "--nolockfs", name)
+    room.agent.start()
+    said = room.agent.until_said_ever(f"failed: mapping {name} is suspended, and writes wait")
+    for command in said.split("`")[1].split(" && "):
+        run(*command.split())
+    room.check_served()
+    assert mappings() == [name]
+    room.pull_and_check()
 
 
 def test_a_mapping_of_a_later_version_is_left_alone_and_said(room: Room) -> None:

@@ -102,6 +102,19 @@ def test_a_remount_by_hand_is_published_at_once_and_its_departure_judged_by_it(
     assert "removed-unsafely" not in served.agent.everything()
 
 
+@pytest.mark.parametrize("command", [("umount",), ("mount", "-o", "remount,ro")])
+def test_what_was_done_before_a_pull_counts_though_the_agent_hears_of_both_at_once(
+    served: Room, command: tuple[str, ...]
+) -> None:
+    (served.point() / "written").write_bytes(b"last")
+    with served.agent.suspended():
+        run(*command, str(served.point()))
+        served.medium.pull()
+    served.wait_until_released()
+    served.agent.until_said(": gone")
+    assert "removed-unsafely" not in served.agent.everything()
+
+
 def test_a_mount_that_is_made_read_only_over_a_writable_filesystem_is_removed_unsafely(
     served: Room,
 ) -> None:

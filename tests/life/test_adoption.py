@@ -12,7 +12,8 @@ import pytest
 from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy, OnStop, Rule
 from caam_hotplug.errors import DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.formats.crypt_table import Crypt
-from caam_hotplug.model import State, Volume
+from caam_hotplug.formats.marks import Mark
+from caam_hotplug.model import State, Volume, VolumeId
 from fakes.bench import Bench
 from fakes.kernel import Fault
 from life.test_fault_matrix import ERRNOS, error_of
@@ -243,11 +244,74 @@ def test_a_suspended_mapping_is_released_at_once_only_if_nothing_is_flushed(
     shrunk(machine)
     restart(machine)
     if not line:
-        with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends"):
+        with pytest.raises(RequestRefusedError, match=f"dmsetup resume {mapping.name}` ends"):
             machine.answer("lock", volume)
         mapping.is_suspended = False
     machine.answer("lock", volume)
     assert machine.state(volume) is State.LOCKED
+
+
+def suspended_without_a_mount(bench: Bench) -> Volume:
+    """Have an agent start that finds a suspended mapping, and no mount of it."""
+    volume = killed(bench)
+    bench.kernel.mounts.clear()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    restart(bench)
+    return volume
+
+
+def test_a_suspended_mapping_is_left_alone_until_somebody_resumes_it(machine: Bench) -> None:
+    volume = suspended_without_a_mount(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    words = f"mapping {mapping.name} is suspended, and writes wait"
+    assert machine.state(volume) is State.FAILED
+    assert machine.reason(volume).startswith(words)
+    assert not {"probe", "mount", "remove_mapping", "keep_mapping"} & set(machine.kernel.steps)
+    assert machine.look(volume).state is State.FAILED
+    with pytest.raises(RequestRefusedError, match=words):
+        machine.answer("lock", volume)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert [mapping.name] == [*machine.kernel.mappings]
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_mapping_that_is_resumed_at_any_time_of_its_adoption_is_mounted(
+    machine: Bench, turns: int
+) -> None:
+    volume = killed(machine)
+    machine.kernel.mounts.clear()
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    machine.start()
+    machine.run_turns(turns)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("end", ["stop", "pull"])
+def test_a_suspended_mapping_that_was_left_alone_is_released_at_its_end(
+    machine: Bench, end: str
+) -> None:
+    suspended_without_a_mount(machine)
+    getattr(machine, end)()
+    machine.settle()
+    assert machine.kernel.leftovers() == []
+
+
+def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+    assert "plaintexts" not in machine.kernel.steps
+    assert "is suspended" in machine.look(volume).reason
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -475,4 +539,181 @@ def test_a_medium_that_no_rule_can_match_is_released_whatever_is_not_known(
     machine.kernel.close_holders()
     machine.settle()
     assert machine.state(volume) is State.IGNORED
+    assert machine.kernel.leftovers() == []
+
+
+# What was being released.
+
+HOW = ["hand_over", "kill", "stop"]
+
+
+def detached(bench: Bench) -> Volume:
+    """Have a volume unmounted by somebody else, while a program has a file open."""
+    volume = bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount("/run/media/cartridge-01", lazily=True)
+    bench.settle()
+    return volume
+
+
+def locked_in_use(bench: Bench) -> Volume:
+    """Have a volume locked, while a program has a file open."""
+    bench.reload_rules(replace(RULE, on_busy=OnBusy.DETACH))
+    volume = bench.insert()
+    bench.settle()
+    bench.kernel.users["cartridge-01"] = 1
+    with pytest.raises(RequestRefusedError, match="is held open"):
+        bench.answer("lock", volume)
+    return volume
+
+
+RELEASES = {"unmounted by somebody else": detached, "lock asked for by uid 0": locked_in_use}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_volume_that_was_being_released_is_not_served_again_by_the_next_run(
+    machine: Bench, words: str, how: str
+) -> None:
+    volume = RELEASES[words](machine)
+    for _ in range(2):
+        getattr(machine, how)()
+        restart(machine)
+        assert machine.state(volume) is State.FAILED
+        assert machine.reason(volume) == (
+            f"{words}; mapping caam-cartridge-01-1-1 is held open: "
+            "pid 1 (program) has a file open; it goes when they close it"
+        )
+        assert "keep_mapping" not in machine.kernel.steps
+    machine.appear(replace(volume, serial="another"))
+    machine.settle()
+    assert machine.kernel.mounts == []
+    machine.kernel.close_holders()
+    machine.settle()
+    assert (machine.state(volume), machine.reason(volume)) == (State.LOCKED, words)
+    assert machine.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_volume_whose_holders_have_closed_it_between_two_runs_is_locked(
+    machine: Bench, words: str, how: str
+) -> None:
+    volume = RELEASES[words](machine)
+    getattr(machine, how)()
+    machine.kernel.close_holders()
+    restart(machine)
+    assert (machine.state(volume), machine.reason(volume)) == (State.LOCKED, words)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_volume_that_was_being_released_is_served_by_the_run_after_an_unlock(
+    machine: Bench, words: str, how: str
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    restart(machine)
+    machine.answer("unlock", volume)
+    assert machine.state(volume) is State.MOUNTED
+    getattr(machine, how)()
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(40))
+@pytest.mark.parametrize("end", ["kill", "hand_over"])
+def test_a_run_that_ends_while_somebody_elses_unmount_is_followed_is_not_undone(
+    machine: Bench, turns: int, end: str
+) -> None:
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.users["cartridge-01"] = 1
+    machine.by_hand.umount("/run/media/cartridge-01", lazily=True)
+    machine.run_turns(turns + 2)  # the event has been read by then
+    getattr(machine, end)()
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    assert machine.kernel.mounts == []
+
+
+def test_a_volume_that_an_older_agent_has_served_since_its_release_stays_mounted(
+    machine: Bench,
+) -> None:
+    volume = detached(machine)
+    mark = machine.kernel.marks.pop(volume.id)  # which that agent does not know
+    machine.kill()
+    restart(machine)
+    machine.kill()
+    machine.kernel.marks[volume.id] = mark
+    restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+    assert machine.kernel.marks[volume.id] == ""
+
+
+def test_what_a_holder_may_have_written_since_the_release_is_lost_with_its_medium(
+    machine: Bench,
+) -> None:
+    volume = detached(machine)
+    machine.kill()
+    restart(machine)
+    machine.pull()
+    machine.settle()
+    assert machine.state(volume) is State.REMOVED_UNSAFELY
+    assert all(mapping.key is None for mapping in machine.kernel.mappings.values())
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault("find_mapping", DmError("look", "x", errno.ENOMEM)),
+              Fault("remove_mapping", DmError("remove", "x", errno.ENOMEM))]
+)  # fmt: skip
+def test_a_release_that_fails_is_gone_on_with_and_undone_neither_by_this_run_nor_the_next(
+    machine: Bench, fault: Fault
+) -> None:
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.before = fail_once_unmounted(machine, fault)
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.settle()
+    machine.appear(replace(volume, serial="another"))
+    machine.wait(5)
+    assert (machine.state(volume), machine.kernel.mounts) == (State.LOCKED, [])
+
+
+def fail_once_unmounted(bench: Bench, fault: Fault) -> Callable[[str], None]:
+    """Return what has the call fail once, after the agent has noticed the unmount."""
+
+    def before(step: str) -> None:
+        if bench.kernel.marks.get(VolumeId(1, 1)) and step == fault.step:
+            bench.kernel.before = lambda _: None
+            bench.kernel.faults.append(fault)
+
+    return before
+
+
+def test_a_locked_volume_with_a_live_mapping_is_not_called_locked_before_that_has_gone(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    machine.kernel.marks[volume.id] = Mark(volume, State.LOCKED).to_text()
+    machine.kernel.users["cartridge-01"] = 1
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    assert State.LOCKED not in [state for _, state, _ in machine.states]
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+
+
+def test_a_locked_volume_with_a_mount_is_not_served_by_it_though_a_read_fails_first(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    machine.kernel.marks[volume.id] = Mark(volume, State.LOCKED).to_text()
+    machine.kernel.faults.append(Fault("find_mapping", DmError("look", "x", errno.ENOMEM)))
+    restart(machine)
+    machine.appear(replace(volume, serial="another"))
+    machine.settle()
+    assert (machine.state(volume), machine.kernel.mounts) == (State.LOCKED, [])
     assert machine.kernel.leftovers() == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -11,7 +11,7 @@ from caam_hotplug.model import DeviceNumber
 from fakes.by_hand import ByHand
 from fakes.contract import *  # noqa: F403  the suite
 from fakes.contract import DAMAGED_BLOB, OTHER_BLOB, World
-from fakes.kernel import FakeKernel, FakeMapping
+from fakes.kernel import FakeKernel, FakeMapping, HangsError
 
 
 class FakeWorld:
@@ -77,6 +77,13 @@ class FakeWorld:
 
     def suspend(self, name: str) -> None:
         self._by_hand.suspend(self.fake.mappings[name])
+
+    @contextmanager
+    def waiting(self, call: Callable[[], object]) -> Iterator[None]:
+        with pytest.raises(HangsError):
+            call()
+        yield
+        call()
 
     def load_zeros(self, name: str) -> None:
         self._by_hand.load(self.fake.mappings[name], "0 32768 zero")

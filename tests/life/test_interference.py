@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from dataclasses import replace
 from typing import Final
 
@@ -336,8 +337,32 @@ def test_mounts_that_cannot_be_read_for_long_change_nothing_until_they_can(
     bench.wait(5)
     assert bench.state(volume) is State.MOUNTED
     bench.kernel.faults.clear()
-    bench.wait(1)
+    bench.wait(2)
     assert bench.state(volume) is State.LOCKED
+
+
+def test_mounts_that_cannot_be_read_are_said_once_and_asked_for_more_and_more_rarely(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = mounted(bench)
+    failure = UnknownError("read", "mountinfo", errno.EMFILE)
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        caplog.clear()
+        bench.kernel.steps.clear()
+        bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+        for _ in range(4):  # which are no reason for longer pauses
+            bench.by_hand.remount(POINT, read_only=True)
+            bench.settle()
+        bench.wait(63)
+        assert bench.kernel.steps.count("mounts") == 4 + len([1, 3, 7, 15, 31, 61])
+        assert len([r for r in caplog.records if "mountinfo" in r.getMessage()]) == 1
+        bench.kernel.faults.clear()
+        bench.wait(30)
+        assert bench.entry(volume).read_only
+        assert [r.levelname for r in caplog.records if "mounts" in r.getMessage()][-1] == "INFO"
+        bench.by_hand.remount(POINT, read_only=False)
+        bench.settle()
 
 
 @pytest.mark.parametrize("turns", range(12))
@@ -614,12 +639,34 @@ def test_a_suspended_volume_is_neither_locked_nor_ejected_and_names_the_cure(
     volume = mounted(bench)
     mapping = mapping_of(bench, volume)
     bench.by_hand.suspend(mapping)
-    with pytest.raises(RequestRefusedError, match=f"`dmsetup resume {mapping.name}` ends that"):
+    with pytest.raises(RequestRefusedError, match=f"dmsetup resume {mapping.name}` ends that"):
         bench.answer(verb, volume)
     assert bench.state(volume) is State.MOUNTED
     assert len(bench.kernel.mounts) == 1
     bench.by_hand.resume(mapping)
     bench.answer(verb, volume)
+
+
+@pytest.mark.parametrize("table", [None, FOREIGN])
+def test_the_cure_of_a_suspended_volume_makes_no_table_of_somebody_else_live(
+    bench: Bench, table: str | None
+) -> None:
+    volume = mounted(bench)
+    mapping = mapping_of(bench, volume)
+    bench.by_hand.suspend(mapping)
+    if table is not None:
+        bench.by_hand.load(mapping, table)
+    with pytest.raises(RequestRefusedError) as refused:
+        bench.answer("lock", volume)
+    cure = str(refused.value).split("`")[1]
+    for command in cure.split(" && "):
+        dmsetup, verb, name = command.split(" ")
+        assert dmsetup == "dmsetup"
+        getattr(bench.by_hand, verb)(bench.kernel.mappings[name])
+    bench.settle()
+    bench.answer("lock", volume)
+    assert (bench.state(volume), "may be lost" in bench.reason(volume)) == (State.LOCKED, False)
+    assert "load_error_table" not in bench.kernel.steps
 
 
 def test_a_stop_resumes_a_suspended_volume_before_it_flushes(bench: Bench) -> None:

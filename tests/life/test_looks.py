@@ -125,7 +125,7 @@ def test_a_suspended_mapping_is_said_when_it_is_looked_at_and_nothing_is_torn_do
     seen = bench.look(volume)
     assert seen.state is State.MOUNTED
     assert f"mapping {mapping.name} is suspended" in seen.reason
-    assert f"`dmsetup resume {mapping.name}` ends that" in seen.reason
+    assert f"dmsetup resume {mapping.name}` ends that" in seen.reason
     bench.by_hand.resume(mapping)
     bench.settle()
     assert bench.reason(volume) == f"at {POINT}, read-write"

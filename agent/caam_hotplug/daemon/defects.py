@@ -8,6 +8,7 @@ from typing import Any
 
 from caam_hotplug.model import State
 from caam_hotplug.systemd import journal
+from caam_hotplug.volume.phases import Broken
 from caam_hotplug.volume.record import Record
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,14 @@ async def guarded(work: Coroutine[Any, Any, None], words: str, **of: object) -> 
 async def end_of_service(record: Record) -> None:
     """Log the exception that has ended a volume's lifecycle, and wait until the volume departs."""
     log_defect(f"{record.volume}: a defect ended its service", volume=record.volume)
-    record.publish_defect(State.FAILED)
+    _publish(record, State.FAILED)
     await record.stop.until(lambda: False)
     if record.stop.medium_gone:
         await record.cut_off.done()
-        record.publish_defect(State.REMOVED_UNSAFELY)
+        _publish(record, State.REMOVED_UNSAFELY)
+
+
+def _publish(record: Record, state: State) -> None:
+    record.phase = Broken()
+    record.status.forget_mapping()
+    record.status.publish(state, "a defect of the agent; the journal has the details")

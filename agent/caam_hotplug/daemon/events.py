@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from caam_hotplug.daemon.readers import Readers
+from caam_hotplug.daemon.retries import Retries
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import HotplugError, UnknownError
 from caam_hotplug.kernel import inotify, sysfs, udev, wakeups
 from caam_hotplug.kernel.mount_events import MountEvents
 from caam_hotplug.kernel.sysfs import Source
 from caam_hotplug.kernel.uevents import Uevent
-from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import Event
 from caam_hotplug.volume.worker import Observe, Worker
 
@@ -101,21 +101,17 @@ class BlobEvents:
         self._supervisor = supervisor
         self._loop = asyncio.get_running_loop()
         self._watch: inotify.Directory | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._delay_s = 0.0
-        """Time to the next attempt to have a watch; 0 while there is one."""
+        self._retries = Retries(self.begin)
 
     def begin(self) -> None:
         """Watch the directory from now on."""
-        self._alarm = None
         try:
             self._watch = watch = inotify.Directory(self._directory)
         except UnknownError as error:
             self._ask_again(error)
             return
         self._loop.add_reader(watch, self._take, watch)
-        if self._delay_s:
-            self._delay_s = 0.0
+        if self._retries.succeeded():
             log.info("watch %s: the kernel watches it again", self._directory)
             self._supervisor.blob_appeared(None)  # one may have come meanwhile
 
@@ -126,8 +122,7 @@ class BlobEvents:
 
     def end(self) -> None:
         """Watch no more."""
-        if self._alarm is not None:
-            self._alarm.cancel()
+        self._retries.end()
         if self._watch is not None:
             self._loop.remove_reader(self._watch)
             self._watch.close()
@@ -147,35 +142,47 @@ class BlobEvents:
             return None
 
     def _ask_again(self, error: UnknownError) -> None:
-        if not self._delay_s:
+        if self._retries.failed():
             words = "%s; until that is possible, ask for `retry` when a blob has come"
             log.warning(words, error)
-        self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S) or FIRST_DELAY_S
-        self._alarm = self._loop.call_later(self._delay_s, self.begin)
 
 
-@contextmanager
-def mounts_watched(supervisor: Supervisor, blobs: BlobEvents) -> Iterator[None]:
-    """Report each change of the machine's mounts."""
-    try:
-        watched = MountEvents()
-    except UnknownError as error:
-        log.warning("%s; what others do with a mount is seen when it is released", error)
-        yield
-        return
+class MountChanges:
+    """Takes changes of the machine's mounts. While the kernel gives no watch, it is asked again."""
 
-    def take() -> None:
-        watched.read()
-        supervisor.mounts_changed()
-        blobs.mounts_changed()
+    def __init__(self, supervisor: Supervisor, blobs: BlobEvents) -> None:
+        self._supervisor = supervisor
+        self._blobs = blobs
+        self._loop = asyncio.get_running_loop()
+        self._watch: MountEvents | None = None
+        self._retries = Retries(self.begin)
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(watched, take)
-    try:
-        yield
-    finally:
-        loop.remove_reader(watched)
-        watched.close()
+    def begin(self) -> None:
+        """Watch the mounts from now on."""
+        try:
+            self._watch = watch = MountEvents()
+        except UnknownError as error:
+            if self._retries.failed():
+                words = "%s; until that is possible, what others do with a mount is seen late"
+                log.warning(words, error)
+            return
+        self._loop.add_reader(watch, self._take, watch)
+        if self._retries.succeeded():
+            log.info("watch the mounts: the kernel watches them again")
+            self._take(watch)  # there may have been changes meanwhile
+
+    def end(self) -> None:
+        """Watch no more."""
+        self._retries.end()
+        if self._watch is not None:
+            self._loop.remove_reader(self._watch)
+            self._watch.close()
+            self._watch = None
+
+    def _take(self, watch: MountEvents) -> None:
+        watch.read()
+        self._supervisor.mounts_changed()
+        self._blobs.mounts_changed()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from caam_hotplug.daemon.agent import Agent, Load
 from caam_hotplug.daemon.events import (
     BlobEvents,
     DeviceEvents,
-    mounts_watched,
+    MountChanges,
     sleeps_watched,
 )
 from caam_hotplug.daemon.status_registry import StatusRegistry
@@ -97,9 +97,10 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             loop.add_signal_handler(signal.SIGHUP, agent.reload_soon)
             events = DeviceEvents(devices, supervisor, observe, context.new_worker)
             blobs = BlobEvents(config.blob_directory, supervisor)
-            held.callback(events.end)
-            held.callback(blobs.end)
-            held.enter_context(mounts_watched(supervisor, blobs))
+            mounts = MountChanges(supervisor, blobs)
+            for each in (events, blobs, mounts):
+                held.callback(each.end)
+            mounts.begin()
             blobs.begin()
             look_for_sleeps = held.enter_context(sleeps_watched(supervisor))
             events.begin()

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.daemon.retries import Retries
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel.api import Kernel
-from caam_hotplug.kernel.unknown import FIRST_DELAY_S
 from caam_hotplug.model import VolumeId
 from caam_hotplug.systemd import journal
 from caam_hotplug.volume.record import Record
@@ -31,28 +31,31 @@ class Observer:
         """`records`: those of all volumes that are present."""
         self._kernel = kernel
         self._records = records
-        self._again: asyncio.TimerHandle | None = None
+        self._retries = Retries(self._compare_mounts)
 
     def mounts_changed(self) -> None:
-        """Read the mounts once, and compare what volumes have mounted. Not known is no change.
+        """Read the mounts once, and compare what volumes have mounted.
 
         Volumes that are not served look themselves whether what was in their way has gone.
         """
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
         for record in self._records():
             record.inbox.note_mounts(concerns=bool(record.obstacle))
+        self._compare_mounts()
+
+    def _compare_mounts(self) -> None:
+        """Compare what volumes have mounted. Not known is no change: it is said once."""
         concerned = [record.holding for record in self._records() if _watches_mounts(record)]
         if not concerned:
+            self._retries.succeeded()
             return
         try:
             mounts = self._kernel.mounts()
         except UnknownError as error:
-            log.warning("%s; looking again", error)
-            loop = asyncio.get_running_loop()
-            self._again = loop.call_later(FIRST_DELAY_S, self.mounts_changed)
+            if self._retries.failed():
+                log.warning("%s; they count as they were, and are looked at again", error)
             return
+        if self._retries.succeeded():
+            log.info("look at the mounts: the kernel answers again")
         for holding in concerned:
             holding.compare(mounts)
 

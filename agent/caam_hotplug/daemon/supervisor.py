@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Set
-from dataclasses import replace
 from typing import Any, assert_never
 
 from caam_hotplug import names
@@ -28,7 +27,7 @@ from caam_hotplug.model import (
     VolumeId,
 )
 from caam_hotplug.volume.lifecycle import VolumeLifecycle
-from caam_hotplug.volume.phases import Evaluate, Parked
+from caam_hotplug.volume.phases import Parked, first_phase
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.worker import all_ended
@@ -269,10 +268,9 @@ class Supervisor:
 
     def _start(self, volume: Volume) -> None:
         mark = Mark.from_text(self._context.kernel.remembered(volume))
-        phase = self._parked.pop(volume.id, None) or Parked.before(mark) or Evaluate()
-        has_leftover = phase.has_leftover or volume.id in self._with_leftovers
+        has_leftover = volume.id in self._with_leftovers
         self._with_leftovers.discard(volume.id)
-        phase = replace(phase, has_leftover=has_leftover)
+        phase = first_phase(mark, self._parked.pop(volume.id, None), has_leftover=has_leftover)
         lifecycle = VolumeLifecycle(self._context, volume, phase, mark.lost if mark else "")
         lifecycle.record.mounts = mark is None or not mark.is_unmounted
         self._lifecycles[volume.id] = lifecycle

@@ -34,6 +34,7 @@ ERROR_NAMES: Final[Mapping[type[Exception], str]] = {
     errors.NoFilesystemError: f"{names.BUS_ERROR_PREFIX}NoFilesystem",
     errors.ReleaseError: f"{names.BUS_ERROR_PREFIX}Release",
     errors.RequestRefusedError: f"{names.BUS_ERROR_PREFIX}RequestRefused",
+    errors.SuspendedError: f"{names.BUS_ERROR_PREFIX}Suspended",
     errors.WritesLostError: f"{names.BUS_ERROR_PREFIX}WritesLost",
     errors.VolumeBusyError: f"{names.BUS_ERROR_PREFIX}VolumeBusy",
     errors.ForeignMappingError: f"{names.BUS_ERROR_PREFIX}ForeignMapping",

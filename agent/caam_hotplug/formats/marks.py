@@ -24,6 +24,8 @@ class Mark:
     """What could not be written to it; empty if everything was."""
     is_unmounted: bool = False
     """Whether it was unlocked, and not mounted, on request."""
+    released: str = ""
+    """What it was released for, in words, while others may hold its mapping; else empty."""
 
     def to_text(self) -> str:
         """Return the text."""
@@ -32,7 +34,7 @@ class Mark:
             facts[name] = kind(facts[name])
         state = None if self.state is None else self.state.value
         how = {"held": self.is_held, "lost": self.lost, "unmounted": self.is_unmounted}
-        return json.dumps({"state": state, **how, "volume": facts})
+        return json.dumps({"state": state, **how, "released": self.released, "volume": facts})
 
     @classmethod
     def from_text(cls, text: str) -> Mark | None:
@@ -41,7 +43,7 @@ class Mark:
             found = json.loads(text)
             state = None if found["state"] is None else State(found["state"])
             how = (bool(found["held"]), str(found["lost"]), bool(found.get("unmounted")))
-            return cls(_volume(found["volume"]), state, *how)
+            return cls(_volume(found["volume"]), state, *how, str(found.get("released") or ""))
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -81,13 +81,15 @@ class Activation:
     async def _held(self) -> Released:
         self._operations.took = {}
         async with AsyncExitStack() as held:
+            mounts = self._target.plan.rule.action is not Action.UNLOCK and self._record.mounts
+            watch = self._holding.watch if mounts else None
             mapping = await held.enter_async_context(
-                active_mapping(self._operations, self._device, self._target)
+                active_mapping(self._operations, self._device, self._target, watch)
             )
             self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
             live = {"mapping_name": mapping.name, "mapping_node": mapping.node}
-            if self._target.plan.rule.action is Action.UNLOCK or not self._record.mounts:
+            if not mounts:
                 writes = watched(self._operations, mapping, self._writes)
                 await held.enter_async_context(writes)
                 self._observation.begin_for_others(steps=dict(self._operations.took), **live)
@@ -159,6 +161,7 @@ class Activation:
             if holding.differs:
                 found = await self._observation.compare()
                 if found is not None and not self._stop.is_set:
+                    self._record.note_release(found.words)  # it is not mounted any more
                     await self._release(mapping, found)
                     return found
                 if asks_for_it and not self._stop.is_set:
@@ -166,12 +169,14 @@ class Activation:
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
+                if isinstance(cause, Request):
+                    self._record.note_release(cause.words)
                 return cause
 
     async def _compare_if_it_slept(self, mapping: Mapping) -> None:
         if self._record.has_slept and not self._stop.medium_gone:
             self._record.has_slept = False
-            await self._sleep_check.run(mapping)
+            await self._sleep_check.run(self._holding.mapping or mapping)  # as last seen
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""

@@ -21,6 +21,14 @@ class Interference:
     """Users may finish."""
 
 
+@dataclass(frozen=True, slots=True)
+class Earlier(Interference):
+    """What a volume was released for, by this run of the agent or an earlier one, to go on with."""
+
+    is_ended_by_mount: bool = True
+    """Whether a mount of it shows that it was served again since, as by an older agent."""
+
+
 UNMOUNTED: Final = Interference("unmounted by somebody else")
 UNMAPPED: Final = Interference("its mapping was removed by somebody else")
 

@@ -22,12 +22,12 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
+from caam_hotplug.volume.holding import Earlier
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
 from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
-from caam_hotplug.volume.phases import Parked
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
 from caam_hotplug.volume.remains import LOST, note_last_writes
@@ -140,17 +140,30 @@ class Leftover:
                 return
         raise VolumeBusyError(mapping.node, users)
 
-    async def is_cut_off_from_locked(self) -> bool:
-        """Return whether a locked volume has a mapping, by which nothing reaches the medium."""
-        phase, find = self._record.phase, self._operations.kernel.find_mapping
-        is_locked = isinstance(phase, Parked) and phase.state is State.LOCKED
-        if not (is_locked and phase.has_leftover):
-            return False
+    async def go_on(self, cause: Earlier) -> bool:
+        """Go on with a release that has not ended; False if the volume was served since.
+
+        Raises: ReleaseError.
+        """
         try:
-            mapping = await self._operations.dm("look for the mapping", find, self._uuid)
-        except (HotplugError, OSError):  # a release says it
+            if await self._was_served_since(cause):
+                return False
+        except (HotplugError, OSError) as error:
+            raise ReleaseError(str(error)) from error
+        await self.release()
+        return True
+
+    async def _was_served_since(self, cause: Earlier) -> bool:
+        kernel, holding = self._operations.kernel, self._record.holding
+        look = kernel.find_mapping
+        mapping = await self._operations.dm("look for the mapping", look, self._uuid)
+        if mapping is None:
             return False
-        return mapping is not None and not self._reaches_medium(mapping)
+        if cause.is_ended_by_mount and mounts_of(kernel, mapping):
+            return True
+        holding.watch(mapping)
+        holding.was_writable = not self._record.volume.read_only  # by others, as far as is known
+        return False
 
     async def release(self) -> None:
         """Release it, and note what may be lost. Raises: ReleaseError."""

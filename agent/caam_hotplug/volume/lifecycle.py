@@ -21,7 +21,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
-from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.holding import Earlier
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
@@ -62,7 +62,6 @@ class VolumeLifecycle:
         """Serve the volume until it departs or the agent stops, and release all that it holds."""
         record = self.record
         try:
-            await self._look_for_remains()
             while not self._stop.is_set:
                 match record.phase:
                     case Parked():
@@ -89,12 +88,6 @@ class VolumeLifecycle:
         if self._stop.medium_gone or self._status.state is not State.FAILED:
             self._status.publish(State.GONE)
 
-    async def _look_for_remains(self) -> None:
-        """Say who holds what is left of a volume that was cut off, until they close it."""
-        if await self._leftover.is_cut_off_from_locked():
-            self.record.phase = self._phase.to_idle()
-            self.record.phase = await self._outcome.released_for(Interference(self._status.reason))
-
     async def _wait_parked(self) -> Phase:
         """Stay locked or ejected until there is a request."""
         self._inbox.clear_changes()
@@ -115,7 +108,7 @@ class VolumeLifecycle:
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
         cause, holding = self._phase.released_for, self.record.holding
-        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure)
+        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure | Earlier)
         await self._lookout.until_worth_it(
             lambda: (
                 bool(self._inbox.request)
@@ -128,7 +121,7 @@ class VolumeLifecycle:
         cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
             return await self._outcome.released_for(cause)
-        return self._phase.to_evaluate()
+        return self._phase.to_evaluate(goes_on=self._inbox.request is None)
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
@@ -158,6 +151,9 @@ class VolumeLifecycle:
         return self._phase.to_idle()
 
     async def _follow_rules(self) -> Phase:
+        cause = self._phase.goes_on_for
+        if cause is not None and await self._leftover.go_on(cause):
+            return await self._outcome.released_for(cause)
         await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
@@ -212,9 +208,9 @@ class VolumeLifecycle:
 
     def _note_how(self) -> None:
         request = self._inbox.request
-        is_unlock = request is not None and request.ask is Ask.UNLOCK
-        if request is not None and is_unlock and request.mounts != self.record.mounts:
-            self.record.unpark(mounts=request.mounts)
+        mounts = request.mounts if request and request.ask is Ask.UNLOCK else self.record.mounts
+        if mounts != self.record.mounts or self.record.released:
+            self.record.unpark(mounts=mounts)
 
     async def _activate(self, target: Target) -> Phase:
         has_leftover = self._phase.has_leftover

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import cast
@@ -16,11 +16,15 @@ from caam_hotplug.keys import backends
 from caam_hotplug.model import KeyReference, Mapping, VolumeId
 from caam_hotplug.volume.adoption import may_be_adopted
 from caam_hotplug.volume.device import Device
+from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
+from caam_hotplug.volume.release import suspended
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
 log = logging.getLogger(__name__)
+
+Watch = Callable[[Mapping], object]
 
 # To acquire is to ensure: an absent mapping is made, ours is adopted, a foreign one refused. To
 # release is idempotent, checks the DM-UUID, and is arranged before anything is made, so that a
@@ -36,13 +40,14 @@ async def release_key(operations: Operations, volume: VolumeId) -> None:
 
 @asynccontextmanager
 async def active_mapping(
-    operations: Operations, device: Device, target: Target
+    operations: Operations, device: Device, target: Target, watch: Watch | None
 ) -> AsyncIterator[Mapping]:
     """Make or adopt the mapping of the target, and release it on the way out.
 
     The mapping holds the device, which is closed then without waiting for the medium.
+    `watch`: has changes of a mapping noticed; None if the mapping is not to be mounted.
     Raises: OtherOnDiskError if its disk says something else; ForeignMappingError if a mapping of
-    its DM-UUID does something else.
+    its DM-UUID does something else; SuspendedError if it is, and would be read.
     """
     kernel, uuid = operations.kernel, target.dm_uuid
     operations.cut_off.is_mapped = True
@@ -50,6 +55,8 @@ async def active_mapping(
     adopted = existing is not None and may_be_adopted(existing, target)
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
+    if existing is not None and adopted and existing.is_suspended and watch is not None:
+        await _require_running(operations, existing, watch)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
@@ -70,6 +77,20 @@ async def active_mapping(
         if live is None:
             raise ForeignMappingError(f"mapping {target.dm_name} vanished while it was made")
         yield live
+
+
+async def _require_running(operations: Operations, existing: Mapping, watch: Watch) -> None:
+    """Raise SuspendedError unless it is mounted, or was resumed since: a read of it would wait.
+
+    It is left as it is, since somebody has a reason for that. Its resume is noticed from now on.
+    """
+    if mounts_of(operations.kernel, existing):
+        return
+    watch(existing)
+    look, uuid = operations.kernel.find_mapping, existing.uuid
+    live = await operations.dm("look for the mapping", look, uuid)
+    if live is not None and live.is_suspended:
+        raise suspended(live)
 
 
 async def _make_mapping(operations: Operations, device: Device, target: Target) -> Mapping | None:

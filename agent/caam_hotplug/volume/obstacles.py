@@ -14,6 +14,7 @@ from caam_hotplug.errors import (
     MasterKeyError,
     MountError,
     MountPointOccupiedError,
+    SuspendedError,
     UnsafePathError,
 )
 from caam_hotplug.kernel.api import Kernel
@@ -36,6 +37,8 @@ class Obstacle(Flag):
     """Something has its mount point, or others could change the way there."""
     MOUNTED = auto()
     """Something else uses its device or its filesystem."""
+    SUSPENDED = auto()
+    """Its mapping is suspended."""
 
 
 OF_BLOBS: Final = Obstacle.BLOB | Obstacle.ANY_BLOB
@@ -47,6 +50,7 @@ _BY_ERROR: Final = (
     (MountPointOccupiedError, Obstacle.MOUNT_POINT),
     (DeviceLockedError, Obstacle.NONE),  # udev reports when it is not locked any more
     (DeviceInUseError, Obstacle.MOUNTED),
+    (SuspendedError, Obstacle.SUSPENDED),
 )
 """Of two that fit an error, the first counts."""
 

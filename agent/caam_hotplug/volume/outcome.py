@@ -11,6 +11,7 @@ from caam_hotplug.errors import (
     HotplugError,
     MountPointOccupiedError,
     ReleaseError,
+    SuspendedError,
 )
 from caam_hotplug.model import State
 from caam_hotplug.volume.holding import Interference
@@ -53,7 +54,7 @@ class Outcome:
             return self._phase.to_idle()
         words = with_loss(f"{error}{self._record.retry_if_passing(error)}", self._record.lost)
         obstacle = obstacle_of(error, self._kernel)
-        if isinstance(error, ForeignMappingError):
+        if isinstance(error, ForeignMappingError | SuspendedError):
             self._status.publish(State.FAILED, words)
             return self._phase.to_idle(obstacle, is_foreign=True)
         return await self._unserved(Failure(words, obstacle=obstacle))
@@ -92,7 +93,7 @@ class Outcome:
 
     def _with_leftover(self) -> Phase:
         phase = self._phase if isinstance(self._phase, Parked) else self._phase.to_idle()
-        return replace(phase, has_leftover=True)
+        return replace(phase, has_leftover=True, released_for=self._record.released)
 
     async def release_for(self, request: Request) -> Phase:
         """Release leftovers on request: this lifecycle itself holds nothing."""
@@ -101,11 +102,11 @@ class Outcome:
         try:
             if isinstance(self._phase, Idle):  # it may be in use, and was never released
                 await self._leftover.require_releasable()
+            self._record.note_release(request.words)
             await self._leftover.release()
         except ReleaseError as error:
-            idle = self.badly_released(str(error))
             self._inbox.refuse(str(error))
-            return idle
+            return self.badly_released(str(error))
         except (HotplugError, OSError) as error:  # nothing has changed
             self._inbox.refuse(error)
             return self._phase

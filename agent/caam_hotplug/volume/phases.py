@@ -6,13 +6,13 @@ docs/how-it-works.md has the table of what may happen in which phase.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from caam_hotplug.config.rules import Plan
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.holding import Earlier, Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.obstacles import Obstacle
 from caam_hotplug.volume.requests import Request
@@ -42,14 +42,23 @@ class Phase:
     released_for: Request | Reevaluate | Interference | Failure | None = None
     """Why it was released, or is not served, while there is a mapping of it."""
 
-    def to_evaluate(self) -> Evaluate:
-        """Return the phase in which the rules are matched again."""
-        return Evaluate(target=self.target, has_leftover=self.has_leftover)
+    @property
+    def goes_on_for(self) -> Earlier | None:
+        """What it was released for, if that release is to be gone on with."""
+        return self.released_for if isinstance(self.released_for, Earlier) else None
+
+    def to_evaluate(self, *, goes_on: bool = False) -> Evaluate:
+        """Return the phase in which the rules are matched again.
+
+        `goes_on`: after its release has been gone on with, if there is one.
+        """
+        cause = self.goes_on_for if goes_on else None
+        return Evaluate(target=self.target, has_leftover=self.has_leftover, released_for=cause)
 
     def to_idle(self, obstacle: Obstacle = Obstacle.NONE, *, is_foreign: bool = False) -> Idle:
         """Return the phase in which nothing is held.
 
-        `is_foreign`: a mapping that cannot be adopted is in the way, to be released on request.
+        `is_foreign`: a mapping that cannot be adopted now is in the way, to be released on request.
         """
         return Idle(
             target=self.target,
@@ -106,12 +115,31 @@ class Parked(Phase):
 
         That it was safe to remove is not known any more.
         """
+        if mark is not None and mark.released:
+            return cls(state=State.LOCKED, reason=mark.released)
         if mark is None or mark.state is None:
             return None
         is_ejected = mark.state is State.EJECTED
         return cls(
             state=State.LOCKED, reason=REREAD if is_ejected else "before the agent was started"
         )
+
+
+def first_phase(mark: Mark | None, parked: Parked | None, *, has_leftover: bool) -> Phase:
+    """Return the phase in which a lifecycle begins, by what was remembered of the volume.
+
+    `parked`: by an earlier lifecycle of this run. A volume that was released is not called locked
+    while the kernel may have its mapping, and is not served by it either: its release goes on.
+    """
+    parked = parked or Parked.before(mark)
+    if parked is None:
+        return Evaluate(has_leftover=has_leftover)
+    has_leftover = has_leftover or parked.has_leftover
+    if not has_leftover or parked.state is not State.LOCKED:
+        return replace(parked, has_leftover=has_leftover)
+    is_ended_by_mount = mark is not None and mark.state is None
+    before = Earlier(parked.reason, is_ended_by_mount=is_ended_by_mount)
+    return Evaluate(has_leftover=True, released_for=before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
-from caam_hotplug.volume.holding import Holding
+from caam_hotplug.volume.holding import Earlier, Holding
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
@@ -60,6 +60,8 @@ class Record:
         self.phase = phase
         self.lost = lost
         """What could not be written to the volume since it was inserted; empty if all was."""
+        self.released = phase.goes_on_for
+        """What it was released for, while others may hold its mapping."""
         self.status = VolumeStatus(volume, context.publish)
         self.stop = StopSignal()
         self.cut_off = CutOff(
@@ -213,7 +215,7 @@ class Record:
         What could not be written is said, too. `is_held`: its disk is held against all others.
         """
         reason = with_loss(reason, self.lost)
-        self.phase, self.mounts = self.phase.to_parked(state, reason), True
+        self.phase, self.mounts, self.released = self.phase.to_parked(state, reason), True, None
         self._remember(state, is_held=is_held)
         self.status.publish(state, reason)
 
@@ -224,7 +226,12 @@ class Record:
 
     def unpark(self, *, mounts: bool = True) -> None:
         """Have this and later runs of the agent serve the volume, with a mount or without."""
-        self.mounts = mounts
+        self.mounts, self.released = mounts, None
+        self._remember(None)
+
+    def note_release(self, words: str) -> None:
+        """Remember, also across restarts, what it is released for, until it is."""
+        self.released = Earlier(words)
         self._remember(None)
 
     def note_lost(self, error: BaseException | None) -> None:
@@ -240,17 +247,10 @@ class Record:
         self.status.volume = replace(self.volume, **place)
 
     def _remember(self, state: State | None, *, is_held: bool = False) -> None:
-        mark = Mark(self.volume, state, is_held, self.lost, is_unmounted=not self.mounts)
-        text = mark.to_text() if state is not None or self.lost or not self.mounts else ""
+        released = self.released.words if self.released else ""
+        mark = Mark(self.volume, state, is_held, self.lost, not self.mounts, released)
+        text = "" if mark == Mark(self.volume) else mark.to_text()
         self.context.kernel.remember(self.volume, text)
-
-    def publish_defect(self, state: State) -> None:
-        """Publish that a defect of the agent ended the service of this volume."""
-        self.phase = Broken()
-        self.status.forget_mapping()
-        self.status.publish(state, "a defect of the agent; the journal has the details")
-
-    # Rules.
 
     def take_reason_to_release(self, target: Target) -> Reevaluate | None:
         """Take out what has changed, if rules and facts ask for something else than is held."""

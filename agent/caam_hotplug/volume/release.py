@@ -10,7 +10,7 @@ from typing import Final
 from caam_hotplug.config.rules import OnBusy
 from caam_hotplug.errors import (
     MountBusyError,
-    RequestRefusedError,
+    SuspendedError,
     VolumeBusyError,
     WritesLostError,
     shown,
@@ -102,11 +102,15 @@ def _signals(on_busy: OnBusy) -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGKILL) if on_busy is OnBusy.SIGNAL else ()
 
 
-def suspended(mapping: Mapping) -> RequestRefusedError:
-    """Return the refusal to release a mapping that is suspended."""
+def suspended(mapping: Mapping) -> SuspendedError:
+    """Return the refusal to release a mapping that is suspended.
+
+    A resume makes a table live that was loaded meanwhile, which nothing reports, and what waits is
+    written by that. `clear` drops it, and does nothing where there is none.
+    """
     name = mapping.name
-    words = f"mapping {name} is suspended, and writes wait; `dmsetup resume {name}` ends that"
-    return RequestRefusedError(words)
+    cure = f"`dmsetup clear {name} && dmsetup resume {name}` ends that"
+    return SuspendedError(f"mapping {name} is suspended, and writes wait; {cure}")
 
 
 async def _release_unmounted(

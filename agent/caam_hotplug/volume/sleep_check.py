@@ -36,7 +36,12 @@ class SleepCheck:
         self._before: Sample | None = None
 
     async def remember(self, mapping: Mapping) -> None:
-        """Take the sample; without one, nothing is known after a sleep."""
+        """Take the sample; without one, nothing is known after a sleep.
+
+        A read of a suspended mapping would wait, and everything after it.
+        """
+        if mapping.is_suspended:
+            return
         with suppress(HotplugError, OSError):
             self._before = await self._sample(mapping)
 
@@ -58,7 +63,7 @@ class SleepCheck:
 
     async def _outcome(self, mapping: Mapping) -> Outcome:
         before = self._before
-        if before is None:
+        if before is None or mapping.is_suspended:
             return Outcome.UNKNOWN
         plain = await self._operations.call(*self._read_plain(mapping))
         if plain == before.plain and None not in plain:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from caam_hotplug.daemon.events import BlobEvents
+from caam_hotplug.daemon import events as daemon_events
+from caam_hotplug.daemon.events import BlobEvents, MountChanges
 from caam_hotplug.daemon.supervisor import Supervisor
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import inotify
+from caam_hotplug.kernel.mount_events import MountEvents
 from fakes.clock import Clock
 
 
@@ -21,9 +24,14 @@ class Supervised:
 
     def __init__(self) -> None:
         self.blobs: list[str | None] = []
+        self.looks: list[float] = []
+        """When all mounts were looked at, by the loop's time."""
 
     def blob_appeared(self, name: str | None) -> None:
         self.blobs.append(name)
+
+    def mounts_changed(self) -> None:
+        self.looks.append(asyncio.get_running_loop().time())
 
 
 class Watches:
@@ -150,3 +158,62 @@ def test_a_directory_that_cannot_be_watched_after_a_change_of_mounts_is_asked_fo
         runner.run(work())
     assert supervised.blobs == [None, "new.bb"]
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(("refusals", "looks"), [(0, []), (1, [1]), (3, [7])])
+def test_a_watch_of_the_mounts_that_the_kernel_refuses_is_asked_for_again_and_all_are_looked_at(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refusals: int,
+    looks: list[float],
+) -> None:
+    caplog.set_level(logging.INFO)
+    left = [UnknownError("watch", "mountinfo", errno.EMFILE) for _ in range(refusals)]
+
+    def watched() -> MountEvents:
+        if left:
+            raise left.pop()
+        return MountEvents()
+
+    monkeypatch.setattr(daemon_events, "MountEvents", watched)
+    before, supervised = os.listdir("/proc/self/fd"), Supervised()
+
+    async def work() -> None:
+        supervisor = cast("Supervisor", supervised)
+        begun = asyncio.get_running_loop().time()
+        changes = MountChanges(supervisor, BlobEvents(tmp_path, supervisor))
+        changes.begin()
+        await asyncio.sleep(60)
+        changes.end()
+        supervised.looks = [at - begun for at in supervised.looks]
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(work())
+    assert supervised.looks == looks
+    levels = [record.levelname for record in caplog.records]
+    assert levels == (["WARNING", "INFO"] if refusals else [])
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_watch_of_the_mounts_is_not_asked_for_after_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched() -> MountEvents:
+        asked.append(1)
+        raise UnknownError("watch", "mountinfo", errno.EMFILE)
+
+    monkeypatch.setattr(daemon_events, "MountEvents", watched)
+
+    async def work() -> None:
+        supervisor = cast("Supervisor", Supervised())
+        changes = MountChanges(supervisor, BlobEvents(tmp_path, supervisor))
+        changes.begin()
+        changes.end()
+        await asyncio.sleep(60)
+
+    with asyncio.Runner(loop_factory=Clock) as runner:
+        runner.run(work())
+    assert asked == [1]

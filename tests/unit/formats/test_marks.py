@@ -23,11 +23,12 @@ VOLUME = Volume(
     state=st.sampled_from([None, State.LOCKED, State.EJECTED]),
     is_held=st.booleans(),
     lost=st.text(),
+    released=st.text(),
 )
 def test_a_mark_reads_as_it_was_written(
-    label: str | None, state: State | None, is_held: bool, lost: str
+    label: str | None, state: State | None, is_held: bool, lost: str, released: str
 ) -> None:
-    mark = Mark(replace(VOLUME, partlabel=label), state, is_held=is_held, lost=lost)
+    mark = Mark(replace(VOLUME, partlabel=label), state, is_held, lost, released=released)
     assert Mark.from_text(mark.to_text()) == mark
 
 
@@ -55,3 +56,9 @@ def test_facts_that_another_version_knows_do_no_harm() -> None:
     assert written["volume"].keys() == {each.name for each in fields(Volume)}
     written["volume"]["colour"] = "red"
     assert Mark.from_text(json.dumps(written)) == Mark(VOLUME)
+
+
+def test_a_mark_of_a_version_that_did_not_remember_what_it_was_released_for_is_read() -> None:
+    written = json.loads(Mark(VOLUME, State.LOCKED).to_text())
+    del written["released"], written["unmounted"]
+    assert Mark.from_text(json.dumps(written)) == Mark(VOLUME, State.LOCKED)
