@@ -217,6 +217,7 @@ def _ignore_late(_why: str | None) -> None:
 def _set_up_logging(level: str) -> None:
     # Of a record only the message is used (Optimization in Python's logging HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     ours = logging.getLogger("caam_hotplug")
     ours.addHandler(journal.handler())
     ours.setLevel(level.upper())
