@@ -191,6 +191,7 @@ class _StatusLine:
         self._notifier = notifier
         self._registry = registry
         self._timer: asyncio.TimerHandle | None = None
+        self._said = ""
 
     def update_soon(self, _entry: Entry) -> None:
         """Update the line once for several changes: a medium has several states in a moment."""
@@ -199,7 +200,10 @@ class _StatusLine:
 
     def _update(self) -> None:
         self._timer = None
-        self._notifier.send(f"STATUS={self._registry.summary()}")
+        summary = self._registry.summary()
+        if summary != self._said:
+            self._said = summary
+            self._notifier.send(f"STATUS={summary}")
 
 
 async def _ping_watchdog(notifier: Notifier, at_ping: Callable[[], None]) -> None:
