@@ -437,7 +437,9 @@ def test_cancelling_a_removal_that_nobody_requested_is_no_error(world: World) ->
 
 def test_a_mapping_with_an_error_table_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
+        assert not world.kernel.has_error_table(mapping.uuid)
         world.kernel.load_error_table(mapping.uuid)
+        assert world.kernel.has_error_table(mapping.uuid)
         assert found(world).table == (f"0 {target(world).length} error",)
         with pytest.raises(OSError) as failed:
             world.reads_as_written(mapping.node)
@@ -457,9 +459,13 @@ def test_a_mapping_with_an_error_table_can_be_unmounted_and_removed(world: World
 def test_an_error_table_for_a_mapping_without_a_table_changes_nothing(world: World) -> None:
     world.kernel.load_error_table(dm_uuid(world))
     assert is_gone(world)
+    with pytest.raises(DmError) as failed:
+        world.kernel.has_error_table(dm_uuid(world))
+    assert failed.value.errno == errno.ENXIO
     with created(world):
         world.kernel.load_error_table(dm_uuid(world))
         assert found(world).table == ()
+        assert not world.kernel.has_error_table(dm_uuid(world))
 
 
 def test_a_disk_whose_medium_is_still_there_has_not_changed(world: World) -> None:

@@ -593,6 +593,14 @@ class FakeProcess:
         mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
         self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
+    def has_error_table(self, uuid: str) -> bool:
+        mapping = next((m for m in self.kernel.mappings.values() if m.uuid == uuid), None)
+        self._step("has_error_table", uuid if mapping is None else mapping.name)
+        if mapping is None:
+            raise DmError("look at mapping", uuid, errno.ENXIO)
+        is_error = mapping.live is not None and mapping.live.endswith(" error")
+        return is_error and not mapping.is_suspended
+
     def resume_mapping(self, name: str) -> None:
         self._step("resume_mapping", name)
         mapping = self._mapping(name, "activate mapping")

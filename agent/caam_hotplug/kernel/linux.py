@@ -157,11 +157,12 @@ class LinuxKernel:
         devmapper.resume(name)
 
     def load_error_table(self, uuid: str) -> None:
-        """Replace the live table of the mapping with this DM-UUID, if there is one.
-
-        All its I/O fails from then on, and the kernel wipes the key. Any thread.
-        """
+        """Have all I/O of the mapping fail, if it has a table, and its key wiped. Any thread."""
         error_table.load(uuid)
+
+    def has_error_table(self, uuid: str) -> bool:
+        """Return whether the mapping's live table is an error table. It waits for no medium."""
+        return error_table.is_live(uuid)
 
     def resume_mapping(self, name: str) -> None:
         """Resume a suspended mapping with its live table; a table that waits is dropped."""
