@@ -32,6 +32,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.api import Kernel, OpenVolume
+from caam_hotplug.kernel.medium_sample import Sample
 from caam_hotplug.keys import backends
 from caam_hotplug.model import (
     DeviceNumber,
@@ -489,6 +490,7 @@ def test_what_a_mapping_gives_depends_on_its_key_and_what_its_medium_holds_does_
         cipher = world.kernel.ciphertexts(world.volume, mapping)
         assert world.kernel.plaintexts(mapping) == plain
         assert None not in plain
+        assert world.kernel.sample(world.volume, mapping) == Sample(plain, cipher)
         assert len(plain) == len(cipher.digests)
     with mapped(world, OTHER_BLOB) as mapping:
         assert not set(world.kernel.plaintexts(mapping)) & set(plain)

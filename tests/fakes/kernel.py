@@ -29,7 +29,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
-from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts, Sample
 from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import (
     Appeared,
@@ -621,6 +621,9 @@ class FakeProcess:
 
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
+        return self._plaintexts(mapping)
+
+    def _plaintexts(self, mapping: Mapping) -> Plaintexts:
         fake = self.kernel.by_node(mapping.node)
         target = CryptTarget.from_line(fake.live or "")
         medium = None if target is None else self.kernel.medium(target.device)
@@ -630,11 +633,21 @@ class FakeProcess:
 
     def ciphertexts(self, volume: Volume, mapping: Mapping) -> Ciphertexts:
         self._step("ciphertexts", volume.name)
+        return self._ciphertexts(volume)
+
+    def _ciphertexts(self, volume: Volume) -> Ciphertexts:
         medium = self.kernel.media.get(volume.name)
         if medium is None:
             raise KernelError("open", volume.node, errno.ENOENT)
         medium.is_refusing = False
         return Ciphertexts(medium.identifier, (len(self.kernel.steps) if medium.is_written else 1,))
+
+    def sample(self, volume: Volume, mapping: Mapping) -> Sample:
+        self._step("sample", volume.name)
+        cipher = self._ciphertexts(volume)
+        if self.kernel.media[volume.name].is_written:
+            cipher = replace(cipher, digests=(None,))
+        return Sample(self._plaintexts(mapping), cipher)
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         at_node = (

@@ -142,6 +142,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # open(2), read(2) past the cache: the node or the medium gone, bad sectors, no memory.
     "plaintexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     "ciphertexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
+    "sample": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     # open(2), read(2) in blkid_do_safeprobe: bad sectors, the node or the medium gone.
     "probe": (errno.EIO, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
     # fsconfig(2), mount(2), ext4_fill_super and its kin: a bad superblock or option, corruption,
@@ -223,7 +224,7 @@ REFUSED: Final = {errno.EBADMSG, errno.EINVAL}
 
 PLAIN: Final = {
     "ciphertexts", "identify", "plaintexts", "probe", "read_table", "require_same",
-    "require_unused", "watch_writes",
+    "require_unused", "sample", "watch_writes",
 }  # fmt: skip
 
 
@@ -538,8 +539,8 @@ class Combination:
         # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
             "unmount", "our_mount_points", "load_error_table", "has_error_table", "read_table",
-            "plaintexts", "ciphertexts", "why_occupied", "keep_place", "look", "is_offline",
-            "resume_mapping",
+            "plaintexts", "ciphertexts", "sample", "why_occupied", "keep_place", "look",
+            "is_offline", "resume_mapping",
         }  # fmt: skip
         if act is give_back and self.step == "mounts" and not self.nth and not self.lasting:
             return self.moment.ends_in  # an attempt follows a check without an answer

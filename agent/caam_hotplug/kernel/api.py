@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Trusted
-from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts, Sample
 from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import (
     DeviceNumber,
@@ -98,6 +98,7 @@ class Kernel(Protocol):
     def keep_mapping(self, name: str) -> None: ...
     def plaintexts(self, mapping: Mapping) -> Plaintexts: ...
     def ciphertexts(self, volume: Volume, mapping: Mapping) -> Ciphertexts: ...
+    def sample(self, volume: Volume, mapping: Mapping) -> Sample: ...
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None: ...
     def mount(

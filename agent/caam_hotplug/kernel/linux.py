@@ -185,6 +185,10 @@ class LinuxKernel:
         """Return digests of what the medium has at the same places."""
         return medium_sample.ciphertexts(volume, mapping)
 
+    def sample(self, volume: Volume, mapping: Mapping) -> medium_sample.Sample:
+        """Return both as they were at one moment."""
+        return medium_sample.sample(volume, mapping)
+
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         """Return the type of the device's filesystem if it is one of those allowed, else None."""
         return blkid.probe(node, filesystems)
@@ -236,10 +240,7 @@ class LinuxKernel:
         open_files.end(mapping, number, within_s)
 
     def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
-        """Return the node of the disk if it has another medium than the volume's now.
-
-        Raises: UnknownError.
-        """
+        """Return the node of the volume's disk if that has another medium. Raises: UnknownError."""
         return changed_disk.node(which, number)
 
     def read_table(self, disk: str) -> None:
