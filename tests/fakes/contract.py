@@ -32,6 +32,7 @@ from caam_hotplug.errors import (
 )
 from caam_hotplug.formats.crypt_table import Crypt, CryptTarget, crypt_target
 from caam_hotplug.kernel.api import Kernel, OpenVolume
+from caam_hotplug.kernel.medium_sample import Sample
 from caam_hotplug.keys import backends
 from caam_hotplug.model import (
     DeviceNumber,
@@ -442,7 +443,9 @@ def test_cancelling_a_removal_that_nobody_requested_is_no_error(world: World) ->
 
 def test_a_mapping_with_an_error_table_fails_all_reads(world: World) -> None:
     with mapped(world) as mapping, world.held(mapping.node):
+        assert not world.kernel.has_error_table(mapping.uuid)
         world.kernel.load_error_table(mapping.uuid)
+        assert world.kernel.has_error_table(mapping.uuid)
         assert found(world).table == (f"0 {target(world).length} error",)
         with pytest.raises(OSError) as failed:
             world.reads_as_written(mapping.node)
@@ -462,9 +465,13 @@ def test_a_mapping_with_an_error_table_can_be_unmounted_and_removed(world: World
 def test_an_error_table_for_a_mapping_without_a_table_changes_nothing(world: World) -> None:
     world.kernel.load_error_table(dm_uuid(world))
     assert is_gone(world)
+    with pytest.raises(DmError) as failed:
+        world.kernel.has_error_table(dm_uuid(world))
+    assert failed.value.errno == errno.ENXIO
     with created(world):
         world.kernel.load_error_table(dm_uuid(world))
         assert found(world).table == ()
+        assert not world.kernel.has_error_table(dm_uuid(world))
 
 
 def test_a_disk_whose_medium_is_still_there_has_not_changed(world: World) -> None:
@@ -488,6 +495,7 @@ def test_what_a_mapping_gives_depends_on_its_key_and_what_its_medium_holds_does_
         cipher = world.kernel.ciphertexts(world.volume, mapping)
         assert world.kernel.plaintexts(mapping) == plain
         assert None not in plain
+        assert world.kernel.sample(world.volume, mapping) == Sample(plain, cipher)
         assert len(plain) == len(cipher.digests)
     with mapped(world, OTHER_BLOB) as mapping:
         assert not set(world.kernel.plaintexts(mapping)) & set(plain)

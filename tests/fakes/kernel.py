@@ -29,7 +29,7 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats import mount_options
 from caam_hotplug.formats.blobs import Backend, Blob, Encrypted, Tagged, Trusted
 from caam_hotplug.formats.crypt_table import CryptTarget
-from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts
+from caam_hotplug.kernel.medium_sample import Ciphertexts, Plaintexts, Sample
 from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import (
     Appeared,
@@ -594,6 +594,14 @@ class FakeProcess:
         mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
         self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 
+    def has_error_table(self, uuid: str) -> bool:
+        mapping = next((m for m in self.kernel.mappings.values() if m.uuid == uuid), None)
+        self._step("has_error_table", uuid if mapping is None else mapping.name)
+        if mapping is None:
+            raise DmError("look at mapping", uuid, errno.ENXIO)
+        is_error = mapping.live is not None and mapping.live.endswith(" error")
+        return is_error and not mapping.is_suspended
+
     def resume_mapping(self, name: str) -> None:
         self._step("resume_mapping", name)
         mapping = self._mapping(name, "activate mapping")
@@ -620,6 +628,9 @@ class FakeProcess:
 
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
+        return self._plaintexts(mapping)
+
+    def _plaintexts(self, mapping: Mapping) -> Plaintexts:
         fake = self.kernel.by_node(mapping.node)
         self._wait_for(fake)
         target = CryptTarget.from_line(fake.live or "")
@@ -630,11 +641,21 @@ class FakeProcess:
 
     def ciphertexts(self, volume: Volume, mapping: Mapping) -> Ciphertexts:
         self._step("ciphertexts", volume.name)
+        return self._ciphertexts(volume)
+
+    def _ciphertexts(self, volume: Volume) -> Ciphertexts:
         medium = self.kernel.media.get(volume.name)
         if medium is None:
             raise KernelError("open", volume.node, errno.ENOENT)
         medium.is_refusing = False
         return Ciphertexts(medium.identifier, (len(self.kernel.steps) if medium.is_written else 1,))
+
+    def sample(self, volume: Volume, mapping: Mapping) -> Sample:
+        self._step("sample", volume.name)
+        cipher = self._ciphertexts(volume)
+        if self.kernel.media[volume.name].is_written:
+            cipher = replace(cipher, digests=(None,))
+        return Sample(self._plaintexts(mapping), cipher)
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         at_node = (

@@ -223,8 +223,7 @@ def map_with(world: RealWorld, crypt: Crypt) -> None:
 
 def sample(world: RealWorld, mapping: Mapping) -> Sample:
     """What is read at this moment."""
-    plain = world.kernel.plaintexts(mapping)
-    return Sample(plain, world.kernel.ciphertexts(world.volume, mapping))
+    return world.kernel.sample(world.volume, mapping)
 
 
 @pytest.mark.parametrize("crypt", [Crypt(), Crypt(sector_size=4096, offset=8)], ids=["512", "4096"])

@@ -296,6 +296,32 @@ def test_an_unmount_that_finds_its_medium_gone_waits_for_the_error_table(
     assert "unmount" not in steps[: steps.index("load_error_table")]
 
 
+def test_an_unmount_waits_for_the_error_table_and_not_for_the_medium_to_be_closed(
+    bench: Bench,
+) -> None:
+    mounted(bench)
+    bench.kernel.faults.append(Fault("load_error_table", hangs_s=9.0, acts_first=True))
+    pull(bench)
+    assert bench.kernel.mounts == []
+    assert is_cut_off(bench)
+    assert "remove_mapping" not in bench.kernel.steps
+    bench.wait(9.0)
+    assert bench.kernel.mappings == {}
+
+
+def test_a_change_of_a_mapping_that_is_not_cut_off_yet_leads_to_no_unmount(bench: Bench) -> None:
+    mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kernel.faults.append(Fault("load_error_table", hangs_s=9.0))
+    pull(bench)
+    bench.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+    bench.settle()
+    assert bench.kernel.steps[-1] == "has_error_table"
+    assert bench.kernel.mounts != []
+    bench.wait(9.0)
+    assert bench.kernel.mounts == []
+
+
 def test_a_defect_in_the_error_table_ends_no_other_volumes_service(bench: Bench) -> None:
     other = bench.insert("cartridge-02", "sdb1")
     mounted(bench)
@@ -346,12 +372,12 @@ def test_a_medium_without_a_mapping_gets_no_error_table(bench: Bench) -> None:
     assert "load_error_table" not in bench.kernel.steps
 
 
-def test_a_departure_makes_one_call_more_than_a_release_without_a_flush(bench: Bench) -> None:
+def test_a_departure_takes_two_steps_more_than_a_release_without_a_flush(bench: Bench) -> None:
     mounted(bench)
     begin = len(bench.kernel.steps)
     pull(bench)
     assert [step for step in bench.kernel.steps[begin:] if step != "mounts"] == [
-        "load_error_table", "unmount", "remove_mount_point",
+        "load_error_table", "has_error_table", "unmount", "remove_mount_point",
         "find_mapping", "remove_mapping", "find_mapping", "mounts",
     ][:-1]  # fmt: skip
 
@@ -368,7 +394,7 @@ def test_of_many_media_that_go_at_once_each_is_cut_off_before_its_unmount(bench:
     for label, _ in labels:
         noted = zip(bench.kernel.steps[begin:], bench.kernel.subjects[begin:], strict=True)
         steps = [step for step, subject in noted if label in subject]
-        assert steps[:2] == ["load_error_table", "unmount"]
+        assert steps[:3] == ["load_error_table", "has_error_table", "unmount"]
 
 
 # readers

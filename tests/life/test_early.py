@@ -200,6 +200,21 @@ def test_a_fault_of_a_blob_is_published_once_whenever_udev_reports(
     assert bench.registry.counters[ends_in.value] == 1
 
 
+@pytest.mark.parametrize(("label", "is_again"), [("cartridge-01", False), ("cartridge-02", True)])
+def test_a_disk_is_read_again_only_if_udev_contradicts_what_is_being_read(
+    bench: Bench, label: str, is_again: bool
+) -> None:
+    volume = known_to_udev(bench)
+    bench.kernel.faults.append(Fault("identify", hangs_s=1.0, acts_first=True))
+    bench.announce(volume)
+    bench.wait(0.5)
+    bench.misreport(replace(volume, partlabel=label))
+    bench.wait(5)
+    assert bench.state(volume) is State.MOUNTED
+    assert [mount.point for mount in bench.kernel.mounts] == ["/run/media/cartridge-01"]
+    assert (bench.kernel.steps.count("identify") > 1) is is_again
+
+
 def test_a_volume_that_failed_before_udevs_report_is_tried_again_after_it(bench: Bench) -> None:
     bench.kernel.fail_next("require_unused", errno.EBUSY)
     volume = announced(bench)

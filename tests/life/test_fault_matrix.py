@@ -131,6 +131,8 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # table_load and do_resume again: no memory, a signal while it waits for what is in flight
     # (dm_wait_for_completion); open(2): too many open files. ENXIO is "none".
     "load_error_table": (errno.ENOMEM, errno.EINTR, errno.EMFILE),
+    # find_device and copy_params in dm-ioctl.c: it has gone; no memory.
+    "has_error_table": (errno.ENXIO, errno.ENOMEM),
     # table_clear and do_resume: it has gone; a signal while it waits, no memory.
     "resume_mapping": (errno.ENXIO, *NOT_KNOWN),
     # dev_remove: ENXIO is "gone" and a holder only defers it, so the ioctl itself is what fails.
@@ -140,6 +142,7 @@ ERRNOS: Final[dict[str, tuple[int, ...]]] = {
     # open(2), read(2) past the cache: the node or the medium gone, bad sectors, no memory.
     "plaintexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     "ciphertexts": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
+    "sample": (errno.ENOENT, errno.ENXIO, errno.EIO, errno.EMFILE, errno.ENOMEM),
     # open(2), read(2) in blkid_do_safeprobe: bad sectors, the node or the medium gone.
     "probe": (errno.EIO, errno.ENOENT, errno.ENXIO, errno.EMFILE, errno.ENOMEM),
     # fsconfig(2), mount(2), ext4_fill_super and its kin: a bad superblock or option, corruption,
@@ -205,6 +208,8 @@ GLOBAL: Final = {"mounts"}
 """Steps that name no volume, so that a fault cannot be aimed at one of several. The mount table is
 read from memory on the loop and cannot hang; volume/mount_table.py says why.
 """
+ON_LOOP: Final = {*GLOBAL, "has_error_table"}
+"""Steps that cannot hang: what is asked for is in memory."""
 HARMS: Final = {
     "flush", "unmount", "detach", "remove_mount_point", "load_error_table", "remove_mapping",
 }  # fmt: skip
@@ -219,7 +224,7 @@ REFUSED: Final = {errno.EBADMSG, errno.EINVAL}
 
 PLAIN: Final = {
     "ciphertexts", "identify", "plaintexts", "probe", "read_table", "require_same",
-    "require_unused", "watch_writes",
+    "require_unused", "sample", "watch_writes",
 }  # fmt: skip
 
 
@@ -533,8 +538,9 @@ class Combination:
         # A detach follows; it is only listed; it is tried again; it comes after the target's life;
         # only a later sleep needs it, or what somebody mounts over the mount root.
         harmless = {
-            "unmount", "our_mount_points", "load_error_table", "read_table", "plaintexts",
-            "ciphertexts", "why_occupied", "keep_place", "look", "is_offline", "resume_mapping",
+            "unmount", "our_mount_points", "load_error_table", "has_error_table", "read_table",
+            "plaintexts", "ciphertexts", "sample", "why_occupied", "keep_place", "look",
+            "is_offline", "resume_mapping",
         }  # fmt: skip
         if act is give_back and self.step == "mounts" and not self.nth and not self.lasting:
             return self.moment.ends_in  # an attempt follows a check without an answer
@@ -624,7 +630,7 @@ CALLS: Final[list[Call]] = [
     for nth in range(count)
 ]
 THAT_FAIL: Final = [call for call in CALLS if call[1] != "our_mappings"]  # has its own test
-THAT_HANG: Final = [call for call in CALLS if call[1] not in GLOBAL]
+THAT_HANG: Final = [call for call in CALLS if call[1] not in ON_LOOP]
 THAT_HANG_WITH_MEDIUM: Final = [
     call for call in THAT_HANG if call[0].act not in {*DEPARTS, find_leftovers}
 ]

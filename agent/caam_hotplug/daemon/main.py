@@ -190,6 +190,7 @@ class _StatusLine:
         self._notifier = notifier
         self._registry = registry
         self._timer: asyncio.TimerHandle | None = None
+        self._said = ""
 
     def update_soon(self, _entry: Entry) -> None:
         """Update the line once for several changes: a medium has several states in a moment."""
@@ -198,7 +199,10 @@ class _StatusLine:
 
     def _update(self) -> None:
         self._timer = None
-        self._notifier.send(f"STATUS={self._registry.summary()}")
+        summary = self._registry.summary()
+        if summary != self._said:
+            self._said = summary
+            self._notifier.send(f"STATUS={summary}")
 
 
 async def _ping_watchdog(notifier: Notifier, at_ping: Callable[[], None]) -> None:
@@ -216,6 +220,7 @@ def _ignore_late(_why: str | None) -> None:
 def _set_up_logging(level: str) -> None:
     # Of a record only the message is used (Optimization in Python's logging HOWTO).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     ours = logging.getLogger("caam_hotplug")
     ours.addHandler(journal.handler())
     ours.setLevel(level.upper())

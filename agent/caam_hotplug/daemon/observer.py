@@ -80,7 +80,8 @@ class Observer:
     def mapping_changed(self, name: str) -> None:
         """Have a mapping looked at that the kernel has changed or removed."""
         for record in self._records():
-            record.holding.mapping_changed(f"/dev/{name}")
+            if record.holding.mapping_changed(f"/dev/{name}"):
+                record.cut_off.mapping_changed()
 
     def events_lost(self) -> None:
         """Say so, and have all mappings looked at: any of them may have changed."""

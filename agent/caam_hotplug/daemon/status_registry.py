@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 from caam_hotplug.model import Entry, State, VolumeId
 from caam_hotplug.systemd import journal
@@ -20,6 +21,7 @@ _LEVELS = {
     State.WAITING: logging.WARNING,
     State.REMOVED_UNSAFELY: logging.WARNING,
 }
+_SHOWN: Final = [state.value for state in State if state is not State.IGNORED]
 
 
 class StatusRegistry:
@@ -71,9 +73,9 @@ class StatusRegistry:
 
     def summary(self) -> str:
         """Return how many volumes are in which state, for the status line of the service."""
-        counts = Counter(entry.state for entry in self._entries.values())
-        shown = [state for state in State if counts[state] and state is not State.IGNORED]
-        return ", ".join(f"{counts[state]} {state.value}" for state in shown) or "no media"
+        counts = Counter(entry.state.value for entry in self._entries.values())
+        shown = [state for state in _SHOWN if state in counts]
+        return ", ".join(f"{counts[state]} {state}" for state in shown) or "no media"
 
     def _forget_departed(self) -> None:
         for key, entry in list(self._entries.items()):

@@ -101,8 +101,10 @@ class Relay:
     def flush(self) -> None:
         """Send what sdbus has written. What the bus does not take yet waits, and so do requests."""
         try:
-            while self._unsent or (unsent := self._inner.recv(_READ_AT_ONCE)):
-                self._unsent = self._unsent or unsent
+            may_be_more = True
+            while self._unsent or (may_be_more and (came := self._inner.recv(_READ_AT_ONCE))):
+                if not self._unsent:
+                    self._unsent, may_be_more = came, len(came) == _READ_AT_ONCE
                 self._unsent = self._unsent[self._bus.send(self._unsent) :]
         except BlockingIOError:
             if self._unsent:

@@ -61,6 +61,17 @@ def load(uuid: str) -> None:
                 raise
 
 
+def is_live(uuid: str) -> bool:
+    """Return whether the live table is an error table, and is not suspended. Any thread.
+
+    Raises: DmError, with ENXIO if there is no such mapping.
+    """
+    with reported_as("look at mapping", uuid, DmError):
+        flags, targets = _status(uuid)
+    is_running = bool(flags & _ACTIVE_PRESENT) and not flags & _SUSPENDED
+    return is_running and all(kind == b"error" for _, kind in targets)
+
+
 def _load(uuid: str) -> None:
     flags, targets = _status(uuid)
     if not flags & _ACTIVE_PRESENT:

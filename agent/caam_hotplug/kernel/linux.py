@@ -155,11 +155,12 @@ class LinuxKernel:
         devmapper.resume(name)
 
     def load_error_table(self, uuid: str) -> None:
-        """Replace the live table of the mapping with this DM-UUID, if there is one.
-
-        All its I/O fails from then on, and the kernel wipes the key. Any thread.
-        """
+        """Have all I/O of the mapping fail, if it has a table, and its key wiped. Any thread."""
         error_table.load(uuid)
+
+    def has_error_table(self, uuid: str) -> bool:
+        """Return whether the mapping's live table is an error table. It waits for no medium."""
+        return error_table.is_live(uuid)
 
     def resume_mapping(self, name: str) -> None:
         """Resume a suspended mapping with its live table; a table that waits is dropped."""
@@ -181,6 +182,10 @@ class LinuxKernel:
     def ciphertexts(self, volume: Volume, mapping: Mapping) -> medium_sample.Ciphertexts:
         """Return digests of what the medium has at the same places."""
         return medium_sample.ciphertexts(volume, mapping)
+
+    def sample(self, volume: Volume, mapping: Mapping) -> medium_sample.Sample:
+        """Return both as they were at one moment."""
+        return medium_sample.sample(volume, mapping)
 
     def probe(self, node: str, filesystems: Sequence[str]) -> str | None:
         """Return the type of the device's filesystem if it is one of those allowed, else None."""
@@ -233,10 +238,7 @@ class LinuxKernel:
         open_files.end(mapping, number, within_s)
 
     def changed_disk(self, which: VolumeId, number: DeviceNumber) -> str | None:
-        """Return the node of the disk if it has another medium than the volume's now.
-
-        Raises: UnknownError.
-        """
+        """Return the node of the volume's disk if that has another medium. Raises: UnknownError."""
         return changed_disk.node(which, number)
 
     def read_table(self, disk: str) -> None:

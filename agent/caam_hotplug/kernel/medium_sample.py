@@ -47,11 +47,6 @@ class Ciphertexts:
     digests: tuple[int | None, ...]
     """None where it was written while the sample was taken."""
 
-    def unless_written(self, later: Ciphertexts) -> Ciphertexts:
-        """Return what was the same when it was read again."""
-        both = zip(self.digests, later.digests, strict=True)
-        return Ciphertexts(later.medium, tuple(old if old == new else None for old, new in both))
-
 
 Plaintexts = tuple[int | None, ...]
 """Digests of what the mapping makes of it; None where it cannot be decrypted."""
@@ -107,10 +102,28 @@ def ciphertexts(volume: Volume, mapping: Mapping) -> Ciphertexts:
     """Read the sample from the medium itself. Raises: KernelError if it has gone."""
     crypt = _crypt(mapping)
     with _opened(volume.node, volume.number) as file:
-        blocks = Blocks(file, volume.node, crypt.offset * SECTOR_BYTES)
-        read = (blocks.read(place, _PLACE_BYTES) for place in _places(crypt))
-        digests = [digest for place in read for digest in _digests(place, crypt)]
-    return Ciphertexts(_medium(volume), tuple(digests))
+        digests = _digests_on(file, volume, crypt)
+    return Ciphertexts(_medium(volume), digests)
+
+
+def sample(volume: Volume, mapping: Mapping) -> Sample:
+    """Read both. What is written meanwhile does not count, so the medium is read twice.
+
+    Raises: KernelError if it has gone.
+    """
+    crypt = _crypt(mapping)
+    with _opened(volume.node, volume.number) as file:
+        before = _digests_on(file, volume, crypt)
+        plain = plaintexts(mapping)
+        both = zip(before, _digests_on(file, volume, crypt), strict=True)
+    steady = tuple(old if old == new else None for old, new in both)
+    return Sample(plain, Ciphertexts(_medium(volume), steady))
+
+
+def _digests_on(file: int, volume: Volume, crypt: CryptTarget) -> tuple[int, ...]:
+    blocks = Blocks(file, volume.node, crypt.offset * SECTOR_BYTES)
+    read = (blocks.read(place, _PLACE_BYTES) for place in _places(crypt))
+    return tuple(digest for place in read for digest in _digests(place, crypt))
 
 
 def _crypt(mapping: Mapping) -> CryptTarget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ _VOLATILE: Final = {"tmpfs", "ramfs"}
 _UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
 
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_AT_ONCE: Final = 64 << 10
 
 
 def mounts() -> list[Mount]:
@@ -30,11 +32,20 @@ def mounts() -> list[Mount]:
     """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
     with reported_as("read", str(_MOUNTINFO), UnknownError):
-        content = spent_on(_MOUNTINFO.read_bytes)
+        content = spent_on(_content)
     try:
         return parsed(content)
     except ValueError as error:
         raise UnknownError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
+
+
+def _content() -> bytes:
+    """Return the file, without the calls that Python makes about a file of any kind."""
+    opened = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(opened, _AT_ONCE), b""))
+    finally:
+        os.close(opened)
 
 
 def parsed(content: bytes) -> list[Mount]:

@@ -18,7 +18,7 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from enum import Enum
 from functools import lru_cache
@@ -229,54 +229,53 @@ def encoded(message: str, priority: int, fields: Mapping[str, object]) -> bytes:
     """Return an entry as the journal reads it: `NAME=VALUE`, or a length before a binary value."""
     own = {
         "MESSAGE": message,
-        "PRIORITY": priority,
+        "PRIORITY": str(priority),
         "SYSLOG_IDENTIFIER": names.PROGRAM,
         "MESSAGE_ID": _IDS.get(str(fields.get("EVENT"))),
     }
-    others = {name: value for name, value in fields.items() if name not in own}
-    entry = bytearray()
-    for name, value in (*_pairs(own), *_pairs(others)):
-        content = _bytes(value)
-        if b"\n" in content:
+    texts = [(name, text) for name, text in own.items() if text is not None]
+    for name, value in fields.items():
+        if name not in own:
+            _add(texts, name, value)
+    lines = [f"{name}={text}\n" for name, text in texts if "\n" not in text]
+    try:
+        entry = "".join(lines).encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        entry = b"".join(map(_bytes, lines))
+    for name, text in texts:
+        if "\n" in text:
+            content = _bytes(text)
             entry += b"%b\n%b%b\n" % (name.encode(), struct.pack("<Q", len(content)), content)
-        else:
-            entry += b"%b=%b\n" % (name.encode(), content)
-    return bytes(entry)
+    return entry
 
 
-def _pairs(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield names and texts. A volume and a list become several fields.
+def _add(texts: list[tuple[str, str]], name: str, value: object) -> None:
+    """Add the name and the text of a field. A volume and a list become several fields.
 
     `DURATION` is a mapping of steps to seconds. Bytes are not written, since they may be a key.
     """
-    for name, value in fields.items():
-        match value:
-            case str():
-                yield _field_name(name), value
-            case None:
-                pass
-            case Volume():
-                yield from _pairs(
-                    {
-                        "VOLUME": value.id,
-                        "DEVICE": value.node,
-                        "LABEL": value.partlabel,
-                        "PARTUUID": value.partuuid,
-                        "SERIAL": value.serial,
-                    }
-                )
-            case Mapping():
-                for step, seconds in value.items():
-                    yield _field_name(f"{name}_{step}_US"), str(round(seconds * 1_000_000))
-            case list() | tuple():
-                for part in value:
-                    yield from _pairs({name: part})
-            case bytes() | bytearray() | memoryview():
-                yield _field_name(name), f"<{len(value)} bytes>"
-            case Enum():
-                yield _field_name(name), str(value.value)
-            case _:
-                yield _field_name(name), str(value)
+    match value:
+        case str():
+            texts.append((_field_name(name), value))
+        case None:
+            pass
+        case Volume():
+            texts += [("VOLUME", str(value.id)), ("DEVICE", value.node)]
+            _add(texts, "LABEL", value.partlabel)
+            _add(texts, "PARTUUID", value.partuuid)
+            _add(texts, "SERIAL", value.serial)
+        case Enum():
+            texts.append((_field_name(name), str(value.value)))
+        case Mapping():
+            for step, seconds in value.items():
+                texts.append((_field_name(f"{name}_{step}_US"), str(round(seconds * 1_000_000))))
+        case list() | tuple():
+            for part in value:
+                _add(texts, name, part)
+        case bytes() | bytearray() | memoryview():
+            texts.append((_field_name(name), f"<{len(value)} bytes>"))
+        case _:
+            texts.append((_field_name(name), str(value)))
 
 
 _OTHER: Final = re.compile(r"[^A-Z0-9]+")

@@ -45,6 +45,8 @@ class CutOff:
         self._late = late
         self._uuid = uuid
         self._loading: asyncio.Task[Exception | None] | None = None
+        self._live: asyncio.Future[None] | None = None
+        """Done once the table is live, or could not be loaded; there while it is loaded."""
         stop.when_gone = self._begin
 
     async def done(self) -> Exception | None:
@@ -61,6 +63,31 @@ class CutOff:
             raise asyncio.CancelledError
         return loading.result()
 
+    async def live(self) -> None:
+        """Wait until nothing reaches the medium any more, if it has gone, or that has failed.
+
+        The kernel may not have closed the medium yet, for which the removal of the mapping waits.
+        """
+        if self._stop.medium_gone:
+            self._begin()
+        if self._live is not None and await ended(self._live):
+            raise asyncio.CancelledError
+
+    def mapping_changed(self) -> None:
+        """Note that the kernel has changed a mapping: perhaps the table of this one is live now.
+
+        The kernel says so before it closes the medium, which takes about as long as an unmount.
+        Source: do_resume in drivers/md/dm-ioctl.c.
+        """
+        if self._live is None or self._live.done():
+            return
+        try:
+            is_live = self._kernel.has_error_table(self._uuid)
+        except (HotplugError, OSError):  # the end of the load says it
+            return
+        if is_live:
+            self._live.set_result(None)
+
     async def require(self) -> None:
         """As `done`, of a mapping that may have got its table after the error table was loaded.
 
@@ -68,7 +95,7 @@ class CutOff:
         """
         await self.done()
         if self._stop.medium_gone and self.is_mapped:
-            self._loading = asyncio.create_task(self._load())
+            self._start()
         failure = await self.done()
         if failure is not None:
             raise failure
@@ -76,9 +103,20 @@ class CutOff:
     def _begin(self) -> None:
         before = self._loading
         if self.is_mapped and (before is None or (before.done() and before.result() is not None)):
-            self._loading = asyncio.create_task(self._load())
+            self._start()
 
-    async def _load(self) -> Exception | None:
+    def _start(self) -> None:
+        self._live = asyncio.get_running_loop().create_future()
+        self._loading = asyncio.create_task(self._load(self._live))
+
+    async def _load(self, live: asyncio.Future[None]) -> Exception | None:
+        try:
+            return await self._attempts()
+        finally:
+            if not live.done():
+                live.set_result(None)
+
+    async def _attempts(self) -> Exception | None:
         words = "load the error table"
         worker, late = self._new_worker(), partial(self._late_with, words)
         failure: Exception | None = None

@@ -40,6 +40,12 @@ def _require_same_facts(found: Volume, volume: Volume) -> None:
         raise OtherOnDiskError(found)
 
 
+def _is_same(found: Volume, volume: Volume) -> bool:
+    """Whether the volume is in the place that was opened, with what was read there."""
+    facts = (*ON_THE_DISK, "id", "name", "number", "size")
+    return all(getattr(found, fact) == getattr(volume, fact) for fact in facts)
+
+
 def _where_it_says_something(found: Volume, volume: Volume) -> Volume:
     """Return what was found, but for the facts that were not."""
     missing = [fact for fact in ON_THE_DISK if getattr(found, fact) is None]
@@ -68,7 +74,7 @@ class Device:
             if record.volume == asked:
                 record.read_from_disk(found)
                 read = record.volume
-            else:  # there was a report meanwhile
+            elif not _is_same(found, record.volume):  # as there was a report meanwhile
                 await self.close()
         record.stop.check()
 

@@ -153,10 +153,12 @@ class Holding:
             self.is_look_wanted = True
             self._wake()
 
-    def mapping_changed(self, node: str) -> None:
-        """Note that the kernel has changed or removed the mapping of this node."""
-        if self.mapping is not None and self.mapping.node == node:
+    def mapping_changed(self, node: str) -> bool:
+        """Note that the kernel has changed or removed the mapping of this node, if it is held."""
+        is_held = self.mapping is not None and self.mapping.node == node
+        if is_held:
             self.doubt_mapping()
+        return is_held
 
     def doubt_mapping(self) -> None:
         """Have the mapping looked at, if there is one."""

@@ -22,7 +22,13 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
 from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import Mapping, Mount
-from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of, with_copies
+from caam_hotplug.volume.mount_table import (
+    first_of,
+    mounts_among,
+    mounts_at,
+    mounts_of,
+    with_copies,
+)
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -160,7 +166,8 @@ async def release_mount(
 
 async def _release(operations: Operations, name: str, mapping: Mapping, writes: Writes) -> None:
     kernel = operations.kernel
-    there = mounts_at(kernel, name, mapping)
+    mounts = kernel.mounts()
+    there = mounts_among(mounts, f"{kernel.mount_root}/{name}", mapping)
     found = first_of(mapping, there)
 
     writes.was_writable = found is not None and not found.is_filesystem_read_only
@@ -172,7 +179,7 @@ async def _release(operations: Operations, name: str, mapping: Mapping, writes: 
     if found is None:
         await operations.call("remove the mount point", remove_mount_point)
         return
-    which = with_copies(kernel, found)
+    which = with_copies(mounts, found)
     try:
         await _uncover(operations, name, found, there)
     finally:
@@ -185,7 +192,7 @@ async def _uncover(operations: Operations, name: str, found: Mount, there: Seque
         if cover is found:
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
-        which = with_copies(operations.kernel, cover)
+        which = with_copies(operations.kernel.mounts(), cover)
         await operations.call("detach", operations.kernel.unmount, name, which, lazily=True)
 
 

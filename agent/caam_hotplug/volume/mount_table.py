@@ -41,7 +41,13 @@ def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list
     They are those that the path leads to. If none of them shows the mapping, they are one of it
     that is hidden, and those over that one.
     """
-    point, mounts = str(kernel.mount_root / name), kernel.mounts()
+    return mounts_among(kernel.mounts(), f"{kernel.mount_root}/{name}", mapping)
+
+
+def mounts_among(
+    mounts: Sequence[Mount], point: str, mapping: Mapping | None = None
+) -> list[Mount]:
+    """As `mounts_at`, of mounts that were read already."""
     seen = [mount for mount in _on_the_way(mounts, point) if mount.point == point]
     if mapping is None or first_of(mapping, seen) is not None:
         return seen
@@ -49,10 +55,10 @@ def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list
     return seen if hidden is None else [hidden, *_over(mounts, hidden)]
 
 
-def with_copies(kernel: Kernel, mount: Mount) -> frozenset[int]:
+def with_copies(mounts: Sequence[Mount], mount: Mount) -> frozenset[int]:
     """Return the number of the mount, and of its copies with the same point."""
     same = (mount.number, mount.point)
-    found = (each for each in kernel.mounts() if (each.number, each.point) == same)
+    found = (each for each in mounts if (each.number, each.point) == same)
     return frozenset(each.identity for each in (mount, *found))
 
 

@@ -20,7 +20,7 @@ from caam_hotplug.model import DeviceNumber, Mapping
 from caam_hotplug.volume.mount_table import (
     first_of,
     mounted_elsewhere,
-    mounts_at,
+    mounts_among,
     points_of,
     with_copies,
 )
@@ -50,7 +50,7 @@ async def release(
     MountError. Then nothing has changed.
     """
     kernel, name = operations.kernel, target.plan.mount_name
-    there = mounts_at(kernel, name, mapping)
+    there = mounts_among(mounts := kernel.mounts(), f"{kernel.mount_root}/{name}", mapping)
     found = first_of(mapping, there)
     if found is None:
         await _release_unmounted(operations, target, mapping, writes, on_busy)
@@ -62,7 +62,7 @@ async def release(
     if on_busy is OnBusy.REFUSE and mounted_elsewhere(kernel, mapping):
         raise await _busy(operations, found.point, mapping)  # an unmount here would not notice
 
-    which = with_copies(kernel, found)
+    which = with_copies(mounts, found)
     for number in (None, *_signals(on_busy)):
         if number is not None:
             await _end_holders(operations, target, mapping, number)

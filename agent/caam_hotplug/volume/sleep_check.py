@@ -7,13 +7,11 @@ without an error, and writes noise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Final
 
 from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel.medium_sample import Ciphertexts, Outcome, Plaintexts, Sample
+from caam_hotplug.kernel.medium_sample import Outcome, Sample
 from caam_hotplug.model import Mapping, Volume
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.stop_signal import Reason
@@ -65,26 +63,17 @@ class SleepCheck:
         before = self._before
         if before is None or mapping.is_suspended:
             return Outcome.UNKNOWN
-        plain = await self._operations.call(*self._read_plain(mapping))
+        kernel, call = self._kernel, self._operations.call
+        plain = await call("read the plaintext", kernel.plaintexts, mapping)
         if plain == before.plain and None not in plain:
             return Outcome.SAME
         # This opens the disk. Where a reader refuses to read before that, what is written from now
         # on reaches the medium that is in it.
-        cipher = await self._operations.call(*self._read_cipher(mapping))
+        cipher = await call("read the ciphertext", kernel.ciphertexts, self._volume, mapping)
         if cipher.medium != before.cipher.medium:
             return Outcome.OTHER_MEDIUM
         return before.compared(await self._sample(mapping))
 
     async def _sample(self, mapping: Mapping) -> Sample:
-        """Read the ciphertext before and after: what is written meanwhile does not count."""
-        cipher = self._read_cipher(mapping)
-        before, plain, after = await self._operations.each(
-            cipher, self._read_plain(mapping), cipher
-        )
-        return Sample(plain, before.unless_written(after))
-
-    def _read_plain(self, mapping: Mapping) -> tuple[str, Callable[[], Plaintexts]]:
-        return "read the plaintext", partial(self._kernel.plaintexts, mapping)
-
-    def _read_cipher(self, mapping: Mapping) -> tuple[str, Callable[[], Ciphertexts]]:
-        return "read the ciphertext", partial(self._kernel.ciphertexts, self._volume, mapping)
+        read = self._kernel.sample
+        return await self._operations.call("read a sample", read, self._volume, mapping)

@@ -144,6 +144,8 @@ class Worker:
         self._late_after_s = late_after_s
         self._threads = threads or Threads()
         self._turn = asyncio.Lock()
+        self._calls = 0
+        """How many calls there are, the one under way and those that wait."""
 
     @property
     def observe(self) -> Observe:
@@ -170,15 +172,13 @@ class Worker:
         and raised then: a release finds everything that the call has acquired.
         """
         with self.observe(words, self.name):
-            with self._reported_when_late(
-                late, "it waits for its turn behind another volume's call"
-            ):
-                await self._turn.acquire()
+            await self._take_turn(late)
             try:
                 call = self._start(words, partial(function, *arguments, **named))
                 with self._reported_when_late(late, "the kernel has not answered", since):
                     cancelled = await ended(call)
             finally:
+                self._calls -= 1
                 self._turn.release()
             try:
                 if cancelled:
@@ -187,6 +187,19 @@ class Worker:
                 return call.result()
             finally:
                 del call  # its error has this frame
+
+    async def _take_turn(self, late: Late) -> None:
+        self._calls += 1
+        try:
+            if self._calls == 1:  # nothing is to be waited for, so no timer is needed
+                await self._turn.acquire()
+                return
+            why = "it waits for its turn behind another volume's call"
+            with self._reported_when_late(late, why):
+                await self._turn.acquire()
+        except asyncio.CancelledError:
+            self._calls -= 1
+            raise
 
     @contextmanager
     def _reported_when_late(
