@@ -15,7 +15,7 @@ from caam_hotplug.errors import HotplugError, shown
 if TYPE_CHECKING:
     from caam_hotplug.config import loader
     from caam_hotplug.provisioning.options import ProvisionOptions
-    from caam_hotplug.provisioning.provision import ProvisionResult
+    from caam_hotplug.provisioning.provision_steps import ProvisionResult
 
 _RELOAD_WITHIN_S: Final = 60.0
 """More than a sound agent needs. The medium is locked meanwhile."""

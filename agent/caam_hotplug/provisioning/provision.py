@@ -12,41 +12,19 @@ First the plan is made, and then carried out in an order that keeps every medium
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from uuid import uuid4
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
-from caam_hotplug.kernel import blkid, disks, gpt, mkfs
+from caam_hotplug.kernel import disks, gpt
 from caam_hotplug.keys import backends, store
-from caam_hotplug.model import SecretBytes
-from caam_hotplug.provisioning import marked_partition, temporary_mapping
+from caam_hotplug.provisioning import marked_partition, provision_steps, temporary_mapping
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
 from caam_hotplug.provisioning.provision_planning import held_disk, plan_provisioning
 from caam_hotplug.provisioning.provision_stage import find_keys
-
-Announce = Callable[[], list[str]]
-"""Has a running agent read a new rule, and returns notes about the result."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProvisionResult:
-    """The medium as it is now."""
-
-    partition: str
-    """The device node that the partition gets."""
-    blob: Path
-    was_made_before: bool
-    recovery_file: Path | None
-    """The recovery file that this run wrote or used. None if it did neither."""
-    notes: tuple[str, ...]
-    """What else the user is to know, or to do."""
+from caam_hotplug.provisioning.provision_steps import Announce, ProvisionResult
 
 
 def provision(
@@ -115,7 +93,7 @@ def _begin(
     if not folder.is_unsettled(label):  # only from now on no other command writes to the folder
         store.require_new(label, folder)
     progress("making the key")
-    with _key(plan) as (recovery_id, key):
+    with provision_steps.key_for(options, plan.keys) as (recovery_id, key):
         sealed = backends.seal(options.method, key, folder.path)
     folder.discard_unsettled(label)
     folder.write(label, sealed, settled=False)
@@ -124,20 +102,6 @@ def _begin(
     mark = marked_partition.mark_of(label, recovery_id, blob)
     identity = marked_partition.provisioning(mark)
     return gpt.make(hold.writing(), hold.disk.node, identity), blob
-
-
-@contextmanager
-def _key(plan: ProvisionPlan) -> Iterator[tuple[str | None, int | SecretBytes]]:
-    """Yield the recovery file's identifier and key.
-
-    Without a recovery file, the length of a key stands for the key, which only the CAAM will know.
-    """
-    options, file = plan.options, plan.options.recovery_file
-    if file is None:
-        yield None, options.key_bytes
-        return
-    with store.recovery_key(file, plan.keys.recovery, options.about, options.key_bytes) as found:
-        yield found
 
 
 def _require_same_keys(plan: ProvisionPlan, hold: disks.Held) -> None:
@@ -173,14 +137,4 @@ def _format(
         blob=blob,
         directory=plan.blob_directory,
     ) as mapping:
-        mkfs.make(options.filesystem, options.label, mapping.node)
-        device = os.open(mapping.node, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.fsync(device)
-        finally:
-            os.close(device)
-        if blkid.probe(mapping.node, [options.filesystem]) is None:
-            raise HotplugError(
-                f"provision {hold.disk.node}: what was written does not read as "
-                f"{options.filesystem}; is the medium damaged?"
-            )
+        provision_steps.make_filesystem(options, mapping.node, hold.disk.node)

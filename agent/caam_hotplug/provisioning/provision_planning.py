@@ -11,11 +11,15 @@ from pathlib import Path
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import device_users, disks
-from caam_hotplug.keys import store
 from caam_hotplug.model import Sectors
-from caam_hotplug.provisioning import checks, marked_partition, rule_file, temporary_mapping
+from caam_hotplug.provisioning import (
+    checks,
+    key_checks,
+    marked_partition,
+    rule_file,
+    temporary_mapping,
+)
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
 from caam_hotplug.provisioning.provision_stage import (
@@ -62,7 +66,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
     _require_erasable(options, hold, medium)
     notes: tuple[str, ...] = ()
     if medium.earlier is None:
-        notes = _check_new_keys(options, keys, directory)
+        notes = key_checks.check_new_keys(options, keys, directory)
     elif medium.earlier.is_finished:
         notes = _check_finished(options, hold, medium.earlier, keys)
     else:
@@ -98,17 +102,6 @@ def _require_erasable(options: ProvisionOptions, hold: disks.Held, medium: Found
         )
 
 
-def _check_new_keys(options: ProvisionOptions, keys: FoundKeys, directory: Path) -> tuple[str, ...]:
-    """Check that neither blob nor recovery file is in the way. Raises: HotplugError."""
-    if keys.blob.exists and not keys.blob.is_unsettled:
-        raise HotplugError(store.why_taken(options.label, directory / options.blob_name))
-    if options.recovery_file is None or keys.recovery is None:
-        return ()
-    store.require_unsettled(keys.recovery, options.recovery_file)
-    file = shown(options.recovery_file)  # its description is true of whatever its key encrypts
-    return (f"the key is that in {file}, of a run that was interrupted",)
-
-
 def _check_unfinished(
     options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, directory: Path
 ) -> None:
@@ -116,7 +109,7 @@ def _check_unfinished(
     operation, file = f"go on with {hold.disk.node}", shown(directory / options.blob_name)
     anew = f"remove {file} and add --erase {hold.disk.name} to begin anew"
     begun = f"{operation}: it was begun"
-    _require_same_choices(options, earlier.blob, begun, f"use the same, or {anew}")
+    key_checks.require_same_choices(options, earlier.blob, begun, f"use the same, or {anew}")
     without = marked_partition.mark_of(options.label, None, earlier.blob)
     if options.recovery_file is not None and earlier.entry.identity.uuid == without:
         raise HotplugError(
@@ -130,7 +123,9 @@ def _check_finished(
 ) -> tuple[str, ...]:
     """Check that the medium was made with the same options. Raises: HotplugError."""
     operation, file = f"provision {hold.disk.node}", options.recovery_file
-    _require_same_choices(options, earlier.blob, f"{operation}: it was made", "use the same")
+    key_checks.require_same_choices(
+        options, earlier.blob, f"{operation}: it was made", "use the same"
+    )
     if file is None:
         return ()
     if keys.recovery is None:
@@ -140,39 +135,3 @@ def _check_finished(
             f"--erase {hold.disk.name}"
         )
     return (f"{shown(file)} was there before; whether its key is the medium's was not checked",)
-
-
-def _require_same_choices(
-    options: ProvisionOptions, blob: blobs.Blob, begun: str, remedy: str
-) -> None:
-    """Check that the blob was made with the same options. Raises: HotplugError."""
-    before, asked = _choices_in(blob), _choices_of(options, blob)
-    if before != asked:
-        raise HotplugError(f"{begun} with {before}, not with {asked}; {remedy}")
-
-
-def _choices_in(blob: blobs.Blob) -> str:
-    """Return the options of the command that made the blob, as far as the blob has them."""
-    backend = blobs.backend_of(blob)
-    match blob:
-        case blobs.Tagged():
-            return _as_options(backend, blob.key_bytes, f"--seal {blob.seal}")
-        case blobs.Encrypted():
-            return _as_options(backend, blob.key_bytes, f"--master {blob.master}")
-    return _as_options(backend, blob.key_bytes)
-
-
-def _choices_of(options: ProvisionOptions, blob: blobs.Blob) -> str:
-    """Return this run's options in the same form. Some blobs do not have their key's length."""
-    method, key_bytes = options.method, None if blob.key_bytes is None else options.key_bytes
-    match method.backend:
-        case "tagged":
-            return _as_options(method.backend, key_bytes, f"--seal {method.seal}")
-        case "encrypted":
-            return _as_options(method.backend, key_bytes, f"--master {method.master}")
-    return _as_options(method.backend, key_bytes)
-
-
-def _as_options(backend: blobs.Backend, key_bytes: int | None, *more: str) -> str:
-    length = [] if key_bytes is None else [f"--key-bytes {key_bytes}"]
-    return " ".join([f"--backend {backend}", *length, *more])
