@@ -376,7 +376,7 @@ def test_a_dry_run_checks_everything_and_changes_nothing(bench: Bench) -> None:
 def test_a_senseless_migration_is_refused_and_changes_nothing(bench: Bench) -> None:
     disk, to = bench.medium.disk.name, ("--to", "trusted")
     assert "it is a whole disk" in refused(bench, bench.node, *to)
-    assert "no partition has this label" in refused(bench, "other", *to)
+    assert "no partition has this label or PARTUUID" in refused(bench, "other", *to)
     assert "it needs to be root" in refused(bench, LABEL, *to, user=65534)
     with mapped(bench):
         assert "mapping witness lies on it" in refused(bench, LABEL, *to)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
 
 _RELOAD_WITHIN_S: Final = 60.0
 """More than a sound agent needs. The medium is locked meanwhile."""
+_PARTUUID: Final = re.compile(
+    r"[0-9a-fA-F]{8}-([0-9a-fA-F]{2}|([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12})"
+)
+"""Of a partition in an MBR, or in a GPT."""
 FILESYSTEMS: Final = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
 
 _DESCRIPTION: Final = """\
 Makes an encrypted medium of a whole disk: a new key sealed by the CAAM, a partition of the label, a
-filesystem. Content that is found on the disk is erased only if --erase names the disk. Noise and
-raw data count as content. They are looked for at both ends of the disk and in samples between.
+filesystem. Or of one partition, whose disk may be in use: of that disk only the partition's own
+sectors and its entry in the table are written. Content that is found is erased only if --erase
+names the disk or the partition. Noise and raw data count as content. They are looked for at both
+ends and in samples between.
 """
 _EXAMPLES: Final = """\
 examples:
@@ -43,6 +50,10 @@ examples:
   caam-hotplug provision /dev/sdb --label archive --cipher 'capi:tk(cbc(aes))-plain64' \\
         --sector-size 4096 --rule
         more than 2 TiB, in sectors of 4096 bytes, and the rule that says so
+  caam-hotplug provision recorder --rule
+        the partition of that label, while others of its disk are mounted
+  caam-hotplug provision /dev/mmcblk0p3 --label recorder --erase mmcblk0p3 --dry-run
+        only says what it would do with that partition, whatever it holds
 
 Interrupted anywhere, the medium is what it was, or the same command completes it.
 
@@ -55,7 +66,7 @@ def add_to(commands: options.Commands, add_config: options.AddConfig, load: opti
     parser = options.add_command(
         commands,
         "provision",
-        "make an encrypted medium of a whole disk, with a new key of this board",
+        "make an encrypted medium of a disk or a partition, with a new key of this board",
         epilog=_EXAMPLES,
         description=_DESCRIPTION,
     )
@@ -64,17 +75,37 @@ def add_to(commands: options.Commands, add_config: options.AddConfig, load: opti
     _add_file_options(parser)
     options.add_dry_run(parser)
     add_config(parser)
-    parser.set_defaults(command=lambda parsed: _provision(parsed, load(parsed)))
+
+    def command(parsed: argparse.Namespace) -> int:
+        if parsed.label is None:
+            parsed.label = _label_in(parsed.device)
+        if parsed.label is None:
+            parser.error("the following arguments are required: --label")
+        return _provision(parsed, load(parsed))
+
+    parser.set_defaults(command=command)
+
+
+def _label_in(device: str) -> str | None:
+    """Return the label by which a partition is named, or None if it is named otherwise."""
+    tag, is_tag, value = device.partition("=")
+    if is_tag:
+        return value if tag == "PARTLABEL" else None
+    return None if "/" in device or _PARTUUID.fullmatch(device) else device
 
 
 def _add_medium_options(parser: argparse.ArgumentParser) -> None:
     """Add the disk, and how the medium is made."""
-    parser.add_argument("device", metavar="DEVICE", help="the whole disk, such as /dev/sdb")
+    parser.add_argument(
+        "device",
+        metavar="DEVICE",
+        help="the whole disk, such as /dev/sdb, or one partition: its device, label or PARTUUID",
+    )
     parser.add_argument(
         "--label",
-        required=True,
         metavar="NAME",
-        help="the partition's label, and the name of blob, mount point and rule",
+        help="the partition's label, and the name of blob, mount point and rule; default: the "
+        "label by which DEVICE names a partition",
     )
     parser.add_argument("--fs", choices=FILESYSTEMS, default="ext4", help="default: ext4")
     parser.add_argument(
@@ -107,8 +138,9 @@ def _add_file_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--erase",
-        metavar="DISK",
-        help="the disk's own name, such as sdb: all that it holds may be lost",
+        metavar="NAME",
+        help="the name of the disk or the partition, such as sdb or sdb2: all that it holds may be "
+        "lost",
     )
 
 

@@ -52,6 +52,16 @@ def whole_disk(device: str) -> Volume:
     return found
 
 
+def is_partition(device: str) -> bool:
+    """Whether the node, or a link's target, is a partition; False also for what is no device."""
+    try:
+        status = Path(os.path.realpath(device)).stat()
+    except (OSError, ValueError):
+        return False
+    folder = (_SYS_DEV / str(_number(status.st_rdev))).resolve()
+    return stat.S_ISBLK(status.st_mode) and (folder / "partition").exists()
+
+
 def disk_of(volume: Volume) -> Volume:
     """Return a partition's disk. Raises: HotplugError if it has gone."""
     return whole_disk(f"/dev/{(_SYS_BLOCK / volume.name).resolve().parent.name}")

@@ -24,7 +24,7 @@ from caam_hotplug.kernel import (
     sysfs,
 )
 from caam_hotplug.keys import backends
-from caam_hotplug.model import SECTOR_BYTES, Mapping, Volume
+from caam_hotplug.model import SECTOR_BYTES, DevType, Mapping, Volume
 from caam_hotplug.names import why_unsafe
 from caam_hotplug.provisioning.options import MigrateOptions, ProvisionOptions
 
@@ -46,7 +46,7 @@ def prepare(operation: str) -> None:
 
 
 def require_provisionable(options: ProvisionOptions, config: Config, disk: Volume) -> None:
-    """Check options and disk, without reading the medium. Raises: HotplugError."""
+    """Check options and disk, or partition, without reading the medium. Raises: HotplugError."""
     operation = f"provision {disk.node}"
     if options.erase is not None and options.erase != disk.name:
         raise HotplugError(
@@ -58,7 +58,8 @@ def require_provisionable(options: ProvisionOptions, config: Config, disk: Volum
     if options.recovery_file is not None:
         _require_recoverable(options, options.recovery_file, operation)
     crypt_table.crypt_target(disk, options.rule.crypt, options.key)  # whether its IVs would repeat
-    least = mkfs.least(options.filesystem) + 2 * _MIB
+    table = 2 * _MIB if disk.devtype is DevType.DISK else 0
+    least = mkfs.least(options.filesystem) + table
     if disk.size < least:
         raise HotplugError(f"{operation}: {options.filesystem} needs {least // _MIB} MiB at least")
     with suppress(FileNotFoundError), paths.directory(config.blob_directory):

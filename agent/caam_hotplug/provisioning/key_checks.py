@@ -7,6 +7,7 @@ from pathlib import Path
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.keys import store
+from caam_hotplug.model import Volume
 from caam_hotplug.provisioning.options import ProvisionOptions
 from caam_hotplug.provisioning.provision_stage import FoundKeys
 
@@ -20,6 +21,26 @@ def check_new_keys(options: ProvisionOptions, keys: FoundKeys, directory: Path) 
     store.require_unsettled(keys.recovery, options.recovery_file)
     file = shown(options.recovery_file)  # its description is true of whatever its key encrypts
     return (f"the key is that in {file}, of a run that was interrupted",)
+
+
+def check_finished(
+    options: ProvisionOptions, blob: blobs.Blob, keys: FoundKeys, medium: Volume
+) -> tuple[str, ...]:
+    """Check that the medium was made with the same options. Returns: notes. Raises: HotplugError.
+
+    `medium`: the whole disk or the partition, whose content --erase would name.
+    """
+    operation, file = f"provision {medium.node}", options.recovery_file
+    require_same_choices(options, blob, f"{operation}: it was made", "use the same")
+    if file is None:
+        return ()
+    if keys.recovery is None:
+        raise HotplugError(
+            f"{operation}: it was made before, {shown(file)} is not there, and a blob does not "
+            "tell its key; leave out --recovery-key, or make it anew under another label, with "
+            f"--erase {medium.name}"
+        )
+    return (f"{shown(file)} was there before; whether its key is the medium's was not checked",)
 
 
 def require_same_choices(

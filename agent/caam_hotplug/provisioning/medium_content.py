@@ -30,7 +30,10 @@ _NOISY: Final = 160
 
 
 def of(hold: disks.Held, config: Config) -> str | None:
-    """Describe what the medium holds, or return None if it is blank. Raises: HotplugError."""
+    """Describe what the medium holds, or return None if it is blank. Raises: HotplugError.
+
+    `hold`: of a whole disk, or of a partition.
+    """
     known = blkid.known_contents(hold.disk.node)
     if known is not None:
         return known
@@ -38,7 +41,7 @@ def of(hold: disks.Held, config: Config) -> str | None:
 
 
 def _volume_of_a_rule(hold: disks.Held, config: Config) -> str | None:
-    """Describe the volume if a rule of this board opens the whole disk. Raises: HotplugError."""
+    """Describe the volume if a rule of this board opens it. Raises: HotplugError."""
     plan = _plan_for(hold, config)
     if plan is None:
         return None
@@ -57,8 +60,9 @@ def _volume_of_a_rule(hold: disks.Held, config: Config) -> str | None:
 
 
 def _plan_for(hold: disks.Held, config: Config) -> Plan | None:
-    """Return the plan of the rule that matches the whole disk. Raises: HotplugError."""
-    if all(rule.match.devtype is not DevType.DISK for rule in config.rule):
+    """Return the plan of the rule that matches the volume. Raises: HotplugError."""
+    is_disk = hold.disk.devtype is DevType.DISK
+    if is_disk and all(rule.match.devtype is not DevType.DISK for rule in config.rule):
         return None
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
@@ -83,12 +87,13 @@ def _content_under(hold: disks.Held, plan: Plan, config: Config) -> str | None:
 def _unknown(hold: disks.Held) -> str | None:
     """Describe content of no known kind, or return None if the medium reads as blank."""
     size = hold.disk.size * SECTOR_BYTES
+    table = _TABLE if hold.disk.devtype is DevType.DISK else 0
     for start, content in _read(hold, size):
         for at in range(0, len(content), SECTOR_BYTES):
             sector = content[at : at + SECTOR_BYTES]
             if sector.count(sector[0]) == len(sector):
                 continue
-            is_in_table = start + at < _TABLE or start + at >= size - _TABLE
+            is_in_table = start + at < table or start + at >= size - table
             if not is_in_table or len(set(sector)) >= _NOISY:
                 return (
                     f"something that no program here knows, at byte {start + at}, such as a volume "

@@ -19,8 +19,14 @@ from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.kernel import disks, gpt
 from caam_hotplug.keys import backends, store
-from caam_hotplug.provisioning import marked_partition, provision_steps, temporary_mapping
+from caam_hotplug.provisioning import (
+    marked_partition,
+    provision_partition,
+    provision_steps,
+    temporary_mapping,
+)
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
+from caam_hotplug.provisioning.partition_plan import PartitionPlan
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
 from caam_hotplug.provisioning.provision_planning import held_disk, plan_provisioning
 from caam_hotplug.provisioning.provision_stage import find_keys
@@ -32,17 +38,29 @@ def provision(
 ) -> ProvisionResult:
     """Make the disk a medium: a label, encryption under a blob of this board, a filesystem.
 
+    One partition is made alone, and its disk may be in use (`provision_partition`).
     Raises: HotplugError. Then the medium is as it was, or the same call completes it.
     """
+    if is_of_partition(options):
+        return provision_partition.provision(options, config, progress, announce)
     with held_disk(options, config, progress, is_dry=False) as hold:
         plan = plan_provisioning(options, config, hold)
         return carry_out(plan, hold, progress, announce)
 
 
-def dry_run(options: ProvisionOptions, config: Config, progress: Progress) -> ProvisionPlan:
+def dry_run(
+    options: ProvisionOptions, config: Config, progress: Progress
+) -> ProvisionPlan | PartitionPlan:
     """Return the plan, and change nothing. Raises: HotplugError, as `provision`."""
+    if is_of_partition(options):
+        return provision_partition.dry_run(options, config, progress)
     with held_disk(options, config, progress, is_dry=True) as hold:
         return plan_provisioning(options, config, hold)
+
+
+def is_of_partition(options: ProvisionOptions) -> bool:
+    """Whether one partition is to be made: a label or PARTUUID, or the node of one."""
+    return "/" not in options.device or disks.is_partition(options.device)
 
 
 def carry_out(

@@ -24,7 +24,6 @@ from caam_hotplug.provisioning.options import Progress, ProvisionOptions
 from caam_hotplug.provisioning.provision_plan import ProvisionPlan
 from caam_hotplug.provisioning.provision_stage import (
     EarlierRun,
-    FoundKeys,
     FoundMedium,
     examine,
     find_keys,
@@ -68,7 +67,7 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
     if medium.earlier is None:
         notes = key_checks.check_new_keys(options, keys, directory)
     elif medium.earlier.is_finished:
-        notes = _check_finished(options, hold, medium.earlier, keys)
+        notes = key_checks.check_finished(options, medium.earlier.blob, keys, hold.disk)
     else:
         _check_unfinished(options, hold, medium.earlier, directory)
     test_blob = temporary_mapping.try_method(
@@ -81,7 +80,8 @@ def plan_provisioning(options: ProvisionOptions, config: Config, hold: disks.Hel
         directory=directory,
     )
     blob = test_blob if medium.earlier is None else medium.earlier.blob
-    rule = rule_file.plan_rule(options, config, disk, blob)
+    partition = rule_file.partition_of(options, config, disk)
+    rule = rule_file.plan_rule(options, config, partition, blob)
     return ProvisionPlan(
         options=options,
         blob_directory=directory,
@@ -116,22 +116,3 @@ def _check_unfinished(
             f"{begun} without {shown(options.recovery_file)}, and a blob does not tell its key; "
             f"{anew}"
         )
-
-
-def _check_finished(
-    options: ProvisionOptions, hold: disks.Held, earlier: EarlierRun, keys: FoundKeys
-) -> tuple[str, ...]:
-    """Check that the medium was made with the same options. Raises: HotplugError."""
-    operation, file = f"provision {hold.disk.node}", options.recovery_file
-    key_checks.require_same_choices(
-        options, earlier.blob, f"{operation}: it was made", "use the same"
-    )
-    if file is None:
-        return ()
-    if keys.recovery is None:
-        raise HotplugError(
-            f"{operation}: it was made before, {shown(file)} is not there, and a blob does not "
-            "tell its key; leave out --recovery-key, or make it anew under another label, with "
-            f"--erase {hold.disk.name}"
-        )
-    return (f"{shown(file)} was there before; whether its key is the medium's was not checked",)

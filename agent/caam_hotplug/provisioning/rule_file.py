@@ -24,14 +24,14 @@ _TEXT: Final = """\
 
 [[rule]]
 name = "{label}"
-match = {{ partlabel = "{label}" }}
+match = {{ {match} }}
 
 {key}[rule.crypt]
 cipher = "{cipher}"
 sector_size = {sector_size}
 
 [rule.mount]
-filesystems = ["{filesystem}"]
+{mount}filesystems = ["{filesystem}"]
 """
 _FIRST_RULE: Final = (
     "it is the first rule of this board, so the built-in one no longer applies: other media need "
@@ -48,9 +48,11 @@ def rule_for(
     filesystem: str = "ext4",
     cipher: str = "auto",
     sector_size: int = 512,
+    partuuid: str | None = None,
 ) -> tuple[Rule, str]:
     """Return the rule that opens such a medium, and its drop-in's text.
 
+    `partuuid`: by which the partition is known if its table has no labels.
     Raises: HotplugError for a label or a cipher that no rule takes.
     """
     reason = names.why_unsafe(label)
@@ -62,7 +64,9 @@ def rule_for(
     kind = blobs.KEY_TYPES[backend]
     text = _TEXT.format(
         label=label,
-        key="" if backend == "tagged" else _key_table(backend, key_bytes, key_options),
+        match=f'partlabel = "{label}"' if partuuid is None else f'partuuid = "{partuuid}"',
+        key=_key_table(backend, key_bytes, key_options, "" if partuuid is None else label),
+        mount="" if partuuid is None else f'name = "{label}"\n',
         cipher=crypt_table.CIPHERS[kind] if cipher == "auto" else cipher,
         sector_size=sector_size,
         filesystem=filesystem,
@@ -74,14 +78,19 @@ def rule_for(
     return loaded.rule[0], text
 
 
-def _key_table(backend: blobs.Backend, key_bytes: int, options: str) -> str:
-    """Return a rule's table of the key. Not every blob of a trusted key has the key's length."""
-    lines = [f'backend = "{backend}"']
+def _key_table(backend: blobs.Backend, key_bytes: int, options: str, label: str) -> str:
+    """Return a rule's table of the key. Not every blob of a trusted key has the key's length.
+
+    `label`: of which the blob has its name if it has it from no template.
+    """
+    lines = [] if backend == "tagged" else [f'backend = "{backend}"']
+    if label:
+        lines.append(f'blob = "{label}.bb"')
     if options:
         lines.append(f'options = "{options}"')
     if backend == "trusted" and key_bytes:
         lines.append(f"length = {key_bytes}")
-    return "\n".join(["[rule.key]", *lines, "", ""])
+    return "\n".join(["[rule.key]", *lines, "", ""]) if lines else ""
 
 
 class _OneFile:
@@ -139,15 +148,14 @@ class RulePlan:
 
 
 def plan_rule(
-    options: ProvisionOptions, config: Config, disk: Volume, blob: blobs.Blob
+    options: ProvisionOptions, config: Config, partition: Volume, blob: blobs.Blob
 ) -> RulePlan:
     """Read the drop-in, and check that it would decide for the medium.
 
-    `blob`: the medium's, or one of the same kind. Raises: HotplugError if another rule or drop-in
-    is in its way.
+    `partition`: as the agent will see it. `blob`: the medium's, or one of the same kind.
+    Raises: HotplugError if another rule or drop-in is in its way.
     """
     is_written = _is_there(options)
-    partition = _partition_of(options, config, disk)
     if options.rule_file is None:
         advice = _advice(options, match_rules(config.rule, partition), blob)
         return RulePlan(options, is_written, tuple(advice))
@@ -255,8 +263,8 @@ def _needed(options: str) -> set[str]:
     return {option for option in options.split() if not option.startswith("keyhandle=")}
 
 
-def _partition_of(options: ProvisionOptions, config: Config, disk: Volume) -> Volume:
-    """Describe the partition as the agent will see it."""
+def partition_of(options: ProvisionOptions, config: Config, disk: Volume) -> Volume:
+    """Describe the partition that fills a disk, as the agent will see it."""
     return replace(
         _known_to_udev(disk, config),
         id=VolumeId(disk.id.diskseq, 1),

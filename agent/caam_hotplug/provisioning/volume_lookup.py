@@ -12,15 +12,16 @@ from caam_hotplug.model import Appeared, DevType, Volume
 from caam_hotplug.provisioning import migration_journal
 
 
-def find_partition(text: str, config: Config) -> Volume:
-    """Find the partition with that label or node. A marked one has the label of its journal.
+def find_partition(text: str, config: Config, command: str = "migrate") -> Volume:
+    """Find the partition with that label, PARTUUID or node.
 
-    Raises: HotplugError if there is none, or more than one.
+    One that `migrate` has marked has the label of its journal. A tag as in fstab may say which of
+    the two a text is. Raises: HotplugError if there is none, or more than one.
     """
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
         if "/" in text:
-            return _partition_at(text, devices)
+            return _partition_at(text, devices, command)
         marks = {
             str(head.mark)
             for head in migration_journal.heads(config.blob_directory)
@@ -33,28 +34,36 @@ def find_partition(text: str, config: Config) -> Volume:
         volume
         for volume in map(_identified, there.values())
         if volume.devtype is DevType.PARTITION
-        and (volume.partlabel == text or volume.partuuid in marks)
+        and (_is_named(volume, text) or volume.partuuid in marks)
     ]
     match found:
         case [volume]:
             return volume
         case []:
             raise HotplugError(
-                f"migrate {shown(text)}: no partition has this label; is the medium plugged in?"
+                f"{command} {shown(text)}: no partition has this label or PARTUUID; is the medium "
+                "plugged in?"
             )
         case _:
             nodes = ", ".join(sorted(volume.node for volume in found))
             raise HotplugError(
-                f"migrate {shown(text)}: {len(found)} partitions have this label; name the "
+                f"{command} {shown(text)}: {len(found)} partitions have this label; name the "
                 f"device: {nodes}"
             )
 
 
-def _partition_at(node: str, devices: udev.Devices) -> Volume:
+def _is_named(volume: Volume, text: str) -> bool:
+    tag, is_tag, value = text.partition("=")
+    label = value if is_tag and tag == "PARTLABEL" else text
+    uuid = value if is_tag and tag == "PARTUUID" else text
+    return volume.partlabel == label or (volume.partuuid or "").lower() == uuid.lower()
+
+
+def _partition_at(node: str, devices: udev.Devices, command: str) -> Volume:
     found = _identified(devices.volume(node))
     if found.devtype is not DevType.PARTITION:
         raise HotplugError(
-            f"migrate {shown(node)}: it is a whole disk; only a partition can be marked while it "
+            f"{command} {shown(node)}: it is a whole disk; only a partition can be marked while it "
             "is under two keys: name that"
         )
     return found

@@ -19,7 +19,13 @@ from caam_hotplug.kernel import config_files
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.provisioning import rule_file
 from caam_hotplug.provisioning.options import ProvisionOptions
-from caam_hotplug.provisioning.rule_file import differences, plan_rule, require_writable, rule_for
+from caam_hotplug.provisioning.rule_file import (
+    differences,
+    partition_of,
+    plan_rule,
+    require_writable,
+    rule_for,
+)
 from unit.provisioning.asked import DISK, options_for
 
 BLOB: Final = blobs.Tagged(b"", 1, "ecb", 16)
@@ -97,7 +103,7 @@ def test_a_rule_is_written_once(config: Config, roots_folder: Path) -> None:
         rule_file=file, config_file=roots_folder / "etc" / "agent.toml", sector_size=4096
     )
     for is_written in (False, True):
-        plan = plan_rule(options, config, DISK, BLOB)
+        plan = plan_rule(options, config, partition_of(options, config, DISK), BLOB)
         assert plan.is_written is is_written
         assert plan.step() == (None if is_written else f"write the rule to {file}")
         plan.write()
