@@ -56,7 +56,8 @@ def _is_named(volume: Volume, text: str) -> bool:
     tag, is_tag, value = text.partition("=")
     label = value if is_tag and tag == "PARTLABEL" else text
     uuid = value if is_tag and tag == "PARTUUID" else text
-    return volume.partlabel == label or (volume.partuuid or "").lower() == uuid.lower()
+    is_labelled = bool(label) and volume.partlabel == label
+    return is_labelled or (bool(uuid) and (volume.partuuid or "").lower() == uuid.lower())
 
 
 def _partition_at(node: str, devices: udev.Devices, command: str) -> Volume:

@@ -151,3 +151,26 @@ def test_the_installed_agent_does_not_read_another_configurations_rule(
     (note,) = provision._announcing(Path("/root/my.toml"))()
     assert note.startswith("an agent that runs with --config /root/my.toml reads the rule at its")
     assert agent.reloads == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "label"),
+    [
+        ("recorder", "recorder"),
+        ("PARTLABEL=recorder", "recorder"),
+        ("PARTUUID=1234abcd-02", None),
+        ("1234abcd-02", None),
+        ("11111111-2222-4333-8444-55555555555A", None),
+        ("/dev/sdb2", None),
+        ("./sdb2", None),
+    ],
+)
+def test_a_partition_that_is_named_by_its_label_keeps_it(device: str, label: str | None) -> None:
+    assert provision._label_in(device) == label
+
+
+def test_a_text_that_names_no_partition_is_refused(
+    capsys: pytest.CaptureFixture[str], file: Path
+) -> None:
+    said = refusal(capsys, "provision", "no-such-label", "--config", str(file))
+    assert said.startswith("provision no-such-label: ")

@@ -14,6 +14,7 @@ from caam_hotplug.config.loader import Config
 from caam_hotplug.config.rules import KeySource, Rule
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import blobs
+from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.formats.crypt_table import CIPHERS, Crypt
 from caam_hotplug.kernel import config_files
 from caam_hotplug.keys.backends import SealMethod
@@ -155,3 +156,14 @@ def test_a_folder_of_rules_that_others_may_write_to_is_refused(
     (roots_folder / "rules.d").chmod(0o777)
     options = options_for(rule_file=roots_folder / "rules.d" / "cartridge-01.toml")
     assert "can be written by others than root" in refusal(options, config)
+
+
+@pytest.mark.parametrize("backend", ["tagged", "trusted"])
+def test_a_rule_for_a_partition_without_a_label_knows_it_by_its_identifier(
+    backend: Backend,
+) -> None:
+    rule, text = rule_for("recorder", backend=backend, partuuid="1234abcd-02")
+    assert 'match = { partuuid = "1234abcd-02" }' in text
+    assert rule.key.blob.text == "recorder.bb"
+    assert rule.mount.name.text == "recorder"
+    assert rule.match.partlabel is None
