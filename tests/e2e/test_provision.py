@@ -98,12 +98,38 @@ async def test_a_medium_that_holds_something_is_erased_for_the_running_agent(
     )
     assert refused.returncode == 1
     assert "it holds a partition table (gpt)" in refused.stderr
-    planned = await guest.sh(documented("--dry-run"))
+    planned = await guest.sh(documented("--erase sdb --dry-run"))
     assert "- erase /dev/sdb, which holds a partition table (gpt)" in planned.stdout
     assert planned.stdout.endswith("nothing was changed\n")
     await guest.run("test", "!", "-e", "/data/caam/cartridge-01.bb")
     await guest.sh(documented("cartridge-01 --erase sdb"))
     await guest.until_mounted("/run/media/cartridge-01")
+
+
+TWO: Final = "label: gpt\\nstart=2048, size=32768, name=system\\nname=recorder\\n"
+
+
+async def test_a_partition_is_made_while_another_of_its_disk_is_mounted_and_the_agent_mounts_it(
+    guest: Guest, agent: InstalledAgent, tmp_path: Path
+) -> None:
+    await agent.start()
+    await guest.plug_usb(blank(tmp_path, "neighbour.img"))
+    await guest.until("test -b /dev/sda")
+    await guest.plug_usb(blank(tmp_path))
+    await guest.until("test -b /dev/sdb")
+    await guest.sh(f"printf '{TWO}' | sfdisk -q /dev/sdb; udevadm settle")
+    await guest.sh("mkfs.ext4 -q /dev/sdb1; mount /dev/sdb1 /mnt; echo here > /mnt/kept")
+    await guest.sh("mkfs.ext4 -q /dev/sdb2; udevadm settle")
+    planned = await guest.sh(documented("--erase sdb2 --dry-run"))
+    assert "- erase /dev/sdb2, which holds ext4 (a filesystem, or a header)" in planned.stdout
+    refused = await guest.sh(documented("provision recorder"), check=False)
+    assert "say so with --erase sdb2" in refused.stderr
+    done = await guest.sh(f"{documented('provision recorder')} --erase sdb2")
+    assert done.stdout.startswith("/dev/sdb2: recorder is made")
+    await guest.until_mounted("/run/media/recorder")
+    assert await guest.read("/mnt/kept") == b"here\n"
+    await agent.stop()
+    await guest.sh("umount /mnt; rm /data/caam/recorder.bb /etc/caam-hotplug/rules.d/recorder.toml")
 
 
 async def test_a_medium_of_other_choices_is_mounted_by_the_rule_that_was_written(

@@ -221,11 +221,6 @@ def test_a_medium_under_a_mapping_is_refused(bench: Bench) -> None:
     assert "it is in use: mapping others lies on it" in said
 
 
-def test_a_partition_is_refused_and_the_disk_is_named(bench: Bench) -> None:
-    said = refused(bench, partitioned(bench), "--label", LABEL)
-    assert f"it is a partition; name the whole medium, {bench.node}" in said
-
-
 def test_a_write_protected_medium_is_refused(bench: Bench) -> None:
     run("blockdev", "--setro", bench.node)
     try:

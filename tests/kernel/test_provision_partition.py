@@ -276,7 +276,7 @@ def test_what_was_begun_goes_on_only_there_and_with_the_same_options(gpt_board: 
     assert "it was begun with --backend tagged --key-bytes 16 --seal ecb" in said
     assert f"remove {gpt_board.record} to begin anew" in said
     said = refused(bench, f"{bench.node}3", "--label", RECORDER)
-    assert f"{gpt_board.record} says that recorder was begun on partition 2 of disk" in said
+    assert f"{gpt_board.record} says that recorder was begun on partition 2 of another disk" in said
     said = refused(bench, RECORDER, "--label", "archive")
     assert "it holds a medium that is not finished, begun with another label" in said
     gpt_board.record.unlink()
@@ -443,7 +443,7 @@ BAD = {
     "label": (("../x", "--label", "x"), "look at ../x: No such file"),
     "no label": (("nothing",), "provision nothing: no partition has this label or PARTUUID"),
     "bad label": ((RECORDER, "--label", "../x"), "use label '../x': it starts with '.'"),
-    "long label": ((RECORDER, "--label", "x" * 34), "a table that is in use has room for 33"),
+    "long label": ((RECORDER, "--label", "x" * 33), "partition 2 has more than 32 characters"),
     "filesystem": ((RECORDER, "--fs", "xfs"), "xfs needs 300 MiB at least"),
     "cipher": ((RECORDER, "--cipher", "aes-cbc-plain"), "load table of mapping"),
 }

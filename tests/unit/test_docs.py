@@ -136,6 +136,11 @@ BY_TESTS: Final = {
         "caam-hotplug key enroll archive-01 --from /root/archive-01.recovery",
     ],
     "tests/e2e/test_provision.py::"
+    "test_a_partition_is_made_while_another_of_its_disk_is_mounted_and_the_agent_mounts_it": [
+        "caam-hotplug provision recorder --rule",
+        "caam-hotplug provision /dev/sdb2 --label recorder --erase sdb2 --dry-run",
+    ],
+    "tests/e2e/test_provision.py::"
     "test_a_medium_that_holds_something_is_erased_for_the_running_agent": [
         "caam-hotplug provision /dev/sdb --label cartridge-01",
         "caam-hotplug provision /dev/sdb --label cartridge-01 --erase sdb",

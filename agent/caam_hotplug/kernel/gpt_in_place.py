@@ -28,8 +28,9 @@ from caam_hotplug.kernel.partition_table import Place
 from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
-NAME_MAX_LENGTH: Final = 33
-"""Longest name that leaves room for the zero at its end and for the four bytes, in UTF-16 units."""
+NAME_MAX_LENGTH: Final = 32
+"""Longest name that leaves room for the zero at its end and for what is chosen after it, in UTF-16
+units."""
 
 _HEADER: Final = struct.Struct("<8sIIIIQQQQ16sQIII")
 _ENTRY: Final = struct.Struct("<16s16sQQQ72s")
@@ -37,6 +38,8 @@ _MARK: Final = b"EFI PART"
 _CRC_AT: Final = 16
 _NAME_BYTES: Final = 72
 _CHOSEN_BYTES: Final = 4
+_TRIES: Final = 0x100
+_SURROGATES: Final = range(0xD800, 0xE000)
 _MOST_ENTRIES_BYTES: Final = 1 << 20
 _REQUIRED, _LEGACY_BOOT = 1 << 0, 1 << 2
 """Attributes (UEFI 2.10, table 5.8)."""
@@ -139,6 +142,11 @@ class Table:
                 )
                 found.append(entry)
         return found
+
+    def require_changeable(self, number: int, name: str) -> None:
+        """Require room for the name, and for its own. Raises: UnsupportedVolumeError."""
+        for each in (None, name):
+            self._changed(self.first, number, str(UUID(int=0)), each)
 
     def write(self, blocks: Blocks, number: int, kind: str, name: str | None = None) -> None:
         """Give the partition a type, and a name if one is given. Raises: KernelError.
@@ -251,6 +259,20 @@ def _why_boots(kind: UUID, attributes: int) -> str:
 
 def _keep_checksum(content: bytearray, at: int, crc: int) -> None:
     """Choose the four bytes at the place so that the content has this CRC-32.
+
+    Half of a surrogate pair is none of them, which would not be text for programs that read beyond
+    the end of a name, as libparted does. For that, the two bytes before the place are tried.
+    """
+    for filler in range(_TRIES):
+        content[at - 2 : at] = filler.to_bytes(2, "little")
+        _choose(content, at, crc)
+        chosen_units = struct.unpack_from("<HH", content, at)
+        if not any(unit in _SURROGATES for unit in chosen_units):
+            return
+
+
+def _choose(content: bytearray, at: int, crc: int) -> None:
+    """Choose the four bytes at the place.
 
     A bit changes the CRC by a constant that depends on the bit's place alone. So the bits whose
     constants together are the difference are found as equations are solved, by elimination.

@@ -127,12 +127,12 @@ def _check_record(
     Raises: HotplugError.
     """
     file = shown(partition_record.file(config.blob_directory, options.blob_name))
-    place = target.entry.place
-    if not record.is_of(target.table.disk_id, place.number, place.start, place.size):
+    if not record.is_of(target.table.disk_id, target.disk.disk.serial, target.entry.place):
         raise HotplugError(
             f"provision {target.volume.node}: {file} says that {options.label} was begun on "
-            f"partition {record.number} of disk {record.disk}, at sector {record.start}; go on "
-            "there, or remove that file to begin anew"
+            f"partition {record.number} of another disk or at another place: disk {record.disk}, "
+            f"serial number {shown(str(record.serial))}, sector {record.start}; go on there, or "
+            "remove that file to begin anew"
         )
     if keys.blob.exists and keys.blob.blob != record.parsed_blob:
         blob = shown(config.blob_directory / options.blob_name)

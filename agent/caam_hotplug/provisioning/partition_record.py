@@ -20,6 +20,7 @@ from caam_hotplug.errors import HotplugError, KernelError, shown
 from caam_hotplug.formats import blobs
 from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.kernel import atomic_files, paths
+from caam_hotplug.kernel.partition_table import Place
 
 _MAX_BYTES: Final = 16 << 10
 _SUFFIX: Final = ".provision"
@@ -34,6 +35,8 @@ class Record:
     version: Literal[1] = 1
     disk: str
     """The identifier in the disk's table."""
+    serial: str | None
+    """The disk's own; cards with the same image have the same identifier."""
     number: int
     start: int
     length: int
@@ -50,9 +53,10 @@ class Record:
         """The blob that the partition gets. Raises: BlobError."""
         return blobs.parse(self.blob, self.backend)
 
-    def is_of(self, disk: str, number: int, start: int, length: int) -> bool:
-        """Whether the record is of the partition at this place."""
-        return (self.disk, self.number, self.start, self.length) == (disk, number, start, length)
+    def is_of(self, disk: str, serial: str | None, place: Place) -> bool:
+        """Whether the record is of the partition at this place of the disk."""
+        here = disk, serial, place.number, place.start, place.size
+        return here == (self.disk, self.serial, self.number, self.start, self.length)
 
     def to_json(self) -> bytes:
         """Encode the record, for `from_json`."""

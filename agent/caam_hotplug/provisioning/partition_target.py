@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from caam_hotplug.config.loader import Config
-from caam_hotplug.errors import HotplugError, KernelError, shown
+from caam_hotplug.errors import KernelError, shown
 from caam_hotplug.kernel import (
     device_users,
     disks,
-    gpt_in_place,
     open_volume,
     sysfs_tree,
     system_partitions,
@@ -93,7 +92,7 @@ def held_partition(
         else:
             temporary_mapping.remove_leftovers(disk)
         table, entry = read_table(locked, volume)
-        _require_room(options, table)
+        table.require_changeable(entry.place.number, options.label)
         system_partitions.require_not_the_systems(volume, entry)
         with _opened(volume) as hold:
             device_users.require_unused(volume)
@@ -111,15 +110,6 @@ def read_table(disk: disks.Held, volume: Volume) -> tuple[table_in_place.Table, 
         size_bytes = disk.disk.size * SECTOR_BYTES
         table = table_in_place.read(Blocks(raw, node), node, block, size_bytes)
     return table, table.entry(Place(volume.id.partition, Sectors(start), volume.size))
-
-
-def _require_room(options: ProvisionOptions, table: table_in_place.Table) -> None:
-    """Check that the table has room for the label. Raises: HotplugError."""
-    most = gpt_in_place.NAME_MAX_LENGTH
-    if table.kind == "gpt" and len(options.label) > most:
-        raise HotplugError(
-            f"use label {options.label}: a table that is in use has room for {most} characters"
-        )
 
 
 @contextmanager

@@ -13,8 +13,6 @@ are not read anew, as neither start nor size of any has changed.
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 from caam_hotplug import names
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, shown
@@ -111,12 +109,13 @@ def _begin(plan: PartitionPlan, target: Target, folder: store.Folder, progress: 
     place = target.entry.place
     record = Record(
         disk=target.table.disk_id,
+        serial=target.disk.disk.serial,
         number=place.number,
         start=place.start,
         length=place.size,
         backend=options.method.backend,
         blob=sealed,
-        digest=sha256(sealed).hexdigest(),
+        digest=partition_record.digest_of(sealed),
         recovery=recovery_id,
     )
     blobs.parse(sealed, options.method.backend)

@@ -249,13 +249,15 @@ def test_a_partition_that_reaches_into_what_is_not_its_own_is_refused(
 
 
 def test_a_name_that_leaves_no_room_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    shape = Gpt({2: Part("x" * 34, 400, 599)})
+    shape = Gpt({2: Part("x" * 33, 400, 599)})
     image = shape.image()
     with on_disk(tmp_path / "disk", image) as blocks:
         table = read(blocks)
-        for name in (None, "y" * 34):
-            with pytest.raises(UnsupportedVolumeError, match="has more than 33 characters"):
+        for name in (None, "y" * 33):
+            with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
                 table.write(blocks, 2, LINUX, name)
+        with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
+            table.require_changeable(2, "recorder")
     assert (tmp_path / "disk").read_bytes() == image
 
 
@@ -291,7 +293,9 @@ def test_whatever_a_header_says_it_is_refused_or_read_and_never_an_error_of_the_
 
 @given(st.binary(min_size=8, max_size=300), st.integers(0), st.integers(0, 2**32 - 1))
 def test_four_bytes_give_any_content_any_checksum(content: bytes, at: int, crc: int) -> None:
-    changed, place = bytearray(content), at % (len(content) - 3)
+    changed, place = bytearray(content), 2 + at % (len(content) - 5)
     gpt_in_place._keep_checksum(changed, place, crc)
     assert zlib.crc32(changed) == crc
-    assert changed[:place] + changed[place + 4 :] == content[:place] + content[place + 4 :]
+    before, after = slice(place - 2), slice(place + 4, None)
+    assert (changed[before], changed[after]) == (content[before], content[after])
+    assert changed[place - 2 : place + 4].decode("utf-16-le")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from caam_hotplug.errors import HotplugError, KernelError
+from caam_hotplug.kernel.partition_table import Place
 from caam_hotplug.keys import store
+from caam_hotplug.model import Sectors
 from caam_hotplug.provisioning import partition_record
 from caam_hotplug.provisioning.partition_record import Record, digest_of
 
@@ -16,6 +19,7 @@ BLOB = "recorder.bb"
 SEALED = bytes(range(96))
 RECORD = Record(
     disk="1234abcd",
+    serial="0x5a",
     number=2,
     start=6144,
     length=4096,
@@ -64,18 +68,21 @@ def test_a_record_is_removed_once(directory: Path) -> None:
     assert not path.exists()
 
 
-OTHER_PLACES = [
-    ("x", 2, 6144, 4096),
-    ("1234abcd", 3, 6144, 4096),
-    ("1234abcd", 2, 6145, 4096),
-    ("1234abcd", 2, 6144, 1),
+PLACE = Place(2, Sectors(6144), Sectors(4096))
+OTHERS: list[tuple[str, str | None, Place]] = [
+    ("x", "0x5a", PLACE),
+    ("1234abcd", "0x5b", PLACE),
+    ("1234abcd", None, PLACE),
+    ("1234abcd", "0x5a", replace(PLACE, number=3)),
+    ("1234abcd", "0x5a", replace(PLACE, start=Sectors(6145))),
+    ("1234abcd", "0x5a", replace(PLACE, size=Sectors(1))),
 ]
 
 
-@pytest.mark.parametrize("place", OTHER_PLACES)
-def test_a_record_is_of_one_place_alone(place: tuple[str, int, int, int]) -> None:
-    assert RECORD.is_of("1234abcd", 2, 6144, 4096)
-    assert not RECORD.is_of(*place)
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_record_is_of_one_place_alone(other: tuple[str, str | None, Place]) -> None:
+    assert RECORD.is_of("1234abcd", "0x5a", PLACE)
+    assert not RECORD.is_of(*other)
 
 
 FACTS = json.loads(RECORD.to_json())
