@@ -232,6 +232,54 @@ async def test_after_a_power_cut_the_same_command_completes_the_medium(
         await agent.stop()
 
 
+PARTITION_CUTS = {
+    "before the record is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=1",
+    "between the copies of the mark": "-e trace=pwritev -e inject=pwritev:signal=KILL:when=2",
+    "amid the filesystem": CUTS["amid the filesystem"],
+    "before the blob has its name": "-e trace=renameat2 -e inject=renameat2:signal=KILL:when=2",
+    "between the copies of the label": "-e trace=pwritev -e inject=pwritev:signal=KILL:when=4",
+    # The first three look for what a killed run has left of a file.
+    "before the record is removed": "-e trace=unlinkat -e inject=unlinkat:signal=KILL:when=4",
+}
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(cut, marks=[] if cut.endswith("of the label") else pytest.mark.soak)
+        for cut in PARTITION_CUTS
+    ],
+)
+async def test_after_a_power_cut_the_disk_has_its_partitions_and_the_one_is_completed(
+    tmp_path: Path, cut: str
+) -> None:
+    store, disk = blank(tmp_path, "store.img", 32), blank(tmp_path)
+    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", store], check=True)
+    command = "caam-hotplug provision recorder --rule"
+    async with machine.restored(installed.layer()) as guest:
+        await plugged_with_store(guest, store, disk)
+        await guest.sh(f"printf '{TWO}' | sfdisk -q /dev/sdb; udevadm settle")
+        await guest.sh("mkfs.ext4 -q /dev/sdb1; mount /dev/sdb1 /mnt")
+        await guest.sh("echo here > /mnt/kept; sync -f /mnt/kept")
+        interrupted = f"strace -f -qq -o /dev/null {PARTITION_CUTS[cut]} {command}"
+        if cut == "amid the filesystem":
+            await guest.sh(f"{interrupted} >/dev/null 2>&1 </dev/null &")
+            await guest.until("pgrep mkfs.ext4")
+        else:
+            assert (await guest.sh(interrupted, check=False)).returncode in {137, -9}
+    async with machine.restored(installed.layer()) as guest:
+        await plugged_with_store(guest, store, disk)
+        await guest.until("test -b /dev/sdb2")
+        await guest.sh("mount /dev/sdb1 /mnt")
+        assert await guest.read("/mnt/kept") == b"here\n"
+        done = await guest.sh(command)
+        assert done.stdout.startswith("/dev/sdb2: recorder is made")
+        agent = InstalledAgent(guest)
+        await agent.start()
+        await guest.until_mounted("/run/media/recorder")
+        await agent.stop()
+
+
 async def plugged_with_store(guest: Guest, store: Path, stick: Path) -> None:
     """The blobs are on a disk of their own, /dev/sda; the medium is /dev/sdb."""
     await guest.plug_scsi(store)

@@ -95,7 +95,7 @@ def held_partition(
         table.require_changeable(entry.place.number, options.label)
         system_partitions.require_not_the_systems(volume, entry)
         with _opened(volume) as hold:
-            device_users.require_unused(volume)
+            device_users.require_unused(volume, hold.reading)
             yield Target(locked, hold, volume, table, entry)
 
 

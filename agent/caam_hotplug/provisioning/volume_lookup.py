@@ -42,7 +42,7 @@ def find_partition(text: str, config: Config, command: str = "migrate") -> Volum
         case []:
             raise HotplugError(
                 f"{command} {shown(text)}: no partition has this label or PARTUUID; is the medium "
-                "plugged in?"
+                "plugged in? A device is named by its path, such as /dev/sdb1"
             )
         case _:
             nodes = ", ".join(sorted(volume.node for volume in found))
