@@ -61,14 +61,15 @@ def _volume_of_a_rule(hold: disks.Held, config: Config) -> str | None:
 
 def _plan_for(hold: disks.Held, config: Config) -> Plan | None:
     """Return the plan of the rule that matches the volume. Raises: HotplugError."""
-    is_disk = hold.disk.devtype is DevType.DISK
-    if is_disk and all(rule.match.devtype is not DevType.DISK for rule in config.rule):
-        return None
-    source = udev.default_source() if config.source == "auto" else config.source
-    with closing(udev.Devices(source)) as devices:
-        disk = devices.volume(hold.disk.node)
-    hold.require_same(hold.reading)
-    plan = match_rules(config.rule, disk)
+    volume = hold.disk
+    if volume.devtype is DevType.DISK:
+        if all(rule.match.devtype is not DevType.DISK for rule in config.rule):
+            return None
+        source = udev.default_source() if config.source == "auto" else config.source
+        with closing(udev.Devices(source)) as devices:
+            volume = devices.volume(hold.disk.node)
+        hold.require_same(hold.reading)
+    plan = match_rules(config.rule, volume)
     return plan if isinstance(plan, Plan) else None
 
 

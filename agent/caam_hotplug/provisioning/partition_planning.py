@@ -171,7 +171,8 @@ def _check_keys(
             begun = f"go on with {node}: it was begun"
             key_checks.require_same_choices(options, record.parsed_blob, begun, anew)
             given = None if keys.recovery is None else keys.recovery.id
-            if given != record.recovery:
+            is_wanted = options.recovery_file is not None
+            if given != record.recovery or is_wanted != (record.recovery is not None):
                 raise HotplugError(f"{begun} with another recovery file, or none; {anew}")
     return ()
 

@@ -49,6 +49,7 @@ class Gpt:
     each: int = 128
     count: int = 128
     size: int = SIZE
+    disk: UUID = DISK
     end: int | None = None
     """Where the disk of the image's maker ended, in blocks."""
 
@@ -98,8 +99,8 @@ class Gpt:
 
     def _header(self, at: int, other: int, entries: bytes) -> bytes:
         first, last = 2 + self.entries_blocks, min(self.copies[max(self.copies)], self.blocks) - 1
-        fields = [at, other, first, last, DISK.bytes_le, self.copies[at], self.count, self.each]
-        more = (*fields, zlib.crc32(entries))
+        disk, place = self.disk.bytes_le, self.copies[at]
+        more = (at, other, first, last, disk, place, self.count, self.each, zlib.crc32(entries))
         plain = struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, 0, 0, *more)
         return plain[:16] + struct.pack("<I", zlib.crc32(plain)) + plain[20:]
 
