@@ -232,12 +232,13 @@ async def test_after_a_power_cut_the_same_command_completes_the_medium(
         await agent.stop()
 
 
+AT_TABLE_WRITE: Final = "-e trace=pwritev,pwritev2 -e inject=pwritev,pwritev2:signal=KILL:when="
 PARTITION_CUTS = {
     "before the record is synced": "-e trace=fsync -e inject=fsync:signal=KILL:when=1",
-    "between the copies of the mark": "-e trace=pwritev -e inject=pwritev:signal=KILL:when=2",
+    "between the copies of the mark": f"{AT_TABLE_WRITE}2",
     "amid the filesystem": CUTS["amid the filesystem"],
     "before the blob has its name": "-e trace=renameat2 -e inject=renameat2:signal=KILL:when=2",
-    "between the copies of the label": "-e trace=pwritev -e inject=pwritev:signal=KILL:when=4",
+    "between the copies of the label": f"{AT_TABLE_WRITE}4",
     # The first three look for what a killed run has left of a file.
     "before the record is removed": "-e trace=unlinkat -e inject=unlinkat:signal=KILL:when=4",
 }

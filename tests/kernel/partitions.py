@@ -146,10 +146,12 @@ def has_whole_tables(content: bytes) -> bool:
 
 
 @contextmanager
-def uevents() -> Iterator[list[str]]:
-    """What `udevadm monitor` shows of block devices, once the context is left."""
+def uevents(disk: str) -> Iterator[list[str]]:
+    """What `udevadm monitor` shows of the disk and its partitions, once the context is left."""
     seen: list[str] = []
-    command = ("udevadm", "monitor", "--kernel", "--subsystem-match=block")
+    names = (each.name for each in Path("/sys/class/block").iterdir())
+    other = next(name for name in names if not name.startswith(disk))
+    command = ("stdbuf", "-oL", "udevadm", "monitor", "--kernel", "--subsystem-match=block")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as monitor:
         assert monitor.stdout is not None
         for line in monitor.stdout:  # until it listens
@@ -159,12 +161,14 @@ def uevents() -> Iterator[list[str]]:
             yield seen
             run("udevadm", "settle")
             # An event that is known to come after all others.
-            Path("/sys/class/block/loop0/uevent").write_text("change")
+            Path(f"/sys/class/block/{other}/uevent").write_text("change")
             for line in monitor.stdout:
                 if line.startswith("KERNEL["):
                     action, path = line.split()[1:3]
-                    if path.endswith("/loop0"):
+                    name = os.path.basename(path)
+                    if name == other:
                         break
-                    seen.append(f"{action} {os.path.basename(path)}")
+                    if name.startswith(disk):
+                        seen.append(f"{action} {name}")
         finally:
             monitor.terminate()

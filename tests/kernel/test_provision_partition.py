@@ -67,16 +67,14 @@ def test_a_partition_is_made_beside_its_neighbours_and_no_other_byte_is_changed(
     with ExitStack() as stack:
         if use == "mounted":
             stack.enter_context(mounted(f"{board.bench.node}1"))
-        with uevents() as seen:
+        with uevents(board.bench.medium.disk.name) as seen:
             done = board.provision()
             assert done.status == 0, done.err
         assert done.out == f"{board.node}: {RECORDER} is made; its key is in {board.blob}\n"
         board.is_made()
     after = board.bench.bytes()
     assert others(after, board.kind) == others(before, board.kind)
-    neighbours = {f"{Path(board.bench.node).name}{n}" for n in (1, 3, 5, "")}
-    assert [event for event in seen if event.split()[1] in neighbours] == []
-    assert f"change {board.name}" in seen
+    assert set(seen) == {f"change {board.name}"}
     if board.kind == "gpt":
         assert has_whole_tables(after)
         assert board.entries()[1]["type"] == LINUX

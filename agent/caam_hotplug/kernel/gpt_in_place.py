@@ -176,8 +176,8 @@ class Table:
         if len(encoded) > 2 * NAME_MAX_LENGTH:
             raise refused(
                 self.node,
-                f"the name of partition {number} has more than {NAME_MAX_LENGTH} characters, and "
-                "the rest of its room is needed to keep the table's checksum",
+                f"the name of partition {number} has more than {NAME_MAX_LENGTH} characters, whose "
+                "room is needed to keep the table's checksum; give it a shorter one",
             )
         if name is not None:
             entries[name_at : at + _ENTRY.size] = encoded.ljust(_NAME_BYTES, b"\0")
