@@ -83,7 +83,6 @@ def held_partition(
     found = volume_lookup.find_partition(options.device, config, "provision")
     volume = open_volume.identify(found)
     disk = disks.disk_of(volume)
-    checks.require_provisionable(options, config, volume)
     rule_file.require_writable(options, config)
     progress(f"reading {volume.node}")
     with disks.held(disk) as locked:
@@ -93,6 +92,7 @@ def held_partition(
             temporary_mapping.remove_leftovers(disk)
         table, entry = read_table(locked, volume)
         table.require_changeable(entry.place.number, options.label)
+        checks.require_provisionable(options, config, volume)
         system_partitions.require_not_the_systems(volume, entry)
         with _opened(volume) as hold:
             device_users.require_unused(volume, hold.reading)
