@@ -34,8 +34,9 @@ DEADLINE_S: Final = 120
 _SYSCALLS: Final = frozenset({"move_mount", "fsopen", "fsconfig", "fsmount"})
 _FUNCTIONS: Final = frozenset({"add_key", "keyctl_unlink", "umount2", "syncfs", "dm_task_run"})
 _METHODS: Final = ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir"))
-_QUESTIONS: Final = {0x1268, 0x80081280}
-"""Requests of ioctl that change nothing: BLKSSZGET and BLKGETDISKSEQ of linux/fs.h."""
+_QUESTIONS: Final = {0x1268, 0x80081280, 0xC138FD0C}
+"""Requests of ioctl that change nothing: BLKSSZGET and BLKGETDISKSEQ of linux/fs.h, DM_TABLE_STATUS
+of linux/dm-ioctl.h."""
 _TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 17: "dm message"}
 
 
