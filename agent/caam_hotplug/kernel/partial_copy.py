@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from caam_hotplug.errors import KernelError
@@ -88,9 +88,8 @@ class PartialCopy:
 
     def _copy(self, begin: int, end: int) -> None:
         with reported_as("read", self.node), _room(end - begin) as room:
-            if self._read(room, begin) != len(room) or os.pwrite(self.file, room, begin) != len(
-                room
-            ):
+            done = self._read(room, begin)
+            if os.pwrite(self.file, room[:done], begin) != end - begin:
                 raise KernelError("read", self.node, errno.EIO, f"at byte {begin}")
 
     def _read(self, room: memoryview, position: int) -> int:
@@ -114,7 +113,10 @@ def _room(length: int) -> Iterator[memoryview]:
 
     Raises: OSError.
     """
-    room = _rooms.pop() if _rooms and length <= _ROOM_BYTES else None
+    room = None
+    if length <= _ROOM_BYTES:
+        with suppress(IndexError):  # other threads have all of it
+            room = _rooms.pop()
     room = room or mmap.mmap(-1, max(length, _ROOM_BYTES))
     try:
         with memoryview(room) as whole, whole[:length] as part:
