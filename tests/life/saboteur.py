@@ -97,6 +97,8 @@ class Saboteur:
         self.bench.settle()
 
     def close(self) -> None:
+        for mapping in self.kernel.mappings.values():  # a call that waits for it would never end
+            mapping.is_suspended = False
         self.bench.close()
 
     # Media.
@@ -312,7 +314,10 @@ class Saboteur:
             if chance.random() < 0.5:
                 self.bench.settle()
             self.bench.wait(100)
-            self.bench.cancel()
+            if self._waits():  # a thread that waits for the kernel does not keep the process
+                self.bench.kill()
+            else:
+                self.bench.cancel()
 
     def start(self, _chance: random.Random) -> None:
         if not self.bench.running:
@@ -427,9 +432,13 @@ class Saboteur:
                 error = task.exception()
                 if error is not None and not isinstance(error, HotplugError):
                     raise FalsehoodError([], f"answered with {error!r}")
-        self._tasks = []
-        if open_ones and self.bench.serving:
+        self._tasks = open_ones if self._waits() else []
+        if open_ones and self.bench.serving and not self._waits():
             raise FalsehoodError([], f"{len(open_ones)} requests have no answer\n{self.state()}")
+
+    def _waits(self) -> bool:
+        """Whether a call of the agent may wait for a suspended mapping."""
+        return any(mapping.is_suspended for mapping in self.kernel.mappings.values())
 
     def _false(self) -> list[Falsehood]:
         return falsehoods(self._claims(), self._system())
