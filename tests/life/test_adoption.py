@@ -314,6 +314,27 @@ def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
     assert "is suspended" in machine.look(volume).reason
 
 
+@pytest.mark.parametrize("is_mounted", [False, True])
+@pytest.mark.parametrize("turns", range(40))
+def test_a_table_that_somebody_loads_at_any_time_of_an_adoption_is_found(
+    is_mounted: bool, turns: int
+) -> None:
+    bench = Bench((replace(RULE, action=Action.MOUNT if is_mounted else Action.UNLOCK),))
+    bench.start()
+    volume = killed(bench)
+    bench.start()
+    bench.run_turns(turns)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.load(mapping, "0 32768 linear 8:99 0")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    is_left_alone = "it is left alone until that is restored" in bench.reason(volume)
+    assert is_left_alone or (mapping.live, bench.state(volume)) == ("0 32768 error", State.LOCKED)
+    assert "flush" not in bench.kernel.steps
+    bench.kill()
+    bench.close()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
     volume = killed(machine)

@@ -82,9 +82,9 @@ class Activation:
         self._operations.took = {}
         async with AsyncExitStack() as held:
             mounts = self._target.plan.rule.action is not Action.UNLOCK and self._record.mounts
-            watch = self._holding.watch if mounts else None
+            watch, made_for = self._holding.watch, (self._operations, self._device, self._target)
             mapping = await held.enter_async_context(
-                active_mapping(self._operations, self._device, self._target, watch)
+                active_mapping(*made_for, watch, is_read=mounts)
             )
             self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
