@@ -135,7 +135,7 @@ def _of_claim(claim: Claim, system: System) -> Iterator[Falsehood]:
     mapping = next((m for m in system.mappings if m.volume == claim.volume), None)
     if "a defect of the agent" in claim.reason:
         yield false("defect", "the agent has a defect")
-    waits = claim.state == "stuck" and mapping is not None and mapping.is_suspended
+    waits = claim.state in PASSING and mapping is not None and mapping.is_suspended
     if claim.state in PASSING and not waits:
         yield false("passing state", "nothing is under way")
     if claim.state == "gone":

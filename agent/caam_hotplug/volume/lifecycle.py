@@ -141,7 +141,7 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self.record.retry_if_udev_reported(udev_before)
             words = in_words(error) + self.record.retry_if_passing(error)
-            return self._outcome.badly_released(words)
+            return await self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
