@@ -204,7 +204,7 @@ def _of_released(
     elif claim.state == "removed-unsafely":
         if mapping.has_key and claim.volume not in system.media:
             yield false("left over", f"{what} with its key")
-    elif not any(words in claim.reason for words in ("mapping", "belongs to volume", *where)):
+    elif not any(words in claim.reason for words in ("mapping", *where)):
         yield false("left over", f"{what}, mounted at {where}, and nothing is said of it")
 
 

@@ -535,7 +535,7 @@ class Saboteur:
             Falsehood("not served", c.volume, f"{c.state}: {c.reason}")
             for c in self._claims()
             if c.state in ("failed", "conflict", "waiting")
-            and c.reason.rpartition(" belongs to volume ")[2] not in holders
+            and c.reason.rpartition(" belongs to volume ")[2].partition(";")[0] not in holders
         ]
         if bad:
             raise FalsehoodError(bad, self.state())

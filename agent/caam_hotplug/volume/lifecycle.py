@@ -185,10 +185,14 @@ class VolumeLifecycle:
         with points.reserved(name, me, self._stop.wake):
             while (owner := points.owner(name)) != me:
                 words = f"{self._kernel.mount_root / name} belongs to volume {owner}"
-                self._status.publish(State.CONFLICT, words, **facts)
+                self.record.phase = await self._outcome.queues(words, facts)
                 await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
-                    lambda: points.owner(name) != owner or self._inbox.concerns_active
+                    lambda: (
+                        points.owner(name) != owner
+                        or self._inbox.concerns_active
+                        or self.record.holding.differs
+                    )
                 )
                 self._stop.check()
                 if self._inbox.request is not None and not self._inbox.wants_release:

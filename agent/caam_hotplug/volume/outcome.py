@@ -64,6 +64,15 @@ class Outcome:
         obstacle = obstacle_of(error, self._kernel)
         return await self._unserved(Failure(str(error), state_of(error), obstacle))
 
+    async def queues(self, words: str, facts: dict[str, str]) -> Phase:
+        """Publish whose mount point it waits for, and what is left of it meanwhile."""
+        left = None
+        if self._phase.has_leftover:
+            cause = Failure(words, State.CONFLICT)
+            left = await remains(self._record, self._operations, cause)
+        self._status.publish(State.CONFLICT, words if left is None else left.words, **facts)
+        return replace(self._phase, has_leftover=left is not None)
+
     async def _unserved(self, cause: Failure) -> Phase:
         """Publish why it is not served, and who holds what the attempt has made, until they end."""
         idle = self._phase.to_idle(cause.obstacle)
