@@ -246,3 +246,21 @@ def test_a_mapping_that_is_held_is_named_though_its_holders_are_not_known(bench:
     bench.kernel.close_holders()
     bench.settle()
     assert bench.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("turns", range(24))
+def test_a_request_is_answered_though_the_release_that_it_comes_upon_is_tried_again(
+    bench: Bench, turns: int
+) -> None:
+    volume, _ = mounted(bench)
+    bench.kernel.new_session()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.wake()
+    bench.run_turns(turns)
+    asked = bench.ask("lock", volume)
+    bench.settle()
+    assert isinstance(asked.exception(), RequestRefusedError)
+    bench.kernel.faults.clear()
+    bench.wait(60)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY

@@ -138,6 +138,7 @@ class Outcome:
             await self._leftover.release()
         except ReleaseError as error:
             self._record.phase = await self.badly_released(str(error))
+            self._inbox.refuse(str(error))  # what was asked before the end, and not done
             if await self._record.may_release_again(error):
                 await self.release_at_end()
 
