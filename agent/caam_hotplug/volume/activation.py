@@ -211,7 +211,7 @@ class Activation:
                 self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
             )
         except (HotplugError, OSError) as error:
-            self._record.note_lost(error)
+            self._record.note_lost(self._writes.error or error)  # flushed, then in use
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
