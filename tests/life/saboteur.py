@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
-from caam_hotplug.errors import HotplugError, MountError, UnknownError
+from caam_hotplug.errors import HotplugError, MountError, RequestRefusedError, UnknownError
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DevType, Mount, Volume, VolumeId
 from fakes.bench import Bench
@@ -57,6 +57,8 @@ OTHER_RULES: Final = (
     (*RULES[:3], replace(_BUILT_IN, mount=MountSettings(read_only=True))),
     (Rule(name="none", match=Match(partlabel="cartridge-02")),),
 )
+COVERED: Final = "something is mounted over it"
+"""Words of a mount that no path leads to: a served one may lie on what is over the mount root."""
 CURE_S: Final = 200.0
 """Time after which everything that was in the way and has gone is served again."""
 
@@ -178,9 +180,10 @@ class Saboteur:
                 self.bench.appear(medium.volume)
 
     def report_late(self, _chance: random.Random) -> None:
-        late, self._late = self._late, []
-        for volume in late:
-            self.bench.appear(volume)
+        late, self._late = {volume.id for volume in self._late}, []
+        for medium in list(self.kernel.media.values()):  # where it is since, if it was ejected
+            if medium.volume.id in late:
+                self.bench.appear(medium.volume)
 
     def report_again(self, chance: random.Random) -> None:
         if self.kernel.media:
@@ -321,6 +324,8 @@ class Saboteur:
 
     def start(self, _chance: random.Random) -> None:
         if not self.bench.running:
+            lost = (m for m in self.kernel.mappings.values() if m.key not in (KEY, None))
+            self.pages.unknown_keys = {mapping.uuid for mapping in lost}
             self.bench.start()
 
     def reload(self, chance: random.Random) -> None:
@@ -535,6 +540,7 @@ class Saboteur:
             Falsehood("not served", c.volume, f"{c.state}: {c.reason}")
             for c in self._claims()
             if c.state in ("failed", "conflict", "waiting")
+            and COVERED not in c.reason
             and c.reason.rpartition(" belongs to volume ")[2].partition(";")[0] not in holders
         ]
         if bad:
@@ -545,7 +551,8 @@ class Saboteur:
         """Lock volumes of which it is said that this releases them."""
         for entry in self.bench.registry.entries():
             if "`lock` releases it" in entry.reason:
-                self.bench.answer("lock", entry.volume)
+                with suppress(RequestRefusedError):  # what it says then is compared
+                    self.bench.answer("lock", entry.volume)
 
     def _unmount_others(self) -> None:
         """Unmount what users have mounted, from the top."""
