@@ -52,8 +52,7 @@ async def active_mapping(
     """
     kernel, uuid = operations.kernel, target.dm_uuid
     operations.cut_off.is_mapped = True
-    existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
-    adopted = existing is not None and may_be_adopted(existing, target)
+    existing, adopted = await _existing(operations, target, watch)
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
     if existing is not None and adopted and existing.is_suspended and is_read:
@@ -77,6 +76,25 @@ async def active_mapping(
             await cut_off_changed(operations, target.volume, live)
             operations.stop.check()
         yield live
+
+
+async def _existing(
+    operations: Operations, target: Target, watch: Watch
+) -> tuple[Mapping | None, bool]:
+    """Return the mapping that there is, and whether it may be adopted.
+
+    Raises: ForeignMappingError if it does something else; each change since is noticed.
+    """
+    look, uuid = operations.kernel.find_mapping, target.dm_uuid
+    existing = await operations.dm("look for the mapping", look, uuid)
+    if existing is None:
+        return None, False
+    try:
+        return existing, may_be_adopted(existing, target)
+    except ForeignMappingError:
+        watch(existing)
+    existing = await operations.dm("look for the mapping", look, uuid)
+    return existing, existing is not None and may_be_adopted(existing, target)
 
 
 async def _adopt(
