@@ -15,7 +15,7 @@ from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State, Volume, VolumeId
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 from life.test_fault_matrix import ERRNOS, error_of
 
 (RULE,) = BUILT_IN
@@ -312,6 +312,27 @@ def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
     assert machine.state(volume) is State.MOUNTED
     assert "plaintexts" not in machine.kernel.steps
     assert "is suspended" in machine.look(volume).reason
+
+
+@pytest.mark.parametrize("is_mounted", [False, True])
+@pytest.mark.parametrize("turns", range(40))
+def test_a_table_that_somebody_loads_at_any_time_of_an_adoption_is_found(
+    is_mounted: bool, turns: int
+) -> None:
+    bench = Bench((replace(RULE, action=Action.MOUNT if is_mounted else Action.UNLOCK),))
+    bench.start()
+    volume = killed(bench)
+    bench.start()
+    bench.run_turns(turns)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.load(mapping, "0 32768 linear 8:99 0")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    is_left_alone = "it is left alone until that is restored" in bench.reason(volume)
+    assert is_left_alone or (mapping.live, bench.state(volume)) == ("0 32768 error", State.LOCKED)
+    assert "flush" not in bench.kernel.steps
+    bench.kill()
+    bench.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -717,3 +738,52 @@ def test_a_locked_volume_with_a_mount_is_not_served_by_it_though_a_read_fails_fi
     machine.settle()
     assert (machine.state(volume), machine.kernel.mounts) == (State.LOCKED, [])
     assert machine.kernel.leftovers() == []
+
+
+def foreign(bench: Bench) -> tuple[Volume, FakeMapping, str]:
+    """Start with a mapping that somebody has given another table; return also its first one."""
+    volume = killed(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    before, mapping.live = mapping.live or "", "0 32768 error"
+    restart(bench)
+    assert "it is left alone until that is restored" in bench.reason(volume)
+    return volume, mapping, before
+
+
+def test_a_mapping_that_is_restored_is_adopted(machine: Bench) -> None:
+    volume, mapping, before = foreign(machine)
+    key = mapping.key
+    machine.by_hand.load(mapping, before)
+    machine.by_hand.resume(mapping)
+    mapping.key = key
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert list(machine.kernel.mappings.values()) == [mapping]
+
+
+def test_a_medium_whose_foreign_mapping_somebody_removes_is_served(machine: Bench) -> None:
+    volume, mapping, _ = foreign(machine)
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.by_hand.remove(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_foreign_mapping_that_is_being_removed_is_not_said_to_be_left_alone(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.live, mapping.is_removed_at_last_close = "0 32768 error", True
+    restart(machine)
+    assert "it goes when it is closed, or `lock` releases it" in machine.reason(volume)
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_the_state_of_a_foreign_mapping_is_as_old_as_its_last_read(machine: Bench) -> None:
+    volume, _, _ = foreign(machine)
+    before = machine.entry(volume).observed_at
+    machine.wait(5)
+    assert machine.look(volume).observed_at > before

@@ -13,10 +13,11 @@ from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import WritesLostError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 
-OTHER_MEDIUM: Final = ["plaintexts", "ciphertexts", "load_error_table"]
+OTHER_MEDIUM: Final = ["find_mapping", "plaintexts", "ciphertexts", "load_error_table"]
 OTHER_KEY: Final = [
+    "find_mapping",
     "plaintexts",
     "ciphertexts",
     "sample",
@@ -43,7 +44,7 @@ def test_a_sleep_that_changes_nothing_is_not_noticed(bench: Bench) -> None:
     for _ in range(2):
         wake(bench)
     assert bench.state(volume) is State.MOUNTED
-    assert bench.kernel.steps == ["plaintexts"] * 2
+    assert bench.kernel.steps == ["find_mapping", "plaintexts"] * 2
 
 
 def test_a_volume_whose_key_was_lost_gets_an_error_table_before_anything_else(
@@ -143,7 +144,7 @@ def test_another_medium_in_its_place_is_not_written_to(bench: Bench) -> None:
     volume = mounted(bench)
     bench.kernel.media["sda1"].identifier = b"another GUID"
     wake(bench)
-    assert bench.kernel.steps[:3] == OTHER_MEDIUM
+    assert bench.kernel.steps[: len(OTHER_MEDIUM)] == OTHER_MEDIUM
     assert "flush" not in bench.kernel.steps
     assert "another medium" in bench.reason(volume)
 
@@ -241,7 +242,7 @@ def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench
     bench.kernel.media["sda1"].identifier = b"another GUID"
     bench.kernel.steps.clear()
     wake(bench)
-    assert bench.kernel.steps[:3] == OTHER_MEDIUM
+    assert bench.kernel.steps[: len(OTHER_MEDIUM)] == OTHER_MEDIUM
     assert bench.state(volume) is State.REMOVED_UNSAFELY
 
 
@@ -266,3 +267,38 @@ def test_nothing_is_flushed_under_another_key_after_a_sleep_during_the_unit_befo
     assert bench.kernel.leftovers() == []
     if end == "lock":
         assert "its key was lost" in str(request.exception())
+
+
+def suspended_asleep(bench: Bench) -> tuple[Volume, FakeMapping]:
+    """Have somebody suspend a mapping, unseen, before the machine sleeps and its key is lost."""
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.kernel.new_session()
+    wake(bench)
+    return volume, mapping
+
+
+def test_a_mapping_that_was_suspended_unseen_is_not_read_after_a_sleep(bench: Bench) -> None:
+    volume, _ = suspended_asleep(bench)
+    bench.wait(60)
+    assert bench.state(volume) is State.MOUNTED
+    assert "plaintexts" not in bench.kernel.steps
+
+
+def test_a_mapping_that_is_resumed_after_a_sleep_is_compared_then(bench: Bench) -> None:
+    volume, mapping = suspended_asleep(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "its key was lost" in bench.reason(volume)
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_stop_compares_a_mapping_that_it_resumes_after_a_sleep_before_it_flushes(
+    bench: Bench,
+) -> None:
+    suspended_asleep(bench)
+    bench.stop()
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []

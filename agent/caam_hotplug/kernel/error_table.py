@@ -76,12 +76,13 @@ def _load(uuid: str) -> None:
     flags, targets = _status(uuid)
     if not flags & _ACTIVE_PRESENT:
         return
-    if any(kind != b"error" for _, kind in targets):
-        size = max(end for end, _ in targets)
-        target = _TARGET.pack(0, size, 0, _TARGET.size + len(_NO_PARAMETERS), b"error")
-        _call(_TABLE_LOAD, uuid, target + _NO_PARAMETERS, targets=1)
-    elif not flags & _SUSPENDED:
+    is_error = all(kind == b"error" for _, kind in targets)
+    if is_error and not flags & _SUSPENDED:
         return
+    # Also if it is there, but suspended: it takes the place of a table that waits for the resume.
+    size = max(end for end, _ in targets)
+    target = _TARGET.pack(0, size, 0, _TARGET.size + len(_NO_PARAMETERS), b"error")
+    _call(_TABLE_LOAD, uuid, target + _NO_PARAMETERS, targets=1)
     # Suspends first what is live, unless it is suspended (do_resume in dm-ioctl.c).
     _call(_DEV_SUSPEND, uuid, flags=_NOFLUSH | _SKIP_LOCKFS)
 

@@ -82,9 +82,9 @@ class Activation:
         self._operations.took = {}
         async with AsyncExitStack() as held:
             mounts = self._target.plan.rule.action is not Action.UNLOCK and self._record.mounts
-            watch = self._holding.watch if mounts else None
+            watch, made_for = self._holding.watch, (self._operations, self._device, self._target)
             mapping = await held.enter_async_context(
-                active_mapping(self._operations, self._device, self._target, watch)
+                active_mapping(*made_for, watch, is_read=mounts)
             )
             self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
@@ -112,8 +112,7 @@ class Activation:
                 return Released(None, is_writable, is_kept=True)
             self._status.publish(State.DETACHING, self._stop.words)
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
-            await self._compare_if_it_slept(mapping)
-            await self._observation.prepare_flush()
+            await self._prepare_flush()
             return Released(None, is_writable)
 
     async def _may_lack_writes(self) -> bool:
@@ -152,7 +151,7 @@ class Activation:
         inbox, record, holding = self._inbox, self._record, self._holding
         while True:
             await inbox.until(lambda: inbox.concerns_active or record.has_slept or holding.differs)
-            await self._compare_if_it_slept(mapping)
+            await self._compare_if_it_slept()
             if self._stop.is_set:
                 return None
             asks_for_it = inbox.request is not None and not inbox.wants_release
@@ -166,6 +165,7 @@ class Activation:
                     return found
                 if asks_for_it and not self._stop.is_set:
                     self._grant_unless_released()
+                record.has_slept |= self._sleep_check.is_due  # it may be resumed now
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
@@ -173,10 +173,16 @@ class Activation:
                     self._record.note_release(cause.words)
                 return cause
 
-    async def _compare_if_it_slept(self, mapping: Mapping) -> None:
+    async def _compare_if_it_slept(self) -> None:
         if self._record.has_slept and not self._stop.medium_gone:
             self._record.has_slept = False
-            await self._sleep_check.run(self._holding.mapping or mapping)  # as last seen
+            await self._sleep_check.run()
+
+    async def _prepare_flush(self) -> None:
+        """Resume a suspended mapping, and compare it if the machine has slept, before a flush."""
+        await self._observation.prepare_flush()
+        self._record.has_slept |= self._sleep_check.is_due
+        await self._compare_if_it_slept()
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
@@ -191,7 +197,7 @@ class Activation:
         self._holding.is_paused = True
         self._status.publish(State.DETACHING, cause.words)
         await self._hooks.unmounting(self._record.plan_in_force(self._target))
-        await self._compare_if_it_slept(mapping)  # before a flush
+        await self._compare_if_it_slept()  # before a flush
         if self._stop.medium_gone or self._stop.keeps:
             return False
         by_rule = self._record.plan_in_force(self._target).rule.on_busy
@@ -205,11 +211,11 @@ class Activation:
                 self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
             )
         except (HotplugError, OSError) as error:
-            self._record.note_lost(error)
+            self._record.note_lost(self._writes.error or error)  # flushed, then in use
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
-                await self._observation.prepare_flush()
+                await self._prepare_flush()
                 return True
             if not self._stop.is_set:
                 self._observation.go_on()

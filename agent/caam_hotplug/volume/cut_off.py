@@ -100,6 +100,20 @@ class CutOff:
         if failure is not None:
             raise failure
 
+    def hold(self) -> None:
+        """Load the error table again if somebody has loaded another since. Worker: the volume's.
+
+        An unmount writes what is dirty to wherever the table leads then.
+        """
+        try:
+            if not self._kernel.has_error_table(self._uuid):
+                log.warning("%s: its table was changed after it was cut off", self._uuid)
+                self._kernel.load_error_table(self._uuid)
+        except (HotplugError, OSError) as error:  # as above: it must not stay mounted for that
+            log.warning("%s", error)
+        except Exception:
+            log.exception("hold the error table: a defect of the agent")
+
     def _begin(self) -> None:
         before = self._loading
         if self.is_mapped and (before is None or (before.done() and before.result() is not None)):

@@ -97,9 +97,13 @@ class Holding:
         return [*map(_facts, seen)] != [*map(_facts, (self.mount, self.cover, *self.others))]
 
     def begin(self, mapping: Mapping) -> None:
-        """Note what is held: a mapping, and no mount yet."""
+        """Note what is held: a mapping, and no mount yet. What it was watched for still counts."""
+        is_watched = self.mapping is not None and self.mapping.node == mapping.node
+        is_doubted, is_look_wanted = self.is_mapping_doubted, self.is_look_wanted
         self.end()
         self.mapping = mapping
+        self.is_mapping_doubted = is_watched and is_doubted
+        self.is_look_wanted = is_watched and is_look_wanted
         self.was_writable = self.is_paused = self.is_offline = False
 
     def publish(self, mount: Mount) -> None:

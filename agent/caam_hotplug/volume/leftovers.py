@@ -182,9 +182,9 @@ class Leftover:
             note_last_writes(record)
         elif left.is_written and left.led_elsewhere:
             record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
-        await self._remove_mount_points()
+        await self.remove_mount_points()
 
-    async def _remove_mount_points(self) -> None:
+    async def remove_mount_points(self) -> None:
         """Remove those of the agent that nobody uses: others may have unmounted it."""
         kernel, points = self._operations.kernel, self._record.context.mount_points
         me = self._record.volume.id

@@ -141,7 +141,7 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self.record.retry_if_udev_reported(udev_before)
             words = in_words(error) + self.record.retry_if_passing(error)
-            return self._outcome.badly_released(words)
+            return await self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
@@ -185,10 +185,14 @@ class VolumeLifecycle:
         with points.reserved(name, me, self._stop.wake):
             while (owner := points.owner(name)) != me:
                 words = f"{self._kernel.mount_root / name} belongs to volume {owner}"
-                self._status.publish(State.CONFLICT, words, **facts)
+                self.record.phase = await self._outcome.queues(words, facts)
                 await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
-                    lambda: points.owner(name) != owner or self._inbox.concerns_active
+                    lambda: (
+                        points.owner(name) != owner
+                        or self._inbox.concerns_active
+                        or self.record.holding.differs
+                    )
                 )
                 self._stop.check()
                 if self._inbox.request is not None and not self._inbox.wants_release:

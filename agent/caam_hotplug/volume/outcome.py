@@ -14,14 +14,14 @@ from caam_hotplug.errors import (
     SuspendedError,
 )
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.holding import Earlier, Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.obstacles import obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
 from caam_hotplug.volume.record import Record
-from caam_hotplug.volume.remains import remains
+from caam_hotplug.volume.remains import remains, with_leftover
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, StopSignal
@@ -64,6 +64,15 @@ class Outcome:
         obstacle = obstacle_of(error, self._kernel)
         return await self._unserved(Failure(str(error), state_of(error), obstacle))
 
+    async def queues(self, words: str, facts: dict[str, str]) -> Phase:
+        """Publish whose mount point it waits for, and what is left of it meanwhile."""
+        left = None
+        if self._phase.has_leftover:
+            cause = Failure(words, State.CONFLICT)
+            left = await remains(self._record, self._operations, cause)
+        self._status.publish(State.CONFLICT, words if left is None else left.words, **facts)
+        return replace(self._phase, has_leftover=left is not None)
+
     async def _unserved(self, cause: Failure) -> Phase:
         """Publish why it is not served, and who holds what the attempt has made, until they end."""
         idle = self._phase.to_idle(cause.obstacle)
@@ -83,6 +92,8 @@ class Outcome:
             return await self._unserved(cause)
         if (left := await remains(self._record, self._operations, cause)) is None:
             self._record.phase = replace(self._phase, has_leftover=False)
+            if isinstance(cause, Earlier):  # others may have ended what a release has not
+                await self._leftover.remove_mount_points()
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
         self._status.publish(left.state, left.words)
         self._inbox.refuse(left.words)
@@ -106,7 +117,7 @@ class Outcome:
             await self._leftover.release()
         except ReleaseError as error:
             self._inbox.refuse(str(error))
-            return self.badly_released(str(error))
+            return await self.badly_released(str(error))
         except (HotplugError, OSError) as error:  # nothing has changed
             self._inbox.refuse(error)
             return self._phase
@@ -126,14 +137,17 @@ class Outcome:
         try:
             await self._leftover.release()
         except ReleaseError as error:
-            self._record.phase = self.badly_released(str(error))
+            self._record.phase = await self.badly_released(str(error))
+            self._inbox.refuse(str(error))  # what was asked before the end, and not done
             if await self._record.may_release_again(error):
                 await self.release_at_end()
 
-    def badly_released(self, words: str) -> Phase:
+    async def badly_released(self, words: str) -> Phase:
         """Publish why a release has failed: the kernel may have a leftover of it."""
         # Without its medium the volume cannot be `failed`; only the remains are there.
         gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
         state = State.REMOVED_UNSAFELY if gone else State.FAILED
+        if not gone:
+            words = await with_leftover(self._record, self._operations, words)
         self._status.publish(state, with_loss(words, self._record.lost))
         return self._with_leftover()

@@ -10,6 +10,7 @@ import logging
 from contextlib import suppress
 from typing import Final
 
+from caam_hotplug import names
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.kernel.medium_sample import Outcome, Sample
 from caam_hotplug.model import Mapping, Volume
@@ -32,6 +33,8 @@ class SleepCheck:
         self._kernel = operations.kernel
         self._volume = volume
         self._before: Sample | None = None
+        self.is_due = False
+        """Whether the mapping was suspended after the sleep, so that it is still to be compared."""
 
     async def remember(self, mapping: Mapping) -> None:
         """Take the sample; without one, nothing is known after a sleep.
@@ -43,13 +46,13 @@ class SleepCheck:
         with suppress(HotplugError, OSError):
             self._before = await self._sample(mapping)
 
-    async def run(self, mapping: Mapping) -> None:
+    async def run(self) -> None:
         """Compare. If key or medium are others, stop all I/O, and end the lifecycle.
 
         What is not known tears nothing down.
         """
         try:
-            outcome = await self._outcome(mapping)
+            outcome = await self._outcome()
         except (HotplugError, OSError) as error:
             log.warning("%s: cannot compare it after the sleep: %s", self._volume, error)
             return
@@ -59,11 +62,14 @@ class SleepCheck:
         log.log(level, "%s: compared after the sleep: %s", self._volume, outcome.value)
         await self._operations.cut_off.done()
 
-    async def _outcome(self, mapping: Mapping) -> Outcome:
-        before = self._before
-        if before is None or mapping.is_suspended:
+    async def _outcome(self) -> Outcome:
+        before, kernel, call = self._before, self._kernel, self._operations.call
+        look, uuid = kernel.find_mapping, names.dm_uuid(self._volume.id)
+        # The kernel reports no suspend.
+        mapping = await self._operations.dm("look for the mapping", look, uuid)
+        self.is_due = mapping is not None and mapping.is_suspended
+        if before is None or mapping is None or self.is_due:
             return Outcome.UNKNOWN
-        kernel, call = self._kernel, self._operations.call
         plain = await call("read the plaintext", kernel.plaintexts, mapping)
         if plain == before.plain and None not in plain:
             return Outcome.SAME
