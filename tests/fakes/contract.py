@@ -495,6 +495,15 @@ def test_a_mapping_whose_reads_fail_gives_nothing(world: World) -> None:
         assert set(world.kernel.plaintexts(mapping)) == {None}
 
 
+def test_a_suspended_mapping_is_not_read(world: World) -> None:
+    with mapped(world) as mapping:
+        world.suspend(mapping.name)
+        with pytest.raises(KernelError, match="it is suspended"):
+            world.kernel.plaintexts(mapping)
+        world.kernel.resume_mapping(mapping.name)
+        assert None not in world.kernel.plaintexts(mapping)
+
+
 def test_mappings_of_others_are_not_the_agents(world: World) -> None:
     with world.foreign_mapping():
         assert world.kernel.our_mappings() == []
@@ -860,6 +869,7 @@ __all__ = [
     "test_a_probe_finds_the_filesystem_under_the_right_key",
     "test_a_read_only_mapping_is_mounted_only_for_reading",
     "test_a_remount_shows_whether_the_whole_filesystem_is_read_only",
+    "test_a_suspended_mapping_is_not_read",
     "test_a_suspended_mapping_is_resumed_with_the_table_that_it_had",
     "test_a_table_is_loaded_over_a_device_that_is_open",
     "test_a_table_is_not_loaded_over_a_device_that_does_not_exist",

@@ -614,6 +614,8 @@ class FakeProcess:
     def plaintexts(self, mapping: Mapping) -> Plaintexts:
         self._step("plaintexts", mapping.name)
         fake = self.kernel.by_node(mapping.node)
+        if fake.is_suspended:
+            raise KernelError("compare", mapping.name, errno.EAGAIN, "it is suspended")
         target = CryptTarget.from_line(fake.live or "")
         medium = None if target is None else self.kernel.medium(target.device)
         if medium is None or medium.is_refusing:

@@ -17,7 +17,7 @@ from typing import Final
 
 from caam_hotplug.errors import KernelError
 from caam_hotplug.formats.crypt_table import CryptTarget
-from caam_hotplug.kernel import sysfs
+from caam_hotplug.kernel import sysfs, sysfs_tree
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.model import SECTOR_BYTES, DeviceNumber, Mapping, Volume
@@ -84,7 +84,7 @@ class Sample:
 
 
 def plaintexts(mapping: Mapping) -> Plaintexts:
-    """Read the sample through the mapping. Raises: KernelError if it has gone.
+    """Read the sample through the mapping. Raises: KernelError if it has gone or is suspended.
 
     Nothing below the mapping is opened: at that, the kernel would accept another card in a reader,
     and write to it what is meant for the first (sd_open in drivers/scsi/sd.c).
@@ -92,6 +92,7 @@ def plaintexts(mapping: Mapping) -> Plaintexts:
     crypt = _crypt(mapping)
     pieces: list[int | None] = []
     with _opened(mapping.node, mapping.number) as file:
+        _require_running(mapping)
         blocks = Blocks(file, mapping.node)
         for place in _places(crypt):
             try:
@@ -111,6 +112,16 @@ def ciphertexts(volume: Volume, mapping: Mapping) -> Ciphertexts:
         read = (blocks.read(place, _PLACE_BYTES) for place in _places(crypt))
         digests = [digest for place in read for digest in _digests(place, crypt)]
     return Ciphertexts(_medium(volume), tuple(digests))
+
+
+def _require_running(mapping: Mapping) -> None:
+    """Raises: KernelError if the mapping is suspended: nobody could end a read that waits."""
+
+    def is_suspended() -> str:
+        return sysfs_tree.text(sysfs_tree.root(), f"dev/block/{mapping.number}/dm/suspended")
+
+    if (sysfs_tree.known(mapping.name, is_suspended) or "").strip() == "1":
+        raise KernelError("compare", mapping.name, errno.EAGAIN, "it is suspended")
 
 
 def _crypt(mapping: Mapping) -> CryptTarget:
