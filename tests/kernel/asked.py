@@ -1,4 +1,4 @@
-"""An agent that tests can ask for what it publishes, for a look and for requests, without a bus."""
+"""An agent that tests can ask without a bus: what it publishes, to look anew, and for requests."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from fakes.contract import until
-from fakes.oracle import Claim, Falsehood, SeenMapping, System, falsehoods
+from fakes.oracle import Claim, Falsehood, SeenMapping, falsehoods
 from kernel import seen
 from kernel.agents import Room, room_of
 from kernel.asked import Asked, asked
@@ -43,7 +43,7 @@ ELSEWHERE: Final = ("/mnt", "/srv")
 WEIGHTS: Final = {
     "plug": 12, "pull": 5, "write": 10, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
     "uncover": 5, "remount": 5, "suspend": 3, "resume": 4, "load": 3, "remove": 2, "hold": 3,
-    "open_mapping": 2, "let_go": 6, "ask": 14, "kill": 2, "stop": 1,
+    "open_mapping": 2, "end_uses": 6, "ask": 14, "kill": 2, "stop": 1,
     "go_offline": 2, "come_back": 4,
 }  # fmt: skip
 """How often each act is done."""
@@ -83,14 +83,15 @@ class Figures:
 class Saboteur:
     """A room with an agent, and what is done to its media."""
 
-    def __init__(self, room: Room, agent: Asked, figures: Figures) -> None:
+    def __init__(self, room: Room, agent: Asked) -> None:
         self._room = room
         self._agent = agent
-        self._figures = figures
+        self.figures = Figures()
         self._held: list[subprocess.Popen[bytes]] = []
         self._files: dict[str, dict[str, str]] = {label: {} for label in LABELS}
         """Digests of synced files, by the medium's label."""
         self._outside: dict[str, bytes] = {}
+        self._disks = seen.Disks(room.media)
         self._starts_in = 0
         """Steps until an agent that has ended is started."""
         for medium in room.media:
@@ -99,8 +100,8 @@ class Saboteur:
         agent.start()
 
     def close(self) -> None:
-        """Let go of everything."""
-        self._let_go()
+        """End all uses."""
+        self._end_uses()
 
     # What there is.
 
@@ -152,7 +153,11 @@ class Saboteur:
                     os.fsync(folder)
                 finally:
                     os.close(folder)
-                self._files[label][name] = hashlib.sha256(content).hexdigest()
+                self.expect_file(label, name, content)
+
+    def expect_file(self, label: str, name: str, content: bytes) -> None:
+        """Require in the end that the file is on the medium."""
+        self._files[label][name] = hashlib.sha256(content).hexdigest()
 
     def _label_of(self, point: str) -> str:
         """Return the label of the medium that is mounted there; empty if no table leads to one."""
@@ -161,7 +166,7 @@ class Saboteur:
         numbers = {mount.number for mount in mounts if mount.identity == identity}
         below = {m.leads_to for m in self._mappings() if m.number in numbers}
         for medium in self._room.media:
-            if below & set(seen.volumes_of(medium).values()):
+            if below & set(self._disks.volumes_of(medium).values()):
                 return medium.label
         return ""
 
@@ -238,10 +243,10 @@ class Saboteur:
         with suppress(OSError), open(path, "rb", buffering=0) as file:
             self._held.append(subprocess.Popen(["sleep", "infinity"], stdin=file))
 
-    def let_go(self, _chance: random.Random) -> None:
-        self._let_go()
+    def end_uses(self, _chance: random.Random) -> None:
+        self._end_uses()
 
-    def _let_go(self) -> None:
+    def _end_uses(self) -> None:
         while self._held:
             process = self._held.pop()
             process.kill()
@@ -257,13 +262,20 @@ class Saboteur:
 
     def kill(self, chance: random.Random) -> None:
         if self._room.agent.pid:
+            self._end_waits(chance)
             self._room.agent.kill()
             self._starts_in = chance.randrange(1, 6)
 
     def stop(self, chance: random.Random) -> None:
         if self._room.agent.pid:
+            self._end_waits(chance)
             self._room.agent.stop()
             self._starts_in = chance.randrange(1, 6)
+
+    def _end_waits(self, chance: random.Random) -> None:
+        """Resume what a call of the agent waits for: nothing ends a process in such a call."""
+        if any(claim.state == "stuck" for claim in self._agent.claims(look=False)):
+            self.resume(chance)
 
     def start(self, _chance: random.Random) -> None:
         if not self._room.agent.pid:
@@ -284,9 +296,14 @@ class Saboteur:
 
     # Comparison.
 
+    def serve_one(self) -> None:
+        """Plug a medium, and wait until it is served."""
+        self._room.plug_and_check()
+        self.compare()
+
     def do(self, step: Step) -> None:
         """Do the step, and compare what is published then. Raises: FalsehoodError."""
-        self._figures.acts[step.act] += 1
+        self.figures.acts[step.act] += 1
         self._starts_in -= 1
         if self._starts_in == 0:
             self.start(random.Random(step.choice))
@@ -296,17 +313,17 @@ class Saboteur:
             if step.settles:
                 self.compare()
 
-    def compare(self) -> None:
+    def compare(self, *, within_s: float = SETTLES_WITHIN_S + LOOKED_WITHIN_S) -> None:
         """Wait until what is published is what the kernel has. Raises: FalsehoodError."""
         run("udevadm", "settle")
-        found = self._false_after(SETTLES_WITHIN_S, look=False)
+        found = self._false_after(min(within_s, SETTLES_WITHIN_S), look=False)
         if found:
             kinds = {each.kind for each in found}
-            if found := self._false_after(LOOKED_WITHIN_S, look=True):
+            if found := self._false_after(within_s - SETTLES_WITHIN_S, look=True):
                 raise FalsehoodError(found, self.state())
-            self._figures.without_event.update(kinds)
-        self._figures.comparisons += 1
-        self._figures.states.update(claim.state for claim in self._agent.claims(look=False))
+            self.figures.without_event.update(kinds)
+        self.figures.comparisons += 1
+        self.figures.states.update(claim.state for claim in self._agent.claims(look=False))
 
     def _false_after(self, within_s: float, *, look: bool) -> list[Falsehood]:
         """Return what is still false when the time is over."""
@@ -315,20 +332,25 @@ class Saboteur:
         def is_true() -> bool:
             nonlocal found
             self._room.agent.forget()
-            found = self._false(self._agent.claims(look=look), seen.system(self._room.media))
+            found = self._false(self._agent.claims(look=look))
             return not found
 
         with suppress(AssertionError):
             until(is_true, within_s=within_s, every_s=0.1)
         return found
 
-    def _false(self, claims: list[Claim], system: System) -> list[Falsehood]:
-        return [each for each in falsehoods(claims, system) if each.kind not in UNSAID]
+    def _false(self, claims: list[Claim]) -> list[Falsehood]:
+        system = self._disks.system({claim.volume for claim in claims})
+        waiting = {m.volume for m in system.mappings if m.is_suspended}
+        stuck = {c.volume for c in claims if c.state == "stuck"} & waiting  # as it says
+        found = falsehoods(claims, system)
+        return [e for e in found if e.kind not in UNSAID and e.volume not in stuck]
 
     def state(self) -> str:
         """Return what is published and what the kernel has, for a report."""
-        claims = map(str, self._agent.claims(look=False))
-        return "\n".join(["published:", *claims, str(seen.system(self._room.media))])
+        claims = self._agent.claims(look=False)
+        system = self._disks.system({claim.volume for claim in claims})
+        return "\n".join(["published:", *map(str, claims), str(system)])
 
     # The end.
 
@@ -338,7 +360,7 @@ class Saboteur:
         Raises: FalsehoodError.
         """
         chance = random.Random(0)
-        for undo in (self.let_go, self.come_back, self.resume, self.start):
+        for undo in (self.end_uses, self.come_back, self.resume, self.start):
             undo(chance)
         while found := self._mounts_by_hand():
             run("umount", found[-1])
@@ -347,7 +369,7 @@ class Saboteur:
             if medium.is_plugged:
                 medium.pull()
         self.compare()
-        self._let_go()
+        self._end_uses()
         for medium in self._room.media:
             medium.plug()
             self._room.check_served(medium)
@@ -363,7 +385,7 @@ class Saboteur:
         found = []
         with copied(medium) as point:
             for name, digest in self._files[medium.label].items():
-                self._figures.files_checked += 1
+                self.figures.files_checked += 1
                 file = point / name
                 if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
                     found.append(f"{name} of {medium.label}")
@@ -413,35 +435,38 @@ def plan(seed: int, count: int) -> list[Step]:
     ]
 
 
-def sabotage(seed: int, count: int, say: Callable[[str], None]) -> Figures:
-    """Do the steps of a seed. Raises: FalsehoodError, with the command that repeats it."""
-    figures = Figures()
+@contextmanager
+def at_work(say: Callable[[str], None]) -> Iterator[Saboteur]:
+    """Have a saboteur in a new room."""
     with (
         cartridges(LABELS) as media,
         room_of(media) as room,
         asked(room.agent) as agent,
         log_shown_on_failure(room, say),
     ):
-        saboteur = Saboteur(room, agent, figures)
+        saboteur = Saboteur(room, agent)
+        try:
+            yield saboteur
+        finally:
+            saboteur.close()
+
+
+def sabotage(seed: int, count: int, say: Callable[[str], None]) -> Figures:
+    """Do the steps of a seed. Raises: FalsehoodError, with the command that repeats it."""
+    number = 0
+    with at_work(say) as saboteur:
         try:
             for number, step in enumerate(plan(seed, count), 1):
                 begun = time.monotonic()
-                try:
-                    saboteur.do(step)
-                except BaseException as error:
-                    error.add_note(f"at step {number}: {step}")
-                    raise
-                say(
-                    f"step {number}: {step.act}{'' if step.settles else ', in between'} "
-                    f"({time.monotonic() - begun:.2f} s)"
-                )
+                saboteur.do(step)
+                took_s = time.monotonic() - begun
+                between = "" if step.settles else ", in between"
+                say(f"step {number}: {step.act}{between} ({took_s:.2f} s)")
             saboteur.finish()
         except BaseException as error:
             error.add_note(f"repeat it with: {COMMAND} --seed {seed} --steps {number}")
             raise
-        finally:
-            saboteur.close()
-    return figures
+        return saboteur.figures
 
 
 COMMAND: Final = "python3 -m kernel.saboteur"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,22 @@ def lines() -> list[Line]:
         identity, parent, number, _, point, options = words.split()[:6]
         filesystem, _, its_options = behind.split()
         read_only = "ro" in (*options.split(","), *its_options.split(","))
+        if filesystem == "ext4" and "errors=remount-ro" in its_options:
+            read_only = read_only or _has_errors(number)
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), point)
         found.append(Line(int(identity), int(parent), number, point, read_only, filesystem))
     return found
+
+
+def _has_errors(number: str) -> bool:
+    """Whether the ext4 has met errors: then it refuses writes, and kernels need not show it.
+
+    Source: ext4_emergency_state in fs/ext4/ext4.h; Debian's 6.1 leaves SB_RDONLY as it was.
+    """
+    with suppress(OSError):
+        device = Path("/sys/dev/block", number).resolve().name
+        return Path("/sys/fs/ext4", device, "errors_count").read_text().strip() != "0"
+    return False
 
 
 def seen_at(point: str, mounts: list[Line]) -> int:
@@ -82,38 +95,60 @@ def mappings() -> list[SeenMapping]:
     return found
 
 
-def volumes_of(medium: Cartridge) -> dict[str, str]:
-    """Return the numbers of the devices of a medium, by the names of its volumes."""
-    found: dict[str, str] = {}
-    with suppress(OSError, ValueError):  # it is out, or just being removed
-        disk = medium.disk
-        diskseq = (disk / "diskseq").read_text().strip()
-        found[f"{diskseq}-0"] = (disk / "dev").read_text().strip()
-        for partition in disk.glob(f"{disk.name}[0-9]*"):
-            number = (partition / "partition").read_text().strip()
-            found[f"{diskseq}-{number}"] = (partition / "dev").read_text().strip()
-    return found
+class Disks:
+    """What there is of media, also under the number that a disk had before it was taken offline.
 
+    The kernel takes an offline disk for one whose medium was changed, and gives it another number
+    (sd_check_events in drivers/scsi/sd.c). Both are numbers of the same medium.
+    """
 
-def system(media: Iterable[Cartridge]) -> System:
-    """Read all of it."""
-    mounts, found = lines(), System(mappings=mappings(), keys=keys())
-    for medium in media:
-        volumes = volumes_of(medium)
-        found.media |= volumes
-        if len(volumes) == 1:
-            (disk,) = volumes
-            found.away.add(f"{disk.removesuffix('-0')}-1")
-        with suppress(OSError, ValueError):
-            if (medium.disk / "device/state").read_text().strip() == "offline":
+    def __init__(self, media: Sequence[Cartridge]) -> None:
+        self._media = media
+        self._numbers: dict[int, list[str]] = {}
+        """All numbers of a disk, by the inode of its folder."""
+
+    def volumes_of(self, medium: Cartridge, published: Set[str] = frozenset()) -> dict[str, str]:
+        """Return the numbers of the devices of a medium, by the names of its volumes."""
+        found: dict[str, str] = {}
+        with suppress(OSError, ValueError):  # it is out, or just being removed
+            disk = medium.disk
+            diskseq = (disk / "diskseq").read_text().strip()
+            earlier = self._numbers.setdefault(disk.stat().st_ino, [])
+            if diskseq not in earlier:
+                earlier.append(diskseq)
+            named = (number for number in reversed(earlier) if f"{number}-0" in published)
+            diskseq = next(named, diskseq)
+            found[f"{diskseq}-0"] = (disk / "dev").read_text().strip()
+            for partition in disk.glob(f"{disk.name}[0-9]*"):
+                number = (partition / "partition").read_text().strip()
+                found[f"{diskseq}-{number}"] = (partition / "dev").read_text().strip()
+        return found
+
+    def system(self, published: Set[str]) -> System:
+        """Read what the kernel has. `published`: volumes that the agent names."""
+        mounts, found = lines(), System(mappings=mappings(), keys=keys())
+        for medium in self._media:
+            volumes = self.volumes_of(medium, published)
+            found.media |= volumes
+            if len(volumes) == 1:
+                (disk,) = volumes
+                found.away.add(f"{disk.removesuffix('-0')}-1")
+            if is_offline(medium):
                 found.offline |= {volume.partition("-")[0] for volume in volumes}
-    numbers = {mapping.number for mapping in found.mappings}
-    found.mounts = [
-        SeenMount(m.number, m.point, m.read_only, seen_at(m.point, mounts) == m.identity)
-        for m in mounts
-        if m.number in numbers
-    ]
-    return found
+        numbers = {mapping.number for mapping in found.mappings}
+        found.mounts = [
+            SeenMount(m.number, m.point, m.read_only, seen_at(m.point, mounts) == m.identity)
+            for m in mounts
+            if m.number in numbers
+        ]
+        return found
+
+
+def is_offline(medium: Cartridge) -> bool:
+    """Whether the kernel has given up the medium's disk."""
+    with suppress(OSError, ValueError):
+        return (medium.disk / "device/state").read_text().strip() == "offline"
+    return False
 
 
 def outside(medium: Cartridge) -> bytes:
