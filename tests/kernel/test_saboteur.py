@@ -13,6 +13,7 @@ from fakes.oracle import Claim
 from kernel import asked
 from kernel.saboteur import SETTLES_WITHIN_S, FalsehoodError, at_work, sabotage
 
+pytestmark = pytest.mark.soak
 SEED: Final = 7
 STEPS: Final = 100
 LIES: Final[list[tuple[Callable[[Claim], Claim], str]]] = [
