@@ -11,7 +11,8 @@ import pytest
 
 from fakes.oracle import Claim
 from kernel import asked
-from kernel.saboteur import SETTLES_WITHIN_S, FalsehoodError, at_work, sabotage
+from kernel.compared import SETTLES_WITHIN_S, FalsehoodError
+from kernel.saboteur import at_work, sabotage
 
 pytestmark = pytest.mark.soak
 SEED: Final = 7
@@ -41,7 +42,7 @@ def test_a_published_lie_is_found(
             said = partial(_lying, truth, lie)
             monkeypatch.setattr(asked.Asked, "claims", lambda of, look, said=said: said(of, look))
             with pytest.raises(FalsehoodError) as raised:
-                saboteur.compare(within_s=SETTLES_WITHIN_S + 1)
+                saboteur.comparison.compare(within_s=SETTLES_WITHIN_S + 1)
             assert kind in {each.kind for each in raised.value.found}
         monkeypatch.setattr(asked.Asked, "claims", truth)
         saboteur.finish()
@@ -55,6 +56,6 @@ def _lying(
 
 def test_a_file_that_is_not_on_its_medium_is_found(udev_rule: None, nothing_left: None) -> None:
     with at_work(print) as saboteur:
-        saboteur.expect_file("cartridge-02", "never-written", b"")
+        saboteur.written.expect("cartridge-02", "never-written", b"")
         with pytest.raises(FalsehoodError, match=r"lost byte.*never-written of cartridge-02"):
             saboteur.finish()

@@ -1,0 +1,225 @@
+"""What users and programs do by hand to media, mappings, mounts and the agent, on a real kernel."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from contextlib import suppress
+from typing import Final
+
+from fakes.oracle import SeenMapping
+from kernel import seen
+from kernel.agents import Room
+from kernel.asked import Asked
+from kernel.cartridges import Cartridge
+from kernel.seen import Disks
+from kernel.witness import attempt
+from kernel.written import Written
+
+ELSEWHERE: Final = ("/mnt", "/srv")
+WEIGHTS: Final = {
+    "plug": 12, "pull": 5, "write": 10, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
+    "uncover": 5, "remount": 5, "suspend": 3, "resume": 4, "load": 3, "remove": 2, "hold": 3,
+    "open_mapping": 2, "end_uses": 6, "ask": 14, "kill": 2, "stop": 1,
+    "go_offline": 2, "come_back": 4,
+}  # fmt: skip
+"""How often each act is done."""
+
+
+class ByHand:
+    """Does one act at a time. Every choice comes from the act's own `chance`."""
+
+    def __init__(self, room: Room, agent: Asked, disks: Disks, written: Written) -> None:
+        self.starts_in = 0
+        """Steps until an agent that has ended is started."""
+        self._room = room
+        self._agent = agent
+        self._disks = disks
+        self._written = written
+        self._held: list[subprocess.Popen[bytes]] = []
+
+    # What there is.
+
+    def _mappings(self) -> list[SeenMapping]:
+        return sorted(seen.mappings(), key=lambda mapping: mapping.name)
+
+    def _mapping(self, chance: random.Random) -> SeenMapping | None:
+        found = self._mappings()
+        return chance.choice(found) if found else None
+
+    def _point(self, chance: random.Random) -> str | None:
+        """Return where something of the agent's is mounted that answers."""
+        usable = {m.number for m in self._mappings() if not m.is_suspended}
+        mounts = seen.lines()
+        found = [
+            m.point
+            for m in mounts
+            if m.number in usable and seen.seen_at(m.point, mounts) == m.identity
+        ]
+        return chance.choice(sorted(found)) if found else None
+
+    # Acts.
+
+    def plug(self, chance: random.Random) -> None:
+        if out := [medium for medium in self._room.media if not medium.is_plugged]:
+            chance.choice(out).plug()
+
+    def pull(self, chance: random.Random) -> None:
+        if there := [medium for medium in self._room.media if medium.is_plugged]:
+            with suppress(OSError, ValueError):  # the agent has ejected it meanwhile
+                chance.choice(there).pull()
+
+    def write(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is None:
+            return
+        content = chance.randbytes(chance.randrange(1, 20_000))
+        name = f"file-{self._written.count:04}"
+        is_synced = chance.random() < 0.7
+        label = self._label_of(point)
+        with suppress(OSError):
+            with open(f"{point}/{name}", "xb") as file:
+                file.write(content)
+                file.flush()
+                if is_synced:
+                    os.fsync(file)
+            if is_synced and label:
+                folder = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
+                self._written.expect(label, name, content)
+
+    def _label_of(self, point: str) -> str:
+        """Return the label of the medium that is mounted there; empty if no table leads to one."""
+        mounts = seen.lines()
+        identity = seen.seen_at(point, mounts)
+        numbers = {mount.number for mount in mounts if mount.identity == identity}
+        below = {m.leads_to for m in self._mappings() if m.number in numbers}
+        for medium in self._room.media:
+            if below & set(self._disks.volumes_of(medium).values()):
+                return medium.label
+        return ""
+
+    def umount(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            attempt("umount", point)
+
+    def umount_lazily(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            attempt("umount", "-l", point)
+
+    def bind(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            attempt("mount", "--bind", point, chance.choice((*ELSEWHERE, point)))
+
+    def cover(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            attempt("mount", "-t", "tmpfs", "-o", "mode=0755", "others", point)
+
+    def uncover(self, chance: random.Random) -> None:
+        """Unmount one of the mounts that were made by hand."""
+        found = self.mounts_by_hand()
+        if found:
+            attempt("umount", chance.choice(found))
+
+    def mounts_by_hand(self) -> list[str]:
+        """Return where something is mounted that is not the agent's, the topmost last."""
+        mounts = seen.lines()
+        return [
+            m.point
+            for m in mounts
+            if m.point in ELSEWHERE
+            or (m.filesystem == "tmpfs" and m.point.startswith(f"{self._room.mount_root}/"))
+        ]
+
+    def remount(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            options = ["remount", chance.choice(("ro", "rw")), *chance.choice(([], ["bind"]))]
+            attempt("mount", "-o", ",".join(options), point)
+
+    def suspend(self, chance: random.Random) -> None:
+        if (mapping := self._mapping(chance)) is not None:
+            attempt("dmsetup", "suspend", "--noflush", "--nolockfs", mapping.name)
+
+    def resume(self, _chance: random.Random) -> None:
+        for mapping in self._mappings():
+            if mapping.is_suspended:
+                attempt("dmsetup", "resume", mapping.name)
+
+    def load(self, chance: random.Random) -> None:
+        mapping = self._mapping(chance)
+        if mapping is None or not mapping.table:
+            return
+        size = mapping.table.split()[1]
+        attempt("dmsetup", "suspend", "--noflush", "--nolockfs", mapping.name)
+        target = chance.choice(("error", "zero"))
+        attempt("dmsetup", "reload", mapping.name, "--table", f"0 {size} {target}")
+        if chance.random() < 0.7:
+            attempt("dmsetup", "resume", mapping.name)
+
+    def remove(self, chance: random.Random) -> None:
+        if (mapping := self._mapping(chance)) is not None and not mapping.is_suspended:
+            force = ["-f"] if chance.random() < 0.5 else []
+            attempt("dmsetup", "remove", *force, mapping.name)
+
+    def hold(self, chance: random.Random) -> None:
+        if (point := self._point(chance)) is not None:
+            self._hold(f"{point}/hello.txt")
+
+    def open_mapping(self, chance: random.Random) -> None:
+        if (mapping := self._mapping(chance)) is not None:
+            self._hold(f"/dev/dm-{mapping.number.partition(':')[2]}")
+
+    def _hold(self, path: str) -> None:
+        with suppress(OSError), open(path, "rb", buffering=0) as file:
+            self._held.append(subprocess.Popen(["sleep", "infinity"], stdin=file))
+
+    def end_uses(self, _chance: random.Random) -> None:
+        while self._held:
+            process = self._held.pop()
+            process.kill()
+            process.wait()
+
+    def ask(self, chance: random.Random) -> None:
+        if not self._room.agent.pid:
+            return
+        claims = self._agent.claims(look=False)
+        verb = chance.choice(("lock", "unlock", "eject", "eject", "retry"))
+        if claims:
+            self._agent.request(verb, chance.choice(claims).volume)
+
+    def kill(self, chance: random.Random) -> None:
+        if self._room.agent.pid:
+            self._end_waits(chance)
+            self._room.agent.kill()
+            self.starts_in = chance.randrange(1, 6)
+
+    def stop(self, chance: random.Random) -> None:
+        if self._room.agent.pid:
+            self._end_waits(chance)
+            self._room.agent.stop()
+            self.starts_in = chance.randrange(1, 6)
+
+    def _end_waits(self, chance: random.Random) -> None:
+        """Resume what a call of the agent waits for: nothing ends a process in such a call."""
+        if any(claim.state == "stuck" for claim in self._agent.claims(look=False)):
+            self.resume(chance)
+
+    def start(self, _chance: random.Random) -> None:
+        if not self._room.agent.pid:
+            self._agent.start()
+
+    def go_offline(self, chance: random.Random) -> None:
+        self._set_state(chance.choice(self._room.media), "offline")
+
+    def come_back(self, _chance: random.Random) -> None:
+        for medium in self._room.media:
+            self._set_state(medium, "running")
+
+    def _set_state(self, medium: Cartridge, state: str) -> None:
+        with suppress(OSError, ValueError):  # it is out, or being removed
+            file = medium.disk / "device/state"
+            if file.read_text().strip() != state:
+                file.write_text(f"{state}\n")
