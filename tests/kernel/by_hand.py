@@ -13,6 +13,7 @@ from kernel import seen
 from kernel.agents import Room
 from kernel.asked import Asked
 from kernel.cartridges import Cartridge
+from kernel.gadgets import Card, Reader
 from kernel.seen import Disks
 from kernel.witness import attempt
 from kernel.written import Written
@@ -22,7 +23,7 @@ WEIGHTS: Final = {
     "plug": 12, "pull": 5, "write": 10, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
     "uncover": 5, "remount": 5, "suspend": 3, "resume": 4, "load": 3, "remove": 2, "hold": 3,
     "open_mapping": 2, "end_uses": 6, "ask": 14, "kill": 2, "stop": 1,
-    "go_offline": 2, "come_back": 4,
+    "go_offline": 2, "come_back": 4, "swap": 8,
 }  # fmt: skip
 """How often each act is done."""
 
@@ -30,13 +31,18 @@ WEIGHTS: Final = {
 class ByHand:
     """Does one act at a time. Every choice comes from the act's own `chance`."""
 
-    def __init__(self, room: Room, agent: Asked, disks: Disks, written: Written) -> None:
+    def __init__(
+        self, room: Room, agent: Asked, disks: Disks, reader: Reader, written: Written
+    ) -> None:
         self.starts_in = 0
         """Steps until an agent that has ended is started."""
         self._room = room
         self._agent = agent
         self._disks = disks
+        self._reader = reader
         self._written = written
+        self._count = 0
+        """Files that were written, or were to be."""
         self._held: list[subprocess.Popen[bytes]] = []
 
     # What there is.
@@ -48,18 +54,21 @@ class ByHand:
         found = self._mappings()
         return chance.choice(found) if found else None
 
-    def _point(self, chance: random.Random) -> str | None:
+    def _points(self) -> list[str]:
         """Return where something of the agent's is mounted that answers."""
         usable = {m.number for m in self._mappings() if not m.is_suspended}
         mounts = seen.lines()
-        found = [
+        return sorted(
             m.point
             for m in mounts
             if m.number in usable and seen.seen_at(m.point, mounts) == m.identity
-        ]
-        return chance.choice(sorted(found)) if found else None
+        )
 
-    # Acts.
+    def _point(self, chance: random.Random) -> str | None:
+        found = self._points()
+        return chance.choice(found) if found else None
+
+    # Media.
 
     def plug(self, chance: random.Random) -> None:
         if out := [medium for medium in self._room.media if not medium.is_plugged]:
@@ -70,37 +79,49 @@ class ByHand:
             with suppress(OSError, ValueError):  # the agent has ejected it meanwhile
                 chance.choice(there).pull()
 
+    def swap(self, chance: random.Random) -> None:
+        """Take the reader's card out, if one is in, and mostly put one in at once."""
+        self._disks.note_card()
+        if self._reader.card is not None:
+            self._leave_dirty(self._reader.card)
+            self._reader.take_out()
+        if chance.random() < 0.8:
+            self._reader.put_in(chance.choice(self._reader.cards))
+
+    def _leave_dirty(self, card: Card) -> None:
+        point = f"{self._room.mount_root}/{card.label}"
+        if point in self._points():
+            with suppress(OSError), open(f"{point}/dirty", "wb") as file:
+                file.write(bytes(100_000))
+
     def write(self, chance: random.Random) -> None:
         if (point := self._point(chance)) is None:
             return
         content = chance.randbytes(chance.randrange(1, 20_000))
-        name = f"file-{self._written.count:04}"
+        self._count += 1
+        name = f"file-{self._count:04}"
         is_synced = chance.random() < 0.7
-        label = self._label_of(point)
         with suppress(OSError):
             with open(f"{point}/{name}", "xb") as file:
                 file.write(content)
                 file.flush()
                 if is_synced:
                     os.fsync(file)
-            if is_synced and label:
+            if is_synced:
                 folder = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
                 try:
                     os.fsync(folder)
                 finally:
                     os.close(folder)
-                self._written.expect(label, name, content)
+                if label := self._label_of(point):  # still, so it is its card that has it
+                    self._written.expect(label, name, content)
 
     def _label_of(self, point: str) -> str:
         """Return the label of the medium that is mounted there; empty if no table leads to one."""
         mounts = seen.lines()
         identity = seen.seen_at(point, mounts)
         numbers = {mount.number for mount in mounts if mount.identity == identity}
-        below = {m.leads_to for m in self._mappings() if m.number in numbers}
-        for medium in self._room.media:
-            if below & set(self._disks.volumes_of(medium).values()):
-                return medium.label
-        return ""
+        return self._disks.label_below([m for m in self._mappings() if m.number in numbers])
 
     def umount(self, chance: random.Random) -> None:
         if (point := self._point(chance)) is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from fakes.contract import until
@@ -13,7 +14,6 @@ from fakes.oracle import Claim, Falsehood, falsehoods
 from kernel.asked import Asked
 from kernel.forked import Agent
 from kernel.seen import Disks
-from kernel.witness import run
 
 UNSAID: Final = frozenset({"suspended"})
 """Kinds that `status` does not say yet: `lock` and `eject` do."""
@@ -54,7 +54,6 @@ class Comparison:
 
     def compare(self, *, within_s: float = SETTLES_WITHIN_S + LOOKED_WITHIN_S) -> None:
         """Wait until what is published is what the kernel has. Raises: FalsehoodError."""
-        run("udevadm", "settle")
         found = self._false_after(min(within_s, SETTLES_WITHIN_S), look=False)
         if found:
             kinds = {each.kind for each in found}
@@ -88,5 +87,13 @@ class Comparison:
         system = self._disks.system({claim.volume for claim in claims})
         waiting = {m.volume for m in system.mappings if m.is_suspended}
         stuck = {c.volume for c in claims if c.state == "stuck"} & waiting  # as it says
-        found = falsehoods(claims, system)
+        found = [*falsehoods(claims, system), *self._misplaced(claims), *self._disks.unread(claims)]
         return [e for e in found if e.kind not in UNSAID and e.volume not in stuck]
+
+    def _misplaced(self, claims: list[Claim]) -> Iterator[Falsehood]:
+        """Yield media that are mounted where others belong."""
+        for claim in claims:
+            label = self._disks.label_of(claim.volume)
+            if claim.point and label and Path(claim.point).name != label:
+                words = f"{label} is mounted at {claim.point}"
+                yield Falsehood("wrong medium", claim.volume, words)

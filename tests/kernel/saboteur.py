@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +25,21 @@ from kernel.asked import Asked, asked
 from kernel.by_hand import WEIGHTS, ByHand
 from kernel.cartridges import cartridges
 from kernel.compared import Comparison, FalsehoodError, Figures
+from kernel.gadgets import Reader, reader_with
 from kernel.seen import Disks
 from kernel.storms import log_shown_on_failure
 from kernel.witness import run
 from kernel.written import Written
 
 LABELS: Final = ("cartridge-01", "cartridge-02", "cartridge-03")
+UNTOUCHED: Final = "compared-01"
+CARDS: Final = ("cartridge-04", UNTOUCHED)
+RULE: Final = f"""
+[[rule]]
+name = "compared"
+match.partlabel = "{UNTOUCHED}"
+mount.read_only = true
+"""
 COMMAND: Final = "python3 -m kernel.saboteur"
 
 
@@ -46,12 +56,16 @@ class Step:
 class Saboteur:
     """A room with an agent, and what is done to its media."""
 
-    def __init__(self, room: Room, agent: Asked) -> None:
+    def __init__(self, room: Room, agent: Asked, reader: Reader) -> None:
         self._room = room
         self._agent = agent
-        self.written = Written(room.media)
-        disks = Disks(room.media)
-        self.hand = ByHand(room, agent, disks, self.written)
+        self._reader = reader
+        room.configure(RULE)
+        for card in reader.cards:
+            shutil.copyfile(room.blobs / f"{LABELS[0]}.bb", room.blobs / f"{card.label}.bb")
+        self.written = Written(room.media, reader.cards, untouched={UNTOUCHED})
+        disks = Disks(room.media, reader)
+        self.hand = ByHand(room, agent, disks, reader, self.written)
         self.comparison = Comparison(room.agent, agent, disks)
         self.figures = self.comparison.figures
         agent.start()
@@ -59,6 +73,10 @@ class Saboteur:
     def serve_one(self) -> None:
         """Plug a medium, and wait until it is served."""
         self._room.plug_and_check()
+        self._compare()
+
+    def _compare(self) -> None:
+        run("udevadm", "settle")
         self.comparison.compare()
 
     def do(self, step: Step) -> None:
@@ -72,27 +90,33 @@ class Saboteur:
         if self._room.agent.pid:
             self._room.agent.forget()  # it would block on a full pipe
             if step.settles:
-                self.comparison.compare()
+                self._compare()
 
     def finish(self) -> None:
         """Undo all, require that every medium is served, and that each has its synced files.
 
         Raises: FalsehoodError.
         """
-        chance, hand, compare = random.Random(0), self.hand, self.comparison.compare
+        chance, hand = random.Random(0), self.hand
         for undo in (hand.end_uses, hand.come_back, hand.resume, hand.start):
             undo(chance)
         while found := hand.mounts_by_hand():
             run("umount", found[-1])
-        compare()
+        self._compare()
         for medium in self._room.media:
             if medium.is_plugged:
                 medium.pull()
-        compare()
+        self._reader.take_out()
+        self._compare()
         for medium in self._room.media:
             medium.plug()
             self._room.check_served(medium)
-        compare()
+        for card in self._reader.cards:
+            self._reader.take_out()
+            self._compare()
+            self._reader.put_in(card)
+            self._room.check_served(card)
+        self._compare()
         self._room.agent.stop()
         self._agent.close()
         wrong = self.written.wrong()
@@ -116,11 +140,12 @@ def at_work(say: Callable[[str], None]) -> Iterator[Saboteur]:
     """Have a saboteur in a new room."""
     with (
         cartridges(LABELS) as media,
+        reader_with(CARDS, media[0].contents) as reader,
         room_of(media) as room,
         asked(room.agent) as agent,
         log_shown_on_failure(room, say),
     ):
-        saboteur = Saboteur(room, agent)
+        saboteur = Saboteur(room, agent, reader)
         try:
             yield saboteur
         finally:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fakes.oracle import SeenMapping, SeenMount, System
+from fakes.oracle import Claim, Falsehood, SeenMapping, SeenMount, System
 from kernel.agents import keys
 from kernel.cartridges import Cartridge
+from kernel.gadgets import Reader
 from kernel.witness import BLOCKS, run
 
 OURS: Final = "CAAM-HOTPLUG-"
@@ -102,10 +103,58 @@ class Disks:
     (sd_check_events in drivers/scsi/sd.c). Both are numbers of the same medium.
     """
 
-    def __init__(self, media: Sequence[Cartridge]) -> None:
+    def __init__(self, media: Sequence[Cartridge], reader: Reader) -> None:
         self._media = media
+        self._reader = reader
         self._numbers: dict[int, list[str]] = {}
         """All numbers of a disk, by the inode of its folder."""
+        self._read_under: dict[int, str] = {}
+        """Number under which a partition of the reader was seen first, by its folder's inode."""
+        self._labels: dict[str, str] = {}
+        """Labels of media, by the numbers of their disks."""
+
+    def label_of(self, volume: str) -> str:
+        """Return the label of the medium that has, or had, this volume; empty if unknown."""
+        return self._labels.get(volume.partition("-")[0], "")
+
+    def label_below(self, mappings: Sequence[SeenMapping]) -> str:
+        """Return the label of the medium that one of the mappings leads to; empty if none does."""
+        system = self.system(frozenset())
+        below = {mapping.leads_to for mapping in mappings}
+        found = (volume for volume, number in system.media.items() if number in below)
+        return next(map(self.label_of, found), "")
+
+    def note_card(self) -> dict[str, str]:
+        """Return the numbers of the reader's devices, by the names of its volumes.
+
+        A partition of the card before, which the kernel keeps while it is in use, is none of them.
+        This is called before a card is changed, too: nothing else tells whose partition it is.
+        """
+        found: dict[str, str] = {}
+        with suppress(OSError, ValueError):  # its port is off, or it is just being removed
+            disk = self._reader.disk
+            diskseq = (disk / "diskseq").read_text().strip()
+            found[f"{diskseq}-0"] = (disk / "dev").read_text().strip()
+            for partition in disk.glob(f"{disk.name}[0-9]*"):
+                if self._read_under.setdefault(partition.stat().st_ino, diskseq) == diskseq:
+                    card = self._reader.card
+                    self._labels.setdefault(diskseq, card.label if card else "")
+                    number = (partition / "partition").read_text().strip()
+                    found[f"{diskseq}-{number}"] = (partition / "dev").read_text().strip()
+        return found
+
+    def unread(self, claims: Sequence[Claim]) -> Iterator[Falsehood]:
+        """Yield the reader's card if the kernel could read it, and nobody has it do so."""
+        volumes = self.note_card()
+        is_ejected = any(c.state == "ejected" and f"{c.disk}-0" in volumes for c in claims)
+        if self._reader.card is None or len(volumes) != 1 or is_ejected:
+            return
+        with suppress(OSError, ValueError):
+            disk = self._reader.disk
+            kept = disk.glob(f"{disk.name}[0-9]*/holders/*")
+            if not any(kept):
+                words = f"{self._reader.card.label} is in it, and was not read"
+                yield Falsehood("unread card", disk.name, words)
 
     def volumes_of(self, medium: Cartridge, published: Set[str] = frozenset()) -> dict[str, str]:
         """Return the numbers of the devices of a medium, by the names of its volumes."""
@@ -116,6 +165,7 @@ class Disks:
             earlier = self._numbers.setdefault(disk.stat().st_ino, [])
             if diskseq not in earlier:
                 earlier.append(diskseq)
+                self._labels[diskseq] = medium.label
             named = (number for number in reversed(earlier) if f"{number}-0" in published)
             diskseq = next(named, diskseq)
             found[f"{diskseq}-0"] = (disk / "dev").read_text().strip()
@@ -129,12 +179,12 @@ class Disks:
         mounts, found = lines(), System(mappings=mappings(), keys=keys())
         for medium in self._media:
             volumes = self.volumes_of(medium, published)
-            found.media |= volumes
-            if len(volumes) == 1:
-                (disk,) = volumes
-                found.away.add(f"{disk.removesuffix('-0')}-1")
+            if is_offline(medium):  # nobody can read the partitions that are not served already
+                volumes = {v: n for v, n in volumes.items() if v in published or v.endswith("-0")}
+            _add(volumes, found)
             if is_offline(medium):
                 found.offline |= {volume.partition("-")[0] for volume in volumes}
+        _add(self.note_card(), found)
         numbers = {mapping.number for mapping in found.mappings}
         found.mounts = [
             SeenMount(m.number, m.point, m.read_only, seen_at(m.point, mounts) == m.identity)
@@ -142,6 +192,13 @@ class Disks:
             if m.number in numbers
         ]
         return found
+
+
+def _add(volumes: dict[str, str], found: System) -> None:
+    found.media |= volumes
+    if len(volumes) == 1:
+        (disk,) = volumes
+        found.away.add(f"{disk.removesuffix('-0')}-1")
 
 
 def is_offline(medium: Cartridge) -> bool:

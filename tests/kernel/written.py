@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fakes.contract import until
 from kernel import seen
 from kernel.cartridges import KEY, Cartridge
+from kernel.gadgets import Card
 from kernel.witness import detach, run
 
 
 class Written:
     """What each medium has to hold."""
 
-    def __init__(self, media: Sequence[Cartridge]) -> None:
-        """The media are out, and no agent runs."""
+    def __init__(
+        self, media: Sequence[Cartridge], cards: Sequence[Card], *, untouched: Collection[str]
+    ) -> None:
+        """The media are out, and no agent runs. `untouched`: labels that nobody may write to."""
         self.files_checked = 0
-        self._media = media
-        self._files: dict[str, dict[str, str]] = {medium.label: {} for medium in media}
+        self._media: list[Cartridge | Card] = [*media, *cards]
+        self._files: dict[str, dict[str, str]] = {medium.label: {} for medium in self._media}
         """Digests of synced files, by the medium's label."""
         with _plugged(media):
-            self._outside = {medium.label: seen.outside(medium) for medium in media}
-
-    @property
-    def count(self) -> int:
-        """Number of files that are expected."""
-        return sum(map(len, self._files.values()))
+            self._outside = {medium.label: _outside(medium) for medium in self._media}
+            self._untouched = {
+                medium.label: _partition(medium)
+                for medium in self._media
+                if medium.label in untouched
+            }
 
     def expect(self, label: str, name: str, content: bytes) -> None:
         """Require in the end that the file is on the medium."""
@@ -39,15 +42,28 @@ class Written:
         """Return what is not on its medium, or is where nobody has written."""
         return [text for medium in self._media for text in self._wrong(medium)]
 
-    def _wrong(self, medium: Cartridge) -> Iterator[str]:
-        with _copied(medium) as point:
-            for name, digest in self._files[medium.label].items():
+    def _wrong(self, medium: Cartridge | Card) -> Iterator[str]:
+        label, partition = medium.label, _partition(medium)
+        with _decrypted(partition) as point:
+            for name, digest in self._files[label].items():
                 self.files_checked += 1
                 file = point / name
                 if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                    yield f"{name} of {medium.label}"
-        if seen.outside(medium) != self._outside[medium.label]:
-            yield f"bytes of {medium.label} outside its partition"
+                    yield f"{name} of {label}"
+        if _outside(medium) != self._outside[label]:
+            yield f"bytes of {label} outside its partition"
+        if label in self._untouched and partition != self._untouched[label]:
+            yield f"bytes of {label}, which nobody may write to"
+
+
+def _partition(medium: Cartridge | Card) -> bytes:
+    if isinstance(medium, Card):
+        return medium.partition
+    return Path(medium.partition).read_bytes()
+
+
+def _outside(medium: Cartridge | Card) -> bytes:
+    return medium.outside if isinstance(medium, Card) else seen.outside(medium)
 
 
 @contextmanager
@@ -63,11 +79,11 @@ def _plugged(media: Sequence[Cartridge]) -> Iterator[None]:
 
 
 @contextmanager
-def _copied(medium: Cartridge) -> Iterator[Path]:
-    """Mount a copy of the plugged medium, by the key that it was made with; yield the place."""
+def _decrypted(partition: bytes) -> Iterator[Path]:
+    """Mount a copy of the partition, by the key that it was made with; yield the place."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         file = Path(folder) / "copy"
-        file.write_bytes(Path(medium.partition).read_bytes())
+        file.write_bytes(partition)
         sectors = file.stat().st_size // 512
         device = run("losetup", "-f", "--show", str(file)).strip()
         try:
