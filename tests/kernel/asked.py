@@ -13,11 +13,13 @@ from unittest import mock
 from caam_hotplug.daemon import agent, observer
 from caam_hotplug.daemon import main as daemon
 from caam_hotplug.errors import HotplugError
+from caam_hotplug.kernel import udev
 from caam_hotplug.model import VolumeId
 from fakes.oracle import Claim
 from kernel.forked import DEADLINE_S
 from kernel.forked import Agent as Process
 
+UDEV_PATIENCE_S: Final = 1.0
 _MESSAGE_BYTES: Final = 1 << 17
 
 
@@ -37,6 +39,7 @@ class Asked:
         with (
             mock.patch.object(daemon, "Agent", _Answering),
             mock.patch.object(observer, "LOOKS_AFTER_S", 0.0),
+            mock.patch.object(udev, "UDEV_PATIENCE_S", UDEV_PATIENCE_S),
         ):
             self._process.start()
         other.close()
@@ -55,9 +58,23 @@ class Asked:
         """Have a request carried out; return why it is refused, or nothing."""
         return str(self._asked(verb, volume))
 
+    def requests(self, wanted: list[tuple[str, str]]) -> None:
+        """Have requests of these verbs for these volumes carried out at once; await the answers."""
+        for words in wanted:
+            self._send(*words)
+        for _ in wanted:
+            self._answer()
+
     def _asked(self, *words: str) -> Any:
+        self._send(*words)
+        return self._answer()
+
+    def _send(self, *words: str) -> None:
         assert self._end is not None
         self._end.send(json.dumps(words).encode())
+
+    def _answer(self) -> Any:
+        assert self._end is not None
         text = self._end.recv(_MESSAGE_BYTES)
         assert text, self._process.everything()
         return json.loads(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import subprocess
 from contextlib import suppress
 from typing import Final
@@ -15,15 +16,18 @@ from kernel.asked import Asked
 from kernel.cartridges import Cartridge
 from kernel.gadgets import Card, Reader
 from kernel.seen import Disks
-from kernel.witness import attempt
+from kernel.witness import attempt, run
 from kernel.written import Written
 
 ELSEWHERE: Final = ("/mnt", "/srv")
+FLOOD: Final = 30
+"""Requests at once; their answers fit into the socket, which nobody reads meanwhile."""
 WEIGHTS: Final = {
-    "plug": 12, "pull": 5, "write": 10, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
+    "plug": 12, "pull": 5, "write": 14, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
     "uncover": 5, "remount": 5, "suspend": 3, "resume": 4, "load": 3, "remove": 2, "hold": 3,
     "open_mapping": 2, "end_uses": 6, "ask": 14, "kill": 2, "stop": 1,
-    "go_offline": 2, "come_back": 4, "swap": 8,
+    "go_offline": 2, "come_back": 4, "swap": 10,
+    "flood": 2, "stop_udevd": 2, "start_udevd": 5, "exhaust": 2, "relieve": 6,
 }  # fmt: skip
 """How often each act is done."""
 
@@ -41,8 +45,13 @@ class ByHand:
         self._disks = disks
         self._reader = reader
         self._written = written
+        self.is_udevd_stopped = False
+        self.is_exhausted = False
+        """Whether the agent can open no more files, so that it may know nothing."""
         self._count = 0
         """Files that were written, or were to be."""
+        self._limit = (0, 0)
+        """How many files the agent may open else."""
         self._held: list[subprocess.Popen[bytes]] = []
 
     # What there is.
@@ -162,28 +171,28 @@ class ByHand:
 
     def suspend(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None:
-            attempt("dmsetup", "suspend", "--noflush", "--nolockfs", mapping.name)
+            _dmsetup("suspend", "--noflush", "--nolockfs", mapping.name)
 
     def resume(self, _chance: random.Random) -> None:
         for mapping in self._mappings():
             if mapping.is_suspended:
-                attempt("dmsetup", "resume", mapping.name)
+                _dmsetup("resume", mapping.name)
 
     def load(self, chance: random.Random) -> None:
         mapping = self._mapping(chance)
         if mapping is None or not mapping.table:
             return
         size = mapping.table.split()[1]
-        attempt("dmsetup", "suspend", "--noflush", "--nolockfs", mapping.name)
+        _dmsetup("suspend", "--noflush", "--nolockfs", mapping.name)
         target = chance.choice(("error", "zero"))
-        attempt("dmsetup", "reload", mapping.name, "--table", f"0 {size} {target}")
+        _dmsetup("reload", mapping.name, "--table", f"0 {size} {target}")
         if chance.random() < 0.7:
-            attempt("dmsetup", "resume", mapping.name)
+            _dmsetup("resume", mapping.name)
 
     def remove(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None and not mapping.is_suspended:
             force = ["-f"] if chance.random() < 0.5 else []
-            attempt("dmsetup", "remove", *force, mapping.name)
+            _dmsetup("remove", *force, mapping.name)
 
     def hold(self, chance: random.Random) -> None:
         if (point := self._point(chance)) is not None:
@@ -211,16 +220,57 @@ class ByHand:
         if claims:
             self._agent.request(verb, chance.choice(claims).volume)
 
+    def flood(self, chance: random.Random) -> None:
+        """Send many requests at once."""
+        if not self._room.agent.pid:
+            return
+        volumes = [claim.volume for claim in self._agent.claims(look=False)]
+        verbs = ("look", "lock", "unlock", "eject", "retry")
+        self._agent.requests(
+            [(chance.choice(verbs), chance.choice(volumes)) for _ in range(FLOOD) if volumes]
+        )
+
+    def stop_udevd(self, _chance: random.Random) -> None:
+        """Have udevd take events and not act on them."""
+        if not self.is_udevd_stopped:
+            run("udevadm", "control", "--stop-exec-queue")
+            self.is_udevd_stopped = True
+
+    def start_udevd(self, _chance: random.Random) -> None:
+        if self.is_udevd_stopped:
+            run("udevadm", "control", "--start-exec-queue")
+            self.is_udevd_stopped = False
+
+    def exhaust(self, chance: random.Random) -> None:
+        """Let the agent open at most a few files more."""
+        if (pid := self._room.agent.pid) and not self.is_exhausted:
+            few = len(os.listdir(f"/proc/{pid}/fd")) + chance.randrange(4)
+            self._limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (few, self._limit[1]))
+            self.is_exhausted = True
+
+    def relieve(self, _chance: random.Random) -> None:
+        if self.is_exhausted and (pid := self._room.agent.pid):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._limit)
+        self.is_exhausted = False
+
+    def settle(self) -> None:
+        """Wait until udevd has acted on all events, if it does."""
+        if not self.is_udevd_stopped:
+            run("udevadm", "settle")
+
     def kill(self, chance: random.Random) -> None:
         if self._room.agent.pid:
             self._end_waits(chance)
             self._room.agent.kill()
+            self.is_exhausted = False
             self.starts_in = chance.randrange(1, 6)
 
     def stop(self, chance: random.Random) -> None:
         if self._room.agent.pid:
             self._end_waits(chance)
             self._room.agent.stop()
+            self.is_exhausted = False
             self.starts_in = chance.randrange(1, 6)
 
     def _end_waits(self, chance: random.Random) -> None:
@@ -244,3 +294,8 @@ class ByHand:
             file = medium.disk / "device/state"
             if file.read_text().strip() != state:
                 file.write_text(f"{state}\n")
+
+
+def _dmsetup(*words: str) -> None:
+    """Run dmsetup, which is not to wait for a udevd that is stopped."""
+    attempt("dmsetup", "--noudevsync", *words)

@@ -76,7 +76,7 @@ class Saboteur:
         self._compare()
 
     def _compare(self) -> None:
-        run("udevadm", "settle")
+        self.hand.settle()
         self.comparison.compare()
 
     def do(self, step: Step) -> None:
@@ -89,7 +89,9 @@ class Saboteur:
         getattr(self.hand, step.act)(chance)
         if self._room.agent.pid:
             self._room.agent.forget()  # it would block on a full pipe
-            if step.settles:
+            if self.hand.is_exhausted:
+                self._agent.claims(look=True)  # it answers
+            elif step.settles:
                 self._compare()
 
     def finish(self) -> None:
@@ -98,7 +100,8 @@ class Saboteur:
         Raises: FalsehoodError.
         """
         chance, hand = random.Random(0), self.hand
-        for undo in (hand.end_uses, hand.come_back, hand.resume, hand.start):
+        hand.relieve(chance)
+        for undo in (hand.start_udevd, hand.end_uses, hand.come_back, hand.resume, hand.start):
             undo(chance)
         while found := hand.mounts_by_hand():
             run("umount", found[-1])
@@ -150,6 +153,7 @@ def at_work(say: Callable[[str], None]) -> Iterator[Saboteur]:
             yield saboteur
         finally:
             saboteur.hand.end_uses(random.Random(0))
+            saboteur.hand.start_udevd(random.Random(0))
 
 
 def sabotage(seed: int, count: int, say: Callable[[str], None]) -> Figures:
