@@ -21,6 +21,9 @@ SETTLES_WITHIN_S: Final = 4.0
 """Until then what is published may follow from the kernel's events alone."""
 LOOKED_WITHIN_S: Final = 30.0
 
+RENUMBERED_WITHIN_S: Final = 45.0
+"""A disk that is offline is looked at again after 1, 2, 4 … 30 s."""
+
 
 class FalsehoodError(AssertionError):
     """Something is published that is not so."""
@@ -62,6 +65,29 @@ class Comparison:
             self.figures.without_event.update(kinds)
         self.figures.comparisons += 1
         self.figures.states.update(claim.state for claim in self._agent.claims(look=False))
+
+    def await_numbers(self) -> None:
+        """Wait until disks that were offline are published under their new numbers.
+
+        Raises: FalsehoodError.
+        """
+        found: list[Falsehood] = []
+
+        def is_so() -> bool:
+            self._process.forget()
+            found[:] = self._disks.has_number_of_before(self._agent.claims(look=True))
+            return not found
+
+        with suppress(AssertionError):
+            until(is_so, within_s=RENUMBERED_WITHIN_S, every_s=0.2)
+        if found:
+            raise FalsehoodError(found, self.state())
+
+    def present(self) -> list[str]:
+        """Return the published volumes that are there, without whole disks."""
+        published = {claim.volume for claim in self._agent.claims(look=False)}
+        there = published & set(self._disks.system(published).media)
+        return sorted(volume for volume in there if not volume.endswith("-0"))
 
     def state(self) -> str:
         """Return what is published and what the kernel has, for a report."""

@@ -106,6 +106,8 @@ class Saboteur:
         while found := hand.mounts_by_hand():
             run("umount", found[-1])
         self._compare()
+        self.comparison.await_numbers()
+        self._require_obedience()
         for medium in self._room.media:
             if medium.is_plugged:
                 medium.pull()
@@ -126,6 +128,23 @@ class Saboteur:
         self.figures.files_checked = self.written.files_checked
         if wrong:
             raise FalsehoodError([Falsehood("lost byte", "medium", text) for text in wrong], "")
+
+    def _require_obedience(self) -> None:
+        """Require that each volume is locked and served again on request: nothing is in the way.
+
+        Raises: FalsehoodError.
+        """
+        for verb, state in (("lock", "locked"), ("unlock", "mounted")):
+            there = self.comparison.present()
+            answers = {volume: self._agent.request(verb, volume) for volume in there}
+            self._compare()
+            wrong = [
+                Falsehood("refusal", claim.volume, f"{verb}: {answers[claim.volume]}: {claim}")
+                for claim in self._agent.claims(look=False)
+                if claim.volume in there and claim.state != state
+            ]
+            if wrong:
+                raise FalsehoodError(wrong, self.comparison.state())
 
 
 def plan(seed: int, count: int) -> list[Step]:

@@ -143,6 +143,15 @@ class Disks:
                     found[f"{diskseq}-{number}"] = (partition / "dev").read_text().strip()
         return found
 
+    def has_number_of_before(self, claims: Sequence[Claim]) -> Iterator[Falsehood]:
+        """Yield what is published under a number that a disk had before it was offline."""
+        now = {medium.label: self.volumes_of(medium) for medium in self._media}
+        for claim in claims:
+            volumes = now.get(self.label_of(claim.volume), {})
+            if volumes and f"{claim.disk}-0" not in volumes:
+                words = f"its disk has the volumes {sorted(volumes)}"
+                yield Falsehood("number", claim.volume, words)
+
     def unread(self, claims: Sequence[Claim]) -> Iterator[Falsehood]:
         """Yield the reader's card if the kernel could read it, and nobody has it do so."""
         volumes = self.note_card()
