@@ -77,7 +77,9 @@ class Asked:
         assert self._end is not None
         text = self._end.recv(_MESSAGE_BYTES)
         assert text, self._process.everything()
-        return json.loads(text)
+        answer = json.loads(text)
+        assert not isinstance(answer, dict), f"{answer}\n{self._process.everything()}"
+        return answer
 
 
 class _Answering(agent.Agent):
@@ -110,6 +112,8 @@ class _Answering(agent.Agent):
                 await getattr(self._supervisor, verb)(which, "a test")
             except HotplugError as error:
                 answer = str(error)
+            except Exception as error:  # else it would not be answered
+                answer = {"defect": repr(error)}
         self.end.send(json.dumps(answer).encode())
 
     def _claims(self) -> list[tuple[str, str, str, str, str, bool]]:

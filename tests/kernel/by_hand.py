@@ -23,11 +23,12 @@ ELSEWHERE: Final = ("/mnt", "/srv")
 FLOOD: Final = 30
 """Requests at once; their answers fit into the socket, which nobody reads meanwhile."""
 WEIGHTS: Final = {
-    "plug": 12, "pull": 5, "write": 14, "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3,
-    "uncover": 5, "remount": 5, "suspend": 3, "resume": 4, "load": 3, "remove": 2, "hold": 3,
-    "open_mapping": 2, "end_uses": 6, "ask": 14, "kill": 2, "stop": 1,
-    "go_offline": 2, "come_back": 4, "swap": 10,
-    "flood": 2, "stop_udevd": 2, "start_udevd": 5, "exhaust": 2, "relieve": 6,
+    "plug": 9, "pull": 5, "swap": 9, "write": 14,
+    "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3, "uncover": 4, "remount": 5,
+    "suspend": 3, "resume": 4, "load": 3, "remove": 2,
+    "hold": 4, "open_mapping": 3, "end_uses": 5,
+    "ask": 14, "flood": 2, "kill": 2, "stop": 1,
+    "go_offline": 2, "come_back": 3, "stop_udevd": 2, "start_udevd": 3, "exhaust": 2, "relieve": 4,
 }  # fmt: skip
 """How often each act is done."""
 
@@ -93,7 +94,7 @@ class ByHand:
         self._disks.note_card()
         if self._reader.card is not None:
             self._leave_dirty(self._reader.card)
-            self._reader.take_out()
+        self._reader.take_out()
         if chance.random() < 0.8:
             self._reader.put_in(chance.choice(self._reader.cards))
 
@@ -104,12 +105,14 @@ class ByHand:
                 file.write(bytes(100_000))
 
     def write(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is None:
-            return
-        content = chance.randbytes(chance.randrange(1, 20_000))
+        if (point := self._point(chance)) is not None:
+            content = chance.randbytes(chance.randrange(1, 20_000))
+            self.write_at(point, content, is_synced=chance.random() < 0.7)
+
+    def write_at(self, point: str, content: bytes, *, is_synced: bool) -> None:
+        """Write a new file; if it is synced, expect it on its medium."""
         self._count += 1
         name = f"file-{self._count:04}"
-        is_synced = chance.random() < 0.7
         with suppress(OSError):
             with open(f"{point}/{name}", "xb") as file:
                 file.write(content)

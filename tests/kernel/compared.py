@@ -83,11 +83,16 @@ class Comparison:
         if found:
             raise FalsehoodError(found, self.state())
 
-    def present(self) -> list[str]:
-        """Return the published volumes that are there, without whole disks."""
-        published = {claim.volume for claim in self._agent.claims(look=False)}
-        there = published & set(self._disks.system(published).media)
-        return sorted(volume for volume in there if not volume.endswith("-0"))
+    def served_by(self, verb: str) -> list[str]:
+        """Return the published volumes that a request for this has to reach: no whole disks."""
+        claims = self._agent.claims(look=False)
+        there = self._disks.system({claim.volume for claim in claims}).media
+        return [
+            claim.volume
+            for claim in claims
+            if (claim.volume in there and not claim.volume.endswith("-0"))
+            or (claim.state == "ejected" and verb == "unlock")
+        ]
 
     def state(self) -> str:
         """Return what is published and what the kernel has, for a report."""

@@ -59,11 +59,17 @@ class Reader:
         (disk,) = _disks()
         return disk
 
+    @property
+    def is_on(self) -> bool:
+        """Whether its port is on."""
+        return bool(_disks())
+
     def put_in(self, card: Card) -> None:
-        """Put a card in the empty reader, which is plugged again if its port is off."""
+        """Put a card in, in place of any other; plug the reader again if its port is off."""
+        self.take_out()
         (_UNIT / "file").write_text(str(card.file))
         self.card = card
-        if not _disks():
+        if not self.is_on:
             (_STICK / "UDC").write_text("\n")
             (_STICK / "UDC").write_text(_CONTROLLER)
             until(lambda: len(_disks()) == 1)

@@ -23,7 +23,7 @@ from fakes.oracle import Falsehood
 from kernel.agents import Room, room_of
 from kernel.asked import Asked, asked
 from kernel.by_hand import WEIGHTS, ByHand
-from kernel.cartridges import cartridges
+from kernel.cartridges import HELLO, TEXT, cartridges
 from kernel.compared import Comparison, FalsehoodError, Figures
 from kernel.gadgets import Reader, reader_with
 from kernel.seen import Disks
@@ -79,6 +79,14 @@ class Saboteur:
         self.hand.settle()
         self.comparison.compare()
 
+    def plug_all(self) -> None:
+        """Plug all media that are out, and have a card in the reader; wait for none of them."""
+        for medium in self._room.media:
+            if not medium.is_plugged:
+                medium.plug()
+        if self._reader.card is None or not self._reader.is_on:
+            self._reader.put_in(self._reader.cards[0])
+
     def do(self, step: Step) -> None:
         """Do the step, and compare what is published then. Raises: FalsehoodError."""
         chance = random.Random(step.choice)
@@ -105,22 +113,14 @@ class Saboteur:
             undo(chance)
         while found := hand.mounts_by_hand():
             run("umount", found[-1])
+        self.plug_all()
         self._compare()
         self.comparison.await_numbers()
         self._require_obedience()
-        for medium in self._room.media:
-            if medium.is_plugged:
-                medium.pull()
-        self._reader.take_out()
-        self._compare()
-        for medium in self._room.media:
-            medium.plug()
-            self._room.check_served(medium)
-        for card in self._reader.cards:
-            self._reader.take_out()
-            self._compare()
-            self._reader.put_in(card)
-            self._room.check_served(card)
+        hand.write_at(str(self._room.point()), b"written in the end", is_synced=True)
+        (other,) = (card for card in self._reader.cards if card is not self._reader.card)
+        self._reader.put_in(other)
+        self._room.check_served(other)
         self._compare()
         self._room.agent.stop()
         self._agent.close()
@@ -135,7 +135,7 @@ class Saboteur:
         Raises: FalsehoodError.
         """
         for verb, state in (("lock", "locked"), ("unlock", "mounted")):
-            there = self.comparison.present()
+            there = self.comparison.served_by(verb)
             answers = {volume: self._agent.request(verb, volume) for volume in there}
             self._compare()
             wrong = [
@@ -145,6 +145,8 @@ class Saboteur:
             ]
             if wrong:
                 raise FalsehoodError(wrong, self.comparison.state())
+        for medium in (*self._room.media, self._reader.card):
+            assert (self._room.point(medium) / HELLO).read_bytes() == TEXT
 
 
 def plan(seed: int, count: int) -> list[Step]:
@@ -180,6 +182,7 @@ def sabotage(seed: int, count: int, say: Callable[[str], None]) -> Figures:
     number = 0
     with at_work(say) as saboteur:
         try:
+            saboteur.plug_all()
             for number, step in enumerate(plan(seed, count), 1):
                 begun = time.monotonic()
                 saboteur.do(step)

@@ -36,7 +36,7 @@ class Written:
 
     def expect(self, label: str, name: str, content: bytes) -> None:
         """Require in the end that the file is on the medium."""
-        self._files[label][name] = hashlib.sha256(content).hexdigest()
+        self._files[label][name] = _digest(content)
 
     def wrong(self) -> list[str]:
         """Return what is not on its medium, or is where nobody has written."""
@@ -44,16 +44,21 @@ class Written:
 
     def _wrong(self, medium: Cartridge | Card) -> Iterator[str]:
         label, partition = medium.label, _partition(medium)
-        with _decrypted(partition) as point:
-            for name, digest in self._files[label].items():
-                self.files_checked += 1
-                file = point / name
-                if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                    yield f"{name} of {label}"
+        if files := self._files[label]:
+            with _decrypted(partition) as point:
+                for name, digest in files.items():
+                    self.files_checked += 1
+                    file = point / name
+                    if not file.exists() or _digest(file.read_bytes()) != digest:
+                        yield f"{name} of {label}"
         if _outside(medium) != self._outside[label]:
             yield f"bytes of {label} outside its partition"
         if label in self._untouched and partition != self._untouched[label]:
             yield f"bytes of {label}, which nobody may write to"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _partition(medium: Cartridge | Card) -> bytes:
