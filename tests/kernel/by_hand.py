@@ -9,6 +9,7 @@ import subprocess
 from contextlib import suppress
 from typing import Final
 
+from fakes.contract import until
 from fakes.oracle import SeenMapping
 from kernel import seen
 from kernel.agents import Room
@@ -22,6 +23,7 @@ from kernel.written import Written
 ELSEWHERE: Final = ("/mnt", "/srv")
 FLOOD: Final = 30
 """Requests at once; their answers fit into the socket, which nobody reads meanwhile."""
+CUT_OFF_WITHIN_S: Final = 10.0
 WEIGHTS: Final = {
     "plug": 9, "pull": 5, "swap": 9, "write": 14,
     "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3, "uncover": 4, "remount": 5,
@@ -51,6 +53,8 @@ class ByHand:
         """Whether the agent can open no more files, so that it may know nothing."""
         self._count = 0
         """Files that were written, or were to be."""
+        self._without_card: list[str] = []
+        """Mappings whose card was taken out."""
         self._limit = (0, 0)
         """How many files the agent may open else."""
         self._held: list[subprocess.Popen[bytes]] = []
@@ -90,8 +94,14 @@ class ByHand:
                 chance.choice(there).pull()
 
     def swap(self, chance: random.Random) -> None:
-        """Take the reader's card out, if one is in, and mostly put one in at once."""
-        self._disks.note_card()
+        """Take the reader's card out, if one is in, and mostly put one in at once.
+
+        Not under a mapping while no agent runs: nobody would keep its writes from the next card.
+        """
+        used = [m.name for m in self._mappings() if m.leads_to in self._disks.note_card().values()]
+        if used and not self._room.agent.pid:
+            return
+        self._without_card += used
         if self._reader.card is not None:
             self._leave_dirty(self._reader.card)
         self._reader.take_out()
@@ -277,7 +287,16 @@ class ByHand:
             self.starts_in = chance.randrange(1, 6)
 
     def _end_waits(self, chance: random.Random) -> None:
-        """Resume what a call of the agent waits for: nothing ends a process in such a call."""
+        """Resume what a call of the agent waits for: nothing ends a process in such a call.
+
+        Also wait until it has cut off what leads to a card that was changed.
+        """
+        without, self._without_card = set(self._without_card), []
+        with suppress(AssertionError):  # at its limit of open files, it may not know
+            until(
+                lambda: not any(m.name in without and m.leads_to for m in self._mappings()),
+                within_s=CUT_OFF_WITHIN_S,
+            )
         if any(claim.state == "stuck" for claim in self._agent.claims(look=False)):
             self.resume(chance)
 

@@ -101,6 +101,8 @@ class Saboteur:
                 self._agent.claims(look=True)  # it answers
             elif step.settles:
                 self._compare()
+        if touched := self.written.touched():
+            raise FalsehoodError([Falsehood("foreign byte", "medium", t) for t in touched], "")
 
     def finish(self) -> None:
         """Undo all, require that every medium is served, and that each has its synced files.

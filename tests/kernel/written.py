@@ -38,9 +38,18 @@ class Written:
         """Require in the end that the file is on the medium."""
         self._files[label][name] = _digest(content)
 
+    def touched(self) -> list[str]:
+        """Return the media that nobody may write to, and that are not as they were."""
+        return [
+            f"bytes of {medium.label}, which nobody may write to"
+            for medium in self._media
+            if medium.label in self._untouched
+            and _partition(medium) != self._untouched[medium.label]
+        ]
+
     def wrong(self) -> list[str]:
         """Return what is not on its medium, or is where nobody has written."""
-        return [text for medium in self._media for text in self._wrong(medium)]
+        return [*self.touched(), *(text for each in self._media for text in self._wrong(each))]
 
     def _wrong(self, medium: Cartridge | Card) -> Iterator[str]:
         label, partition = medium.label, _partition(medium)
@@ -53,8 +62,6 @@ class Written:
                         yield f"{name} of {label}"
         if _outside(medium) != self._outside[label]:
             yield f"bytes of {label} outside its partition"
-        if label in self._untouched and partition != self._untouched[label]:
-            yield f"bytes of {label}, which nobody may write to"
 
 
 def _digest(content: bytes) -> str:
