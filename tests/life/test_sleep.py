@@ -47,6 +47,21 @@ def test_a_sleep_that_changes_nothing_is_not_noticed(bench: Bench) -> None:
     assert bench.kernel.steps == ["find_mapping", "plaintexts"] * 2
 
 
+def test_a_suspended_volume_is_not_read_after_a_sleep_nor_when_it_is_adopted(bench: Bench) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kill()
+    bench.start()
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    bench.stop()
+    assert bench.kernel.leftovers() == []
+
+
 def test_a_volume_whose_key_was_lost_gets_an_error_table_before_anything_else(
     bench: Bench,
 ) -> None:
