@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy, OnStop, Rule
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.formats.marks import Mark
@@ -19,6 +20,7 @@ from fakes.kernel import FakeMapping, Fault
 from life.test_fault_matrix import ERRNOS, error_of
 
 (RULE,) = BUILT_IN
+POINT = "/run/media/cartridge-01"
 LOST = "its mapping led elsewhere; it was mounted read-write; what was written last may be lost"
 ELSEWHERE = [
     "0 32768 crypt aes-xts-plain64 :36:logon:caam-hotplug:1-1 0 8:1 0",
@@ -335,6 +337,41 @@ def test_a_table_that_somebody_loads_at_any_time_of_an_adoption_is_found(
     bench.close()
 
 
+def under_another_name(bench: Bench) -> None:
+    bench.rules = (replace(RULE, mount=MountSettings(name=Template("other"))),)
+
+
+def also_under_another_name(bench: Bench) -> None:
+    bench.by_hand.mount(bench.by_hand.mount_at(POINT), "/run/media/other")
+
+
+def hidden_with_the_mount_root(bench: Bench) -> None:
+    bench.by_hand.cover("/run/media")
+
+
+@pytest.mark.parametrize(
+    "is_mounted", [under_another_name, also_under_another_name, hidden_with_the_mount_root]
+)
+def test_a_suspended_mapping_that_is_not_mounted_just_as_its_rule_says_is_not_flushed_nor_read(
+    machine: Bench, is_mounted: Callable[[Bench], None]
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    is_mounted(machine)
+    machine.kernel.steps.clear()
+    machine.start()
+    machine.run_turns(200)
+    steps, state = set(machine.kernel.steps), machine.state(volume)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert not {"flush", "unmount", "probe"} & steps
+    assert state is State.FAILED
+    assert machine.state(volume) is State.MOUNTED
+    machine.stop()
+    machine.kernel.mounts[:] = [m for m in machine.kernel.mounts if m.point != "/run/media"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
     volume = killed(machine)
@@ -617,6 +654,21 @@ def test_a_volume_that_was_being_released_is_not_served_again_by_the_next_run(
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_a_locked_volume_whose_holder_is_not_found_has_failed_after_a_restart_too(
+    machine: Bench, how: str
+) -> None:
+    machine.kernel.shows_holders = False
+    volume = locked_in_use(machine)
+    assert machine.state(volume) is State.FAILED
+    getattr(machine, how)()
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("words", RELEASES)
 def test_a_volume_whose_holders_have_closed_it_between_two_runs_is_locked(
     machine: Bench, words: str, how: str
@@ -641,6 +693,54 @@ def test_a_volume_that_was_being_released_is_served_by_the_run_after_an_unlock(
     getattr(machine, how)()
     restart(machine)
     assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("verb", ["retry", "unlock"])
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_request_at_any_turn_while_what_is_left_is_looked_at_makes_an_attempt(
+    machine: Bench, words: str, verb: str, turns: int, *, restarts: bool
+) -> None:
+    volume = RELEASES[words](machine)
+    if restarts:
+        machine.kill()
+        restart(machine)
+    machine.wait(2)
+    machine.answer_during_look(verb, volume, turns)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("words", RELEASES)
+def test_an_unlock_at_any_turn_after_a_restart_makes_an_attempt(
+    machine: Bench, words: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    machine.answer_at_start("unlock", volume, turns)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_lock_at_any_turn_after_a_restart_does_not_end_the_release_that_goes_on(
+    machine: Bench, words: str, verb: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    with pytest.raises(RequestRefusedError):
+        machine.answer_at_start(verb, volume, turns)
+    machine.settle()
+    assert machine.state(volume) is State.FAILED
+    machine.appear(replace(volume, serial="another"))
+    machine.settle()
+    assert machine.kernel.mounts == []
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+    machine.answer("lock", volume)
 
 
 @pytest.mark.parametrize("turns", range(40))

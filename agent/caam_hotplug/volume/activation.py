@@ -101,7 +101,7 @@ class Activation:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
                 await self._mount(mapping, held)
             self._record.has_slept = False
-            await self._sleep_check.remember(mapping)
+            await self._sleep_check.catch_up(mapping)
             cause = await self._until_released(mapping)
             is_writable = await self._may_lack_writes()
             if isinstance(cause, Interference):  # which flushes nothing
@@ -154,7 +154,7 @@ class Activation:
             await self._compare_if_it_slept()
             if self._stop.is_set:
                 return None
-            asks_for_it = inbox.request is not None and not inbox.wants_release
+            asks_for_it = inbox.wants_service
             if asks_for_it:  # it is mounted or unlocked already, as far as is known
                 holding.want_look()
             if holding.differs:
@@ -166,6 +166,7 @@ class Activation:
                 if asks_for_it and not self._stop.is_set:
                     self._grant_unless_released()
                 record.has_slept |= self._sleep_check.is_due  # it may be resumed now
+                await self._catch_up(mapping)
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
@@ -183,6 +184,11 @@ class Activation:
         await self._observation.prepare_flush()
         self._record.has_slept |= self._sleep_check.is_due
         await self._compare_if_it_slept()
+
+    async def _catch_up(self, mapping: Mapping) -> None:
+        """Do what was not possible while it was suspended, unless it has slept again meanwhile."""
+        if not (self._record.has_slept or self._stop.medium_gone):
+            await self._sleep_check.catch_up(self._holding.mapping or mapping)
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""

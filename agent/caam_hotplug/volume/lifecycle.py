@@ -27,7 +27,7 @@ from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.outcome import Outcome
-from caam_hotplug.volume.phases import Active, Evaluate, Failure, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.phases import Active, Cause, Evaluate, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes
 from caam_hotplug.volume.requests import Ask
@@ -120,12 +120,18 @@ class VolumeLifecycle:
             return self._phase
         cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
-            return await self._outcome.released_for(cause)
+            return await self._say_what_is_left(cause)
         return self._phase.to_evaluate(goes_on=self._inbox.request is None)
+
+    async def _say_what_is_left(self, cause: Cause) -> Phase:
+        """Return the next phase of an idle volume; a request to serve it leads to an attempt."""
+        phase = await self._outcome.released_for(cause)
+        is_asked = self._inbox.wants_service and isinstance(phase, Idle)
+        return phase.to_evaluate() if is_asked else phase
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
-        if self._inbox.wants_release:
+        if self._inbox.wants_release and self._phase.goes_on_for is None:
             return self._phase.to_idle()
         self._inbox.clear_changes()
         self.record.holding.end()
@@ -143,17 +149,21 @@ class VolumeLifecycle:
             words = in_words(error) + self.record.retry_if_passing(error)
             return await self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
+            phase = await self._outcome.failed(error)
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
-            return await self._outcome.failed(error)
+            return phase
         finally:
             await self._device.close()
         return self._phase.to_idle()
 
     async def _follow_rules(self) -> Phase:
         cause = self._phase.goes_on_for
-        if cause is not None and await self._leftover.go_on(cause):
-            return await self._outcome.released_for(cause)
+        is_over = cause is None or self._inbox.wants_service
+        if cause is not None and not is_over and await self._leftover.go_on(cause):
+            return await self._say_what_is_left(cause)
+        if self._inbox.wants_release:
+            return self._phase.to_idle()
         await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
@@ -195,7 +205,7 @@ class VolumeLifecycle:
                     )
                 )
                 self._stop.check()
-                if self._inbox.request is not None and not self._inbox.wants_release:
+                if self._inbox.wants_service:
                     self._inbox.refuse(self._status.words)  # and keep the place in the queue
                 elif self._inbox.wants_release or self.record.take_reason_to_release(target):
                     return self._phase.to_evaluate()

@@ -8,13 +8,11 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
-from caam_hotplug.volume.holding import Interference
-from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.holding import Earlier, Interference
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Failure
+from caam_hotplug.volume.phases import Cause, Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
-from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, LOSES_DATA
 
@@ -31,16 +29,14 @@ class Remains:
     """Whether the kernel has it, so that it will report when that goes."""
 
 
-async def remains(
-    record: Record, operations: Operations, cause: Request | Reevaluate | Interference | Failure
-) -> Remains | None:
+async def remains(record: Record, operations: Operations, cause: Cause) -> Remains | None:
     """Return what is left of a volume that was released for this cause; None if that is nothing.
 
     A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
     it: the kernel reports that before it has written the filesystem and closed the mapping.
     """
     state = cause.state if isinstance(cause, Failure) else State.FAILED
-    before = f"{cause.words}; " if isinstance(cause, Interference | Failure) else ""
+    before = f"{cause.words}; " if isinstance(cause, Interference | Earlier | Failure) else ""
     try:
         left = await _watched(record, operations)
     except (HotplugError, OSError) as error:
