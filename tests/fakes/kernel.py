@@ -471,6 +471,8 @@ class FakeProcess:
         return opened
 
     def remember(self, volume: Volume, text: str) -> None:
+        if not self.is_running:
+            raise ProcessDiedError
         self.kernel.marks[volume.id] = text
 
     def remembered(self, volume: Volume) -> str:

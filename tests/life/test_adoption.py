@@ -759,6 +759,35 @@ def test_a_run_that_ends_while_somebody_elses_unmount_is_followed_is_not_undone(
     assert machine.kernel.mounts == []
 
 
+@pytest.mark.parametrize("turns", range(60))
+def test_a_run_that_is_killed_at_any_turn_of_a_lock_undoes_no_unmount(
+    machine: Bench, turns: int
+) -> None:
+    machine.reload_rules(replace(RULE, on_busy=OnBusy.DETACH))
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.users["cartridge-01"] = 1
+    machine.ask("lock", volume)
+    machine.run_turns(turns)
+    is_unmounted = machine.kernel.mounts == []
+    machine.kill()
+    restart(machine)
+    assert machine.state(volume) is (State.FAILED if is_unmounted else State.MOUNTED)
+    assert machine.kernel.marks.get(volume.id, "") != "" or not is_unmounted
+
+
+def test_a_lock_that_is_refused_leaves_nothing_for_the_next_run(machine: Bench) -> None:
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.users["cartridge-01"] = 1
+    with pytest.raises(VolumeBusyError):
+        machine.answer("lock", volume)
+    assert machine.kernel.marks[volume.id] == ""
+    machine.by_hand.umount(POINT, lazily=True)
+    machine.settle()
+    assert machine.reason(volume).startswith("unmounted by somebody else")
+
+
 def test_a_volume_that_an_older_agent_has_served_since_its_release_stays_mounted(
     machine: Bench,
 ) -> None:

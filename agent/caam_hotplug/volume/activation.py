@@ -170,8 +170,6 @@ class Activation:
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
-                if isinstance(cause, Request):
-                    self._record.note_release(cause.words)
                 return cause
 
     async def _compare_if_it_slept(self) -> None:
@@ -213,11 +211,15 @@ class Activation:
             await self._observation.require_running()
             if self._stop.medium_gone:
                 return False
+            if isinstance(cause, Request):  # before the unmount, which a restart must not undo
+                self._record.note_release(cause.words)
             await release(
                 self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
             )
         except (HotplugError, OSError) as error:
             self._record.note_lost(self._writes.error or error)  # flushed, then in use
+            if isinstance(cause, Request):
+                self._record.unpark(mounts=self._record.mounts)
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)

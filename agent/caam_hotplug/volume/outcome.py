@@ -145,15 +145,15 @@ class Outcome:
 
     async def release_at_end(self) -> None:
         """Release leftovers, also a mapping that could not be adopted."""
-        if not self._phase.has_leftover or self._stop.keeps:
+        while self._phase.has_leftover and not self._stop.keeps:
+            try:
+                await self._leftover.release()
+            except ReleaseError as error:
+                self._record.phase = await self.badly_released(str(error))
+                self._inbox.refuse(str(error))  # what was asked before the end, and not done
+                if await self._record.may_release_again(error):
+                    continue
             return
-        try:
-            await self._leftover.release()
-        except ReleaseError as error:
-            self._record.phase = await self.badly_released(str(error))
-            self._inbox.refuse(str(error))  # what was asked before the end, and not done
-            if await self._record.may_release_again(error):
-                await self.release_at_end()
 
     async def badly_released(self, words: str) -> Phase:
         """Publish why a release has failed: the kernel may have a leftover of it."""
