@@ -14,7 +14,7 @@ from caam_hotplug.errors import (
     SuspendedError,
 )
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Earlier, Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle, obstacle_of, state_of
@@ -104,7 +104,7 @@ class Outcome:
             return await self._unserved(cause)
         if (left := await remains(self._record, self._operations, cause)) is None:
             self._record.phase = replace(self._phase, has_leftover=False)
-            if isinstance(cause, Earlier):  # others may have ended what a release has not
+            if isinstance(cause, UnfinishedRelease):  # others may have ended what a release has not
                 await self._leftover.remove_mount_points()
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
         self._status.publish(left.state, left.words)
@@ -136,7 +136,7 @@ class Outcome:
             return self._phase
         return await self.released_for(request)
 
-    def park(self, cause: Request | Interference | Earlier | StopSignal) -> Phase:
+    def park(self, cause: Request | Interference | UnfinishedRelease | StopSignal) -> Phase:
         if self._record.parked is None or self._status.state is not State.EJECTED:  # which is more
             self._record.park(State.LOCKED, cause.words)
         if self._inbox.wants_release:

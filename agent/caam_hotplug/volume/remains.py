@@ -8,7 +8,7 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
-from caam_hotplug.volume.holding import Earlier, Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Cause, Failure
 from caam_hotplug.volume.record import Record
@@ -36,7 +36,9 @@ async def remains(record: Record, operations: Operations, cause: Cause) -> Remai
     it: the kernel reports that before it has written the filesystem and closed the mapping.
     """
     state = cause.state if isinstance(cause, Failure) else State.FAILED
-    before = f"{cause.words}; " if isinstance(cause, Interference | Earlier | Failure) else ""
+    before = (
+        f"{cause.words}; " if isinstance(cause, Interference | UnfinishedRelease | Failure) else ""
+    )
     try:
         left = await _watched(record, operations)
     except (HotplugError, OSError) as error:
