@@ -209,6 +209,8 @@ class Activation:
         anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
         try:
             await self._observation.require_running()
+            self._record.has_slept |= self._sleep_check.is_due  # it may be resumed since
+            await self._compare_if_it_slept()
             if self._stop.medium_gone:
                 return False
             if isinstance(cause, Request):  # before the unmount, which a restart must not undo

@@ -160,7 +160,9 @@ class Outcome:
         # Without its medium the volume cannot be `failed`; only the remains are there.
         gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
         state = State.REMOVED_UNSAFELY if gone else State.FAILED
-        if not gone:
-            words = await with_leftover(self._record, self._operations, words)
-        self._status.publish(state, with_loss(words, self._record.lost))
-        return self._with_leftover()
+        said = words if gone else await with_leftover(self._record, self._operations, words)
+        self._status.publish(state, with_loss(said, self._record.lost))
+        phase = self._with_leftover()
+        if gone or phase.released_for is not None:
+            return phase
+        return replace(phase, released_for=Failure(words))  # so that its removal is said

@@ -58,13 +58,14 @@ class SleepCheck:
             words = "%s: cannot compare it after the sleep: nothing was read of it before"
             log.warning(words, self._volume)
             return
+        was_due = self.is_due
         try:
             outcome = await self._outcome(self._before)
         except (HotplugError, OSError) as error:
             log.warning("%s: cannot compare it after the sleep: %s", self._volume, error)
             return
         if outcome is None:
-            if self.is_due:
+            if self.is_due and not was_due:
                 words = "%s: suspended after the sleep: it is compared when it is resumed"
                 log.warning(words, self._volume)
             return
