@@ -204,23 +204,13 @@ class Activation:
         await self._compare_if_it_slept()  # before a flush
         if self._stop.medium_gone or self._stop.keeps:
             return False
-        by_rule = self._record.plan_in_force(self._target).rule.on_busy
-        on_busy = by_rule if isinstance(cause, Request) else cause.on_busy
-        anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
+        is_marked = isinstance(cause, Request) and self._holding.mount is not None
         try:
-            await self._observation.require_running()
-            self._record.has_slept |= self._sleep_check.is_due  # it may be resumed since
-            await self._compare_if_it_slept()
-            if self._stop.medium_gone:
+            if not await self._flush_and_unmount(mapping, cause, is_marked=is_marked):
                 return False
-            if isinstance(cause, Request):  # before the unmount, which a restart must not undo
-                self._record.note_release(cause.words)
-            await release(
-                self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
-            )
         except (HotplugError, OSError) as error:
             self._record.note_lost(self._writes.error or error)  # flushed, then in use
-            if isinstance(cause, Request):
+            if is_marked:
                 self._record.unpark(mounts=self._record.mounts)
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
@@ -233,6 +223,28 @@ class Activation:
                     self._hooks.mounted(self._record.plan_in_force(self._target))
                 self._refuse(cause, error)
             return False
+        return True
+
+    async def _flush_and_unmount(
+        self, mapping: Mapping, cause: Request | Reevaluate | Interference, *, is_marked: bool
+    ) -> bool:
+        """Release it, and remember that; False if its medium has gone before. Raises: as `release`.
+
+        `is_marked`: before. A mount ends the mark, which so says that the unmount has been.
+        """
+        await self._observation.require_running()
+        self._record.has_slept |= self._sleep_check.is_due  # it may be resumed since
+        await self._compare_if_it_slept()
+        if self._stop.medium_gone:
+            return False
+        if is_marked:
+            self._record.note_release(cause.words)
+        by_rule = self._record.plan_in_force(self._target).rule.on_busy
+        on_busy = by_rule if isinstance(cause, Request) else cause.on_busy
+        anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
+        await release(self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway)
+        if isinstance(cause, Request) and not is_marked:
+            self._record.note_release(cause.words)
         return True
 
     def _refuse(self, cause: Request | Reevaluate | Interference, error: Exception) -> None:
