@@ -13,7 +13,7 @@ from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import WritesLostError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 
 OTHER_MEDIUM: Final = ["plaintexts", "ciphertexts", "load_error_table"]
 OTHER_KEY: Final = [
@@ -266,3 +266,78 @@ def test_nothing_is_flushed_under_another_key_after_a_sleep_during_the_unit_befo
     assert bench.kernel.leftovers() == []
     if end == "lock":
         assert "its key was lost" in str(request.exception())
+
+
+def adopted_while_suspended(bench: Bench) -> tuple[Volume, FakeMapping]:
+    """Have an agent start that finds a mounted volume whose mapping is suspended."""
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.kernel.steps.clear()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    return volume, mapping
+
+
+def test_a_volume_that_was_suspended_at_its_adoption_is_compared_after_a_sleep(
+    bench: Bench,
+) -> None:
+    volume, mapping = adopted_while_suspended(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_noise_is_not_what_later_sleeps_are_compared_with(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume, mapping = adopted_while_suspended(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert not {"sample", "plaintexts"} & set(bench.kernel.steps)
+    assert caplog.text.count("cannot compare it after the sleep: nothing was read of it") == 2
+    assert "compared after the sleep:" not in caplog.text
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_volume_that_is_suspended_in_a_sleep_is_compared_when_it_is_resumed(
+    bench: Bench, *, has_key: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    assert "is suspended" in bench.look(volume).reason
+    if not has_key:
+        bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert "it is compared when it is resumed" in caplog.text
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is (State.MOUNTED if has_key else State.REMOVED_UNSAFELY)
+
+
+def test_a_stop_that_resumes_a_mapping_flushes_nothing_under_a_key_that_a_sleep_has_cost(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.look(volume)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.stop()
+    assert "resume_mapping" in bench.kernel.steps
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []

@@ -101,7 +101,7 @@ class Activation:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
                 await self._mount(mapping, held)
             self._record.has_slept = False
-            await self._sleep_check.remember(mapping)
+            await self._sleep_check.catch_up(mapping)
             cause = await self._until_released(mapping)
             is_writable = await self._may_lack_writes()
             if isinstance(cause, Interference):  # which flushes nothing
@@ -114,6 +114,7 @@ class Activation:
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
             await self._compare_if_it_slept(mapping)
             await self._observation.prepare_flush()
+            await self._catch_up(mapping)
             return Released(None, is_writable)
 
     async def _may_lack_writes(self) -> bool:
@@ -166,6 +167,7 @@ class Activation:
                     return found
                 if asks_for_it and not self._stop.is_set:
                     self._grant_unless_released()
+                await self._catch_up(mapping)
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
@@ -177,6 +179,11 @@ class Activation:
         if self._record.has_slept and not self._stop.medium_gone:
             self._record.has_slept = False
             await self._sleep_check.run(self._holding.mapping or mapping)  # as last seen
+
+    async def _catch_up(self, mapping: Mapping) -> None:
+        """Do what was not possible while it was suspended, unless it has slept again meanwhile."""
+        if not (self._record.has_slept or self._stop.medium_gone):
+            await self._sleep_check.catch_up(self._holding.mapping or mapping)
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
@@ -210,6 +217,7 @@ class Activation:
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
                 await self._observation.prepare_flush()
+                await self._catch_up(mapping)
                 return True
             if not self._stop.is_set:
                 self._observation.go_on()

@@ -161,6 +161,7 @@ class Observation:
                 )
                 resume = partial(self._kernel.resume_mapping, live.name)
                 await self._operations.dm("resume the mapping", resume)
+                await self.mapping()
         except (HotplugError, OSError) as error:
             log.warning("%s: %s", self._record.volume, error)
 

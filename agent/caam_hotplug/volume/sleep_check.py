@@ -32,24 +32,42 @@ class SleepCheck:
         self._kernel = operations.kernel
         self._volume = volume
         self._before: Sample | None = None
+        self._is_owed = False
+        """Whether it was suspended after a sleep, so that it is to be compared once resumed."""
+        self._is_too_late = False
+        """Whether it has slept without a sample: one taken now may be of another key."""
 
-    async def remember(self, mapping: Mapping) -> None:
-        """Take the sample; without one, nothing is known after a sleep.
+    async def catch_up(self, mapping: Mapping) -> None:
+        """Take the sample, or compare, if that was not done yet; not while it is suspended.
 
         A read of a suspended mapping would wait, and everything after it.
         """
         if mapping.is_suspended:
             return
-        with suppress(HotplugError, OSError):
-            self._before = await self._sample(mapping)
+        if self._is_owed:
+            await self.run(mapping)
+        elif self._before is None and not self._is_too_late:
+            with suppress(HotplugError, OSError):
+                self._before = await self._sample(mapping)
 
     async def run(self, mapping: Mapping) -> None:
         """Compare. If key or medium are others, stop all I/O, and end the lifecycle.
 
         What is not known tears nothing down.
         """
+        before = self._before
+        self._is_owed = before is not None and mapping.is_suspended
+        if before is None:
+            self._is_too_late = True
+            words = "%s: cannot compare it after the sleep: nothing was read of it before"
+            log.warning(words, self._volume)
+            return
+        if self._is_owed:
+            words = "%s: suspended after the sleep: it is compared when it is resumed"
+            log.warning(words, self._volume)
+            return
         try:
-            outcome = await self._outcome(mapping)
+            outcome = await self._outcome(mapping, before)
         except (HotplugError, OSError) as error:
             log.warning("%s: cannot compare it after the sleep: %s", self._volume, error)
             return
@@ -59,10 +77,7 @@ class SleepCheck:
         log.log(level, "%s: compared after the sleep: %s", self._volume, outcome.value)
         await self._operations.cut_off.done()
 
-    async def _outcome(self, mapping: Mapping) -> Outcome:
-        before = self._before
-        if before is None or mapping.is_suspended:
-            return Outcome.UNKNOWN
+    async def _outcome(self, mapping: Mapping, before: Sample) -> Outcome:
         kernel, call = self._kernel, self._operations.call
         plain = await call("read the plaintext", kernel.plaintexts, mapping)
         if plain == before.plain and None not in plain:
