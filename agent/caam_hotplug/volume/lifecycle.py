@@ -143,9 +143,10 @@ class VolumeLifecycle:
             words = in_words(error) + self.record.retry_if_passing(error)
             return self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
+            phase = await self._outcome.failed(error)
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
-            return await self._outcome.failed(error)
+            return phase
         finally:
             await self._device.close()
         return self._phase.to_idle()

@@ -17,7 +17,7 @@ from caam_hotplug.model import State
 from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
-from caam_hotplug.volume.obstacles import obstacle_of, state_of
+from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle, obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
 from caam_hotplug.volume.record import Record
@@ -55,8 +55,9 @@ class Outcome:
         words = with_loss(f"{error}{self._record.retry_if_passing(error)}", self._record.lost)
         obstacle = obstacle_of(error, self._kernel)
         if isinstance(error, ForeignMappingError | SuspendedError):
+            self._obstructed(self._phase.to_idle(obstacle, is_foreign=True))
             self._status.publish(State.FAILED, words)
-            return self._phase.to_idle(obstacle, is_foreign=True)
+            return self._phase
         return await self._unserved(Failure(words, obstacle=obstacle))
 
     async def waits(self, error: BlobMissingError | MountPointOccupiedError) -> Phase:
@@ -67,6 +68,7 @@ class Outcome:
     async def _unserved(self, cause: Failure) -> Phase:
         """Publish why it is not served, and who holds what the attempt has made, until they end."""
         idle = self._phase.to_idle(cause.obstacle)
+        self._obstructed(idle)
         if not self._record.cut_off.is_mapped:
             self._status.publish(cause.state, cause.words)
             return idle
@@ -76,6 +78,16 @@ class Outcome:
             return replace(idle, has_leftover=left is not None)
         self._status.publish(left.state, left.words)
         return replace(idle, has_leftover=True, released_for=cause)
+
+    def _obstructed(self, idle: Idle) -> None:
+        """Note what is in the way at once: reports may come while the kernel is asked for more.
+
+        What was reported during the attempt may say that it has gone.
+        """
+        self._record.phase = idle
+        has_new_blob = Obstacle.ANY_BLOB in idle.obstacle and self._inbox.has_new_blob
+        if has_new_blob or (idle.obstacle & ~OF_BLOBS and self._inbox.is_reported):
+            self._inbox.note(Reevaluate.FACTS)
 
     async def released_for(self, cause: Request | Reevaluate | Interference | Failure) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
