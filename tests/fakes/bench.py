@@ -366,6 +366,19 @@ class Bench:
         self.settle()
         return self.entry(volume)
 
+    def answer_during_look(self, verb: str, volume: Volume, turns: int) -> Any:
+        """Return the answer to a request that comes so many turns after it is looked at."""
+        assert self._supervisor is not None
+        supervisor = self._supervisor
+
+        async def look_and_ask() -> Any:
+            supervisor.observer.look(volume.id)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await getattr(supervisor, verb)(volume.id, "uid 0")
+
+        return self.run(look_and_ask())
+
     def wake(self) -> None:
         """Report to the agent that the machine has slept."""
         assert self._supervisor is not None

@@ -60,6 +60,13 @@ def restart(bench: Bench, *rules: Rule) -> None:
     bench.settle()
 
 
+def start_to_serve(bench: Bench) -> None:
+    """Start an agent, and run it until it has lifecycles that have taken no step."""
+    bench.start()
+    while not bench.serving:
+        bench.run_turns(1)
+
+
 def has_table(bench: Bench, line: str) -> None:
     (mapping,) = bench.kernel.mappings.values()
     mapping.live = line
@@ -619,6 +626,35 @@ def test_a_volume_that_was_being_released_is_served_by_the_run_after_an_unlock(
     assert machine.state(volume) is State.MOUNTED
     getattr(machine, how)()
     restart(machine)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("verb", ["retry", "unlock"])
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_request_at_any_turn_while_what_is_left_is_looked_at_makes_an_attempt(
+    machine: Bench, words: str, verb: str, turns: int, *, restarts: bool
+) -> None:
+    volume = RELEASES[words](machine)
+    if restarts:
+        machine.kill()
+        restart(machine)
+    machine.wait(2)
+    machine.answer_during_look(verb, volume, turns)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("words", RELEASES)
+def test_an_unlock_at_any_turn_after_a_restart_makes_an_attempt(
+    machine: Bench, words: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    start_to_serve(machine)
+    machine.run_turns(turns)
+    machine.answer("unlock", volume)
     assert machine.state(volume) is State.MOUNTED
 
 

@@ -156,7 +156,7 @@ class Activation:
             await self._compare_if_it_slept(mapping)
             if self._stop.is_set:
                 return None
-            asks_for_it = inbox.request is not None and not inbox.wants_release
+            asks_for_it = inbox.wants_service
             if asks_for_it:  # it is mounted or unlocked already, as far as is known
                 holding.want_look()
             if holding.differs:

@@ -57,6 +57,11 @@ class Inbox:
         return self.request is not None and self.request.releases
 
     @property
+    def wants_service(self) -> bool:
+        """Whether the request is to serve the volume."""
+        return self.request is not None and not self.request.releases
+
+    @property
     def concerns_active(self) -> bool:
         """Whether an active volume has to act: on a request, other rules, or udev's report."""
         return self.request is not None or bool(self._changes - {Reevaluate.FACTS})

@@ -27,7 +27,7 @@ from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.outcome import Outcome
-from caam_hotplug.volume.phases import Active, Evaluate, Failure, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.phases import Active, Cause, Evaluate, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes
 from caam_hotplug.volume.requests import Ask
@@ -120,8 +120,14 @@ class VolumeLifecycle:
             return self._phase
         cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
-            return await self._outcome.released_for(cause)
+            return await self._say_what_is_left(cause)
         return self._phase.to_evaluate(goes_on=self._inbox.request is None)
+
+    async def _say_what_is_left(self, cause: Cause) -> Phase:
+        """Return the next phase of an idle volume; a request to serve it leads to an attempt."""
+        phase = await self._outcome.released_for(cause)
+        is_asked = self._inbox.wants_service and isinstance(phase, Idle)
+        return phase.to_evaluate() if is_asked else phase
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
@@ -153,8 +159,9 @@ class VolumeLifecycle:
 
     async def _follow_rules(self) -> Phase:
         cause = self._phase.goes_on_for
-        if cause is not None and await self._leftover.go_on(cause):
-            return await self._outcome.released_for(cause)
+        is_over = cause is None or self._inbox.wants_service
+        if cause is not None and not is_over and await self._leftover.go_on(cause):
+            return await self._say_what_is_left(cause)
         await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
@@ -192,7 +199,7 @@ class VolumeLifecycle:
                     lambda: points.owner(name) != owner or self._inbox.concerns_active
                 )
                 self._stop.check()
-                if self._inbox.request is not None and not self._inbox.wants_release:
+                if self._inbox.wants_service:
                     self._inbox.refuse(self._status.words)  # and keep the place in the queue
                 elif self._inbox.wants_release or self.record.take_reason_to_release(target):
                     return self._phase.to_evaluate()

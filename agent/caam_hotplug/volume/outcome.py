@@ -19,7 +19,7 @@ from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle, obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
+from caam_hotplug.volume.phases import Cause, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.remains import remains
 from caam_hotplug.volume.requests import Request
@@ -89,7 +89,7 @@ class Outcome:
         if has_new_blob or (idle.obstacle & ~OF_BLOBS and self._inbox.is_reported):
             self._inbox.note(Reevaluate.FACTS)
 
-    async def released_for(self, cause: Request | Reevaluate | Interference | Failure) -> Phase:
+    async def released_for(self, cause: Cause) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
         if isinstance(cause, Failure):
             return await self._unserved(cause)
@@ -97,7 +97,8 @@ class Outcome:
             self._record.phase = replace(self._phase, has_leftover=False)
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
         self._status.publish(left.state, left.words)
-        self._inbox.refuse(left.words)
+        if self._inbox.wants_release or isinstance(self._phase, Queued):
+            self._inbox.refuse(left.words)  # else its lifecycle makes an attempt for the request
         if not left.is_known:
             return self._with_leftover()
         self._inbox.discard_facts()  # they were for the volume as it was held

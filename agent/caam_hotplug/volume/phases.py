@@ -31,6 +31,10 @@ class Failure:
     obstacle: Obstacle = Obstacle.NONE
 
 
+Cause = Request | Reevaluate | Interference | Failure
+"""What a volume is released for, or is not served for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What every phase remembers."""
@@ -39,7 +43,7 @@ class Phase:
     """Target of the last attempt."""
     has_leftover: bool = False
     """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
-    released_for: Request | Reevaluate | Interference | Failure | None = None
+    released_for: Cause | None = None
     """Why it was released, or is not served, while there is a mapping of it."""
 
     @property

@@ -9,12 +9,10 @@ from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.holding import Interference
-from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Failure
+from caam_hotplug.volume.phases import Cause, Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
-from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, LOSES_DATA
 
@@ -31,9 +29,7 @@ class Remains:
     """Whether the kernel has it, so that it will report when that goes."""
 
 
-async def remains(
-    record: Record, operations: Operations, cause: Request | Reevaluate | Interference | Failure
-) -> Remains | None:
+async def remains(record: Record, operations: Operations, cause: Cause) -> Remains | None:
     """Return what is left of a volume that was released for this cause; None if that is nothing.
 
     A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
