@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy, OnStop, Rule
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.formats.marks import Mark
@@ -19,6 +20,7 @@ from fakes.kernel import Fault
 from life.test_fault_matrix import ERRNOS, error_of
 
 (RULE,) = BUILT_IN
+POINT = "/run/media/cartridge-01"
 LOST = "its mapping led elsewhere; it was mounted read-write; what was written last may be lost"
 ELSEWHERE = [
     "0 32768 crypt aes-xts-plain64 :36:logon:caam-hotplug:1-1 0 8:1 0",
@@ -319,6 +321,41 @@ def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
     assert machine.state(volume) is State.MOUNTED
     assert "plaintexts" not in machine.kernel.steps
     assert "is suspended" in machine.look(volume).reason
+
+
+def under_another_name(bench: Bench) -> None:
+    bench.rules = (replace(RULE, mount=MountSettings(name=Template("other"))),)
+
+
+def also_under_another_name(bench: Bench) -> None:
+    bench.by_hand.mount(bench.by_hand.mount_at(POINT), "/run/media/other")
+
+
+def hidden_with_the_mount_root(bench: Bench) -> None:
+    bench.by_hand.cover("/run/media")
+
+
+@pytest.mark.parametrize(
+    "is_mounted", [under_another_name, also_under_another_name, hidden_with_the_mount_root]
+)
+def test_a_suspended_mapping_that_is_not_mounted_just_as_its_rule_says_is_not_flushed_nor_read(
+    machine: Bench, is_mounted: Callable[[Bench], None]
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    is_mounted(machine)
+    machine.kernel.steps.clear()
+    machine.start()
+    machine.run_turns(200)
+    steps, state = set(machine.kernel.steps), machine.state(volume)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert not {"flush", "unmount", "probe"} & steps
+    assert state is State.FAILED
+    assert machine.state(volume) is State.MOUNTED
+    machine.stop()
+    machine.kernel.mounts[:] = [m for m in machine.kernel.mounts if m.point != "/run/media"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -16,7 +16,7 @@ from caam_hotplug.keys import backends
 from caam_hotplug.model import KeyReference, Mapping, VolumeId
 from caam_hotplug.volume.adoption import may_be_adopted
 from caam_hotplug.volume.device import Device
-from caam_hotplug.volume.mount_table import mounts_of
+from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.release import suspended
 from caam_hotplug.volume.target import Target
@@ -56,7 +56,7 @@ async def active_mapping(
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
     if existing is not None and adopted and existing.is_suspended and watch is not None:
-        await _require_running(operations, existing, watch)
+        await _require_running(operations, existing, target.plan.mount_name, watch)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
@@ -79,15 +79,21 @@ async def active_mapping(
         yield live
 
 
-async def _require_running(operations: Operations, existing: Mapping, watch: Watch) -> None:
-    """Raise SuspendedError unless it is mounted, or was resumed since: a read of it would wait.
+async def _require_running(
+    operations: Operations, existing: Mapping, name: str, watch: Watch
+) -> None:
+    """Raise SuspendedError unless it was resumed since, or is mounted by its name alone.
+
+    A flush of another mount of it would wait, and so would a read to find its filesystem.
 
     It is left as it is, since somebody has a reason for that. Its resume is noticed from now on.
     """
-    if mounts_of(operations.kernel, existing):
+    kernel = operations.kernel
+    is_seen = first_of(existing, mounts_at(kernel, name)) is not None
+    if is_seen and set(mounts_of(kernel, existing)) == {name}:
         return
     watch(existing)
-    look, uuid = operations.kernel.find_mapping, existing.uuid
+    look, uuid = kernel.find_mapping, existing.uuid
     live = await operations.dm("look for the mapping", look, uuid)
     if live is not None and live.is_suspended:
         raise suspended(live)
