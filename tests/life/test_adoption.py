@@ -62,13 +62,6 @@ def restart(bench: Bench, *rules: Rule) -> None:
     bench.settle()
 
 
-def start_to_serve(bench: Bench) -> None:
-    """Start an agent, and run it until it has lifecycles that have taken no step."""
-    bench.start()
-    while not bench.serving:
-        bench.run_turns(1)
-
-
 def has_table(bench: Bench, line: str) -> None:
     (mapping,) = bench.kernel.mappings.values()
     mapping.live = line
@@ -689,10 +682,29 @@ def test_an_unlock_at_any_turn_after_a_restart_makes_an_attempt(
 ) -> None:
     volume = RELEASES[words](machine)
     machine.kill()
-    start_to_serve(machine)
-    machine.run_turns(turns)
-    machine.answer("unlock", volume)
+    machine.answer_at_start("unlock", volume, turns)
     assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_lock_at_any_turn_after_a_restart_does_not_end_the_release_that_goes_on(
+    machine: Bench, words: str, verb: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    with pytest.raises(RequestRefusedError):
+        machine.answer_at_start(verb, volume, turns)
+    machine.settle()
+    assert machine.state(volume) is State.FAILED
+    machine.appear(replace(volume, serial="another"))
+    machine.settle()
+    assert machine.kernel.mounts == []
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+    machine.answer("lock", volume)
 
 
 @pytest.mark.parametrize("turns", range(40))

@@ -131,7 +131,7 @@ class VolumeLifecycle:
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
-        if self._inbox.wants_release:
+        if self._inbox.wants_release and self._phase.goes_on_for is None:
             return self._phase.to_idle()
         self._inbox.clear_changes()
         self.record.holding.end()
@@ -162,6 +162,8 @@ class VolumeLifecycle:
         is_over = cause is None or self._inbox.wants_service
         if cause is not None and not is_over and await self._leftover.go_on(cause):
             return await self._say_what_is_left(cause)
+        if self._inbox.wants_release:
+            return self._phase.to_idle()
         await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
