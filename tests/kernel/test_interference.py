@@ -161,16 +161,21 @@ def another_disk() -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield medium.device, content
 
 
-def test_nothing_reaches_the_disk_of_a_foreign_table(served: Room) -> None:
+@pytest.mark.parametrize("targets", [1, 400])
+def test_nothing_reaches_the_disk_of_a_foreign_table(served: Room, targets: int) -> None:
+    """Also by a table of more targets than the kernel reports at once."""
     with another_disk() as (disk, content):
         before = content()
         live = mapping()
-        sectors = live.table[0].split()[1]
+        end = int(live.table[0].split()[1])
+        starts = [8 * index for index in range(targets)]
+        ends = [*starts[1:], end]
+        lines = [f"{a} {b - a} linear {disk} {a}\n" for a, b in zip(starts, ends, strict=True)]
         with (served.point() / "written").open("wb") as file:
             file.write(os.urandom(1 << 20))
         with served.agent.suspended():
             run("dmsetup", "suspend", "--noflush", "--nolockfs", live.name)
-            run("dmsetup", "reload", live.name, "--table", f"0 {sectors} linear {disk} 0")
+            run("dmsetup", "reload", live.name, stdin="".join(lines).encode())
             run("dmsetup", "resume", live.name)
         said = served.agent.until_said(OTHER_TABLE)
         assert "what was written last may be lost" in said

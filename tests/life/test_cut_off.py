@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final
@@ -320,6 +321,18 @@ def test_a_change_of_a_mapping_that_is_not_cut_off_yet_leads_to_no_unmount(bench
     assert bench.kernel.mounts != []
     bench.wait(9.0)
     assert bench.kernel.mounts == []
+
+
+def test_a_defect_of_the_check_for_an_error_table_ends_no_reading_of_events(bench: Bench) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kernel.faults.append(Fault("load_error_table", hangs_s=9.0))
+    bench.kernel.faults.append(Fault("has_error_table", struct.error("a defect"), lasting=True))
+    pull(bench)
+    bench.kernel.mapping_changed(f"dm-{mapping.number.minor}")
+    bench.wait(9.0)
+    assert not bench.has_failed
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
 
 
 def test_a_defect_in_the_error_table_ends_no_other_volumes_service(bench: Bench) -> None:

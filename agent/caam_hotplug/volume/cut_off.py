@@ -85,6 +85,9 @@ class CutOff:
             is_live = self._kernel.has_error_table(self._uuid)
         except (HotplugError, OSError):  # the end of the load says it
             return
+        except Exception:  # a defect here must not end the reading of events
+            log.exception("look at the mapping: a defect of the agent")
+            return
         if is_live:
             self._live.set_result(None)
 
