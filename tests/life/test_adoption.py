@@ -633,6 +633,21 @@ def test_a_volume_that_was_being_released_is_not_served_again_by_the_next_run(
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_a_locked_volume_whose_holder_is_not_found_has_failed_after_a_restart_too(
+    machine: Bench, how: str
+) -> None:
+    machine.kernel.shows_holders = False
+    volume = locked_in_use(machine)
+    assert machine.state(volume) is State.FAILED
+    getattr(machine, how)()
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("words", RELEASES)
 def test_a_volume_whose_holders_have_closed_it_between_two_runs_is_locked(
     machine: Bench, words: str, how: str

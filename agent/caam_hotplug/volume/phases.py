@@ -31,7 +31,7 @@ class Failure:
     obstacle: Obstacle = Obstacle.NONE
 
 
-Cause = Request | Reevaluate | Interference | Failure
+Cause = Request | Reevaluate | Interference | Earlier | Failure
 """What a volume is released for, or is not served for."""
 
 
