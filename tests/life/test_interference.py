@@ -576,6 +576,7 @@ def test_a_volume_in_use_keeps_no_foreign_table_while_its_users_finish(bench: Be
     (mapping,) = bench.kernel.mappings.values()
     assert mapping.live == "0 32768 error"
     assert bench.kernel.mounts == []
+    assert not any("an earlier run" in reason for _, _, reason in bench.states)
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject"])

@@ -150,7 +150,7 @@ class Leftover:
                 return False
         except (HotplugError, OSError) as error:
             raise ReleaseError(str(error)) from error
-        await self.release()
+        await self.release(cause.words)
         return True
 
     async def _was_served_since(self, cause: Earlier) -> bool:
@@ -165,12 +165,12 @@ class Leftover:
         holding.was_writable = not self._record.volume.read_only  # by others, as far as is known
         return False
 
-    async def release(self) -> None:
+    async def release(self, why: str = "an earlier run of the agent has left it") -> None:
         """Release it, and note what may be lost. Raises: ReleaseError."""
         record = self._record
         record.phase = replace(record.phase, has_leftover=False)
         if record.status.state is None:
-            record.status.publish(State.DETACHING, "an earlier run of the agent has left it")
+            record.status.publish(State.DETACHING, why)
         try:
             work = (release_leftovers, self._operations, self._uuid, self._reaches_medium)
             left = await to_the_end(*work)
