@@ -206,6 +206,8 @@ class Activation:
         anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
         try:
             await self._observation.require_running()
+            await self._compare_if_it_slept(mapping)  # by now, or it was suspended until now
+            await self._catch_up(mapping)
             if self._stop.medium_gone:
                 return False
             await release(
