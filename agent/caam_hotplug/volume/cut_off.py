@@ -63,7 +63,7 @@ class CutOff:
             raise asyncio.CancelledError
         return loading.result()
 
-    async def live(self) -> None:
+    async def until_live(self) -> None:
         """Wait until nothing reaches the medium any more, if it has gone, or that has failed.
 
         The kernel may not have closed the medium yet, for which the removal of the mapping waits.

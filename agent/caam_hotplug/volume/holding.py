@@ -22,12 +22,12 @@ class Interference:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
+class UnfinishedRelease:
     """What a volume was released for, by this run of the agent or an earlier one, to go on with."""
 
     words: str
     is_ended_by_mount: bool = True
-    """Whether a mount of it shows that it was served again since, as by an older agent."""
+    """Whether a mount of it shows that it was not unmounted yet, or was served again since."""
 
 
 UNMOUNTED: Final = Interference("unmounted by somebody else")

@@ -22,7 +22,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
-from caam_hotplug.volume.holding import Earlier
+from caam_hotplug.volume.holding import UnfinishedRelease
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
@@ -140,8 +140,8 @@ class Leftover:
                 return
         raise VolumeBusyError(mapping.node, users)
 
-    async def go_on(self, cause: Earlier) -> bool:
-        """Go on with a release that has not ended; False if the volume was served since.
+    async def go_on(self, cause: UnfinishedRelease) -> bool:
+        """Go on with a release that has not ended; False if a mount shows that it is served.
 
         Raises: ReleaseError.
         """
@@ -153,7 +153,7 @@ class Leftover:
         await self.release(cause.words)
         return True
 
-    async def _was_served_since(self, cause: Earlier) -> bool:
+    async def _was_served_since(self, cause: UnfinishedRelease) -> bool:
         kernel, holding = self._operations.kernel, self._record.holding
         look = kernel.find_mapping
         mapping = await self._operations.dm("look for the mapping", look, self._uuid)

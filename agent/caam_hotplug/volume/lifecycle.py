@@ -21,16 +21,16 @@ from caam_hotplug.errors import (
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
-from caam_hotplug.volume.holding import Earlier
+from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.outcome import Outcome
-from caam_hotplug.volume.phases import Active, Cause, Evaluate, Failure, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.phases import Active, Cause, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes
-from caam_hotplug.volume.requests import Ask
+from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
 
@@ -108,7 +108,7 @@ class VolumeLifecycle:
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
         cause, holding = self._phase.released_for, self.record.holding
-        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure | Earlier)
+        awaits_mapping = isinstance(cause, Request | Interference)
         await self._lookout.until_worth_it(
             lambda: (
                 bool(self._inbox.request)

@@ -14,7 +14,7 @@ from caam_hotplug.errors import (
     SuspendedError,
 )
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Earlier, Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle, obstacle_of, state_of
@@ -125,7 +125,7 @@ class Outcome:
             return self._phase
         return await self.released_for(request)
 
-    def park(self, cause: Request | Interference | Earlier | StopSignal) -> Phase:
+    def park(self, cause: Request | Interference | UnfinishedRelease | StopSignal) -> Phase:
         if self._record.parked is None or self._status.state is not State.EJECTED:  # which is more
             self._record.park(State.LOCKED, cause.words)
         if self._inbox.wants_release:

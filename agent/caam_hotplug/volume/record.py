@@ -16,7 +16,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
-from caam_hotplug.volume.holding import Earlier, Holding
+from caam_hotplug.volume.holding import Holding, UnfinishedRelease
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
@@ -229,7 +229,7 @@ class Record:
 
     def note_release(self, words: str) -> None:
         """Remember, also across restarts, what it is released for, until it is."""
-        self.released = Earlier(words)
+        self.released = UnfinishedRelease(words)
         self._remember(None)
 
     def note_lost(self, error: BaseException | None) -> None:

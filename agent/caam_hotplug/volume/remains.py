@@ -8,7 +8,7 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
-from caam_hotplug.volume.holding import Earlier, Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Cause, Failure
 from caam_hotplug.volume.record import Record
@@ -35,7 +35,9 @@ async def remains(record: Record, operations: Operations, cause: Cause) -> Remai
     A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
     it: the kernel reports that before it has written the filesystem and closed the mapping.
     """
-    before = f"{cause.words}; " if isinstance(cause, Interference | Earlier | Failure) else ""
+    before = (
+        f"{cause.words}; " if isinstance(cause, Interference | UnfinishedRelease | Failure) else ""
+    )
     try:
         left = await _watched(record, operations)
         if left is None:
