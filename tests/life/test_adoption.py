@@ -788,6 +788,25 @@ def test_a_lock_that_is_refused_leaves_nothing_for_the_next_run(machine: Bench) 
     assert machine.reason(volume).startswith("unmounted by somebody else")
 
 
+def test_a_run_that_is_killed_while_it_looks_for_who_is_in_the_way_of_a_lock_undoes_nothing(
+    machine: Bench,
+) -> None:
+    machine.reload_rules(replace(RULE, action=Action.UNLOCK))
+    volume = machine.insert()
+    machine.settle()
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.openers = 1
+    machine.kernel.faults.append(Fault("holders", hangs_s=1))
+    machine.ask("lock", volume)
+    machine.settle()
+    machine.kill()
+    machine.kernel.faults.clear()
+    restart(machine)
+    assert machine.state(volume) is State.UNLOCKED
+    assert not mapping.is_removed_at_last_close
+    mapping.openers = 0
+
+
 def test_a_volume_that_an_older_agent_has_served_since_its_release_stays_mounted(
     machine: Bench,
 ) -> None:

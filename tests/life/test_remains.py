@@ -233,6 +233,25 @@ def test_a_mapping_that_is_left_and_goes_is_not_said_to_be_left(bench: Bench) ->
     assert bench.state(volume) is State.LOCKED
 
 
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_mapping_that_a_failed_release_leaves_and_somebody_removes_is_not_said_to_be_left(
+    bench: Bench, is_served: bool
+) -> None:
+    bench.kernel.fail_next("remove_mapping", errno.EIO)
+    if is_served:
+        volume, _ = mounted(bench)
+        bench.reload_rules()
+    else:
+        bench.kernel.fail_next("probe", errno.EIO)
+        volume = bench.insert()
+    bench.settle()
+    assert "is left" in bench.reason(volume)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.remove(mapping)
+    bench.settle()
+    assert "is left" not in bench.look(volume).reason
+
+
 def test_a_mapping_that_is_held_is_named_though_its_holders_are_not_known(bench: Bench) -> None:
     volume, mapping = mounted(bench)
     failure = UnknownError("read", "holders", errno.EMFILE)

@@ -319,6 +319,28 @@ def test_a_stop_compares_a_mapping_that_it_resumes_after_a_sleep_before_it_flush
     assert bench.kernel.leftovers() == []
 
 
+def test_a_mapping_that_is_resumed_as_a_lock_comes_is_compared_before_the_flush(
+    bench: Bench,
+) -> None:
+    volume, mapping = suspended_asleep(bench)
+    bench.ask("lock", volume)
+    bench.run_turns(3)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_mapping_that_stays_suspended_after_a_sleep_is_said_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume, _ = suspended_asleep(bench)
+    for _ in range(10):
+        bench.look(volume)
+        bench.wait(2)
+    assert caplog.text.count("it is compared when it is resumed") == 1
+
+
 def adopted_while_suspended(bench: Bench) -> tuple[Volume, FakeMapping]:
     """Have an agent start that finds a mounted volume whose mapping is suspended."""
     volume = bench.insert()
@@ -392,3 +414,39 @@ def test_a_stop_that_resumes_a_mapping_flushes_nothing_under_a_key_that_a_sleep_
     assert "resume_mapping" in bench.kernel.steps
     assert "flush" not in bench.kernel.steps
     assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+def test_a_mapping_that_is_resumed_while_a_unit_ends_is_compared_before_the_flush(
+    bench: Bench, verb: str
+) -> None:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.look(volume)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.units.duration_s = 5
+    bench.ask(verb, volume)
+    bench.settle()
+    bench.by_hand.resume(mapping)
+    bench.wait(6)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_volume_is_compared_if_the_machine_sleeps_during_the_look_before_a_flush(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.faults.append(Fault("find_mapping", hangs_s=2))
+    bench.ask("lock", volume)
+    bench.settle()
+    bench.kernel.new_session()
+    bench.wake()
+    bench.wait(3)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps

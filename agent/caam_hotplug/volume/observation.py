@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -156,6 +157,7 @@ class Observation:
                 )
                 resume = partial(self._kernel.resume_mapping, live.name)
                 await self._operations.dm("resume the mapping", resume)
+                self._holding.mapping = replace(live, is_suspended=False)
         except (HotplugError, OSError) as error:
             log.warning("%s: %s", self._record.volume, error)
 
