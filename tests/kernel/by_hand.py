@@ -178,9 +178,14 @@ class ByHand:
         ]
 
     def remount(self, chance: random.Random) -> None:
+        """Not read-write where nobody may write: a filesystem notes that on its medium."""
         if (point := self._point(chance)) is not None:
             options = ["remount", chance.choice(("ro", "rw")), *chance.choice(([], ["bind"]))]
-            attempt("mount", "-o", ",".join(options), point)
+            if options != ["remount", "rw"] or not self._is_untouched(point):
+                attempt("mount", "-o", ",".join(options), point)
+
+    def _is_untouched(self, point: str) -> bool:
+        return self._label_of(point) in self._written.untouched
 
     def suspend(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None:

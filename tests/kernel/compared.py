@@ -91,7 +91,7 @@ class Comparison:
             claim.volume
             for claim in claims
             if (claim.volume in there and not claim.volume.endswith("-0"))
-            or (claim.state == "ejected" and verb == "unlock")
+            or (claim.state in ("ejected", "locked") and verb == "unlock")  # its disk is emptied
         ]
 
     def state(self) -> str:

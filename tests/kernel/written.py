@@ -22,6 +22,7 @@ class Written:
         self, media: Sequence[Cartridge], cards: Sequence[Card], *, untouched: Collection[str]
     ) -> None:
         """The media are out, and no agent runs. `untouched`: labels that nobody may write to."""
+        self.untouched = untouched
         self.files_checked = 0
         self._media: list[Cartridge | Card] = [*media, *cards]
         self._files: dict[str, dict[str, str]] = {medium.label: {} for medium in self._media}
