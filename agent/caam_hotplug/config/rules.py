@@ -139,9 +139,10 @@ class Rule:
 
     def asks_for(self, facts: Set[str]) -> bool:
         """Whether a condition or a name of the rule depends on one of these facts."""
+        if any(getattr(self.match, fact, None) is not None for fact in facts):
+            return True
         templates = (self.key.blob, self.mount.name, self.on_mount, self.on_unmount)
-        used = {name for template in templates if template for name in template.placeholders}
-        return any(getattr(self.match, f, None) is not None or f in used for f in facts)
+        return any(not facts.isdisjoint(each.placeholders) for each in templates if each)
 
 
 BUILT_IN: Final = (

@@ -19,6 +19,8 @@ Mounts = Set[int]
 """Mounts by their numbers, as mountinfo has them."""
 
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_FDINFO_ROOM: Final = 4096
+"""More than the lines of a descriptor that is only a path."""
 _MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
@@ -108,7 +110,16 @@ def seen(directory: int, name: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{opened}").read_bytes())
+        found = _MOUNT_ID.search(_content(f"/proc/self/fdinfo/{opened}"))
     finally:
         os.close(opened)
     return None if found is None else int(found[1])
+
+
+def _content(file: str) -> bytes:
+    """Read a short file of the kernel's."""
+    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(opened, _FDINFO_ROOM)
+    finally:
+        os.close(opened)

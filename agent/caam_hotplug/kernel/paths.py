@@ -30,50 +30,62 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
     if not path.is_absolute():
         raise ValueError(f"{path} is not absolute")
     here = os.open("/", _OPEN)
-    walked = Path("/")
     try:
-        require_roots(here, walked, path, only_root=only_root)
-        for component in path.parts[1:]:
-            walked /= component
-            if create:
+        require_roots(here, path, 1, only_root=only_root)
+        for walked, component in enumerate(path.parts[1:], 2):
+            try:
+                below = _open_component(here, component, path, walked)
+            except FileNotFoundError:
+                if not create:
+                    raise
                 with suppress(FileExistsError):
                     os.mkdir(component, 0o755, dir_fd=here)
                     os.fsync(here)  # which has the name
-            below = _open_component(here, walked, path)
+                below = _open_component(here, component, path, walked)
             os.close(here)
             here = below
-            require_roots(here, walked, path, only_root=only_root)
+            require_roots(here, path, walked, only_root=only_root)
         yield here
     finally:
         os.close(here)
 
 
-def _open_component(here: int, component: Path, path: Path) -> int:
+def _open_component(here: int, name: str, path: Path, walked: int) -> int:
     """Open the path's next component in the open directory. Raises: UnsafePathError; OSError."""
     try:
-        return os.open(component.name, _OPEN, dir_fd=here)
+        return os.open(name, _OPEN, dir_fd=here)
     except NotADirectoryError as error:
-        cause = "is not a directory but a link or a file"
+        cause, component = "is not a directory but a link or a file", _component(path, walked)
         raise UnsafePathError(path, component, cause, "name a path without links") from error
     except PermissionError as error:  # root's, without the right to pass over modes
-        status = os.stat(component.name, dir_fd=here, follow_symlinks=False)
+        status, component = os.lstat(name, dir_fd=here), _component(path, walked)
         whose = f"user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
         cause = f"belongs to {whose}, and cannot be opened"
         remedy = f"chown root {shown(component)}; chmod u+rx {shown(component)}"
         raise UnsafePathError(path, component, cause, remedy) from error
 
 
-def require_roots(opened: int, component: Path, path: Path, *, only_root: bool = False) -> None:
+def _component(path: Path, walked: int | None) -> Path:
+    return Path(*path.parts[:walked])
+
+
+def require_roots(
+    opened: int, path: Path, walked: int | None = None, *, only_root: bool = False
+) -> None:
     """Raise UnsafePathError if others than root own or may write the open file or directory.
 
     An access list shows here, too: its mask is the group's part of the mode (acl(5)). Unless
-    `only_root`, an ordinary user who runs us may own it, and it may be sticky.
+    `only_root`, an ordinary user who runs us may own it, and it may be sticky. `walked`: how many
+    parts of the path lead to it, by default all.
     """
     status = os.fstat(opened)
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if status.st_uid == 0 and not others_write:
+        return
+    component = _component(path, walked)
     if status.st_uid not in ({0} if only_root else {0, os.geteuid()}):
         cause = f"belongs to user {status.st_uid}, not to root"
         raise UnsafePathError(path, component, cause, f"chown root {shown(component)}")
-    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not others_write:
         return
     if not status.st_mode & stat.S_ISVTX:
