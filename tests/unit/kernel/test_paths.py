@@ -270,3 +270,140 @@ def test_the_error_for_a_directory_that_may_not_be_opened_has_its_owner_and_what
         f"open {tmp_path}/caam: {tmp_path}/caam belongs to user 1000 with mode 0700, and cannot be "
         f"opened; chown root {tmp_path}/caam; chmod u+rx {tmp_path}/caam"
     )
+
+
+ROOT = Path("/run/media")
+"""Where names would lie; a path of its own lies elsewhere."""
+
+
+def own(folder: Path, name: str = "recorder") -> str:
+    return str(folder / name)
+
+
+def refusal(path: str) -> str:
+    """Return why nothing is mounted at the path, as it is said without an attempt, too."""
+    before = open_files()
+    with pytest.raises(MountPointOccupiedError) as caught, paths.mount_point(ROOT, path):
+        pass
+    assert paths.why_occupied(ROOT, path) == str(caught.value)
+    assert open_files() == before
+    return str(caught.value)
+
+
+def test_a_missing_directory_is_made_at_its_own_path_and_removed(roots_folder: Path) -> None:
+    path, before = own(roots_folder), open_files()
+    assert paths.why_occupied(ROOT, path) == ""
+    with umask(0o022), paths.mount_point(ROOT, path) as opened:
+        assert os.path.samestat(os.fstat(opened), Path(path).lstat())
+    assert mode(Path(path)) == 0o1500
+    assert paths.our_mount_points(roots_folder / "none", [roots_folder]) == [path]
+    paths.remove_mount_point(ROOT, path)
+    assert list(roots_folder.iterdir()) == []
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("its_mode", [0o755, 0o700, 0o500, 0o000, 0o1777])
+def test_an_empty_directory_at_its_own_path_is_used_and_kept_whatever_its_mode(
+    roots_folder: Path, its_mode: int
+) -> None:
+    path = own(roots_folder)
+    Path(path).mkdir()
+    Path(path).chmod(its_mode)
+    with paths.mount_point(ROOT, path):
+        pass
+    paths.remove_mount_point(ROOT, path)
+    assert mode(Path(path)) == its_mode
+    assert paths.our_mount_points(roots_folder / "none", [roots_folder]) == []
+
+
+def test_a_directory_made_below_one_with_the_group_bit_is_removed_too(roots_folder: Path) -> None:
+    roots_folder.chmod(0o2755)
+    path = own(roots_folder)
+    with paths.mount_point(ROOT, path):
+        pass
+    assert mode(Path(path)) == 0o3500
+    paths.remove_mount_point(ROOT, path)
+    assert list(roots_folder.iterdir()) == []
+
+
+def test_a_directory_above_its_own_path_is_never_made(roots_folder: Path) -> None:
+    path = own(roots_folder / "recorder")
+    assert refusal(path) == (
+        f"{roots_folder}/recorder is missing, and is not made by the agent: "
+        f"mkdir -p {roots_folder}/recorder"
+    )
+    assert list(roots_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("its_mode", [0o775, 0o757, 0o1777])
+def test_a_path_through_a_directory_that_others_write_to_is_refused(
+    roots_folder: Path, its_mode: int
+) -> None:
+    above = roots_folder / "above"
+    (above / "below").mkdir(parents=True)
+    above.chmod(its_mode)
+    assert f"{above} " in refusal(own(above / "below"))
+    assert list((above / "below").iterdir()) == []
+
+
+def test_a_path_through_another_users_directory_is_refused(roots_folder: Path) -> None:
+    os.chown(roots_folder, 1000, -1)
+    assert f"{roots_folder} belongs to user 1000, not to root" in refusal(own(roots_folder))
+    assert list(roots_folder.iterdir()) == []
+
+
+def test_a_path_through_a_link_or_a_file_is_refused(roots_folder: Path) -> None:
+    (roots_folder / "real").mkdir()
+    (roots_folder / "link").symlink_to("real")
+    (roots_folder / "file").write_text("")
+    for name in ("link", "file"):
+        words = f"{roots_folder / name} is not a directory but a link or a file"
+        assert words in refusal(own(roots_folder / name))
+    assert list((roots_folder / "real").iterdir()) == []
+
+
+def test_what_is_not_an_empty_directory_at_its_own_path_is_refused(roots_folder: Path) -> None:
+    full, link, file = (own(roots_folder, name) for name in ("full", "link", "file"))
+    (roots_folder / "full" / "sub").mkdir(parents=True)
+    Path(link).symlink_to("full/sub")
+    Path(file).write_text("kept")
+    assert refusal(full) == f"{full} is not empty"
+    assert refusal(link) == f"{link} is a link or a file"
+    assert refusal(file) == f"{file} is a link or a file"
+    for each in (full, link, file):
+        paths.remove_mount_point(ROOT, each)
+    assert len(list(roots_folder.iterdir())) == 3
+
+
+def test_only_directories_with_the_mode_of_their_place_are_found(roots_folder: Path) -> None:
+    for name, its_mode in (("path", 0o1500), ("name", 0o500), ("own", 0o755)):
+        (roots_folder / name).mkdir()
+        (roots_folder / name).chmod(its_mode)
+    assert paths.our_mount_points(roots_folder) == ["name"]
+    folders = [roots_folder, roots_folder / "missing"]
+    assert paths.our_mount_points(roots_folder / "none", folders) == [own(roots_folder, "path")]
+
+
+def test_a_folder_that_is_not_safe_has_no_mount_points_of_the_agent(roots_folder: Path) -> None:
+    with paths.mount_point(ROOT, own(roots_folder)):
+        pass
+    roots_folder.chmod(0o777)
+    assert paths.our_mount_points(ROOT / "none", [roots_folder]) == []
+
+
+def test_an_empty_directory_that_the_service_cannot_look_into_is_refused(
+    roots_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opens = own(roots_folder), os.open
+    Path(path).mkdir(mode=0o700)
+    os.chown(path, 1000, -1)
+
+    def without_the_right(name: object, *rest: object, **more: object) -> int:
+        if name == "recorder":
+            raise PermissionError(13, "Permission denied")
+        return opens(name, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", without_the_right)
+    assert refusal(path).startswith(
+        f"open {path}: {path} belongs to user 1000 with mode 0700, and cannot be opened; chown "
+    )
