@@ -89,6 +89,45 @@ class Template:
         return value
 
 
+class PathTemplate:
+    """A path from the root on, each of whose names is a template, such as `/srv/{partlabel}`."""
+
+    def __init__(self, text: str) -> None:
+        """Raises: ValueError for a path that is not absolute, or goes up or through no name."""
+        self.text = text
+        if not text.startswith("/") or text == "/":
+            raise ValueError(f"{text!r}: expected an absolute path such as /srv/recorder")
+        try:
+            self.names: Final = tuple(Template(name) for name in text[1:].split("/"))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: in its name {error}") from error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @property
+    def placeholders(self) -> set[str]:
+        """The facts of a volume that are part of the path."""
+        return {field for name in self.names for field in name.placeholders}
+
+    @property
+    def folder(self) -> str | None:
+        """The directory of the mount point, where it is the same for all volumes; else None."""
+        *above, _ = self.names
+        is_same = not any(name.placeholders for name in above)
+        return f"/{'/'.join(name.text for name in above)}" if is_same else None
+
+    def render(self, volume: Volume) -> str:
+        """Make the path for this volume. Raises: UnsafeNameError with the reason."""
+        return "".join(f"/{name.render(volume)}" for name in self.names)
+
+
 class UnitTemplate(Template):
     """The name of a systemd unit, such as `ingest@{partlabel}.service`.
 
