@@ -42,7 +42,7 @@ class Reader:
             return None
         result = wanted(**values)
         for key, problem in checks.contradictions(result):
-            self._fault(messages.key_path(at, key), problem)
+            self._fault(f"{at}.{key}".removeprefix("."), problem)
         return result if len(self._faults) == before else None
 
     def _value(self, value: Any, wanted: Any, at: str) -> Any:

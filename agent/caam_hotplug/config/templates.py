@@ -9,6 +9,9 @@ from typing import ClassVar, Final
 from caam_hotplug import names
 from caam_hotplug.model import Volume
 
+Name = str | tuple[str, str]
+"""A name as its text, or, with placeholders, as what is before the first and after the last."""
+
 
 class UnsafeNameError(ValueError):
     """A value from the medium cannot become part of a path."""
@@ -100,7 +103,7 @@ class PathTemplate:
         try:
             self.names: Final = tuple(Template(name) for name in text[1:].split("/"))
         except ValueError as error:
-            raise ValueError(f"{text!r}: in its name {error}") from error
+            raise ValueError(f"{text!r}: {error}") from error
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.text!r})"
@@ -115,6 +118,16 @@ class PathTemplate:
     def placeholders(self) -> set[str]:
         """The facts of a volume that are part of the path."""
         return {field for name in self.names for field in name.placeholders}
+
+    @property
+    def parts(self) -> list[Name]:
+        """The names of the path, the last being the mount point's."""
+        return [
+            (name.text.partition("{")[0], name.text.rpartition("}")[2])
+            if name.placeholders
+            else name.text
+            for name in self.names
+        ]
 
     @property
     def folder(self) -> str | None:
