@@ -42,7 +42,7 @@ class MountPlaces:
 
     def keep_seen(self, place: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""
-        with paths.parent_of(self._root, place) as opened:
+        with paths.parent_to_leave(self._root, place) as opened:
             self.keep(place, ".", opened)
 
     def remove(self, place: str) -> None:
@@ -80,7 +80,7 @@ class MountPlaces:
         if kept is not None:
             yield kept
         else:
-            with paths.parent_of(self._root, place) as opened:
+            with paths.parent_to_leave(self._root, place) as opened:
                 yield opened
 
     @contextmanager
@@ -94,7 +94,7 @@ class MountPlaces:
         if kept is not None and seen(kept, place) in which:
             yield kept
         else:
-            with paths.parent_of(self._root, place) as opened:
+            with paths.parent_to_leave(self._root, place) as opened:
                 yield opened if seen(opened, place) in which else None
 
 

@@ -19,13 +19,16 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOL
 
 
 @contextmanager
-def directory(path: Path, *, create: bool = False, only_root: bool = False) -> Iterator[int]:
+def directory(
+    path: Path, *, create: bool = False, only_root: bool = False, anyones: bool = False
+) -> Iterator[int]:
     """Yield a file descriptor of the directory, for calls that take a `dir_fd`.
 
     Every component must be a directory of root's that nobody else may write to. A sticky one such
     as /tmp may be written to: there users move only their own files. With `create`, missing
     components are made with mode 0755, and are on the disk then. With `only_root`, a sticky one is
-    refused, too: there anybody can put what does not exist yet, such as a drop-in.
+    refused, too: there anybody can put what does not exist yet, such as a drop-in. With `anyones`,
+    only links are refused.
 
     Raises: UnsafePathError naming the component; OSError; ValueError for a relative path.
     """
@@ -34,7 +37,8 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
     here = os.open("/", _OPEN)
     walked = Path("/")
     try:
-        require_roots(here, walked, path, only_root=only_root)
+        if not anyones:
+            require_roots(here, walked, path, only_root=only_root)
         for component in path.parts[1:]:
             walked /= component
             if create:
@@ -44,7 +48,8 @@ def directory(path: Path, *, create: bool = False, only_root: bool = False) -> I
             below = _open_component(here, walked, path)
             os.close(here)
             here = below
-            require_roots(here, walked, path, only_root=only_root)
+            if not anyones:
+                require_roots(here, walked, path, only_root=only_root)
         yield here
     finally:
         os.close(here)
@@ -99,6 +104,18 @@ def parent_of(root: Path, place: str, *, create: bool = False) -> Iterator[int]:
     is_own = names.is_path(place)
     folder = (root / place).parent if is_own else root
     with directory(folder, create=create and not is_own, only_root=is_own) as opened:
+        yield opened
+
+
+@contextmanager
+def parent_to_leave(root: Path, place: str) -> Iterator[int]:
+    """As `parent_of`, for what is mounted already.
+
+    Others may have got the right to change the directories of a path since. The mount is known by
+    its number, so that is no reason to leave it there. Raises: as `directory`.
+    """
+    is_own = names.is_path(place)
+    with directory((root / place).parent if is_own else root, anyones=is_own) as opened:
         yield opened
 
 
@@ -207,7 +224,7 @@ def _open_free(parent: int, path: Path) -> int:
 
 def remove_mount_point(root: Path, place: str) -> None:
     """As `remove_from`, by the path."""
-    with suppress(FileNotFoundError), parent_of(root, place) as parent:
+    with suppress(FileNotFoundError), parent_to_leave(root, place) as parent:
         remove_from(parent, place)
 
 

@@ -384,6 +384,27 @@ def test_only_directories_with_the_mode_of_their_place_are_found(roots_folder: P
     assert paths.our_mount_points(roots_folder / "none", folders) == [own(roots_folder, "path")]
 
 
+def test_a_directory_at_its_own_path_is_removed_though_others_may_write_there_now(
+    roots_folder: Path,
+) -> None:
+    path = own(roots_folder)
+    with paths.mount_point(ROOT, path):
+        pass
+    roots_folder.chmod(0o777)
+    paths.remove_mount_point(ROOT, path)
+    assert list(roots_folder.iterdir()) == []
+
+
+def test_no_directory_is_removed_through_a_link(roots_folder: Path) -> None:
+    (roots_folder / "real").mkdir()
+    with paths.mount_point(ROOT, own(roots_folder / "real")):
+        pass
+    (roots_folder / "link").symlink_to("real")
+    with pytest.raises(UnsafePathError):
+        paths.remove_mount_point(ROOT, own(roots_folder / "link"))
+    assert (roots_folder / "real" / "recorder").is_dir()
+
+
 def test_a_folder_that_is_not_safe_has_no_mount_points_of_the_agent(roots_folder: Path) -> None:
     with paths.mount_point(ROOT, own(roots_folder)):
         pass
