@@ -169,7 +169,7 @@ def _require_free(parent: int, path: Path, place: str) -> None:
     try:
         os.close(_open_free(parent, path))
     except FileNotFoundError as error:
-        may_make = os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True)
+        may_make = os.access(".", os.W_OK | os.X_OK, dir_fd=parent)
         if names.is_path(place) and not may_make:
             raise MountPointOccupiedError(_not_made(parent, path)) from error
 

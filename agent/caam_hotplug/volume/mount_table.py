@@ -17,6 +17,7 @@ from pathlib import Path
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.kernel.mountinfo import NAMES_ITS_DEVICE
 from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.names import is_path
 
 
 def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
@@ -37,7 +38,7 @@ def _place(kernel: Kernel, point: str, own: str) -> str:
 
 def point_of(kernel: Kernel, place: str) -> str:
     """Return the path of the mount point, as the table of mounts has it."""
-    return str(kernel.mount_root / place)
+    return place if is_path(place) else f"{kernel.mount_root}/{place}"
 
 
 def points_of(kernel: Kernel, mapping: Mapping) -> list[str]:
