@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from caam_hotplug import names
 from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError, shown
 from caam_hotplug.kernel import mountinfo
+
+log = logging.getLogger(__name__)
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG}
@@ -231,8 +234,9 @@ def remove_mount_point(root: Path, place: str) -> None:
 def remove_from(parent: int, place: str) -> bool:
     """Remove the directory in the open one if it is ours; the board's own stay.
 
-    Return whether nothing is mounted there. Raises: OSError, unless it is missing, in use or has
-    content.
+    One at a path stays also where the filesystem has become read-only, or the directory above
+    another user's: the next mount uses it. Return whether nothing is mounted there.
+    Raises: OSError, unless it is missing, in use or has content.
     """
     name = names.name_of(place)
     try:
@@ -240,7 +244,9 @@ def remove_from(parent: int, place: str) -> bool:
         if stat.S_ISDIR(status.st_mode) and is_ours(status, place):
             os.rmdir(name, dir_fd=parent)
     except OSError as error:
-        if error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
+        if names.is_path(place) and error.errno in _REFUSED:
+            log.warning("%s is left, since it cannot be removed: %s", place, error.strerror)
+        elif error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
             raise
         return error.errno != errno.EBUSY
     return status.st_dev == os.fstat(parent).st_dev

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -391,6 +392,28 @@ def test_a_directory_at_its_own_path_is_removed_though_others_may_write_there_no
     with paths.mount_point(ROOT, path):
         pass
     roots_folder.chmod(0o777)
+    paths.remove_mount_point(ROOT, path)
+    assert list(roots_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_directory_at_its_own_path_is_left_where_nothing_can_be_removed(
+    roots_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    path = own(roots_folder)
+    with paths.mount_point(ROOT, path):
+        pass
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as without:
+        without.setattr(os, "rmdir", refused)
+        paths.remove_mount_point(ROOT, path)
+    assert f"{path} is left, since it cannot be removed: {os.strerror(number)}" in caplog.text
     paths.remove_mount_point(ROOT, path)
     assert list(roots_folder.iterdir()) == []
 
