@@ -693,6 +693,7 @@ def test_nothing_is_mounted_at_a_path_that_others_could_change(world: World) -> 
             assert world.kernel.why_occupied(place) == words
             with pytest.raises(MountPointOccupiedError, match="can be written by others"):
                 mount(world, mapping, name=place)
+            world.kernel.remove_mount_point(place)
             watch = world.kernel.watch_mount_point(place)
             assert watch.read() == []
         with closing(watch):

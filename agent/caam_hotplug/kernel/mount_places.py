@@ -50,7 +50,7 @@ class MountPlaces:
 
         Raises: as `paths.remove_from`.
         """
-        with suppress(FileNotFoundError), self.directory(place) as opened:
+        with suppress(*paths.not_there(place)), self.directory(place) as opened:
             if paths.remove_from(opened, place):
                 self.forget(place)
 

@@ -225,9 +225,17 @@ def _open_free(parent: int, path: Path) -> int:
     return opened
 
 
+def not_there(place: str) -> tuple[type[Exception], ...]:
+    """Return the errors of `parent_to_leave` that say that we have made no such directory.
+
+    A path that leads through a link or a file did so at the mount, too, or leads elsewhere now.
+    """
+    return (FileNotFoundError, UnsafePathError) if names.is_path(place) else (FileNotFoundError,)
+
+
 def remove_mount_point(root: Path, place: str) -> None:
     """As `remove_from`, by the path."""
-    with suppress(FileNotFoundError), parent_to_leave(root, place) as parent:
+    with suppress(*not_there(place)), parent_to_leave(root, place) as parent:
         remove_from(parent, place)
 
 
