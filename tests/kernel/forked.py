@@ -34,8 +34,9 @@ DEADLINE_S: Final = 120
 _SYSCALLS: Final = frozenset({"move_mount", "fsopen", "fsconfig", "fsmount"})
 _FUNCTIONS: Final = frozenset({"add_key", "keyctl_unlink", "umount2", "syncfs", "dm_task_run"})
 _METHODS: Final = ((fcntl, "ioctl"), (os, "mkdir"), (os, "rmdir"))
-_QUESTIONS: Final = {0x1268, 0x80081280}
-"""Requests of ioctl that change nothing: BLKSSZGET and BLKGETDISKSEQ of linux/fs.h."""
+_QUESTIONS: Final = {0x1268, 0x80081280, 0xC138FD0C}
+"""Requests of ioctl that change nothing: BLKSSZGET and BLKGETDISKSEQ of linux/fs.h, DM_TABLE_STATUS
+of linux/dm-ioctl.h."""
 _TASKS: Final = {0: "dm create", 1: "dm load", 2: "dm remove", 5: "dm resume", 17: "dm message"}
 
 
@@ -164,7 +165,7 @@ class Agent:
             return False
         more = os.read(self._log, 65536)
         *lines, self._unread = (self._unread + more).split(b"\n")
-        self.log_lines += [line.decode().split(">", 1)[1] for line in lines]
+        self.log_lines += [line.decode().split(">", 1)[-1] for line in lines]
         return bool(more)
 
     def until_killed(self) -> None:

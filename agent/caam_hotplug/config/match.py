@@ -127,8 +127,10 @@ def _toml(value: bool) -> str:
 def _glob_failure(name: str, value: str | None, wanted: Globs) -> Iterator[str]:
     """Yield why none of the globs fits the value, or nothing."""
     patterns = (wanted,) if isinstance(wanted, str) else wanted
+    if value is not None and any(fnmatchcase(value, pattern) for pattern in patterns):
+        return
     listed = ", ".join(repr(pattern) for pattern in patterns)
     if value is None:
         yield f"{name} is not there, so it is not {listed}"
-    elif not any(fnmatchcase(value, pattern) for pattern in patterns):
+    else:
         yield f"{name} is {value!a}, not {listed}"

@@ -142,10 +142,11 @@ class Rule:
 
     def asks_for(self, facts: Set[str]) -> bool:
         """Whether a condition or a name of the rule depends on one of these facts."""
+        if any(getattr(self.match, fact, None) is not None for fact in facts):
+            return True
         place = self.mount.path or self.mount.name
         templates = (self.key.blob, place, self.on_mount, self.on_unmount)
-        used = {name for template in templates if template for name in template.placeholders}
-        return any(getattr(self.match, f, None) is not None or f in used for f in facts)
+        return any(not facts.isdisjoint(each.placeholders) for each in templates if each)
 
 
 BUILT_IN: Final = (

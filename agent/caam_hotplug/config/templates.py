@@ -42,6 +42,8 @@ class Template:
                 raise ValueError(f"{text!r}: {{{field}}} is not one of {known}")
         if not text or text[0] in ".-":
             raise ValueError(f"{text!r}: a name must not be empty or start with . or -")
+        self.placeholders = frozenset(field for _, field, _, _ in self._parts if field is not None)
+        """The facts of a volume that are part of the name."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.text!r})"
@@ -51,11 +53,6 @@ class Template:
 
     def __hash__(self) -> int:
         return hash(self.text)
-
-    @property
-    def placeholders(self) -> set[str]:
-        """The facts of a volume that are part of the name."""
-        return {field for _, field, _, _ in self._parts if field is not None}
 
     def render(self, volume: Volume) -> str:
         """Make the name for this volume. Raises: UnsafeNameError with the reason."""

@@ -39,6 +39,8 @@ class Mark:
     @classmethod
     def from_text(cls, text: str) -> Mark | None:
         """Parse what `to_text` returns; None for any other form."""
+        if not text:  # as of nearly every volume
+            return None
         try:
             found = json.loads(text)
             state = None if found["state"] is None else State(found["state"])

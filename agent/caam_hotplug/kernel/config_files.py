@@ -81,7 +81,7 @@ def _content(opened: int, only_roots: Path | None = None) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise UnfitFileError("is not a regular file")
         if only_roots is not None:
-            paths.require_roots(opened, only_roots, only_roots, only_root=True)
+            paths.require_roots(opened, only_roots, only_root=True)
         content = bytearray()
         while part := os.read(opened, MAX_BYTES + 1 - len(content)):
             content += part

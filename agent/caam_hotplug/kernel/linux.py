@@ -24,10 +24,10 @@ from caam_hotplug.kernel import (
     keyring,
     medium_sample,
     mount,
+    mount_directories,
     mountinfo,
     offline,
     open_files,
-    paths,
     sysfs,
     trusted,
 )
@@ -208,7 +208,7 @@ class LinuxKernel:
         point = self.mount_root / place
         with (
             reported_as("make mount point", str(point), MountError),
-            paths.mount_point(self.mount_root, place) as target,
+            mount_directories.mount_point(self.mount_root, place) as target,
         ):
             if names.is_path(place):
                 device_xattr.mark_place(node, place)
@@ -287,7 +287,7 @@ class LinuxKernel:
     def why_occupied(self, place: str) -> str:
         """Return what makes `mount` refuse the place, in its words; empty if nothing does."""
         with reported_as("look at", str(self.mount_root / place), MountError):
-            return paths.why_occupied(self.mount_root, place)
+            return mount_directories.why_occupied(self.mount_root, place)
 
     def watch_mount_point(self, place: str) -> inotify.Directory:
         """Watch the mount point, until the watch is closed. Raises: UnknownError."""
@@ -296,4 +296,4 @@ class LinuxKernel:
     def our_mount_points(self, folders: Iterable[Path] = ()) -> list[str]:
         """Return the directories, also in these folders, that we made and nothing is mounted on."""
         with reported_as("list mount points in", str(self.mount_root), MountError):
-            return paths.our_mount_points(self.mount_root, folders)
+            return mount_directories.our_mount_points(self.mount_root, folders)

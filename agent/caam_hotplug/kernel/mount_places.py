@@ -13,13 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import mount, paths
+from caam_hotplug.kernel import mount, mount_directories
 from caam_hotplug.names import name_of
 
 Mounts = Set[int]
 """Mounts by their numbers, as mountinfo has them."""
 
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_FDINFO_ROOM: Final = 4096
+"""More than the lines of a descriptor that is only a path."""
 _MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
@@ -42,16 +44,16 @@ class MountPlaces:
 
     def keep_seen(self, place: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""
-        with paths.parent_to_leave(self._root, place) as opened:
+        with mount_directories.parent_to_leave(self._root, place) as opened:
             self.keep(place, ".", opened)
 
     def remove(self, place: str) -> None:
         """Remove the mount point, and keep its directory no more if nothing is mounted there.
 
-        Raises: as `paths.remove_from`.
+        Raises: as `mount_directories.remove_from`.
         """
-        with suppress(*paths.not_there(place)), self.directory(place) as opened:
-            if paths.remove_from(opened, place):
+        with suppress(*mount_directories.not_there(place)), self.directory(place) as opened:
+            if mount_directories.remove_from(opened, place):
                 self.forget(place)
 
     def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> bool:
@@ -80,7 +82,7 @@ class MountPlaces:
         if kept is not None:
             yield kept
         else:
-            with paths.parent_to_leave(self._root, place) as opened:
+            with mount_directories.parent_to_leave(self._root, place) as opened:
                 yield opened
 
     @contextmanager
@@ -94,7 +96,7 @@ class MountPlaces:
         if kept is not None and seen(kept, place) in which:
             yield kept
         else:
-            with paths.parent_to_leave(self._root, place) as opened:
+            with mount_directories.parent_to_leave(self._root, place) as opened:
                 yield opened if seen(opened, place) in which else None
 
 
@@ -109,7 +111,16 @@ def seen(directory: int, place: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        found = _MOUNT_ID.search(Path(f"/proc/self/fdinfo/{opened}").read_bytes())
+        found = _MOUNT_ID.search(_content(f"/proc/self/fdinfo/{opened}"))
     finally:
         os.close(opened)
     return None if found is None else int(found[1])
+
+
+def _content(file: str) -> bytes:
+    """Read a short file of the kernel's."""
+    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(opened, _FDINFO_ROOM)
+    finally:
+        os.close(opened)

@@ -11,6 +11,8 @@ import fcntl
 import logging
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from caam_hotplug.errors import KernelError
@@ -20,6 +22,10 @@ log = logging.getLogger(__name__)
 
 _MFD_NOEXEC_SEAL: Final = 8
 """From linux/memfd.h, since Linux 6.3; where vm.memfd_noexec is 2, no other file is made."""
+_ROOM_BYTES: Final = 68 << 10
+_MOST_ROOMS: Final = 2
+_rooms: Final[list[mmap.mmap]] = []
+"""Memory that nobody uses now."""
 
 
 class PartialCopy:
@@ -81,15 +87,13 @@ class PartialCopy:
             return os.pread(self.file, length, position)
 
     def _copy(self, begin: int, end: int) -> None:
-        with (
-            reported_as("read", self.node),
-            mmap.mmap(self.file, end - begin, offset=begin) as room,
-        ):
-            if self._read(room, begin) != end - begin:
+        with reported_as("read", self.node), _room(end - begin) as room:
+            done = self._read(room, begin)
+            if os.pwrite(self.file, room[:done], begin) != end - begin:
                 raise KernelError("read", self.node, errno.EIO, f"at byte {begin}")
 
-    def _read(self, room: mmap.mmap, position: int) -> int:
-        """Read whole blocks into the copy's own memory. Raises: OSError."""
+    def _read(self, room: memoryview, position: int) -> int:
+        """Read whole blocks into memory. Raises: OSError."""
         try:
             return os.preadv(self._device, [room], position)
         except OSError as error:
@@ -101,6 +105,25 @@ class PartialCopy:
             fcntl.fcntl(self._device, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             log.warning("%s cannot be read past the kernel's cache; reading that", self.node)
         return os.preadv(self._device, [room], position)
+
+
+@contextmanager
+def _room(length: int) -> Iterator[memoryview]:
+    """Yield memory for whole blocks. Some is kept: to get it takes longer than to read into it.
+
+    Raises: OSError.
+    """
+    room = None
+    if length <= _ROOM_BYTES:
+        with suppress(IndexError):  # other threads have all of it
+            room = _rooms.pop()
+    room = room or mmap.mmap(-1, max(length, _ROOM_BYTES))
+    try:
+        with memoryview(room) as whole, whole[:length] as part:
+            yield part
+    finally:
+        if len(room) == _ROOM_BYTES and len(_rooms) < _MOST_ROOMS:
+            _rooms.append(room)
 
 
 def _memory_file() -> int:

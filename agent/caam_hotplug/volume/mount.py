@@ -207,6 +207,7 @@ async def _unmount_or_detach(
     def unmount(*, is_cut_off: bool) -> KernelError | None:
         try:
             if is_cut_off:
+                operations.cut_off.hold()
                 kernel.unmount(place, which)
             else:
                 operations.require_medium()
@@ -230,12 +231,23 @@ async def _unmount_or_detach(
     if refusal is not None:
         said = fields("busy", MOUNT_POINT=point_of(kernel, place))
         log.warning("%s; detaching it from the tree", refusal, extra=said)
-        try:
-            await operations.call("detach", kernel.unmount, place, which, lazily=True)
-        finally:
-            await operations.call("remove the mount point", kernel.remove_mount_point, place)
+        await _detach(operations, place, which)
     if (left := first_of(mapping, mounts_at(kernel, place, mapping))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
+
+
+async def _detach(operations: Operations, place: str, which: Mounts) -> None:
+    kernel = operations.kernel
+
+    def detach() -> None:
+        if operations.stop.medium_gone:
+            operations.cut_off.hold()
+        kernel.unmount(place, which, lazily=True)
+
+    try:
+        await operations.call("detach", detach)
+    finally:
+        await operations.call("remove the mount point", kernel.remove_mount_point, place)
 
 
 async def _release_other_mounts(operations: Operations, place: str, mapping: Mapping) -> None:

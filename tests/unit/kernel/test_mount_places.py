@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.kernel import mountinfo, paths
+from caam_hotplug.kernel import mount_directories, mountinfo, paths
 from caam_hotplug.kernel.mount_places import MountPlaces, seen
 
 
@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_kept_directory_is_found_after_its_path_leads_elsewhere(root: Path) -> None:
     places, before = MountPlaces(root), opened()
-    with paths.mount_point(root, "a") as point:
+    with mount_directories.mount_point(root, "a") as point:
         places.keep("a", "..", point)
     root.rename(root.with_name("hidden"))
     root.mkdir()
@@ -100,7 +100,7 @@ def test_the_directory_of_a_path_is_kept_and_found_by_its_name(roots_folder: Pat
     place = str(above / "recorder")
     places, before = MountPlaces(roots_folder / "media"), opened()
     there = {mount.identity for mount in mountinfo.mounts()}
-    with paths.mount_point(roots_folder / "media", place) as point:
+    with mount_directories.mount_point(roots_folder / "media", place) as point:
         places.keep(place, "..", point)
     above.rename(above.with_name("hidden"))
     above.mkdir()
