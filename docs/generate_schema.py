@@ -22,7 +22,7 @@ from caam_hotplug.config import checks
 from caam_hotplug.config.convert import choices_of
 from caam_hotplug.config.loader import Config, DropIn
 from caam_hotplug.config.match import Bytes
-from caam_hotplug.config.templates import Template, UnitTemplate
+from caam_hotplug.config.templates import PathTemplate, Template, UnitTemplate
 
 REPOSITORY: Final = Path(__file__).resolve().parents[1]
 
@@ -124,6 +124,12 @@ def _template(kind: type[Template]) -> Schema:
     return {"type": "string", "pattern": _whole(rf"(?![.-]){anything}(?:{endings})")}
 
 
+def _path() -> Schema:
+    """Describe the texts that a PathTemplate takes."""
+    name = rf"(?![.-])(?:[{Template.CHARACTERS}]|{_placeholder(Template.FIELDS)})+"
+    return {"type": "string", "pattern": _whole(rf"(?:/{name})+")}
+
+
 def _placeholder(fields: Iterable[str]) -> str:
     # str.format also takes a placeholder with an empty format, as in {uuid:}.
     return rf"\{{(?:{'|'.join(fields)}):?\}}"
@@ -143,6 +149,7 @@ _SINGLE: Final[dict[Any, Schema]] = {
     },
     Template: _template(Template),
     UnitTemplate: _template(UnitTemplate),
+    PathTemplate: _path(),
 }
 
 

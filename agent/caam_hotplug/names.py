@@ -78,6 +78,9 @@ HOLDERS_UNIT: Final = f"{PROGRAM}-holders.socket"
 MOUNT_POINT_MODE: Final = 0o500
 """Mode of a mount point that the agent made. It tells the agent's directories from the board's own
 after a crash. Nobody writes into the directory while nothing is mounted there."""
+OWN_PATH_MODE: Final = 0o1500
+"""As MOUNT_POINT_MODE, at a path of its own. A board's directory may have mode 0500 there; nobody
+makes one sticky that nobody may write to."""
 
 UDEV_OPT_OUT: Final = "CAAM_HOTPLUG"
 """udev property that a board's rule sets to 0 to keep the agent off a device."""
@@ -126,6 +129,21 @@ def key_description(volume: VolumeId) -> str:
 def bus_path(volume: VolumeId) -> str:
     """Spell the D-Bus path of a volume's object, in which no hyphen may stand."""
     return f"{BUS_PATH}/volumes/{volume.diskseq}_{volume.partition}"
+
+
+def is_path(place: str) -> bool:
+    """Whether a mount point has a path of its own; else it is a name in the mount root."""
+    return place.startswith("/")
+
+
+def name_of(place: str) -> str:
+    """Return the name that the mount point has in its directory."""
+    return place.rpartition("/")[2]
+
+
+def are_nested(place: str, other: str) -> bool:
+    """Whether the mount points are the same, or one of them lies below the other."""
+    return f"{place}/".startswith(f"{other}/") or f"{other}/".startswith(f"{place}/")
 
 
 def why_unsafe(name: str) -> str | None:

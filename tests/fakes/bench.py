@@ -179,7 +179,7 @@ class Bench:
 
         async def main() -> None:
             left = await find_leftovers(
-                context.kernel, context.new_worker("leftovers"), context.dm_worker
+                context.kernel, context.new_worker("leftovers"), context.dm_worker, self.rules
             )
             async with Supervisor(context, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]
@@ -483,7 +483,7 @@ class Bench:
             "volumes that come next": len(supervisor._next),
             "with leftovers": len(supervisor._with_leftovers),
             "parked": len(supervisor._parked),
-            "reserved mount points": len(self._context.mount_points._queues),
+            "reserved mount points": len(self._context.mount_points._queue),
             "tasks": len(asyncio.all_tasks(self._loop)),
         }
 

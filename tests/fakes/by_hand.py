@@ -9,7 +9,6 @@ from typing import Any
 
 from caam_hotplug.errors import MappingBusyError, MountBusyError
 from caam_hotplug.model import DeviceNumber, Mount
-from caam_hotplug.names import MOUNT_ROOT
 from fakes.kernel import FakeKernel, FakeMapping
 
 
@@ -43,7 +42,7 @@ class ByHand:
 
     def _tree(self, mount: Mount) -> list[Mount]:
         """Return the mount, and all in it with their copies in peers, which go with them."""
-        is_peer = self.kernel.is_in_root(mount, MOUNT_ROOT)
+        is_peer = self.kernel.is_in_root(mount, Path(mount.point).parent)
         mounts, same = self.kernel.mounts, (mount.point, mount.number)
         copies = [m for m in mounts if (m.point, m.number) == same]
         tree = copies if is_peer else [mount]

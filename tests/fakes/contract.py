@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import pytest
@@ -103,6 +104,15 @@ class World(Protocol):
 
     def remount(self, name: str, *, read_only: bool, filesystem: bool) -> None:
         """Change who may write: to the filesystem, or by this mount alone."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Directory outside the mount root, of root alone and empty."""
+        ...
+
+    def unsafe(self, folder: Path) -> AbstractContextManager[None]:
+        """Let everybody write to the directory meanwhile."""
         ...
 
     def over_root(self) -> AbstractContextManager[None]:
@@ -643,6 +653,71 @@ def test_a_mount_below_a_mount_over_the_root_is_unmounted_with_its_directory(
         assert world.kernel.our_mount_points() == []
 
 
+def unmount_at(world: World, place: str) -> None:
+    """Unmount all that is mounted at the place, with its directory."""
+    there = {mount.identity for mount in world.kernel.mounts() if mount.point == place}
+    world.kernel.unmount(place, there)
+    world.kernel.remove_mount_point(place)
+
+
+def test_a_mount_at_its_own_path_is_noted_with_its_mapping(world: World) -> None:
+    place = str(world.folder / POINT)
+    with mapped(world) as mapping:
+        assert world.kernel.place_of(mapping) == ""
+        mount(world, mapping, name=place)
+        assert [m.point for m in world.kernel.mounts() if m.number == mapping.number] == [place]
+        assert world.kernel.our_mount_points([world.folder]) == []
+        assert world.kernel.place_of(mapping) == place
+        unmount_at(world, place)
+        assert world.kernel.place_of(mapping) == place
+        assert found(world).open_count == 0
+    with mapped(world) as mapping:
+        assert world.kernel.place_of(mapping) == ""
+
+
+def test_a_directory_made_at_its_own_path_is_found_and_removed(world: World) -> None:
+    place = str(world.folder / POINT)
+    with mapped(world) as mapping:
+        with pytest.raises(MountError):
+            mount(world, mapping, name=place, kind="vfat")
+        assert world.kernel.our_mount_points() == []
+        assert world.kernel.our_mount_points([world.folder]) == [place]
+        world.kernel.remove_mount_point(place)
+        assert world.kernel.our_mount_points([world.folder]) == []
+
+
+def test_a_mount_at_its_own_path_is_flushed_and_unmounted(world: World) -> None:
+    place = str(world.folder / POINT)
+    with mapped(world) as mapping, closing(world.kernel.watch_writes(mapping)) as watch:
+        mount(world, mapping, name=place)
+        there = {m.identity for m in world.kernel.mounts() if m.point == place}
+        world.kernel.keep_place(place)
+        watch.unmount(place, there, anyway=False)
+        assert (watch.lost, world.kernel.our_mount_points([world.folder])) == ("", [place])
+        world.kernel.remove_mount_point(place)
+
+
+def test_nothing_is_mounted_at_a_path_that_others_could_change(world: World) -> None:
+    place = str(world.folder / POINT)
+    words = (
+        f"open {world.folder}: {world.folder} can be written by others than root; "
+        f"chmod go-w {world.folder}"
+    )
+    with mapped(world) as mapping:
+        with world.unsafe(world.folder):
+            assert world.kernel.why_occupied(place) == words
+            with pytest.raises(MountPointOccupiedError, match="can be written by others"):
+                mount(world, mapping, name=place)
+            world.kernel.remove_mount_point(place)
+            watch = world.kernel.watch_mount_point(place)
+            assert watch.read() == []
+        with closing(watch):
+            assert watch.read()
+        assert world.kernel.why_occupied(place) == ""
+        assert world.kernel.our_mount_points([world.folder]) == []
+        assert found(world).open_count == 0
+
+
 def test_a_mount_in_a_root_that_is_bound_to_itself_is_unmounted_with_its_copy(
     world: World,
 ) -> None:
@@ -861,6 +936,7 @@ __all__ = [
     "test_a_blob_that_is_not_there_is_missing",
     "test_a_damaged_blob_is_refused_by_the_caam",
     "test_a_deferred_removal_can_be_cancelled",
+    "test_a_directory_made_at_its_own_path_is_found_and_removed",
     "test_a_directory_of_the_board_is_not_the_agents",
     "test_a_disk_below_a_mapping_is_not_emptied",
     "test_a_disk_that_was_emptied_can_be_emptied_again_and_restored",
@@ -882,6 +958,8 @@ __all__ = [
     "test_a_mapping_with_an_error_table_fails_all_reads",
     "test_a_mapping_without_a_table_has_no_node_even_when_it_is_activated",
     "test_a_mapping_works_without_its_key_in_the_keyring",
+    "test_a_mount_at_its_own_path_is_flushed_and_unmounted",
+    "test_a_mount_at_its_own_path_is_noted_with_its_mapping",
     "test_a_mount_below_a_mount_over_the_root_is_unmounted_with_its_directory",
     "test_a_mount_in_a_root_that_is_bound_to_itself_is_unmounted_with_its_copy",
     "test_a_mount_in_use_stays_unless_it_is_detached",
@@ -914,6 +992,7 @@ __all__ = [
     "test_loading_an_error_table_twice_is_no_error",
     "test_mappings_of_others_are_not_the_agents",
     "test_nobody_else_can_use_an_emptied_disk_until_it_is_restored",
+    "test_nothing_is_mounted_at_a_path_that_others_could_change",
     "test_nothing_is_mounted_over_another_mount",
     "test_nothing_is_mounted_over_content",
     "test_the_options_of_a_live_table_read_as_they_were_loaded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from caam_hotplug.model import (
     Volume,
     VolumeId,
 )
-from caam_hotplug.names import DM_UUID_PREFIX, MOUNT_ROOT
+from caam_hotplug.names import DM_UUID_PREFIX, MOUNT_ROOT, is_path, name_of
 
 T = TypeVar("T")
 KEY = b"tagged key of thirty-six bytes......"
@@ -187,7 +187,11 @@ class FakeKernel:
     """Called when the filesystem on a mapping writes what it has, with whether that fails."""
     mount_id: int = 20
     directories: dict[str, str] = field(default_factory=dict)
-    """Kind of each name in the mount root: 'ours', 'board' (empty) or 'content'."""
+    """Kind of each mount point: 'ours', 'board' (empty) or 'content'."""
+    unsafe_folders: dict[Path, str] = field(default_factory=dict)
+    """Directories of mount points outside the mount root that others could change, and why."""
+    marked_places: dict[str, str] = field(default_factory=dict)
+    """Where a mapping was mounted outside the mount root, by its node."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
     open_nodes: list[FakeOpenVolume] = field(default_factory=list)
     path_watches: list[FakePathWatch] = field(default_factory=list)
@@ -265,6 +269,13 @@ class FakeKernel:
         del self.directories[name]
         for watch in self.path_watches:
             if watch.name == name:
+                watch.change()
+
+    def make_safe(self, folder: Path) -> None:
+        """Let only root change the directory from now on, which inotify reports."""
+        del self.unsafe_folders[folder]
+        for watch in self.path_watches:
+            if Path(watch.name).parent == folder:
                 watch.change()
 
     def new_session(self) -> None:
@@ -364,6 +375,7 @@ class FakeKernel:
             self.written_back(mapping, False)
         if mapping.is_removed_at_last_close and not self.open_count(mapping):
             self.mappings.pop(mapping.name, None)
+            self.marked_places.pop(f"/dev/dm-{mapping.number.minor}", None)
             self.mapping_changed(f"dm-{mapping.number.minor}")
 
     def take_away(self, mount: Mount) -> None:
@@ -677,7 +689,7 @@ class FakeProcess:
         self,
         node: str,
         kind: str,
-        name: str,
+        place: str,
         *,
         read_only: bool,
         options: Sequence[str],
@@ -685,14 +697,16 @@ class FakeProcess:
     ) -> None:
         assert options is not None
         with self.kernel.lock:
-            self.kernel.directories.setdefault(name, "ours")
-            point = str(self.mount_root / name)
-            if why := self._why_occupied(name):
+            self._make_directory(place)
+            point = str(self.mount_root / place)
+            if why := self._why_occupied(place):
                 raise MountPointOccupiedError(why)
-            self._step("mount", name)
+            if is_path(place):
+                self.kernel.marked_places[node] = place
+            self._step("mount", place)
             mapping = self._mountable(node, kind, read_only=read_only)
             unread = mount_options.leaves_journal(filesystem_options)
-            below = self.kernel.mount_of_root(self.mount_root)
+            below = self._below(place)
             made = Mount(
                 mapping.number, point, node, read_only, kind, leaves_journal=unread,
                 is_filesystem_read_only=read_only, is_point_read_only=read_only,
@@ -703,13 +717,28 @@ class FakeProcess:
                 copy = replace(made, identity=self.kernel.next_mount(), parent=below.parent)
                 self.kernel.mounts.append(copy)
             self.kernel.mounts.append(made)
-            self.places[name] = made.parent
+            self.places[place] = made.parent
             self.kernel.mounts_changed()
 
-    def keep_place(self, name: str) -> None:
-        self._step("keep_place", name)
-        below = self.kernel.mount_of_root(self.mount_root)
-        self.places[name] = 0 if below is None else below.identity
+    def _make_directory(self, place: str) -> None:
+        if not self._why_unsafe(place):
+            self.kernel.directories.setdefault(place, "ours")
+
+    def _why_unsafe(self, place: str) -> str:
+        """Return why nothing can be made at a path of its own, in the words of the real kernel."""
+        return self.kernel.unsafe_folders.get(Path(place).parent, "")
+
+    def _below(self, place: str) -> Mount | None:
+        """Return the topmost mount at the directory of the mount point, or None."""
+        return self.kernel.mount_of_root((self.mount_root / place).parent)
+
+    def keep_place(self, place: str) -> None:
+        self._step("keep_place", place)
+        below = self._below(place)
+        self.places[place] = 0 if below is None else below.identity
+
+    def place_of(self, mapping: Mapping) -> str:
+        return self.kernel.marked_places.get(mapping.node, "")
 
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
@@ -801,11 +830,11 @@ class FakeProcess:
         self._step("watch_writes", mapping.name)
         return FakeWriteWatch(self, self.kernel.by_node(mapping.node))
 
-    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> None:
-        self._step("detach" if lazily else "unmount", name)
-        point = str(self.mount_root / name)
+    def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> None:
+        self._step("detach" if lazily else "unmount", place)
+        point, name = str(self.mount_root / place), name_of(place)
         with self.kernel.lock:
-            mount = self._reached(name, which)
+            mount = self._reached(place, which)
             if mount is None:
                 return
             if not any(m.number == mount.number for m in self.kernel.mappings.values()):
@@ -816,7 +845,7 @@ class FakeProcess:
             if users and not lazily:
                 raise MountBusyError("unmount", point, errno.EBUSY)
             copies = (m for m in self.kernel.mounts if (m.point, m.number) == (point, mount.number))
-            is_peer = self.kernel.is_in_root(mount, self.mount_root)
+            is_peer = self.kernel.is_in_root(mount, Path(point).parent)
             for gone in list(copies) if is_peer else [mount]:
                 self.kernel.take_away(gone)
             self.kernel.users.pop(name, None)
@@ -825,18 +854,18 @@ class FakeProcess:
             self.kernel.mounts_changed()
             self.kernel.remove_if_closed(mapping)
 
-    def _reached(self, name: str, which: Mounts) -> Mount | None:
+    def _reached(self, place: str, which: Mounts) -> Mount | None:
         """Return the topmost mount in the directory that it was mounted in, or on the path."""
-        kept = self._in(self.places[name], name) if name in self.places else None
-        found = (mount for mount in (kept, self._seen(name)) if mount is not None)
+        kept = self._in(self.places[place], place) if place in self.places else None
+        found = (mount for mount in (kept, self._seen(place)) if mount is not None)
         return next((mount for mount in found if mount.identity in which), None)
 
-    def _seen(self, name: str) -> Mount | None:
-        below = self.kernel.mount_of_root(self.mount_root)
-        return self._in(0 if below is None else below.identity, name)
+    def _seen(self, place: str) -> Mount | None:
+        below = self._below(place)
+        return self._in(0 if below is None else below.identity, place)
 
-    def _in(self, on: int, name: str) -> Mount | None:
-        point, reached = str(self.mount_root / name), None
+    def _in(self, on: int, place: str) -> Mount | None:
+        point, reached = str(self.mount_root / place), None
         while True:
             there = (m for m in self.kernel.mounts if (m.point, m.parent) == (point, on))
             over = next(there, None)
@@ -844,36 +873,39 @@ class FakeProcess:
                 return reached
             reached, on = over, over.identity
 
-    def remove_mount_point(self, name: str) -> None:
-        self._step("remove_mount_point", name)
-        point = str(self.mount_root / name)
+    def remove_mount_point(self, place: str) -> None:
+        self._step("remove_mount_point", place)
+        point = str(self.mount_root / place)
         if any(mount.point == point for mount in self.kernel.mounts):
             return
-        self.places.pop(name, None)
-        if self.kernel.directories.get(name) == "ours":
-            del self.kernel.directories[name]
+        self.places.pop(place, None)
+        if self.kernel.directories.get(place) == "ours":
+            del self.kernel.directories[place]
 
-    def why_occupied(self, name: str) -> str:
-        self._step("why_occupied", name)
-        return self._why_occupied(name)
+    def why_occupied(self, place: str) -> str:
+        self._step("why_occupied", place)
+        return self._why_occupied(place)
 
-    def _why_occupied(self, name: str) -> str:
-        """Return why nothing can be mounted at the name, in the words of the real kernel."""
-        point = self.mount_root / name
-        if self._seen(name) is not None:
+    def _why_occupied(self, place: str) -> str:
+        """Return why nothing can be mounted at the place, in the words of the real kernel."""
+        point = self.mount_root / place
+        if why := self._why_unsafe(place):
+            return why
+        if self._seen(place) is not None:
             return f"something is mounted at {point}"
-        return f"{point} is not empty" if self.kernel.directories.get(name) == "content" else ""
+        return f"{point} is not empty" if self.kernel.directories.get(place) == "content" else ""
 
-    def watch_mount_point(self, name: str) -> FakePathWatch:
-        self._step("watch_mount_point", name)
-        return FakePathWatch(self.kernel, name)
+    def watch_mount_point(self, place: str) -> FakePathWatch:
+        self._step("watch_mount_point", place)
+        return FakePathWatch(self.kernel, place)
 
-    def our_mount_points(self) -> list[str]:
+    def our_mount_points(self, folders: Iterable[Path] = ()) -> list[str]:
         self._step("our_mount_points")
         points = {mount.point for mount in self.kernel.mounts}
-        kinds = self.kernel.directories.items()
-        ours = [name for name, kind in kinds if kind == "ours"]
-        return [name for name in ours if str(self.mount_root / name) not in points]
+        within = {self.mount_root, *folders}
+        ours = [place for place, kind in self.kernel.directories.items() if kind == "ours"]
+        found = [(place, self.mount_root / place) for place in ours]
+        return [place for place, at in found if at.parent in within and str(at) not in points]
 
 
 class FakePathWatch:
@@ -968,13 +1000,13 @@ class FakeWriteWatch:
             written_back(self._mapping, False)
 
     def unmount(
-        self, name: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
+        self, place: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
     ) -> None:
-        self._flush(name)
+        self._flush(place)
         if self.lost and not anyway:
             raise WritesLostError(self.lost)
         before()
-        self._process.unmount(name, which)
+        self._process.unmount(place, which)
 
     def close(self) -> None:
         if self in self._process.watches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ class RealWorld:
         damaged[-1] ^= 1
         (blobs / DAMAGED_BLOB).write_bytes(damaged)
         self.kernel = LinuxKernel(blobs, root)
+        self.folder = Path(tempfile.mkdtemp(prefix="caam-hotplug-test-", dir="/run"))
+        self.folder.chmod(0o755)
         self._mounts = select.poll()
         self._mountinfo = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         self._mounts.register(self._mountinfo, select.POLLPRI)
@@ -52,6 +55,16 @@ class RealWorld:
         """Wait for no more changes."""
         self._uevents.close()
         os.close(self._mountinfo)
+        self.folder.rmdir()  # empty
+
+    @contextmanager
+    def unsafe(self, folder: Path) -> Iterator[None]:
+        """Change its mode."""
+        folder.chmod(0o777)
+        try:
+            yield
+        finally:
+            folder.chmod(0o755)
 
     def reads_as_written(self, node: str) -> bool:
         """Read past the page cache, which would still have the earlier content."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from caam_hotplug.errors import MountError, MountPointOccupiedError
 from caam_hotplug.model import Mapping
-from fakes.contract import POINT, mapped, mounts_there, unmount
+from fakes.contract import POINT, mapped, mounts_there, unmount, unmount_at
+from fakes.contract import mount as mount_at
 from kernel.real import RealWorld
 
 T = TypeVar("T")
@@ -101,6 +103,25 @@ def test_the_services_capabilities_suffice_to_mount_and_to_release(world: RealWo
         assert without_passing_for_others(world.kernel.our_mount_points) == [POINT]
         without_passing_for_others(lambda: world.kernel.remove_mount_point(POINT))
     assert not point.exists()
+
+
+def test_they_suffice_at_a_path_of_its_own_too(world: RealWorld) -> None:
+    place = str(world.folder / POINT)
+    with mapped(world) as mapping:
+        without_passing_for_others(lambda: mount_at(world, mapping, name=place))
+        assert Path(place).is_mount()
+        assert without_passing_for_others(lambda: world.kernel.place_of(mapping)) == place
+        without_passing_for_others(lambda: unmount_at(world, place))
+    assert not Path(place).exists()
+
+
+def test_a_directory_that_the_service_cannot_look_into_is_no_mount_point(world: RealWorld) -> None:
+    place = world.folder / POINT
+    place.mkdir(mode=0o700)
+    os.chown(place, 1000, 1000)
+    why = without_passing_for_others(lambda: world.kernel.why_occupied(str(place)))
+    assert f"{place} belongs to user 1000 with mode 0700, and cannot be opened" in why
+    place.rmdir()
 
 
 CAPABILITY_VERSION_3: Final = 0x20080522

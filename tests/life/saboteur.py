@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
+from caam_hotplug.config.templates import PathTemplate
 from caam_hotplug.errors import HotplugError, MountError, RequestRefusedError, UnknownError
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DevType, Mount, Volume, VolumeId
@@ -55,6 +56,7 @@ OTHER_RULES: Final = (
     RULES,
     (*RULES[:3], replace(_BUILT_IN, on_busy=OnBusy.SIGNAL)),
     (*RULES[:3], replace(_BUILT_IN, mount=MountSettings(read_only=True))),
+    (*RULES[:3], replace(_BUILT_IN, mount=MountSettings(path=PathTemplate("/opt/{partlabel}")))),
     (Rule(name="none", match=Match(partlabel="cartridge-02")),),
 )
 COVERED: Final = "something is mounted over it"

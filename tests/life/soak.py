@@ -23,17 +23,23 @@ import time
 from collections.abc import Callable
 
 from caam_hotplug.config.match import Match
-from caam_hotplug.config.rules import BUILT_IN, Action, OnStop, Rule
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnStop, Rule
+from caam_hotplug.config.templates import PathTemplate
 from caam_hotplug.errors import DmError, HotplugError, KernelError, MountError
 from caam_hotplug.model import State
 from fakes.bench import Bench
 from fakes.kernel import Fault
 
 NAMES = ("sda1", "sdb1", "sdc1", "sdd1")
-LABELS = ("cartridge-01", "cartridge-02", "keep-01", "raw-01", "../../etc")
+LABELS = ("cartridge-01", "cartridge-02", "keep-01", "raw-01", "path-01", "../../etc")
 RULES = (
     Rule(name="keep", on_stop=OnStop.KEEP, match=Match(partlabel="keep-*")),
     Rule(name="raw", action=Action.UNLOCK, match=Match(partlabel="raw-*")),
+    Rule(
+        name="path",
+        match=Match(partlabel="path-*"),
+        mount=MountSettings(path=PathTemplate("/srv/{partlabel}")),
+    ),
     *BUILT_IN,
 )
 STEPS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,17 @@ class FakeWorld:
     def remount(self, name: str, *, read_only: bool, filesystem: bool) -> None:
         point = str(self.kernel.mount_root / name)
         self._by_hand.remount(point, read_only=read_only, filesystem=filesystem)
+
+    @property
+    def folder(self) -> Path:
+        return Path("/srv")
+
+    @contextmanager
+    def unsafe(self, folder: Path) -> Iterator[None]:
+        words = f"{folder} can be written by others than root; chmod go-w {folder}"
+        self.fake.unsafe_folders[folder] = f"open {folder}: {words}"
+        yield
+        self.fake.make_safe(folder)
 
     @contextmanager
     def over_root(self) -> Iterator[None]:

@@ -214,13 +214,15 @@ def _run(parsed: Parsed) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    from caam_hotplug.config import loader  # noqa: PLC0415
+    from caam_hotplug.config import loader, mount_checks  # noqa: PLC0415
     from caam_hotplug.kernel import config_files  # noqa: PLC0415
 
     loaded = loader.load(parsed.file, config_files.AnyonesFiles())
     _warn_if_run_would_refuse(lambda reader: loader.load(parsed.file, reader))
     rules = ", ".join(rule.name for rule in loaded.rule) or "none"
     print(f"{shown(parsed.file)}: valid; rules in the order they are asked: {rules}")
+    for meaning in mount_checks.meanings(loaded.rule):
+        print(f"note: {meaning}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 
 from caam_hotplug.config.match import Bytes, Match
 from caam_hotplug.config.messages import found
-from caam_hotplug.config.rules import MountSettings
+from caam_hotplug.config.rules import NAME_OF_LABEL, MountSettings, Rule
 
 
 class Check(Protocol):
@@ -139,6 +139,11 @@ def check(at: str, value: Any) -> None:
         CHECKS[key].require(value)
 
 
+_ROOTS_OWN: Final = ("nosuid", "nodev")
+_WHERE_ONLY_ROOT_WRITES: Final = (
+    "expected {} in it: without, who makes a medium could be root here. Only a rule that matches "
+    "removable = false, and has mount.path or matches partuuid, may leave it out"
+)
 _TIMES: Final = ("noatime", "relatime", "strictatime")
 
 
@@ -147,7 +152,14 @@ def contradictions(table: object) -> Iterator[tuple[str, str]]:
     match table:
         case Match(min_size=Bytes() as least, max_size=Bytes() as greatest) if least > greatest:
             yield "min_size", f"expected at most max_size, which is {greatest}, found {least}"
+        case Rule(match=match, mount=mount):
+            missing = [option for option in _ROOTS_OWN if option not in mount.options]
+            names_it = mount.path is not None or match.partuuid is not None
+            if missing and not (match.removable is False and names_it):
+                yield "mount.options", _WHERE_ONLY_ROOT_WRITES.format(" and ".join(missing))
         case MountSettings(options=options, read_only=read_only, filesystem_options=by_filesystem):
+            if table.path is not None and table.name != NAME_OF_LABEL:
+                yield "path", "expected only one of name and path, found both"
             times = [option for option in _TIMES if option in options]
             if len(times) > 1:
                 yield "options", f"expected one of {', '.join(_TIMES)}; found {', '.join(times)}"

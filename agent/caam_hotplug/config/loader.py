@@ -13,6 +13,7 @@ from typing import Final, Literal, Protocol, TypeVar
 
 from caam_hotplug import names
 from caam_hotplug.config.messages import one_line
+from caam_hotplug.config.mount_checks import overlaps
 from caam_hotplug.config.rules import BUILT_IN, Rule
 from caam_hotplug.config.tables import Reader
 from caam_hotplug.errors import (
@@ -92,6 +93,8 @@ def load(file: Path, files: Files, *, required: bool = True) -> Config:
             config, rule=(*rules, *(config.rule if config.rule is not BUILT_IN else ()))
         )
     faults += _duplicates(file, config.rule)
+    places = (config.mount_root, config.blob_directory, file.absolute())
+    faults += [ConfigFault(file, "rule", each) for each in overlaps(config.rule, *places)]
     if faults:
         raise ConfigError(faults)
     return config

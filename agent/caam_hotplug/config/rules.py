@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Final, Literal
 
 from caam_hotplug import names
 from caam_hotplug.config.match import Match, unknown_facts
-from caam_hotplug.config.templates import Template, UnitTemplate, UnsafeNameError
+from caam_hotplug.config.templates import PathTemplate, Template, UnitTemplate, UnsafeNameError
 from caam_hotplug.formats.blobs import Backend
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.model import Bus, Volume
@@ -92,6 +93,8 @@ class MountSettings:
 
     name: Template = NAME_OF_LABEL
     """Name of the mount point in the mount root."""
+    path: PathTemplate | None = None
+    """Path of a mount point of its own, outside the mount root, instead of a name in it."""
     filesystems: tuple[FilesystemName, ...] = ("ext4", "xfs", "btrfs", "f2fs", "vfat", "exfat")
     """Filesystems that may be mounted."""
     options: tuple[MountOption, ...] = ("nosuid", "nodev", "noexec")
@@ -141,7 +144,8 @@ class Rule:
         """Whether a condition or a name of the rule depends on one of these facts."""
         if any(getattr(self.match, fact, None) is not None for fact in facts):
             return True
-        templates = (self.key.blob, self.mount.name, self.on_mount, self.on_unmount)
+        place = self.mount.path or self.mount.name
+        templates = (self.key.blob, place, self.on_mount, self.on_unmount)
         return any(not facts.isdisjoint(each.placeholders) for each in templates if each)
 
 
@@ -149,6 +153,12 @@ BUILT_IN: Final = (
     Rule(name="built-in", match=Match(bus=(Bus.USB, Bus.MMC), removable=True, partlabel="?*")),
 )
 """The rule of a board without a configuration file."""
+
+
+def mount_folders(rules: Iterable[Rule]) -> list[Path]:
+    """List the directories of mount points outside the mount root that no volume chooses."""
+    paths = (rule.mount.path for rule in rules)
+    return sorted({Path(path.folder) for path in paths if path and path.folder})
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +169,21 @@ class Plan:
     blob: str
     """File name of the blob in the blob directory."""
     mount_name: str
-    """Name of the mount point in the mount root, and part of the DM name."""
+    """Name of the mount point in its directory, and part of the DM name."""
     on_mount: str | None = None
     on_unmount: str | None = None
+    mount_path: str = ""
+    """Path of the mount point outside the mount root; empty if it is in that."""
+
+    @property
+    def place(self) -> str:
+        """The mount point, as `kernel.api.Kernel` takes it."""
+        return self.mount_path or self.mount_name
 
     def makes_the_same(self, other: Plan) -> bool:
         """Whether a volume that follows the other plan already follows this one."""
         mine, others = (
-            (plan.blob, plan.mount_name, plan.rule.action, plan.rule.crypt, plan.rule.mount)
+            (plan.blob, plan.place, plan.rule.action, plan.rule.crypt, plan.rule.mount)
             for plan in (self, other)
         )
         return mine == others
@@ -228,12 +245,14 @@ def _apply(rule: Rule, volume: Volume) -> Plan | NoMatch:
     if rule.action is Action.IGNORE:
         return NoMatch(((rule.name, "its action is ignore"),))
     try:
+        path = "" if rule.mount.path is None else rule.mount.path.render(volume)
         return Plan(
             rule,
             rule.key.blob.render(volume),
-            rule.mount.name.render(volume),
+            names.name_of(path) or rule.mount.name.render(volume),
             None if rule.on_mount is None else rule.on_mount.render(volume),
             None if rule.on_unmount is None else rule.on_unmount.render(volume),
+            path,
         )
     except UnsafeNameError as error:
         return NoMatch(((rule.name, str(error)),))

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 from caam_hotplug.config import checks, messages
 from caam_hotplug.config.convert import OtherKindError, converted
 from caam_hotplug.config.match import Bytes
-from caam_hotplug.config.templates import Template, UnitTemplate
+from caam_hotplug.config.templates import PathTemplate, Template, UnitTemplate
 from caam_hotplug.errors import ConfigFault
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Reader:
             return None
         result = wanted(**values)
         for key, problem in checks.contradictions(result):
-            self._fault(messages.key_path(at, key), problem)
+            self._fault(f"{at}.{key}".removeprefix("."), problem)
         return result if len(self._faults) == before else None
 
     def _value(self, value: Any, wanted: Any, at: str) -> Any:
@@ -78,7 +78,7 @@ _hints: Final[Callable[[Any], dict[str, Any]]] = cache(get_type_hints)
 
 def _from_toml(wanted: type, value: Any) -> Any:
     """Build a value of a type that TOML lacks. Raises: ValueError with what was expected."""
-    if wanted in (Template, UnitTemplate) and isinstance(value, str):
+    if wanted in (Template, UnitTemplate, PathTemplate) and isinstance(value, str):
         return wanted(value)
     if wanted is Bytes and isinstance(value, str):
         return Bytes.from_text(value)

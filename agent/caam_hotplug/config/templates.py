@@ -9,6 +9,9 @@ from typing import ClassVar, Final
 from caam_hotplug import names
 from caam_hotplug.model import Volume
 
+Name = str | tuple[str, str]
+"""A name as its text, or, with placeholders, as what is before the first and after the last."""
+
 
 class UnsafeNameError(ValueError):
     """A value from the medium cannot become part of a path."""
@@ -84,6 +87,55 @@ class Template:
         if reason is not None:
             raise UnsafeNameError(f"{field} {value!a} cannot be part of a file name: {reason}")
         return value
+
+
+class PathTemplate:
+    """A path from the root on, each of whose names is a template, such as `/srv/{partlabel}`."""
+
+    def __init__(self, text: str) -> None:
+        """Raises: ValueError for a path that is not absolute, or goes up or through no name."""
+        self.text = text
+        if not text.startswith("/") or text == "/":
+            raise ValueError(f"{text!r}: expected an absolute path such as /srv/recorder")
+        try:
+            self.names: Final = tuple(Template(name) for name in text[1:].split("/"))
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    @property
+    def placeholders(self) -> set[str]:
+        """The facts of a volume that are part of the path."""
+        return {field for name in self.names for field in name.placeholders}
+
+    @property
+    def parts(self) -> list[Name]:
+        """The names of the path, the last being the mount point's."""
+        return [
+            (name.text.partition("{")[0], name.text.rpartition("}")[2])
+            if name.placeholders
+            else name.text
+            for name in self.names
+        ]
+
+    @property
+    def folder(self) -> str | None:
+        """The directory of the mount point, where it is the same for all volumes; else None."""
+        *above, _ = self.names
+        is_same = not any(name.placeholders for name in above)
+        return f"/{'/'.join(name.text for name in above)}" if is_same else None
+
+    def render(self, volume: Volume) -> str:
+        """Make the path for this volume. Raises: UnsafeNameError with the reason."""
+        return "".join(f"/{name.render(volume)}" for name in self.names)
 
 
 class UnitTemplate(Template):

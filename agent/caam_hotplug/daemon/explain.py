@@ -103,4 +103,4 @@ def _planned(plan: Plan, config: Config, volume: Volume) -> Iterator[str]:
     yield f"  cipher      {_cipher(plan)}"
     if plan.rule.action is Action.MOUNT:
         options = ",".join(plan.rule.mount.options)
-        yield f"  mount point {config.mount_root / plan.mount_name} ({options})"
+        yield f"  mount point {config.mount_root / plan.place} ({options})"

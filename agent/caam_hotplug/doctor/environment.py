@@ -204,10 +204,12 @@ def automounters(board: Board) -> Iterator[Verdict]:
 def fixed_tables(board: Board) -> Iterator[Verdict]:
     """Check that no line of fstab and crypttab is about the agent's media."""
     labels = _labels(board)
+    of_rules = (rule.mount.path for rule in board.config.rule)
+    places = [board.config.mount_root, *(Path(path.text) for path in of_rules if path)]
     fine = True
     for file in ("/etc/fstab", "/etc/crypttab"):
         for number, line in enumerate((board.text(file) or "").splitlines(), 1):
-            why = about_our_media(line, labels, board.config.mount_root)
+            why = about_our_media(line, labels, places)
             if why is not None:
                 fine = False
                 yield warning(
@@ -228,8 +230,12 @@ def _labels(board: Board) -> list[str]:
     return globs
 
 
-def about_our_media(line: str, labels: list[str], mount_root: Path) -> str | None:
-    """Return why the line of fstab or crypttab is about the agent's media; None if it is not."""
+def about_our_media(line: str, labels: list[str], places: list[Path]) -> str | None:
+    """Return why the line of fstab or crypttab is about the agent's media; None if it is not.
+
+    `places`: the mount root, and then the paths of rules.
+    """
+    mount_root, *paths = places
     fields = line.split()
     if len(fields) < 2 or fields[0].startswith("#"):
         return None
@@ -242,4 +248,6 @@ def about_our_media(line: str, labels: list[str], mount_root: Path) -> str | Non
             return f"{field} names a mapping of the agent's"
         if PurePosixPath(field).is_relative_to(mount_root) and field != str(mount_root):
             return f"{field} is below the agent's mount root"
+        if any(PurePosixPath(field).is_relative_to(path) for path in paths):
+            return f"{field} is at the path of a rule"
     return None

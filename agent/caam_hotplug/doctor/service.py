@@ -10,7 +10,7 @@ from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config import loader
-from caam_hotplug.config.rules import KeySource
+from caam_hotplug.config.rules import KeySource, mount_folders
 from caam_hotplug.doctor import systemd
 from caam_hotplug.doctor.board import NOT_HARMLESS, Board, is_harmless, is_open_to_service
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
@@ -92,6 +92,20 @@ def mount_root(board: Board) -> Iterator[Verdict]:
         yield ok(f"{folder} is not there yet; the agent makes it with the first mount")
     except UnsafePathError as error:
         yield failure(f"the agent refuses it: {error}", error.remedy)
+    for above in mount_folders(board.config.rule):
+        yield _above_path(board, above)
+
+
+def _above_path(board: Board, folder: Path) -> Verdict:
+    """Return whether a rule's path may have its mount point in the directory."""
+    try:
+        with paths.directory(board.at(folder), only_root=True):
+            return ok(f"{folder}, for a rule's path, is there, and root's alone")
+    except FileNotFoundError:
+        why = "which no rule's path is mounted in before it is there"
+        return warning(f"{folder} is not there, {why}", f"mkdir -p {folder}")
+    except UnsafePathError as error:
+        return failure(f"a rule's path is refused: {error}", error.remedy)
 
 
 def blobs(board: Board) -> Iterator[Verdict]:

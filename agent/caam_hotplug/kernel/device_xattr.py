@@ -25,6 +25,8 @@ _ATTRIBUTE: Final = "trusted.caam-hotplug."
 """In the namespace that only root with CAP_SYS_ADMIN can read and write; the partition follows."""
 _OF_FIRST_VERSION: Final = "trusted.caam-hotplug"
 """An attribute of the volume's own node, with `locked` or `ejected`: an upgrade keeps that."""
+_PLACE: Final = "trusted.caam-hotplug.place"
+"""Of the node of a mapping: where its filesystem was mounted at a path of its own."""
 _NONE: Final = {errno.ENODATA, errno.ENOENT, errno.ENXIO}
 """Error numbers without such an attribute, or without the node."""
 
@@ -70,6 +72,26 @@ def all_marked(disk: Volume) -> list[str]:
         for name in ours
     )
     return [text for text in texts if text]
+
+
+def mark_place(node: str, place: str) -> None:
+    """Store where the mapping of this node is about to be mounted. It goes with the mapping.
+
+    A later run of the agent, with other rules, knows the mount as the agent's by that.
+    """
+    try:
+        os.setxattr(node, _PLACE, os.fsencode(place), follow_symlinks=False)
+    except OSError as error:
+        failure = KernelError("mark", node, error.errno or 0)
+        log.debug("%s; later runs may not know that its mount at %s is ours", failure, place)
+
+
+def marked_place(node: str) -> str:
+    """Return the path that was stored for the mapping of this node; empty if there is none."""
+    try:
+        return os.fsdecode(os.getxattr(node, _PLACE, follow_symlinks=False))
+    except OSError:
+        return ""
 
 
 def _read(node: str, attribute: str, which: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,10 @@ from caam_hotplug.kernel import (
     keyring,
     medium_sample,
     mount,
+    mount_directories,
     mountinfo,
     offline,
     open_files,
-    paths,
     sysfs,
     trusted,
 )
@@ -195,35 +195,37 @@ class LinuxKernel:
         self,
         node: str,
         kind: str,
-        name: str,
+        place: str,
         *,
         read_only: bool,
         options: Sequence[str],
         filesystem_options: Sequence[str],
     ) -> None:
-        """Mount the filesystem on `name` in the mount root, a directory made if missing.
+        """Mount the filesystem at the place, a directory made if missing.
 
         Raises: MountPointOccupiedError; MountError.
         """
-        point = self.mount_root / name
+        point = self.mount_root / place
         with (
             reported_as("make mount point", str(point), MountError),
-            paths.mount_point(self.mount_root, name) as target,
+            mount_directories.mount_point(self.mount_root, place) as target,
         ):
+            if names.is_path(place):
+                device_xattr.mark_place(node, place)
             mount.mount(
-                node,
-                kind,
-                target,
-                read_only=read_only,
-                options=options,
+                node, kind, target, read_only=read_only, options=options,
                 filesystem_options=filesystem_options,
-            )
-            self._places.keep(name, "..", target)
+            )  # fmt: skip
+            self._places.keep(place, "..", target)
 
-    def keep_place(self, name: str) -> None:
-        """Keep the directory open in which `name` is mounted, where the path leads to now."""
-        with reported_as("look at", str(self.mount_root), MountError):
-            self._places.keep_seen(name)
+    def keep_place(self, place: str) -> None:
+        """Keep the directory open that has the mount point, where the path leads to now."""
+        with reported_as("look at", str((self.mount_root / place).parent), MountError):
+            self._places.keep_seen(place)
+
+    def place_of(self, mapping: Mapping) -> str:
+        """Return where any run of the agent mounted it last outside the mount root, or ""."""
+        return device_xattr.marked_place(mapping.node)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""
@@ -264,34 +266,34 @@ class LinuxKernel:
         """Watch the mapping for failed writes, until the watch is closed. It holds the mapping."""
         return WriteWatch(mapping, self.mount_root, self._places)
 
-    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> None:
-        """Unmount `name`, if one of these mounts is seen there. Raises: MountBusyError."""
-        point = self.mount_root / name
+    def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> None:
+        """Unmount the place, if one of these mounts is seen there. Raises: MountBusyError."""
+        point = self.mount_root / place
 
         def unmount() -> None:
             with reported_as("unmount", str(point), MountError):
-                self._places.unmount(name, which, lazily=lazily)
+                self._places.unmount(place, which, lazily=lazily)
 
         try:
             spent_on(unmount)
         except MountError as error:
             raise type(error)("unmount", str(point), error.errno or 0) from error
 
-    def remove_mount_point(self, name: str) -> None:
+    def remove_mount_point(self, place: str) -> None:
         """Remove the directory if we made it."""
-        with reported_as("remove mount point", str(self.mount_root / name), MountError):
-            spent_on(partial(self._places.remove, name))
+        with reported_as("remove mount point", str(self.mount_root / place), MountError):
+            spent_on(partial(self._places.remove, place))
 
-    def why_occupied(self, name: str) -> str:
-        """Return what makes `mount` refuse the name, in its words; empty if nothing does."""
-        with reported_as("look at", str(self.mount_root / name), MountError):
-            return paths.why_occupied(self.mount_root, name)
+    def why_occupied(self, place: str) -> str:
+        """Return what makes `mount` refuse the place, in its words; empty if nothing does."""
+        with reported_as("look at", str(self.mount_root / place), MountError):
+            return mount_directories.why_occupied(self.mount_root, place)
 
-    def watch_mount_point(self, name: str) -> inotify.Directory:
-        """Watch the name in the mount root, until the watch is closed. Raises: UnknownError."""
-        return inotify.Directory(self.mount_root / name, removals=True)
+    def watch_mount_point(self, place: str) -> inotify.Directory:
+        """Watch the mount point, until the watch is closed. Raises: UnknownError."""
+        return inotify.Directory(self.mount_root / place, removals=True)
 
-    def our_mount_points(self) -> list[str]:
-        """Return the directories that we made and that nothing is mounted on."""
+    def our_mount_points(self, folders: Iterable[Path] = ()) -> list[str]:
+        """Return the directories, also in these folders, that we made and nothing is mounted on."""
         with reported_as("list mount points in", str(self.mount_root), MountError):
-            return paths.our_mount_points(self.mount_root)
+            return mount_directories.our_mount_points(self.mount_root, folders)

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import mount, paths
+from caam_hotplug.kernel import mount, mount_directories
+from caam_hotplug.names import name_of
 
 Mounts = Set[int]
 """Mounts by their numbers, as mountinfo has them."""
@@ -25,88 +26,88 @@ _MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
 class MountPlaces:
-    """The mount root as it was at each mount in it. Any thread; one at a time for one name."""
+    """The directory of each mount point, as it was at the mount. One thread at a time for each."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._kept: dict[str, int] = {}
 
-    def keep(self, name: str, path: str, at: int) -> None:
-        """Keep the directory that `name` is in: at this path from an open one.
+    def keep(self, place: str, path: str, at: int) -> None:
+        """Keep the directory that the mount point is in: at this path from an open one.
 
-        Without a descriptor for it, the path of the mount root is gone by later.
+        Without a descriptor for it, its path is gone by later.
         """
         with suppress(OSError):
             opened = os.open(path, _OPEN, dir_fd=at)
-            self.forget(name)
-            self._kept[name] = opened
+            self.forget(place)
+            self._kept[place] = opened
 
-    def keep_seen(self, name: str) -> None:
+    def keep_seen(self, place: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""
-        with paths.directory(self._root) as opened:
-            self.keep(name, ".", opened)
+        with mount_directories.parent_to_leave(self._root, place) as opened:
+            self.keep(place, ".", opened)
 
-    def remove(self, name: str) -> None:
+    def remove(self, place: str) -> None:
         """Remove the mount point, and keep its directory no more if nothing is mounted there.
 
-        Raises: as `paths.remove_from`.
+        Raises: as `mount_directories.remove_from`.
         """
-        with suppress(FileNotFoundError), self.directory(name) as opened:
-            if paths.remove_from(opened, name):
-                self.forget(name)
+        with suppress(*mount_directories.not_there(place)), self.directory(place) as opened:
+            if mount_directories.remove_from(opened, place):
+                self.forget(place)
 
-    def unmount(self, name: str, which: Mounts, *, lazily: bool = False) -> bool:
-        """Unmount what is seen at the name, if it is one of these mounts; return whether it is.
+    def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> bool:
+        """Unmount what is seen at the place, if it is one of these mounts; return whether it is.
 
         Raises: as `directory_of`; MountBusyError; MountError.
         """
-        with self.directory_of(name, which) as opened:
+        with self.directory_of(place, which) as opened:
             if opened is not None:
-                mount.unmount(f"/proc/self/fd/{opened}/{name}", lazily=lazily)
+                mount.unmount(f"/proc/self/fd/{opened}/{name_of(place)}", lazily=lazily)
         return opened is not None
 
-    def forget(self, name: str) -> None:
+    def forget(self, place: str) -> None:
         """Keep it no more."""
-        opened = self._kept.pop(name, None)
+        opened = self._kept.pop(place, None)
         if opened is not None:
             os.close(opened)
 
     @contextmanager
-    def directory(self, name: str) -> Iterator[int]:
-        """Yield the directory that `name` was mounted in, else the one that the path leads to.
+    def directory(self, place: str) -> Iterator[int]:
+        """Yield the directory that something was mounted in, else the one that the path leads to.
 
         Raises: as `paths.directory`.
         """
-        kept = self._kept.get(name)
+        kept = self._kept.get(place)
         if kept is not None:
             yield kept
         else:
-            with paths.directory(self._root) as opened:
+            with mount_directories.parent_to_leave(self._root, place) as opened:
                 yield opened
 
     @contextmanager
-    def directory_of(self, name: str, which: Mounts) -> Iterator[int | None]:
-        """Yield a directory in which one of these mounts is what is seen at the name, or None.
+    def directory_of(self, place: str, which: Mounts) -> Iterator[int | None]:
+        """Yield a directory in which one of these mounts is what is seen at the place, or None.
 
-        An earlier run may have mounted another filesystem at the same name, in a directory that
+        An earlier run may have mounted another filesystem at the same place, in a directory that
         is hidden since. Raises: as `paths.directory`; OSError if it is not known what is seen.
         """
-        kept = self._kept.get(name)
-        if kept is not None and seen(kept, name) in which:
+        kept = self._kept.get(place)
+        if kept is not None and seen(kept, place) in which:
             yield kept
         else:
-            with paths.directory(self._root) as opened:
-                yield opened if seen(opened, name) in which else None
+            with mount_directories.parent_to_leave(self._root, place) as opened:
+                yield opened if seen(opened, place) in which else None
 
 
-def seen(directory: int, name: str) -> int | None:
-    """Return the number of the mount that is seen at the name; None if there is no such name.
+def seen(directory: int, place: str) -> int | None:
+    """Return the number of the mount that is seen there by its name; None if it has none.
 
     Raises: OSError. It does not ask the filesystem: an XFS that has shut down answers no stat(2)
     (xfs_vn_getattr in fs/xfs/xfs_iops.c). Source: proc_pid_fdinfo(5).
     """
     try:
-        opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        opened = os.open(name_of(place), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:

@@ -29,6 +29,7 @@ from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.libc import Libc
 from caam_hotplug.kernel.mount_places import MountPlaces, Mounts
 from caam_hotplug.model import Mapping
+from caam_hotplug.names import name_of
 
 _BLKFLSBUF: Final = 0x1261
 _OPEN_TREE_CLONE: Final = 1
@@ -91,9 +92,9 @@ class WriteWatch:
         self._try("flush", self._node, os.fsync, self._device)
 
     def unmount(
-        self, name: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
+        self, place: str, which: Mounts, *, anyway: bool, before: Callable[[], None] = lambda: None
     ) -> None:
-        """Write out the filesystem at `name` in the mount root, and unmount it.
+        """Write out the filesystem at the mount point, and unmount it.
 
         `which`: one of these mounts is seen there; else only the device is written out.
         `before`: called right before the unmount; what it raises ends this, and it stays mounted.
@@ -101,18 +102,18 @@ class WriteWatch:
         medium cannot be read either: nothing of it can be saved any more.
         Raises: WritesLostError; FlushError; MountBusyError; MountError. Then it stays mounted.
         """
-        point = str(self._mount_root / name)
+        point = str(self._mount_root / place)
         with (
             reported_as("unmount", point, MountError),
-            self._places.directory_of(name, which) as root,
-            _copied(root, name, point) as directory,
+            self._places.directory_of(place, which) as folder,
+            _copied(folder, name_of(place), point) as directory,
         ):
             self._flush(directory, point)
             if self.lost and not anyway and self._is_readable():
                 raise WritesLostError(self.lost)
             before()
             try:
-                self._places.unmount(name, which)
+                self._places.unmount(place, which)
             except MountError as error:
                 raise type(error)("unmount", point, error.errno or 0) from error
             if directory is not None:  # what programs wrote after the first time
@@ -198,18 +199,18 @@ class WriteWatch:
 
 
 @contextmanager
-def _copied(root: int | None, name: str, point: str) -> Iterator[int | None]:
+def _copied(folder: int | None, name: str, point: str) -> Iterator[int | None]:
     """Yield the root directory of a detached copy of the mount.
 
     None if its mode locks the agent out, which lacks CAP_DAC_READ_SEARCH, or without a directory in
     which the mount is seen. Raises: FlushError.
     """
-    if root is None:
+    if folder is None:
         yield None
         return
     with reported_as("look at", point, FlushError):
         flags = _OPEN_TREE_CLONE | _AT_SYMLINK_NOFOLLOW | os.O_CLOEXEC
-        copy = Libc.open_tree(root, os.fsencode(name), flags)
+        copy = Libc.open_tree(folder, os.fsencode(name), flags)
     directory = None
     try:
         with reported_as("look at", point, FlushError):

@@ -8,9 +8,18 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from caam_hotplug import names
-from caam_hotplug.config.rules import NoMatch, OnBusy, Plan, Rule, match_rules, may_match
+from caam_hotplug.config.rules import (
+    NoMatch,
+    OnBusy,
+    Plan,
+    Rule,
+    match_rules,
+    may_match,
+    mount_folders,
+)
 from caam_hotplug.errors import (
     HotplugError,
     ReleaseError,
@@ -26,7 +35,7 @@ from caam_hotplug.volume.holding import UnfinishedRelease
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
-from caam_hotplug.volume.mount_table import mounts_of
+from caam_hotplug.volume.mount_table import mounts_of, point_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
@@ -72,8 +81,10 @@ async def release_leftovers(
             resume = operations.kernel.resume_mapping
             await operations.dm("resume the mapping", resume, mapping.name)
         then.push_async_callback(release_mapping, operations, uuid)
-        for name in mounts:
-            then.push_async_callback(release_mount, operations, name, mapping)
+        own = operations.kernel.place_of(mapping)
+        places = dict.fromkeys((*mounts, own))  # the last also if others have unmounted it
+        for place in filter(None, places):
+            then.push_async_callback(release_mount, operations, place, mapping)
         return Left(is_written=is_written, led_elsewhere=led_elsewhere)
 
 
@@ -189,11 +200,12 @@ class Leftover:
         kernel, points = self._operations.kernel, self._record.context.mount_points
         me = self._record.volume.id
         try:
-            for name in await self._operations.call("list mount points", kernel.our_mount_points):
-                if points.owner(name) is None:
-                    with points.reserved(name, me, lambda: None):
+            ours = partial(kernel.our_mount_points, mount_folders(self._record.context.rules))
+            for place in await self._operations.call("list mount points", ours):
+                if points.owner(place) is None:
+                    with points.reserved(place, me, lambda: None):
                         remove = kernel.remove_mount_point
-                        await self._operations.call("remove the mount point", remove, name)
+                        await self._operations.call("remove the mount point", remove, place)
         except (HotplugError, OSError) as error:
             log.warning("%s: %s", self._record.volume, error)
 
@@ -205,7 +217,9 @@ class Leftover:
         return plan.rule if isinstance(plan, Plan) else None
 
 
-async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> list[Mapping]:
+async def find_leftovers(
+    kernel: Kernel, worker: Worker, dm_worker: Worker, rules: tuple[Rule, ...] = ()
+) -> list[Mapping]:
     """Remove our mount points that nothing is mounted on, and return our mappings.
 
     The caller adopts or releases the mappings. One whose DM-UUID has a form that this version does
@@ -215,11 +229,12 @@ async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> l
     operations = _without_medium(kernel, worker, dm_worker, "")
     mappings = await operations.dm("list our mappings", kernel.our_mappings)
     try:
-        for name in await operations.call("list our mount points", kernel.our_mount_points):
+        ours = partial(kernel.our_mount_points, mount_folders(rules))
+        for place in await operations.call("list our mount points", ours):
             try:
-                await operations.call("remove the mount point", kernel.remove_mount_point, name)
+                await operations.call("remove the mount point", kernel.remove_mount_point, place)
             except (HotplugError, OSError) as error:
-                log.error("remove leftover mount point %s: %s", kernel.mount_root / name, error)
+                log.error("remove leftover mount point %s: %s", point_of(kernel, place), error)
     except (HotplugError, OSError) as error:
         log.error("list leftover mount points in %s: %s", kernel.mount_root, error)
     return [mapping for mapping in mappings if _is_known(mapping)]
@@ -248,8 +263,8 @@ async def release_orphan(
     try:
         with ExitStack() as reserved:
             if volume is not None:
-                for name in mounts_of(kernel, orphan):
-                    reserved.enter_context(mount_points.reserved(name, volume, lambda: None))
+                for place in mounts_of(kernel, orphan):
+                    reserved.enter_context(mount_points.reserved(place, volume, lambda: None))
             await release_leftovers(operations, orphan.uuid, lambda _: False)
     finally:
         await begun

@@ -188,18 +188,18 @@ class VolumeLifecycle:
 
     async def _reserve(self, target: Target) -> Phase:
         """Activate the target once the mount point is free; until then publish the conflict."""
-        name, points, me = target.plan.mount_name, self._context.mount_points, target.volume.id
+        place, points, me = target.plan.place, self._context.mount_points, target.volume.id
         blob = str(self._kernel.blob_directory / target.plan.blob)
         facts = {"rule": target.plan.rule.name, "blob": blob}
         self.record.phase = Queued(target=target, has_leftover=self._phase.has_leftover)
-        with points.reserved(name, me, self._stop.wake):
-            while (owner := points.owner(name)) != me:
-                words = f"{self._kernel.mount_root / name} belongs to volume {owner}"
+        with points.reserved(place, me, self._stop.wake):
+            while (owner := points.owner(place)) != me:
+                words = f"{self._kernel.mount_root / place} belongs to volume {owner}"
                 self.record.phase = await self._outcome.queues(words, facts)
                 await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
                     lambda: (
-                        points.owner(name) != owner
+                        points.owner(place) != owner
                         or self._inbox.concerns_active
                         or self.record.holding.differs
                     )

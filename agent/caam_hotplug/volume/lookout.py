@@ -54,7 +54,7 @@ class Lookout:
         self._is_asked = lambda: is_asked() or (watches and holding.is_mapping_doubted)
         has_obstacle = True
         if target is not None and Obstacle.MOUNT_POINT in obstacle:
-            await self._until_free(target.plan.mount_name)
+            await self._until_free(target.plan.place)
         elif Obstacle.MOUNTED in obstacle:
             await self._until_unused()
         else:
@@ -93,18 +93,18 @@ class Lookout:
 
     # A mount point that is occupied.
 
-    async def _until_free(self, name: str) -> None:
+    async def _until_free(self, place: str) -> None:
         try:
-            while not (self._is_asked() or self._stop.is_set or await self._is_free(name)):
+            while not (self._is_asked() or self._stop.is_set or await self._is_free(place)):
                 await self._until_changed()
         finally:
             self._end_watch()
 
-    async def _is_free(self, name: str) -> bool:
+    async def _is_free(self, place: str) -> bool:
         """Check whether the mount point is free, and publish what is there now."""
         self._inbox.mounts_changed, self._checked_at = False, _now()
         try:
-            words = await self._occupant(name)
+            words = await self._occupant(place)
         except UnsafePathError:  # of which the last attempt has said the same
             return False
         except (HotplugError, OSError):  # the attempt says it
@@ -124,25 +124,25 @@ class Lookout:
             self._record.phase = replace(phase, released_for=cause)
             self._record.holding.want_look()
 
-    async def _occupant(self, name: str) -> str:
+    async def _occupant(self, place: str) -> str:
         """Return what is there, in words, and watch it. A filesystem is left alone: it may hang."""
-        there = mounts_at(self._kernel, name)
+        there = mounts_at(self._kernel, place)
         if there:
             self._end_watch()
             return f"{there[-1].source} is mounted at {there[-1].point}"
-        self._begin_watch(name)
+        self._begin_watch(place)
         ask = self._kernel.why_occupied
-        return await self._operations.call("look at the mount point", ask, name)
+        return await self._operations.call("look at the mount point", ask, place)
 
-    def _begin_watch(self, name: str) -> None:
+    def _begin_watch(self, place: str) -> None:
         """Watch the mount point for one change: programs may write there all the time."""
         try:
             if self._watch is None:
-                self._watch = self._kernel.watch_mount_point(name)
+                self._watch = self._kernel.watch_mount_point(place)
             self._watch.read()  # what the check is about to see
         except UnknownError as error:
             self._end_watch()
-            log.warning("%s; until then, ask for `retry` when %s is free", error, name)
+            log.warning("%s; until then, ask for `retry` when %s is free", error, place)
             return
         asyncio.get_running_loop().add_reader(self._watch.fileno(), self._take)
 

@@ -27,6 +27,7 @@ from caam_hotplug.volume.mount_table import (
     mounts_among,
     mounts_at,
     mounts_of,
+    point_of,
     with_copies,
 )
 from caam_hotplug.volume.operations import Operations, fields
@@ -45,8 +46,8 @@ async def mounted(
 
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
-    kernel, name = operations.kernel, target.plan.mount_name
-    there = mounts_at(kernel, name)
+    kernel, place = operations.kernel, target.plan.place
+    there = mounts_at(kernel, place)
     found = first_of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
@@ -55,18 +56,18 @@ async def mounted(
         writes.watch = kernel.watch_writes(mapping)
 
     async with AsyncExitStack() as held:
-        held.push_async_callback(to_the_end, release_mount, operations, name, mapping, writes)
+        held.push_async_callback(to_the_end, release_mount, operations, place, mapping, writes)
         if mapping.open_count:
-            await _release_other_mounts(operations, name, mapping)
+            await _release_other_mounts(operations, place, mapping)
         if found is not None:
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
-            await _watch_adopted(operations, watch, partial(kernel.keep_place, name))
+            await _watch_adopted(operations, watch, partial(kernel.keep_place, place))
         else:
             await _mount(operations, target, mapping, watch, writes)
-            found = first_of(mapping, mounts_at(kernel, name, mapping))
+            found = first_of(mapping, mounts_at(kernel, place, mapping))
         if found is None:
-            raise MountPointOccupiedError(f"{kernel.mount_root / name} was unmounted by others")
+            raise MountPointOccupiedError(f"{kernel.mount_root / place} was unmounted by others")
         yield found
 
 
@@ -107,7 +108,7 @@ async def _mount(
             kernel.mount,
             mapping.node,
             filesystem,
-            target.plan.mount_name,
+            target.plan.place,
             read_only=target.read_only,
             options=asked.options,
         )
@@ -144,7 +145,7 @@ def _attached(attach: Callable[..., None], target: Target, filesystem: str) -> M
 
 
 async def release_mount(
-    operations: Operations, name: str, mapping: Mapping, writes: Writes | None = None
+    operations: Operations, place: str, mapping: Mapping, writes: Writes | None = None
 ) -> None:
     """Unmount the mapping from the mount point, and remove the directory.
 
@@ -156,7 +157,7 @@ async def release_mount(
     known = writes.lost
     try:
         if not operations.stop.keeps:
-            await _release(operations, name, mapping, writes)
+            await _release(operations, place, mapping, writes)
     finally:
         if writes.watch is not None:
             await operations.call("end the watch", writes.close)
@@ -164,40 +165,42 @@ async def release_mount(
         raise WritesLostError(writes.lost)
 
 
-async def _release(operations: Operations, name: str, mapping: Mapping, writes: Writes) -> None:
+async def _release(operations: Operations, place: str, mapping: Mapping, writes: Writes) -> None:
     kernel = operations.kernel
     mounts = kernel.mounts()
-    there = mounts_among(mounts, f"{kernel.mount_root}/{name}", mapping)
+    there = mounts_among(mounts, point_of(kernel, place), mapping)
     found = first_of(mapping, there)
 
     writes.was_writable = found is not None and not found.is_filesystem_read_only
 
     def remove_mount_point() -> None:
         writes.close()
-        kernel.remove_mount_point(name)
+        kernel.remove_mount_point(place)
 
     if found is None:
         await operations.call("remove the mount point", remove_mount_point)
         return
     which = with_copies(mounts, found)
     try:
-        await _uncover(operations, name, found, there)
+        await _uncover(operations, place, found, there)
     finally:
-        await _unmount_or_detach(operations, name, which, mapping, writes)
+        await _unmount_or_detach(operations, place, which, mapping, writes)
 
 
-async def _uncover(operations: Operations, name: str, found: Mount, there: Sequence[Mount]) -> None:
+async def _uncover(
+    operations: Operations, place: str, found: Mount, there: Sequence[Mount]
+) -> None:
     """Detach mounts of others that cover ours; it could not be unmounted below them."""
     for cover in reversed(there):
         if cover is found:
             return
         log.warning("%s is mounted over %s; detaching it", shown(cover.source), cover.point)
         which = with_copies(operations.kernel.mounts(), cover)
-        await operations.call("detach", operations.kernel.unmount, name, which, lazily=True)
+        await operations.call("detach", operations.kernel.unmount, place, which, lazily=True)
 
 
 async def _unmount_or_detach(
-    operations: Operations, name: str, which: Mounts, mapping: Mapping, writes: Writes
+    operations: Operations, place: str, which: Mounts, mapping: Mapping, writes: Writes
 ) -> None:
     kernel = operations.kernel
 
@@ -205,18 +208,18 @@ async def _unmount_or_detach(
         try:
             if is_cut_off:
                 operations.cut_off.hold()
-                kernel.unmount(name, which)
+                kernel.unmount(place, which)
             else:
                 operations.require_medium()
                 writes.watch = writes.watch or kernel.watch_writes(mapping)
-                writes.watch.unmount(name, which, anyway=True, before=operations.require_medium)
+                writes.watch.unmount(place, which, anyway=True, before=operations.require_medium)
         except KernelError as error:
             if isinstance(error, FlushError) or not isinstance(error, MountError):
                 writes.lost = writes.lost or f"it is not known whether all was written: {error}"
             return error
         finally:
             writes.close()
-        kernel.remove_mount_point(name)
+        kernel.remove_mount_point(place)
         return None
 
     try:
@@ -226,29 +229,29 @@ async def _unmount_or_detach(
     except MediumGoneError:  # the next call comes after the error table
         refusal = await operations.call("unmount", unmount, is_cut_off=True)
     if refusal is not None:
-        said = fields("busy", MOUNT_POINT=name)
+        said = fields("busy", MOUNT_POINT=point_of(kernel, place))
         log.warning("%s; detaching it from the tree", refusal, extra=said)
-        await _detach(operations, name, which)
-    if (left := first_of(mapping, mounts_at(kernel, name, mapping))) is not None:
+        await _detach(operations, place, which)
+    if (left := first_of(mapping, mounts_at(kernel, place, mapping))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
 
 
-async def _detach(operations: Operations, name: str, which: Mounts) -> None:
+async def _detach(operations: Operations, place: str, which: Mounts) -> None:
     kernel = operations.kernel
 
     def detach() -> None:
         if operations.stop.medium_gone:
             operations.cut_off.hold()
-        kernel.unmount(name, which, lazily=True)
+        kernel.unmount(place, which, lazily=True)
 
     try:
         await operations.call("detach", detach)
     finally:
-        await operations.call("remove the mount point", kernel.remove_mount_point, name)
+        await operations.call("remove the mount point", kernel.remove_mount_point, place)
 
 
-async def _release_other_mounts(operations: Operations, name: str, mapping: Mapping) -> None:
-    """Release mounts at other names; an earlier run may have had other rules."""
+async def _release_other_mounts(operations: Operations, place: str, mapping: Mapping) -> None:
+    """Release mounts at other places; an earlier run may have had other rules."""
     for other in mounts_of(operations.kernel, mapping):
-        if other != name:
+        if other != place:
             await release_mount(operations, other, mapping)

@@ -5,32 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from caam_hotplug import names
 from caam_hotplug.model import VolumeId
 
 
 class MountPoints:
-    """A queue for each name in the mount root; its head has the mount point.
+    """A queue of volumes; the first that wants a mount point has it.
 
+    One below another's is not free either: it would lie in that volume's filesystem. No
+    configuration has two such, but the one before may have had the other.
     Synchronization: loop only.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[str, dict[VolumeId, Callable[[], None]]] = {}
+        self._queue: dict[tuple[str, VolumeId], Callable[[], None]] = {}
 
-    def owner(self, name: str) -> VolumeId | None:
-        """Return the volume that has the mount point reserved, or None."""
-        return next(iter(self._queues.get(name, ())), None)
+    def owner(self, place: str) -> VolumeId | None:
+        """Return the volume that has the mount point reserved, or one above or below it."""
+        wanted = (v for reserved, v in self._queue if names.are_nested(reserved, place))
+        return next(wanted, None)
 
     @contextmanager
-    def reserved(self, name: str, volume: VolumeId, wake: Callable[[], None]) -> Iterator[None]:
+    def reserved(self, place: str, volume: VolumeId, wake: Callable[[], None]) -> Iterator[None]:
         """Keep the volume in the queue for a mount point; `wake` is called when it moves up."""
-        queue = self._queues.setdefault(name, {})
-        queue[volume] = wake
+        self._queue[place, volume] = wake
         try:
             yield
         finally:
-            del queue[volume]
-            for wake_waiting in queue.values():
-                wake_waiting()
-            if not queue:
-                del self._queues[name]
+            del self._queue[place, volume]
+            for (other, _), wake_waiting in list(self._queue.items()):
+                if names.are_nested(other, place):
+                    wake_waiting()

@@ -17,12 +17,28 @@ from pathlib import Path
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.kernel.mountinfo import NAMES_ITS_DEVICE
 from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.names import is_path
 
 
 def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
-    """Return the mapping's mounts in the mount root, by their names there."""
-    found = ((Path(mount.point), mount) for mount in kernel.mounts() if is_of(mount, mapping))
-    return {point.name: mount for point, mount in found if point.parent == kernel.mount_root}
+    """Return the mapping's mounts that are the agent's, by their places.
+
+    They are those in the mount root, and the one at the path that a run of the agent has noted.
+    """
+    found = [mount for mount in kernel.mounts() if is_of(mount, mapping)]
+    own = kernel.place_of(mapping) if found else ""
+    return {place: mount for mount in found if (place := _place(kernel, mount.point, own))}
+
+
+def _place(kernel: Kernel, point: str, own: str) -> str:
+    """Return the agent's place for the point; empty if it is none. `own`: a path of its own."""
+    is_in_root = Path(point).parent == kernel.mount_root
+    return Path(point).name if is_in_root else point if point == own else ""
+
+
+def point_of(kernel: Kernel, place: str) -> str:
+    """Return the path of the mount point, as the table of mounts has it."""
+    return place if is_path(place) else f"{kernel.mount_root}/{place}"
 
 
 def points_of(kernel: Kernel, mapping: Mapping) -> list[str]:
@@ -31,17 +47,18 @@ def points_of(kernel: Kernel, mapping: Mapping) -> list[str]:
 
 
 def mounted_elsewhere(kernel: Kernel, mapping: Mapping) -> list[str]:
-    """Return where others have mounted the mapping, outside the mount root."""
-    return [p for p in points_of(kernel, mapping) if Path(p).parent != kernel.mount_root]
+    """Return where others have mounted the mapping, at no place of the agent's."""
+    own = kernel.place_of(mapping)
+    return [point for point in points_of(kernel, mapping) if not _place(kernel, point, own)]
 
 
-def mounts_at(kernel: Kernel, name: str, mapping: Mapping | None = None) -> list[Mount]:
-    """Return the mounts at a name in the mount root, one over the other, the topmost last.
+def mounts_at(kernel: Kernel, place: str, mapping: Mapping | None = None) -> list[Mount]:
+    """Return the mounts at a mount point, one over the other, the topmost last.
 
     They are those that the path leads to. If none of them shows the mapping, they are one of it
     that is hidden, and those over that one.
     """
-    return mounts_among(kernel.mounts(), f"{kernel.mount_root}/{name}", mapping)
+    return mounts_among(kernel.mounts(), point_of(kernel, place), mapping)
 
 
 def mounts_among(

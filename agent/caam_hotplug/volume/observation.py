@@ -195,8 +195,8 @@ class Observation:
             return None
         if now is None:
             # Somebody may have mounted it anew, as after a check.
-            name = self._target.plan.mount_name
-            now = first_of(holding.mapping, mounts_at(self._kernel, name))
+            place = self._target.plan.place
+            now = first_of(holding.mapping, mounts_at(self._kernel, place))
             if now is None:
                 return UNMOUNTED
         was_writable = holding.was_writable

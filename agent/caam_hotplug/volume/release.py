@@ -21,6 +21,7 @@ from caam_hotplug.volume.mount_table import (
     first_of,
     mounted_elsewhere,
     mounts_among,
+    point_of,
     points_of,
     with_copies,
 )
@@ -49,8 +50,8 @@ async def release(
     Raises: VolumeBusyError if it is in use and the rule leaves it to its users; WritesLostError;
     MountError. Then nothing has changed.
     """
-    kernel, name = operations.kernel, target.plan.mount_name
-    there = mounts_among(mounts := kernel.mounts(), f"{kernel.mount_root}/{name}", mapping)
+    kernel, place = operations.kernel, target.plan.place
+    there = mounts_among(mounts := kernel.mounts(), point_of(kernel, place), mapping)
     found = first_of(mapping, there)
     if found is None:
         await _release_unmounted(operations, target, mapping, writes, on_busy)
@@ -67,18 +68,18 @@ async def release(
         if number is not None:
             await _end_holders(operations, target, mapping, number)
         with suppress(MountBusyError):
-            await _unmount(operations, name, which, mapping, writes, anyway=anyway)
+            await _unmount(operations, place, which, mapping, writes, anyway=anyway)
             return
     if on_busy is not OnBusy.DETACH:
         raise await _busy(operations, found.point, mapping)
     said = fields("busy", VOLUME=target.volume, MOUNT_POINT=found.point)
     log.warning("%s is in use; detaching it from the tree", found.point, extra=said)
-    await operations.call("detach", kernel.unmount, name, which, lazily=True)
+    await operations.call("detach", kernel.unmount, place, which, lazily=True)
 
 
 async def _unmount(
     operations: Operations,
-    name: str,
+    place: str,
     which: Mounts,
     mapping: Mapping,
     writes: Writes,
@@ -90,7 +91,7 @@ async def _unmount(
     def unmount() -> None:
         operations.require_medium()
         writes.watch = writes.watch or operations.kernel.watch_writes(mapping)
-        writes.watch.unmount(name, which, anyway=anyway, before=operations.require_medium)
+        writes.watch.unmount(place, which, anyway=anyway, before=operations.require_medium)
 
     try:
         await operations.call("unmount", unmount)

@@ -93,6 +93,16 @@ def test_a_faulty_file_of_another_user_is_reported_for_its_fault(
     assert capsys.readouterr().err == f"{file}: rule: expected tables [[rule]], found 1\n"
 
 
+def test_the_check_says_what_mount_options_mean_that_are_left_out(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text('[[rule]]\nname = "a"\nmount.options = ["nosuid", "nodev"]\n')
+    assert cli.main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "note: rule 'a' mounts without noexec: users and services can run programs that are on it"
+    ]
+
+
 def test_a_drop_in_is_not_checked_as_a_configuration(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

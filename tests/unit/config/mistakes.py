@@ -86,6 +86,15 @@ RULE_FAULTS = [
         "crypt.cipher = 'aes xts'",
         "crypt.cipher: expected a cipher such as capi:tk(cbc(aes))-plain, found 'aes xts'",
     ),
+    ("mount.path = 3", "mount.path: expected a text, found 3"),
+    (
+        "mount.path = 'srv/recorder'",
+        "mount.path: 'srv/recorder': expected an absolute path such as /srv/recorder",
+    ),
+    (
+        "mount.path = '/srv/../etc'",
+        "mount.path: '/srv/../etc': '..': a name must not be empty or start with . or -",
+    ),
     (
         "mount.options = 'noexec'",
         "mount.options: expected a list of nosuid, nodev, noexec, nosymfollow, noatime, "

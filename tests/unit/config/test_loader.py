@@ -75,7 +75,7 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
         crypt.flags = ["allow_discards"]
         mount.name = "{serial}"
         mount.filesystems = ["ext4"]
-        mount.options = ["noexec"]
+        mount.options = ["nosuid", "nodev"]
         mount.read_only = true
         mount.filesystem_options = { ext4 = ["errors=continue"] }
     """
@@ -109,7 +109,7 @@ def test_every_key_of_a_rule_is_read(file: Path) -> None:
         mount=MountSettings(
             name=Template("{serial}"),
             filesystems=("ext4",),
-            options=("noexec",),
+            options=("nosuid", "nodev"),
             read_only=True,
             filesystem_options={"ext4": ("errors=continue",)},
         ),

@@ -130,9 +130,13 @@ def test_dots_in_prose_are_no_parts_of_a_key(file: Path) -> None:
             "match.min_size: expected at most max_size, which is 1048576, found 2097152",
         ),
         (
-            'mount.options = ["noatime", "strictatime"]',
+            'mount.options = ["nosuid", "nodev", "noatime", "strictatime"]',
             "mount.options: expected one of noatime, relatime, strictatime; found noatime, "
             "strictatime",
+        ),
+        (
+            'mount = { path = "/srv/recorder", name = "recorder" }',
+            "mount.path: expected only one of name and path, found both",
         ),
         (
             'mount.filesystem_options.ext4 = ["ro", "rw"]',
@@ -171,7 +175,8 @@ def test_keys_that_contradict_each_other_are_a_fault(line: str, fault: str, file
     "line",
     [
         'match = { min_size = "1MiB", max_size = "1MiB" }',
-        'mount.options = ["noatime", "nodiratime"]',
+        'mount.options = ["nosuid", "nodev", "noatime", "nodiratime"]',
+        'mount = { path = "/srv/recorder", name = "{partlabel}" }',
         'mount.filesystem_options = { ext4 = ["ro"], xfs = ["rw"] }',
         'mount.filesystem_options.ext4 = ["errors=continue", "errors=continue", "noload"]',
         'mount = { read_only = true, filesystem_options.ext4 = ["ro"] }',

@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 
 from caam_hotplug.config import checks, loader
 from caam_hotplug.config.match import Bytes
-from caam_hotplug.config.templates import Template, UnitTemplate
+from caam_hotplug.config.templates import PathTemplate, Template, UnitTemplate
 from caam_hotplug.errors import ConfigError
 from caam_hotplug.kernel.config_files import AnyonesFiles
 from unit.config.files import COMMENTED, INSTALLED, SINGLE, documents, in_rule, single_keys
@@ -113,7 +113,9 @@ def test_a_text_of_a_form_of_its_own_is_valid_where_the_agent_reads_it(
     template: str, unit: str, size: str
 ) -> None:
     rule = {"name": "r"}
+    path = f"/{template}"
     for key, text, read in (
+        ("mount", {"path": path}, takes(PathTemplate, path)),
         ("key", {"blob": template}, takes(Template, template)),
         ("on_mount", unit, takes(UnitTemplate, unit)),
         ("match", {"min_size": size}, takes(Bytes.from_text, size)),

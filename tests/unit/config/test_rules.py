@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from caam_hotplug.config.rules import (
     Rule,
     match_rules,
 )
-from caam_hotplug.config.templates import Template
+from caam_hotplug.config.templates import PathTemplate, Template
 from caam_hotplug.model import Bus, DevType, Volume, VolumeId
 from unit.volumes import claims, stick, volumes
 
@@ -97,6 +98,17 @@ def test_the_names_come_from_the_rules_templates() -> None:
         mount=MountSettings(name=Template("{partlabel}-{diskseq}")),
     )
     assert match_rules((rule,), stick(id=VolumeId(9, 3))) == Plan(rule, "chip-3.bb", "cartridge-9")
+
+
+def test_a_path_of_its_own_takes_the_place_of_the_name() -> None:
+    settings = MountSettings(path=PathTemplate("/srv/{partlabel}-a"))
+    rule = Rule(name="r", key=KeySource(blob=Template("a.bb")), mount=settings)
+    plan = match_rules((rule,), stick())
+    assert plan == Plan(rule, "a.bb", "cartridge-a", mount_path="/srv/cartridge-a")
+    assert plan.place == "/srv/cartridge-a"
+    fixed = replace(rule, mount=MountSettings(path=PathTemplate("/srv/recorder")))
+    unlabelled = match_rules((fixed,), stick(partlabel=None))
+    assert unlabelled == Plan(fixed, "a.bb", "recorder", mount_path="/srv/recorder")
 
 
 def test_no_match_has_a_reason_for_every_rule() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caam_hotplug.config.templates import Template, UnitTemplate, UnsafeNameError
+from caam_hotplug.config.templates import PathTemplate, Template, UnitTemplate, UnsafeNameError
 from caam_hotplug.model import Volume
 from unit.volumes import stick, volumes
 
@@ -86,6 +86,50 @@ def test_nothing_on_a_medium_chooses_a_unit(template: str, field: str) -> None:
 def test_a_unit_that_systemd_would_not_start_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a name before the @, and one after it"):
         UnitTemplate(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "path", "folder"),
+    [
+        ("/srv/recorder", "/srv/recorder", "/srv"),
+        ("/recorder", "/recorder", "/"),
+        ("/srv/{partlabel}-{diskseq}", "/srv/cartridge-7", "/srv"),
+        ("/srv/{partlabel}/data", "/srv/cartridge/data", None),
+    ],
+)
+def test_a_path_has_a_name_for_each_of_its_templates(
+    template: str, path: str, folder: str | None
+) -> None:
+    made = PathTemplate(template)
+    assert (made.render(stick()), made.folder) == (path, folder)
+    assert made.placeholders == {field for name in made.names for field in name.placeholders}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "/", "srv", "./srv", "//srv", "/srv/", "/srv//a", "/srv/.", "/srv/..", "/../srv",
+     "/srv/.hidden", "/srv/-a", "/srv/a b", "/srv/{vendor}", "/srv/{partlabel:/}", "/srv/ü",
+     "/srv/{partlabel!r}", "/srv/\0"],
+)  # fmt: skip
+def test_a_path_that_could_lead_elsewhere_is_refused(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected an absolute path|name|is not one of|expected '}'|unmatched"
+    ):
+        PathTemplate(text)
+
+
+def test_a_mediums_text_adds_no_name_to_a_path() -> None:
+    for label in ("../etc", "a/b", "..", "/etc", ""):
+        with pytest.raises(UnsafeNameError):
+            PathTemplate("/srv/{partlabel}").render(stick(partlabel=label))
+
+
+def test_paths_are_equal_if_their_texts_are() -> None:
+    path = PathTemplate("/srv/{uuid}")
+    assert path == PathTemplate("/srv/{uuid}") != PathTemplate("/srv/{label}")
+    assert path != "/srv/{uuid}"
+    assert {path: 1}[PathTemplate("/srv/{uuid}")] == 1
+    assert repr(path) == "PathTemplate('/srv/{uuid}')"
 
 
 def test_templates_are_equal_if_their_texts_are() -> None:

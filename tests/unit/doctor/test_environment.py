@@ -110,6 +110,9 @@ def test_automounters_are_found_running_installed_and_as_rules_of_udev(board: Bo
     ]
 
 
+PLACES = [Path("/run/media"), Path("/srv/recorder")]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -119,10 +122,11 @@ def test_automounters_are_found_running_installed_and_as_rules_of_udev(board: Bo
         "secret PARTLABEL=cartridge-01 none luks",
         "/dev/sda1 /run/media/card ext4 defaults 0 0",
         "/dev/mapper/caam-cartridge-01-9-1 /mnt ext4 defaults 0 0",
+        "/dev/sda1 /srv/recorder ext4 defaults 0 0",
     ],
 )
 def test_a_line_about_our_media_is_found(line: str) -> None:
-    assert environment.about_our_media(line, ["cartridge-*"], Path("/run/media")) is not None
+    assert environment.about_our_media(line, ["cartridge-*"], PLACES) is not None
 
 
 @pytest.mark.parametrize(
@@ -133,11 +137,12 @@ def test_a_line_about_our_media_is_found(line: str) -> None:
         "PARTLABEL=root / ext4 defaults 0 0",
         "tmpfs /run/media tmpfs defaults 0 0",
         "UUID=cartridge-01 /mnt ext4 defaults 0 0",
+        "/dev/sda1 /srv ext4 defaults 0 0",
         "word",
     ],
 )
 def test_a_line_about_something_else_is_left_alone(line: str) -> None:
-    assert environment.about_our_media(line, ["cartridge-*"], Path("/run/media")) is None
+    assert environment.about_our_media(line, ["cartridge-*"], PLACES) is None
 
 
 def test_labels_come_from_blobs_and_from_rules_that_say_more_than_any(board: BoardFiles) -> None:

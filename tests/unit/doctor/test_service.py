@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug.config.loader import Config
+from caam_hotplug.config.rules import MountSettings, Rule
+from caam_hotplug.config.templates import PathTemplate
 from caam_hotplug.doctor import runner, service
 from caam_hotplug.doctor.board import Board, is_open_to_service
 from caam_hotplug.doctor.result import Status, unknown
@@ -62,6 +64,23 @@ def test_a_mount_root_that_others_may_change_is_refused(roots_folder: Path) -> N
     assert board.status(service.mount_root) is Status.OK
     root.chmod(0o777)
     assert board.status(service.mount_root) is Status.FAILURE
+
+
+def test_a_rules_path_below_a_directory_that_others_may_change_is_refused(
+    roots_folder: Path,
+) -> None:
+    board, settings = BoardFiles(roots_folder), MountSettings(path=PathTemplate("/srv/recorder"))
+    config = Config(rule=(Rule(name="r", mount=settings),))
+    missing = board.seen(service.mount_root, config)[1]
+    assert (missing.status, missing.remedy) == (Status.WARNING, "mkdir -p /srv")
+    above = board.root / "srv"
+    above.mkdir()
+    assert [v.status for v in board.seen(service.mount_root, config)] == [Status.OK, Status.OK]
+    above.chmod(0o1777)
+    refused = board.seen(service.mount_root, config)[1]
+    assert (refused.status, refused.remedy) == (
+        Status.FAILURE, "choose one where only root may",
+    )  # fmt: skip
 
 
 def test_every_fault_of_the_configuration_is_a_line(roots_folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.kernel import mountinfo, paths
+from caam_hotplug.kernel import mount_directories, mountinfo, paths
 from caam_hotplug.kernel.mount_places import MountPlaces, seen
 
 
@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_kept_directory_is_found_after_its_path_leads_elsewhere(root: Path) -> None:
     places, before = MountPlaces(root), opened()
-    with paths.mount_point(root, "a") as point:
+    with mount_directories.mount_point(root, "a") as point:
         places.keep("a", "..", point)
     root.rename(root.with_name("hidden"))
     root.mkdir()
@@ -92,3 +92,22 @@ def test_a_mount_that_the_path_leads_to_is_found_though_another_directory_is_kep
         assert found is not None
         assert os.stat(found).st_ino == root.stat().st_ino
     places.forget("a")
+
+
+def test_the_directory_of_a_path_is_kept_and_found_by_its_name(roots_folder: Path) -> None:
+    above = roots_folder / "srv"
+    above.mkdir()
+    place = str(above / "recorder")
+    places, before = MountPlaces(roots_folder / "media"), opened()
+    there = {mount.identity for mount in mountinfo.mounts()}
+    with mount_directories.mount_point(roots_folder / "media", place) as point:
+        places.keep(place, "..", point)
+    above.rename(above.with_name("hidden"))
+    above.mkdir()
+    with places.directory(place) as directory:
+        assert os.stat(directory).st_ino == above.with_name("hidden").stat().st_ino
+    with places.directory_of(place, there) as found:
+        assert found is not None
+    places.remove(place)
+    assert list(above.with_name("hidden").iterdir()) == []
+    assert opened() == before

@@ -3,12 +3,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from caam_hotplug.errors import MountPointOccupiedError, UnsafePathError
+from caam_hotplug.errors import UnsafePathError
 from caam_hotplug.kernel import paths
 
 
@@ -130,125 +130,6 @@ def test_a_sticky_directory_may_be_written_by_others(tmp_path: Path) -> None:
     sticky.chmod(0o1777)
     with paths.directory(sticky / "media") as here:
         assert os.path.samestat(os.fstat(here), (sticky / "media").stat())
-
-
-def test_a_mount_point_is_made_with_the_mode_that_marks_it_as_ours(tmp_path: Path) -> None:
-    # An ordinary user can make such a directory but not open it.
-    with (
-        umask(0o022),
-        suppress(PermissionError),
-        paths.mount_point(tmp_path / "media", "a") as opened,
-    ):
-        assert os.path.samestat(os.fstat(opened), (tmp_path / "media" / "a").lstat())
-    assert mode(tmp_path / "media") == 0o755
-    assert mode(tmp_path / "media" / "a") == 0o500
-    assert paths.our_mount_points(tmp_path / "media") == ["a"]
-
-
-def test_a_mount_point_that_was_made_can_be_removed_again(tmp_path: Path) -> None:
-    before = open_files()
-    with suppress(PermissionError), paths.mount_point(tmp_path / "media", "a"):
-        pass
-    paths.remove_mount_point(tmp_path / "media", "a")
-    assert list((tmp_path / "media").iterdir()) == []
-    assert open_files() == before
-
-
-def test_an_empty_directory_of_the_boards_own_is_used_and_stays(tmp_path: Path) -> None:
-    own = tmp_path / "a"
-    own.mkdir()
-    own.chmod(0o755)
-    with paths.mount_point(tmp_path, "a") as opened:
-        assert os.path.samestat(os.fstat(opened), own.stat())
-    paths.remove_mount_point(tmp_path, "a")
-    assert mode(own) == 0o755
-    assert paths.our_mount_points(tmp_path) == []
-
-
-def occupied(root: Path, name: str) -> str:
-    """Return the words of a mount point's refusal."""
-    before = open_files()
-    with pytest.raises(MountPointOccupiedError) as caught, paths.mount_point(root, name):
-        pass
-    assert open_files() == before
-    return str(caught.value)
-
-
-def test_a_directory_with_content_is_never_covered(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".keep").write_text("")
-    assert occupied(tmp_path, "a") == f"{tmp_path}/a is not empty"
-
-
-def test_a_file_is_no_mount_point(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("kept")
-    assert occupied(tmp_path, "a") == f"{tmp_path}/a is a link or a file"
-    assert (tmp_path / "a").read_text() == "kept"
-
-
-def test_a_link_to_an_empty_directory_is_no_mount_point(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "a").symlink_to("real")
-    assert occupied(tmp_path, "a") == f"{tmp_path}/a is a link or a file"
-
-
-def test_a_link_that_leads_nowhere_is_no_mount_point(tmp_path: Path) -> None:
-    (tmp_path / "a").symlink_to("nowhere")
-    assert occupied(tmp_path, "a") == f"{tmp_path}/a is a link or a file"
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_a_place_where_something_is_mounted_is_no_mount_point() -> None:
-    assert occupied(Path("/"), "proc") == "something is mounted at /proc"
-
-
-def test_a_mount_root_that_others_may_write_to_gets_no_mount_points(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
-    with pytest.raises(UnsafePathError), paths.mount_point(tmp_path, "a"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_removing_what_is_not_there_is_done_already(tmp_path: Path) -> None:
-    paths.remove_mount_point(tmp_path, "a")
-    paths.remove_mount_point(tmp_path / "media", "a")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_mount_point_of_the_agent_with_content_stays(tmp_path: Path) -> None:
-    ours = tmp_path / "a"
-    ours.mkdir()
-    (ours / "file").write_text("kept")
-    ours.chmod(0o500)
-    try:
-        paths.remove_mount_point(tmp_path, "a")
-        assert mode(ours) == 0o500
-    finally:
-        ours.chmod(0o700)
-    assert (ours / "file").read_text() == "kept"
-
-
-def test_a_file_or_a_link_without_any_mode_is_not_removed(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
-    (tmp_path / "a").chmod(0o500)
-    (tmp_path / "b").symlink_to("a")
-    paths.remove_mount_point(tmp_path, "a")
-    paths.remove_mount_point(tmp_path, "b")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_only_directories_of_our_mode_are_ours(tmp_path: Path) -> None:
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours").chmod(0o500)
-    (tmp_path / "own").mkdir()
-    (tmp_path / "file").write_text("")
-    (tmp_path / "file").chmod(0o500)
-    (tmp_path / "link").symlink_to("ours")
-    assert paths.our_mount_points(tmp_path) == ["ours"]
-
-
-def test_a_mount_root_that_is_not_there_has_no_mount_points_of_the_agent(tmp_path: Path) -> None:
-    assert paths.our_mount_points(tmp_path / "media") == []
 
 
 def test_the_error_for_a_directory_that_may_not_be_opened_has_its_owner_and_what_to_do(
