@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -82,6 +83,28 @@ class ByHand:
         found = self._points()
         return chance.choice(found) if found else None
 
+    def _point_to_flush(self, chance: random.Random) -> str | None:
+        """As `_point`; None while a changed card might get what is flushed for the one before.
+
+        Between the kernel's event and the error table nothing keeps a flush by hand from it.
+        """
+        return self._point(chance) if self._is_cut_off() else None
+
+    def _is_cut_off(self) -> bool:
+        """Wait for the agent to cut off what leads to a card that was changed.
+
+        Return whether it has: at its limit of open files, it may not know.
+        """
+        without = set(self._without_card)
+        with suppress(AssertionError):
+            until(
+                lambda: not any(m.name in without and m.leads_to for m in self._mappings()),
+                within_s=CUT_OFF_WITHIN_S,
+            )
+            self._without_card.clear()
+            return True
+        return False
+
     # Media.
 
     def plug(self, chance: random.Random) -> None:
@@ -115,7 +138,7 @@ class ByHand:
                 file.write(bytes(100_000))
 
     def write(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             content = chance.randbytes(chance.randrange(1, 20_000))
             self.write_at(point, content, is_synced=chance.random() < 0.7)
 
@@ -146,11 +169,11 @@ class ByHand:
         return self._disks.label_below([m for m in self._mappings() if m.number in numbers])
 
     def umount(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             attempt("umount", point)
 
     def umount_lazily(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             attempt("umount", "-l", point)
 
     def bind(self, chance: random.Random) -> None:
@@ -179,7 +202,7 @@ class ByHand:
 
     def remount(self, chance: random.Random) -> None:
         """Not read-write where nobody may write: a filesystem notes that on its medium."""
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             options = ["remount", chance.choice(("ro", "rw")), *chance.choice(([], ["bind"]))]
             if options != ["remount", "rw"] or not self._is_untouched(point):
                 attempt("mount", "-o", ",".join(options), point)
@@ -278,32 +301,20 @@ class ByHand:
             run("udevadm", "settle")
 
     def kill(self, chance: random.Random) -> None:
-        if self._room.agent.pid:
-            self._end_waits(chance)
-            self._room.agent.kill()
-            self.is_exhausted = False
-            self.starts_in = chance.randrange(1, 6)
+        self._end(chance, self._room.agent.kill)
 
     def stop(self, chance: random.Random) -> None:
-        if self._room.agent.pid:
-            self._end_waits(chance)
-            self._room.agent.stop()
-            self.is_exhausted = False
-            self.starts_in = chance.randrange(1, 6)
+        self._end(chance, self._room.agent.stop)
 
-    def _end_waits(self, chance: random.Random) -> None:
-        """Resume what a call of the agent waits for: nothing ends a process in such a call.
-
-        Also wait until it has cut off what leads to a card that was changed.
-        """
-        without, self._without_card = set(self._without_card), []
-        with suppress(AssertionError):  # at its limit of open files, it may not know
-            until(
-                lambda: not any(m.name in without and m.leads_to for m in self._mappings()),
-                within_s=CUT_OFF_WITHIN_S,
-            )
+    def _end(self, chance: random.Random, end: Callable[[], object]) -> None:
+        """End the agent, but not while a changed card is for it to keep from others' writes."""
+        if not self._room.agent.pid or not self._is_cut_off():
+            return
         if any(claim.state == "stuck" for claim in self._agent.claims(look=False)):
-            self.resume(chance)
+            self.resume(chance)  # a call of the agent waits for it, and nothing ends that
+        end()
+        self.is_exhausted = False
+        self.starts_in = chance.randrange(1, 6)
 
     def start(self, _chance: random.Random) -> None:
         if not self._room.agent.pid:
