@@ -191,13 +191,22 @@ class ByHand:
             attempt("umount", chance.choice(found))
 
     def mounts_by_hand(self) -> list[str]:
-        """Return where something is mounted that is not the agent's, the topmost last."""
-        mounts = seen.lines()
+        """Return where something is mounted that is not the agent's, the topmost last.
+
+        Not of a suspended mapping: the unmount would wait, and nothing ends that.
+        """
+        suspended = {mapping.number for mapping in self._mappings() if mapping.is_suspended}
         return [
-            m.point
-            for m in mounts
-            if m.point in ELSEWHERE
-            or (m.filesystem == "tmpfs" and m.point.startswith(f"{self._room.mount_root}/"))
+            mount.point
+            for mount in seen.lines()
+            if mount.number not in suspended
+            and (
+                mount.point in ELSEWHERE
+                or (
+                    mount.filesystem == "tmpfs"
+                    and mount.point.startswith(f"{self._room.mount_root}/")
+                )
+            )
         ]
 
     def remount(self, chance: random.Random) -> None:
