@@ -330,7 +330,9 @@ class ByHand:
             self._agent.start()
 
     def go_offline(self, chance: random.Random) -> None:
-        self._set_state(chance.choice(self._room.media), "offline")
+        medium = chance.choice(self._room.media)
+        self._disks.volumes_of(medium)  # it gets another number, and is published under this one
+        self._set_state(medium, "offline")
 
     def come_back(self, _chance: random.Random) -> None:
         for medium in self._room.media:
