@@ -18,7 +18,7 @@ from kernel.asked import Asked
 from kernel.cartridges import Cartridge
 from kernel.gadgets import Card, Reader
 from kernel.seen import Disks
-from kernel.witness import attempt, run
+from kernel.witness import attempt, change_the_clock, run
 from kernel.written import Written
 
 ELSEWHERE: Final = ("/mnt", "/srv")
@@ -29,9 +29,10 @@ WEIGHTS: Final = {
     "plug": 9, "pull": 5, "swap": 9, "write": 14,
     "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3, "uncover": 4, "remount": 5,
     "suspend": 3, "resume": 4, "load": 3, "remove": 2,
-    "hold": 4, "open_mapping": 3, "end_uses": 5,
+    "hold": 4, "open_mapping": 3, "loop": 2, "end_uses": 5,
     "ask": 14, "flood": 2, "kill": 2, "stop": 1,
     "go_offline": 2, "come_back": 3, "stop_udevd": 2, "start_udevd": 3, "exhaust": 2, "relieve": 4,
+    "sleep": 2,
 }  # fmt: skip
 """How often each act is done."""
 
@@ -59,6 +60,7 @@ class ByHand:
         self._limit = (0, 0)
         """How many files the agent may open else."""
         self._held: list[subprocess.Popen[bytes]] = []
+        self._loops: list[str] = []
 
     # What there is.
 
@@ -250,7 +252,13 @@ class ByHand:
 
     def open_mapping(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None:
-            self._hold(f"/dev/dm-{mapping.number.partition(':')[2]}")
+            self._hold(f"/dev/{_dm(mapping)}")
+
+    def loop(self, chance: random.Random) -> None:
+        """Put a loop device on a mapping; not on a suspended one: udevd would wait for a read."""
+        if (mapping := self._mapping(chance)) is not None and not mapping.is_suspended:
+            made = attempt("losetup", "-r", "-f", "--show", f"/dev/{_dm(mapping)}")
+            self._loops += made.stdout.split()
 
     def _hold(self, path: str) -> None:
         with suppress(OSError), open(path, "rb", buffering=0) as file:
@@ -261,6 +269,12 @@ class ByHand:
             process = self._held.pop()
             process.kill()
             process.wait()
+        while self._loops:
+            attempt("losetup", "-d", self._loops.pop())
+
+    def sleep(self, _chance: random.Random) -> None:
+        """Have the machine look as if it had slept: the clock is set."""
+        change_the_clock()
 
     def ask(self, chance: random.Random) -> None:
         if not self._room.agent.pid:
@@ -343,6 +357,11 @@ class ByHand:
             file = medium.disk / "device/state"
             if file.read_text().strip() != state:
                 file.write_text(f"{state}\n")
+
+
+def _dm(mapping: SeenMapping) -> str:
+    """Return the kernel's name of the mapping's device."""
+    return f"dm-{mapping.number.partition(':')[2]}"
 
 
 def _dmsetup(*words: str) -> None:
