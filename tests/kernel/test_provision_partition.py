@@ -210,7 +210,7 @@ def test_the_calls_are_those_whose_cuts_are_tried(board: BoardDisk) -> None:
 CUTS = [
     pytest.param(
         kind, n, id=f"{kind}-{n}-{call.replace(' ', '-')}",
-        marks=[] if n % 4 == (kind == "dos") or "write" in call else [pytest.mark.soak],
+        marks=[] if n % 8 == (kind == "dos") or "write" in call else [pytest.mark.soak],
     )
     for kind in MARKS
     for n, call in enumerate(calls(kind), 1)
