@@ -17,8 +17,8 @@ Sources: UEFI 2.10, 5.3. All numbers are little-endian:
 
 from __future__ import annotations
 
+import binascii
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -181,7 +181,7 @@ class Table:
             )
         if name is not None:
             entries[name_at : at + _ENTRY.size] = encoded.ljust(_NAME_BYTES, b"\0")
-        _keep_checksum(entries, at + _ENTRY.size - _CHOSEN_BYTES, zlib.crc32(copy.entries))
+        _keep_checksum(entries, at + _ENTRY.size - _CHOSEN_BYTES, binascii.crc32(copy.entries))
         return bytes(entries)
 
 
@@ -228,7 +228,7 @@ def _whole_copy(blocks: Blocks, block: int, blocks_of_disk: int, at: int) -> Cop
         raise ValueError("it does not begin as a GPT does")
     if not _HEADER.size <= length <= block:
         raise ValueError(f"its header has {length} bytes")
-    if zlib.crc32(header[:_CRC_AT] + bytes(4) + header[_CRC_AT + 4 : length]) != crc:
+    if binascii.crc32(header[:_CRC_AT] + bytes(4) + header[_CRC_AT + 4 : length]) != crc:
         raise ValueError("its header does not have its checksum")
     if own != at:
         raise ValueError(f"its header says that it is at block {own}")
@@ -238,7 +238,7 @@ def _whole_copy(blocks: Blocks, block: int, blocks_of_disk: int, at: int) -> Cop
     if entries_at < 2 or entries_at + whole > blocks_of_disk:
         raise ValueError(f"its entries would be at block {entries_at}")
     entries = blocks.read(entries_at * block, whole * block)[: count * each]
-    if zlib.crc32(entries) != entries_crc:
+    if binascii.crc32(entries) != entries_crc:
         raise ValueError("its entries do not have their checksum")
     return Copy(at, other, entries_at, count, each, (first, last), UUID(bytes_le=disk), entries)
 
@@ -278,11 +278,11 @@ def _choose(content: bytearray, at: int, crc: int) -> None:
     constants together are the difference are found as equations are solved, by elimination.
     """
     content[at : at + _CHOSEN_BYTES] = bytes(_CHOSEN_BYTES)
-    plain = zlib.crc32(content)
+    plain = binascii.crc32(content)
     basis: dict[int, tuple[int, int]] = {}
     for bit in range(8 * _CHOSEN_BYTES):
         content[at : at + _CHOSEN_BYTES] = (1 << bit).to_bytes(_CHOSEN_BYTES, "little")
-        rest, bits = _reduced(zlib.crc32(content) ^ plain, 1 << bit, basis)
+        rest, bits = _reduced(binascii.crc32(content) ^ plain, 1 << bit, basis)
         basis[rest.bit_length()] = (rest, bits)
     _, bits = _reduced(plain ^ crc, 0, basis)
     content[at : at + _CHOSEN_BYTES] = bits.to_bytes(_CHOSEN_BYTES, "little")
