@@ -123,6 +123,20 @@ async def test_a_caller_that_comes_when_the_worker_is_free_for_another_waits() -
     assert reasons[0].startswith("it waits for its turn")
 
 
+async def test_threads_that_are_prepared_are_there_for_the_first_calls() -> None:
+    threads, may_end = Threads(idle=2), threading.Event()
+    await threads.prepare()
+    there = {thread.ident for thread in threading.enumerate()}
+
+    def call() -> int:
+        may_end.wait()
+        return threading.get_ident()
+
+    calls = [threads.start("call", "call", call) for _ in range(2)]
+    may_end.set()
+    assert set(await asyncio.gather(*calls)) <= there
+
+
 async def test_threads_are_at_work_for_a_moment_after_a_call_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

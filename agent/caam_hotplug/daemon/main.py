@@ -108,6 +108,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
             words = f"{len(config.rule)} rules, events from {source}"
             async with _ready(notifier, registry, words, look_for_sleeps):
                 devices.prepare()
+                await threads.prepare()
                 await context.dm_worker.run("prepare", kernel.prepare, late=_ignore_late)
                 await stopped.wait()
                 await _stop(context, supervisor, notifier, config.stop_within_s)

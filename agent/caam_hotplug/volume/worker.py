@@ -8,7 +8,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
@@ -82,6 +82,16 @@ class Threads:
         """Queues that idle threads wait on. A thread adds its own, the loop takes one out."""
         self._begun_at = -math.inf
         """When the last call began, on the loop's clock."""
+
+    async def prepare(self) -> None:
+        """Start those that stay, as far as the kernel permits it: the first calls need not then."""
+        may_end = threading.Event()
+        calls: list[asyncio.Future[bool]] = []
+        with suppress(KernelError):
+            for _ in range(self._most_idle):
+                calls.append(self.start("worker", "get ready", may_end.wait))
+        may_end.set()
+        await asyncio.gather(*calls)
 
     def are_at_work(self) -> bool:
         """Return whether a call began a moment ago. One that takes long waits for the kernel."""
