@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, closing, suppress
 from typing import NoReturn
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 
 _IDLE_THREADS = 2
 """Threads that stay for the next call: a volume's, and the mappings'."""
+_THREAD_WAITS_S = 0.0005
+"""How long a thread waits for another one that computes. It waits so again after each call of the
+kernel's in which the other has gone on, and an unmount has several (sys.setswitchinterval)."""
 _STATUS_AFTER_S = 0.2
 _BUS_WITHIN_S = 5.0
 """How long a start waits to be on the bus, so that clients that wait for it can ask it at once."""
@@ -64,6 +68,7 @@ def _run(config: Config, load: Load, observe: Observe) -> None:
     hand_over.forget()
     os.umask(0o022)  # the mount root is for everyone to pass through
     _set_up_logging(config.log_level)
+    sys.setswitchinterval(_THREAD_WAITS_S)
     memory.share_one_heap()
     memory.refuse_huge_pages()
     memory.refuse_core_dumps()  # key bytes pass through this process
