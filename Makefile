@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 CYCLES := 1000
+SABOTEURS := 20
 DAMAGED := 200
 STORMS := 10
 TIMINGS := 12
@@ -26,7 +27,7 @@ help:
 	@echo "make check      what needs no virtual machine: ruff, mypy, floors, unit, life, install, fuzz and D-Bus tests"
 	@echo "make fuzz       20,000 inputs, each time others, to everything that reads what others wrote"
 	@echo "make coverage   how much of agent/ the tests reach; fails below 90 %"
-	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10"
+	@echo "make soak       media plugged and pulled with faults at random: CYCLES=1000 DAMAGED=200 STORMS=10 SABOTEURS=20"
 	@echo "make swaps      cards changed quickly under a mounted filesystem: CHANGES=100; half an hour"
 	@echo "make throughput dm-crypt with tagged and with trusted keys, in one run; four minutes: ROUNDS=7"
 	@echo "make bench      plug to mounted, plug to gone, beside other ways to do it: SYSTEMS=L,agent CYCLES=12"
@@ -88,6 +89,7 @@ soak: setup
 	tests/run-all -m soak
 	@$(BED) soak -- --cycles $(CYCLES) --damaged $(DAMAGED) --storms $(STORMS) --timings $(TIMINGS) $(SEED:%=--seed %)
 	@$(BED) growth $(CYCLES)
+	@$(BED) saboteur -- --seeds $(SABOTEURS) --steps 100 $(SEED:%=--seed %)
 
 swaps: setup
 	@$(BED) swaps -- --changes $(CHANGES) $(SEED:%=--seed %)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import logging
+import os
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -409,6 +412,25 @@ async def test_without_a_bus_one_message_is_logged_and_the_registry_works(
             "No such file or directory",
         )
     ]
+
+
+async def test_at_the_limit_of_open_files_one_message_is_logged(
+    bus: PrivateBus,
+    registry: FakeRegistry,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_left: None,
+    tried_again: asyncio.Event,
+) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    caplog.set_level(logging.INFO, "caam_hotplug")
+    monkeypatch.setattr(socket, "socketpair", none_left)
+    async with Service(registry, retry_after_s=0.001):
+        await asyncio.wait_for(tried_again.wait(), 30)
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+    assert caplog.messages[0].endswith("connect to the system bus: Too many open files")
 
 
 async def test_without_sdbus_one_message_is_logged(

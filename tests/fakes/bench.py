@@ -366,6 +366,32 @@ class Bench:
         self.settle()
         return self.entry(volume)
 
+    def answer_during_look(self, verb: str, volume: Volume, turns: int) -> Any:
+        """Return the answer to a request that comes so many turns after it is looked at."""
+        assert self._supervisor is not None
+        supervisor = self._supervisor
+
+        async def look_and_ask() -> Any:
+            supervisor.observer.look(volume.id)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await getattr(supervisor, verb)(volume.id, "uid 0")
+
+        return self.run(look_and_ask())
+
+    def answer_at_start(self, verb: str, volume: Volume, turns: int) -> Any:
+        """Start an agent; return the answer to a request so many turns after it has the volume."""
+        self.start()
+
+        async def ask() -> Any:
+            while self._supervisor is None:
+                await asyncio.sleep(0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return await getattr(self._supervisor, verb)(volume.id, "uid 0")
+
+        return self.run(ask())
+
     def wake(self) -> None:
         """Report to the agent that the machine has slept."""
         assert self._supervisor is not None

@@ -487,6 +487,21 @@ def test_loading_an_error_table_twice_is_no_error(world: World) -> None:
         assert found(world).table == (f"0 {target(world).length} error",)
 
 
+@pytest.mark.parametrize("is_suspended", [False, True])
+def test_an_error_table_takes_the_place_of_a_table_that_waits(
+    world: World, *, is_suspended: bool
+) -> None:
+    with mapped(world) as mapping:
+        if is_suspended:
+            world.kernel.load_error_table(mapping.uuid)
+            world.suspend(mapping.name)
+        world.load_zeros(mapping.name)
+        world.kernel.load_error_table(mapping.uuid)
+        assert world.kernel.has_error_table(mapping.uuid)
+        world.kernel.activate_mapping(mapping.name)
+        assert world.kernel.has_error_table(mapping.uuid)
+
+
 def test_what_a_mapping_gives_depends_on_its_key_and_what_its_medium_holds_does_not(
     world: World,
 ) -> None:
@@ -892,6 +907,7 @@ __all__ = [
     "test_a_volume_whose_place_another_medium_has_is_not_opened",
     "test_a_volume_with_a_mapping_on_it_is_in_use",
     "test_an_error_table_for_a_mapping_without_a_table_changes_nothing",
+    "test_an_error_table_takes_the_place_of_a_table_that_waits",
     "test_cancelling_a_removal_that_nobody_requested_is_no_error",
     "test_each_change_of_the_mounts_is_reported",
     "test_holders_are_counted",

@@ -471,6 +471,8 @@ class FakeProcess:
         return opened
 
     def remember(self, volume: Volume, text: str) -> None:
+        if not self.is_running:
+            raise ProcessDiedError
         self.kernel.marks[volume.id] = text
 
     def remembered(self, volume: Volume) -> str:
@@ -590,7 +592,10 @@ class FakeProcess:
         self._step("load_error_table", uuid if mapping is None else mapping.name)
         if mapping is None or mapping.live is None:
             return
-        mapping.is_suspended = False
+        is_there = mapping.live.endswith(" error")
+        if is_there and not mapping.is_suspended:
+            return
+        mapping.is_suspended, mapping.inactive = False, None
         mapping.live, mapping.key = f"0 {mapping.live.split()[1]} error", None
         self.kernel.mapping_changed(f"dm-{mapping.number.minor}")
 

@@ -135,7 +135,8 @@ def _of_claim(claim: Claim, system: System) -> Iterator[Falsehood]:
     mapping = next((m for m in system.mappings if m.volume == claim.volume), None)
     if "a defect of the agent" in claim.reason:
         yield false("defect", "the agent has a defect")
-    if claim.state in PASSING:
+    waits = claim.state in PASSING and mapping is not None and mapping.is_suspended
+    if claim.state in PASSING and not waits:
         yield false("passing state", "nothing is under way")
     if claim.state == "gone":
         yield false("departure", "it is published as gone, and listed")
@@ -145,6 +146,8 @@ def _of_claim(claim: Claim, system: System) -> Iterator[Falsehood]:
             yield false("departure", "it is there")
     elif not is_there:
         yield false("departure", "it is not there")
+    if waits:  # as each read of a suspended mapping does, so nothing else is known of it
+        return
     if claim.state in ("mounted", "unlocked"):
         yield from _of_held(claim, mapping, system, false)
     else:
@@ -201,7 +204,7 @@ def _of_released(
     elif claim.state == "removed-unsafely":
         if mapping.has_key and claim.volume not in system.media:
             yield false("left over", f"{what} with its key")
-    elif not any(words in claim.reason for words in ("mapping", "belongs to volume", *where)):
+    elif not any(words in claim.reason for words in ("mapping", *where)):
         yield false("left over", f"{what}, mounted at {where}, and nothing is said of it")
 
 

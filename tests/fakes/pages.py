@@ -29,6 +29,8 @@ class Pages:
     """What has reached another medium, or its own under another key."""
     by_hand: bool = False
     """Whether a user writes back, who may do so through any table."""
+    unknown_keys: set[str] = field(default_factory=set)
+    """DM-UUIDs of mappings whose key was lost before the agent was started: it cannot know that."""
     agent_sees: bool = True
     """Whether an agent runs, which can know what is lost."""
 
@@ -73,7 +75,8 @@ class Pages:
             self._lose(volume, texts)
             return
         reached = f"{medium.volume.id}"
-        if (reached, medium.key) != (volume, mapping.key) and not self.by_hand:
+        is_known = mapping.uuid not in self.unknown_keys or reached != volume
+        if (reached, medium.key) != (volume, mapping.key) and is_known and not self.by_hand:
             self.misplaced += [f"{text} of {volume} is on {reached}" for text in texts]
         self.on_medium[medium.volume.id.diskseq] += texts
 

@@ -15,6 +15,7 @@ from caam_hotplug.kernel import agent_lock, config_files, devmapper
 from fakes.contract import until
 from kernel.cartridges import HELLO, TEXT, Cartridge
 from kernel.forked import Agent
+from kernel.gadgets import Card
 from kernel.real import BLOBS
 
 ARRIVAL: Final = (
@@ -61,11 +62,11 @@ class Room:
         rules = RULES.format(room=self._folder, stop_within_s=stop_within_s, await_udev=AWAIT_UDEV)
         self.configuration.write_text(rules + more)
 
-    def point(self, medium: Cartridge | None = None) -> Path:
+    def point(self, medium: Cartridge | Card | None = None) -> Path:
         """Return the path where the medium is to be mounted."""
         return self.mount_root / (medium or self.medium).label
 
-    def check_served(self, medium: Cartridge | None = None) -> None:
+    def check_served(self, medium: Cartridge | Card | None = None) -> None:
         """Check that the medium is mounted and readable, its key gone, its mapping the only one."""
         medium = medium or self.medium
         self.agent.until_said(f"{medium.label}.*: mounted: at ")

@@ -165,7 +165,7 @@ class Agent:
             return False
         more = os.read(self._log, 65536)
         *lines, self._unread = (self._unread + more).split(b"\n")
-        self.log_lines += [line.decode().split(">", 1)[1] for line in lines]
+        self.log_lines += [line.decode().split(">", 1)[-1] for line in lines]
         return bool(more)
 
     def until_killed(self) -> None:

@@ -5,8 +5,11 @@ A device is made of functions in configfs (Documentation/usb/gadget_configfs.rst
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -14,9 +17,92 @@ from fakes.contract import until
 from kernel.witness import BLOCKS, run
 
 _GADGETS: Final = Path("/sys/kernel/config/usb_gadget")
+_STICK: Final = _GADGETS / "stick"
+_UNIT: Final = _STICK / "functions/mass_storage.0/lun.0"
 _CONTROLLER: Final = "dummy_udc.0"
 SERIAL: Final = "acm.0"
 """Function beside the storage: a serial port."""
+_START: Final = 1 << 20
+"""Where a card's partition begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card with one partition, whose bytes are in a file."""
+
+    label: str
+    file: Path
+
+    @property
+    def partition(self) -> bytes:
+        """Bytes of the partition."""
+        return self.file.read_bytes()[_START:-_START]
+
+    @property
+    def outside(self) -> bytes:
+        """Bytes before and behind the partition."""
+        whole = self.file.read_bytes()
+        return whole[:_START] + whole[-_START:]
+
+
+class Reader:
+    """A USB reader, and what can be done to it."""
+
+    def __init__(self, cards: Sequence[Card]) -> None:
+        self.cards = cards
+        self.card: Card | None = None
+        """The card that is in it."""
+
+    @property
+    def disk(self) -> Path:
+        """Folder of its disk in sysfs. Raises: ValueError while its port is off."""
+        (disk,) = _disks()
+        return disk
+
+    @property
+    def is_on(self) -> bool:
+        """Whether its port is on."""
+        return bool(_disks())
+
+    def put_in(self, card: Card) -> None:
+        """Put a card in, in place of any other; plug the reader again if its port is off."""
+        self.take_out()
+        (_UNIT / "file").write_text(str(card.file))
+        self.card = card
+        if not self.is_on:
+            (_STICK / "UDC").write_text("\n")
+            (_STICK / "UDC").write_text(_CONTROLLER)
+            until(lambda: len(_disks()) == 1)
+
+    def take_out(self) -> None:
+        """Take the card out, if one is in."""
+        (_UNIT / "forced_eject").write_text("1")
+        self.card = None
+
+
+@contextmanager
+def reader_with(labels: Sequence[str], contents: bytes) -> Iterator[Reader]:
+    """Plug an empty reader, and make a card with a partition of these bytes for each label."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        cards = [_card(Path(folder) / label, label, contents) for label in labels]
+        with stick([cards[0].file]):
+            made = Reader(cards)
+            made.take_out()
+            run("udevadm", "settle")
+            yield made
+            made.take_out()
+
+
+def _card(file: Path, label: str, contents: bytes) -> Card:
+    file.touch()
+    os.truncate(file, len(contents) + 2 * _START)
+    sectors = len(contents) // 512
+    layout = f'label: gpt\nstart={_START // 512}, size={sectors}, name="{label}"\n'
+    run("sfdisk", "-q", str(file), stdin=layout.encode())
+    with file.open("r+b") as opened:
+        opened.seek(_START)
+        opened.write(contents)
+    return Card(label, file)
 
 
 @contextmanager
@@ -28,7 +114,7 @@ def stick(units: Sequence[Path], others: Sequence[str] = ()) -> Iterator[list[Pa
     run("modprobe", "-a", "dummy_hcd", "libcomposite", "usb_f_mass_storage", "usb_f_acm", "cdc_acm")
     if not _GADGETS.exists():
         run("mount", "-t", "configfs", "configfs", "/sys/kernel/config")
-    gadget = _GADGETS / "stick"
+    gadget = _STICK
     functions = ["mass_storage.0", *others]
     made: list[Path] = []
     try:

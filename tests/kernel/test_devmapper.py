@@ -75,6 +75,19 @@ def test_a_mapping_of_several_targets_gets_an_error_table_of_the_same_size(
         assert found(world).table == ("0 800 error",)
 
 
+def test_a_table_that_is_longer_than_the_kernels_answer_is_replaced(world: RealWorld) -> None:
+    with created(world) as name:
+        device, uuid = world.volume.number, dm_uuid(world.volume.id)
+        lines = "".join(f"{start} 8 linear {device} {start}\n" for start in range(0, 3200, 8))
+        run("dmsetup", "load", name, stdin=lines.encode())
+        run("dmsetup", "resume", name)
+        assert not world.kernel.has_error_table(uuid)
+        world.kernel.load_error_table(uuid)
+        assert world.kernel.has_error_table(uuid)
+        (line,) = found(world).table
+        assert line.endswith(" error")
+
+
 def test_a_mapping_has_its_node_when_it_is_activated(world: RealWorld) -> None:
     with mapped(world) as mapping:
         node = Path(mapping.node)

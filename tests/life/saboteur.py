@@ -25,7 +25,7 @@ from typing import Any, Final
 
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
-from caam_hotplug.errors import HotplugError, MountError, UnknownError
+from caam_hotplug.errors import HotplugError, MountError, RequestRefusedError, UnknownError
 from caam_hotplug.formats.crypt_table import CryptTarget
 from caam_hotplug.model import DevType, Mount, Volume, VolumeId
 from fakes.bench import Bench
@@ -57,6 +57,8 @@ OTHER_RULES: Final = (
     (*RULES[:3], replace(_BUILT_IN, mount=MountSettings(read_only=True))),
     (Rule(name="none", match=Match(partlabel="cartridge-02")),),
 )
+COVERED: Final = "something is mounted over it"
+"""Words of a mount that no path leads to: a served one may lie on what is over the mount root."""
 CURE_S: Final = 200.0
 """Time after which everything that was in the way and has gone is served again."""
 
@@ -97,6 +99,8 @@ class Saboteur:
         self.bench.settle()
 
     def close(self) -> None:
+        for mapping in self.kernel.mappings.values():  # a call that waits for it would never end
+            mapping.is_suspended = False
         self.bench.close()
 
     # Media.
@@ -176,9 +180,10 @@ class Saboteur:
                 self.bench.appear(medium.volume)
 
     def report_late(self, _chance: random.Random) -> None:
-        late, self._late = self._late, []
-        for volume in late:
-            self.bench.appear(volume)
+        late, self._late = {volume.id for volume in self._late}, []
+        for medium in list(self.kernel.media.values()):  # where it is since, if it was ejected
+            if medium.volume.id in late:
+                self.bench.appear(medium.volume)
 
     def report_again(self, chance: random.Random) -> None:
         if self.kernel.media:
@@ -312,10 +317,15 @@ class Saboteur:
             if chance.random() < 0.5:
                 self.bench.settle()
             self.bench.wait(100)
-            self.bench.cancel()
+            if self._waits():  # a thread that waits for the kernel does not keep the process
+                self.bench.kill()
+            else:
+                self.bench.cancel()
 
     def start(self, _chance: random.Random) -> None:
         if not self.bench.running:
+            lost = (m for m in self.kernel.mappings.values() if m.key not in (KEY, None))
+            self.pages.unknown_keys = {mapping.uuid for mapping in lost}
             self.bench.start()
 
     def reload(self, chance: random.Random) -> None:
@@ -427,9 +437,13 @@ class Saboteur:
                 error = task.exception()
                 if error is not None and not isinstance(error, HotplugError):
                     raise FalsehoodError([], f"answered with {error!r}")
-        self._tasks = []
-        if open_ones and self.bench.serving:
+        self._tasks = open_ones if self._waits() else []
+        if open_ones and self.bench.serving and not self._waits():
             raise FalsehoodError([], f"{len(open_ones)} requests have no answer\n{self.state()}")
+
+    def _waits(self) -> bool:
+        """Whether a call of the agent may wait for a suspended mapping."""
+        return any(mapping.is_suspended for mapping in self.kernel.mappings.values())
 
     def _false(self) -> list[Falsehood]:
         return falsehoods(self._claims(), self._system())
@@ -526,7 +540,8 @@ class Saboteur:
             Falsehood("not served", c.volume, f"{c.state}: {c.reason}")
             for c in self._claims()
             if c.state in ("failed", "conflict", "waiting")
-            and c.reason.rpartition(" belongs to volume ")[2] not in holders
+            and COVERED not in c.reason
+            and c.reason.rpartition(" belongs to volume ")[2].partition(";")[0] not in holders
         ]
         if bad:
             raise FalsehoodError(bad, self.state())
@@ -536,7 +551,8 @@ class Saboteur:
         """Lock volumes of which it is said that this releases them."""
         for entry in self.bench.registry.entries():
             if "`lock` releases it" in entry.reason:
-                self.bench.answer("lock", entry.volume)
+                with suppress(RequestRefusedError):  # what it says then is compared
+                    self.bench.answer("lock", entry.volume)
 
     def _unmount_others(self) -> None:
         """Unmount what users have mounted, from the top."""

@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import pytest
 
-from caam_hotplug.config.rules import BUILT_IN, Action, OnBusy, OnStop, Rule
+from caam_hotplug.config.rules import BUILT_IN, Action, MountSettings, OnBusy, OnStop, Rule
+from caam_hotplug.config.templates import Template
 from caam_hotplug.errors import DmError, RequestRefusedError, VolumeBusyError
 from caam_hotplug.formats.crypt_table import Crypt
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State, Volume, VolumeId
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 from life.test_fault_matrix import ERRNOS, error_of
 
 (RULE,) = BUILT_IN
+POINT = "/run/media/cartridge-01"
 LOST = "its mapping led elsewhere; it was mounted read-write; what was written last may be lost"
 ELSEWHERE = [
     "0 32768 crypt aes-xts-plain64 :36:logon:caam-hotplug:1-1 0 8:1 0",
@@ -314,6 +316,62 @@ def test_a_suspended_mapping_with_its_mount_is_adopted_without_a_read_of_it(
     assert "is suspended" in machine.look(volume).reason
 
 
+@pytest.mark.parametrize("is_mounted", [False, True])
+@pytest.mark.parametrize("turns", range(40))
+def test_a_table_that_somebody_loads_at_any_time_of_an_adoption_is_found(
+    is_mounted: bool, turns: int
+) -> None:
+    bench = Bench((replace(RULE, action=Action.MOUNT if is_mounted else Action.UNLOCK),))
+    bench.start()
+    volume = killed(bench)
+    bench.start()
+    bench.run_turns(turns)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.load(mapping, "0 32768 linear 8:99 0")
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    is_left_alone = "it is left alone until that is restored" in bench.reason(volume)
+    assert is_left_alone or (mapping.live, bench.state(volume)) == ("0 32768 error", State.LOCKED)
+    assert "flush" not in bench.kernel.steps
+    bench.kill()
+    bench.close()
+
+
+def under_another_name(bench: Bench) -> None:
+    bench.rules = (replace(RULE, mount=MountSettings(name=Template("other"))),)
+
+
+def also_under_another_name(bench: Bench) -> None:
+    bench.by_hand.mount(bench.by_hand.mount_at(POINT), "/run/media/other")
+
+
+def hidden_with_the_mount_root(bench: Bench) -> None:
+    bench.by_hand.cover("/run/media")
+
+
+@pytest.mark.parametrize(
+    "is_mounted", [under_another_name, also_under_another_name, hidden_with_the_mount_root]
+)
+def test_a_suspended_mapping_that_is_not_mounted_just_as_its_rule_says_is_not_flushed_nor_read(
+    machine: Bench, is_mounted: Callable[[Bench], None]
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    machine.by_hand.suspend(mapping)
+    is_mounted(machine)
+    machine.kernel.steps.clear()
+    machine.start()
+    machine.run_turns(200)
+    steps, state = set(machine.kernel.steps), machine.state(volume)
+    machine.by_hand.resume(mapping)
+    machine.settle()
+    assert not {"flush", "unmount", "probe"} & steps
+    assert state is State.FAILED
+    assert machine.state(volume) is State.MOUNTED
+    machine.stop()
+    machine.kernel.mounts[:] = [m for m in machine.kernel.mounts if m.point != "/run/media"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_its_users_are_ended_if_the_rule_says_so(machine: Bench, number: int) -> None:
     volume = killed(machine)
@@ -596,6 +654,21 @@ def test_a_volume_that_was_being_released_is_not_served_again_by_the_next_run(
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_a_locked_volume_whose_holder_is_not_found_has_failed_after_a_restart_too(
+    machine: Bench, how: str
+) -> None:
+    machine.kernel.shows_holders = False
+    volume = locked_in_use(machine)
+    assert machine.state(volume) is State.FAILED
+    getattr(machine, how)()
+    restart(machine)
+    assert machine.state(volume) is State.FAILED
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("words", RELEASES)
 def test_a_volume_whose_holders_have_closed_it_between_two_runs_is_locked(
     machine: Bench, words: str, how: str
@@ -622,6 +695,54 @@ def test_a_volume_that_was_being_released_is_served_by_the_run_after_an_unlock(
     assert machine.state(volume) is State.MOUNTED
 
 
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("verb", ["retry", "unlock"])
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_request_at_any_turn_while_what_is_left_is_looked_at_makes_an_attempt(
+    machine: Bench, words: str, verb: str, turns: int, *, restarts: bool
+) -> None:
+    volume = RELEASES[words](machine)
+    if restarts:
+        machine.kill()
+        restart(machine)
+    machine.wait(2)
+    machine.answer_during_look(verb, volume, turns)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("words", RELEASES)
+def test_an_unlock_at_any_turn_after_a_restart_makes_an_attempt(
+    machine: Bench, words: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    machine.answer_at_start("unlock", volume, turns)
+    assert machine.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turns", range(30))
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+@pytest.mark.parametrize("words", RELEASES)
+def test_a_lock_at_any_turn_after_a_restart_does_not_end_the_release_that_goes_on(
+    machine: Bench, words: str, verb: str, turns: int
+) -> None:
+    volume = RELEASES[words](machine)
+    machine.kill()
+    with pytest.raises(RequestRefusedError):
+        machine.answer_at_start(verb, volume, turns)
+    machine.settle()
+    assert machine.state(volume) is State.FAILED
+    machine.appear(replace(volume, serial="another"))
+    machine.settle()
+    assert machine.kernel.mounts == []
+    machine.kernel.close_holders()
+    machine.settle()
+    assert machine.state(volume) is State.LOCKED
+    machine.answer("lock", volume)
+
+
 @pytest.mark.parametrize("turns", range(40))
 @pytest.mark.parametrize("end", ["kill", "hand_over"])
 def test_a_run_that_ends_while_somebody_elses_unmount_is_followed_is_not_undone(
@@ -636,6 +757,54 @@ def test_a_run_that_ends_while_somebody_elses_unmount_is_followed_is_not_undone(
     restart(machine)
     assert machine.state(volume) is State.FAILED
     assert machine.kernel.mounts == []
+
+
+@pytest.mark.parametrize("turns", range(60))
+def test_a_run_that_is_killed_at_any_turn_of_a_lock_undoes_no_unmount(
+    machine: Bench, turns: int
+) -> None:
+    machine.reload_rules(replace(RULE, on_busy=OnBusy.DETACH))
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.users["cartridge-01"] = 1
+    machine.ask("lock", volume)
+    machine.run_turns(turns)
+    is_unmounted = machine.kernel.mounts == []
+    machine.kill()
+    restart(machine)
+    assert machine.state(volume) is (State.FAILED if is_unmounted else State.MOUNTED)
+    assert machine.kernel.marks.get(volume.id, "") != "" or not is_unmounted
+
+
+def test_a_lock_that_is_refused_leaves_nothing_for_the_next_run(machine: Bench) -> None:
+    volume = machine.insert()
+    machine.settle()
+    machine.kernel.users["cartridge-01"] = 1
+    with pytest.raises(VolumeBusyError):
+        machine.answer("lock", volume)
+    assert machine.kernel.marks[volume.id] == ""
+    machine.by_hand.umount(POINT, lazily=True)
+    machine.settle()
+    assert machine.reason(volume).startswith("unmounted by somebody else")
+
+
+def test_a_run_that_is_killed_while_it_looks_for_who_is_in_the_way_of_a_lock_undoes_nothing(
+    machine: Bench,
+) -> None:
+    machine.reload_rules(replace(RULE, action=Action.UNLOCK))
+    volume = machine.insert()
+    machine.settle()
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.openers = 1
+    machine.kernel.faults.append(Fault("holders", hangs_s=1))
+    machine.ask("lock", volume)
+    machine.settle()
+    machine.kill()
+    machine.kernel.faults.clear()
+    restart(machine)
+    assert machine.state(volume) is State.UNLOCKED
+    assert not mapping.is_removed_at_last_close
+    mapping.openers = 0
 
 
 def test_a_volume_that_an_older_agent_has_served_since_its_release_stays_mounted(
@@ -717,3 +886,52 @@ def test_a_locked_volume_with_a_mount_is_not_served_by_it_though_a_read_fails_fi
     machine.settle()
     assert (machine.state(volume), machine.kernel.mounts) == (State.LOCKED, [])
     assert machine.kernel.leftovers() == []
+
+
+def foreign(bench: Bench) -> tuple[Volume, FakeMapping, str]:
+    """Start with a mapping that somebody has given another table; return also its first one."""
+    volume = killed(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    before, mapping.live = mapping.live or "", "0 32768 error"
+    restart(bench)
+    assert "it is left alone until that is restored" in bench.reason(volume)
+    return volume, mapping, before
+
+
+def test_a_mapping_that_is_restored_is_adopted(machine: Bench) -> None:
+    volume, mapping, before = foreign(machine)
+    key = mapping.key
+    machine.by_hand.load(mapping, before)
+    machine.by_hand.resume(mapping)
+    mapping.key = key
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+    assert list(machine.kernel.mappings.values()) == [mapping]
+
+
+def test_a_medium_whose_foreign_mapping_somebody_removes_is_served(machine: Bench) -> None:
+    volume, mapping, _ = foreign(machine)
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.by_hand.remove(mapping)
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_foreign_mapping_that_is_being_removed_is_not_said_to_be_left_alone(
+    machine: Bench,
+) -> None:
+    volume = killed(machine)
+    (mapping,) = machine.kernel.mappings.values()
+    mapping.live, mapping.is_removed_at_last_close = "0 32768 error", True
+    restart(machine)
+    assert "it goes when it is closed, or `lock` releases it" in machine.reason(volume)
+    machine.by_hand.umount("/run/media/cartridge-01")
+    machine.settle()
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_the_state_of_a_foreign_mapping_is_as_old_as_its_last_read(machine: Bench) -> None:
+    volume, _, _ = foreign(machine)
+    before = machine.entry(volume).observed_at
+    machine.wait(5)
+    assert machine.look(volume).observed_at > before

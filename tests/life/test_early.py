@@ -12,9 +12,11 @@ from caam_hotplug import names
 from caam_hotplug.config.match import Match
 from caam_hotplug.config.rules import BUILT_IN, KeySource, MountSettings, Rule
 from caam_hotplug.config.templates import Template, UnitTemplate
+from caam_hotplug.errors import DeviceLockedError, HotplugError, MountError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import Fault
+from life.test_failed_attempts import hold
 from life.test_interleavings import turns_until_settled
 
 FACTS = {
@@ -415,3 +417,25 @@ def test_a_conflict_is_published_once_though_udev_reports_afterwards(bench: Benc
     assert (bench.state(volume), bench.kernel.steps) == (State.CONFLICT, steps)
     assert bench.registry.counters[State.CONFLICT.value] == 1
     bench.kernel.directories.clear()
+
+
+@pytest.mark.parametrize("turn", range(40))
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("mount", MountError("mount", "x", errno.EIO)),
+        ("identify", DeviceLockedError("use /dev/sda: a program has locked it")),
+    ],
+)
+def test_a_report_of_udevs_while_what_a_failed_attempt_has_left_is_looked_at_repeats_it(
+    bench: Bench, step: str, error: HotplugError, turn: int
+) -> None:
+    volume = known_to_udev(bench)
+    if step == "mount":
+        hold(bench)
+    bench.kernel.faults.append(Fault(step, error))
+    bench.announce(volume)
+    bench.run_turns(turn)
+    has_failed = step in bench.kernel.steps
+    report(bench, volume)
+    assert bench.state(volume) is State.MOUNTED or not has_failed

@@ -470,3 +470,22 @@ def test_a_stop_unmounts_also_what_it_cannot_watch(bench: Bench) -> None:
         "it is not known whether all was written"
         in {s: r for _, s, r in bench.states}[State.FAILED]
     )
+
+
+@pytest.mark.parametrize("looked_at", [[], [0], [1], [0, 1]])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_an_eject_releases_every_volume_of_a_disk_that_is_offline(
+    bench: Bench, asked: int, looked_at: list[int]
+) -> None:
+    volumes = plugged(bench)
+    for medium in bench.kernel.media.values():
+        medium.is_offline = True
+    for mapping in bench.kernel.mappings.values():
+        mapping.errors = 1
+    for index in looked_at:
+        bench.look(volumes[index])
+    with pytest.raises(WritesLostError, match="it is not safe to remove"):
+        bench.answer("eject", volumes[asked])
+    bench.settle()
+    assert [bench.state(volume) for volume in volumes] == [State.LOCKED] * 2
+    assert not is_in_use(bench)

@@ -168,3 +168,15 @@ def test_a_mapping_that_an_attempt_has_not_come_to_stays_until_a_lock(bench: Ben
     bench.kernel.close_holders()
     bench.answer("lock", volume)
     assert bench.kernel.mappings == {}
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("verb", ["retry", "unlock"])
+def test_a_request_at_any_turn_while_a_failed_volume_is_looked_at_makes_an_attempt(
+    bench: Bench, verb: str, turns: int
+) -> None:
+    volume = failed(bench)
+    bench.kernel.media["sda1"].filesystem = "ext4"
+    bench.wait(2)
+    bench.answer_during_look(verb, volume, turns)
+    assert bench.state(volume) is State.MOUNTED

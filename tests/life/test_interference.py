@@ -468,6 +468,17 @@ def test_what_could_not_be_written_is_said_while_it_stays_mounted(bench: Bench) 
     assert bench.reason(volume).startswith(f"at {POINT}, read-write; not all has reached")
 
 
+def test_what_could_not_be_written_is_said_though_it_stays_mounted_for_its_users(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.users["cartridge-01"] = 1
+    bench.kernel.fail_next("flush", errno.EIO)
+    with pytest.raises(RequestRefusedError, match="is in use"):
+        bench.answer("lock", volume)
+    assert bench.reason(volume).startswith(f"at {POINT}, read-write; not all has reached")
+
+
 def test_a_volume_of_a_read_only_rule_that_was_made_writable_is_removed_unsafely(
     bench: Bench,
 ) -> None:
@@ -576,6 +587,7 @@ def test_a_volume_in_use_keeps_no_foreign_table_while_its_users_finish(bench: Be
     (mapping,) = bench.kernel.mappings.values()
     assert mapping.live == "0 32768 error"
     assert bench.kernel.mounts == []
+    assert not any("an earlier run" in reason for _, _, reason in bench.states)
 
 
 @pytest.mark.parametrize("verb", ["lock", "eject"])

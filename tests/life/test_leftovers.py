@@ -14,7 +14,7 @@ from caam_hotplug.errors import DmError
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import Appeared, DevType, State, Volume, VolumeId
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 
 (RULE,) = BUILT_IN
 
@@ -268,3 +268,45 @@ def test_a_leftover_that_others_have_unmounted_leaves_no_directory(machine: Benc
     machine.answer("lock", volume)
     assert machine.kernel.directories == {"cartridge-02": "ours"}
     assert machine.state(other) is State.MOUNTED
+
+
+def behind_another(bench: Bench) -> tuple[Volume, Volume, FakeMapping]:
+    """Have a volume with a mapping of an earlier run wait for the mount point of another."""
+    volume = mounted_then_killed(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.umount("/run/media/cartridge-01")
+    bench.kernel.fail_next("find_mapping", errno.EIO)
+    bench.start()
+    bench.settle()
+    other = bench.insert("cartridge-01", "sdb1")
+    bench.settle()
+    _requests.append(bench.ask("retry", volume))
+    bench.settle()
+    assert (bench.state(volume), bench.state(other)) == (State.CONFLICT, State.MOUNTED)
+    return volume, other, mapping
+
+
+def test_a_volume_that_waits_behind_another_says_what_is_left_of_it(machine: Bench) -> None:
+    volume, other, mapping = behind_another(machine)
+    waits = f"/run/media/cartridge-01 belongs to volume {other.id}"
+    left = f"mapping {mapping.name} is left, and `lock` releases it"
+    assert machine.reason(volume) == f"{waits}; {left}"
+    machine.by_hand.remove(mapping)
+    machine.settle()
+    assert machine.reason(volume) == waits
+    machine.answer("lock", other)
+    assert machine.state(volume) is State.MOUNTED
+
+
+def test_a_volume_that_waits_behind_another_is_locked_with_what_is_left(machine: Bench) -> None:
+    volume, _, _ = behind_another(machine)
+    machine.answer("lock", volume)
+    assert machine.state(volume) is State.LOCKED
+    assert len(machine.kernel.mappings) == 1
+
+
+def test_a_volume_that_waits_behind_another_adopts_its_mapping_in_the_end(machine: Bench) -> None:
+    volume, other, mapping = behind_another(machine)
+    machine.answer("lock", other)
+    assert machine.state(volume) is State.MOUNTED
+    assert list(machine.kernel.mappings.values()) == [mapping]

@@ -548,7 +548,8 @@ def test_a_release_that_fails_after_another_failure_publishes_both(bench: Bench)
     bench.settle()
     assert bench.reason(volume) == (
         "could not release it: remove y: Device or resource busy; "
-        "before that: probe x: Input/output error"
+        "before that: probe x: Input/output error; "
+        "mapping caam-cartridge-01-1-1 is left, and `lock` releases it"
     )
 
 

@@ -23,6 +23,7 @@ from caam_hotplug.model import DeviceNumber, Mount, State, Volume
 from caam_hotplug.volume.obstacles import Obstacle, obstacle_of
 from fakes.bench import Bench
 from fakes.kernel import FakeKernel, Fault
+from life.test_failed_attempts import hold
 
 POINT = "/run/media/cartridge-01"
 FOREIGN = Mount(DeviceNumber(8, 99), POINT, "/dev/sdz1", False, "vfat", identity=900)
@@ -234,6 +235,36 @@ def test_a_volume_in_use_is_tried_at_a_report_of_its_device(bench: Bench, step: 
     bench.appear(volume)
     bench.settle()
     assert bench.state(volume) is State.MOUNTED
+
+
+@pytest.mark.parametrize("turn", range(40))
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_report_of_a_device_in_use_at_any_turn_after_its_attempt_leads_to_another(
+    bench: Bench, turn: int, *, is_held: bool
+) -> None:
+    bench.settle()
+    if is_held:
+        hold(bench)
+    bench.kernel.faults.append(Fault("mount", EXISTS))
+    volume = bench.insert()
+    bench.run_turns(turn)
+    has_failed = "mount" in bench.kernel.steps
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED or not has_failed
+
+
+@pytest.mark.parametrize("turn", range(40))
+def test_a_master_key_that_comes_at_any_turn_after_its_attempt_leads_to_another(
+    bench: Bench, turn: int
+) -> None:
+    bench.settle()
+    bench.kernel.faults.append(Fault("import_blob", MasterKeyError("load the master key x")))
+    volume = bench.insert()
+    bench.run_turns(turn)
+    has_failed = "import_blob" in bench.kernel.steps
+    bench.add_blob("master")
+    assert bench.state(volume) is State.MOUNTED or not has_failed
 
 
 def test_a_request_is_answered_between_attempts(bench: Bench) -> None:

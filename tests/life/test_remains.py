@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
 from caam_hotplug.config.match import Match
-from caam_hotplug.config.rules import Action, Rule
-from caam_hotplug.errors import UnknownError
+from caam_hotplug.config.rules import Action, OnBusy, Rule
+from caam_hotplug.errors import RequestRefusedError, UnknownError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 from fakes.kernel import FakeMapping, Fault
@@ -188,3 +189,97 @@ def test_a_volume_pulled_right_after_it_was_cut_off_leaves_nothing(
     bench.pull()
     bench.settle()
     assert bench.state(volume) in {State.GONE, State.REMOVED_UNSAFELY}
+
+
+def not_released(bench: Bench) -> tuple[Volume, FakeMapping]:
+    """Have a lock fail that has not come to the mapping, since the mounts cannot be read."""
+    volume, mapping = mounted(bench)
+    bench.kill()
+    mapping.live = "0 32768 error"
+    (rule,) = bench.rules
+    bench.rules = (replace(rule, on_busy=OnBusy.DETACH),)
+    bench.start()
+    bench.settle()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    with pytest.raises(RequestRefusedError, match="could not release it"):
+        bench.answer("lock", volume)
+    bench.kernel.faults.clear()
+    return volume, mapping
+
+
+def test_a_release_that_fails_names_the_mapping_that_is_left(bench: Bench) -> None:
+    volume, mapping = not_released(bench)
+    assert bench.state(volume) is State.FAILED
+    assert f"mapping {mapping.name} is left, and `lock` releases it" in bench.reason(volume)
+    bench.answer("lock", volume)
+    assert bench.state(volume) is State.LOCKED
+
+
+def test_a_mapping_whose_removal_nobody_has_asked_for_is_not_said_to_go(bench: Bench) -> None:
+    volume, mapping = not_released(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert "it goes when they close it" not in bench.reason(volume)
+    assert f"mapping {mapping.name} is left, and `lock` releases it" in bench.reason(volume)
+
+
+def test_a_mapping_that_is_left_and_goes_is_not_said_to_be_left(bench: Bench) -> None:
+    volume, mapping = not_released(bench)
+    bench.by_hand.umount(POINT)
+    bench.by_hand.remove(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_a_mapping_that_a_failed_release_leaves_and_somebody_removes_is_not_said_to_be_left(
+    bench: Bench, is_served: bool
+) -> None:
+    bench.kernel.fail_next("remove_mapping", errno.EIO)
+    if is_served:
+        volume, _ = mounted(bench)
+        bench.reload_rules()
+    else:
+        bench.kernel.fail_next("probe", errno.EIO)
+        volume = bench.insert()
+    bench.settle()
+    assert "is left" in bench.reason(volume)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.remove(mapping)
+    bench.settle()
+    assert "is left" not in bench.look(volume).reason
+
+
+def test_a_mapping_that_is_held_is_named_though_its_holders_are_not_known(bench: Bench) -> None:
+    volume, mapping = mounted(bench)
+    failure = UnknownError("read", "holders", errno.EMFILE)
+    bench.kernel.faults.append(Fault("holders", failure, lasting=True))
+    bench.kernel.users["cartridge-01"] = 1
+    bench.by_hand.umount(POINT, lazily=True)
+    bench.settle()
+    assert bench.state(volume) is State.FAILED
+    assert f"mapping {mapping.name} is held open: by whom is not known" in bench.reason(volume)
+    bench.kernel.faults.clear()
+    bench.kernel.close_holders()
+    bench.settle()
+    assert bench.state(volume) is State.LOCKED
+
+
+@pytest.mark.parametrize("turns", range(24))
+def test_a_request_is_answered_though_the_release_that_it_comes_upon_is_tried_again(
+    bench: Bench, turns: int
+) -> None:
+    volume, _ = mounted(bench)
+    bench.kernel.new_session()
+    failure = UnknownError("read", "mounts", errno.EMFILE)
+    bench.kernel.faults.append(Fault("mounts", failure, lasting=True))
+    bench.wake()
+    bench.run_turns(turns)
+    asked = bench.ask("lock", volume)
+    bench.settle()
+    assert isinstance(asked.exception(), RequestRefusedError)
+    bench.kernel.faults.clear()
+    bench.wait(60)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY

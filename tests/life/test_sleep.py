@@ -13,10 +13,11 @@ from caam_hotplug.config.templates import UnitTemplate
 from caam_hotplug.errors import WritesLostError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
-from fakes.kernel import Fault
+from fakes.kernel import FakeMapping, Fault
 
-OTHER_MEDIUM: Final = ["plaintexts", "ciphertexts", "load_error_table"]
+OTHER_MEDIUM: Final = ["find_mapping", "plaintexts", "ciphertexts", "load_error_table"]
 OTHER_KEY: Final = [
+    "find_mapping",
     "plaintexts",
     "ciphertexts",
     "sample",
@@ -43,7 +44,22 @@ def test_a_sleep_that_changes_nothing_is_not_noticed(bench: Bench) -> None:
     for _ in range(2):
         wake(bench)
     assert bench.state(volume) is State.MOUNTED
-    assert bench.kernel.steps == ["plaintexts"] * 2
+    assert bench.kernel.steps == ["find_mapping", "plaintexts"] * 2
+
+
+def test_a_suspended_volume_is_not_read_after_a_sleep_nor_when_it_is_adopted(bench: Bench) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kill()
+    bench.start()
+    bench.appear(volume)
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    bench.stop()
+    assert bench.kernel.leftovers() == []
 
 
 def test_a_volume_whose_key_was_lost_gets_an_error_table_before_anything_else(
@@ -143,7 +159,7 @@ def test_another_medium_in_its_place_is_not_written_to(bench: Bench) -> None:
     volume = mounted(bench)
     bench.kernel.media["sda1"].identifier = b"another GUID"
     wake(bench)
-    assert bench.kernel.steps[:3] == OTHER_MEDIUM
+    assert bench.kernel.steps[: len(OTHER_MEDIUM)] == OTHER_MEDIUM
     assert "flush" not in bench.kernel.steps
     assert "another medium" in bench.reason(volume)
 
@@ -241,7 +257,7 @@ def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench
     bench.kernel.media["sda1"].identifier = b"another GUID"
     bench.kernel.steps.clear()
     wake(bench)
-    assert bench.kernel.steps[:3] == OTHER_MEDIUM
+    assert bench.kernel.steps[: len(OTHER_MEDIUM)] == OTHER_MEDIUM
     assert bench.state(volume) is State.REMOVED_UNSAFELY
 
 
@@ -266,3 +282,171 @@ def test_nothing_is_flushed_under_another_key_after_a_sleep_during_the_unit_befo
     assert bench.kernel.leftovers() == []
     if end == "lock":
         assert "its key was lost" in str(request.exception())
+
+
+def suspended_asleep(bench: Bench) -> tuple[Volume, FakeMapping]:
+    """Have somebody suspend a mapping, unseen, before the machine sleeps and its key is lost."""
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.kernel.new_session()
+    wake(bench)
+    return volume, mapping
+
+
+def test_a_mapping_that_was_suspended_unseen_is_not_read_after_a_sleep(bench: Bench) -> None:
+    volume, _ = suspended_asleep(bench)
+    bench.wait(60)
+    assert bench.state(volume) is State.MOUNTED
+    assert "plaintexts" not in bench.kernel.steps
+
+
+def test_a_mapping_that_is_resumed_after_a_sleep_is_compared_then(bench: Bench) -> None:
+    volume, mapping = suspended_asleep(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "its key was lost" in bench.reason(volume)
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_stop_compares_a_mapping_that_it_resumes_after_a_sleep_before_it_flushes(
+    bench: Bench,
+) -> None:
+    suspended_asleep(bench)
+    bench.stop()
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_mapping_that_is_resumed_as_a_lock_comes_is_compared_before_the_flush(
+    bench: Bench,
+) -> None:
+    volume, mapping = suspended_asleep(bench)
+    bench.ask("lock", volume)
+    bench.run_turns(3)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_mapping_that_stays_suspended_after_a_sleep_is_said_once(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume, _ = suspended_asleep(bench)
+    for _ in range(10):
+        bench.look(volume)
+        bench.wait(2)
+    assert caplog.text.count("it is compared when it is resumed") == 1
+
+
+def adopted_while_suspended(bench: Bench) -> tuple[Volume, FakeMapping]:
+    """Have an agent start that finds a mounted volume whose mapping is suspended."""
+    volume = bench.insert()
+    bench.settle()
+    bench.kill()
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.kernel.steps.clear()
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED
+    return volume, mapping
+
+
+def test_a_volume_that_was_suspended_at_its_adoption_is_compared_after_a_sleep(
+    bench: Bench,
+) -> None:
+    volume, mapping = adopted_while_suspended(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+
+
+def test_noise_is_not_what_later_sleeps_are_compared_with(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume, mapping = adopted_while_suspended(bench)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert not {"sample", "plaintexts"} & set(bench.kernel.steps)
+    assert caplog.text.count("cannot compare it after the sleep: nothing was read of it") == 2
+    assert "compared after the sleep:" not in caplog.text
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_volume_that_is_suspended_in_a_sleep_is_compared_when_it_is_resumed(
+    bench: Bench, *, has_key: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    assert "is suspended" in bench.look(volume).reason
+    if not has_key:
+        bench.kernel.new_session()
+    wake(bench)
+    assert bench.state(volume) is State.MOUNTED
+    assert "it is compared when it is resumed" in caplog.text
+    bench.by_hand.resume(mapping)
+    bench.settle()
+    assert bench.state(volume) is (State.MOUNTED if has_key else State.REMOVED_UNSAFELY)
+
+
+def test_a_stop_that_resumes_a_mapping_flushes_nothing_under_a_key_that_a_sleep_has_cost(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.look(volume)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.stop()
+    assert "resume_mapping" in bench.kernel.steps
+    assert "flush" not in bench.kernel.steps
+    assert bench.kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("verb", ["lock", "eject"])
+def test_a_mapping_that_is_resumed_while_a_unit_ends_is_compared_before_the_flush(
+    bench: Bench, verb: str
+) -> None:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.by_hand.suspend(mapping)
+    bench.look(volume)
+    bench.kernel.new_session()
+    wake(bench)
+    bench.units.duration_s = 5
+    bench.ask(verb, volume)
+    bench.settle()
+    bench.by_hand.resume(mapping)
+    bench.wait(6)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps
+
+
+def test_a_volume_is_compared_if_the_machine_sleeps_during_the_look_before_a_flush(
+    bench: Bench,
+) -> None:
+    volume = mounted(bench)
+    bench.kernel.faults.append(Fault("find_mapping", hangs_s=2))
+    bench.ask("lock", volume)
+    bench.settle()
+    bench.kernel.new_session()
+    bench.wake()
+    bench.wait(3)
+    assert bench.state(volume) is State.REMOVED_UNSAFELY
+    assert "flush" not in bench.kernel.steps

@@ -22,6 +22,8 @@ def main() -> int:
     running.add_argument("script")
     soaking = commands.add_parser("soak", help="media plugged and pulled for hours, with faults")
     soaking.add_argument("options", nargs="*", help="those of kernel.soak, after --")
+    sabotaging = commands.add_parser("saboteur", help="what users do by hand, at random")
+    sabotaging.add_argument("options", nargs="*", help="those of kernel.saboteur, after --")
     growing = commands.add_parser("growth", help="whether the installed agent grows, by cycles")
     growing.add_argument("cycles", type=int)
     throughput = commands.add_parser("throughput", help="dm-crypt's, by both kinds of keys")
@@ -45,6 +47,8 @@ def main() -> int:
             return asyncio.run(soak.growth(options.cycles))
         case "soak":
             return asyncio.run(soak.soak(*options.options))
+        case "saboteur":
+            return asyncio.run(soak.sabotage(*options.options))
         case "swaps":
             return asyncio.run(swaps.swaps(*options.options))
         case "throughput":

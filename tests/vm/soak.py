@@ -25,6 +25,13 @@ async def soak(*options: str) -> int:
         return await shown(guest, f"-m kernel.soak {shlex.join(options)}")
 
 
+async def sabotage(*options: str) -> int:
+    """Do by hand whatever can be done, at random, in a new guest. Returns: its exit status."""
+    async with machine.restored() as guest:
+        await guest.sh(UDEV_RULE)
+        return await shown(guest, f"-m kernel.saboteur {shlex.join(options)}")
+
+
 async def growth(cycles: int) -> int:
     """Plug and pull media beside the installed agent. Returns: 1 if it has grown."""
     async with machine.restored(installed.layer()) as guest:
@@ -64,7 +71,7 @@ async def _show(guest: Guest, read: int) -> int:
     new = (await guest.run("tail", "-c", f"+{read + 1}", LOG)).stdout
     text, newline, _ = new.rpartition("\n")
     for line in text.splitlines():
-        passing = sys.stdout.isatty() and line.startswith(("cycle ", "damaged "))
+        passing = sys.stdout.isatty() and line.startswith(("cycle ", "damaged ", "step "))
         sys.stdout.write(f"\r\033[K{line}" if passing else f"{line}\n")
     sys.stdout.flush()
     return len(f"{text}{newline}".encode())

@@ -13,6 +13,7 @@ from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import VolumeId
 from caam_hotplug.systemd import journal
+from caam_hotplug.volume.obstacles import Obstacle
 from caam_hotplug.volume.record import Record
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Observer:
         if record is None or now - record.holding.looked_at < LOOKS_AFTER_S:
             return
         record.holding.looked_at = now
-        if record.holding.mapping is None:
+        if record.holding.mapping is None or Obstacle.MAPPING in record.obstacle:
             record.status.note_look()  # nothing is held that could be another
         else:
             record.holding.want_look()

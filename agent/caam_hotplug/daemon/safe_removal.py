@@ -180,7 +180,8 @@ class SafeRemoval:
             raise RequestRefusedError(
                 f"eject {volume}: it is built in, and cannot be removed; `lock` releases it"
             )
-        if not record.holding.is_offline:  # else it is released, whether or not somebody looked
+        records = self._volumes.records_of(volume.id.diskseq)
+        if not any(each.holding.is_offline for each in records):  # else all are released
             self._require_written(record)
         users = await hold.look_who_uses(volume, record.status.publish_late)
         if users:
@@ -194,11 +195,14 @@ class SafeRemoval:
             if sibling is not record and (is_asked or not is_released):
                 await self._release(sibling, by)
         await self._release(record, by)
+        self._require_written(record)  # only now: one that has lost data may be released, too
 
     async def _release(self, record: Record, by: str) -> None:
-        with suppress(WritesLostError):  # which its record has, with more words
+        try:
             await record.ask(Request(Ask.EJECT, by))
-        self._require_written(record)
+        except WritesLostError:
+            self._require_written(record)  # with more words
+            raise
 
     def _require_written(self, record: Record) -> None:
         """Raise WritesLostError if not all was written to the disk's volumes."""

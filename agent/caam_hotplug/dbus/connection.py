@@ -46,7 +46,12 @@ class Connection:
             raise NoBusError(f"connect to the system bus: {error_message(error)}") from error
         self.lost = asyncio.Event()
         """Set once the bus has closed the connection."""
-        self._relay = Relay(self.bus.get_fd(), self.bus.process, self.lost.set, limits, is_at_work)
+        bus, lost = self.bus, self.lost.set
+        try:
+            self._relay = Relay(bus.get_fd(), bus.process, lost, limits, is_at_work)
+        except OSError as error:  # at the limit of open files
+            bus.close()
+            raise NoBusError(f"connect to the system bus: {error.strerror}") from error
 
     def flush(self) -> None:
         """Send what was written, now and not in the loop's next turn."""

@@ -66,6 +66,7 @@ class Relay:
 
         `process` handles what the descriptor has; `ended` is called when the bus has closed.
         `is_at_work`: whether a medium is served now. It goes before requests; by default, none is.
+        Raises: OSError.
         """
         self._process = process
         self._ended = ended
@@ -73,7 +74,11 @@ class Relay:
         self._is_at_work = is_at_work
         self._loop = asyncio.get_running_loop()
         self._bus = socket.socket(fileno=os.dup(descriptor))
-        self._inner, theirs = socket.socketpair()
+        try:
+            self._inner, theirs = socket.socketpair()
+        except OSError:
+            self._bus.close()
+            raise
         with theirs:
             os.dup2(theirs.fileno(), descriptor, inheritable=False)
         for end in (self._bus, self._inner):

@@ -26,12 +26,13 @@ _HEADER: Final = struct.Struct("=3IIIIi3IQ128s129s7x")
 _VERSION: Final = (4, 0, 0)
 _SUSPENDED: Final = 1 << 1
 _ACTIVE_PRESENT: Final = 1 << 5
+_BUFFER_FULL: Final = 1 << 8
 _SKIP_LOCKFS: Final = 1 << 10
 _NOFLUSH: Final = 1 << 11
 _TARGET: Final = struct.Struct("=QQiI16s")
 _NO_PARAMETERS: Final = bytes(8)
 _ROOM: Final = 16 << 10
-"""For the answer, as much as libdevmapper gives; a mapping of the agent has one target."""
+"""For the answer: 341 targets, as much as libdevmapper gives. A mapping of the agent has one."""
 
 
 @lru_cache(maxsize=1)
@@ -68,7 +69,7 @@ def is_live(uuid: str) -> bool:
     """
     with reported_as("look at mapping", uuid, DmError):
         flags, targets = _status(uuid)
-    is_running = bool(flags & _ACTIVE_PRESENT) and not flags & _SUSPENDED
+    is_running = bool(flags & _ACTIVE_PRESENT) and not flags & (_SUSPENDED | _BUFFER_FULL)
     return is_running and all(kind == b"error" for _, kind in targets)
 
 
@@ -76,28 +77,42 @@ def _load(uuid: str) -> None:
     flags, targets = _status(uuid)
     if not flags & _ACTIVE_PRESENT:
         return
-    if any(kind != b"error" for _, kind in targets):
-        size = max(end for end, _ in targets)
-        target = _TARGET.pack(0, size, 0, _TARGET.size + len(_NO_PARAMETERS), b"error")
-        _call(_TABLE_LOAD, uuid, target + _NO_PARAMETERS, targets=1)
-    elif not flags & _SUSPENDED:
+    is_error = not flags & _BUFFER_FULL and all(kind == b"error" for _, kind in targets)
+    if is_error and not flags & _SUSPENDED:
         return
+    # Also if it is there, but suspended: it takes the place of a table that waits for the resume.
+    size = max((1, *(end for end, _ in targets)))  # beyond its end a mapping fails I/O, too
+    target = _TARGET.pack(0, size, 0, _TARGET.size + len(_NO_PARAMETERS), b"error")
+    _call(_TABLE_LOAD, uuid, target + _NO_PARAMETERS, targets=1)
     # Suspends first what is live, unless it is suspended (do_resume in dm-ioctl.c).
     _call(_DEV_SUSPEND, uuid, flags=_NOFLUSH | _SKIP_LOCKFS)
 
 
 def _status(uuid: str) -> tuple[int, list[tuple[int, bytes]]]:
-    """Return the flags of a mapping; and where each target of its live table ends, and its kind."""
+    """Return the flags of a mapping; and where each target of its live table ends, and its kind.
+
+    With the flag for a full buffer, which no error table has, the last targets are not among them.
+    """
     answer = _call(_TABLE_STATUS, uuid, bytes(_ROOM))
     _, _, _, _, begin, count, _, flags, *_ = _HEADER.unpack_from(answer)
     return flags, list(_targets(answer, begin, count))
 
 
 def _targets(answer: bytes, begin: int, count: int) -> Iterator[tuple[int, bytes]]:
+    """Yield the targets that are in the answer. The kernel counts also those it has no room for.
+
+    Source: retrieve_status in drivers/md/dm-ioctl.c. What it does not write stays zero.
+    """
     at = begin
     for _ in range(count):
+        if at + _TARGET.size > len(answer):
+            return
         start, length, _, following, kind = _TARGET.unpack_from(answer, at)
+        if not length:
+            return
         yield start + length, kind.rstrip(b"\0")
+        if not following:
+            return
         at = begin + following
 
 

@@ -63,14 +63,17 @@ def find(mapping: Mapping, also: DeviceNumber | None = None) -> list[Holder]:
 def openers(devices: abc.Mapping[DeviceNumber, str], *, of_all: bool = False) -> list[Holder]:
     """As `find`, for several devices: the name of each mapping, or the node of another device.
 
-    `of_all`: whether none means that no process has it open. Raises then: UnknownError.
+    `of_all`: whether none means that no process has it open.
+    Raises: UnknownError, also for want of descriptors: a search would miss what it cannot open.
     """
     try:
         found = _asked(devices)
     except (OSError, ValueError) as error:
-        if of_all and not _sees_others():
-            number = getattr(error, "errno", None) or errno.EIO
-            what, detail = ", ".join(devices.values()), f"nobody answers at {names.HOLDERS_SOCKET}"
+        number = getattr(error, "errno", None) or errno.EIO
+        is_short = number in {errno.EMFILE, errno.ENFILE}
+        if is_short or (of_all and not _sees_others()):
+            detail = "" if is_short else f"nobody answers at {names.HOLDERS_SOCKET}"
+            what = ", ".join(devices.values())
             raise UnknownError("look who has open", what, number, detail) from error
         log.debug("nobody answers at %s: %s", names.HOLDERS_SOCKET, error)
         found = search(devices)

@@ -82,9 +82,9 @@ class Activation:
         self._operations.took = {}
         async with AsyncExitStack() as held:
             mounts = self._target.plan.rule.action is not Action.UNLOCK and self._record.mounts
-            watch = self._holding.watch if mounts else None
+            watch, made_for = self._holding.watch, (self._operations, self._device, self._target)
             mapping = await held.enter_async_context(
-                active_mapping(self._operations, self._device, self._target, watch)
+                active_mapping(*made_for, watch, is_read=mounts)
             )
             self._holding.begin(mapping)
             by = f", by its {backend_that_made(mapping)} key"
@@ -101,7 +101,7 @@ class Activation:
                 self._status.publish(State.MOUNTING, f"from {mapping.node}{by}", **live)
                 await self._mount(mapping, held)
             self._record.has_slept = False
-            await self._sleep_check.remember(mapping)
+            await self._sleep_check.catch_up(mapping)
             cause = await self._until_released(mapping)
             is_writable = await self._may_lack_writes()
             if isinstance(cause, Interference):  # which flushes nothing
@@ -112,8 +112,7 @@ class Activation:
                 return Released(None, is_writable, is_kept=True)
             self._status.publish(State.DETACHING, self._stop.words)
             await self._hooks.unmounting(self._record.plan_in_force(self._target))
-            await self._compare_if_it_slept(mapping)
-            await self._observation.prepare_flush()
+            await self._prepare_flush()
             return Released(None, is_writable)
 
     async def _may_lack_writes(self) -> bool:
@@ -152,10 +151,10 @@ class Activation:
         inbox, record, holding = self._inbox, self._record, self._holding
         while True:
             await inbox.until(lambda: inbox.concerns_active or record.has_slept or holding.differs)
-            await self._compare_if_it_slept(mapping)
+            await self._compare_if_it_slept()
             if self._stop.is_set:
                 return None
-            asks_for_it = inbox.request is not None and not inbox.wants_release
+            asks_for_it = inbox.wants_service
             if asks_for_it:  # it is mounted or unlocked already, as far as is known
                 holding.want_look()
             if holding.differs:
@@ -166,17 +165,28 @@ class Activation:
                     return found
                 if asks_for_it and not self._stop.is_set:
                     self._grant_unless_released()
+                record.has_slept |= self._sleep_check.is_due  # it may be resumed now
+                await self._catch_up(mapping)
                 continue
             cause = self._inbox.request or await self._reason_to_release()
             if cause is not None and await self._release(mapping, cause):
-                if isinstance(cause, Request):
-                    self._record.note_release(cause.words)
                 return cause
 
-    async def _compare_if_it_slept(self, mapping: Mapping) -> None:
+    async def _compare_if_it_slept(self) -> None:
         if self._record.has_slept and not self._stop.medium_gone:
             self._record.has_slept = False
-            await self._sleep_check.run(self._holding.mapping or mapping)  # as last seen
+            await self._sleep_check.run()
+
+    async def _prepare_flush(self) -> None:
+        """Resume a suspended mapping, and compare it if the machine has slept, before a flush."""
+        await self._observation.prepare_flush()
+        self._record.has_slept |= self._sleep_check.is_due
+        await self._compare_if_it_slept()
+
+    async def _catch_up(self, mapping: Mapping) -> None:
+        """Do what was not possible while it was suspended, unless it has slept again meanwhile."""
+        if not (self._record.has_slept or self._stop.medium_gone):
+            await self._sleep_check.catch_up(self._holding.mapping or mapping)
 
     async def _reason_to_release(self) -> Reevaluate | None:
         """Take out what has changed; what udev says of the disk counts only if the disk agrees."""
@@ -191,25 +201,21 @@ class Activation:
         self._holding.is_paused = True
         self._status.publish(State.DETACHING, cause.words)
         await self._hooks.unmounting(self._record.plan_in_force(self._target))
-        await self._compare_if_it_slept(mapping)  # before a flush
+        await self._compare_if_it_slept()  # before a flush
         if self._stop.medium_gone or self._stop.keeps:
             return False
-        by_rule = self._record.plan_in_force(self._target).rule.on_busy
-        on_busy = by_rule if isinstance(cause, Request) else cause.on_busy
-        anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
+        is_marked = isinstance(cause, Request) and self._holding.mount is not None
         try:
-            await self._observation.require_running()
-            if self._stop.medium_gone:
+            if not await self._flush_and_unmount(mapping, cause, is_marked=is_marked):
                 return False
-            await release(
-                self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway
-            )
         except (HotplugError, OSError) as error:
-            self._record.note_lost(error)
+            self._record.note_lost(self._writes.error or error)  # flushed, then in use
+            if is_marked:
+                self._record.unpark(mounts=self._record.mounts)
             if cause is Reevaluate.UDEV or isinstance(cause, Interference):
                 # It should not be served, or is not: the unwinding detaches it.
                 log.warning("%s: %s: %s", self._record.volume, cause.words, error)
-                await self._observation.prepare_flush()
+                await self._prepare_flush()
                 return True
             if not self._stop.is_set:
                 self._observation.go_on()
@@ -217,6 +223,28 @@ class Activation:
                     self._hooks.mounted(self._record.plan_in_force(self._target))
                 self._refuse(cause, error)
             return False
+        return True
+
+    async def _flush_and_unmount(
+        self, mapping: Mapping, cause: Request | Reevaluate | Interference, *, is_marked: bool
+    ) -> bool:
+        """Release it, and remember that; False if its medium has gone before. Raises: as `release`.
+
+        `is_marked`: before. A mount ends the mark, which so says that the unmount has been.
+        """
+        await self._observation.require_running()
+        self._record.has_slept |= self._sleep_check.is_due  # it may be resumed since
+        await self._compare_if_it_slept()
+        if self._stop.medium_gone:
+            return False
+        if is_marked:
+            self._record.note_release(cause.words)
+        by_rule = self._record.plan_in_force(self._target).rule.on_busy
+        on_busy = by_rule if isinstance(cause, Request) else cause.on_busy
+        anyway = isinstance(cause, Request) and cause.ask is Ask.LOCK
+        await release(self._operations, self._target, mapping, self._writes, on_busy, anyway=anyway)
+        if isinstance(cause, Request) and not is_marked:
+            self._record.note_release(cause.words)
         return True
 
     def _refuse(self, cause: Request | Reevaluate | Interference, error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Final
 
 from caam_hotplug import names
 from caam_hotplug.config.rules import Rule
@@ -11,6 +12,8 @@ from caam_hotplug.formats.blobs import KEY_TYPES
 from caam_hotplug.formats.crypt_table import CryptTarget, cipher_for, crypt_target
 from caam_hotplug.model import KeyReference, KeyType, Mapping, Volume
 from caam_hotplug.volume.target import Target
+
+_LEFT_ALONE: Final = "it is left alone until that is restored"
 
 
 def may_be_adopted(existing: Mapping, target: Target) -> bool:
@@ -29,10 +32,10 @@ def may_be_adopted(existing: Mapping, target: Target) -> bool:
         return False
     if crypt is not None and _fits(crypt, target):
         return True
+    until = "it goes when it is closed" if existing.is_removed_at_last_close else _LEFT_ALONE
     raise ForeignMappingError(
         f"mapping {existing.name} is not what rule {target.plan.rule.name!r} asks for: "
-        f"{'; '.join(existing.table)}; it is left alone until that is restored, "
-        "or `lock` releases it"
+        f"{'; '.join(existing.table)}; {until}, or `lock` releases it"
     )
 
 

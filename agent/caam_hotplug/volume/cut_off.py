@@ -63,7 +63,7 @@ class CutOff:
             raise asyncio.CancelledError
         return loading.result()
 
-    async def live(self) -> None:
+    async def until_live(self) -> None:
         """Wait until nothing reaches the medium any more, if it has gone, or that has failed.
 
         The kernel may not have closed the medium yet, for which the removal of the mapping waits.
@@ -85,6 +85,9 @@ class CutOff:
             is_live = self._kernel.has_error_table(self._uuid)
         except (HotplugError, OSError):  # the end of the load says it
             return
+        except Exception:  # a defect here must not end the reading of events
+            log.exception("look at the mapping: a defect of the agent")
+            return
         if is_live:
             self._live.set_result(None)
 
@@ -99,6 +102,20 @@ class CutOff:
         failure = await self.done()
         if failure is not None:
             raise failure
+
+    def hold(self) -> None:
+        """Load the error table again if somebody has loaded another since. Worker: the volume's.
+
+        An unmount writes what is dirty to wherever the table leads then.
+        """
+        try:
+            if not self._kernel.has_error_table(self._uuid):
+                log.warning("%s: its table was changed after it was cut off", self._uuid)
+                self._kernel.load_error_table(self._uuid)
+        except (HotplugError, OSError) as error:  # as above: it must not stay mounted for that
+            log.warning("%s", error)
+        except Exception:
+            log.exception("hold the error table: a defect of the agent")
 
     def _begin(self) -> None:
         before = self._loading

@@ -22,11 +22,12 @@ class Interference:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier(Interference):
+class UnfinishedRelease:
     """What a volume was released for, by this run of the agent or an earlier one, to go on with."""
 
+    words: str
     is_ended_by_mount: bool = True
-    """Whether a mount of it shows that it was served again since, as by an older agent."""
+    """Whether a mount of it shows that it was not unmounted yet, or was served again since."""
 
 
 UNMOUNTED: Final = Interference("unmounted by somebody else")
@@ -97,9 +98,13 @@ class Holding:
         return [*map(_facts, seen)] != [*map(_facts, (self.mount, self.cover, *self.others))]
 
     def begin(self, mapping: Mapping) -> None:
-        """Note what is held: a mapping, and no mount yet."""
+        """Note what is held: a mapping, and no mount yet. What it was watched for still counts."""
+        is_watched = self.mapping is not None and self.mapping.node == mapping.node
+        is_doubted, is_look_wanted = self.is_mapping_doubted, self.is_look_wanted
         self.end()
         self.mapping = mapping
+        self.is_mapping_doubted = is_watched and is_doubted
+        self.is_look_wanted = is_watched and is_look_wanted
         self.was_writable = self.is_paused = self.is_offline = False
 
     def publish(self, mount: Mount) -> None:

@@ -42,6 +42,8 @@ class Inbox:
         self.mounts_changed = False
         """Whether mounts have changed, or what lies in the mount point, since an idle volume was
         last looked at, or its last attempt began."""
+        self.is_reported = self.has_new_blob = False
+        """Whether the device was reported, or any blob has come, since the rules were matched."""
         self._last_refusal: Exception | None = None
 
     @property
@@ -53,6 +55,11 @@ class Inbox:
     def wants_release(self) -> bool:
         """Whether the request is to release the volume."""
         return self.request is not None and self.request.releases
+
+    @property
+    def wants_service(self) -> bool:
+        """Whether the request is to serve the volume."""
+        return self.request is not None and not self.request.releases
 
     @property
     def concerns_active(self) -> bool:
@@ -80,6 +87,7 @@ class Inbox:
     def clear_changes(self) -> None:
         """Forget all changes: the rules are matched before anything else is done."""
         self._changes.clear()
+        self.is_reported = self.has_new_blob = False
 
     def take_change(self) -> Reevaluate | None:
         """Take out what has changed for an active volume; udev's report weighs most."""

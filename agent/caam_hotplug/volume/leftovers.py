@@ -22,7 +22,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
-from caam_hotplug.volume.holding import Earlier
+from caam_hotplug.volume.holding import UnfinishedRelease
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
@@ -140,8 +140,8 @@ class Leftover:
                 return
         raise VolumeBusyError(mapping.node, users)
 
-    async def go_on(self, cause: Earlier) -> bool:
-        """Go on with a release that has not ended; False if the volume was served since.
+    async def go_on(self, cause: UnfinishedRelease) -> bool:
+        """Go on with a release that has not ended; False if a mount shows that it is served.
 
         Raises: ReleaseError.
         """
@@ -150,10 +150,10 @@ class Leftover:
                 return False
         except (HotplugError, OSError) as error:
             raise ReleaseError(str(error)) from error
-        await self.release()
+        await self.release(cause.words)
         return True
 
-    async def _was_served_since(self, cause: Earlier) -> bool:
+    async def _was_served_since(self, cause: UnfinishedRelease) -> bool:
         kernel, holding = self._operations.kernel, self._record.holding
         look = kernel.find_mapping
         mapping = await self._operations.dm("look for the mapping", look, self._uuid)
@@ -165,12 +165,12 @@ class Leftover:
         holding.was_writable = not self._record.volume.read_only  # by others, as far as is known
         return False
 
-    async def release(self) -> None:
+    async def release(self, why: str = "an earlier run of the agent has left it") -> None:
         """Release it, and note what may be lost. Raises: ReleaseError."""
         record = self._record
         record.phase = replace(record.phase, has_leftover=False)
         if record.status.state is None:
-            record.status.publish(State.DETACHING, "an earlier run of the agent has left it")
+            record.status.publish(State.DETACHING, why)
         try:
             work = (release_leftovers, self._operations, self._uuid, self._reaches_medium)
             left = await to_the_end(*work)
@@ -182,9 +182,9 @@ class Leftover:
             note_last_writes(record)
         elif left.is_written and left.led_elsewhere:
             record.note_lost(WritesLostError(f"its mapping led elsewhere; {LOST}"))
-        await self._remove_mount_points()
+        await self.remove_mount_points()
 
-    async def _remove_mount_points(self) -> None:
+    async def remove_mount_points(self) -> None:
         """Remove those of the agent that nobody uses: others may have unmounted it."""
         kernel, points = self._operations.kernel, self._record.context.mount_points
         me = self._record.volume.id

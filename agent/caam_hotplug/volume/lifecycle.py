@@ -21,16 +21,16 @@ from caam_hotplug.errors import (
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.activation import Activation
 from caam_hotplug.volume.device import Device, OtherOnDiskError
-from caam_hotplug.volume.holding import Earlier
+from caam_hotplug.volume.holding import Interference
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
 from caam_hotplug.volume.lookout import Lookout
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.outcome import Outcome
-from caam_hotplug.volume.phases import Active, Evaluate, Failure, Idle, Parked, Phase, Queued
+from caam_hotplug.volume.phases import Active, Cause, Evaluate, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.remains import in_words, note_last_writes
-from caam_hotplug.volume.requests import Ask
+from caam_hotplug.volume.requests import Ask, Request
 from caam_hotplug.volume.stop_signal import IS_THERE, Reason, StopRequestedError
 from caam_hotplug.volume.target import Target
 
@@ -108,7 +108,7 @@ class VolumeLifecycle:
         if request is not None and not self._inbox.has_changes:
             self._inbox.refuse(self._status.words)
         cause, holding = self._phase.released_for, self.record.holding
-        awaits_mapping = cause is not None and not isinstance(cause, Reevaluate | Failure | Earlier)
+        awaits_mapping = isinstance(cause, Request | Interference)
         await self._lookout.until_worth_it(
             lambda: (
                 bool(self._inbox.request)
@@ -120,12 +120,18 @@ class VolumeLifecycle:
             return self._phase
         cause = self._phase.released_for  # of which the lookout may have seen something else
         if cause is not None and holding.differs:
-            return await self._outcome.released_for(cause)
+            return await self._say_what_is_left(cause)
         return self._phase.to_evaluate(goes_on=self._inbox.request is None)
+
+    async def _say_what_is_left(self, cause: Cause) -> Phase:
+        """Return the next phase of an idle volume; a request to serve it leads to an attempt."""
+        phase = await self._outcome.released_for(cause)
+        is_asked = self._inbox.wants_service and isinstance(phase, Idle)
+        return phase.to_evaluate() if is_asked else phase
 
     async def _evaluate(self) -> Phase:
         """Match the rules and do as they say. The only place where the errors of a volume end."""
-        if self._inbox.wants_release:
+        if self._inbox.wants_release and self._phase.goes_on_for is None:
             return self._phase.to_idle()
         self._inbox.clear_changes()
         self.record.holding.end()
@@ -141,19 +147,23 @@ class VolumeLifecycle:
         except ReleaseError as error:
             self.record.retry_if_udev_reported(udev_before)
             words = in_words(error) + self.record.retry_if_passing(error)
-            return self._outcome.badly_released(words)
+            return await self._outcome.badly_released(words)
         except (HotplugError, OSError) as error:
+            phase = await self._outcome.failed(error)
             if not isinstance(error, BLOB_AT_FAULT):
                 self.record.retry_if_udev_reported(udev_before)
-            return await self._outcome.failed(error)
+            return phase
         finally:
             await self._device.close()
         return self._phase.to_idle()
 
     async def _follow_rules(self) -> Phase:
         cause = self._phase.goes_on_for
-        if cause is not None and await self._leftover.go_on(cause):
-            return await self._outcome.released_for(cause)
+        is_over = cause is None or self._inbox.wants_service
+        if cause is not None and not is_over and await self._leftover.go_on(cause):
+            return await self._say_what_is_left(cause)
+        if self._inbox.wants_release:
+            return self._phase.to_idle()
         await self._device.identify()
         self._inbox.clear_changes()  # the rules are matched with all reports so far
         match match_rules(self._context.rules, self.record.volume):
@@ -185,13 +195,17 @@ class VolumeLifecycle:
         with points.reserved(name, me, self._stop.wake):
             while (owner := points.owner(name)) != me:
                 words = f"{self._kernel.mount_root / name} belongs to volume {owner}"
-                self._status.publish(State.CONFLICT, words, **facts)
+                self.record.phase = await self._outcome.queues(words, facts)
                 await self._device.close()  # it would keep the disk's table from being read anew
                 await self._inbox.until(
-                    lambda: points.owner(name) != owner or self._inbox.concerns_active
+                    lambda: (
+                        points.owner(name) != owner
+                        or self._inbox.concerns_active
+                        or self.record.holding.differs
+                    )
                 )
                 self._stop.check()
-                if self._inbox.request is not None and not self._inbox.wants_release:
+                if self._inbox.wants_service:
                     self._inbox.refuse(self._status.words)  # and keep the place in the queue
                 elif self._inbox.wants_release or self.record.take_reason_to_release(target):
                     return self._phase.to_evaluate()

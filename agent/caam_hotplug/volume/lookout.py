@@ -50,7 +50,7 @@ class Lookout:
     async def until_worth_it(self, is_asked: Callable[[], bool]) -> None:
         """Wait for a request or a change, or until what is in the way of the volume has gone."""
         target, obstacle = self._record.phase.target, self._record.obstacle
-        watches, holding = Obstacle.SUSPENDED in obstacle, self._record.holding
+        watches, holding = Obstacle.MAPPING in obstacle, self._record.holding
         self._is_asked = lambda: is_asked() or (watches and holding.is_mapping_doubted)
         has_obstacle = True
         if target is not None and Obstacle.MOUNT_POINT in obstacle:

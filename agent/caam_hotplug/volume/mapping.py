@@ -13,12 +13,13 @@ from caam_hotplug.errors import ForeignMappingError
 from caam_hotplug.formats.blobs import KEY_TYPES, Backend
 from caam_hotplug.formats.crypt_table import CryptTarget, crypt_target
 from caam_hotplug.keys import backends
-from caam_hotplug.model import KeyReference, Mapping, VolumeId
-from caam_hotplug.volume.adoption import may_be_adopted
+from caam_hotplug.model import KeyReference, Mapping, Volume, VolumeId
+from caam_hotplug.volume.adoption import leading_to, may_be_adopted
 from caam_hotplug.volume.device import Device
-from caam_hotplug.volume.mount_table import mounts_of
+from caam_hotplug.volume.mount_table import first_of, mounts_at, mounts_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.release import suspended
+from caam_hotplug.volume.stop_signal import Reason
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
 
@@ -40,54 +41,105 @@ async def release_key(operations: Operations, volume: VolumeId) -> None:
 
 @asynccontextmanager
 async def active_mapping(
-    operations: Operations, device: Device, target: Target, watch: Watch | None
+    operations: Operations, device: Device, target: Target, watch: Watch, *, is_read: bool
 ) -> AsyncIterator[Mapping]:
     """Make or adopt the mapping of the target, and release it on the way out.
 
     The mapping holds the device, which is closed then without waiting for the medium.
-    `watch`: has changes of a mapping noticed; None if the mapping is not to be mounted.
+    `watch`: has changes of a mapping noticed; `is_read`: whether it is to be mounted.
     Raises: OtherOnDiskError if its disk says something else; ForeignMappingError if a mapping of
     its DM-UUID does something else; SuspendedError if it is, and would be read.
     """
     kernel, uuid = operations.kernel, target.dm_uuid
     operations.cut_off.is_mapped = True
-    existing = await operations.dm("look for the mapping", kernel.find_mapping, uuid)
-    adopted = existing is not None and may_be_adopted(existing, target)
+    existing, adopted = await _existing(operations, target, watch)
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
-    if existing is not None and adopted and existing.is_suspended and watch is not None:
-        await _require_running(operations, existing, watch)
+    if existing is not None and adopted and existing.is_suspended and is_read:
+        await _require_running(operations, existing, target.plan.mount_name, watch)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
-            extra = fields("adopted", VOLUME=target.volume, MAPPING=existing.name)
-            log.warning("%s: adopting its mapping %s", target.volume, existing.name, extra=extra)
-            *_, live = await operations.dm_each(
-                ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
-                ("close the device", device.close_now),
-                ("look for the mapping", partial(kernel.find_mapping, uuid)),
-            )
+            live = await _adopt(operations, device, target, existing, watch)
+            is_same = live is not None and live.table == existing.table
         else:
             if existing is not None:
                 await operations.dm(
                     "remove the half-made mapping", kernel.remove_mapping, existing.name
                 )
             live = await _make_mapping(operations, device, target)
+            is_same = live is not None and _leads_there(live, target)
         operations.stop.check()
         if live is None:
             raise ForeignMappingError(f"mapping {target.dm_name} vanished while it was made")
+        if not is_same:
+            await cut_off_changed(operations, target.volume, live)
+            operations.stop.check()
         yield live
 
 
-async def _require_running(operations: Operations, existing: Mapping, watch: Watch) -> None:
-    """Raise SuspendedError unless it is mounted, or was resumed since: a read of it would wait.
+async def _existing(
+    operations: Operations, target: Target, watch: Watch
+) -> tuple[Mapping | None, bool]:
+    """Return the mapping that there is, and whether it may be adopted.
+
+    Raises: ForeignMappingError if it does something else; each change since is noticed.
+    """
+    look, uuid = operations.kernel.find_mapping, target.dm_uuid
+    existing = await operations.dm("look for the mapping", look, uuid)
+    if existing is None:
+        return None, False
+    try:
+        return existing, may_be_adopted(existing, target)
+    except ForeignMappingError:
+        watch(existing)
+    existing = await operations.dm("look for the mapping", look, uuid)
+    return existing, existing is not None and may_be_adopted(existing, target)
+
+
+async def _adopt(
+    operations: Operations, device: Device, target: Target, existing: Mapping, watch: Watch
+) -> Mapping | None:
+    """Keep the mapping, and return it as it is then; each change since is noticed."""
+    kernel = operations.kernel
+    extra = fields("adopted", VOLUME=target.volume, MAPPING=existing.name)
+    log.warning("%s: adopting its mapping %s", target.volume, existing.name, extra=extra)
+    watch(existing)
+    *_, live = await operations.dm_each(
+        ("keep the mapping", partial(kernel.keep_mapping, existing.name)),
+        ("close the device", device.close_now),
+        ("look for the mapping", partial(kernel.find_mapping, target.dm_uuid)),
+    )
+    return cast("Mapping | None", live)
+
+
+def _leads_there(live: Mapping, target: Target) -> bool:
+    return leading_to(live, target.volume, target.plan.rule) is not None
+
+
+async def cut_off_changed(operations: Operations, volume: Volume, live: Mapping) -> None:
+    """Stop all I/O of a mapping whose table somebody has changed, and end the lifecycle."""
+    has = "; ".join(live.table) or "no table"
+    log.error("%s: mapping %s has been changed: %s", volume, live.name, has)
+    operations.stop.set(Reason.OTHER_TABLE)
+    await operations.cut_off.done()
+
+
+async def _require_running(
+    operations: Operations, existing: Mapping, name: str, watch: Watch
+) -> None:
+    """Raise SuspendedError unless it was resumed since, or is mounted by its name alone.
+
+    A flush of another mount of it would wait, and so would a read to find its filesystem.
 
     It is left as it is, since somebody has a reason for that. Its resume is noticed from now on.
     """
-    if mounts_of(operations.kernel, existing):
+    kernel = operations.kernel
+    is_seen = first_of(existing, mounts_at(kernel, name)) is not None
+    if is_seen and set(mounts_of(kernel, existing)) == {name}:
         return
     watch(existing)
-    look, uuid = operations.kernel.find_mapping, existing.uuid
+    look, uuid = kernel.find_mapping, existing.uuid
     live = await operations.dm("look for the mapping", look, uuid)
     if live is not None and live.is_suspended:
         raise suspended(live)

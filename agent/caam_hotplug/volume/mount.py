@@ -204,6 +204,7 @@ async def _unmount_or_detach(
     def unmount(*, is_cut_off: bool) -> KernelError | None:
         try:
             if is_cut_off:
+                operations.cut_off.hold()
                 kernel.unmount(name, which)
             else:
                 operations.require_medium()
@@ -227,12 +228,23 @@ async def _unmount_or_detach(
     if refusal is not None:
         said = fields("busy", MOUNT_POINT=name)
         log.warning("%s; detaching it from the tree", refusal, extra=said)
-        try:
-            await operations.call("detach", kernel.unmount, name, which, lazily=True)
-        finally:
-            await operations.call("remove the mount point", kernel.remove_mount_point, name)
+        await _detach(operations, name, which)
     if (left := first_of(mapping, mounts_at(kernel, name, mapping))) is not None:
         raise MountError("unmount", left.point, errno.EBUSY, "something is mounted over it")
+
+
+async def _detach(operations: Operations, name: str, which: Mounts) -> None:
+    kernel = operations.kernel
+
+    def detach() -> None:
+        if operations.stop.medium_gone:
+            operations.cut_off.hold()
+        kernel.unmount(name, which, lazily=True)
+
+    try:
+        await operations.call("detach", detach)
+    finally:
+        await operations.call("remove the mount point", kernel.remove_mount_point, name)
 
 
 async def _release_other_mounts(operations: Operations, name: str, mapping: Mapping) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from caam_hotplug.errors import HotplugError, UnknownError, shown
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S
 from caam_hotplug.model import Mapping, Mount, State
 from caam_hotplug.volume.holding import UNMAPPED, UNMOUNTED, Interference
-from caam_hotplug.volume.mapping import backend_that_made
+from caam_hotplug.volume.mapping import backend_that_made, cut_off_changed
 from caam_hotplug.volume.mount_table import first_of, mounts_at
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.record import Record
@@ -112,17 +113,11 @@ class Observation:
         if live is None or held is None or stop.medium_gone:
             return live
         if (live.number, live.table) != (held.number, held.table):
-            has = "; ".join(live.table) or "no table"
-            log.error("%s: mapping %s has been changed: %s", self._record.volume, live.name, has)
-            await self._cut_off(Reason.OTHER_TABLE)
+            await cut_off_changed(self._operations, self._record.volume, live)
         elif live.name != held.name:
             self._record.status.publish_facts(mapping_name=live.name)
         self._holding.mapping = live
         return live
-
-    async def _cut_off(self, reason: Reason) -> None:
-        self._operations.stop.set(reason)
-        await self._operations.cut_off.done()
 
     async def require_running(self) -> None:
         """Look before a release. A disk that is offline is cut off: nothing waits for its I/O.
@@ -145,7 +140,8 @@ class Observation:
             log.warning("%s: %s", self._record.volume, error)
         if self._holding.is_offline and not stop.medium_gone:
             log.warning("%s: %s", self._record.volume, Reason.OFFLINE.value)
-            await self._cut_off(Reason.OFFLINE)
+            stop.set(Reason.OFFLINE)
+            await self._operations.cut_off.done()
 
     async def prepare_flush(self) -> None:
         """Have the mapping ready for the flush of a release that waits for nobody.
@@ -161,6 +157,7 @@ class Observation:
                 )
                 resume = partial(self._kernel.resume_mapping, live.name)
                 await self._operations.dm("resume the mapping", resume)
+                self._holding.mapping = replace(live, is_suspended=False)
         except (HotplugError, OSError) as error:
             log.warning("%s: %s", self._record.volume, error)
 

@@ -11,6 +11,7 @@ from caam_hotplug.errors import (
     BlobMissingError,
     DeviceInUseError,
     DeviceLockedError,
+    ForeignMappingError,
     MasterKeyError,
     MountError,
     MountPointOccupiedError,
@@ -37,8 +38,8 @@ class Obstacle(Flag):
     """Something has its mount point, or others could change the way there."""
     MOUNTED = auto()
     """Something else uses its device or its filesystem."""
-    SUSPENDED = auto()
-    """Its mapping is suspended."""
+    MAPPING = auto()
+    """Its mapping is suspended, or has another table than its own."""
 
 
 OF_BLOBS: Final = Obstacle.BLOB | Obstacle.ANY_BLOB
@@ -50,7 +51,7 @@ _BY_ERROR: Final = (
     (MountPointOccupiedError, Obstacle.MOUNT_POINT),
     (DeviceLockedError, Obstacle.NONE),  # udev reports when it is not locked any more
     (DeviceInUseError, Obstacle.MOUNTED),
-    (SuspendedError, Obstacle.SUSPENDED),
+    ((ForeignMappingError, SuspendedError), Obstacle.MAPPING),
 )
 """Of two that fit an error, the first counts."""
 

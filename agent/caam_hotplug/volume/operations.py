@@ -44,7 +44,7 @@ class Operations:
 
     async def call(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """Run the function on the volume's own worker."""
-        await self.cut_off.live()
+        await self.cut_off.until_live()
         return await self._timed(self.worker, words, function, *args, **named)
 
     async def dm(self, words: str, function: Callable[..., T], *args: Any, **named: Any) -> T:
@@ -61,7 +61,7 @@ class Operations:
 
         They are handed over to the worker once, and return the list of their results.
         """
-        await self.cut_off.live()
+        await self.cut_off.until_live()
         return await self._in_one_call(self.worker, operations)
 
     async def dm_each(self, *operations: Operation) -> list[Any]:

@@ -14,14 +14,14 @@ from caam_hotplug.errors import (
     SuspendedError,
 )
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.leftovers import Leftover
-from caam_hotplug.volume.obstacles import obstacle_of, state_of
+from caam_hotplug.volume.obstacles import OF_BLOBS, Obstacle, obstacle_of, state_of
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Failure, Idle, Parked, Phase
+from caam_hotplug.volume.phases import Cause, Failure, Idle, Parked, Phase, Queued
 from caam_hotplug.volume.record import Record
-from caam_hotplug.volume.remains import remains
+from caam_hotplug.volume.remains import remains, with_leftover
 from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, StopSignal
@@ -55,8 +55,9 @@ class Outcome:
         words = with_loss(f"{error}{self._record.retry_if_passing(error)}", self._record.lost)
         obstacle = obstacle_of(error, self._kernel)
         if isinstance(error, ForeignMappingError | SuspendedError):
+            self._obstructed(self._phase.to_idle(obstacle, is_foreign=True))
             self._status.publish(State.FAILED, words)
-            return self._phase.to_idle(obstacle, is_foreign=True)
+            return self._phase
         return await self._unserved(Failure(words, obstacle=obstacle))
 
     async def waits(self, error: BlobMissingError | MountPointOccupiedError) -> Phase:
@@ -64,9 +65,19 @@ class Outcome:
         obstacle = obstacle_of(error, self._kernel)
         return await self._unserved(Failure(str(error), state_of(error), obstacle))
 
+    async def queues(self, words: str, facts: dict[str, str]) -> Phase:
+        """Publish whose mount point it waits for, and what is left of it meanwhile."""
+        left = None
+        if self._phase.has_leftover:
+            cause = Failure(words, State.CONFLICT)
+            left = await remains(self._record, self._operations, cause)
+        self._status.publish(State.CONFLICT, words if left is None else left.words, **facts)
+        return replace(self._phase, has_leftover=left is not None)
+
     async def _unserved(self, cause: Failure) -> Phase:
         """Publish why it is not served, and who holds what the attempt has made, until they end."""
         idle = self._phase.to_idle(cause.obstacle)
+        self._obstructed(idle)
         if not self._record.cut_off.is_mapped:
             self._status.publish(cause.state, cause.words)
             return idle
@@ -77,15 +88,28 @@ class Outcome:
         self._status.publish(left.state, left.words)
         return replace(idle, has_leftover=True, released_for=cause)
 
-    async def released_for(self, cause: Request | Reevaluate | Interference | Failure) -> Phase:
+    def _obstructed(self, idle: Idle) -> None:
+        """Note what is in the way at once: reports may come while the kernel is asked for more.
+
+        What was reported during the attempt may say that it has gone.
+        """
+        self._record.phase = idle
+        has_new_blob = Obstacle.ANY_BLOB in idle.obstacle and self._inbox.has_new_blob
+        if has_new_blob or (idle.obstacle & ~OF_BLOBS and self._inbox.is_reported):
+            self._inbox.note(Reevaluate.FACTS)
+
+    async def released_for(self, cause: Cause) -> Phase:
         """Park the volume or evaluate it again; if others still hold the mapping, it has failed."""
         if isinstance(cause, Failure):
             return await self._unserved(cause)
         if (left := await remains(self._record, self._operations, cause)) is None:
             self._record.phase = replace(self._phase, has_leftover=False)
+            if isinstance(cause, UnfinishedRelease):  # others may have ended what a release has not
+                await self._leftover.remove_mount_points()
             return self._phase.to_evaluate() if isinstance(cause, Reevaluate) else self.park(cause)
         self._status.publish(left.state, left.words)
-        self._inbox.refuse(left.words)
+        if self._inbox.wants_release or isinstance(self._phase, Queued):
+            self._inbox.refuse(left.words)  # else its lifecycle makes an attempt for the request
         if not left.is_known:
             return self._with_leftover()
         self._inbox.discard_facts()  # they were for the volume as it was held
@@ -106,13 +130,13 @@ class Outcome:
             await self._leftover.release()
         except ReleaseError as error:
             self._inbox.refuse(str(error))
-            return self.badly_released(str(error))
+            return await self.badly_released(str(error))
         except (HotplugError, OSError) as error:  # nothing has changed
             self._inbox.refuse(error)
             return self._phase
         return await self.released_for(request)
 
-    def park(self, cause: Request | Interference | StopSignal) -> Phase:
+    def park(self, cause: Request | Interference | UnfinishedRelease | StopSignal) -> Phase:
         if self._record.parked is None or self._status.state is not State.EJECTED:  # which is more
             self._record.park(State.LOCKED, cause.words)
         if self._inbox.wants_release:
@@ -121,19 +145,24 @@ class Outcome:
 
     async def release_at_end(self) -> None:
         """Release leftovers, also a mapping that could not be adopted."""
-        if not self._phase.has_leftover or self._stop.keeps:
+        while self._phase.has_leftover and not self._stop.keeps:
+            try:
+                await self._leftover.release()
+            except ReleaseError as error:
+                self._record.phase = await self.badly_released(str(error))
+                self._inbox.refuse(str(error))  # what was asked before the end, and not done
+                if await self._record.may_release_again(error):
+                    continue
             return
-        try:
-            await self._leftover.release()
-        except ReleaseError as error:
-            self._record.phase = self.badly_released(str(error))
-            if await self._record.may_release_again(error):
-                await self.release_at_end()
 
-    def badly_released(self, words: str) -> Phase:
+    async def badly_released(self, words: str) -> Phase:
         """Publish why a release has failed: the kernel may have a leftover of it."""
         # Without its medium the volume cannot be `failed`; only the remains are there.
         gone = self._stop.medium_gone and self._stop.reason not in IS_THERE
         state = State.REMOVED_UNSAFELY if gone else State.FAILED
-        self._status.publish(state, with_loss(words, self._record.lost))
-        return self._with_leftover()
+        said = words if gone else await with_leftover(self._record, self._operations, words)
+        self._status.publish(state, with_loss(said, self._record.lost))
+        phase = self._with_leftover()
+        if gone or phase.released_for is not None:
+            return phase
+        return replace(phase, released_for=Failure(words))  # so that its removal is said

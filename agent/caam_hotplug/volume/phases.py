@@ -12,7 +12,7 @@ from typing import Final
 from caam_hotplug.config.rules import Plan
 from caam_hotplug.formats.marks import Mark
 from caam_hotplug.model import State
-from caam_hotplug.volume.holding import Earlier, Interference
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.inbox import Reevaluate
 from caam_hotplug.volume.obstacles import Obstacle
 from caam_hotplug.volume.requests import Request
@@ -31,6 +31,10 @@ class Failure:
     obstacle: Obstacle = Obstacle.NONE
 
 
+Cause = Request | Reevaluate | Interference | UnfinishedRelease | Failure
+"""What a volume is released for, or is not served for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """What every phase remembers."""
@@ -39,13 +43,13 @@ class Phase:
     """Target of the last attempt."""
     has_leftover: bool = False
     """Whether the kernel may have a mapping or mount of it that this lifecycle does not hold."""
-    released_for: Request | Reevaluate | Interference | Failure | None = None
+    released_for: Cause | None = None
     """Why it was released, or is not served, while there is a mapping of it."""
 
     @property
-    def goes_on_for(self) -> Earlier | None:
+    def goes_on_for(self) -> UnfinishedRelease | None:
         """What it was released for, if that release is to be gone on with."""
-        return self.released_for if isinstance(self.released_for, Earlier) else None
+        return self.released_for if isinstance(self.released_for, UnfinishedRelease) else None
 
     def to_evaluate(self, *, goes_on: bool = False) -> Evaluate:
         """Return the phase in which the rules are matched again.
@@ -138,7 +142,7 @@ def first_phase(mark: Mark | None, parked: Parked | None, *, has_leftover: bool)
     if not has_leftover or parked.state is not State.LOCKED:
         return replace(parked, has_leftover=has_leftover)
     is_ended_by_mount = mark is not None and mark.state is None
-    before = Earlier(parked.reason, is_ended_by_mount=is_ended_by_mount)
+    before = UnfinishedRelease(parked.reason, is_ended_by_mount=is_ended_by_mount)
     return Evaluate(has_leftover=True, released_for=before)
 
 

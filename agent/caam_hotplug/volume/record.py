@@ -16,7 +16,7 @@ from caam_hotplug.kernel.api import Kernel
 from caam_hotplug.model import State, Volume
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.facts import Facts
-from caam_hotplug.volume.holding import Earlier, Holding
+from caam_hotplug.volume.holding import Holding, UnfinishedRelease
 from caam_hotplug.volume.hooks import Units
 from caam_hotplug.volume.inbox import Inbox, Reevaluate
 from caam_hotplug.volume.mount_points import MountPoints
@@ -102,7 +102,7 @@ class Record:
 
     def update(self, report: Volume) -> None:
         """Note a report about the volume, perhaps with other facts."""
-        before = self.volume
+        before, self.inbox.is_reported = self.volume, True
         merged = self.facts.merge(before, report, needs_udev=self._needs_udev(before))
         if merged.volume != before:
             self.status.volume = merged.volume
@@ -129,12 +129,10 @@ class Record:
         That matters also while it is being read, and perhaps was not there yet; or if it was
         refused, and perhaps was only half written.
         """
+        self.inbox.has_new_blob = True
         path = None if blob is None else str(self.context.kernel.blob_directory / blob)
-        state = self.status.state
-        has_just_failed = state is State.FAILED and not isinstance(self.phase, Idle)
-        is_any = has_just_failed or Obstacle.ANY_BLOB in self.obstacle
-        wants = has_just_failed or state in MAY_WANT_BLOB or self.obstacle & OF_BLOBS
-        if wants and (is_any or path in {None, self.status.blob}):
+        wants = self.status.state in MAY_WANT_BLOB or self.obstacle & OF_BLOBS
+        if wants and (Obstacle.ANY_BLOB in self.obstacle or path in {None, self.status.blob}):
             self.inbox.note(Reevaluate.FACTS)
 
     def machine_woke(self) -> None:
@@ -231,7 +229,7 @@ class Record:
 
     def note_release(self, words: str) -> None:
         """Remember, also across restarts, what it is released for, until it is."""
-        self.released = Earlier(words)
+        self.released = UnfinishedRelease(words)
         self._remember(None)
 
     def note_lost(self, error: BaseException | None) -> None:

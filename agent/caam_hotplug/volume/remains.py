@@ -8,13 +8,11 @@ from typing import Final
 from caam_hotplug import names
 from caam_hotplug.errors import HotplugError, ReleaseError, WritesLostError
 from caam_hotplug.model import Mapping, State
-from caam_hotplug.volume.holding import Interference
-from caam_hotplug.volume.inbox import Reevaluate
+from caam_hotplug.volume.holding import Interference, UnfinishedRelease
 from caam_hotplug.volume.operations import Operations
-from caam_hotplug.volume.phases import Failure
+from caam_hotplug.volume.phases import Cause, Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.release import who_uses
-from caam_hotplug.volume.requests import Request
 from caam_hotplug.volume.status import with_loss
 from caam_hotplug.volume.stop_signal import IS_THERE, LOSES_DATA
 
@@ -31,30 +29,26 @@ class Remains:
     """Whether the kernel has it, so that it will report when that goes."""
 
 
-async def remains(
-    record: Record, operations: Operations, cause: Request | Reevaluate | Interference | Failure
-) -> Remains | None:
+async def remains(record: Record, operations: Operations, cause: Cause) -> Remains | None:
     """Return what is left of a volume that was released for this cause; None if that is nothing.
 
     A mapping that is left is watched from then on. After an unmount by somebody else nobody may use
     it: the kernel reports that before it has written the filesystem and closed the mapping.
     """
-    before = f"{cause.words}; " if isinstance(cause, Interference | Failure) else ""
+    state = cause.state if isinstance(cause, Failure) else State.FAILED
+    before = (
+        f"{cause.words}; " if isinstance(cause, Interference | UnfinishedRelease | Failure) else ""
+    )
     try:
         left = await _watched(record, operations)
-        if left is None:
-            record.holding.end()
-            return None
-        if isinstance(cause, Failure) and not left.is_removed_at_last_close:
-            return Remains(cause.state, _with_cure(cause.words, left))
-        seen, who = record.holding.users or (None, ())
-        if seen != left or not who:  # else as many have it open as before: a search is dear
-            also = record.holding.number
-            who = await who_uses(operations, left, is_released=True, also=also)
-            record.holding.users = (left, who)
     except (HotplugError, OSError) as error:
         return Remains(State.FAILED, f"{before}{error}", is_known=False)
-    state = cause.state if isinstance(cause, Failure) else State.FAILED
+    if left is None:
+        record.holding.end()
+        return None
+    if not left.is_removed_at_last_close:  # the attempt has not come to that, or an earlier run
+        return Remains(state, with_loss(with_cure(cause.words, left), record.lost))
+    who = await _who_holds(record, operations, left)
     if isinstance(cause, Interference) and not who:  # it is closing
         state = State.DETACHING
     others = "; ".join(who) or "others"
@@ -62,8 +56,34 @@ async def remains(
     return Remains(state, with_loss(words, record.lost))
 
 
-def _with_cure(words: str, left: Mapping) -> str:
-    """Return the words, and what ends a mapping that the attempt has not come to release."""
+async def _who_holds(record: Record, operations: Operations, left: Mapping) -> tuple[str, ...]:
+    """Return who has it open: as before if as many have, since a search is dear."""
+    holding = record.holding
+    seen, who = holding.users or (None, ())
+    if seen == left and who:
+        return who
+    try:
+        who = await who_uses(operations, left, is_released=True, also=holding.number)
+    except (HotplugError, OSError) as error:
+        return (f"by whom is not known: {error}",)
+    holding.users = (left, who)
+    return who
+
+
+async def with_leftover(record: Record, operations: Operations, words: str) -> str:
+    """Return the words, and the mapping that is left, if the kernel has one and says so.
+
+    Its removal is noticed from then on.
+    """
+    try:
+        left = await _watched(record, operations)
+    except (HotplugError, OSError):
+        return words
+    return words if left is None else with_cure(words, left)
+
+
+def with_cure(words: str, left: Mapping) -> str:
+    """Return the words, and what ends a mapping whose removal nobody has asked for."""
     cure = "`lock` releases it"
     return words if cure in words else f"{words}; mapping {left.name} is left, and {cure}"
 

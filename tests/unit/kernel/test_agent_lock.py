@@ -122,10 +122,17 @@ def test_a_device_that_cannot_be_opened_is_no_missing_device(lock: Path, control
 def test_no_child_has_the_locks(lock: Path, control: Path) -> None:
     children = []
     held = AgentLock(lock, control)
+    ready, say = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.write(say, b".")
         signal.pause()
         os._exit(1)
+    with closing(os.fdopen(ready, "rb", buffering=0)) as reader:
+        reader.read(
+            1
+        )  # it has closed what it has of the locks, as each fork of Python's does first
+    os.close(say)
     children.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
     held.close()
     AgentLock(lock, control).close()

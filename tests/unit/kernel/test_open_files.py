@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from caam_hotplug import names
 from caam_hotplug.errors import UnknownError
 from caam_hotplug.kernel import open_files
-from caam_hotplug.model import DeviceNumber
+from caam_hotplug.model import DeviceNumber, Holder
 
 DISK = {DeviceNumber(8, 0): "/dev/sda"}
 _SYS_PTRACE = 1 << 19
@@ -42,3 +44,16 @@ def test_a_process_that_sees_into_others_needs_no_answer(
 ) -> None:
     have_capabilities(monkeypatch, tmp_path, _SYS_PTRACE)
     assert open_files.openers(DISK, of_all=True) == []
+
+
+@pytest.mark.parametrize("of_all", [True, False])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_at_the_limit_of_open_files_nobody_is_known_to_have_it_open_or_not(
+    monkeypatch: pytest.MonkeyPatch, number: int, *, of_all: bool
+) -> None:
+    def none_left(_: object) -> list[Holder]:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(open_files, "_asked", none_left)
+    with pytest.raises(UnknownError, match=r"^look who has open /dev/sda: Too many open files"):
+        open_files.openers(DISK, of_all=of_all)
