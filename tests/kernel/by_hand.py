@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -17,7 +18,7 @@ from kernel.asked import Asked
 from kernel.cartridges import Cartridge
 from kernel.gadgets import Card, Reader
 from kernel.seen import Disks
-from kernel.witness import attempt, run
+from kernel.witness import attempt, change_the_clock, run
 from kernel.written import Written
 
 ELSEWHERE: Final = ("/mnt", "/srv")
@@ -28,9 +29,10 @@ WEIGHTS: Final = {
     "plug": 9, "pull": 5, "swap": 9, "write": 14,
     "umount": 5, "umount_lazily": 3, "bind": 3, "cover": 3, "uncover": 4, "remount": 5,
     "suspend": 3, "resume": 4, "load": 3, "remove": 2,
-    "hold": 4, "open_mapping": 3, "end_uses": 5,
+    "hold": 4, "open_mapping": 3, "loop": 2, "end_uses": 5,
     "ask": 14, "flood": 2, "kill": 2, "stop": 1,
     "go_offline": 2, "come_back": 3, "stop_udevd": 2, "start_udevd": 3, "exhaust": 2, "relieve": 4,
+    "sleep": 2,
 }  # fmt: skip
 """How often each act is done."""
 
@@ -58,6 +60,7 @@ class ByHand:
         self._limit = (0, 0)
         """How many files the agent may open else."""
         self._held: list[subprocess.Popen[bytes]] = []
+        self._loops: list[str] = []
 
     # What there is.
 
@@ -81,6 +84,28 @@ class ByHand:
     def _point(self, chance: random.Random) -> str | None:
         found = self._points()
         return chance.choice(found) if found else None
+
+    def _point_to_flush(self, chance: random.Random) -> str | None:
+        """As `_point`; None while a changed card might get what is flushed for the one before.
+
+        Between the kernel's event and the error table nothing keeps a flush by hand from it.
+        """
+        return self._point(chance) if self._is_cut_off() else None
+
+    def _is_cut_off(self) -> bool:
+        """Wait for the agent to cut off what leads to a card that was changed.
+
+        Return whether it has: at its limit of open files, it may not know.
+        """
+        without = set(self._without_card)
+        with suppress(AssertionError):
+            until(
+                lambda: not any(m.name in without and m.leads_to for m in self._mappings()),
+                within_s=CUT_OFF_WITHIN_S,
+            )
+            self._without_card.clear()
+            return True
+        return False
 
     # Media.
 
@@ -115,7 +140,7 @@ class ByHand:
                 file.write(bytes(100_000))
 
     def write(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             content = chance.randbytes(chance.randrange(1, 20_000))
             self.write_at(point, content, is_synced=chance.random() < 0.7)
 
@@ -146,11 +171,11 @@ class ByHand:
         return self._disks.label_below([m for m in self._mappings() if m.number in numbers])
 
     def umount(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             attempt("umount", point)
 
     def umount_lazily(self, chance: random.Random) -> None:
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             attempt("umount", "-l", point)
 
     def bind(self, chance: random.Random) -> None:
@@ -168,18 +193,27 @@ class ByHand:
             attempt("umount", chance.choice(found))
 
     def mounts_by_hand(self) -> list[str]:
-        """Return where something is mounted that is not the agent's, the topmost last."""
-        mounts = seen.lines()
+        """Return where something is mounted that is not the agent's, the topmost last.
+
+        Not of a suspended mapping: the unmount would wait, and nothing ends that.
+        """
+        suspended = {mapping.number for mapping in self._mappings() if mapping.is_suspended}
         return [
-            m.point
-            for m in mounts
-            if m.point in ELSEWHERE
-            or (m.filesystem == "tmpfs" and m.point.startswith(f"{self._room.mount_root}/"))
+            mount.point
+            for mount in seen.lines()
+            if mount.number not in suspended
+            and (
+                mount.point in ELSEWHERE
+                or (
+                    mount.filesystem == "tmpfs"
+                    and mount.point.startswith(f"{self._room.mount_root}/")
+                )
+            )
         ]
 
     def remount(self, chance: random.Random) -> None:
         """Not read-write where nobody may write: a filesystem notes that on its medium."""
-        if (point := self._point(chance)) is not None:
+        if (point := self._point_to_flush(chance)) is not None:
             options = ["remount", chance.choice(("ro", "rw")), *chance.choice(([], ["bind"]))]
             if options != ["remount", "rw"] or not self._is_untouched(point):
                 attempt("mount", "-o", ",".join(options), point)
@@ -218,7 +252,13 @@ class ByHand:
 
     def open_mapping(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None:
-            self._hold(f"/dev/dm-{mapping.number.partition(':')[2]}")
+            self._hold(f"/dev/{_dm(mapping)}")
+
+    def loop(self, chance: random.Random) -> None:
+        """Put a loop device on a mapping; not on a suspended one: udevd would wait for a read."""
+        if (mapping := self._mapping(chance)) is not None and not mapping.is_suspended:
+            made = attempt("losetup", "-r", "-f", "--show", f"/dev/{_dm(mapping)}")
+            self._loops += made.stdout.split()
 
     def _hold(self, path: str) -> None:
         with suppress(OSError), open(path, "rb", buffering=0) as file:
@@ -229,6 +269,12 @@ class ByHand:
             process = self._held.pop()
             process.kill()
             process.wait()
+        while self._loops:
+            attempt("losetup", "-d", self._loops.pop())
+
+    def sleep(self, _chance: random.Random) -> None:
+        """Have the machine look as if it had slept: the clock is set."""
+        change_the_clock()
 
     def ask(self, chance: random.Random) -> None:
         if not self._room.agent.pid:
@@ -278,39 +324,29 @@ class ByHand:
             run("udevadm", "settle")
 
     def kill(self, chance: random.Random) -> None:
-        if self._room.agent.pid:
-            self._end_waits(chance)
-            self._room.agent.kill()
-            self.is_exhausted = False
-            self.starts_in = chance.randrange(1, 6)
+        self._end(chance, self._room.agent.kill)
 
     def stop(self, chance: random.Random) -> None:
-        if self._room.agent.pid:
-            self._end_waits(chance)
-            self._room.agent.stop()
-            self.is_exhausted = False
-            self.starts_in = chance.randrange(1, 6)
+        self._end(chance, self._room.agent.stop)
 
-    def _end_waits(self, chance: random.Random) -> None:
-        """Resume what a call of the agent waits for: nothing ends a process in such a call.
-
-        Also wait until it has cut off what leads to a card that was changed.
-        """
-        without, self._without_card = set(self._without_card), []
-        with suppress(AssertionError):  # at its limit of open files, it may not know
-            until(
-                lambda: not any(m.name in without and m.leads_to for m in self._mappings()),
-                within_s=CUT_OFF_WITHIN_S,
-            )
+    def _end(self, chance: random.Random, end: Callable[[], object]) -> None:
+        """End the agent, but not while a changed card is for it to keep from others' writes."""
+        if not self._room.agent.pid or not self._is_cut_off():
+            return
         if any(claim.state == "stuck" for claim in self._agent.claims(look=False)):
-            self.resume(chance)
+            self.resume(chance)  # a call of the agent waits for it, and nothing ends that
+        end()
+        self.is_exhausted = False
+        self.starts_in = chance.randrange(1, 6)
 
     def start(self, _chance: random.Random) -> None:
         if not self._room.agent.pid:
             self._agent.start()
 
     def go_offline(self, chance: random.Random) -> None:
-        self._set_state(chance.choice(self._room.media), "offline")
+        medium = chance.choice(self._room.media)
+        self._disks.volumes_of(medium)  # it gets another number, and is published under this one
+        self._set_state(medium, "offline")
 
     def come_back(self, _chance: random.Random) -> None:
         for medium in self._room.media:
@@ -321,6 +357,11 @@ class ByHand:
             file = medium.disk / "device/state"
             if file.read_text().strip() != state:
                 file.write_text(f"{state}\n")
+
+
+def _dm(mapping: SeenMapping) -> str:
+    """Return the kernel's name of the mapping's device."""
+    return f"dm-{mapping.number.partition(':')[2]}"
 
 
 def _dmsetup(*words: str) -> None:

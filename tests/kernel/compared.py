@@ -15,8 +15,6 @@ from kernel.asked import Asked
 from kernel.forked import Agent
 from kernel.seen import Disks
 
-UNSAID: Final = frozenset({"suspended"})
-"""Kinds that `status` does not say yet: `lock` and `eject` do."""
 SETTLES_WITHIN_S: Final = 4.0
 """Until then what is published may follow from the kernel's events alone."""
 LOOKED_WITHIN_S: Final = 30.0
@@ -119,7 +117,7 @@ class Comparison:
         waiting = {m.volume for m in system.mappings if m.is_suspended}
         stuck = {c.volume for c in claims if c.state == "stuck"} & waiting  # as it says
         found = [*falsehoods(claims, system), *self._misplaced(claims), *self._disks.unread(claims)]
-        return [e for e in found if e.kind not in UNSAID and e.volume not in stuck]
+        return [each for each in found if each.volume not in stuck]
 
     def _misplaced(self, claims: list[Claim]) -> Iterator[Falsehood]:
         """Yield media that are mounted where others belong."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fakes.contract import until
 from fakes.oracle import Claim, Falsehood, SeenMapping, SeenMount, System
 from kernel.agents import keys
 from kernel.cartridges import Cartridge
 from kernel.gadgets import Reader
-from kernel.witness import BLOCKS, run
+from kernel.witness import BLOCKS, attempt
 
 OURS: Final = "CAAM-HOTPLUG-"
 
@@ -31,30 +32,40 @@ class Line:
     filesystem: str
 
 
+_errors_before: dict[tuple[int, str], int] = {}
+"""Errors that a filesystem had when its mount was seen first; earlier mounts have met them."""
+
+
 def lines() -> list[Line]:
     """Read mountinfo."""
     found = []
+    before = dict(_errors_before)
+    _errors_before.clear()
     for text in Path("/proc/self/mountinfo").read_text().splitlines():
         words, _, behind = text.partition(" - ")
         identity, parent, number, _, point, options = words.split()[:6]
         filesystem, _, its_options = behind.split()
         read_only = "ro" in (*options.split(","), *its_options.split(","))
         if filesystem == "ext4" and "errors=remount-ro" in its_options:
-            read_only = read_only or _has_errors(number)
+            errors = _errors(number)
+            first = before.get((int(identity), number), errors)
+            _errors_before[int(identity), number] = first
+            read_only = read_only or errors > first
         point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), point)
         found.append(Line(int(identity), int(parent), number, point, read_only, filesystem))
     return found
 
 
-def _has_errors(number: str) -> bool:
-    """Whether the ext4 has met errors: then it refuses writes, and kernels need not show it.
+def _errors(number: str) -> int:
+    """Return how many errors the ext4 has met, in earlier mounts, too.
 
-    Source: ext4_emergency_state in fs/ext4/ext4.h; Debian's 6.1 leaves SB_RDONLY as it was.
+    With one more it refuses writes, and kernels need not show that. Source: ext4_emergency_state in
+    fs/ext4/ext4.h; Debian's 6.1 leaves SB_RDONLY as it was.
     """
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         device = Path("/sys/dev/block", number).resolve().name
-        return Path("/sys/fs/ext4", device, "errors_count").read_text().strip() != "0"
-    return False
+        return int(Path("/sys/fs/ext4", device, "errors_count").read_text())
+    return 0
 
 
 def seen_at(point: str, mounts: list[Line]) -> int:
@@ -79,7 +90,7 @@ def _leads_to(above: str, point: str) -> bool:
 def mappings() -> list[SeenMapping]:
     """Read the agent's mappings from sysfs and by dmsetup, which hides keys."""
     tables: dict[str, list[str]] = {}
-    for line in run("dmsetup", "table").splitlines():
+    for line in _tables().splitlines():
         name, _, table = line.partition(": ")
         tables.setdefault(name.removesuffix(":"), []).append(table)
     found = []
@@ -94,6 +105,20 @@ def mappings() -> list[SeenMapping]:
                 volume = uuid.removeprefix(OURS)
                 found.append(SeenMapping(name, volume, number, table, 0, suspended == "1"))
     return found
+
+
+def _tables() -> str:
+    """Return all tables; dmsetup fails if a mapping is removed meanwhile."""
+    said = ""
+
+    def is_said() -> bool:
+        nonlocal said
+        done = attempt("dmsetup", "table")
+        said = done.stdout
+        return done.returncode == 0
+
+    until(is_said)
+    return said
 
 
 class Disks:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fakes.contract import until
 from kernel.agents import Room
+from kernel.asked import asked
 from kernel.cartridges import HELLO
 from kernel.holders import process
 
@@ -42,6 +43,22 @@ def test_ten_restarts_interrupt_no_writer_on_a_kept_medium(room: Room) -> None:
             until_grown(log)
     log.unlink()
     room.pull_and_check()
+
+
+def test_an_ejected_disk_that_was_stopped_stays_ejected_over_a_crash_and_can_be_unlocked(
+    room: Room,
+) -> None:
+    with asked(room.agent) as agent:
+        agent.start()
+        room.plug_and_check()
+        (volume,) = (each.volume for each in agent.claims(look=False) if each.state == "mounted")
+        assert agent.request("eject", volume) == ""
+        room.agent.kill()
+        agent.start()
+        room.agent.until_said(r"cartridge-01.*: ejected: safe to remove")
+        assert agent.request("unlock", volume) == ""
+        room.check_served()
+        room.pull_and_check()
 
 
 def test_a_medium_changed_while_no_agent_ran_gets_the_mount_point(room: Room) -> None:

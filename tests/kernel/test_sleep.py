@@ -29,7 +29,7 @@ from fakes.contract import created, dm_name, found, key_added, until
 from kernel.agents import Room, mounts, tables
 from kernel.cartridges import HELLO, KEY, TEXT, Cartridge
 from kernel.real import RealWorld
-from kernel.witness import Board, create, run
+from kernel.witness import Board, change_the_clock, create, run
 
 BLOCK: Final = 4096
 BLOCKS: Final = 600
@@ -44,11 +44,6 @@ def sleep_and_wake() -> None:
         (POWER / "state").write_text("freeze")
     finally:
         (POWER / "pm_test").write_text("none")
-
-
-def change_the_clock() -> None:
-    """Set the clock to what it is."""
-    time.clock_settime(time.CLOCK_REALTIME, time.time())
 
 
 both_signs = pytest.mark.parametrize("wake", [sleep_and_wake, change_the_clock])

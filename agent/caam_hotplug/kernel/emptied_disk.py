@@ -27,11 +27,16 @@ from caam_hotplug.errors import (
     KernelError,
     UnknownError,
     VolumeBusyError,
-    WritesLostError,
 )
-from caam_hotplug.kernel import block_device, device_users, open_files, power, sysfs, sysfs_tree
-from caam_hotplug.kernel.offline import require_online
-from caam_hotplug.kernel.write_watch import NOT_ALL, NOT_KNOWN
+from caam_hotplug.kernel import (
+    block_device,
+    device_users,
+    disk_cache,
+    open_files,
+    power,
+    sysfs,
+    sysfs_tree,
+)
 from caam_hotplug.model import SECTOR_BYTES, Volume, VolumeId
 
 log = logging.getLogger(__name__)
@@ -122,7 +127,7 @@ def empty(volume: Volume) -> EmptiedDisk:
         users = _users_of_whole(disk) and _users_of_whole(disk)  # a passing one has gone by then
         if users:
             raise VolumeBusyError(disk.node, tuple(users))
-        _flush(opened, disk)
+        disk_cache.flush(opened, disk)
     except BaseException:
         _put_back(opened, disk, removed)
         os.close(opened)
@@ -152,21 +157,6 @@ def users(volume: Volume) -> list[str]:
     Processes that merely have it open are not looked for. Raises: KernelError.
     """
     return device_users.of_disk(disk_of(volume).name)
-
-
-def _flush(opened: int, disk: Volume) -> None:
-    """Flush the disk's cache. Raises: WritesLostError; KernelError if that says nothing of it.
-
-    A disk may report what it could not write once only, so a later flush says nothing either.
-    """
-    require_online(disk.name)
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        failure = KernelError("flush", disk.node, error.errno or 0)
-        if failure.errno in NOT_KNOWN:
-            raise failure from error
-        raise WritesLostError(f"{NOT_ALL}: {failure}") from error
 
 
 def _held(disk: Volume, end: float = 0.0) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import (
     c_char_p,
     c_int,
+    c_int64,
     c_long,
     c_size_t,
     c_ssize_t,
@@ -34,6 +35,7 @@ class Libc(Library, soname="libc.so.6", package="libc6"):
     prctl = Function(c_int, c_int, c_ulong, c_ulong, c_ulong, c_ulong, failure=minus_one)
     renameat2 = Function(c_int, c_int, c_char_p, c_int, c_char_p, c_uint, failure=minus_one)
     statx = Function(c_int, c_int, c_char_p, c_int, c_uint, c_void_p, failure=minus_one)
+    sync_file_range = Function(c_int, c_int, c_int64, c_int64, c_uint, failure=minus_one)
     syncfs = Function(c_int, c_int, failure=minus_one)
     timerfd_create = Function(c_int, c_int, c_int, failure=minus_one)
     timerfd_settime = Function(c_int, c_int, c_int, c_void_p, c_void_p, failure=minus_one)

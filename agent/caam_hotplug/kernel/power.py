@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from caam_hotplug.errors import KernelError
+from caam_hotplug.kernel import scsi
 from caam_hotplug.kernel.ctypes_lib import reported_as
 from caam_hotplug.model import Volume
 
 log = logging.getLogger(__name__)
 
 _SYS_BLOCK: Final = Path("/sys/class/block")
-_SG_IO: Final = 0x2285
-_SG_DXFER_NONE: Final = -1
-_START_STOP: Final = bytes([0x1B, 0, 0, 0, 0, 0])
-"""START STOP UNIT with neither START nor LOEJ: stop (SBC-4, 5.25)."""
+_FOR_COMMANDS: Final = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+"""At the close udev would read the partitions anew; the kernel refuses that for a held disk."""
 _BUILT_IN: Final = {"fixed", "hardwired"}
 _SCSI_TYPES: Final = "*:*/host*/target*/*/type"
 """Below a USB device: the type of each of its SCSI devices."""
 _ENCLOSURE: Final = "13"
-_TIMEOUT_MS: Final = 10_000
-
-
-class _SgIo(ctypes.Structure):
-    """struct sg_io_hdr of scsi/sg.h; ctypes lays it out as C does."""
-
-    _fields_ = (
-        ("interface_id", ctypes.c_int),
-        ("dxfer_direction", ctypes.c_int),
-        ("cmd_len", ctypes.c_ubyte),
-        ("mx_sb_len", ctypes.c_ubyte),
-        ("iovec_count", ctypes.c_ushort),
-        ("dxfer_len", ctypes.c_uint),
-        ("dxferp", ctypes.c_void_p),
-        ("cmdp", ctypes.c_void_p),
-        ("sbp", ctypes.c_void_p),
-        ("timeout", ctypes.c_uint),
-        ("flags", ctypes.c_uint),
-        ("pack_id", ctypes.c_int),
-        ("usr_ptr", ctypes.c_void_p),
-        ("status", ctypes.c_ubyte),
-        ("masked_status", ctypes.c_ubyte),
-        ("msg_status", ctypes.c_ubyte),
-        ("sb_len_wr", ctypes.c_ubyte),
-        ("host_status", ctypes.c_ushort),
-        ("driver_status", ctypes.c_ushort),
-        ("resid", ctypes.c_int),
-        ("duration", ctypes.c_uint),
-        ("info", ctypes.c_uint),
-    )
 
 
 def off(disk: Volume) -> None:
@@ -65,37 +34,41 @@ def off(disk: Volume) -> None:
     Documentation/ABI/testing/sysfs-bus-usb (`remove`).
     """
     try:
-        # The command to stop needs a descriptor for writing (scsi_cmd_allowed, scsi_ioctl.c). At
-        # its close udevd would read the partitions anew; the kernel refuses that while it is held.
-        opened = os.open(disk.node, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        opened = os.open(disk.node, _FOR_COMMANDS)
     except OSError as error:
         if error.errno not in {errno.EROFS, errno.EACCES}:  # a write-protected one is not stopped
             raise KernelError("power off", disk.node, error.errno or 0) from error
     else:
         try:
-            _stop(opened, disk.node)
+            scsi.stop(opened)
+        except OSError as error:  # no SCSI disk: a card, or a virtual disk
+            log.debug("%s cannot be stopped: %s", disk.node, os.strerror(error.errno or 0))
         finally:
             os.close(opened)
     _switch_port_off((_SYS_BLOCK / disk.name).resolve())
 
 
-def _stop(opened: int, node: str) -> None:
-    """Send the disk a command to stop; other disks than SCSI's know none."""
-    command = ctypes.create_string_buffer(_START_STOP, len(_START_STOP))
-    sense = ctypes.create_string_buffer(32)
-    request = _SgIo(
-        interface_id=ord("S"),
-        dxfer_direction=_SG_DXFER_NONE,
-        cmd_len=len(command),
-        mx_sb_len=len(sense),
-        cmdp=ctypes.addressof(command),
-        sbp=ctypes.addressof(sense),
-        timeout=_TIMEOUT_MS,
-    )
+@contextmanager
+def started(held: int, node: str) -> Iterator[bool]:
+    """Start the disk if it was stopped, and stop it again at the end; yield whether it was.
+
+    `held`: a descriptor that holds it exclusively. Raises: OSError. Blocks until the disk runs.
+    """
+    is_stopped = False
+    with suppress(OSError):  # no SCSI disk
+        is_stopped = scsi.is_stopped(held)
+    if not is_stopped:
+        yield False
+        return
+    opened = os.open(node, _FOR_COMMANDS)
     try:
-        fcntl.ioctl(opened, _SG_IO, request)
-    except OSError as error:  # no SCSI disk: a card, or a virtual disk
-        log.debug("%s cannot be stopped: %s", node, os.strerror(error.errno or 0))
+        scsi.start(opened)
+        try:
+            yield True
+        finally:
+            scsi.stop(opened)
+    finally:
+        os.close(opened)
 
 
 def _switch_port_off(disk: Path) -> None:
