@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,17 +16,19 @@ POINT: Final = "/run/media/cartridge-01"
 ANY_BUS: Final = '[[rule]]\nname = "any bus"\nmatch.partlabel = "cartridge-*"\n'
 
 
-def _on(*which: Board) -> pytest.MarkDecorator:
-    """Run a test once on each of these boards."""
-    return pytest.mark.parametrize(
-        "board", which, ids=lambda board: board.backend, indirect=True, scope="package"
-    )
+def _on(*which: Board, soaked: Sequence[Board] = ()) -> pytest.MarkDecorator:
+    """Run a test once on each of these boards; on the last ones in the soak only."""
+    tried = [pytest.param(board, id=board.backend) for board in which]
+    tried += [pytest.param(b, id=b.backend, marks=pytest.mark.soak) for b in soaked]
+    return pytest.mark.parametrize("board", tried, indirect=True, scope="package")
 
 
 ON_EVERY_BOARD: Final = _on(*boards.BOARDS)
 """With each seal method of each kernel, for a test that depends on it."""
 ON_EACH_KERNEL: Final = _on(boards.TAGGED, boards.ENCRYPTED)
 """With NXP's keys and with mainline's; an encrypted key loads its trusted master as well."""
+ON_A_LIVE_MAPPING: Final = _on(boards.TAGGED, soaked=[boards.ENCRYPTED])
+"""For a test of what comes after the unlock, to which the kind of the key makes no difference."""
 
 
 def labelled(folder: Path, label: str, board: Board = boards.TAGGED, **more: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from e2e.support import ON_EACH_KERNEL, POINT, labelled, slow_caam
+from e2e.support import ON_A_LIVE_MAPPING, POINT, labelled, slow_caam
 from vm.boards import Board
 from vm.guest import Guest
 from vm.installed import NEVER, NO_RESTART, UNIT, InstalledAgent
@@ -14,7 +14,7 @@ i=0; while echo $i >> {POINT}/log && sync {POINT}/log; do i=$((i+1)); done >/dev
 """
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_a_mounted_medium_is_adopted_without_interruption(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
@@ -34,7 +34,7 @@ async def test_a_mounted_medium_is_adopted_without_interruption(
     await agent.until_said("removed-unsafely")
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_over(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
@@ -50,7 +50,7 @@ async def test_an_agent_killed_while_unlocking_is_started_by_systemd_and_starts_
     await guest.run("systemctl", "daemon-reload")
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_changes_between_a_crash_and_the_next_start_are_noticed(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path, tmp_path: Path
 ) -> None:
@@ -68,7 +68,7 @@ async def test_changes_between_a_crash_and_the_next_start_are_noticed(
     await guest.run("systemctl", "daemon-reload")
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_a_restart_with_keep_interrupts_no_writer_and_a_clean_stop_locks(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.support import ON_EACH_KERNEL, POINT, labelled
+from e2e.support import ON_A_LIVE_MAPPING, POINT, labelled
 from vm import media
 from vm.boards import Board
 from vm.guest import Guest
@@ -15,7 +15,7 @@ from vm.installed import InstalledAgent
 ONE_MAPPING = "test $(dmsetup info -c --noheadings -o uuid | grep -c CAAM-HOTPLUG) = 1"
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_a_medium_pulled_while_it_is_written_and_put_back_is_mounted_again(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
@@ -35,7 +35,7 @@ async def test_a_medium_pulled_while_it_is_written_and_put_back_is_mounted_again
     await guest.until(ONE_MAPPING)
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_the_second_medium_with_a_label_is_mounted_when_the_first_is_pulled(
     guest: Guest, agent: InstalledAgent, board: Board, tmp_path: Path
 ) -> None:
@@ -51,7 +51,7 @@ async def test_the_second_medium_with_a_label_is_mounted_when_the_first_is_pulle
     assert await guest.read(f"{POINT}/n") == b"second"
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_an_orderly_stop_leaves_the_medium_clean(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:
@@ -66,7 +66,7 @@ async def test_an_orderly_stop_leaves_the_medium_clean(
     assert b"by a program\n" in plain
 
 
-@ON_EACH_KERNEL
+@ON_A_LIVE_MAPPING
 async def test_synthesized_events_change_nothing(
     guest: Guest, agent: InstalledAgent, board: Board, medium: Path
 ) -> None:

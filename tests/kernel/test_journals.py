@@ -129,7 +129,9 @@ def served(room: Room, medium: Path, words: str, *, read_only: bool = True) -> I
     assert not read_only or digest(medium) == before
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "f2fs"])
+@pytest.mark.parametrize(
+    "kind", ["ext4", "btrfs", *(pytest.param(k, marks=pytest.mark.soak) for k in ("xfs", "f2fs"))]
+)
 def test_an_unclean_journal_of_a_write_protected_medium_is_left_and_that_is_said(
     room: Room, kind: str
 ) -> None:
