@@ -56,7 +56,8 @@ async def test_a_medium_is_mounted_when_plugged_and_leaves_nothing_when_pulled(
     await plug.pull()
     await agent.until_said(r"cartridge-01.*removed-unsafely")
     assert await agent.leftovers() == []
-    assert (await guest.sh(count_fds)).stdout == before
+    # The first count may have had one that was only passing.
+    assert int((await guest.sh(count_fds)).stdout) <= int(before)
     assert await agent.main_pid() == pid
 
 

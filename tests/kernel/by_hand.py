@@ -215,11 +215,9 @@ class ByHand:
         """Not read-write where nobody may write: a filesystem notes that on its medium."""
         if (point := self._point_to_flush(chance)) is not None:
             options = ["remount", chance.choice(("ro", "rw")), *chance.choice(([], ["bind"]))]
-            if options != ["remount", "rw"] or not self._is_untouched(point):
+            is_writing = options == ["remount", "rw"]
+            if not is_writing or self._written.may_be_written(self._label_of(point)):
                 attempt("mount", "-o", ",".join(options), point)
-
-    def _is_untouched(self, point: str) -> bool:
-        return self._label_of(point) in self._written.untouched
 
     def suspend(self, chance: random.Random) -> None:
         if (mapping := self._mapping(chance)) is not None:

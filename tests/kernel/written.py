@@ -22,7 +22,6 @@ class Written:
         self, media: Sequence[Cartridge], cards: Sequence[Card], *, untouched: Collection[str]
     ) -> None:
         """The media are out, and no agent runs. `untouched`: labels that nobody may write to."""
-        self.untouched = untouched
         self.files_checked = 0
         self._media: list[Cartridge | Card] = [*media, *cards]
         self._files: dict[str, dict[str, str]] = {medium.label: {} for medium in self._media}
@@ -38,6 +37,10 @@ class Written:
     def expect(self, label: str, name: str, content: bytes) -> None:
         """Require in the end that the file is on the medium."""
         self._files[label][name] = _digest(content)
+
+    def may_be_written(self, label: str) -> bool:
+        """Return whether anybody may write to the medium."""
+        return label not in self._untouched
 
     def touched(self) -> list[str]:
         """Return the media that nobody may write to, and that are not as they were."""

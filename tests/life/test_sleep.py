@@ -261,14 +261,18 @@ def test_a_reader_that_refuses_to_read_until_it_is_opened_keeps_its_medium(bench
     assert bench.state(volume) is State.REMOVED_UNSAFELY
 
 
+def mounted_with_a_unit_before_the_unmount(bench: Bench) -> Volume:
+    (rule,) = BUILT_IN
+    bench.settle()
+    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
+    return mounted(bench)
+
+
 @pytest.mark.parametrize("end", ["lock", "stop"])
 def test_nothing_is_flushed_under_another_key_after_a_sleep_during_the_unit_before_the_unmount(
     bench: Bench, end: str
 ) -> None:
-    (rule,) = BUILT_IN
-    bench.settle()
-    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
-    volume = mounted(bench)
+    volume = mounted_with_a_unit_before_the_unmount(bench)
     bench.units.duration_s = 5
     if end == "lock":
         request = bench.ask("lock", volume)
@@ -420,10 +424,7 @@ def test_a_stop_that_resumes_a_mapping_flushes_nothing_under_a_key_that_a_sleep_
 def test_a_mapping_that_is_resumed_while_a_unit_ends_is_compared_before_the_flush(
     bench: Bench, verb: str
 ) -> None:
-    (rule,) = BUILT_IN
-    bench.settle()
-    bench.reload_rules(replace(rule, on_unmount=UnitTemplate("end@{partlabel}.service")))
-    volume = mounted(bench)
+    volume = mounted_with_a_unit_before_the_unmount(bench)
     (mapping,) = bench.kernel.mappings.values()
     bench.by_hand.suspend(mapping)
     bench.look(volume)

@@ -144,12 +144,7 @@ async def _ready(
 def _new_context(
     kernel: LinuxKernel, config: Config, registry: StatusRegistry, observe: Observe
 ) -> tuple[Context, Threads]:
-    loop = asyncio.get_running_loop()
     threads = Threads(idle=_IDLE_THREADS, observe=observe)
-
-    def publish_soon(entry: Entry) -> None:
-        # A turn of the loop later: the volume's next operation has begun by then.
-        loop.call_soon(registry.publish, entry)
 
     def new_worker(name: str) -> Worker:
         return Worker(name, config.stuck_after_s, threads)
@@ -160,7 +155,7 @@ def _new_context(
         new_worker=new_worker,
         dm_worker=new_worker("mappings"),
         mount_points=MountPoints(),
-        publish=publish_soon,
+        publish=registry.publish_soon,
         units=SystemdUnits(),
     )
     return context, threads

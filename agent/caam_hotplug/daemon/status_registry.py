@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -21,6 +22,8 @@ _LEVELS = {
     State.WAITING: logging.WARNING,
     State.REMOVED_UNSAFELY: logging.WARNING,
 }
+_RELEASE_S: Final = 0.1
+"""Longer than most releases."""
 _SHOWN: Final = [state.value for state in State if state is not State.IGNORED]
 
 
@@ -35,6 +38,11 @@ class StatusRegistry:
         self._listeners: list[Callable[[Entry], None]] = []
         self.counters: Counter[str] = Counter()
         """How often a volume came to each state, by the state's name."""
+        self._waiting: list[Entry] = []
+        """What is to be published, in its order."""
+        self._releasing: set[VolumeId] = set()
+        """Volumes whose release has begun; that is not published yet."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def listen(self, listener: Callable[[Entry], None]) -> None:
         """Call the listener with every entry that is published from now on."""
@@ -47,6 +55,31 @@ class StatusRegistry:
     def entry(self, which: VolumeId) -> Entry | None:
         """Return the entry of a volume."""
         return self._entries.get(which)
+
+    def publish_soon(self, entry: Entry) -> None:
+        """Publish the entry a turn of the loop later: the volume's next operation has begun then.
+
+        That a release has begun waits for what the volume comes to, or a moment, and so do entries
+        of others after it: the journal and the bus would hold up the release.
+        """
+        which = entry.volume.id
+        self._waiting.append(entry)
+        if entry.state is State.DETACHING:
+            self._releasing.add(which)
+        elif not self._releasing or which in self._releasing:
+            self._publish_waiting()
+        if self._waiting and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_RELEASE_S, self._publish_waiting)
+
+    def _publish_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._releasing.clear()
+        waiting, self._waiting = self._waiting, []
+        for entry in waiting:
+            asyncio.get_running_loop().call_soon(self.publish, entry)
 
     def publish(self, entry: Entry) -> None:
         """Replace the entry of the volume, log its state, and call the listeners."""

@@ -66,7 +66,8 @@ def started(held: int, node: str) -> Iterator[bool]:
         try:
             yield True
         finally:
-            scsi.stop(opened)
+            with suppress(OSError):  # it runs on, and what was done meanwhile is done
+                scsi.stop(opened)
     finally:
         os.close(opened)
 

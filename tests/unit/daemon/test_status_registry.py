@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -161,3 +162,36 @@ def test_a_log_record_has_fields_for_the_journal(caplog: pytest.LogCaptureFixtur
     (record,) = caplog.records
     fields = vars(record)["fields"]
     assert (fields["EVENT"], fields["VOLUME"], fields["RULE"]) == ("mounted", FIRST, "sticks")
+
+
+async def test_the_begin_of_a_release_is_published_with_what_follows() -> None:
+    registry, heard = listened()
+    registry.publish_soon(Entry(FIRST, State.DETACHING))
+    registry.publish_soon(Entry(SECOND, State.MOUNTED))
+    await asyncio.sleep(0)
+    assert heard == []
+    registry.publish_soon(Entry(FIRST, State.REMOVED_UNSAFELY))
+    await asyncio.sleep(0)
+    assert [entry.state for entry in heard] == [
+        State.DETACHING,
+        State.MOUNTED,
+        State.REMOVED_UNSAFELY,
+    ]
+
+
+async def test_the_begin_of_a_long_release_is_published_a_moment_later() -> None:
+    registry, heard = listened()
+    published = asyncio.Event()
+    registry.listen(lambda _: published.set())
+    registry.publish_soon(Entry(FIRST, State.DETACHING))
+    await published.wait()
+    assert [entry.state for entry in heard] == [State.DETACHING]
+
+
+async def test_an_entry_while_nothing_is_released_is_published_in_the_next_turn() -> None:
+    registry, heard = listened()
+    for state in (State.DETACHING, State.GONE, State.UNLOCKING):
+        registry.publish_soon(Entry(FIRST, state))
+    assert heard == []
+    await asyncio.sleep(0)
+    assert len(heard) == 3

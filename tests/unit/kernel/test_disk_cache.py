@@ -59,6 +59,14 @@ def test_a_stopped_disk_is_started_flushed_and_stopped_again(disk: Disk, opened:
     assert disk.done == ["write", "flush", "start", "flush", "stop"]
 
 
+def test_a_disk_that_was_flushed_has_lost_nothing_if_it_does_not_stop_again(
+    disk: Disk, opened: int
+) -> None:
+    disk.fails = "stop"
+    disk_cache.flush(opened, DISK)
+    assert disk.done == ["write", "flush", "start", "flush", "stop"]
+
+
 def test_a_disk_that_runs_gets_no_command(disk: Disk, opened: int) -> None:
     disk.is_stopped = False
     disk_cache.flush(opened, DISK)
