@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from caam_hotplug.config.match import Bytes, Match
+from caam_hotplug.config.match import Bytes, Match, is_exact
 from caam_hotplug.config.messages import found
 from caam_hotplug.config.rules import NAME_OF_LABEL, MountSettings, Rule
 
@@ -142,7 +142,8 @@ def check(at: str, value: Any) -> None:
 _ROOTS_OWN: Final = ("nosuid", "nodev")
 _WHERE_ONLY_ROOT_WRITES: Final = (
     "expected {} in it: without, who makes a medium could be root here. Only a rule that matches "
-    "removable = false, and has mount.path or matches partuuid, may leave it out"
+    "removable = false, and has mount.path or matches a partuuid without wildcards, may leave it "
+    "out"
 )
 _TIMES: Final = ("noatime", "relatime", "strictatime")
 
@@ -154,7 +155,7 @@ def contradictions(table: object) -> Iterator[tuple[str, str]]:
             yield "min_size", f"expected at most max_size, which is {greatest}, found {least}"
         case Rule(match=match, mount=mount):
             missing = [option for option in _ROOTS_OWN if option not in mount.options]
-            names_it = mount.path is not None or match.partuuid is not None
+            names_it = mount.path is not None or is_exact(match.partuuid)
             if missing and not (match.removable is False and names_it):
                 yield "mount.options", _WHERE_ONLY_ROOT_WRITES.format(" and ".join(missing))
         case MountSettings(options=options, read_only=read_only, filesystem_options=by_filesystem):

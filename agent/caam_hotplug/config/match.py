@@ -54,6 +54,12 @@ class Bytes(int):
         return cls(int(size[1]) * cls.UNITS[size[2]])
 
 
+def is_exact(globs: Globs | None) -> bool:
+    """Whether there are globs, and each of them stands for one text alone (fnmatch)."""
+    found = (globs,) if isinstance(globs, str) else globs or ()
+    return bool(found) and not any(set(glob) & set("*?[") for glob in found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
     """Conditions on a volume. An absent key asks for nothing; a list means any of its entries."""

@@ -28,23 +28,26 @@ def overlaps(
 ) -> Iterator[str]:
     """Yield what is wrong with a path, for each that lies above or below another place.
 
-    `configuration`: the configuration file. Who could put a medium there would write the rules.
+    `configuration`: the configuration file. Who could put a medium there would write the rules. A
+    copy that is checked is to be that of the agent.
     """
     at = [(rule, rule.mount.path) for rule in rules if rule.mount.path is not None]
+    files = (configuration, names.CONFIG_FILE)
+    drop_ins = [file.parent / names.RULES_DIRECTORY for file in files]
     folders = {
         mount_root: "the mount_root",
         blob_directory: "the blob_directory",
-        configuration: "the configuration",
-        configuration.parent / names.RULES_DIRECTORY: "the directory of the drop-ins",
+        **dict.fromkeys(files, "the configuration"),
+        **dict.fromkeys(drop_ins, "the directory of the drop-ins"),
         **dict.fromkeys(_OF_THE_KERNEL, "the kernel's"),
     }
     for rule, path in at:
         for folder, what in folders.items():
-            if _may_overlap(path, folder.parts[1:]):
+            if may_overlap(path, folder.parts[1:]):
                 relation = _relation(path, len(folder.parts) - 1)
                 yield f"{_named(rule, path)} {relation} {folder}, {what}"
         for other, above in at:
-            if len(path.names) > len(above.names) and _may_overlap(path, above.parts):
+            if len(path.names) > len(above.names) and may_overlap(path, above.parts):
                 relation = _relation(path, len(above.names))
                 yield f"{_named(rule, path)} {relation} {above.text!r}, of rule {other.name!r}"
 
@@ -61,7 +64,7 @@ def _relation(path: PathTemplate, length: int) -> str:
     return f"{verb} {'above' if len(path.names) < length else 'below'}"
 
 
-def _may_overlap(path: PathTemplate, other: Sequence[Name]) -> bool:
+def may_overlap(path: PathTemplate, other: Sequence[Name]) -> bool:
     """Whether a volume could have the one at, above or below the other."""
     return all(_may_be_same(a, b) for a, b in zip(path.parts, other, strict=False))
 

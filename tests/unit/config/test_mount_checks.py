@@ -115,10 +115,16 @@ def test_rules_of_all_files_are_compared_with_the_places_of_the_configuration(fi
     ]
 
 
+@pytest.mark.parametrize("path", ["/etc/caam-hotplug", "/etc/caam-hotplug/rules.d/x"])
+def test_a_copy_is_checked_as_the_configuration_that_it_is_to_be(file: Path, path: str) -> None:
+    found = faults(file, f"[[rule]]\nname = 'r'\nmount.path = '{path}'\n")
+    assert [fault for fault in found if "/etc/caam-hotplug/" in fault]
+
+
 FIXED = "match.removable = false\n"
 REFUSED = (
     "without, who makes a medium could be root here. Only a rule that matches removable = false, "
-    "and has mount.path or matches partuuid, may leave it out"
+    "and has mount.path or matches a partuuid without wildcards, may leave it out"
 )
 
 
@@ -129,7 +135,9 @@ REFUSED = (
 @pytest.mark.parametrize(
     "match",
     ["", "match.removable = true\nmount.path = '/srv/a'\n", FIXED, "match.partuuid = 'a'\n",
-     "mount.path = '/srv/a'\n", f"{FIXED}match.partlabel = 'a'\n"],
+     "mount.path = '/srv/a'\n", f"{FIXED}match.partlabel = 'a'\n",
+     f"{FIXED}match.partuuid = '*'\n", f"{FIXED}match.partuuid = ['a', '0f1c*']\n",
+     f"{FIXED}match.partuuid = '0f1c2d3e-0[12]'\n"],
 )  # fmt: skip
 def test_suid_and_dev_are_for_a_partition_of_the_board_alone(
     file: Path, match: str, options: str, missing: str
@@ -139,7 +147,11 @@ def test_suid_and_dev_are_for_a_partition_of_the_board_alone(
     assert fault == f"rule[1].mount.options: expected {missing} in it: {REFUSED}"
 
 
-@pytest.mark.parametrize("more", ["mount.path = '/srv/a'\n", "match.partuuid = '0f1c*'\n"])
+@pytest.mark.parametrize(
+    "more",
+    ["mount.path = '/srv/a'\n", "match.partuuid = '0f1c2d3e-02'\n",
+     "match.partuuid = ['0f1c2d3e-01', '0f1c2d3e-02']\n"],
+)  # fmt: skip
 def test_a_partition_of_the_board_may_have_suid_and_dev(file: Path, more: str) -> None:
     text = f"[[rule]]\nname = 'r'\n{FIXED}{more}mount.options = []\n"
     (rule,) = loaded(file, text).rule
