@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from caam_hotplug import names
+from caam_hotplug.config.mount_checks import may_overlap
+from caam_hotplug.config.rules import mount_folders
+from caam_hotplug.config.templates import PathTemplate
 from caam_hotplug.doctor import systemd
 from caam_hotplug.doctor.board import RULE_FOLDERS, UNIT_FOLDERS, Board, is_masked
 from caam_hotplug.doctor.result import Verdict, failure, ok, unknown, warning
@@ -104,19 +107,17 @@ def _shown(board: Board, file: Path) -> str:
 
 def propagation(board: Board) -> Iterator[Verdict]:
     """Check that all others see what the service mounts."""
-    root = PurePosixPath(board.config.mount_root)
+    folders = (board.config.mount_root, *mount_folders(board.config.rule))
+    roots = [*map(PurePosixPath, folders)]
     pid = _service_pid(board)
-    there = str(pid or 1)
-    seen = shared_mounts(board.text(f"/proc/{there}/mountinfo") or "")
+    seen = shared_mounts(board.text(f"/proc/{pid or 1}/mountinfo") or "")
     if not seen:
         yield unknown("the table of mounts cannot be read")
         return
-    if pid and _namespace(board, there) != _namespace(board, "1"):
-        mine, hosts = (
-            covering(root, seen),
-            covering(root, shared_mounts(board.text("/proc/1/mountinfo") or "")),
-        )
-        if mine[1] is None or mine[1] != hosts[1]:
+    if pid and _namespace(board, str(pid)) != _namespace(board, "1"):
+        hosts = shared_mounts(board.text("/proc/1/mountinfo") or "")
+        groups = [(covering(root, seen)[1], covering(root, hosts)[1]) for root in roots]
+        if any(mine is None or mine != of_host for mine, of_host in groups):
             yield failure(
                 "the service has a mount namespace of its own; what it mounts nobody else sees",
                 f"take out what gives it one (PrivateMounts=, ProtectSystem=, PrivateTmp= and the "
@@ -124,8 +125,8 @@ def propagation(board: Board) -> Iterator[Verdict]:
             )
             return
     who = "the service" if pid else "PID 1 (the service does not run)"
-    private = [at for at, group in (covering(PurePosixPath("/"), seen), covering(root, seen))
-               if group is None]  # fmt: skip
+    covered = [covering(each, seen) for each in (PurePosixPath("/"), *roots)]
+    private = [at for at, group in covered if group is None]
     for at in dict.fromkeys(private):
         yield warning(
             f"{at} is private as {who} sees it: services and containers with mount namespaces of "
@@ -133,7 +134,8 @@ def propagation(board: Board) -> Iterator[Verdict]:
             f"mount --make-rshared {at}",
         )
     if not private:
-        yield ok(f"mounts below {root} spread to other namespaces, as {who} sees it")
+        there = ", ".join(map(str, roots))
+        yield ok(f"mounts below {there} spread to other namespaces, as {who} sees it")
 
 
 def _service_pid(board: Board) -> int | None:
@@ -205,11 +207,11 @@ def fixed_tables(board: Board) -> Iterator[Verdict]:
     """Check that no line of fstab and crypttab is about the agent's media."""
     labels = _labels(board)
     of_rules = (rule.mount.path for rule in board.config.rule)
-    places = [board.config.mount_root, *(Path(path.text) for path in of_rules if path)]
+    paths = [path for path in of_rules if path is not None]
     fine = True
     for file in ("/etc/fstab", "/etc/crypttab"):
         for number, line in enumerate((board.text(file) or "").splitlines(), 1):
-            why = about_our_media(line, labels, places)
+            why = about_our_media(line, labels, board.config.mount_root, paths)
             if why is not None:
                 fine = False
                 yield warning(
@@ -230,12 +232,13 @@ def _labels(board: Board) -> list[str]:
     return globs
 
 
-def about_our_media(line: str, labels: list[str], places: list[Path]) -> str | None:
+def about_our_media(
+    line: str, labels: list[str], mount_root: Path, paths: Sequence[PathTemplate]
+) -> str | None:
     """Return why the line of fstab or crypttab is about the agent's media; None if it is not.
 
-    `places`: the mount root, and then the paths of rules.
+    `paths`: those of rules.
     """
-    mount_root, *paths = places
     fields = line.split()
     if len(fields) < 2 or fields[0].startswith("#"):
         return None
@@ -248,6 +251,13 @@ def about_our_media(line: str, labels: list[str], places: list[Path]) -> str | N
             return f"{field} names a mapping of the agent's"
         if PurePosixPath(field).is_relative_to(mount_root) and field != str(mount_root):
             return f"{field} is below the agent's mount root"
-        if any(PurePosixPath(field).is_relative_to(path) for path in paths):
+        if any(_is_at_or_below(field, path) for path in paths):
             return f"{field} is at the path of a rule"
     return None
+
+
+def _is_at_or_below(field: str, path: PathTemplate) -> bool:
+    """Whether the path of a line is one that the rule may mount at, or in that."""
+    names_there = PurePosixPath(field).parts[1:]
+    is_long = len(names_there) >= len(path.names) and field.startswith("/")
+    return is_long and may_overlap(path, names_there)

@@ -9,7 +9,8 @@ import pytest
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.config.match import Match
-from caam_hotplug.config.rules import Rule
+from caam_hotplug.config.rules import MountSettings, Rule
+from caam_hotplug.config.templates import PathTemplate
 from caam_hotplug.doctor import environment
 from caam_hotplug.doctor.result import Status
 from unit.doctor.boards import BoardFiles
@@ -87,6 +88,17 @@ def test_a_private_mount_below_the_mount_root_is_a_warning(board: BoardFiles) ->
     assert verdict.remedy == "mount --make-rshared /run/media"
 
 
+def test_a_private_mount_above_the_path_of_a_rule_is_a_warning(board: BoardFiles) -> None:
+    mounts = "31 1 8:1 / / rw shared:1 - ext4 /dev/a rw\n32 31 8:2 / /srv rw {}- ext4 /dev/b rw\n"
+    recorder = Rule(name="r", mount=MountSettings(path=PathTemplate("/srv/recorder")))
+    config = Config(rule=(recorder,))
+    board.has("/proc/1/mountinfo", mounts.format("shared:2 "))
+    assert board.status(environment.propagation, config) is Status.OK
+    board.has("/proc/1/mountinfo", mounts.format(""))
+    (verdict,) = board.seen(environment.propagation, config)
+    assert verdict.remedy == "mount --make-rshared /srv"
+
+
 def test_automounters_are_found_running_installed_and_as_rules_of_udev(board: BoardFiles) -> None:
     check = environment.automounters
     (board.root / "etc/systemd/system").mkdir(parents=True)
@@ -110,7 +122,8 @@ def test_automounters_are_found_running_installed_and_as_rules_of_udev(board: Bo
     ]
 
 
-PLACES = [Path("/run/media"), Path("/srv/recorder")]
+MOUNT_ROOT = Path("/run/media")
+PATHS = [PathTemplate("/srv/recorder"), PathTemplate("/data/{partlabel}")]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +136,11 @@ PLACES = [Path("/run/media"), Path("/srv/recorder")]
         "/dev/sda1 /run/media/card ext4 defaults 0 0",
         "/dev/mapper/caam-cartridge-01-9-1 /mnt ext4 defaults 0 0",
         "/dev/sda1 /srv/recorder ext4 defaults 0 0",
+        "/dev/sda1 /data/cartridge-01 ext4 defaults 0 0",
     ],
 )
 def test_a_line_about_our_media_is_found(line: str) -> None:
-    assert environment.about_our_media(line, ["cartridge-*"], PLACES) is not None
+    assert environment.about_our_media(line, ["cartridge-*"], MOUNT_ROOT, PATHS) is not None
 
 
 @pytest.mark.parametrize(
@@ -138,11 +152,12 @@ def test_a_line_about_our_media_is_found(line: str) -> None:
         "tmpfs /run/media tmpfs defaults 0 0",
         "UUID=cartridge-01 /mnt ext4 defaults 0 0",
         "/dev/sda1 /srv ext4 defaults 0 0",
+        "/dev/sda1 /data ext4 defaults 0 0",
         "word",
     ],
 )
 def test_a_line_about_something_else_is_left_alone(line: str) -> None:
-    assert environment.about_our_media(line, ["cartridge-*"], PLACES) is None
+    assert environment.about_our_media(line, ["cartridge-*"], MOUNT_ROOT, PATHS) is None
 
 
 def test_labels_come_from_blobs_and_from_rules_that_say_more_than_any(board: BoardFiles) -> None:
