@@ -77,6 +77,14 @@ class ByHand:
         kernel.mounts.append(replace(mount, point=to, parent=parent))
         kernel.mounts_changed()
 
+    def rename_folder(self, folder: str, to: str) -> None:
+        """Rename a directory of mount points; the table of mounts has its new path."""
+        self.kernel.renamed[folder] = to
+        for mount in self.kernel.mounts[:]:
+            above, _, name = mount.point.rpartition("/")
+            if above == folder:
+                self._change(mount, point=f"{to}/{name}")
+
     def _change(self, mount: Mount, **facts: Any) -> None:
         changed = replace(mount, **facts)
         self.kernel.mounts[:] = [changed if m is mount else m for m in self.kernel.mounts]

@@ -692,6 +692,7 @@ def test_a_mount_at_its_own_path_is_flushed_and_unmounted(world: World) -> None:
         mount(world, mapping, name=place)
         there = {m.identity for m in world.kernel.mounts() if m.point == place}
         world.kernel.keep_place(place)
+        assert world.kernel.point_of(place) == place
         watch.unmount(place, there, anyway=False)
         assert (watch.lost, world.kernel.our_mount_points([world.folder])) == ("", [place])
         world.kernel.remove_mount_point(place)

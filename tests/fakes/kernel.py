@@ -192,6 +192,8 @@ class FakeKernel:
     """Directories of mount points outside the mount root that others could change, and why."""
     marked_places: dict[str, str] = field(default_factory=dict)
     """Where a mapping was mounted outside the mount root, by its node."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Directories of mount points that were renamed since, and their new paths."""
     keyrings: list[dict[str, bytes]] = field(default_factory=list)
     open_nodes: list[FakeOpenVolume] = field(default_factory=list)
     path_watches: list[FakePathWatch] = field(default_factory=list)
@@ -737,6 +739,14 @@ class FakeProcess:
         below = self._below(place)
         self.places[place] = 0 if below is None else below.identity
 
+    def point_of(self, place: str) -> str:
+        folder, _, name = place.rpartition("/")
+        is_kept = place in self.places
+        return f"{self.kernel.renamed.get(folder, folder) if is_kept else folder}/{name}"
+
+    def _point(self, place: str) -> str:
+        return self.point_of(place) if is_path(place) else str(self.mount_root / place)
+
     def place_of(self, mapping: Mapping) -> str:
         return self.kernel.marked_places.get(mapping.node, "")
 
@@ -832,7 +842,7 @@ class FakeProcess:
 
     def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> None:
         self._step("detach" if lazily else "unmount", place)
-        point, name = str(self.mount_root / place), name_of(place)
+        point, name = self._point(place), name_of(place)
         with self.kernel.lock:
             mount = self._reached(place, which)
             if mount is None:
@@ -865,7 +875,7 @@ class FakeProcess:
         return self._in(0 if below is None else below.identity, place)
 
     def _in(self, on: int, place: str) -> Mount | None:
-        point, reached = str(self.mount_root / place), None
+        point, reached = self._point(place), None
         while True:
             there = (m for m in self.kernel.mounts if (m.point, m.parent) == (point, on))
             over = next(there, None)
@@ -875,7 +885,7 @@ class FakeProcess:
 
     def remove_mount_point(self, place: str) -> None:
         self._step("remove_mount_point", place)
-        point = str(self.mount_root / place)
+        point = self._point(place)
         if any(mount.point == point for mount in self.kernel.mounts):
             return
         self.places.pop(place, None)

@@ -250,3 +250,22 @@ def test_a_directory_that_has_become_read_only_is_left_until_the_next_release(fi
     until_released()
     until(lambda: not POINT.exists())
     run("umount", str(SRV))
+
+
+def test_the_partition_above_is_unmounted_with_the_volume_in_it(fixed: Room) -> None:
+    run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", str(SRV))
+    plug(fixed)
+    served(fixed)
+    run("umount", "-R", str(SRV))  # as systemd at a stop of the partition's unit
+    fixed.agent.until_said("unmounted by somebody else")
+    until_released()
+
+
+def test_a_volume_is_released_though_the_directory_above_was_renamed(fixed: Room) -> None:
+    plug(fixed)
+    served(fixed)
+    SRV.rename(ROOM / "renamed")
+    fixed.agent.stop()
+    until_released()
+    assert list((ROOM / "renamed").iterdir()) == []
+    (ROOM / "renamed").rename(SRV)

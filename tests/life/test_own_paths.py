@@ -11,6 +11,7 @@ import pytest
 
 from caam_hotplug.config.rules import BUILT_IN, MountSettings, Rule
 from caam_hotplug.config.templates import PathTemplate
+from caam_hotplug.errors import RequestRefusedError
 from caam_hotplug.model import State, Volume
 from fakes.bench import Bench
 
@@ -200,3 +201,34 @@ def test_where_others_have_mounted_it_is_left_to_them_after_a_crash(bench: Bench
     restart(bench, at(POINT))
     assert (bench.state(volume), points(bench)) == (State.MOUNTED, [POINT, "/mnt/recorder"])
     bench.by_hand.umount("/mnt/recorder")
+
+
+def with_another_name_above(bench: Bench) -> Volume:
+    volume = mounted(bench)
+    bench.by_hand.rename_folder("/srv", "/srv2")
+    bench.settle()
+    assert bench.entry(volume).mount_point == "/srv2/recorder"
+    return volume
+
+
+def test_a_volume_is_ejected_though_a_directory_above_was_renamed(bench: Bench) -> None:
+    volume = with_another_name_above(bench)
+    bench.answer("eject", volume)
+    assert bench.state(volume) is State.EJECTED
+    assert (points(bench), bench.kernel.directories) == ([], {})
+
+
+def test_a_pulled_volume_leaves_nothing_though_a_directory_above_was_renamed(bench: Bench) -> None:
+    with_another_name_above(bench)
+    bench.pull()
+    bench.settle()
+    assert bench.kernel.leftovers() == []
+
+
+def test_a_volume_that_somebody_has_moved_from_its_path_is_left_to_them(bench: Bench) -> None:
+    volume = mounted(bench)
+    bench.by_hand.move(POINT, "/srv2/recorder")
+    bench.settle()
+    with pytest.raises(RequestRefusedError, match="it is mounted at /srv2/recorder"):
+        bench.answer("eject", volume)
+    bench.by_hand.umount("/srv2/recorder")

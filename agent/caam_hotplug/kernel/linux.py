@@ -125,8 +125,7 @@ class LinuxKernel:
 
     def has_key(self, description: str) -> bool:
         """Return whether the agent's session keyring has a key of that description."""
-        found = (keyring.find_key(kind, description) for kind in keyring.KEY_TYPES)
-        return any(serial is not None for serial in found)
+        return any(keyring.find_key(kind, description) is not None for kind in keyring.KEY_TYPES)
 
     def unlink_key(self, description: str) -> None:
         """Unlink the keys of that description from the agent's session keyring."""
@@ -205,9 +204,8 @@ class LinuxKernel:
 
         Raises: MountPointOccupiedError; MountError.
         """
-        point = self.mount_root / place
         with (
-            reported_as("make mount point", str(point), MountError),
+            reported_as("make mount point", str(self.mount_root / place), MountError),
             mount_directories.mount_point(self.mount_root, place) as target,
         ):
             if names.is_path(place):
@@ -222,6 +220,10 @@ class LinuxKernel:
         """Keep the directory open that has the mount point, where the path leads to now."""
         with reported_as("look at", str((self.mount_root / place).parent), MountError):
             self._places.keep_seen(place)
+
+    def point_of(self, place: str) -> str:
+        """Return the path of the mount point, as the table of mounts has it."""
+        return self._places.point(place)
 
     def place_of(self, mapping: Mapping) -> str:
         """Return where any run of the agent mounted it last outside the mount root, or ""."""
@@ -268,16 +270,7 @@ class LinuxKernel:
 
     def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> None:
         """Unmount the place, if one of these mounts is seen there. Raises: MountBusyError."""
-        point = self.mount_root / place
-
-        def unmount() -> None:
-            with reported_as("unmount", str(point), MountError):
-                self._places.unmount(place, which, lazily=lazily)
-
-        try:
-            spent_on(unmount)
-        except MountError as error:
-            raise type(error)("unmount", str(point), error.errno or 0) from error
+        spent_on(partial(self._places.unmount, place, which, lazily=lazily))
 
     def remove_mount_point(self, place: str) -> None:
         """Remove the directory if we made it."""

@@ -7,22 +7,20 @@ directory that a mount is on does not keep that mount busy, as one in it would.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from caam_hotplug.kernel import mount, mount_directories
-from caam_hotplug.names import name_of
+from caam_hotplug.errors import MountError
+from caam_hotplug.kernel import mount, mount_directories, mountinfo
+from caam_hotplug.kernel.ctypes_lib import reported_as
+from caam_hotplug.names import is_path, name_of
 
 Mounts = Set[int]
 """Mounts by their numbers, as mountinfo has them."""
 
 _OPEN: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_FDINFO_ROOM: Final = 4096
-"""More than the lines of a descriptor that is only a path."""
-_MOUNT_ID: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
 class MountPlaces:
@@ -35,12 +33,17 @@ class MountPlaces:
     def keep(self, place: str, path: str, at: int) -> None:
         """Keep the directory that the mount point is in: at this path from an open one.
 
-        Without a descriptor for it, its path is gone by later.
+        Without a descriptor for it, its path is gone by later. That is also so of one outside the
+        mount root where another filesystem is mounted, such as a partition at /srv. Open, it would
+        keep that busy, and `umount -R /srv` or systemd unmounts it right after what is in it.
         """
         with suppress(OSError):
             opened = os.open(path, _OPEN, dir_fd=at)
             self.forget(place)
-            self._kept[place] = opened
+            if is_path(place) and _is_mounted_on(opened):
+                os.close(opened)
+            else:
+                self._kept[place] = opened
 
     def keep_seen(self, place: str) -> None:
         """Keep the directory that the path leads to now. Raises: as `paths.directory`."""
@@ -59,11 +62,18 @@ class MountPlaces:
     def unmount(self, place: str, which: Mounts, *, lazily: bool = False) -> bool:
         """Unmount what is seen at the place, if it is one of these mounts; return whether it is.
 
-        Raises: as `directory_of`; MountBusyError; MountError.
+        Raises: UnsafePathError; MountBusyError; MountError.
         """
-        with self.directory_of(place, which) as opened:
-            if opened is not None:
-                mount.unmount(f"/proc/self/fd/{opened}/{name_of(place)}", lazily=lazily)
+        point = self.point(place)
+        try:
+            with (
+                reported_as("unmount", point, MountError),
+                self.directory_of(place, which) as opened,
+            ):
+                if opened is not None:
+                    mount.unmount(f"/proc/self/fd/{opened}/{name_of(place)}", lazily=lazily)
+        except MountError as error:  # which has the path by the descriptor
+            raise type(error)("unmount", point, error.errno or 0) from error
         return opened is not None
 
     def forget(self, place: str) -> None:
@@ -71,6 +81,19 @@ class MountPlaces:
         opened = self._kept.pop(place, None)
         if opened is not None:
             os.close(opened)
+
+    def point(self, place: str) -> str:
+        """Return the path of the mount point, also if a directory above was renamed since.
+
+        Any thread: what another has closed meanwhile may be something else by then.
+        """
+        kept = self._kept.get(place) if is_path(place) else None
+        if kept is not None:
+            with suppress(OSError):
+                above = Path(f"/proc/self/fd/{kept}").readlink()
+                if self._kept.get(place) == kept:
+                    return str(above / name_of(place))
+        return str(self._root / place)
 
     @contextmanager
     def directory(self, place: str) -> Iterator[int]:
@@ -100,27 +123,25 @@ class MountPlaces:
                 yield opened if seen(opened, place) in which else None
 
 
+def _is_mounted_on(opened: int) -> bool:
+    """Whether the open directory is the uppermost of its mount, and not the root."""
+    above = os.open("..", _OPEN, dir_fd=opened)
+    try:
+        return mountinfo.mount_of(above) != mountinfo.mount_of(opened)
+    finally:
+        os.close(above)
+
+
 def seen(directory: int, place: str) -> int | None:
     """Return the number of the mount that is seen there by its name; None if it has none.
 
-    Raises: OSError. It does not ask the filesystem: an XFS that has shut down answers no stat(2)
-    (xfs_vn_getattr in fs/xfs/xfs_iops.c). Source: proc_pid_fdinfo(5).
+    Raises: OSError.
     """
     try:
         opened = os.open(name_of(place), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:
-        found = _MOUNT_ID.search(_content(f"/proc/self/fdinfo/{opened}"))
-    finally:
-        os.close(opened)
-    return None if found is None else int(found[1])
-
-
-def _content(file: str) -> bytes:
-    """Read a short file of the kernel's."""
-    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(opened, _FDINFO_ROOM)
+        return mountinfo.mount_of(opened)
     finally:
         os.close(opened)

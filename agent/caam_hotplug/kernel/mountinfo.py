@@ -22,6 +22,7 @@ _UPPER: Final = re.compile(r"(?:^|,)upperdir=([^,]+)")
 
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _AT_ONCE: Final = 64 << 10
+_OF_DESCRIPTOR: Final = re.compile(rb"^mnt_id:\s*([0-9]+)$", re.MULTILINE)
 
 
 def mounts() -> list[Mount]:
@@ -32,16 +33,26 @@ def mounts() -> list[Mount]:
     """
     # Only a newline ends a line: the kernel escapes it in names, but no other line break.
     with reported_as("read", str(_MOUNTINFO), UnknownError):
-        content = spent_on(_content)
+        content = spent_on(lambda: _content(_MOUNTINFO))
     try:
         return parsed(content)
     except ValueError as error:
         raise UnknownError("read", str(_MOUNTINFO), errno.EBADMSG, str(error)) from error
 
 
-def _content() -> bytes:
+def mount_of(opened: int) -> int | None:
+    """Return the number of the mount that the open file is in; None if the kernel says none.
+
+    Raises: OSError. It does not ask the filesystem: an XFS that has shut down answers no stat(2)
+    (xfs_vn_getattr in fs/xfs/xfs_iops.c). Source: proc_pid_fdinfo(5).
+    """
+    found = _OF_DESCRIPTOR.search(_content(Path(f"/proc/self/fdinfo/{opened}")))
+    return None if found is None else int(found[1])
+
+
+def _content(file: Path) -> bytes:
     """Return the file, without the calls that Python makes about a file of any kind."""
-    opened = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+    opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(lambda: os.read(opened, _AT_ONCE), b""))
     finally:

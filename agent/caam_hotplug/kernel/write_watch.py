@@ -112,10 +112,7 @@ class WriteWatch:
             if self.lost and not anyway and self._is_readable():
                 raise WritesLostError(self.lost)
             before()
-            try:
-                self._places.unmount(place, which)
-            except MountError as error:
-                raise type(error)("unmount", point, error.errno or 0) from error
+            self._places.unmount(place, which)
             if directory is not None:  # what programs wrote after the first time
                 self._try("flush", point, Libc.syncfs, directory, is_last=True)
             self._look_at_ext4(point, is_last=True)

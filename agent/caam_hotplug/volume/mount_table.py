@@ -32,13 +32,14 @@ def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
 
 def _place(kernel: Kernel, point: str, own: str) -> str:
     """Return the agent's place for the point; empty if it is none. `own`: a path of its own."""
-    is_in_root = Path(point).parent == kernel.mount_root
-    return Path(point).name if is_in_root else point if point == own else ""
+    if Path(point).parent == kernel.mount_root:
+        return Path(point).name
+    return own if own and point == point_of(kernel, own) else ""
 
 
 def point_of(kernel: Kernel, place: str) -> str:
     """Return the path of the mount point, as the table of mounts has it."""
-    return place if is_path(place) else f"{kernel.mount_root}/{place}"
+    return kernel.point_of(place) if is_path(place) else f"{kernel.mount_root}/{place}"
 
 
 def points_of(kernel: Kernel, mapping: Mapping) -> list[str]:
