@@ -179,7 +179,7 @@ class Bench:
 
         async def main() -> None:
             left = await find_leftovers(
-                context.kernel, context.new_worker("leftovers"), context.dm_worker, self.rules
+                context.kernel, context.new_worker("leftovers"), context.dm_worker
             )
             async with Supervisor(context, left) as supervisor:
                 present = [medium.volume for medium in kernel.media.values()]

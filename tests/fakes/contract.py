@@ -666,7 +666,7 @@ def test_a_mount_at_its_own_path_is_noted_with_its_mapping(world: World) -> None
         assert world.kernel.place_of(mapping) == ""
         mount(world, mapping, name=place)
         assert [m.point for m in world.kernel.mounts() if m.number == mapping.number] == [place]
-        assert world.kernel.our_mount_points([world.folder]) == []
+        assert world.kernel.our_paths([place]) == []
         assert world.kernel.place_of(mapping) == place
         unmount_at(world, place)
         assert world.kernel.place_of(mapping) == place
@@ -681,9 +681,9 @@ def test_a_directory_made_at_its_own_path_is_found_and_removed(world: World) -> 
         with pytest.raises(MountError):
             mount(world, mapping, name=place, kind="vfat")
         assert world.kernel.our_mount_points() == []
-        assert world.kernel.our_mount_points([world.folder]) == [place]
+        assert world.kernel.our_paths([place]) == [place]
         world.kernel.remove_mount_point(place)
-        assert world.kernel.our_mount_points([world.folder]) == []
+        assert world.kernel.our_paths([place]) == []
 
 
 def test_a_mount_at_its_own_path_is_flushed_and_unmounted(world: World) -> None:
@@ -694,7 +694,7 @@ def test_a_mount_at_its_own_path_is_flushed_and_unmounted(world: World) -> None:
         world.kernel.keep_place(place)
         assert world.kernel.point_of(place) == place
         watch.unmount(place, there, anyway=False)
-        assert (watch.lost, world.kernel.our_mount_points([world.folder])) == ("", [place])
+        assert (watch.lost, world.kernel.our_paths([place])) == ("", [place])
         world.kernel.remove_mount_point(place)
 
 
@@ -715,7 +715,7 @@ def test_nothing_is_mounted_at_a_path_that_others_could_change(world: World) -> 
         with closing(watch):
             assert watch.read()
         assert world.kernel.why_occupied(place) == ""
-        assert world.kernel.our_mount_points([world.folder]) == []
+        assert world.kernel.our_paths([place]) == []
         assert found(world).open_count == 0
 
 

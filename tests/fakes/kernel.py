@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -909,13 +910,19 @@ class FakeProcess:
         self._step("watch_mount_point", place)
         return FakePathWatch(self.kernel, place)
 
-    def our_mount_points(self, folders: Iterable[Path] = ()) -> list[str]:
+    def our_mount_points(self) -> list[str]:
         self._step("our_mount_points")
+        return [place for place in self._ours() if not is_path(place)]
+
+    def our_paths(self, globs: Iterable[str]) -> list[str]:
+        self._step("our_paths")
+        wanted = list(globs)
+        return [p for p in self._ours() if is_path(p) and any(fnmatchcase(p, g) for g in wanted)]
+
+    def _ours(self) -> list[str]:
         points = {mount.point for mount in self.kernel.mounts}
-        within = {self.mount_root, *folders}
         ours = [place for place, kind in self.kernel.directories.items() if kind == "ours"]
-        found = [(place, self.mount_root / place) for place in ours]
-        return [place for place, at in found if at.parent in within and str(at) not in points]
+        return [place for place in ours if str(self.mount_root / place) not in points]
 
 
 class FakePathWatch:

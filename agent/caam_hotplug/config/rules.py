@@ -155,10 +155,18 @@ BUILT_IN: Final = (
 """The rule of a board without a configuration file."""
 
 
-def mount_folders(rules: Iterable[Rule]) -> list[Path]:
-    """List the directories of mount points outside the mount root that no volume chooses."""
+def mount_globs(rules: Iterable[Rule]) -> list[str]:
+    """List the paths of mount points outside the mount root, each with a glob as its last name.
+
+    Those whose directory a volume chooses are not among them.
+    """
     paths = (rule.mount.path for rule in rules)
-    return sorted({Path(path.folder) for path in paths if path and path.folder})
+    return sorted({path.glob for path in paths if path is not None and path.glob})
+
+
+def mount_folders(rules: Iterable[Rule]) -> list[Path]:
+    """List the directories that these mount points are in."""
+    return sorted({Path(glob).parent for glob in mount_globs(rules)})
 
 
 @dataclass(frozen=True, slots=True)

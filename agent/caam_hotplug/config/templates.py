@@ -127,11 +127,13 @@ class PathTemplate:
         ]
 
     @property
-    def folder(self) -> str | None:
-        """The directory of the mount point, where it is the same for all volumes; else None."""
-        *above, _ = self.names
-        is_same = not any(name.placeholders for name in above)
-        return f"/{'/'.join(name.text for name in above)}" if is_same else None
+    def glob(self) -> str | None:
+        """The path with a glob as its last name; None if volumes choose one of those above."""
+        *above, last = self.parts
+        if any(isinstance(name, tuple) for name in above):
+            return None
+        name = "?*".join(last) if isinstance(last, tuple) else last
+        return f"{self.text.rpartition('/')[0]}/{name}"
 
     def render(self, volume: Volume) -> str:
         """Make the path for this volume. Raises: UnsafeNameError with the reason."""

@@ -93,7 +93,7 @@ async def _serve(config: Config, load: Load, observe: Observe) -> None:
     with ExitStack() as held:
         held.callback(devices.close)
         worker = context.new_worker("leftovers")
-        leftovers = await find_leftovers(kernel, worker, context.dm_worker, config.rule)
+        leftovers = await find_leftovers(kernel, worker, context.dm_worker)
         # A key's type must be loaded before the key.
         await context.dm_worker.run("load key types", trusted.is_offered, late=_ignore_late)
         async with service, Supervisor(context, leftovers) as supervisor:

@@ -1,4 +1,4 @@
-"""Mappings of an earlier run of the agent whose volume is not there any more."""
+"""What an earlier run of the agent has left that no volume has any more."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 from caam_hotplug import names
+from caam_hotplug.config.rules import mount_globs
 from caam_hotplug.daemon.changed_disks import ChangedDisks
 from caam_hotplug.daemon.defects import guarded
 from caam_hotplug.errors import HotplugError, is_passing
 from caam_hotplug.model import Mapping
-from caam_hotplug.volume.leftovers import release_orphan
+from caam_hotplug.volume.leftovers import release_orphan, remove_left_paths
 from caam_hotplug.volume.operations import fields
 from caam_hotplug.volume.record import Context
 from caam_hotplug.volume.retry_delay import RetryDelay
@@ -45,6 +46,12 @@ class Orphans:
     def release(self, orphan: Mapping) -> None:
         """Release the mapping, and whatever is mounted from it; a failure is logged."""
         self._run(self._released(orphan), partial(str, f"mapping {orphan.name}"))
+
+    def remove_directories(self) -> None:
+        """Remove directories at the paths of rules that no volume and no orphan uses."""
+        if mount_globs(self._context.rules):
+            words = "remove directories at the paths of rules"
+            self._run(guarded(remove_left_paths(self._context), words), lambda: words)
 
     async def _released(self, orphan: Mapping) -> None:
         words = f"leftover {orphan.name}"

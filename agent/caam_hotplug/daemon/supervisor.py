@@ -88,6 +88,7 @@ class Supervisor:
         for which in dict.fromkeys([*self._with_leftovers, *disks, *reported]):
             if which in known:
                 self._arrive(known[which])
+        self._orphans.remove_directories()
 
     def take(self, event: Event, present: Iterable[Reported]) -> None:
         """Act on an event; `present` is compared with the lifecycles if events were lost."""

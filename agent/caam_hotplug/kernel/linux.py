@@ -286,7 +286,11 @@ class LinuxKernel:
         """Watch the mount point, until the watch is closed. Raises: UnknownError."""
         return inotify.Directory(self.mount_root / place, removals=True)
 
-    def our_mount_points(self, folders: Iterable[Path] = ()) -> list[str]:
-        """Return the directories, also in these folders, that we made and nothing is mounted on."""
+    def our_mount_points(self) -> list[str]:
+        """Return the directories in the mount root that we made and nothing is mounted on."""
         with reported_as("list mount points in", str(self.mount_root), MountError):
-            return mount_directories.our_mount_points(self.mount_root, folders)
+            return mount_directories.our_mount_points(self.mount_root)
+
+    def our_paths(self, globs: Iterable[str]) -> list[str]:
+        """As `our_mount_points`, of the paths outside the mount root that the globs stand for."""
+        return mount_directories.our_paths(globs)

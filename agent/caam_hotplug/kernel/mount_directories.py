@@ -6,8 +6,10 @@ import errno
 import logging
 import os
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,46 @@ log = logging.getLogger(__name__)
 
 _REFUSED: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG}
 """Errors of a place that is not there for the agent, until somebody changes it."""
+
+
+class _Turns:
+    """Who makes or removes a directory, one at a time for each place. Any thread."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._given_back = threading.Condition()
+
+    @contextmanager
+    def waited_for(self, place: str) -> Iterator[None]:
+        """Hold the place, once nobody else does."""
+        with self._given_back:
+            self._given_back.wait_for(lambda: place not in self._taken)
+            self._taken.add(place)
+        try:
+            yield
+        finally:
+            self._give_back(place)
+
+    @contextmanager
+    def taken_if_free(self, place: str) -> Iterator[bool]:
+        """Hold the place if nobody else does; yield whether it is held."""
+        with self._given_back:
+            is_free = place not in self._taken
+            self._taken.add(place)
+        try:
+            yield is_free
+        finally:
+            if is_free:
+                self._give_back(place)
+
+    def _give_back(self, place: str) -> None:
+        with self._given_back:
+            self._taken.discard(place)
+            self._given_back.notify_all()
+
+
+_TURNS: Final = _Turns()
+"""So that no release of an earlier mount removes a directory right before a new one is on it."""
 
 
 @contextmanager
@@ -51,15 +93,16 @@ def mount_point(root: Path, place: str) -> Iterator[int]:
 
     `place`: a name in the root, or a path of its own. Raises: MountPointOccupiedError if it has
     content or is no directory, or if its own path is not safe or not there; UnsafePathError;
-    OSError.
+    OSError. It stays until the end.
     """
-    with _said_of(root, place), parent_of(root, place, create=True) as parent:
-        _make(parent, root / place, place)
-        opened = _open_free(parent, root / place)
-    try:
-        yield opened
-    finally:
-        os.close(opened)
+    with _TURNS.waited_for(place):
+        with _said_of(root, place), parent_of(root, place, create=True) as parent:
+            _make(parent, root / place, place)
+            opened = _open_free(parent, root / place)
+        try:
+            yield opened
+        finally:
+            os.close(opened)
 
 
 def why_occupied(root: Path, place: str) -> str:
@@ -138,7 +181,8 @@ def _open_free(parent: int, path: Path) -> int:
     except PermissionError as error:
         raise paths.cannot_be_opened(parent, path.name, path, path) from error
     try:
-        if os.fstat(opened).st_dev != os.fstat(parent).st_dev:
+        # Not its device, of which a subvolume of btrfs has one of its own.
+        if mountinfo.mount_of(opened) != mountinfo.mount_of(parent):
             raise MountPointOccupiedError(f"something is mounted at {path}")
         if os.listdir(opened):  # noqa: PTH208  a descriptor is no path
             raise MountPointOccupiedError(f"{path} is not empty")
@@ -166,21 +210,38 @@ def remove_from(parent: int, place: str) -> bool:
     """Remove the directory in the open one if it is ours; the board's own stay.
 
     One at a path stays also where the filesystem has become read-only, or the directory above
-    another user's: the next mount uses it. Return whether nothing is mounted there.
-    Raises: OSError, unless it is missing, in use or has content.
+    another user's: the next mount uses it. So does one that is about to be mounted on. Return
+    whether nothing is mounted there. Raises: OSError, unless it is missing, in use or has content.
     """
-    name = names.name_of(place)
+    with _TURNS.taken_if_free(place) as is_free:
+        try:
+            is_other_mount = _is_mount(parent, names.name_of(place))
+            if is_free and not is_other_mount:
+                _remove(parent, place)
+        except OSError as error:
+            if names.is_path(place) and error.errno in _REFUSED:
+                log.warning("%s is left, since it cannot be removed: %s", place, error.strerror)
+            elif error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
+                raise
+            return error.errno != errno.EBUSY
+    return is_free and not is_other_mount
+
+
+def _is_mount(parent: int, name: str) -> bool:
+    """Whether something is mounted there; its filesystem is not asked. Raises: OSError."""
+    opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
-        status = os.lstat(name, dir_fd=parent)
-        if stat.S_ISDIR(status.st_mode) and is_ours(status, place):
-            os.rmdir(name, dir_fd=parent)
-    except OSError as error:
-        if names.is_path(place) and error.errno in _REFUSED:
-            log.warning("%s is left, since it cannot be removed: %s", place, error.strerror)
-        elif error.errno not in {errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY}:
-            raise
-        return error.errno != errno.EBUSY
-    return status.st_dev == os.fstat(parent).st_dev
+        return mountinfo.mount_of(opened) != mountinfo.mount_of(parent)
+    finally:
+        os.close(opened)
+
+
+def _remove(parent: int, place: str) -> None:
+    """Remove what nothing is mounted on, if it is ours. Raises: OSError."""
+    name = names.name_of(place)
+    status = os.lstat(name, dir_fd=parent)
+    if stat.S_ISDIR(status.st_mode) and is_ours(status, place):
+        os.rmdir(name, dir_fd=parent)
 
 
 def mode_of(place: str) -> int:
@@ -193,32 +254,41 @@ def is_ours(status: os.stat_result, place: str) -> bool:
 
     In a directory with the set-group-ID bit the kernel gives it that bit, too (inode_init_owner).
     """
-    return stat.S_IMODE(status.st_mode) & ~stat.S_ISGID == mode_of(place)
+    mode = stat.S_IMODE(status.st_mode) & ~stat.S_ISGID
+    return (mode, status.st_uid) == (mode_of(place), os.geteuid())
 
 
-def our_mount_points(root: Path, folders: Iterable[Path] = ()) -> list[str]:
-    """Return the places that we made and that nothing is mounted on: in the root and the folders.
+def our_mount_points(root: Path) -> list[str]:
+    """Return the names in the root of directories that we made and that nothing is mounted on.
 
-    Mounted filesystems there are not touched: they may be others', and hang. One that is not
-    safe has none.
+    Mounted filesystems there are not touched: they may be others', and hang.
     """
-    mounted = {mount.point for mount in mountinfo.mounts()}
-    found: list[str] = []
-    for folder in folders:
-        with suppress(UnsafePathError, OSError), paths.directory(folder, only_root=True) as opened:
-            places = {name: str(folder / name) for name in os.listdir(opened)}  # noqa: PTH208
-            found += _ours_among(opened, {n: p for n, p in places.items() if p not in mounted})
     with suppress(FileNotFoundError), paths.directory(root) as opened:
-        names_there = os.listdir(opened)  # noqa: PTH208
-        there = {name: name for name in names_there if str(root / name) not in mounted}
-        found += _ours_among(opened, there)
-    return found
+        return [Path(point).name for point in _ours_among(opened, root, "*", "")]
+    return []
 
 
-def _ours_among(opened: int, places: dict[str, str]) -> Iterator[str]:
-    """Yield the places in the open directory that are ours, of these with their names there."""
-    for name, place in places.items():
+def our_paths(globs: Iterable[str]) -> list[str]:
+    """As `our_mount_points`, but paths outside the root, by globs for their last names.
+
+    One whose directory above is not safe, or is not there, is none.
+    """
+    found: list[str] = []
+    for each in globs:
+        above, glob = Path(each).parent, names.name_of(each)
+        with suppress(UnsafePathError, OSError), paths.directory(above, only_root=True) as opened:
+            found += _ours_among(opened, above, glob, each)
+    return list(dict.fromkeys(found))
+
+
+def _ours_among(opened: int, above: Path, glob: str, place: str) -> Iterator[str]:
+    """Yield the paths of the directories in the open one that are ours as the place would be."""
+    mounted = {mount.point for mount in mountinfo.mounts()}
+    for name in os.listdir(opened):
+        point = str(above / name)
+        if not fnmatchcase(name, glob) or point in mounted:
+            continue
         with suppress(FileNotFoundError):  # it went meanwhile
             status = os.lstat(name, dir_fd=opened)
             if stat.S_ISDIR(status.st_mode) and is_ours(status, place):
-                yield place
+                yield point

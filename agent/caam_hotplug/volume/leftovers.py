@@ -18,7 +18,7 @@ from caam_hotplug.config.rules import (
     Rule,
     match_rules,
     may_match,
-    mount_folders,
+    mount_globs,
 )
 from caam_hotplug.errors import (
     HotplugError,
@@ -32,12 +32,13 @@ from caam_hotplug.model import Mapping, State
 from caam_hotplug.volume.adoption import leading_to
 from caam_hotplug.volume.cut_off import CutOff
 from caam_hotplug.volume.holding import UnfinishedRelease
+from caam_hotplug.volume.left_directories import remove_left
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
-from caam_hotplug.volume.mount_table import mounts_of, point_of
+from caam_hotplug.volume.mount_table import mounts_of
 from caam_hotplug.volume.operations import Operations, fields
-from caam_hotplug.volume.record import Record
+from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
 from caam_hotplug.volume.remains import LOST, note_last_writes
 from caam_hotplug.volume.stop_signal import Reason, StopSignal
@@ -197,30 +198,25 @@ class Leftover:
 
     async def remove_mount_points(self) -> None:
         """Remove those of the agent that nobody uses: others may have unmounted it."""
-        kernel, points = self._operations.kernel, self._record.context.mount_points
-        me = self._record.volume.id
-        try:
-            ours = partial(kernel.our_mount_points, mount_folders(self._record.context.rules))
-            for place in await self._operations.call("list mount points", ours):
-                if points.owner(place) is None:
-                    with points.reserved(place, me, lambda: None):
-                        remove = kernel.remove_mount_point
-                        await self._operations.call("remove the mount point", remove, place)
-        except (HotplugError, OSError) as error:
-            log.warning("%s: %s", self._record.volume, error)
+        look, plan = self._operations.kernel.our_mount_points, self._plan()
+        own = [plan.mount_path] if plan is not None and plan.mount_path else []
+        points = self._record.context.mount_points
+        await remove_left(self._operations, points, lambda: dict.fromkeys((*own, *look())))
 
     def _reaches_medium(self, mapping: Mapping) -> bool:
         return leading_to(mapping, self._record.volume, self._rule()) is not None
 
-    def _rule(self) -> Rule | None:
+    def _plan(self) -> Plan | None:
         plan = match_rules(self._record.context.rules, self._record.volume)
-        return plan.rule if isinstance(plan, Plan) else None
+        return plan if isinstance(plan, Plan) else None
+
+    def _rule(self) -> Rule | None:
+        plan = self._plan()
+        return None if plan is None else plan.rule
 
 
-async def find_leftovers(
-    kernel: Kernel, worker: Worker, dm_worker: Worker, rules: tuple[Rule, ...] = ()
-) -> list[Mapping]:
-    """Remove our mount points that nothing is mounted on, and return our mappings.
+async def find_leftovers(kernel: Kernel, worker: Worker, dm_worker: Worker) -> list[Mapping]:
+    """Remove our directories in the mount root that nothing is mounted on; return our mappings.
 
     The caller adopts or releases the mappings. One whose DM-UUID has a form that this version does
     not know, such as a later version's, is left alone.
@@ -228,16 +224,19 @@ async def find_leftovers(
     """
     operations = _without_medium(kernel, worker, dm_worker, "")
     mappings = await operations.dm("list our mappings", kernel.our_mappings)
-    try:
-        ours = partial(kernel.our_mount_points, mount_folders(rules))
-        for place in await operations.call("list our mount points", ours):
-            try:
-                await operations.call("remove the mount point", kernel.remove_mount_point, place)
-            except (HotplugError, OSError) as error:
-                log.error("remove leftover mount point %s: %s", point_of(kernel, place), error)
-    except (HotplugError, OSError) as error:
-        log.error("list leftover mount points in %s: %s", kernel.mount_root, error)
+    await remove_left(operations, MountPoints(), kernel.our_mount_points)
     return [mapping for mapping in mappings if _is_known(mapping)]
+
+
+async def remove_left_paths(context: Context) -> None:
+    """Remove our directories at paths of rules that nothing is mounted on.
+
+    A filesystem above one may hang, so this runs beside all that is served.
+    """
+    worker, globs = context.new_worker("directories"), mount_globs(context.rules)
+    operations = _without_medium(context.kernel, worker, context.dm_worker, "")
+    look = partial(context.kernel.our_paths, globs)
+    await remove_left(operations, context.mount_points, look)
 
 
 def _is_known(mapping: Mapping) -> bool:

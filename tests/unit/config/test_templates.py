@@ -89,19 +89,20 @@ def test_a_unit_that_systemd_would_not_start_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "path", "folder"),
+    ("template", "path", "glob"),
     [
-        ("/srv/recorder", "/srv/recorder", "/srv"),
-        ("/recorder", "/recorder", "/"),
-        ("/srv/{partlabel}-{diskseq}", "/srv/cartridge-7", "/srv"),
+        ("/srv/recorder", "/srv/recorder", "/srv/recorder"),
+        ("/recorder", "/recorder", "/recorder"),
+        ("/srv/{partlabel}-{diskseq}", "/srv/cartridge-7", "/srv/?*"),
+        ("/srv/a-{partlabel}.b", "/srv/a-cartridge.b", "/srv/a-?*.b"),
         ("/srv/{partlabel}/data", "/srv/cartridge/data", None),
     ],
 )
 def test_a_path_has_a_name_for_each_of_its_templates(
-    template: str, path: str, folder: str | None
+    template: str, path: str, glob: str | None
 ) -> None:
     made = PathTemplate(template)
-    assert (made.render(stick()), made.folder) == (path, folder)
+    assert (made.render(stick()), made.glob) == (path, glob)
     assert made.placeholders == {field for name in made.names for field in name.placeholders}
 
 

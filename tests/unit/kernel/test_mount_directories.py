@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,7 +184,7 @@ def test_a_missing_directory_is_made_at_its_own_path_and_removed(roots_folder: P
     with umask(0o022), mount_directories.mount_point(ROOT, path) as opened:
         assert os.path.samestat(os.fstat(opened), Path(path).lstat())
     assert mode(Path(path)) == 0o1500
-    assert mount_directories.our_mount_points(roots_folder / "none", [roots_folder]) == [path]
+    assert mount_directories.our_paths([own(roots_folder, "?*")]) == [path]
     mount_directories.remove_mount_point(ROOT, path)
     assert list(roots_folder.iterdir()) == []
     assert open_files() == before
@@ -199,7 +201,7 @@ def test_an_empty_directory_at_its_own_path_is_used_and_kept_whatever_its_mode(
         pass
     mount_directories.remove_mount_point(ROOT, path)
     assert mode(Path(path)) == its_mode
-    assert mount_directories.our_mount_points(roots_folder / "none", [roots_folder]) == []
+    assert mount_directories.our_paths([path]) == []
 
 
 def test_a_directory_made_below_one_with_the_group_bit_is_removed_too(roots_folder: Path) -> None:
@@ -266,10 +268,8 @@ def test_only_directories_with_the_mode_of_their_place_are_found(roots_folder: P
         (roots_folder / name).mkdir()
         (roots_folder / name).chmod(its_mode)
     assert mount_directories.our_mount_points(roots_folder) == ["name"]
-    folders = [roots_folder, roots_folder / "missing"]
-    assert mount_directories.our_mount_points(roots_folder / "none", folders) == [
-        own(roots_folder, "path")
-    ]
+    globs = [own(roots_folder, "?*"), own(roots_folder / "missing")]
+    assert mount_directories.our_paths(globs) == [own(roots_folder, "path")]
 
 
 def test_a_directory_at_its_own_path_is_removed_though_others_may_write_there_now(
@@ -319,7 +319,7 @@ def test_a_folder_that_is_not_safe_has_no_mount_points_of_the_agent(roots_folder
     with mount_directories.mount_point(ROOT, own(roots_folder)):
         pass
     roots_folder.chmod(0o777)
-    assert mount_directories.our_mount_points(ROOT / "none", [roots_folder]) == []
+    assert mount_directories.our_paths([own(roots_folder)]) == []
 
 
 def test_an_empty_directory_that_the_service_cannot_look_into_is_refused(
@@ -338,3 +338,74 @@ def test_an_empty_directory_that_the_service_cannot_look_into_is_refused(
     assert refusal(path).startswith(
         f"open {path}: {path} belongs to user 1000 with mode 0700, and cannot be opened; chown "
     )
+
+
+def test_a_directory_of_another_user_stays_whatever_its_mode(roots_folder: Path) -> None:
+    path = own(roots_folder)
+    Path(path).mkdir()
+    os.chown(path, 1000, -1)
+    Path(path).chmod(0o1500)
+    with mount_directories.mount_point(ROOT, path):
+        pass
+    mount_directories.remove_mount_point(ROOT, path)
+    assert mount_directories.our_paths([path]) == []
+    assert Path(path).is_dir()
+
+
+def test_only_paths_that_a_rule_names_are_found(roots_folder: Path) -> None:
+    for name in ("of-a-service", "data-", "data-1"):
+        (roots_folder / name).mkdir()
+        (roots_folder / name).chmod(0o1500)
+    assert mount_directories.our_paths([own(roots_folder)]) == []
+    globs = [own(roots_folder, "data-?*"), own(roots_folder, "data-1")]
+    assert mount_directories.our_paths(globs) == [own(roots_folder, "data-1")]
+
+
+def test_a_directory_is_not_removed_between_its_making_and_the_mount(roots_folder: Path) -> None:
+    path = own(roots_folder)
+    with mount_directories.mount_point(ROOT, path):
+        mount_directories.remove_mount_point(ROOT, path)
+        assert Path(path).is_dir()
+    mount_directories.remove_mount_point(ROOT, path)
+    assert not Path(path).exists()
+
+
+def test_a_directory_is_made_once_its_removal_has_ended(
+    roots_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rmdir, made = own(roots_folder), os.rmdir, threading.Event()
+
+    def make() -> None:
+        with mount_directories.mount_point(ROOT, path):
+            made.set()
+
+    maker = threading.Thread(target=make)
+
+    def remove_while_another_makes_it(*args: Any, **named: Any) -> None:
+        maker.start()
+        assert not made.wait(0.1)
+        rmdir(*args, **named)
+
+    with mount_directories.mount_point(ROOT, path):
+        pass
+    monkeypatch.setattr(os, "rmdir", remove_while_another_makes_it)
+    mount_directories.remove_mount_point(ROOT, path)
+    maker.join()
+    assert Path(path).is_dir()
+
+
+def test_an_empty_subvolume_is_used_though_it_has_a_device_of_its_own(
+    roots_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = roots_folder / "recorder"
+    path.mkdir()
+    number, fstat = path.stat().st_ino, os.fstat
+
+    def of_btrfs(opened: int) -> os.stat_result:
+        found = fstat(opened)
+        if found.st_ino != number:
+            return found
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10]))
+
+    monkeypatch.setattr(os, "fstat", of_btrfs)
+    assert mount_directories.why_occupied(ROOT, str(path)) == ""
