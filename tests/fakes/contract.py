@@ -671,6 +671,10 @@ def test_a_mount_at_its_own_path_is_noted_with_its_mapping(world: World) -> None
         unmount_at(world, place)
         assert world.kernel.place_of(mapping) == place
         assert found(world).open_count == 0
+        world.kernel.note_place(mapping, "")
+        assert world.kernel.place_of(mapping) == ""
+        world.kernel.note_place(mapping, place)
+        assert world.kernel.place_of(mapping) == place
     with mapped(world) as mapping:
         assert world.kernel.place_of(mapping) == ""
 

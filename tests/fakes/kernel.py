@@ -751,6 +751,9 @@ class FakeProcess:
     def place_of(self, mapping: Mapping) -> str:
         return self.kernel.marked_places.get(mapping.node, "")
 
+    def note_place(self, mapping: Mapping, place: str) -> None:
+        self.kernel.marked_places[mapping.node] = place
+
     def _mountable(self, node: str, kind: str, *, read_only: bool) -> FakeMapping:
         try:
             mapping = self.kernel.by_node(node)

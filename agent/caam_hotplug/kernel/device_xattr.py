@@ -75,15 +75,19 @@ def all_marked(disk: Volume) -> list[str]:
 
 
 def mark_place(node: str, place: str) -> None:
-    """Store where the mapping of this node is about to be mounted. It goes with the mapping.
+    """Store where a mount of this node's mapping is the agent's; remove that if it is empty.
 
-    A later run of the agent, with other rules, knows the mount as the agent's by that.
+    A later run of the agent, with other rules, knows the mount by that. It goes with the mapping.
     """
     try:
-        os.setxattr(node, _PLACE, os.fsencode(place), follow_symlinks=False)
+        if place:
+            os.setxattr(node, _PLACE, os.fsencode(place), follow_symlinks=False)
+        else:
+            os.removexattr(node, _PLACE, follow_symlinks=False)
     except OSError as error:
-        failure = KernelError("mark", node, error.errno or 0)
-        log.debug("%s; later runs may not know that its mount at %s is ours", failure, place)
+        if error.errno not in _NONE:
+            failure = KernelError("mark", node, error.errno or 0)
+            log.debug("%s; later runs may not know which mount is ours: %r", failure, place)
 
 
 def marked_place(node: str) -> str:

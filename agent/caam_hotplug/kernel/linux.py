@@ -226,8 +226,12 @@ class LinuxKernel:
         return self._places.point(place)
 
     def place_of(self, mapping: Mapping) -> str:
-        """Return where any run of the agent mounted it last outside the mount root, or ""."""
+        """Return the path outside the mount root that is noted as the agent's for it, or ""."""
         return device_xattr.marked_place(mapping.node)
+
+    def note_place(self, mapping: Mapping, place: str) -> None:
+        """Note that a mount of it at this path is the agent's; with "", that none is any more."""
+        device_xattr.mark_place(mapping.node, place)
 
     def mounts(self) -> list[Mount]:
         """Return all mounts of this process's namespace."""

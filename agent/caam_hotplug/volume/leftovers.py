@@ -36,7 +36,7 @@ from caam_hotplug.volume.left_directories import remove_left
 from caam_hotplug.volume.mapping import release_key, release_mapping
 from caam_hotplug.volume.mount import release_mount
 from caam_hotplug.volume.mount_points import MountPoints
-from caam_hotplug.volume.mount_table import mounts_of
+from caam_hotplug.volume.mount_table import mounts_of, places_of
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.record import Context, Record
 from caam_hotplug.volume.release import SIGNAL_GRACE_S, suspended, who_uses
@@ -82,9 +82,7 @@ async def release_leftovers(
             resume = operations.kernel.resume_mapping
             await operations.dm("resume the mapping", resume, mapping.name)
         then.push_async_callback(release_mapping, operations, uuid)
-        own = operations.kernel.place_of(mapping)
-        places = dict.fromkeys((*mounts, own))  # the last also if others have unmounted it
-        for place in filter(None, places):
+        for place in places_of(operations.kernel, mapping):
             then.push_async_callback(release_mount, operations, place, mapping)
         return Left(is_written=is_written, led_elsewhere=led_elsewhere)
 
@@ -262,7 +260,7 @@ async def release_orphan(
     try:
         with ExitStack() as reserved:
             if volume is not None:
-                for place in mounts_of(kernel, orphan):
+                for place in places_of(kernel, orphan):
                     reserved.enter_context(mount_points.reserved(place, volume, lambda: None))
             await release_leftovers(operations, orphan.uuid, lambda _: False)
     finally:

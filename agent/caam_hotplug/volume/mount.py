@@ -22,11 +22,12 @@ from caam_hotplug.errors import (
 from caam_hotplug.formats.mount_options import may_lack_replay, without_replay
 from caam_hotplug.kernel.mount_places import Mounts
 from caam_hotplug.model import Mapping, Mount
+from caam_hotplug.names import is_path
 from caam_hotplug.volume.mount_table import (
     first_of,
     mounts_among,
     mounts_at,
-    mounts_of,
+    places_of,
     point_of,
     with_copies,
 )
@@ -57,9 +58,12 @@ async def mounted(
 
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mount, operations, place, mapping, writes)
-        if mapping.open_count:
-            await _release_other_mounts(operations, place, mapping)
+        for other in places_of(kernel, mapping):  # an earlier run may have had other rules
+            if other != place:
+                await release_mount(operations, other, mapping)
         if found is not None:
+            if is_path(place):  # others may have made it
+                kernel.note_place(mapping, place)
             extra = fields("adopted", VOLUME=target.volume, MOUNT_POINT=found.point)
             log.warning("%s: adopting its mount %s", target.volume, found.point, extra=extra)
             await _watch_adopted(operations, watch, partial(kernel.keep_place, place))
@@ -158,6 +162,8 @@ async def release_mount(
     try:
         if not operations.stop.keeps:
             await _release(operations, place, mapping, writes)
+            if place == operations.kernel.place_of(mapping):  # a later mount there is others'
+                operations.kernel.note_place(mapping, "")
     finally:
         if writes.watch is not None:
             await operations.call("end the watch", writes.close)
@@ -248,10 +254,3 @@ async def _detach(operations: Operations, place: str, which: Mounts) -> None:
         await operations.call("detach", detach)
     finally:
         await operations.call("remove the mount point", kernel.remove_mount_point, place)
-
-
-async def _release_other_mounts(operations: Operations, place: str, mapping: Mapping) -> None:
-    """Release mounts at other places; an earlier run may have had other rules."""
-    for other in mounts_of(operations.kernel, mapping):
-        if other != place:
-            await release_mount(operations, other, mapping)

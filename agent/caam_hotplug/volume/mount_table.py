@@ -30,6 +30,12 @@ def mounts_of(kernel: Kernel, mapping: Mapping) -> dict[str, Mount]:
     return {place: mount for mount in found if (place := _place(kernel, mount.point, own))}
 
 
+def places_of(kernel: Kernel, mapping: Mapping) -> list[str]:
+    """Return the agent's places of the mapping, also the noted one if others have unmounted it."""
+    mounted = mounts_of(kernel, mapping) if mapping.open_count else {}
+    return list(dict.fromkeys(filter(None, (*mounted, kernel.place_of(mapping)))))
+
+
 def _place(kernel: Kernel, point: str, own: str) -> str:
     """Return the agent's place for the point; empty if it is none. `own`: a path of its own."""
     if Path(point).parent == kernel.mount_root:
