@@ -116,6 +116,19 @@ def test_the_path_of_an_orphan_is_reserved_while_its_directory_is_removed(bench:
     assert bench.state(second) is State.MOUNTED
 
 
+@pytest.mark.parametrize("rule", [BY_NAME, at(POINT)])
+def test_a_mounted_volume_whose_mapping_is_suspended_is_adopted(bench: Bench, rule: Rule) -> None:
+    restart(bench, rule)
+    volume = mounted(bench)
+    (mapping,) = bench.kernel.mappings.values()
+    bench.kill()
+    bench.by_hand.suspend(mapping)
+    bench.start()
+    bench.settle()
+    assert bench.state(volume) is State.MOUNTED, bench.reason(volume)
+    bench.by_hand.resume(mapping)
+
+
 def test_a_folder_that_does_not_answer_keeps_no_volume_waiting(bench: Bench) -> None:
     bench.kill()
     bench.kernel.directories["/srv/other"] = "ours"

@@ -56,7 +56,7 @@ async def active_mapping(
     if existing is not None and existing.name != target.dm_name:  # made by another label or rule
         await operations.call("identify", device.require_not_contradicted, target.volume)
     if existing is not None and adopted and existing.is_suspended and is_read:
-        await _require_running(operations, existing, target.plan.mount_name, watch)
+        await _require_running(operations, existing, target.plan.place, watch)
     async with AsyncExitStack() as held:
         held.push_async_callback(to_the_end, release_mapping, operations, uuid)
         if existing is not None and adopted:
@@ -126,17 +126,17 @@ async def cut_off_changed(operations: Operations, volume: Volume, live: Mapping)
 
 
 async def _require_running(
-    operations: Operations, existing: Mapping, name: str, watch: Watch
+    operations: Operations, existing: Mapping, place: str, watch: Watch
 ) -> None:
-    """Raise SuspendedError unless it was resumed since, or is mounted by its name alone.
+    """Raise SuspendedError unless it was resumed since, or is mounted at its place alone.
 
     A flush of another mount of it would wait, and so would a read to find its filesystem.
 
     It is left as it is, since somebody has a reason for that. Its resume is noticed from now on.
     """
     kernel = operations.kernel
-    is_seen = first_of(existing, mounts_at(kernel, name)) is not None
-    if is_seen and set(mounts_of(kernel, existing)) == {name}:
+    is_seen = first_of(existing, mounts_at(kernel, place)) is not None
+    if is_seen and set(mounts_of(kernel, existing)) == {place}:
         return
     watch(existing)
     look, uuid = kernel.find_mapping, existing.uuid
