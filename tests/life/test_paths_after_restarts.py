@@ -95,6 +95,36 @@ def test_a_directory_that_others_have_unmounted_goes_when_the_rule_has_another_p
     assert POINT not in bench.kernel.directories
 
 
+@pytest.mark.parametrize("to", ["/srv/a", None])
+def test_nothing_is_mounted_in_what_is_left_until_that_is_released(
+    bench: Bench, to: str | None
+) -> None:
+    killed_while_mounted(bench)
+    moved = [] if to is None else [named(at(to), "cartridge-01")]
+    bench.rules = (*moved, named(at(f"{POINT}/below"), "cartridge-02"))
+    second = bench.kernel.insert("cartridge-02", "sdb1")
+    bench.kernel.faults.append(Fault("flush", hangs_s=60, about={POINT}))  # much to write
+    bench.start()
+    bench.wait(5)
+    assert POINT in points(bench)
+    assert bench.reason(second) == f"/dev/dm-1 is mounted at {POINT}, above {POINT}/below"
+    bench.wait(120)
+    assert POINT not in points(bench)
+    assert bench.state(second) is State.MOUNTED
+
+
+def test_nothing_is_mounted_over_what_is_left(bench: Bench) -> None:
+    killed_while_mounted(bench)
+    bench.rules = (named(at("/srv"), "cartridge-02"),)
+    second = bench.kernel.insert("cartridge-02", "sdb1")
+    bench.kernel.faults.append(Fault("flush", hangs_s=60, about={POINT}))
+    bench.start()
+    bench.wait(5)
+    assert bench.reason(second) == f"/dev/dm-1 is mounted at {POINT}, below /srv"
+    bench.wait(120)
+    assert bench.state(second) is State.MOUNTED
+
+
 def test_the_path_of_an_orphan_is_reserved_while_its_directory_is_removed(bench: Bench) -> None:
     killed_while_mounted(bench)
     bench.by_hand.umount(POINT)

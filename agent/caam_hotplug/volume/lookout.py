@@ -18,12 +18,14 @@ from caam_hotplug.errors import HotplugError, UnknownError, UnsafePathError
 from caam_hotplug.kernel.api import PathWatch
 from caam_hotplug.kernel.unknown import FIRST_DELAY_S, LONGEST_DELAY_S
 from caam_hotplug.model import DeviceNumber, State
-from caam_hotplug.volume.mount_table import mounts_at
+from caam_hotplug.volume.mount_table import mounts_among, point_of
+from caam_hotplug.volume.nesting import why_nested
 from caam_hotplug.volume.obstacles import Obstacle
 from caam_hotplug.volume.operations import Operations
 from caam_hotplug.volume.phases import Failure
 from caam_hotplug.volume.record import Record
 from caam_hotplug.volume.retry_delay import RetryDelay
+from caam_hotplug.volume.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Lookout:
         self._is_asked = lambda: is_asked() or (watches and holding.is_mapping_doubted)
         has_obstacle = True
         if target is not None and Obstacle.MOUNT_POINT in obstacle:
-            await self._until_free(target.plan.place)
+            await self._until_free(target)
         elif Obstacle.MOUNTED in obstacle:
             await self._until_unused()
         else:
@@ -93,18 +95,18 @@ class Lookout:
 
     # A mount point that is occupied.
 
-    async def _until_free(self, place: str) -> None:
+    async def _until_free(self, target: Target) -> None:
         try:
-            while not (self._is_asked() or self._stop.is_set or await self._is_free(place)):
+            while not (self._is_asked() or self._stop.is_set or await self._is_free(target)):
                 await self._until_changed()
         finally:
             self._end_watch()
 
-    async def _is_free(self, place: str) -> bool:
+    async def _is_free(self, target: Target) -> bool:
         """Check whether the mount point is free, and publish what is there now."""
         self._inbox.mounts_changed, self._checked_at = False, _now()
         try:
-            words = await self._occupant(place)
+            words = await self._occupant(target)
         except UnsafePathError:  # of which the last attempt has said the same
             return False
         except (HotplugError, OSError):  # the attempt says it
@@ -124,12 +126,16 @@ class Lookout:
             self._record.phase = replace(phase, released_for=cause)
             self._record.holding.want_look()
 
-    async def _occupant(self, place: str) -> str:
+    async def _occupant(self, target: Target) -> str:
         """Return what is there, in words, and watch it. A filesystem is left alone: it may hang."""
-        there = mounts_at(self._kernel, place)
-        if there:
+        place = target.plan.place
+        mounts = self._kernel.mounts()
+        if there := mounts_among(mounts, point_of(self._kernel, place)):
             self._end_watch()
             return f"{there[-1].source} is mounted at {there[-1].point}"
+        if words := await why_nested(self._operations, target, mounts):
+            self._end_watch()
+            return words
         self._begin_watch(place)
         ask = self._kernel.why_occupied
         return await self._operations.call("look at the mount point", ask, place)

@@ -31,6 +31,7 @@ from caam_hotplug.volume.mount_table import (
     point_of,
     with_copies,
 )
+from caam_hotplug.volume.nesting import why_nested
 from caam_hotplug.volume.operations import Operations, fields
 from caam_hotplug.volume.target import Target
 from caam_hotplug.volume.worker import to_the_end
@@ -48,10 +49,12 @@ async def mounted(
     Raises: NoFilesystemError; MountPointOccupiedError; MountError.
     """
     kernel, place = operations.kernel, target.plan.place
-    there = mounts_at(kernel, place)
+    there = mounts_among(mounts := kernel.mounts(), point_of(kernel, place))
     found = first_of(mapping, there)
     if there and found is None:
         raise MountPointOccupiedError(f"{there[-1].source} is mounted at {there[-1].point}")
+    if found is None and (words := await why_nested(operations, target, mounts)):
+        raise MountPointOccupiedError(words)
 
     def watch() -> None:
         writes.watch = kernel.watch_writes(mapping)
