@@ -84,17 +84,21 @@ def load(file: Path, files: Files, *, required: bool = True) -> Config:
     found: list[str] = []
     with _collecting(folder, faults):
         found = sorted(name for name in files.names(folder) if name.endswith(".toml"))
-    drop_ins = [_read(folder / name, files, DropIn, faults, required=True) for name in found]
+    by_file = {
+        folder / name: _read(folder / name, files, DropIn, faults, required=True) for name in found
+    }
     if faults:
         raise ConfigError(list(dict.fromkeys(faults)))  # one directory is above many files
-    rules = [rule for drop_in in drop_ins for rule in drop_in.rule]
+    rules = [rule for drop_in in by_file.values() for rule in drop_in.rule]
     if rules:
         config = replace(
             config, rule=(*rules, *(config.rule if config.rule is not BUILT_IN else ()))
         )
     faults += _duplicates(file, config.rule)
     places = (config.mount_root, config.blob_directory, file.absolute())
-    faults += [ConfigFault(file, "rule", each) for each in overlaps(config.rule, *places)]
+    origin = {rule.name: each for each, drop_in in by_file.items() for rule in drop_in.rule}
+    for rule, problem in overlaps(config.rule, *places):
+        faults.append(ConfigFault(origin.get(rule.name, file), "rule", problem))
     if faults:
         raise ConfigError(faults)
     return config

@@ -25,8 +25,8 @@ _MEANINGS: Final = {
 
 def overlaps(
     rules: Sequence[Rule], mount_root: Path, blob_directory: Path, configuration: Path
-) -> Iterator[str]:
-    """Yield what is wrong with a path, for each that lies above or below another place.
+) -> Iterator[tuple[Rule, str]]:
+    """Yield what is wrong with a rule's path, for each that lies above or below another place.
 
     `configuration`: the configuration file. Who could put a medium there would write the rules. A
     copy that is checked is to be that of the agent.
@@ -45,11 +45,12 @@ def overlaps(
         for folder, what in folders.items():
             if may_overlap(path, folder.parts[1:]):
                 relation = _relation(path, len(folder.parts) - 1)
-                yield f"{_named(rule, path)} {relation} {folder}, {what}"
+                yield rule, f"{_named(rule, path)} {relation} {folder}, {what}"
         for other, above in at:
             if len(path.names) > len(above.names) and may_overlap(path, above.parts):
                 relation = _relation(path, len(above.names))
-                yield f"{_named(rule, path)} {relation} {above.text!r}, of rule {other.name!r}"
+                words = f"{_named(rule, path)} {relation} {above.text!r}, of rule {other.name!r}"
+                yield rule, words
 
 
 def _named(rule: Rule, path: PathTemplate) -> str:

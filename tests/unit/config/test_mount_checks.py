@@ -9,6 +9,7 @@ import pytest
 from caam_hotplug.config.mount_checks import meanings, overlaps
 from caam_hotplug.config.rules import Action, MountSettings, Rule
 from caam_hotplug.config.templates import PathTemplate, Template
+from caam_hotplug.errors import ConfigError
 from unit.config.files import faults, loaded
 
 CONFIGURATION = Path("/etc/caam-hotplug/agent.toml")
@@ -19,7 +20,8 @@ def found(*paths: str) -> list[str]:
         Rule(name=f"r{number}", mount=MountSettings(path=PathTemplate(path)))
         for number, path in enumerate(paths, 1)
     ]
-    return list(overlaps(rules, Path("/run/media"), Path("/data/caam"), CONFIGURATION))
+    places = (Path("/run/media"), Path("/data/caam"), CONFIGURATION)
+    return [words for _, words in overlaps(rules, *places)]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,16 @@ def test_rules_of_all_files_are_compared_with_the_places_of_the_configuration(fi
         f"rule: rule 'b': mount.path '{file.parent}' is above {file.parent}/rules.d, the directory "
         "of the drop-ins",
     ]
+
+
+def test_a_path_that_overlaps_is_a_fault_of_the_file_that_has_its_rule(file: Path) -> None:
+    drop_in = file.parent / "rules.d" / "a.toml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[[rule]]\nname = 'a'\nmount.path = '/proc/a'\n")
+    text = "[[rule]]\nname = 'b'\nmount.path = '/sys/b'\n"
+    with pytest.raises(ConfigError) as caught:
+        loaded(file, text)
+    assert [fault.file for fault in caught.value.faults] == [drop_in, file]
 
 
 @pytest.mark.parametrize("path", ["/etc/caam-hotplug", "/etc/caam-hotplug/rules.d/x"])
