@@ -279,3 +279,19 @@ def test_a_disk_is_stopped_while_it_is_held_and_its_partitions_stay_away(
     finally:
         emptied.restore()
         run("udevadm", "settle")
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_stopped_disk_is_started_when_its_partitions_are_wanted_again(
+    disk: Cartridge, volume: Volume, is_held: bool
+) -> None:
+    emptied = emptied_disk.empty(volume)
+    emptied.power_off()
+    run("udevadm", "settle")
+    if not is_held:  # as after a restart of the agent
+        emptied.close()
+        emptied = emptied_disk.empty(volume)
+    assert [each.id.partition for each in emptied.restore()] == [1, 2]
+    run("udevadm", "settle")  # it may look at the disk now, as it was stopped and closed
+    read = ("dd", f"if=/dev/{disk.disk.name}1", "of=/dev/null", "iflag=direct", "count=8")
+    assert attempt(*read).returncode == 0

@@ -103,12 +103,20 @@ class EmptiedDisk:
                 os.close(opened)
             raise
         self._opened = opened
+        found = self._volumes()
         self.close()
-        found = []
+        return found
+
+    def _volumes(self) -> list[Volume]:
+        """Return the disk's volumes, as long as it is held.
+
+        Once it is not, udevd may have its partitions removed and read again: it looks at a disk
+        after each close of a descriptor for writing, as that which stopped it.
+        """
         with suppress(UnknownError):  # the kernel reports them all the same
-            for partition in _partitions(self.disk):
-                found.append(sysfs.volume_at(partition.name, {}, "kernel"))
-        return [volume for volume in found if volume is not None]
+            found = (sysfs.volume_at(each.name, {}, "kernel") for each in _partitions(self.disk))
+            return [volume for volume in found if volume is not None]
+        return []
 
 
 def empty(volume: Volume) -> EmptiedDisk:
