@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
+from caam_hotplug.kernel import kept_checksum
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
 from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
@@ -37,9 +38,6 @@ _ENTRY: Final = struct.Struct("<16s16sQQQ72s")
 _MARK: Final = b"EFI PART"
 _CRC_AT: Final = 16
 _NAME_BYTES: Final = 72
-_CHOSEN_BYTES: Final = 4
-_TRIES: Final = 0x100
-_SURROGATES: Final = range(0xD800, 0xE000)
 _MOST_ENTRIES_BYTES: Final = 1 << 20
 _REQUIRED, _LEGACY_BOOT = 1 << 0, 1 << 2
 """Attributes (UEFI 2.10, table 5.8)."""
@@ -181,7 +179,9 @@ class Table:
             )
         if name is not None:
             entries[name_at : at + _ENTRY.size] = encoded.ljust(_NAME_BYTES, b"\0")
-        _keep_checksum(entries, at + _ENTRY.size - _CHOSEN_BYTES, binascii.crc32(copy.entries))
+        kept_checksum.keep(
+            entries, at + _ENTRY.size - kept_checksum.CHOSEN_BYTES, binascii.crc32(copy.entries)
+        )
         return bytes(entries)
 
 
@@ -255,42 +255,3 @@ def _why_boots(kind: UUID, attributes: int) -> str:
     if attributes & _LEGACY_BOOT:
         return "its entry says that the board boots from it"
     return _OF_THE_FIRMWARE.get(str(kind), "")
-
-
-def _keep_checksum(content: bytearray, at: int, crc: int) -> None:
-    """Choose the four bytes at the place so that the content has this CRC-32.
-
-    Half of a surrogate pair is none of them, which would not be text for programs that read beyond
-    the end of a name, as libparted does. For that, the two bytes before the place are tried.
-    """
-    for filler in range(_TRIES):
-        content[at - 2 : at] = filler.to_bytes(2, "little")
-        _choose(content, at, crc)
-        chosen_units = struct.unpack_from("<HH", content, at)
-        if not any(unit in _SURROGATES for unit in chosen_units):
-            return
-
-
-def _choose(content: bytearray, at: int, crc: int) -> None:
-    """Choose the four bytes at the place.
-
-    A bit changes the CRC by a constant that depends on the bit's place alone. So the bits whose
-    constants together are the difference are found as equations are solved, by elimination.
-    """
-    content[at : at + _CHOSEN_BYTES] = bytes(_CHOSEN_BYTES)
-    plain = binascii.crc32(content)
-    basis: dict[int, tuple[int, int]] = {}
-    for bit in range(8 * _CHOSEN_BYTES):
-        content[at : at + _CHOSEN_BYTES] = (1 << bit).to_bytes(_CHOSEN_BYTES, "little")
-        rest, bits = _reduced(binascii.crc32(content) ^ plain, 1 << bit, basis)
-        basis[rest.bit_length()] = (rest, bits)
-    _, bits = _reduced(plain ^ crc, 0, basis)
-    content[at : at + _CHOSEN_BYTES] = bits.to_bytes(_CHOSEN_BYTES, "little")
-
-
-def _reduced(rest: int, bits: int, basis: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return what is left of a difference without the constants of the basis, and the bits."""
-    while rest and rest.bit_length() in basis:
-        constant, of_bits = basis[rest.bit_length()]
-        rest, bits = rest ^ constant, bits ^ of_bits
-    return rest, bits
