@@ -93,7 +93,8 @@ def held_partition(
         table, entry = read_table(locked, volume)
         table.require_changeable(entry.place.number, options.label)
         checks.require_provisionable(options, config, volume)
-        system_partitions.require_not_the_systems(volume, entry)
+        system_partitions.require_not_the_systems(volume, entry, config.blob_directory)
+        system_partitions.require_not_a_systems_name(options.label)
         with _opened(volume) as hold:
             device_users.require_unused(volume, hold.reading)
             yield Target(locked, hold, volume, table, entry)
