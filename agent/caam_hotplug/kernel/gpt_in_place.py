@@ -113,15 +113,25 @@ class Table:
         return found
 
     def _require_apart(self, place: Place) -> None:
-        """Check that the partition has no block of the table. Raises: UnsupportedVolumeError."""
+        """Check that no partition has a block of the table. Raises: UnsupportedVolumeError.
+
+        A neighbour may have been grown over the second copy of an image, which is not written then.
+        """
+        for other in (place, *(entry.place for entry in self._entries())):
+            begin, end = self._blocks_of(other)
+            for copy in (self.first, self.second):
+                last = copy.entries_at + -(-copy.count * copy.each // self.block) - 1
+                is_outside = begin < copy.usable[0] or end > copy.usable[1]
+                is_within = (begin <= last and copy.entries_at <= end) or begin <= copy.at <= end
+                if is_within or (is_outside and other == place):
+                    raise refused(
+                        self.node, f"partition {other.number} reaches into the table itself"
+                    )
+
+    def _blocks_of(self, place: Place) -> tuple[int, int]:
+        """Return the first and the last block of a partition."""
         unit = self.block // SECTOR_BYTES
-        begin, end = place.start // unit, (place.start + place.size - 1) // unit
-        for copy in (self.first, self.second):
-            last = copy.entries_at + -(-copy.count * copy.each // self.block) - 1
-            is_outside = begin < copy.usable[0] or end > copy.usable[1]
-            is_within = (begin <= last and copy.entries_at <= end) or begin <= copy.at <= end
-            if is_outside or is_within:
-                raise refused(self.node, f"partition {place.number} reaches into the table itself")
+        return place.start // unit, (place.start + place.size - 1) // unit
 
     def _entries(self) -> list[TableEntry]:
         unit, found = self.block // SECTOR_BYTES, []

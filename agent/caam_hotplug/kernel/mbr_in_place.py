@@ -24,7 +24,13 @@ _ENTRY: Final = struct.Struct("<B3xB3xII")
 _TYPE_AT: Final = 4
 _PRIMARY: Final = 4
 _EXTENDED: Final = (0x05, 0x0F, 0x85)
-_EFI: Final = 0xEF
+_DIVIDED: Final = (*_EXTENDED, 0x63, 0x81, 0xA5, 0xA6, 0xA9, 0xB7, 0xBF)
+"""Types of partitions in which the kernel finds others: BSD, Minix, UnixWare, Solaris (subtypes in
+block/partitions/msdos.c). The old type of Solaris is left out: it is that of Linux's swap."""
+_BOOTS: Final = {
+    0xEF: "it is an EFI system partition",
+    0xEA: "it is a boot partition (XBOOTLDR)",
+}
 _ACTIVE: Final = 0x80
 
 
@@ -58,12 +64,15 @@ class Table:
             )
         entries = self._entries()
         if any(
-            each.place.number == place.number and int(each.type, 16) in _EXTENDED
-            for each in entries
+            each.place.number == place.number and int(each.type, 16) in _DIVIDED for each in entries
         ):
             raise refused(
-                self.node, f"partition {place.number} is an extended one, which has others in it"
+                self.node,
+                f"partition {place.number} is an extended one or one of another system, which has "
+                "others in it",
             )
+        if not place.start:  # the kernel takes such an entry (msdos_partition)
+            raise refused(self.node, f"partition {place.number} reaches into the table itself")
         found = chosen(entries, place, self.node)
         if not int(self.disk_id, 16):
             raise refused(
@@ -80,11 +89,8 @@ class Table:
             status, kind, first, count = _ENTRY.unpack_from(self.content, at)
             if kind and count:
                 place = Place(number, Sectors(first * unit), Sectors(count * unit))
-                boots = ""
-                if kind == _EFI:
-                    boots = "it is an EFI system partition"
-                elif status & _ACTIVE:
-                    boots = "its entry says that the board boots from it"
+                is_active = "its entry says that the board boots from it"
+                boots = _BOOTS.get(kind, is_active if status & _ACTIVE else "")
                 uuid = f"{self.disk_id}-{number:02x}"
                 found.append(TableEntry(place, f"{kind:#x}", "", uuid, boots))
         return found

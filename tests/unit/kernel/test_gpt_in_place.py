@@ -248,6 +248,16 @@ def test_a_partition_that_reaches_into_what_is_not_its_own_is_refused(
         read(blocks).entry(place_of(shape, recorder))
 
 
+def test_a_second_copy_that_lies_in_a_neighbour_is_not_written(tmp_path: Path) -> None:
+    """The image ended there, and the neighbour was grown over that place since."""
+    shape = Gpt({1: Part("system", 1000, 8000), 2: RECORDER}, end=4096)
+    with (
+        on_disk(tmp_path / "disk", shape.image()) as blocks,
+        pytest.raises(UnsupportedVolumeError, match="partition 1 reaches into the table itself"),
+    ):
+        read(blocks).entry(place_of(shape))
+
+
 def test_a_name_that_leaves_no_room_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     shape = Gpt({2: Part("x" * 33, 400, 599)})
     image = shape.image()

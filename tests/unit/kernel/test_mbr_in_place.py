@@ -54,6 +54,11 @@ REFUSED = {
         Place(2, Sectors(4000), Sectors(2)),
         "partition 2 is an extended one",
     ),
+    "over the table": (
+        [entry(100_000, 1000), entry(0, 4096, 0xDA)],
+        Place(2, Sectors(0), Sectors(4096)),
+        "partition 2 reaches into the table itself",
+    ),
     "elsewhere": (TWO, Place(2, Sectors(4001), Sectors(1000)), "and the table does not"),
     "not there": (TWO, Place(3, Sectors(4000), Sectors(1000)), "and the table does not"),
     "overlapping": ([entry(100, 3901), TWO[1]], PLACE, "partitions 2 and 1 overlap"),
@@ -72,6 +77,15 @@ def test_a_partition_whose_entry_cannot_be_changed_alone_is_refused(
         read(blocks).entry(place)
 
 
+@pytest.mark.parametrize("kind", [0x05, 0x0F, 0x85, 0x63, 0x81, 0xA5, 0xA6, 0xA9, 0xB7, 0xBF])
+def test_a_primary_partition_that_has_others_in_it_is_refused(tmp_path: Path, kind: int) -> None:
+    with (
+        on_disk(tmp_path / "disk", disk([TWO[0], entry(4000, 1000, kind)])) as blocks,
+        pytest.raises(UnsupportedVolumeError, match="which has others in it"),
+    ):
+        read(blocks).entry(PLACE)
+
+
 def test_a_disk_without_an_identifier_is_refused(tmp_path: Path) -> None:
     with (
         on_disk(tmp_path / "disk", disk(TWO, 0)) as blocks,
@@ -80,7 +94,7 @@ def test_a_disk_without_an_identifier_is_refused(tmp_path: Path) -> None:
         read(blocks).entry(PLACE)
 
 
-@pytest.mark.parametrize(("kind", "status"), [(0xEF, 0), (0x0C, 0x80)])
+@pytest.mark.parametrize(("kind", "status"), [(0xEF, 0), (0xEA, 0), (0x0C, 0x80)])
 def test_an_entry_says_that_the_system_needs_the_partition_at_boot(
     tmp_path: Path, kind: int, status: int
 ) -> None:
