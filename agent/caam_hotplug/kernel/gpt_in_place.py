@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import binascii
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
+from caam_hotplug.errors import shown
 from caam_hotplug.kernel import kept_checksum
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
-from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
+from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused, was_changed
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 NAME_MAX_LENGTH: Final = 32
@@ -86,13 +87,12 @@ class Table:
     node: str
     block: int
     """Bytes of a logical block."""
+    blocks_of_disk: int
     first: Copy
     """The copy at the disk's start, by which the disk's users go."""
     second: Copy
 
     kind = "gpt"
-    marks_unfinished = True
-    """It has room for a type that no rule matches."""
 
     @property
     def disk_id(self) -> str:
@@ -152,43 +152,60 @@ class Table:
         return found
 
     def require_changeable(self, number: int, name: str) -> None:
-        """Require room for the name, and for its own. Raises: UnsupportedVolumeError."""
-        for each in (None, name):
-            self._changed(self.first, number, str(UUID(int=0)), each)
+        """Require room for the name, and that no neighbour has it. Raises: UnsupportedVolumeError.
 
-    def write(self, blocks: Blocks, number: int, kind: str, name: str | None = None) -> None:
-        """Give the partition a type, and a name if one is given. Raises: KernelError.
+        The kernel's root=PARTLABEL= and fstab take whichever of two partitions comes first.
+        """
+        self._changed(self.first, number, str(UUID(int=0)), name)
+        for each in self._entries():
+            if each.name == name and each.place.number != number:
+                raise refused(
+                    self.node,
+                    f"partition {each.place.number} has the label {shown(name)} already; choose "
+                    "another",
+                )
+
+    def write(self, blocks: Blocks, number: int, kind: str, name: str) -> None:
+        """Give the partition a type and a name. Raises: UnsupportedVolumeError; KernelError.
 
         `blocks`: of the disk; a write is on the medium when it returns. The copy that counts is
-        written last, so what the table says changes with that one write. Blocks for I/O.
+        written last, so what the table says changes with that one write. Each copy is read again
+        just before: most programs that write tables take no lock. Blocks for I/O.
         """
-        for copy in (self.second, self.first):
-            entries = self._changed(copy, number, kind, name)
+        after = [
+            replace(copy, entries=self._changed(copy, number, kind, name))
+            for copy in (self.second, self.first)
+        ]
+        for before, copy in zip((self.second, self.first), after, strict=True):
+            self._require(blocks, before)
             at = (number - 1) * copy.each // self.block * self.block
-            content = entries[at : at + self.block]
+            content = copy.entries[at : at + self.block]
             position = copy.entries_at * self.block + at
             if len(content) < self.block:  # the last block is not full of entries
                 content += blocks.read(position, self.block)[len(content) :]
             blocks.write(position, content)
+        for copy in after:
+            self._require(blocks, copy)
 
-    def _changed(self, copy: Copy, number: int, kind: str, name: str | None) -> bytes:
+    def _require(self, blocks: Blocks, copy: Copy) -> None:
+        """Require that the disk has the copy. Raises: UnsupportedVolumeError; KernelError."""
+        if _copy(blocks, self.node, self.block, self.blocks_of_disk, copy.at) != copy:
+            raise was_changed(self.node)
+
+    def _changed(self, copy: Copy, number: int, kind: str, name: str) -> bytes:
         """Return the entries with one changed, under the checksum of the copy."""
         at = (number - 1) * self.first.each
-        entries = bytearray(self.first.entries)
-        entries[at : at + 16] = UUID(kind).bytes_le
-        name_at = at + _ENTRY.size - _NAME_BYTES
-        if name is None:
-            encoded = _text(entries[name_at : at + _ENTRY.size]).encode("utf-16-le")
-        else:
-            encoded = name.encode("utf-16-le")
+        entries, encoded = bytearray(self.first.entries), name.encode("utf-16-le")
         if len(encoded) > 2 * NAME_MAX_LENGTH:
             raise refused(
                 self.node,
                 f"the name of partition {number} has more than {NAME_MAX_LENGTH} characters, whose "
                 "room is needed to keep the table's checksum; give it a shorter one",
             )
-        if name is not None:
-            entries[name_at : at + _ENTRY.size] = encoded.ljust(_NAME_BYTES, b"\0")
+        entries[at : at + 16] = UUID(kind).bytes_le
+        entries[at + _ENTRY.size - _NAME_BYTES : at + _ENTRY.size] = encoded.ljust(
+            _NAME_BYTES, b"\0"
+        )
         kept_checksum.keep(
             entries, at + _ENTRY.size - kept_checksum.CHOSEN_BYTES, binascii.crc32(copy.entries)
         )
@@ -211,7 +228,7 @@ def read(blocks: Blocks, node: str, block: int, size_bytes: int) -> Table:
             f"its copies at block {first.at} and {second.at} are of different tables; mend it "
             "first, as with gdisk",
         )
-    return Table(node, block, first, second)
+    return Table(node, block, blocks_of_disk, first, second)
 
 
 def _copy(blocks: Blocks, node: str, block: int, blocks_of_disk: int, at: int) -> Copy:

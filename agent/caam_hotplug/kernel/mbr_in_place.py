@@ -11,7 +11,7 @@ from typing import Final
 
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
-from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
+from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused, was_changed
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 PROTECTIVE: Final = 0xEE
@@ -44,8 +44,6 @@ class Table:
     content: bytes
     """The block that has it."""
 
-    marks_unfinished = False
-    """It has no room for a mark."""
     kind = "dos"
 
     @property
@@ -98,11 +96,20 @@ class Table:
     def require_changeable(self, _number: int, _name: str) -> None:
         """Require nothing: a type always has room."""
 
-    def write(self, blocks: Blocks, number: int, kind: str, _name: str | None = None) -> None:
-        """Give the partition a type. Raises: KernelError. Blocks for I/O."""
-        content = bytearray(self.content)
-        content[_ENTRIES_AT + (number - 1) * _ENTRY.size + _TYPE_AT] = int(kind, 16)
-        blocks.write(0, bytes(content))
+    def write(self, blocks: Blocks, number: int, kind: str, _name: str) -> None:
+        """Give the partition a type. Raises: UnsupportedVolumeError; KernelError. Blocks for I/O.
+
+        The block is read just before and after, as other programs take no lock.
+        """
+        after = bytearray(self.content)
+        after[_ENTRIES_AT + (number - 1) * _ENTRY.size + _TYPE_AT] = int(kind, 16)
+        self._require(blocks, self.content)
+        blocks.write(0, bytes(after))
+        self._require(blocks, bytes(after))
+
+    def _require(self, blocks: Blocks, content: bytes) -> None:
+        if blocks.read(0, self.block) != content:
+            raise was_changed(self.node)
 
 
 def kinds(content: bytes) -> list[int]:

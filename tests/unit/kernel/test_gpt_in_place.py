@@ -60,7 +60,7 @@ def test_type_and_name_are_changed_in_both_copies_and_every_other_byte_is_as_bef
         assert table.disk_id == str(DISK)
         entry = table.entry(place)
         assert (entry.name, entry.type, entry.boots) == ("recorder", LINUX, "")
-        table.write(blocks, place.number, names.UNFINISHED_TYPE)
+        table.write(blocks, place.number, names.UNFINISHED_TYPE, "recorder")
         marked = (tmp_path / "disk").read_bytes()
         found = read(blocks, made.block).entry(place)
         assert (found.name, found.type) == ("recorder", names.UNFINISHED_TYPE)
@@ -119,11 +119,11 @@ def test_cut_before_any_write_both_copies_are_whole_and_the_next_run_finishes(
         table = read(blocks, made.block)
         file = os.open(tmp_path / "disk", os.O_RDWR)
         with pytest.raises(KernelError):
-            table.write(CutBlocks(file, writes), place.number, names.UNFINISHED_TYPE)
+            table.write(CutBlocks(file, writes), place.number, names.UNFINISHED_TYPE, "x")
         os.close(file)
         between = read(blocks, made.block)
         assert between.entry(place).type == LINUX
-        between.write(blocks, place.number, names.UNFINISHED_TYPE)
+        between.write(blocks, place.number, names.UNFINISHED_TYPE, "x")
         found = read(blocks, made.block)
         assert isinstance(found, gpt_in_place.Table)
         assert found.first.entries == found.second.entries
@@ -204,7 +204,7 @@ def test_copies_that_differ_in_another_partition_are_refused(tmp_path: Path) -> 
         table = read(blocks)
         file = os.open(tmp_path / "disk", os.O_RDWR)
         with pytest.raises(KernelError):
-            table.write(CutBlocks(file, 1), 1, names.UNFINISHED_TYPE)
+            table.write(CutBlocks(file, 1), 1, names.UNFINISHED_TYPE, "x")
         os.close(file)
         with pytest.raises(UnsupportedVolumeError, match="its two copies differ in other"):
             read(blocks).entry(place_of(Gpt()))
@@ -226,6 +226,39 @@ def test_a_partition_that_the_table_has_elsewhere_is_refused(tmp_path: Path, fal
         pytest.raises(UnsupportedVolumeError, match=words),
     ):
         read(blocks).entry(place)
+
+
+class ChangedBlocks(Blocks):
+    """Another program writes a table of its own before one of our writes has begun, or after."""
+
+    def __init__(self, file: int, image: bytes, writes: int) -> None:
+        super().__init__(file, "disk")
+        self.image, self.writes = image, writes
+
+    def read(self, position: int, length: int) -> bytes:
+        if not self.writes:
+            super().write(0, self.image)
+        return super().read(position, length)
+
+    def write(self, position: int, content: bytes) -> None:
+        self.writes -= 1
+        super().write(position, content)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_what_another_program_changes_at_the_same_time_is_not_torn(
+    tmp_path: Path, writes: int
+) -> None:
+    """Most programs that write tables take no lock."""
+    theirs = bytes(Gpt({1: Part("new", 300, 399), 2: RECORDER}).image())
+    with on_disk(tmp_path / "disk", Gpt().image()) as blocks:
+        table = read(blocks)
+        file = os.open(tmp_path / "disk", os.O_RDWR)
+        with pytest.raises(UnsupportedVolumeError, match="another program changes it"):
+            table.write(ChangedBlocks(file, theirs, writes), 2, LINUX, "archive")
+        os.close(file)
+        read(blocks).entry(place_of(Gpt()))
+    assert (tmp_path / "disk").read_bytes() == theirs
 
 
 REACHING = {
@@ -263,11 +296,11 @@ def test_a_name_that_leaves_no_room_is_refused_and_nothing_is_written(tmp_path: 
     image = shape.image()
     with on_disk(tmp_path / "disk", image) as blocks:
         table = read(blocks)
-        for name in (None, "y" * 33):
-            with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
-                table.write(blocks, 2, LINUX, name)
         with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
-            table.require_changeable(2, "recorder")
+            table.write(blocks, 2, LINUX, "y" * 33)
+        with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
+            table.require_changeable(2, "y" * 33)
+        table.require_changeable(2, "y" * 32)
     assert (tmp_path / "disk").read_bytes() == image
 
 

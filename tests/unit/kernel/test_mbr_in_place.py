@@ -32,9 +32,9 @@ def test_the_type_is_changed_and_every_other_byte_is_as_before(tmp_path: Path) -
     with on_disk(tmp_path / "disk", before) as blocks:
         table = read(blocks)
         found = table.entry(PLACE)
-        assert (table.disk_id, table.kind, table.marks_unfinished) == ("1234abcd", "dos", False)
+        assert (table.disk_id, table.kind) == ("1234abcd", "dos")
         assert (found.type, found.uuid, found.boots) == ("0xda", "1234abcd-02", "")
-        table.write(blocks, 2, "0x83")
+        table.write(blocks, 2, "0x83", "")
         assert read(blocks).entry(PLACE).type == "0x83"
     after = (tmp_path / "disk").read_bytes()
     differ = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
@@ -84,6 +84,16 @@ def test_a_primary_partition_that_has_others_in_it_is_refused(tmp_path: Path, ki
         pytest.raises(UnsupportedVolumeError, match="which has others in it"),
     ):
         read(blocks).entry(PLACE)
+
+
+def test_a_table_that_another_program_has_changed_since_is_not_written(tmp_path: Path) -> None:
+    with on_disk(tmp_path / "disk", disk(TWO)) as blocks:
+        table = read(blocks)
+        blocks.write(0, mbr([entry(100, 2000), TWO[1]]))
+        before = (tmp_path / "disk").read_bytes()
+        with pytest.raises(UnsupportedVolumeError, match="another program changes it"):
+            table.write(blocks, 2, "0x83", "")
+    assert (tmp_path / "disk").read_bytes() == before
 
 
 def test_a_disk_without_an_identifier_is_refused(tmp_path: Path) -> None:
