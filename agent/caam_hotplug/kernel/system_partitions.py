@@ -45,11 +45,12 @@ def require_not_the_systems(partition: Volume, entry: TableEntry, blobs: Path) -
 
 
 def require_not_a_systems_name(label: str) -> None:
-    """Require that the system finds no part of itself by that label. Raises: DeviceInUseError.
+    """Require that the system finds no part of itself by that partition label.
 
-    Of two partitions or filesystems of one label, whichever comes first is taken.
+    Of two partitions of one label, whichever comes first is taken. A filesystem's label is another:
+    by that, fstab may mount what is unlocked. Raises: DeviceInUseError.
     """
-    for why in _users({"LABEL": label, "PARTLABEL": label}, None, None):
+    for why in _users({"PARTLABEL": label}, None, None):
         raise DeviceInUseError(f"use label {label!a}: the system has it: {why}; choose another")
 
 

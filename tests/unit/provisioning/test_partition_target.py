@@ -74,13 +74,17 @@ def test_another_rule_of_the_label_is_refused(found: PartitionWorkshop) -> None:
     assert f"there is a rule '{LABEL}' already" in said
 
 
-@pytest.mark.parametrize("tag", ["PARTLABEL", "LABEL"])
-def test_a_label_by_which_the_system_finds_its_root_is_refused(
-    found: PartitionWorkshop, tag: str
-) -> None:
-    (found.workshop.folder / "_COMMAND_LINE").write_text(f"root={tag}=rootfs ro rootwait\n")
+def test_a_label_by_which_the_system_finds_its_root_is_refused(found: PartitionWorkshop) -> None:
+    (found.workshop.folder / "_COMMAND_LINE").write_text("root=PARTLABEL=rootfs ro rootwait\n")
     said = found.refusal(label="rootfs")
-    assert f"the kernel's command line has root={tag}=rootfs; choose another" in said
+    assert "the kernel's command line has root=PARTLABEL=rootfs; choose another" in said
+
+
+def test_fstab_may_mount_what_is_unlocked_by_the_filesystems_label(
+    found: PartitionWorkshop,
+) -> None:
+    (found.workshop.folder / "_FSTAB").write_text(f"LABEL={LABEL} /var/lib ext4 noauto 0 2\n")
+    found.make()
 
 
 def test_a_name_with_a_blank_in_fstab_is_read_as_mount_reads_it(
