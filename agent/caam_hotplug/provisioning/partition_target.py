@@ -114,7 +114,8 @@ def held_partition(
     found = volume_lookup.find_partition(options.device, config, "provision", partuuid)
     volume = open_volume.identify(found)
     disk = disks.disk_of(volume)
-    checks.require_provisionable(options, config, volume)
+    for medium in (disk, volume):
+        checks.require_not_protected(f"provision {medium.node}", medium)
     progress(f"reading {volume.node}")
     with disks.held(disk) as locked:
         if is_dry:
@@ -124,6 +125,7 @@ def held_partition(
         with opened_table(locked, volume) as (_, table, entry):
             pass
         table.require_changeable(entry.place.number, options.label)
+        checks.require_provisionable(options, config, volume)
         system_partitions.require_not_the_systems(volume, entry, config.blob_directory)
         system_partitions.require_not_a_systems_name(options.label)
         with _opened(volume) as hold:

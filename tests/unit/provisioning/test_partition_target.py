@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -120,6 +121,13 @@ def test_a_table_that_cannot_be_written_is_found_before_anything_is_made(
 
     monkeypatch.setattr(private_node, "opened", fails)
     assert "open /dev/disk" in found.refusal()
+
+
+def test_a_write_protected_disk_is_called_so(
+    found: PartitionWorkshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "disk_of", lambda _volume: replace(found.whole, read_only=True))
+    assert "the medium is write-protected" in found.refusal()
 
 
 def busy(*_: object) -> None:
