@@ -33,7 +33,7 @@ MBR: Final = """\
 label: dos
 label-id: 0x1234abcd
 start=2048, size=4096, type=83
-start=6144, size=6144, type=da
+start=6144, size=6144, type=c
 start=12288, size=2048, type=5
 start=12800, size=1024, type=83
 """

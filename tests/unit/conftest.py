@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from unit.partition_workshop import PartitionWorkshop, prepared_partition
 from unit.workshop import MigrationWorkshop, Workshop, prepared, prepared_to_migrate
 
 settings.register_profile("unit", max_examples=40, deadline=None, derandomize=True)
@@ -36,3 +37,23 @@ def workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
 def migration_workshop(roots_folder: Path, monkeypatch: pytest.MonkeyPatch) -> MigrationWorkshop:
     """Where images are migrated."""
     return prepared_to_migrate(roots_folder, monkeypatch)
+
+
+@pytest.fixture(params=["gpt", "dos"])
+def partition(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> PartitionWorkshop:
+    """A partition of a disk with a table of each kind."""
+    return prepared_partition(workshop, request.param, monkeypatch)
+
+
+@pytest.fixture
+def gpt_partition(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> PartitionWorkshop:
+    """A partition in a GPT."""
+    return prepared_partition(workshop, "gpt", monkeypatch)
+
+
+@pytest.fixture
+def mbr_partition(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> PartitionWorkshop:
+    """A partition in an MBR."""
+    return prepared_partition(workshop, "dos", monkeypatch)

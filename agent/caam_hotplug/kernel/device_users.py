@@ -53,7 +53,7 @@ def require_unused(volume: Volume, opened: int = -1) -> None:
     users: list[str] = []
     with reported_as("look who uses", volume.node, UnknownError):
         numbers = {volume.number, *_partitions(volume.name)}
-        users += _loops(numbers)
+        users += _loops(numbers | _disk_number(volume))
     if busy:
         with suppress(OSError):  # it is refused anyway
             users += [*_mounts(numbers), *_holders(volume.name), *_swaps(numbers)]
@@ -152,6 +152,17 @@ def partition_names(name: str) -> list[str]:
             return []
         raise
     return [each for each in inside if names.is_partition_of(each, name)]
+
+
+def _disk_number(volume: Volume) -> set[DeviceNumber]:
+    """Return the number of the volume's disk. What has gone has none. Raises: OSError."""
+    try:
+        text = _if_there(f"{_BLOCK}/{sysfs.disk_name(volume.name)}/dev")
+    except OSError as error:
+        if error.errno in ABSENT:
+            return set()
+        raise
+    return set() if text is None else {DeviceNumber.from_text(text)}
 
 
 def _if_there(file: str) -> str | None:

@@ -24,6 +24,7 @@ _PATIENCE_S: Final = 30.0
 
 _ENDS_BYTES: Final = 128 << 10
 """The header of an array lies up to so far before the end (md_p.h, MD_NEW_SIZE_SECTORS)."""
+_PAGE_HEADER_BYTES: Final = 4
 _SYSTEMS_OWN: Final = ("/", "/boot", "/boot/efi", "/usr", "/var", "/etc")
 
 
@@ -76,6 +77,20 @@ def logical_block(disk: Volume) -> int:
         return int((_SYS_BLOCK / disk.name / "queue/logical_block_size").read_text())
     except OSError as error:
         raise HotplugError(f"look at {disk.node}: {os.strerror(error.errno or 0)}") from error
+
+
+def serial(disk: Volume) -> str | None:
+    """Return the disk's serial number as far as the kernel has it; None if it has none.
+
+    Also that of a virtio disk, and of a SCSI or an ATA disk, which is in a page of binary form
+    (serial_show in drivers/block/virtio_blk.c; vpd_pg80 in drivers/scsi/scsi_sysfs.c).
+    """
+    found = [] if disk.serial is None else [disk.serial]
+    for file, header in (("serial", 0), ("device/vpd_pg80", _PAGE_HEADER_BYTES)):
+        with suppress(OSError):
+            content = (_SYS_BLOCK / disk.name / file).read_bytes()[header:]
+            found.append(content.decode(errors="replace").strip(" \0\n"))
+    return next(filter(None, found), None)
 
 
 class Held:

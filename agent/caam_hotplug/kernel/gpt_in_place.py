@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import binascii
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
+from caam_hotplug.errors import shown
+from caam_hotplug.kernel import kept_checksum
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
-from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
+from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused, was_changed
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 NAME_MAX_LENGTH: Final = 32
@@ -37,9 +39,6 @@ _ENTRY: Final = struct.Struct("<16s16sQQQ72s")
 _MARK: Final = b"EFI PART"
 _CRC_AT: Final = 16
 _NAME_BYTES: Final = 72
-_CHOSEN_BYTES: Final = 4
-_TRIES: Final = 0x100
-_SURROGATES: Final = range(0xD800, 0xE000)
 _MOST_ENTRIES_BYTES: Final = 1 << 20
 _REQUIRED, _LEGACY_BOOT = 1 << 0, 1 << 2
 """Attributes (UEFI 2.10, table 5.8)."""
@@ -88,13 +87,12 @@ class Table:
     node: str
     block: int
     """Bytes of a logical block."""
+    blocks_of_disk: int
     first: Copy
     """The copy at the disk's start, by which the disk's users go."""
     second: Copy
 
     kind = "gpt"
-    marks_unfinished = True
-    """It has room for a type that no rule matches."""
 
     @property
     def disk_id(self) -> str:
@@ -115,15 +113,25 @@ class Table:
         return found
 
     def _require_apart(self, place: Place) -> None:
-        """Check that the partition has no block of the table. Raises: UnsupportedVolumeError."""
+        """Check that no partition has a block of the table. Raises: UnsupportedVolumeError.
+
+        A neighbour may have been grown over the second copy of an image, which is not written then.
+        """
+        for other in (place, *(entry.place for entry in self._entries())):
+            begin, end = self._blocks_of(other)
+            for copy in (self.first, self.second):
+                last = copy.entries_at + -(-copy.count * copy.each // self.block) - 1
+                is_outside = begin < copy.usable[0] or end > copy.usable[1]
+                is_within = (begin <= last and copy.entries_at <= end) or begin <= copy.at <= end
+                if is_within or (is_outside and other == place):
+                    raise refused(
+                        self.node, f"partition {other.number} reaches into the table itself"
+                    )
+
+    def _blocks_of(self, place: Place) -> tuple[int, int]:
+        """Return the first and the last block of a partition."""
         unit = self.block // SECTOR_BYTES
-        begin, end = place.start // unit, (place.start + place.size - 1) // unit
-        for copy in (self.first, self.second):
-            last = copy.entries_at + -(-copy.count * copy.each // self.block) - 1
-            is_outside = begin < copy.usable[0] or end > copy.usable[1]
-            is_within = (begin <= last and copy.entries_at <= end) or begin <= copy.at <= end
-            if is_outside or is_within:
-                raise refused(self.node, f"partition {place.number} reaches into the table itself")
+        return place.start // unit, (place.start + place.size - 1) // unit
 
     def _entries(self) -> list[TableEntry]:
         unit, found = self.block // SECTOR_BYTES, []
@@ -144,44 +152,63 @@ class Table:
         return found
 
     def require_changeable(self, number: int, name: str) -> None:
-        """Require room for the name, and for its own. Raises: UnsupportedVolumeError."""
-        for each in (None, name):
-            self._changed(self.first, number, str(UUID(int=0)), each)
+        """Require room for the name, and that no neighbour has it. Raises: UnsupportedVolumeError.
 
-    def write(self, blocks: Blocks, number: int, kind: str, name: str | None = None) -> None:
-        """Give the partition a type, and a name if one is given. Raises: KernelError.
+        The kernel's root=PARTLABEL= and fstab take whichever of two partitions comes first.
+        """
+        self._changed(self.first, number, str(UUID(int=0)), name)
+        for each in self._entries():
+            if each.name == name and each.place.number != number:
+                raise refused(
+                    self.node,
+                    f"partition {each.place.number} has the label {shown(name)} already; choose "
+                    "another",
+                )
+
+    def write(self, blocks: Blocks, number: int, kind: str, name: str) -> None:
+        """Give the partition a type and a name. Raises: UnsupportedVolumeError; KernelError.
 
         `blocks`: of the disk; a write is on the medium when it returns. The copy that counts is
-        written last, so what the table says changes with that one write. Blocks for I/O.
+        written last, so what the table says changes with that one write. Each copy is read again
+        just before: most programs that write tables take no lock. Blocks for I/O.
         """
-        for copy in (self.second, self.first):
-            entries = self._changed(copy, number, kind, name)
+        after = [
+            replace(copy, entries=self._changed(copy, number, kind, name))
+            for copy in (self.second, self.first)
+        ]
+        for before, copy in zip((self.second, self.first), after, strict=True):
+            self._require(blocks, before)
             at = (number - 1) * copy.each // self.block * self.block
-            content = entries[at : at + self.block]
+            content = copy.entries[at : at + self.block]
             position = copy.entries_at * self.block + at
             if len(content) < self.block:  # the last block is not full of entries
                 content += blocks.read(position, self.block)[len(content) :]
             blocks.write(position, content)
+        for copy in after:
+            self._require(blocks, copy)
 
-    def _changed(self, copy: Copy, number: int, kind: str, name: str | None) -> bytes:
+    def _require(self, blocks: Blocks, copy: Copy) -> None:
+        """Require that the disk has the copy. Raises: UnsupportedVolumeError; KernelError."""
+        if _copy(blocks, self.node, self.block, self.blocks_of_disk, copy.at) != copy:
+            raise was_changed(self.node)
+
+    def _changed(self, copy: Copy, number: int, kind: str, name: str) -> bytes:
         """Return the entries with one changed, under the checksum of the copy."""
         at = (number - 1) * self.first.each
-        entries = bytearray(self.first.entries)
-        entries[at : at + 16] = UUID(kind).bytes_le
-        name_at = at + _ENTRY.size - _NAME_BYTES
-        if name is None:
-            encoded = _text(entries[name_at : at + _ENTRY.size]).encode("utf-16-le")
-        else:
-            encoded = name.encode("utf-16-le")
+        entries, encoded = bytearray(self.first.entries), name.encode("utf-16-le")
         if len(encoded) > 2 * NAME_MAX_LENGTH:
             raise refused(
                 self.node,
                 f"the name of partition {number} has more than {NAME_MAX_LENGTH} characters, whose "
                 "room is needed to keep the table's checksum; give it a shorter one",
             )
-        if name is not None:
-            entries[name_at : at + _ENTRY.size] = encoded.ljust(_NAME_BYTES, b"\0")
-        _keep_checksum(entries, at + _ENTRY.size - _CHOSEN_BYTES, binascii.crc32(copy.entries))
+        entries[at : at + 16] = UUID(kind).bytes_le
+        entries[at + _ENTRY.size - _NAME_BYTES : at + _ENTRY.size] = encoded.ljust(
+            _NAME_BYTES, b"\0"
+        )
+        kept_checksum.keep(
+            entries, at + _ENTRY.size - kept_checksum.CHOSEN_BYTES, binascii.crc32(copy.entries)
+        )
         return bytes(entries)
 
 
@@ -201,7 +228,7 @@ def read(blocks: Blocks, node: str, block: int, size_bytes: int) -> Table:
             f"its copies at block {first.at} and {second.at} are of different tables; mend it "
             "first, as with gdisk",
         )
-    return Table(node, block, first, second)
+    return Table(node, block, blocks_of_disk, first, second)
 
 
 def _copy(blocks: Blocks, node: str, block: int, blocks_of_disk: int, at: int) -> Copy:
@@ -255,42 +282,3 @@ def _why_boots(kind: UUID, attributes: int) -> str:
     if attributes & _LEGACY_BOOT:
         return "its entry says that the board boots from it"
     return _OF_THE_FIRMWARE.get(str(kind), "")
-
-
-def _keep_checksum(content: bytearray, at: int, crc: int) -> None:
-    """Choose the four bytes at the place so that the content has this CRC-32.
-
-    Half of a surrogate pair is none of them, which would not be text for programs that read beyond
-    the end of a name, as libparted does. For that, the two bytes before the place are tried.
-    """
-    for filler in range(_TRIES):
-        content[at - 2 : at] = filler.to_bytes(2, "little")
-        _choose(content, at, crc)
-        chosen_units = struct.unpack_from("<HH", content, at)
-        if not any(unit in _SURROGATES for unit in chosen_units):
-            return
-
-
-def _choose(content: bytearray, at: int, crc: int) -> None:
-    """Choose the four bytes at the place.
-
-    A bit changes the CRC by a constant that depends on the bit's place alone. So the bits whose
-    constants together are the difference are found as equations are solved, by elimination.
-    """
-    content[at : at + _CHOSEN_BYTES] = bytes(_CHOSEN_BYTES)
-    plain = binascii.crc32(content)
-    basis: dict[int, tuple[int, int]] = {}
-    for bit in range(8 * _CHOSEN_BYTES):
-        content[at : at + _CHOSEN_BYTES] = (1 << bit).to_bytes(_CHOSEN_BYTES, "little")
-        rest, bits = _reduced(binascii.crc32(content) ^ plain, 1 << bit, basis)
-        basis[rest.bit_length()] = (rest, bits)
-    _, bits = _reduced(plain ^ crc, 0, basis)
-    content[at : at + _CHOSEN_BYTES] = bits.to_bytes(_CHOSEN_BYTES, "little")
-
-
-def _reduced(rest: int, bits: int, basis: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return what is left of a difference without the constants of the basis, and the bits."""
-    while rest and rest.bit_length() in basis:
-        constant, of_bits = basis[rest.bit_length()]
-        rest, bits = rest ^ constant, bits ^ of_bits
-    return rest, bits

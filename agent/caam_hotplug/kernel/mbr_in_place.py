@@ -11,7 +11,7 @@ from typing import Final
 
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
-from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused
+from caam_hotplug.kernel.table_entry import TableEntry, chosen, refused, was_changed
 from caam_hotplug.model import SECTOR_BYTES, Sectors
 
 PROTECTIVE: Final = 0xEE
@@ -24,7 +24,13 @@ _ENTRY: Final = struct.Struct("<B3xB3xII")
 _TYPE_AT: Final = 4
 _PRIMARY: Final = 4
 _EXTENDED: Final = (0x05, 0x0F, 0x85)
-_EFI: Final = 0xEF
+_DIVIDED: Final = (*_EXTENDED, 0x63, 0x81, 0xA5, 0xA6, 0xA9, 0xB7, 0xBF)
+"""Types of partitions in which the kernel finds others: BSD, Minix, UnixWare, Solaris (subtypes in
+block/partitions/msdos.c). The old type of Solaris is left out: it is that of Linux's swap."""
+_BOOTS: Final = {
+    0xEF: "it is an EFI system partition",
+    0xEA: "it is a boot partition (XBOOTLDR)",
+}
 _ACTIVE: Final = 0x80
 
 
@@ -38,8 +44,6 @@ class Table:
     content: bytes
     """The block that has it."""
 
-    marks_unfinished = False
-    """It has no room for a mark."""
     kind = "dos"
 
     @property
@@ -58,12 +62,15 @@ class Table:
             )
         entries = self._entries()
         if any(
-            each.place.number == place.number and int(each.type, 16) in _EXTENDED
-            for each in entries
+            each.place.number == place.number and int(each.type, 16) in _DIVIDED for each in entries
         ):
             raise refused(
-                self.node, f"partition {place.number} is an extended one, which has others in it"
+                self.node,
+                f"partition {place.number} is an extended one or one of another system, which has "
+                "others in it",
             )
+        if not place.start:  # the kernel takes such an entry (msdos_partition)
+            raise refused(self.node, f"partition {place.number} reaches into the table itself")
         found = chosen(entries, place, self.node)
         if not int(self.disk_id, 16):
             raise refused(
@@ -80,11 +87,8 @@ class Table:
             status, kind, first, count = _ENTRY.unpack_from(self.content, at)
             if kind and count:
                 place = Place(number, Sectors(first * unit), Sectors(count * unit))
-                boots = ""
-                if kind == _EFI:
-                    boots = "it is an EFI system partition"
-                elif status & _ACTIVE:
-                    boots = "its entry says that the board boots from it"
+                is_active = "its entry says that the board boots from it"
+                boots = _BOOTS.get(kind, is_active if status & _ACTIVE else "")
                 uuid = f"{self.disk_id}-{number:02x}"
                 found.append(TableEntry(place, f"{kind:#x}", "", uuid, boots))
         return found
@@ -92,11 +96,20 @@ class Table:
     def require_changeable(self, _number: int, _name: str) -> None:
         """Require nothing: a type always has room."""
 
-    def write(self, blocks: Blocks, number: int, kind: str, _name: str | None = None) -> None:
-        """Give the partition a type. Raises: KernelError. Blocks for I/O."""
-        content = bytearray(self.content)
-        content[_ENTRIES_AT + (number - 1) * _ENTRY.size + _TYPE_AT] = int(kind, 16)
-        blocks.write(0, bytes(content))
+    def write(self, blocks: Blocks, number: int, kind: str, _name: str) -> None:
+        """Give the partition a type. Raises: UnsupportedVolumeError; KernelError. Blocks for I/O.
+
+        The block is read just before and after, as other programs take no lock.
+        """
+        after = bytearray(self.content)
+        after[_ENTRIES_AT + (number - 1) * _ENTRY.size + _TYPE_AT] = int(kind, 16)
+        self._require(blocks, self.content)
+        blocks.write(0, bytes(after))
+        self._require(blocks, bytes(after))
+
+    def _require(self, blocks: Blocks, content: bytes) -> None:
+        if blocks.read(0, self.block) != content:
+            raise was_changed(self.node)
 
 
 def kinds(content: bytes) -> list[int]:

@@ -102,8 +102,8 @@ def parse_mount(line: str) -> Mount:
         superblock_options = shown.split(",")
         return Mount(
             number=DeviceNumber.from_text(fields[2]),
-            point=_unescaped(fields[4]),
-            source=_unescaped(source),
+            point=unescaped(fields[4]),
+            source=unescaped(source),
             read_only="ro" in fields[5].split(",") or "ro" in superblock_options,
             filesystem=filesystem,
             leaves_journal=mount_options.leaves_journal(superblock_options),
@@ -123,7 +123,7 @@ def parse_mount(line: str) -> Mount:
 _ESCAPE: Final = re.compile(rb"\\([0-3][0-7]{2})")
 
 
-def _unescaped(field: str) -> str:
+def unescaped(field: str) -> str:
     """Replace the octal escapes of blank, tab, newline, hash and backslash (seq_escape).
 
     Any other backslash stands for itself: not every file system escapes its source whole.

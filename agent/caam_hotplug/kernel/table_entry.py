@@ -28,6 +28,13 @@ def refused(node: str, why: str) -> UnsupportedVolumeError:
     return UnsupportedVolumeError(f"change the partition table of {node}: {why}")
 
 
+def was_changed(node: str) -> UnsupportedVolumeError:
+    """Return the error for a table that is not as it was read or written."""
+    return refused(
+        node, "another program changes it at the same time; try again when that has ended"
+    )
+
+
 def chosen(entries: Sequence[TableEntry], place: Place, node: str) -> TableEntry:
     """Return the entry of the partition that the kernel has at the place, and nothing else there.
 

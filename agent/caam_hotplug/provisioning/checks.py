@@ -45,6 +45,12 @@ def prepare(operation: str) -> None:
     os.umask(0o022)
 
 
+def require_not_protected(operation: str, medium: Volume) -> None:
+    """Check that the disk or the partition can be written to. Raises: HotplugError."""
+    if medium.read_only:
+        raise HotplugError(f"{operation}: the medium is write-protected")
+
+
 def require_provisionable(options: ProvisionOptions, config: Config, disk: Volume) -> None:
     """Check options and disk, or partition, without reading the medium. Raises: HotplugError."""
     operation = f"provision {disk.node}"
@@ -53,8 +59,7 @@ def require_provisionable(options: ProvisionOptions, config: Config, disk: Volum
             f"{operation}: --erase names {shown(options.erase)}, and this is {disk.name}; nothing "
             "was erased"
         )
-    if disk.read_only:
-        raise HotplugError(f"{operation}: the medium is write-protected")
+    require_not_protected(operation, disk)
     if options.recovery_file is not None:
         _require_recoverable(options, options.recovery_file, operation)
     crypt_table.crypt_target(disk, options.rule.crypt, options.key)  # whether its IVs would repeat
@@ -109,8 +114,7 @@ def require_migratable(
     `start_bytes`: where the encrypted data begins on the disk.
     """
     operation = f"migrate {shown(label)}"
-    if disk.read_only:
-        raise HotplugError(f"{operation}: the medium is write-protected")
+    require_not_protected(operation, disk)
     _require_rule_opens(options, rule, operation)
     unit = max(disks.logical_block(disk), rule.crypt.sector_size)
     if start_bytes % unit:

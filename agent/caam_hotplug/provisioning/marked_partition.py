@@ -24,6 +24,13 @@ _PROVISIONING: Final = "(caam-hotplug: not finished)"
 _MIGRATING: Final = "(caam-hotplug: migrating)"
 
 
+def described(label: str) -> str:
+    """Describe a marked partition with this label, for a command that did not begin with it."""
+    if label == _MIGRATING:
+        return "a medium whose migration was interrupted, which `caam-hotplug migrate` goes on with"
+    return "a medium that is not finished, begun with another label, key or recovery file"
+
+
 def mark_of(label: str, recovery_id: str | None, blob: blobs.Blob) -> UUID:
     """Derive the identifier of a partition that `provision` began with these keys."""
     file = [] if recovery_id is None else [recovery_id]

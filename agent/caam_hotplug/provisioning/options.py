@@ -60,6 +60,12 @@ class ProvisionOptions:
         """The cipher that encrypts the medium."""
         return crypt_table.cipher_for(self.rule.crypt, self.key.type)
 
+    @property
+    def settings(self) -> str:
+        """How the filesystem is made, as options."""
+        size = self.rule.crypt.sector_size
+        return f"--fs {self.filesystem} --cipher {self.cipher} --sector-size {size}"
+
     def about(self, identifier: str) -> recovery_files.About:
         """Describe the medium, as in the recovery file with this identifier."""
         crypt = self.rule.crypt

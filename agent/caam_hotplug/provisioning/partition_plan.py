@@ -27,7 +27,7 @@ class Begun:
 
     record: Record
     is_formatted: bool
-    """Whether the filesystem is whole: then the blob has its name."""
+    """Whether the filesystem is whole, under the record's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,17 @@ class Finished:
     """The partition was made before."""
 
     blob: blobs.Blob
+
+
+Stage = Anew | Begun | Finished
+
+
+def erases(stage: Stage) -> bool:
+    """Whether a run that goes on from there writes to the partition itself."""
+    match stage:
+        case Begun(is_formatted=is_formatted):
+            return not is_formatted
+    return isinstance(stage, Anew)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +56,13 @@ class PartitionPlan:
     blob_directory: Path
     volume: Volume
     entry: TableEntry
-    stage: Anew | Begun | Finished
+    stage: Stage
     content: str | None
     """What would be erased. None if the partition reads as blank."""
     keys: FoundKeys
     rule: rule_file.RulePlan
-    marks_unfinished: bool
+    has_label: bool
+    """Whether the table has room for the label."""
     notes: tuple[str, ...]
     """What the user is to know before anything is done."""
 
@@ -63,6 +75,11 @@ class PartitionPlan:
     def record_file(self) -> Path:
         """The path of the record of what is not finished."""
         return partition_record.file(self.blob_directory, self.options.blob_name)
+
+    @property
+    def erases(self) -> bool:
+        """Whether the partition itself is written to, and not just its entry in the table."""
+        return erases(self.stage)
 
     def lines(self) -> Iterator[str]:
         """Yield the plan as text: a heading, then the steps."""
@@ -81,17 +98,16 @@ class PartitionPlan:
         options, stage = self.options, self.stage
         if isinstance(stage, Anew):
             yield from self._key_steps()
-        if not isinstance(stage, Finished) and not (
-            isinstance(stage, Begun) and stage.is_formatted
-        ):
+        if self.erases:
             found = "looks blank" if self.content is None else f"holds {self.content}"
             yield f"erase {self.volume.node}, which {found}"
-            if self.marks_unfinished:
-                yield "give it the partition type of one that is not finished"
+            label = f" and the label {options.label}" if self.has_label else ""
+            yield f"give it the partition type of one that is not finished{label}"
             yield (
                 f"make the filesystem {options.filesystem}, encrypted with {options.cipher} in "
                 f"sectors of {options.rule.crypt.sector_size} bytes"
             )
+        if self.erases or not self.keys.blob.exists:
             yield f"write {self.blob_file}"
         rule = self.rule.step()
         if rule is not None:
@@ -99,8 +115,7 @@ class PartitionPlan:
         if options.rule_file is not None:
             yield "have a running agent read the rules"
         if not isinstance(stage, Finished):
-            label = f" and the label {options.label}" if self.marks_unfinished else ""
-            yield f"write the type of Linux data{label} to its entry in the partition table"
+            yield "write the type of Linux data to its entry in the partition table"
             yield f"remove {self.record_file}"
 
     def _key_steps(self) -> Iterator[str]:

@@ -41,6 +41,10 @@ class Record:
     start: int
     length: int
     """With start: the partition's place on its disk, in 512-byte sectors."""
+    partuuid: str
+    """By which the partition is found, should its label have changed already."""
+    settings: str
+    """The options that its filesystem is made with."""
     backend: Backend
     blob: bytes
     digest: str

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Final
 
+from caam_hotplug import names
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import KernelError, shown
 from caam_hotplug.kernel import (
-    device_users,
     disks,
     open_volume,
+    private_node,
     sysfs_tree,
     system_partitions,
     table_in_place,
@@ -25,15 +27,15 @@ from caam_hotplug.model import SECTOR_BYTES, Sectors, Volume, number
 from caam_hotplug.provisioning import (
     checks,
     marked_partition,
-    medium_blocks,
-    rule_file,
+    partition_record,
     temporary_mapping,
     volume_lookup,
 )
 from caam_hotplug.provisioning.options import Progress, ProvisionOptions
 
-_MBR_TYPE = "0x83"
-"""Linux, in an MBR."""
+_UNFINISHED_TYPES: Final = {"gpt": names.UNFINISHED_TYPE, "dos": "0xda"}
+"""By the kind of the table. That in an MBR is of data without a filesystem, and not ours alone."""
+_FINISHED_TYPES: Final = {"gpt": str(marked_partition.LINUX_DATA), "dos": "0x83"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,28 @@ class Target:
     entry: TableEntry
 
     @property
+    def serial(self) -> str | None:
+        """The disk's serial number, by which it differs from others with the same image."""
+        return disks.serial(self.disk.disk)
+
+    @property
+    def unfinished_type(self) -> str:
+        """The partition type of a medium that is not finished."""
+        return _UNFINISHED_TYPES[self.table.kind]
+
+    @property
     def finished_type(self) -> str:
         """The partition type of a finished medium."""
-        is_gpt = self.table.kind == "gpt"
-        return str(marked_partition.LINUX_DATA) if is_gpt else _MBR_TYPE
+        return _FINISHED_TYPES[self.table.kind]
+
+    @property
+    def has_label(self) -> bool:
+        """Whether the table has room for a label."""
+        return self.table.kind == "gpt"
 
     def finished(self, label: str) -> Volume:
         """Describe the partition as the agent will see it."""
-        name = label if self.table.kind == "gpt" else None
+        name = label if self.has_label else None
         uuid, kind = self.entry.uuid, self.finished_type
         return replace(
             self.volume, partlabel=name, partuuid=uuid, parttype=kind, header=None, label=None,
@@ -66,8 +82,21 @@ class Target:
 
     def is_finished(self, label: str) -> bool:
         """Whether the entry is that of a finished medium with this label."""
-        name = label if self.table.kind == "gpt" else ""
-        return (self.entry.type, self.entry.name) == (self.finished_type, name)
+        return self._is(self.finished_type, label)
+
+    def is_unfinished(self, label: str) -> bool:
+        """Whether the entry is that of a medium with this label that is not finished."""
+        return self._is(self.unfinished_type, label)
+
+    def _is(self, kind: str, label: str) -> bool:
+        name = label if self.has_label else ""
+        return (self.entry.type, self.entry.name) == (kind, name)
+
+    @property
+    def mark(self) -> str | None:
+        """Describe the partition if its type is that of a medium that is not finished."""
+        is_marked = self.entry.type == names.UNFINISHED_TYPE
+        return marked_partition.described(self.entry.name) if is_marked else None
 
 
 @contextmanager
@@ -77,39 +106,55 @@ def held_partition(
     """Find the partition and check the options; hold it while the context is open.
 
     A killed run may have left mappings. A dry run refuses them, and any other run removes them.
-    Raises: HotplugError if the options make no sense, or if the partition is used or the system's.
+    Raises: HotplugError if the options make no sense, or if the partition is the system's.
     """
     checks.prepare(f"provision {shown(options.device)}")
-    found = volume_lookup.find_partition(options.device, config, "provision")
+    begun = partition_record.find(config.blob_directory, options.blob_name)
+    partuuid = None if begun is None else begun.partuuid
+    found = volume_lookup.find_partition(options.device, config, "provision", partuuid)
     volume = open_volume.identify(found)
     disk = disks.disk_of(volume)
-    rule_file.require_writable(options, config)
+    for medium in (disk, volume):
+        checks.require_not_protected(f"provision {medium.node}", medium)
     progress(f"reading {volume.node}")
     with disks.held(disk) as locked:
         if is_dry:
             temporary_mapping.require_no_leftovers(disk)
         else:
             temporary_mapping.remove_leftovers(disk)
-        table, entry = read_table(locked, volume)
+        with opened_table(locked, volume) as (_, table, entry):
+            pass
         table.require_changeable(entry.place.number, options.label)
         checks.require_provisionable(options, config, volume)
-        system_partitions.require_not_the_systems(volume, entry)
+        system_partitions.require_not_the_systems(volume, entry, config.blob_directory)
+        system_partitions.require_not_a_systems_name(options.label)
         with _opened(volume) as hold:
-            device_users.require_unused(volume, hold.reading)
             yield Target(locked, hold, volume, table, entry)
 
 
-def read_table(disk: disks.Held, volume: Volume) -> tuple[table_in_place.Table, TableEntry]:
-    """Read the disk's table, and the partition's entry in it. Raises: HotplugError."""
+@contextmanager
+def opened_table(
+    disk: disks.Held, volume: Volume
+) -> Iterator[tuple[Blocks, table_in_place.Table, TableEntry]]:
+    """Read the disk's table, and the partition's entry in it. Yield also the disk, to write to it.
+
+    It is read in the same way as it is written, so that what forbids that is known early. Raises:
+    HotplugError.
+    """
     node, block = disk.disk.node, disks.logical_block(disk.disk)
+    place = _place_of(volume)
+    with private_node.opened(disk.disk) as raw:
+        disk.require_same(raw)
+        blocks = Blocks(raw, node)
+        table = table_in_place.read(blocks, node, block, disk.disk.size * SECTOR_BYTES)
+        yield blocks, table, table.entry(place)
+
+
+def _place_of(volume: Volume) -> Place:
     with reported_as("find the start of", volume.node):
         attribute = f"dev/block/{volume.number}/start"
         start = number(sysfs_tree.text(sysfs_tree.root(), attribute).strip())
-    with medium_blocks.opened(node, os.O_RDONLY) as raw:
-        disk.require_same(raw)
-        size_bytes = disk.disk.size * SECTOR_BYTES
-        table = table_in_place.read(Blocks(raw, node), node, block, size_bytes)
-    return table, table.entry(Place(volume.id.partition, Sectors(start), volume.size))
+    return Place(volume.id.partition, Sectors(start), volume.size)
 
 
 @contextmanager

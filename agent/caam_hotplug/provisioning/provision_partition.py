@@ -3,9 +3,10 @@
 First the plan is made, and then carried out in an order that keeps the key and the disk's table:
 
 - The recovery file is written, and then a record beside the blobs, which has the sealed key.
-- From then on the partition may be erased. In a GPT its type says so: no rule matches it.
+- The entry in the table gets label and type of one that is not finished. By that, what an earlier
+  run has left differs from what came later. In a GPT no rule matches that type.
 - The filesystem is made. Then the blob gets its name, by which the agent finds it.
-- The entry in the table gets type and label, the copy that counts last. The record is removed.
+- The entry gets the type of a finished one, the copy that counts last. The record is removed.
 
 Every write to the table is of one block, and leaves a table that is whole. The kernel's partitions
 are not read anew, as neither start nor size of any has changed.
@@ -13,12 +14,10 @@ are not read anew, as neither start nor size of any has changed.
 
 from __future__ import annotations
 
-from caam_hotplug import names
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, shown
 from caam_hotplug.formats import blobs
-from caam_hotplug.kernel import private_node, uevent_request
-from caam_hotplug.kernel.direct_io import Blocks
+from caam_hotplug.kernel import uevent_request
 from caam_hotplug.keys import backends, store
 from caam_hotplug.provisioning import (
     partition_record,
@@ -68,6 +67,8 @@ def carry_out(
                 _make(plan, target, folder, _begin(plan, target, folder, progress), progress)
             case Begun(record=record, is_formatted=False):
                 _make(plan, target, folder, record, progress)
+            case Begun(record=record) if not folder.has(options.label):
+                folder.write(options.label, record.blob, settled=True)
         plan.rule.write()
         notes = [*plan.notes]
         if options.rule_file is not None:
@@ -109,10 +110,12 @@ def _begin(plan: PartitionPlan, target: Target, folder: store.Folder, progress: 
     place = target.entry.place
     record = Record(
         disk=target.table.disk_id,
-        serial=target.disk.disk.serial,
+        serial=target.serial,
         number=place.number,
         start=place.start,
         length=place.size,
+        partuuid=target.entry.uuid,
+        settings=options.settings,
         backend=options.method.backend,
         blob=sealed,
         digest=partition_record.digest_of(sealed),
@@ -146,22 +149,18 @@ def _make(
         blob=record.parsed_blob,
         directory=plan.blob_directory,
     ) as mapping:
-        if target.table.marks_unfinished:
-            _write_entry(target, names.UNFINISHED_TYPE, None)
+        _write_entry(target, target.unfinished_type, options.label)
         entry = whole(target)
         target.hold.wipe(entry.start, entry.length)
         provision_steps.make_filesystem(options, mapping.node, target.volume.node)
     folder.write(options.label, record.blob, settled=True)
 
 
-def _write_entry(target: Target, kind: str, name: str | None) -> None:
+def _write_entry(target: Target, kind: str, label: str) -> None:
     """Change the entry of the partition, if it is where it was. Raises: HotplugError."""
-    table, _ = partition_target.read_table(target.disk, target.volume)
-    if table.disk_id != target.table.disk_id:
-        raise HotplugError(
-            f"provision {target.volume.node}: the disk's table was replaced meanwhile"
-        )
-    with private_node.opened(target.disk.disk) as raw:
-        target.disk.require_same(raw)
-        blocks = Blocks(raw, target.disk.disk.node)
-        table.write(blocks, target.entry.place.number, kind, name)
+    with partition_target.opened_table(target.disk, target.volume) as (blocks, table, entry):
+        if table.disk_id != target.table.disk_id:
+            raise HotplugError(
+                f"provision {target.volume.node}: the disk's table was replaced meanwhile"
+            )
+        table.write(blocks, entry.place.number, kind, label)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from caam_hotplug.config.loader import Config
 from caam_hotplug.errors import HotplugError, shown
-from caam_hotplug.kernel import device_users, disks
+from caam_hotplug.kernel import device_users, disks, system_partitions
 from caam_hotplug.model import Sectors
 from caam_hotplug.provisioning import (
     checks,
@@ -44,6 +44,7 @@ def held_disk(
     checks.require_provisionable(options, config, disk)
     rule_file.require_writable(options, config)
     disks.require_not_the_systems(disk, config.blob_directory)
+    system_partitions.require_not_a_systems_name(options.label)
     progress(f"reading {disk.node}")
     with disks.held(disk) as hold:
         if is_dry:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 from uuid import UUID
 
 from caam_hotplug.config.loader import Config
@@ -24,8 +23,6 @@ from caam_hotplug.kernel import blkid, disks, gpt
 from caam_hotplug.keys import store
 from caam_hotplug.provisioning import marked_partition, medium_content, temporary_mapping
 from caam_hotplug.provisioning.options import ProvisionOptions
-
-_UNFINISHED: Final = "a medium that is not finished, begun with another label, key or recovery file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +80,7 @@ def examine(
         if mark is not None:
             if blob is not None and mark in keys.marks(options.label, blob):
                 return FoundMedium(EarlierRun(entry, blob, is_finished=False))
-            return FoundMedium(content=_UNFINISHED)
+            return FoundMedium(content=marked_partition.described(identity.name))
         is_named = (identity.type, identity.name) == (marked_partition.LINUX_DATA, options.label)
         directory = config.blob_directory
         if is_named and blob is not None and _is_finished(options, hold, entry, blob, directory):

@@ -12,11 +12,14 @@ from caam_hotplug.model import Appeared, DevType, Volume
 from caam_hotplug.provisioning import migration_journal
 
 
-def find_partition(text: str, config: Config, command: str = "migrate") -> Volume:
+def find_partition(
+    text: str, config: Config, command: str = "migrate", otherwise: str | None = None
+) -> Volume:
     """Find the partition with that label, PARTUUID or node.
 
     One that `migrate` has marked has the label of its journal. A tag as in fstab may say which of
-    the two a text is. Raises: HotplugError if there is none, or more than one.
+    the two a text is. `otherwise`: the PARTUUID of the one that is meant if none has that name.
+    Raises: HotplugError if there is none, or more than one.
     """
     source = udev.default_source() if config.source == "auto" else config.source
     with closing(udev.Devices(source)) as devices:
@@ -30,12 +33,11 @@ def find_partition(text: str, config: Config, command: str = "migrate") -> Volum
         events = (event for event in devices.present() if isinstance(event, Appeared))
         reported = {event.volume.id: event.volume for event in events}
         there = {volume.id: volume for volume in sysfs.there()} | reported
-    found = [
-        volume
-        for volume in map(_identified, there.values())
-        if volume.devtype is DevType.PARTITION
-        and (_is_named(volume, text) or volume.partuuid in marks)
-    ]
+    identified = map(_identified, there.values())
+    partitions = [volume for volume in identified if volume.devtype is DevType.PARTITION]
+    found = [each for each in partitions if _is_named(each, text) or each.partuuid in marks]
+    if not found and otherwise is not None:
+        found = [each for each in partitions if _is_named(each, f"PARTUUID={otherwise}")]
     match found:
         case [volume]:
             return volume

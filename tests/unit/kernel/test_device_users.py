@@ -45,6 +45,25 @@ def test_a_loop_device_over_it_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         device_users.require_unused(UNUSED)
 
 
+def test_a_loop_device_over_its_whole_disk_uses_a_partition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as `losetup -P /dev/loop0 /dev/sda; mount /dev/loop0p2`: sda2 is not held by it."""
+    disk = DeviceNumber(8, 0)
+    files = {"class/block/loop0/loop/backing_file": "/dev/sda\n", "class/block/sda/dev": "8:0\n"}
+
+    def text(_root: int, file: str) -> str:
+        if file not in files:
+            raise FileNotFoundError(errno.ENOENT, file)
+        return files[file]
+
+    monkeypatch.setattr(sysfs, "disk_name", lambda _name: "sda")
+    monkeypatch.setattr(sysfs_tree, "text", text)
+    monkeypatch.setattr(device_users, "_number_of", lambda _path: disk)
+    with pytest.raises(DeviceInUseError, match="loop0 lies on it"):
+        device_users.require_unused(UNUSED)
+
+
 @pytest.mark.parametrize("number", NOT_KNOWN)
 @pytest.mark.parametrize("call", ["text", "names"])
 def test_a_device_whose_users_cannot_be_seen_is_not_unused(

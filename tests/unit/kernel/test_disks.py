@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +65,19 @@ def test_a_medium_that_was_changed_while_it_is_held_is_not_written_to(
 def test_another_disk_at_the_node_is_not_held() -> None:
     with pytest.raises(HotplugError, match=CHANGED), disks.held(disk(8, 0)):
         pass
+
+
+def test_a_serial_number_is_read_where_each_kind_of_disk_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(disks, "_SYS_BLOCK", tmp_path)
+    page = tmp_path / "null/device/vpd_pg80"
+    page.parent.mkdir(parents=True)
+    assert disks.serial(disk()) is None
+    page.write_bytes(b"\0\x80\0\x04    ")
+    assert disks.serial(disk()) is None
+    page.write_bytes(b"\0\x80\0\x042000")
+    assert disks.serial(disk()) == "2000"
+    (tmp_path / "null/serial").write_text("virtio-1")
+    assert disks.serial(disk()) == "virtio-1"
+    assert disks.serial(replace(disk(), serial="0x5a")) == "0x5a"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from caam_hotplug import names
 from caam_hotplug.errors import KernelError, UnsupportedVolumeError
-from caam_hotplug.kernel import blkid, gpt, gpt_in_place
+from caam_hotplug.kernel import blkid, gpt, gpt_in_place, kept_checksum
 from caam_hotplug.kernel.direct_io import Blocks
 from caam_hotplug.kernel.partition_table import Place
 from caam_hotplug.model import Sectors
@@ -60,7 +60,7 @@ def test_type_and_name_are_changed_in_both_copies_and_every_other_byte_is_as_bef
         assert table.disk_id == str(DISK)
         entry = table.entry(place)
         assert (entry.name, entry.type, entry.boots) == ("recorder", LINUX, "")
-        table.write(blocks, place.number, names.UNFINISHED_TYPE)
+        table.write(blocks, place.number, names.UNFINISHED_TYPE, "recorder")
         marked = (tmp_path / "disk").read_bytes()
         found = read(blocks, made.block).entry(place)
         assert (found.name, found.type) == ("recorder", names.UNFINISHED_TYPE)
@@ -119,11 +119,11 @@ def test_cut_before_any_write_both_copies_are_whole_and_the_next_run_finishes(
         table = read(blocks, made.block)
         file = os.open(tmp_path / "disk", os.O_RDWR)
         with pytest.raises(KernelError):
-            table.write(CutBlocks(file, writes), place.number, names.UNFINISHED_TYPE)
+            table.write(CutBlocks(file, writes), place.number, names.UNFINISHED_TYPE, "x")
         os.close(file)
         between = read(blocks, made.block)
         assert between.entry(place).type == LINUX
-        between.write(blocks, place.number, names.UNFINISHED_TYPE)
+        between.write(blocks, place.number, names.UNFINISHED_TYPE, "x")
         found = read(blocks, made.block)
         assert isinstance(found, gpt_in_place.Table)
         assert found.first.entries == found.second.entries
@@ -204,7 +204,7 @@ def test_copies_that_differ_in_another_partition_are_refused(tmp_path: Path) -> 
         table = read(blocks)
         file = os.open(tmp_path / "disk", os.O_RDWR)
         with pytest.raises(KernelError):
-            table.write(CutBlocks(file, 1), 1, names.UNFINISHED_TYPE)
+            table.write(CutBlocks(file, 1), 1, names.UNFINISHED_TYPE, "x")
         os.close(file)
         with pytest.raises(UnsupportedVolumeError, match="its two copies differ in other"):
             read(blocks).entry(place_of(Gpt()))
@@ -228,6 +228,39 @@ def test_a_partition_that_the_table_has_elsewhere_is_refused(tmp_path: Path, fal
         read(blocks).entry(place)
 
 
+class ChangedBlocks(Blocks):
+    """Another program writes a table of its own before one of our writes has begun, or after."""
+
+    def __init__(self, file: int, image: bytes, writes: int) -> None:
+        super().__init__(file, "disk")
+        self.image, self.writes = image, writes
+
+    def read(self, position: int, length: int) -> bytes:
+        if not self.writes:
+            super().write(0, self.image)
+        return super().read(position, length)
+
+    def write(self, position: int, content: bytes) -> None:
+        self.writes -= 1
+        super().write(position, content)
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_what_another_program_changes_at_the_same_time_is_not_torn(
+    tmp_path: Path, writes: int
+) -> None:
+    """Most programs that write tables take no lock."""
+    theirs = bytes(Gpt({1: Part("new", 300, 399), 2: RECORDER}).image())
+    with on_disk(tmp_path / "disk", Gpt().image()) as blocks:
+        table = read(blocks)
+        file = os.open(tmp_path / "disk", os.O_RDWR)
+        with pytest.raises(UnsupportedVolumeError, match="another program changes it"):
+            table.write(ChangedBlocks(file, theirs, writes), 2, LINUX, "archive")
+        os.close(file)
+        read(blocks).entry(place_of(Gpt()))
+    assert (tmp_path / "disk").read_bytes() == theirs
+
+
 REACHING = {
     "a neighbour": (Part("system", 300, 400), RECORDER, "partitions 2 and 1 overlap"),
     "the first entries": (SYSTEM, Part("recorder", 20, 60), "reaches into the table itself"),
@@ -248,16 +281,26 @@ def test_a_partition_that_reaches_into_what_is_not_its_own_is_refused(
         read(blocks).entry(place_of(shape, recorder))
 
 
+def test_a_second_copy_that_lies_in_a_neighbour_is_not_written(tmp_path: Path) -> None:
+    """The image ended there, and the neighbour was grown over that place since."""
+    shape = Gpt({1: Part("system", 1000, 8000), 2: RECORDER}, end=4096)
+    with (
+        on_disk(tmp_path / "disk", shape.image()) as blocks,
+        pytest.raises(UnsupportedVolumeError, match="partition 1 reaches into the table itself"),
+    ):
+        read(blocks).entry(place_of(shape))
+
+
 def test_a_name_that_leaves_no_room_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     shape = Gpt({2: Part("x" * 33, 400, 599)})
     image = shape.image()
     with on_disk(tmp_path / "disk", image) as blocks:
         table = read(blocks)
-        for name in (None, "y" * 33):
-            with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
-                table.write(blocks, 2, LINUX, name)
         with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
-            table.require_changeable(2, "recorder")
+            table.write(blocks, 2, LINUX, "y" * 33)
+        with pytest.raises(UnsupportedVolumeError, match="has more than 32 characters"):
+            table.require_changeable(2, "y" * 33)
+        table.require_changeable(2, "y" * 32)
     assert (tmp_path / "disk").read_bytes() == image
 
 
@@ -294,7 +337,7 @@ def test_whatever_a_header_says_it_is_refused_or_read_and_never_an_error_of_the_
 @given(st.binary(min_size=8, max_size=300), st.integers(0), st.integers(0, 2**32 - 1))
 def test_four_bytes_give_any_content_any_checksum(content: bytes, at: int, crc: int) -> None:
     changed, place = bytearray(content), 2 + at % (len(content) - 5)
-    gpt_in_place._keep_checksum(changed, place, crc)
+    kept_checksum.keep(changed, place, crc)
     assert zlib.crc32(changed) == crc
     before, after = slice(place - 2), slice(place + 4, None)
     assert (changed[before], changed[after]) == (content[before], content[after])

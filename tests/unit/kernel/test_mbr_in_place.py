@@ -32,9 +32,9 @@ def test_the_type_is_changed_and_every_other_byte_is_as_before(tmp_path: Path) -
     with on_disk(tmp_path / "disk", before) as blocks:
         table = read(blocks)
         found = table.entry(PLACE)
-        assert (table.disk_id, table.kind, table.marks_unfinished) == ("1234abcd", "dos", False)
+        assert (table.disk_id, table.kind) == ("1234abcd", "dos")
         assert (found.type, found.uuid, found.boots) == ("0xda", "1234abcd-02", "")
-        table.write(blocks, 2, "0x83")
+        table.write(blocks, 2, "0x83", "")
         assert read(blocks).entry(PLACE).type == "0x83"
     after = (tmp_path / "disk").read_bytes()
     differ = [at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
@@ -54,6 +54,11 @@ REFUSED = {
         Place(2, Sectors(4000), Sectors(2)),
         "partition 2 is an extended one",
     ),
+    "over the table": (
+        [entry(100_000, 1000), entry(0, 4096, 0xDA)],
+        Place(2, Sectors(0), Sectors(4096)),
+        "partition 2 reaches into the table itself",
+    ),
     "elsewhere": (TWO, Place(2, Sectors(4001), Sectors(1000)), "and the table does not"),
     "not there": (TWO, Place(3, Sectors(4000), Sectors(1000)), "and the table does not"),
     "overlapping": ([entry(100, 3901), TWO[1]], PLACE, "partitions 2 and 1 overlap"),
@@ -72,6 +77,25 @@ def test_a_partition_whose_entry_cannot_be_changed_alone_is_refused(
         read(blocks).entry(place)
 
 
+@pytest.mark.parametrize("kind", [0x05, 0x0F, 0x85, 0x63, 0x81, 0xA5, 0xA6, 0xA9, 0xB7, 0xBF])
+def test_a_primary_partition_that_has_others_in_it_is_refused(tmp_path: Path, kind: int) -> None:
+    with (
+        on_disk(tmp_path / "disk", disk([TWO[0], entry(4000, 1000, kind)])) as blocks,
+        pytest.raises(UnsupportedVolumeError, match="which has others in it"),
+    ):
+        read(blocks).entry(PLACE)
+
+
+def test_a_table_that_another_program_has_changed_since_is_not_written(tmp_path: Path) -> None:
+    with on_disk(tmp_path / "disk", disk(TWO)) as blocks:
+        table = read(blocks)
+        blocks.write(0, mbr([entry(100, 2000), TWO[1]]))
+        before = (tmp_path / "disk").read_bytes()
+        with pytest.raises(UnsupportedVolumeError, match="another program changes it"):
+            table.write(blocks, 2, "0x83", "")
+    assert (tmp_path / "disk").read_bytes() == before
+
+
 def test_a_disk_without_an_identifier_is_refused(tmp_path: Path) -> None:
     with (
         on_disk(tmp_path / "disk", disk(TWO, 0)) as blocks,
@@ -80,7 +104,7 @@ def test_a_disk_without_an_identifier_is_refused(tmp_path: Path) -> None:
         read(blocks).entry(PLACE)
 
 
-@pytest.mark.parametrize(("kind", "status"), [(0xEF, 0), (0x0C, 0x80)])
+@pytest.mark.parametrize(("kind", "status"), [(0xEF, 0), (0xEA, 0), (0x0C, 0x80)])
 def test_an_entry_says_that_the_system_needs_the_partition_at_boot(
     tmp_path: Path, kind: int, status: int
 ) -> None:

@@ -35,7 +35,7 @@ class System:
     def why(self, entry: TableEntry = ENTRY) -> str:
         """Return why the partition is the system's; empty if it is not."""
         try:
-            system_partitions.require_not_the_systems(VOLUME, entry)
+            system_partitions.require_not_the_systems(VOLUME, entry, Path("/data/caam"))
         except DeviceInUseError as error:
             said = str(error)
             prefix = f"use {VOLUME.node}: it is the system's own: "
@@ -73,13 +73,14 @@ def test_the_kernels_command_line_names_it(system: System, parameter: str, name:
 
 
 @pytest.mark.parametrize("name", [f"PARTUUID={UUID}", "PARTLABEL=recorder", 'LABEL="BOOT"'])
-@pytest.mark.parametrize("point", ["/", "/boot", "/boot/efi", "/efi", "/usr", "/var", "/var/lib"])
+@pytest.mark.parametrize("point", ["/", "/boot", "/boot/efi", "/efi", "/usr", "/var", "/var/lib",
+                                   "/data", "/data/caam"])  # fmt: skip
 def test_fstab_mounts_it_as_a_part_of_the_system(system: System, name: str, point: str) -> None:
     system.has("_FSTAB", f"# a comment\n\nproc /proc proc\n{name}\t{point} ext4 noauto 0 0\n")
     assert system.why() == f"{system.folder}/_FSTAB mounts it at {point}"
 
 
-@pytest.mark.parametrize("point", ["/srv/recorder", "/mnt", "none", "/bootable"])
+@pytest.mark.parametrize("point", ["/srv/recorder", "/mnt", "none", "/bootable", "/data/caam/x"])
 def test_a_mount_elsewhere_is_not_the_systems(system: System, point: str) -> None:
     system.has("_FSTAB", f"PARTLABEL=recorder {point} ext4 defaults 0 2\n")
     assert system.why() == ""

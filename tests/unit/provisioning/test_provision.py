@@ -13,7 +13,7 @@ import pytest
 
 from caam_hotplug.errors import HotplugError
 from caam_hotplug.formats import recovery_files
-from caam_hotplug.kernel import atomic_files, disks, gpt, mkfs
+from caam_hotplug.kernel import atomic_files, disks, gpt, mkfs, system_partitions
 from caam_hotplug.keys import backends, store
 from caam_hotplug.keys.backends import SealMethod
 from caam_hotplug.model import SecretBytes
@@ -404,3 +404,12 @@ def test_a_rule_that_is_asked_first_or_opens_the_medium_too_is_no_hindrance(
     same = workshop.drop_in("plain.toml")
     workshop.make(workshop.medium("other.img"), rule_file=same, label="plain")
     assert same.exists()
+
+
+def test_a_label_by_which_the_system_finds_its_root_is_refused(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_partitions, "_COMMAND_LINE", workshop.folder / "cmdline")
+    (workshop.folder / "cmdline").write_text(f"root=PARTLABEL={LABEL} ro\n")
+    said = refusal(workshop, workshop.medium())
+    assert said.startswith(f"use label '{LABEL}': the system has it: the kernel's command line has")

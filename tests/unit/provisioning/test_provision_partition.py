@@ -3,133 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from caam_hotplug import names
-from caam_hotplug.errors import HotplugError
-from caam_hotplug.kernel import mkfs, private_node, table_in_place, uevent_request
-from caam_hotplug.kernel.direct_io import Blocks
-from caam_hotplug.kernel.partition_table import Place
+from caam_hotplug.kernel import mkfs
 from caam_hotplug.keys import backends, store
-from caam_hotplug.model import DevType, Sectors, Volume, VolumeId
-from caam_hotplug.provisioning import partition_record, partition_target, provision_partition
-from caam_hotplug.provisioning.partition_target import Target
-from unit.kernel.disk_images import LINUX, Gpt, Part, mbr
-from unit.kernel.test_mbr_in_place import entry as mbr_entry
+from caam_hotplug.provisioning import partition_record, rule_file
+from unit.kernel.disk_images import LINUX, Gpt
+from unit.partition_workshop import MAKERS, SIZE, PartitionWorkshop, recorder
 from unit.provisioning.test_provision import PowerCutError, cut
-from unit.workshop import LABEL, Workshop, _Held, disk_of
-
-FIRST, LENGTH = 2048, 2 << 11
-PLACE = Place(2, Sectors(FIRST), Sectors(LENGTH))
-MAKERS = "4d21b016-b534-45c2-a9fb-5c16e091fd2d"
-SIZE = 4 << 20
-
-
-class PartitionWorkshop:
-    """A disk's image, with a table, and its partition, which is a file of its own."""
-
-    def __init__(self, workshop: Workshop, kind: str) -> None:
-        self.workshop = workshop
-        self.disk = workshop.folder / "disk.img"
-        self.node = workshop.folder / "partition.img"
-        part = Part(LABEL, FIRST, FIRST + LENGTH - 1, MAKERS)
-        if kind == "gpt":
-            self.disk.write_bytes(Gpt({2: part}, size=SIZE).image())
-        else:
-            table = mbr([mbr_entry(100, 1000), mbr_entry(FIRST, LENGTH, 0xDA)])
-            self.disk.write_bytes(table + bytes(SIZE - 512))
-        self.node.touch()
-        os.truncate(self.node, LENGTH * 512)
-        self.changed: list[str] = []
-        """The partitions of which a change was reported."""
-
-    @property
-    def volume(self) -> Volume:
-        disk = disk_of(self.node)
-        return replace(disk, id=VolumeId(7, 2), devtype=DevType.PARTITION, partlabel=LABEL)
-
-    @property
-    def record(self) -> Path:
-        return partition_record.file(self.workshop.blobs, f"{LABEL}.bb")
-
-    def read_table(self) -> table_in_place.Table:
-        file = os.open(self.disk, os.O_RDONLY)
-        try:
-            return table_in_place.read(Blocks(file, "disk"), str(self.disk), 512, SIZE)
-        finally:
-            os.close(file)
-
-    @property
-    def type(self) -> str:
-        return self.read_table().entry(PLACE).type
-
-    @contextmanager
-    def held(self, *_options: object, **_more: object) -> Iterator[Target]:
-        table = self.read_table()
-        holds = [_Held(each, os.open(each.node, os.O_RDONLY))
-                 for each in (disk_of(self.disk), self.volume)]  # fmt: skip
-        try:
-            yield Target(*holds, self.volume, table, table.entry(PLACE))
-        finally:
-            for hold in holds:
-                hold.close()
-
-    def make(self, **more: Any) -> provision_partition.ProvisionResult:
-        options = self.workshop.options(self.node, **more)
-        return provision_partition.provision(
-            options, self.workshop.config(), self.workshop.steps.append, self.workshop.announce
-        )
-
-    def plan(self, **more: Any) -> list[str]:
-        options = self.workshop.options(self.node, **more)
-        plan = provision_partition.dry_run(options, self.workshop.config(), print)
-        return list(plan.lines())
-
-    def refusal(self, **more: Any) -> str:
-        """The message of a command that changes nothing, dry or not."""
-        before = self.workshop.contents()
-        said = set()
-        for command in (self.make, self.plan):
-            with pytest.raises(HotplugError) as refused:
-                command(**more)
-            said.add(str(refused.value))
-        assert self.workshop.contents() == before
-        (message,) = said
-        return message
-
-
-@pytest.fixture(params=["gpt", "dos"])
-def partition(
-    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> PartitionWorkshop:
-    made = PartitionWorkshop(workshop, request.param)
-
-    @contextmanager
-    def opened(_disk: Volume) -> Iterator[int]:
-        file = os.open(made.disk, os.O_RDWR)
-        yield file
-        os.close(file)
-
-    def read_table(*_where: object) -> tuple[table_in_place.Table, object]:
-        table = made.read_table()
-        return table, table.entry(PLACE)
-
-    monkeypatch.setattr(private_node, "opened", opened)
-    monkeypatch.setattr(partition_target, "read_table", read_table)
-    monkeypatch.setattr(provision_partition, "held_partition", made.held)
-    monkeypatch.setattr(uevent_request, "changed", lambda volume: made.changed.append(volume.name))
-    return made
-
+from unit.workshop import LABEL
 
 FINISHED = {"gpt": LINUX, "dos": "0x83"}
-BEFORE = {"gpt": MAKERS, "dos": "0xda"}
+BEFORE = {"gpt": MAKERS, "dos": "0xc"}
 UNFINISHED = {"gpt": names.UNFINISHED_TYPE, "dos": "0xda"}
 
 
@@ -156,7 +45,7 @@ CUTS = {
     "the record is there": (store, "settle_recovery"),
     "the partition is marked": (mkfs, "make"),
     "the filesystem is made": (store.Folder, "write"),
-    "the blob has its name": (partition_target, "read_table"),
+    "the blob has its name": (rule_file.RulePlan, "write"),
     "the entry is written": (partition_record, "remove"),
 }
 
@@ -208,8 +97,8 @@ def test_a_record_of_another_disk_is_refused(
     content = bytearray(partition.disk.read_bytes())
     at = 440 if partition.read_table().kind == "dos" else None
     if at is None:
-        part = Part(LABEL, FIRST, FIRST + LENGTH - 1)
-        partition.disk.write_bytes(Gpt({2: part}, size=SIZE, disk=UUID(int=7)).image())
+        image = Gpt({2: recorder()}, size=SIZE, disk=UUID(int=7)).image()
+        partition.disk.write_bytes(image)
     else:
         content[at] ^= 1
         partition.disk.write_bytes(content)
