@@ -226,8 +226,9 @@ def _put_back(opened: int, disk: Volume, removed: list[Partition]) -> None:
             failed[partition.number] = os.strerror(error.errno or 0)
     if not failed:
         return
+    end = time.monotonic() + _PATIENCE_S  # udevd may look at those that were added
     try:
-        block_device.read_partitions(opened)
+        _retried(partial(block_device.read_partitions, opened), end)
     except OSError:  # a partition is in use, or this disk has no tables
         for number, why in failed.items():
             log.warning("%s: partition %d could not be put back: %s", disk.node, number, why)
