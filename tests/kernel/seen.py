@@ -157,10 +157,11 @@ class Disks:
         """
         found: dict[str, str] = {}
         with suppress(OSError, ValueError):  # its port is off, or it is just being removed
-            disk = self._reader.disk
-            diskseq = (disk / "diskseq").read_text().strip()
+            disk, diskseq = self._reader.disk, ""
+            while diskseq != (diskseq := (disk / "diskseq").read_text().strip()):
+                partitions = list(disk.glob(f"{disk.name}[0-9]*"))  # of this card, if it stays
             found[f"{diskseq}-0"] = (disk / "dev").read_text().strip()
-            for partition in disk.glob(f"{disk.name}[0-9]*"):
+            for partition in partitions:
                 if self._read_under.setdefault(partition.stat().st_ino, diskseq) == diskseq:
                     card = self._reader.card
                     self._labels.setdefault(diskseq, card.label if card else "")
