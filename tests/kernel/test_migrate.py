@@ -513,7 +513,7 @@ def test_a_half_moved_medium_goes_on_as_it_was_begun_or_not_at_all(bench: Bench)
     bench.config.write_text(whole)
     with unchanged(bench):
         said = bench.provision().err
-    assert "a medium that is not finished" in said
+    assert "a medium whose migration was interrupted" in said
     run("sfdisk", "-q", "-N1", "--no-reread", bench.node, stdin=b",4MiB\n")
     run("udevadm", "settle")
     assert "was moved or resized" in refused(bench, bench.medium.partition, *trusted_key)
