@@ -25,6 +25,10 @@ AT: Final = f'mount.path = "{POINT}"\n'
 def fixed(room: Room) -> Iterator[Room]:
     """A room whose rule names a path; afterwards nothing is in the directory of that."""
     SRV.mkdir(mode=0o755)
+    room.medium.plug()
+    room.medium.settle()
+    room.medium.restore()  # an ext4 keeps the number of errors that earlier pulls have caused
+    room.medium.pull()
     room.configure(AT)
     room.agent.start()
     yield room
