@@ -215,7 +215,8 @@ def remove_from(parent: int, place: str) -> bool:
     """
     with _TURNS.taken_if_free(place) as is_free:
         try:
-            is_other_mount = _is_mount(parent, names.name_of(place))
+            seen = mountinfo.mount_at(parent, names.name_of(place))
+            is_other_mount = seen != mountinfo.mount_of(parent)
             if is_free and not is_other_mount:
                 _remove(parent, place)
         except OSError as error:
@@ -225,15 +226,6 @@ def remove_from(parent: int, place: str) -> bool:
                 raise
             return error.errno != errno.EBUSY
     return is_free and not is_other_mount
-
-
-def _is_mount(parent: int, name: str) -> bool:
-    """Whether something is mounted there; its filesystem is not asked. Raises: OSError."""
-    opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        return mountinfo.mount_of(opened) != mountinfo.mount_of(parent)
-    finally:
-        os.close(opened)
 
 
 def _remove(parent: int, place: str) -> None:

@@ -138,10 +138,6 @@ def seen(directory: int, place: str) -> int | None:
     Raises: OSError.
     """
     try:
-        opened = os.open(name_of(place), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        return mountinfo.mount_at(directory, name_of(place))
     except FileNotFoundError:
         return None
-    try:
-        return mountinfo.mount_of(opened)
-    finally:
-        os.close(opened)

@@ -50,6 +50,18 @@ def mount_of(opened: int) -> int | None:
     return None if found is None else int(found[1])
 
 
+def mount_at(directory: int, name: str) -> int | None:
+    """Return the number of the mount that is seen by this name in the open directory.
+
+    Raises: OSError. It does not ask the filesystem, as `mount_of`.
+    """
+    opened = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return mount_of(opened)
+    finally:
+        os.close(opened)
+
+
 def _content(file: Path) -> bytes:
     """Return the file, without the calls that Python makes about a file of any kind."""
     opened = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
