@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -25,19 +26,28 @@ def at(path: str) -> Rule:
     return replace(BY_NAME, mount=MountSettings(path=PathTemplate(path)))
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    """Bench whose rule names a path; afterwards all media are pulled and nothing may be left."""
-    bench = Bench((at(POINT),))
+@contextmanager
+def bench_at(path: str) -> Iterator[Bench]:
+    """Run a bench whose rule names the path; afterwards all is pulled and nothing may be left."""
+    bench = Bench((at(path),))
     bench.start()
     yield bench
     for name in list(bench.kernel.media):
         bench.pull(name)
-    bench.settle()
+    bench.wait(120)
+    while bench.kernel.mounts:  # those of others
+        bench.by_hand.umount(bench.kernel.mounts[-1].point)
     bench.stop()
     left = bench.kernel.leftovers()
     bench.close()
     assert left == []
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Bench whose rule names a path."""
+    with bench_at(POINT) as made:
+        yield made
 
 
 def points(bench: Bench) -> list[str]:

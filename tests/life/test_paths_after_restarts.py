@@ -12,24 +12,14 @@ from caam_hotplug.errors import RequestRefusedError
 from caam_hotplug.model import Mount, State
 from fakes.bench import Bench
 from fakes.kernel import Fault
-from life.test_own_paths import BY_NAME, POINT, at, mounted, points, restart
+from life.test_own_paths import BY_NAME, POINT, at, bench_at, mounted, points, restart
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """Bench whose rule names a path; afterwards all media are pulled and nothing may be left."""
-    bench = Bench((at(POINT),))
-    bench.start()
-    yield bench
-    for name in list(bench.kernel.media):
-        bench.pull(name)
-    bench.wait(120)
-    while bench.kernel.mounts:  # those of others
-        bench.by_hand.umount(bench.kernel.mounts[-1].point)
-    bench.stop()
-    left = bench.kernel.leftovers()
-    bench.close()
-    assert left == []
+    """Bench whose rule names a path."""
+    with bench_at(POINT) as made:
+        yield made
 
 
 def named(rule: Rule, label: str) -> Rule:
